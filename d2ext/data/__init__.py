@@ -1,0 +1,1 @@
+"""Data sets, mappers and augmentations."""
