@@ -1,1 +1,11 @@
-"""model_zoo"""
+"""Configs by name, as in ``detectron2.model_zoo``.
+
+>>> from d2ext import model_zoo
+>>> model = model_zoo.get("yolact/yolact_R_50_550.yaml", device="cpu")
+
+A name is a file's path relative to ``configs/``.
+"""
+
+from d2ext.model_zoo.model_zoo import available, get, get_config, get_config_file
+
+__all__ = ["available", "get", "get_config", "get_config_file"]

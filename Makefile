@@ -1,0 +1,50 @@
+# Every target installs what it needs first; a second run installs nothing.
+# PYTHON chooses the interpreter: make test PYTHON=python3.12
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format real-check lock clean check-python
+
+PYTHON ?= python3
+BOOTSTRAP = $(PYTHON) scripts/bootstrap.py
+SOURCES = d2ext tests tools scripts setup.py
+CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+PYTEST_ARGS ?=
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
+	  || grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST)
+
+install: check-python  ## create .venv (or use the active Detectron2), compile csrc/
+	@$(BOOTSTRAP)
+
+demo: check-python  ## train YOLACT on the built-in shapes on the CPU, evaluate, draw (minutes)
+	@$(BOOTSTRAP) -- python scripts/run_demo.py
+
+test: check-python  ## the whole test suite on the CPU; PYTEST_ARGS="-k name" for a part
+	@$(BOOTSTRAP) --dev -- python -m pytest --timeout=300 $(PYTEST_ARGS)
+
+lint: check-python  ## ruff, mypy and clang-format: changes nothing, fails on any finding
+	@$(BOOTSTRAP) --dev -- ruff check $(SOURCES)
+	@$(BOOTSTRAP) --dev -- ruff format --check $(SOURCES)
+	@$(BOOTSTRAP) --dev -- mypy
+	@test -z "$(CXX_SOURCES)" || $(BOOTSTRAP) --dev -- clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: check-python  ## let ruff and clang-format rewrite the sources
+	@$(BOOTSTRAP) --dev -- ruff check --fix --exit-zero --quiet $(SOURCES)
+	@$(BOOTSTRAP) --dev -- ruff format $(SOURCES)
+	@test -z "$(CXX_SOURCES)" || $(BOOTSTRAP) --dev -- clang-format -i $(CXX_SOURCES)
+
+real-check: check-python  ## a few training steps and an evaluation on real COCO images
+	@$(BOOTSTRAP) -- python scripts/real_check.py
+
+lock:  ## renew the pinned versions in requirements/ (needs uv)
+	@sh scripts/lock.sh
+
+clean:  ## remove what was built; keeps .venv and output/
+	rm -rf build dist *.egg-info .cache .pytest_cache .ruff_cache .mypy_cache d2ext/*.so
+	find d2ext tests tools scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+check-python:
+	@command -v $(PYTHON) >/dev/null 2>&1 || { \
+	  echo "[d2ext] cannot go on: there is no '$(PYTHON)'. Install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "[d2ext] cannot go on: $(PYTHON) is $$($(PYTHON) --version 2>&1), d2ext needs Python 3.10 or newer: make PYTHON=python3.11 ..." >&2; exit 1; }

@@ -1,0 +1,98 @@
+"""Find the configs that come with d2ext and build models from them."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from torch import nn
+
+from d2ext.config import get_cfg
+
+# In a checkout this is a link to the repository's configs/; a wheel holds the files themselves.
+_CONFIGS = Path(__file__).resolve().parent / "configs"
+# Where the link is missing: a checkout made without support for symbolic links.
+_CONFIGS_OF_CHECKOUT = Path(__file__).resolve().parent.parent.parent / "configs"
+
+
+def _config_root() -> Path:
+    return _CONFIGS if _CONFIGS.is_dir() else _CONFIGS_OF_CHECKOUT
+
+
+def available() -> list[str]:
+    """The names of all configs that can be trained, sorted; bases (``Base-*.yaml``) are left out."""
+    root = _config_root()
+    files = (path for path in root.rglob("*.yaml") if not path.name.startswith(("Base", "_")))
+    return sorted(path.relative_to(root).as_posix() for path in files)
+
+
+def get_config_file(config_path: str) -> str:
+    """The real path of a config that comes with d2ext.
+
+    Args:
+        config_path: file name relative to ``configs/``, e.g. ``"yolact/yolact_R_50_550.yaml"``.
+
+    Raises:
+        FileNotFoundError: there is no such config; the message names those closest to it.
+    """
+    root = _config_root()
+    path = root / config_path
+    # The name comes from a user: it may not lead out of the folder.
+    inside = root.resolve() in path.resolve().parents
+    if not (inside and path.is_file()):
+        names = available()
+        close = difflib.get_close_matches(config_path, names, n=3, cutoff=0.4) or names
+        raise FileNotFoundError(
+            f"d2ext has no config {config_path!r}. Names are relative to configs/, for example: "
+            f"{', '.join(close)}."
+        )
+    return str(path)
+
+
+def get_config(config_path: str, trained: bool = False) -> CfgNode:
+    """The config of a model, with Detectron2's and d2ext's defaults filled in.
+
+    Args:
+        config_path: file name relative to ``configs/``.
+        trained: kept for compatibility with ``detectron2.model_zoo``. d2ext distributes no weights,
+            so ``True`` is an error: convert a published checkpoint with
+            ``tools/convert_checkpoint.py`` and set ``cfg.MODEL.WEIGHTS`` to the result.
+
+    Raises:
+        FileNotFoundError: there is no such config.
+        ValueError: ``trained`` was asked for.
+    """
+    file = get_config_file(config_path)
+    if trained:
+        raise ValueError(
+            f"d2ext distributes no trained weights for {config_path!r}. Convert the published "
+            "checkpoint with tools/convert_checkpoint.py and set cfg.MODEL.WEIGHTS to the result."
+        )
+    cfg = get_cfg()
+    cfg.merge_from_file(file)
+    return cfg
+
+
+def get(config_path: str, trained: bool = False, device: str | None = None) -> nn.Module:
+    """Build a model and load the weights that its config names (``MODEL.WEIGHTS``), if any.
+
+    Args:
+        config_path: file name relative to ``configs/``.
+        trained: see :func:`get_config`.
+        device: where to put the model, e.g. ``"cpu"`` or ``"cuda:1"``; default: ``"cuda"`` if
+            PyTorch sees a GPU, otherwise ``"cpu"``.
+
+    Returns:
+        The model, in training mode as ``detectron2.model_zoo.get`` returns it.
+    """
+    cfg = get_config(config_path, trained)
+    cfg.MODEL.DEVICE = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = build_model(cfg)
+    if cfg.MODEL.WEIGHTS:
+        DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    model.train()
+    return model
