@@ -1,1 +1,22 @@
-"""checkpoint"""
+"""Conversion of published checkpoints, and reading of files that strangers made."""
+
+from d2ext.checkpoint import torchvision  # noqa: F401  (registers its converter)
+from d2ext.checkpoint.convert import (
+    ConversionError,
+    Rule,
+    apply_rules,
+    available_converters,
+    convert_state_dict,
+    register_converter,
+    unwrap,
+)
+
+__all__ = [
+    "ConversionError",
+    "Rule",
+    "apply_rules",
+    "available_converters",
+    "convert_state_dict",
+    "register_converter",
+    "unwrap",
+]

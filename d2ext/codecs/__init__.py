@@ -1,1 +1,1 @@
-"""codecs"""
+"""Annotation → training target (encode) and prediction → result (decode); functions of tensors."""

@@ -1,1 +1,18 @@
-"""YOLACT."""
+"""YOLACT (arXiv 1904.02689) and YOLACT++ (arXiv 1912.06218): instance masks from prototypes."""
+
+from d2ext.systems.yolact import checkpoint  # noqa: F401  (registers its converter)
+from d2ext.systems.yolact.fpn import BilinearFPN, build_yolact_fpn_backbone
+from d2ext.systems.yolact.head import MaskScorer, YOLACTHead, YOLACTPredictions
+from d2ext.systems.yolact.losses import YOLACTCriterion, YOLACTTargets
+from d2ext.systems.yolact.model import YOLACT
+
+__all__ = [
+    "YOLACT",
+    "BilinearFPN",
+    "MaskScorer",
+    "YOLACTCriterion",
+    "YOLACTHead",
+    "YOLACTPredictions",
+    "YOLACTTargets",
+    "build_yolact_fpn_backbone",
+]

@@ -1,0 +1,181 @@
+"""Prior boxes of SSD-style detectors (arXiv 1512.02325): their grid, box coding and matching.
+
+All boxes are relative to the network input (0..1). Corner form is (x1, y1, x2, y2), centre form is
+(cx, cy, w, h). Letters: A priors, N ground-truth objects, C crowd regions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from detectron2.structures import Boxes, pairwise_ioa, pairwise_iou
+from torch import Tensor
+
+# Scale of the centre and of the size offsets (yolact/NOTES.md §4).
+CENTER_VARIANCE = 0.1
+SIZE_VARIANCE = 0.2
+
+# Values of PriorMatches.labels that are not classes.
+BACKGROUND = 0
+NEUTRAL = -1
+
+
+def prior_boxes(
+    feature_sizes: Sequence[tuple[int, int]],
+    scales: Sequence[Sequence[float]],
+    aspect_ratios: Sequence[float],
+    input_size: int,
+    *,
+    square: bool,
+) -> Tensor:
+    """Priors of all levels, in centre form.
+
+    Args:
+        feature_sizes: (rows, columns) of each level.
+        scales: side lengths in pixels of each level's priors.
+        aspect_ratios: width / height; the inner loop, the scales are the outer one.
+        input_size: side of the network input in pixels; sides are divided by it.
+        square: height = width = scale·sqrt(ratio). The published YOLACT models have this instead of
+            height = scale / sqrt(ratio) (yolact/NOTES.md §4 and §11).
+
+    Returns:
+        (A, 4) float32; the prior of a cell runs fastest, then column, row, level.
+    """
+    if len(feature_sizes) != len(scales):
+        raise ValueError(
+            f"{len(feature_sizes)} feature levels but scales for {len(scales)}: "
+            "MODEL.YOLACT.ANCHORS.SCALES needs one list per level."
+        )
+    levels = []
+    for (rows, columns), level_scales in zip(feature_sizes, scales, strict=True):
+        sides = [
+            (scale * ratio**0.5, scale * ratio**0.5 if square else scale / ratio**0.5)
+            for scale in level_scales
+            for ratio in aspect_ratios
+        ]
+        size = torch.tensor(sides, dtype=torch.float64) / input_size
+        y = (torch.arange(rows, dtype=torch.float64) + 0.5) / rows
+        x = (torch.arange(columns, dtype=torch.float64) + 0.5) / columns
+        centers = torch.stack(
+            [x.expand(rows, columns), y[:, None].expand(rows, columns)], dim=-1
+        ).reshape(-1, 1, 2)
+        centers = centers.expand(-1, len(sides), 2)
+        levels.append(torch.cat([centers, size.expand_as(centers)], dim=-1).reshape(-1, 4))
+    return torch.cat(levels).to(torch.float32)
+
+
+def to_corners(boxes: Tensor) -> Tensor:
+    """Centre form (..., 4) → corner form."""
+    half = boxes[..., 2:] / 2
+    return torch.cat([boxes[..., :2] - half, boxes[..., :2] + half], dim=-1)
+
+
+def encode_boxes(boxes: Tensor, priors: Tensor) -> Tensor:
+    """Offsets that :func:`decode_boxes` turns into ``boxes``.
+
+    Args:
+        boxes: (A, 4) in corner form, sides > 0.
+        priors: (A, 4) in centre form.
+
+    Returns:
+        (A, 4): centre offsets in prior sides over 0.1, logarithms of the size ratios over 0.2.
+    """
+    size = boxes[:, 2:] - boxes[:, :2]
+    center = (boxes[:, :2] + boxes[:, 2:]) / 2
+    return torch.cat(
+        [
+            (center - priors[:, :2]) / (CENTER_VARIANCE * priors[:, 2:]),
+            torch.log(size / priors[:, 2:]) / SIZE_VARIANCE,
+        ],
+        dim=1,
+    )
+
+
+def decode_boxes(offsets: Tensor, priors: Tensor) -> Tensor:
+    """Boxes in corner form from offsets (..., A, 4) and priors (A, 4) in centre form."""
+    center = priors[:, :2] + offsets[..., :2] * CENTER_VARIANCE * priors[:, 2:]
+    size = priors[:, 2:] * torch.exp(offsets[..., 2:] * SIZE_VARIANCE)
+    return to_corners(torch.cat([center, size], dim=-1))
+
+
+class PriorMatches(NamedTuple):
+    """What each prior is trained towards."""
+
+    labels: Tensor
+    """(A,) int64: class + 1 for positives, :data:`BACKGROUND`, or :data:`NEUTRAL` (not trained)."""
+    objects: Tensor
+    """(A,) int64: index of the object with which the prior overlaps most (or to which it is forced)."""
+
+
+def match_priors(
+    priors: Tensor,
+    boxes: Tensor,
+    classes: Tensor,
+    crowd_boxes: Tensor,
+    *,
+    positive_iou: float = 0.5,
+    negative_iou: float = 0.4,
+    crowd_ioa: float = 0.7,
+) -> PriorMatches:
+    """Match priors with ground truth (yolact/NOTES.md §5).
+
+    A prior takes the object of its highest IoU; it is positive from ``positive_iou``, neutral below it
+    and background below ``negative_iou``. Then each object is given one prior for itself, greedily
+    by IoU over all (object, prior) pairs. A non-positive prior of which more than ``crowd_ioa`` of the
+    area lies in a crowd region is neutral.
+
+    Args:
+        priors: (A, 4) in centre form.
+        boxes: (N, 4) in corner form; N may be 0.
+        classes: (N,) int64, from 0.
+        crowd_boxes: (C, 4) in corner form; C may be 0.
+    """
+    corners = Boxes(to_corners(priors))
+    num_objects = len(boxes)
+    if num_objects == 0:
+        objects = torch.zeros(len(priors), dtype=torch.int64, device=priors.device)
+        labels = torch.full_like(objects, BACKGROUND)
+    else:
+        iou = pairwise_iou(Boxes(boxes), corners)
+        best_iou, objects = iou.max(dim=0)
+        owners, owned = _force_best_priors(iou)
+        objects[owned] = owners
+        best_iou[owned] = 2.0
+        labels = classes[objects] + 1
+        labels[best_iou < positive_iou] = NEUTRAL
+        labels[best_iou < negative_iou] = BACKGROUND
+    if len(crowd_boxes) > 0:
+        in_crowd = pairwise_ioa(Boxes(crowd_boxes), corners).amax(dim=0) > crowd_ioa
+        labels[in_crowd & (labels <= 0)] = NEUTRAL
+    return PriorMatches(labels, objects)
+
+
+def _force_best_priors(iou: Tensor) -> tuple[Tensor, Tensor]:
+    """Give each object one prior: repeatedly the pair of the highest IoU, then both are taken.
+
+    Args:
+        iou: (N, A).
+
+    Returns:
+        objects (n,), priors (n,) with n = min(N, A); both int64.
+    """
+    num_objects, num_priors = iou.shape
+    # N objects take at most N priors, so an object's N best ones always hold a free one: the greedy
+    # choice needs N·N numbers instead of N passes over N·A.
+    values, candidates = iou.topk(min(num_objects, num_priors), dim=1)
+    order = values.flatten().sort(descending=True, stable=True).indices.tolist()
+    candidate_list, width = candidates.tolist(), candidates.shape[1]
+    prior_of: dict[int, int] = {}
+    taken: set[int] = set()
+    for pair in order:
+        obj, prior = pair // width, candidate_list[pair // width][pair % width]
+        if obj not in prior_of and prior not in taken:
+            prior_of[obj] = prior
+            taken.add(prior)
+    device = iou.device
+    return (
+        torch.tensor(list(prior_of.keys()), dtype=torch.int64, device=device),
+        torch.tensor(list(prior_of.values()), dtype=torch.int64, device=device),
+    )

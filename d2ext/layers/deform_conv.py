@@ -1,0 +1,82 @@
+"""Modulated deformable convolution (DCNv2, arXiv 1811.11168) on torchvision's operator.
+
+Shapes: B images, C channels, H×W input cells, h×w output cells, K = kernel_h·kernel_w taps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import deform_conv2d
+
+
+class ModulatedDeformConv(nn.Module):
+    """3x3-style convolution whose taps move and are weighted by what an inner convolution predicts.
+
+    The inner convolution ``offset_mask`` has 3K output channels. The first 2K are offsets in cells,
+    interleaved (y, x) per tap in row-major tap order; the last K are logits of the tap weights, which
+    pass a plain sigmoid. It starts at zero, so that a new layer samples the regular grid with all
+    weights at 0.5 (yolact/NOTES.md §2 and §11).
+
+    Args:
+        in_channels, out_channels: channels of the input and of the output.
+        kernel_size, stride, padding, dilation: as in :class:`torch.nn.Conv2d`, square only.
+        bias: adds one learnable value to each output channel.
+        norm: module applied to the output, or None.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        *,
+        stride: int = 1,
+        padding: int = 1,
+        dilation: int = 1,
+        bias: bool = True,
+        norm: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.stride = stride
+        self.padding = padding
+        self.dilation = dilation
+        self.taps = kernel_size**2
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        self.offset_mask = nn.Conv2d(
+            in_channels,
+            3 * self.taps,
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+        )
+        self.norm = norm
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.offset_mask.weight)
+        nn.init.zeros_(self.offset_mask.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) → (B, out_channels, h, w)."""
+        predicted = self.offset_mask(x)
+        offsets, logits = predicted.split([2 * self.taps, self.taps], dim=1)
+        # The operator wants one dtype for all its arguments; under autocast the convolution above
+        # answers in low precision while x may not have been cast yet.
+        dtype = predicted.dtype
+        x = deform_conv2d(
+            x.to(dtype),
+            offsets.contiguous(),
+            self.weight.to(dtype),
+            None if self.bias is None else self.bias.to(dtype),
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            mask=logits.sigmoid(),
+        )
+        return x if self.norm is None else self.norm(x)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, taps={self.taps}, stride={self.stride}"

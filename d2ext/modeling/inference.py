@@ -1,0 +1,156 @@
+"""Faster inference for any system: lower precision, channels-last memory, CUDA graphs, compilation.
+
+A system splits its inference into a network (images → raw predictions) and a decoder (raw predictions
+→ tensors whose shapes do not depend on values), and calls them through :class:`InferenceNetwork`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import FrozenBatchNorm2d
+from torch import Tensor, nn
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_MODES = ("eager", "cudagraph", "compile")
+# Runs before a capture or a measurement: lazily created handles and algorithm choices settle.
+_WARMUP_RUNS = 3
+
+
+def add_inference_config(cfg: CfgNode) -> None:
+    """Add the keys of :class:`InferenceNetwork` to ``cfg``, in place. All is off by default."""
+    cfg.MODEL.INFERENCE = CfgNode()
+    # "eager"; "cudagraph" replays one captured graph per input shape (NVIDIA GPUs);
+    # "compile" runs torch.compile (any device, a minute or more at the first image of a shape).
+    cfg.MODEL.INFERENCE.MODE = "eager"
+    # Arithmetic of the network: "float32", "bfloat16" or "float16". Decoding stays in float32.
+    cfg.MODEL.INFERENCE.DTYPE = "float32"
+    # Channels-last memory format, which convolutions in low precision want on NVIDIA GPUs.
+    cfg.MODEL.INFERENCE.CHANNELS_LAST = False
+
+
+def fold_norms(module: nn.Module) -> None:
+    """Fold batch norms, in place, into the convolutions that hold them as ``norm``.
+
+    Takes what Detectron2's ``Conv2d`` and d2ext's convolutions look like: ``weight`` (O, I, kh, kw),
+    ``bias``, ``norm``. Norms whose statistics depend on the input stay.
+    """
+    for conv in module.modules():
+        norm = getattr(conv, "norm", None)
+        if not isinstance(norm, (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)):
+            continue
+        scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
+        shift = norm.bias.double() - norm.running_mean.double() * scale
+        weight = conv.weight
+        if conv.bias is not None:
+            shift = shift + conv.bias.double() * scale
+        folded = weight.double() * scale[:, None, None, None]
+        conv.weight = nn.Parameter(folded.to(weight.dtype), requires_grad=False)
+        conv.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=False)
+        conv.norm = None
+
+
+class InferenceNetwork:
+    """Runs ``decode(network(images))``, on a prepared copy of the network where that is faster.
+
+    The copy has its batch norms folded, the wanted dtype and memory format; it is made at the first
+    call and again whenever the network's weights have changed.
+
+    Args:
+        network: module of one argument, images (B, 3, H, W) float32.
+        decode: function of its output, returning tensors of value-independent shapes (except in mode
+            "eager", where any shapes will do).
+        mode: "eager", "cudagraph" or "compile".
+        dtype: "float32", "bfloat16" or "float16".
+        channels_last: run the copy in channels-last memory format.
+
+    Raises:
+        ValueError: unknown mode or dtype; a CUDA graph asked for on another device.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        decode: Callable[[Any], tuple[Tensor, ...]],
+        *,
+        mode: str = "eager",
+        dtype: str = "float32",
+        channels_last: bool = False,
+    ) -> None:
+        if mode not in _MODES:
+            raise ValueError(f'MODEL.INFERENCE.MODE is one of {_MODES}, not "{mode}".')
+        if dtype not in _DTYPES:
+            raise ValueError(f'MODEL.INFERENCE.DTYPE is one of {tuple(_DTYPES)}, not "{dtype}".')
+        self.network = network
+        self.decode = decode
+        self.mode = mode
+        self.dtype = _DTYPES[dtype]
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._plain = mode == "eager" and dtype == "float32" and not channels_last
+        self._prepared: nn.Module | None = None
+        self._fingerprint: tuple[Any, ...] = ()
+        self._compiled: Callable[[Tensor], tuple[Tensor, ...]] | None = None
+        self._graphs: dict[torch.Size, _CapturedGraph] = {}
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
+        """images (B, 3, H, W) float32 → what ``decode`` returns; the tensors are the caller's."""
+        if self._plain:
+            return self.decode(self.network(images))
+        self._prepare()
+        images = images.to(self.dtype, memory_format=self.memory_format)
+        if self.mode == "eager":
+            return self._run(images)
+        if self.mode == "compile":
+            assert self._compiled is not None
+            return self._compiled(images)
+        if images.device.type != "cuda":
+            raise ValueError(
+                'MODEL.INFERENCE.MODE "cudagraph" needs an NVIDIA GPU and the model is on '
+                f'"{images.device}": set it to "eager" or "compile".'
+            )
+        if images.shape not in self._graphs:
+            self._graphs[images.shape] = _CapturedGraph(self._run, images)
+        return self._graphs[images.shape](images)
+
+    def _run(self, images: Tensor) -> tuple[Tensor, ...]:
+        assert self._prepared is not None
+        return self.decode(self._prepared(images))
+
+    def _prepare(self) -> None:
+        tensors = [*self.network.parameters(), *self.network.buffers()]
+        fingerprint = (tensors[0].device, *((id(x), x._version) for x in tensors))
+        if fingerprint == self._fingerprint:
+            return
+        prepared = copy.deepcopy(self.network).eval().requires_grad_(False)
+        fold_norms(prepared)
+        self._prepared = prepared.to(dtype=self.dtype, memory_format=self.memory_format)
+        self._fingerprint = fingerprint
+        self._graphs.clear()
+        if self.mode == "compile":
+            self._compiled = torch.compile(self._run, dynamic=False)
+
+
+class _CapturedGraph:
+    """A CUDA graph of ``function`` for inputs of one shape, dtype and memory format."""
+
+    def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]], example: Tensor) -> None:
+        self.input = example.clone()
+        stream = torch.cuda.Stream(example.device)
+        stream.wait_stream(torch.cuda.current_stream(example.device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARMUP_RUNS):
+                function(self.input)
+        torch.cuda.current_stream(example.device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = function(self.input)
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
+        self.input.copy_(images)
+        self.graph.replay()
+        # The next replay overwrites the graph's memory.
+        return tuple(x.clone() for x in self.outputs)

@@ -1,0 +1,122 @@
+"""Published YOLACT parameter names → ours (yolact/NOTES.md §10)."""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor
+
+from d2ext.checkpoint.convert import (
+    ConversionError,
+    Rule,
+    StateDict,
+    apply_rules,
+    register_converter,
+)
+
+_BOTTOM_UP = "backbone.bottom_up."
+# The published lists run from the coarsest level to the finest.
+_LEVEL = {"0": 5, "1": 4, "2": 3}
+_PROTO_LAYER = {"0": "conv1", "2": "conv2", "4": "conv3", "8": "conv4", "10": "output"}
+_HEAD_LAYER = {
+    "upfeature.0": "tower",
+    "bbox_layer": "offsets",
+    "conf_layer": "logits",
+    "mask_layer": "coefficients",
+}
+
+
+def _mask_scorer_layer(match: re.Match[str]) -> str:
+    index = int(match[1])
+    layer = "output" if index == 10 else f"convs.{index // 2}"
+    return f"criterion.mask_scorer.{layer}.{match[2]}"
+
+
+_PYRAMID_AND_HEADS = (
+    Rule(r"fpn\.lat_layers\.([012])\.(\w+)", lambda m: f"backbone.lateral{_LEVEL[m[1]]}.{m[2]}"),
+    Rule(r"fpn\.pred_layers\.([012])\.(\w+)", lambda m: f"backbone.output{_LEVEL[m[1]]}.{m[2]}"),
+    Rule(
+        r"fpn\.downsample_layers\.([01])\.(\w+)",
+        lambda m: f"backbone.downsample{6 + int(m[1])}.{m[2]}",
+    ),
+    # version 1.0 wrote more levels than it used
+    Rule(r"fpn\.downsample_layers\.\d+\.\w+", None),
+    Rule(
+        r"proto_net\.(0|2|4|8|10)\.(\w+)", lambda m: f"head.prototypes.{_PROTO_LAYER[m[1]]}.{m[2]}"
+    ),
+    Rule(
+        r"prediction_layers\.0\.(upfeature\.0|bbox_layer|conf_layer|mask_layer)\.(\w+)",
+        lambda m: f"head.predictor.{_HEAD_LAYER[m[1]]}.{m[2]}",
+    ),
+    Rule(r"semantic_seg_conv\.(\w+)", r"head.semantic.\1"),
+    Rule(r"maskiou_net\.maskiou_net\.(0|2|4|6|8|10)\.(\w+)", _mask_scorer_layer),
+)
+
+
+def _resnet(prefix: str, rest: str) -> str:
+    return f"{_BOTTOM_UP}res{int(prefix) + 2}.{rest}"
+
+
+_RESNET = (
+    Rule(r"backbone\.conv1\.weight", f"{_BOTTOM_UP}stem.conv1.weight"),
+    Rule(r"backbone\.bn1\.(\w+)", rf"{_BOTTOM_UP}stem.conv1.norm.\1"),
+    Rule(r"backbone\.layers\.(\d)\.(\d+\.conv\d\.(?:weight|bias))", lambda m: _resnet(m[1], m[2])),
+    Rule(
+        r"backbone\.layers\.(\d)\.(\d+)\.conv2\.conv_offset_mask\.(\w+)",
+        lambda m: _resnet(m[1], f"{m[2]}.conv2.offset_mask.{m[3]}"),
+    ),
+    Rule(
+        r"backbone\.layers\.(\d)\.(\d+)\.bn(\d)\.(\w+)",
+        lambda m: _resnet(m[1], f"{m[2]}.conv{m[3]}.norm.{m[4]}"),
+    ),
+    Rule(
+        r"backbone\.layers\.(\d)\.(\d+)\.downsample\.0\.weight",
+        lambda m: _resnet(m[1], f"{m[2]}.shortcut.weight"),
+    ),
+    Rule(
+        r"backbone\.layers\.(\d)\.(\d+)\.downsample\.1\.(\w+)",
+        lambda m: _resnet(m[1], f"{m[2]}.shortcut.norm.{m[3]}"),
+    ),
+    # version 1.0 wrote torchvision's names beside its own
+    Rule(r"backbone\.layer\d\..*", None),
+)
+
+
+def _darknet_leaf(index: str, leaf: str) -> str:
+    """0 is a convolution, 1 its norm."""
+    return leaf if index == "0" else f"norm.{leaf}"
+
+
+_DARKNET = (
+    Rule(
+        r"backbone\._preconv\.([01])\.(\w+)",
+        lambda m: f"{_BOTTOM_UP}stem.{_darknet_leaf(m[1], m[2])}",
+    ),
+    Rule(
+        r"backbone\.layers\.(\d)\.0\.([01])\.(\w+)",
+        lambda m: f"{_BOTTOM_UP}dark{int(m[1]) + 1}.0.{_darknet_leaf(m[2], m[3])}",
+    ),
+    Rule(
+        r"backbone\.layers\.(\d)\.(\d+)\.conv([12])\.([01])\.(\w+)",
+        lambda m: f"{_BOTTOM_UP}dark{int(m[1]) + 1}.{m[2]}.conv{m[3]}.{_darknet_leaf(m[4], m[5])}",
+    ),
+)
+
+
+@register_converter("yolact")
+def convert_yolact(state_dict: StateDict) -> dict[str, Tensor]:
+    """Published YOLACT or YOLACT++ checkpoint of any backbone → :class:`YOLACT`'s state dict.
+
+    Left out are what version 1.0 wrote twice: ``backbone.layer*`` and
+    ``fpn.downsample_layers.N`` for N >= 2.
+
+    Raises:
+        ConversionError: the names are not those of a YOLACT checkpoint.
+    """
+    if "prediction_layers.0.bbox_layer.weight" not in state_dict:
+        raise ConversionError(
+            'A YOLACT checkpoint has "prediction_layers.0.bbox_layer.weight" and this one has not: '
+            "it belongs to another system, or is already converted."
+        )
+    backbone = _DARKNET if "backbone._preconv.0.weight" in state_dict else _RESNET
+    return apply_rules(state_dict, (*_PYRAMID_AND_HEADS, *backbone))

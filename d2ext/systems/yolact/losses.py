@@ -1,0 +1,288 @@
+"""YOLACT's losses (arXiv 1904.02689, section 3; yolact/NOTES.md §5 and §6).
+
+Letters: B images, A priors, C thing classes, k prototypes, h×w prototype cells, n objects of an
+image, P positives of the batch, M positives of which masks are computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from detectron2.utils import comm
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from d2ext.codecs.prior_boxes import BACKGROUND, PriorMatches, encode_boxes, match_priors
+from d2ext.layers import assemble_masks
+from d2ext.systems.yolact.head import MaskScorer, YOLACTPredictions
+
+# A cell of a resized mask belongs to the object above this (yolact/NOTES.md §6).
+_TARGET_THRESHOLD = 0.5
+
+
+class YOLACTTargets(NamedTuple):
+    """Ground truth of one image, on the network input."""
+
+    boxes: Tensor
+    """(n, 4) corner form, relative to the input (0..1), sides > 0."""
+    classes: Tensor
+    """(n,) int64, from 0."""
+    masks: Tensor
+    """(n, H, W) of any float dtype, 0 or 1, at any size."""
+    crowd_boxes: Tensor
+    """(c, 4) as ``boxes``."""
+
+
+def mine_negatives(logits: Tensor, labels: Tensor, negatives_per_positive: int) -> Tensor:
+    """Choose the hardest background priors of each image.
+
+    Hardness is -log p(background). Neutral and positive priors are never chosen.
+
+    Args:
+        logits: (B, A, C + 1).
+        labels: (B, A) as :class:`PriorMatches`.
+
+    Returns:
+        (B, A) bool; an image has ``negatives_per_positive`` times its positives, A - 1 at most.
+    """
+    with torch.no_grad():
+        hardness = logits.float().logsumexp(dim=2) - logits[..., 0].float()
+        hardness = hardness.masked_fill(labels != BACKGROUND, -1.0)
+        rank = hardness.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        wanted = negatives_per_positive * (labels > 0).sum(dim=1, keepdim=True)
+        wanted = wanted.clamp(max=labels.shape[1] - 1)
+        return (rank < wanted) & (labels == BACKGROUND)
+
+
+def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """(n, H, W) → (n, *size), 0 or 1: bilinear without antialiasing, thresholded."""
+    if len(masks) == 0:
+        return masks.new_zeros((0, *size))
+    resized = F.interpolate(masks[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+    return (resized > _TARGET_THRESHOLD).to(masks.dtype)
+
+
+class YOLACTCriterion(nn.Module):
+    """Matches priors with ground truth and sums up the losses.
+
+    Args:
+        mask_scorer: YOLACT++'s re-scoring net, or None for no such loss.
+        box_weight ... mask_iou_weight: factors of the terms.
+        positive_iou, negative_iou, crowd_ioa: see :func:`match_priors`.
+        negatives_per_positive: see :func:`mine_negatives`.
+        max_masks: positives of an image that enter the mask loss; a random choice beyond that.
+        min_mask_iou_area: prototype cells that an object must exceed to enter the re-scoring loss.
+        normalizer: "local" or "global", how the number of positives is counted over processes.
+    """
+
+    def __init__(
+        self,
+        *,
+        mask_scorer: MaskScorer | None = None,
+        box_weight: float = 1.5,
+        class_weight: float = 1.0,
+        mask_weight: float = 6.125,
+        semantic_weight: float = 1.0,
+        mask_iou_weight: float = 25.0,
+        positive_iou: float = 0.5,
+        negative_iou: float = 0.4,
+        crowd_ioa: float = 0.7,
+        negatives_per_positive: int = 3,
+        max_masks: int = 100,
+        min_mask_iou_area: float = 25.0,
+        normalizer: str = "local",
+    ) -> None:
+        super().__init__()
+        if normalizer not in ("local", "global"):
+            raise ValueError(
+                f'MODEL.YOLACT.LOSS.NORMALIZER is "local" or "global", not "{normalizer}".'
+            )
+        self.mask_scorer = mask_scorer
+        self.box_weight = box_weight
+        self.class_weight = class_weight
+        self.mask_weight = mask_weight
+        self.semantic_weight = semantic_weight
+        self.mask_iou_weight = mask_iou_weight
+        self.positive_iou = positive_iou
+        self.negative_iou = negative_iou
+        self.crowd_ioa = crowd_ioa
+        self.negatives_per_positive = negatives_per_positive
+        self.max_masks = max_masks
+        self.min_mask_iou_area = min_mask_iou_area
+        self.normalizer = normalizer
+
+    def match(self, priors: Tensor, targets: Sequence[YOLACTTargets]) -> list[PriorMatches]:
+        """Match the priors (A, 4) with each image's objects."""
+        return [
+            match_priors(
+                priors,
+                target.boxes,
+                target.classes,
+                target.crowd_boxes,
+                positive_iou=self.positive_iou,
+                negative_iou=self.negative_iou,
+                crowd_ioa=self.crowd_ioa,
+            )
+            for target in targets
+        ]
+
+    def forward(
+        self, predictions: YOLACTPredictions, priors: Tensor, targets: Sequence[YOLACTTargets]
+    ) -> dict[str, Tensor]:
+        """Losses of a batch.
+
+        Args:
+            predictions: of the network.
+            priors: (A, 4) centre form.
+            targets: one per image.
+
+        Returns:
+            ``loss_box``, ``loss_class``, ``loss_mask`` and, where the model has the heads,
+            ``loss_semantic``, ``loss_mask_iou``: scalars, weighted.
+        """
+        matches = self.match(priors, targets)
+        labels = torch.stack([m.labels for m in matches])
+        image_of, prior_of = (labels > 0).nonzero(as_tuple=True)
+        object_of = torch.stack([m.objects for m in matches])[image_of, prior_of]
+        boxes = torch.cat([target.boxes for target in targets])
+        firsts = self._first_objects(targets, labels.device)
+        box_of = boxes[firsts[image_of] + object_of]
+        normalizer = self._count(len(image_of), labels.device)
+
+        losses = {
+            "loss_box": self._box_loss(
+                predictions.offsets[image_of, prior_of], box_of, priors[prior_of]
+            )
+            * (self.box_weight / normalizer),
+            "loss_class": self._class_loss(predictions.logits, labels)
+            * (self.class_weight / normalizer),
+        }
+        loss_mask, loss_mask_iou = self._mask_losses(
+            predictions, targets, labels, image_of, prior_of, object_of, box_of
+        )
+        losses["loss_mask"] = loss_mask * (self.mask_weight / normalizer)
+        if loss_mask_iou is not None:
+            losses["loss_mask_iou"] = loss_mask_iou * (self.mask_iou_weight / normalizer)
+        if predictions.semantic_logits is not None:
+            losses["loss_semantic"] = self.semantic_weight * self._semantic_loss(
+                predictions.semantic_logits, targets
+            )
+        return losses
+
+    @staticmethod
+    def _first_objects(targets: Sequence[YOLACTTargets], device: torch.device) -> Tensor:
+        """(B,) index of each image's first object in the concatenation of all objects."""
+        counts = torch.tensor([0, *(len(t.boxes) for t in targets[:-1])], device=device)
+        return counts.cumsum(0)
+
+    def _count(self, positives: int, device: torch.device) -> Tensor:
+        """Number of positives to divide by, 1 at least, float32."""
+        count = torch.tensor(float(positives), device=device)
+        if self.normalizer == "global" and comm.get_world_size() > 1:
+            torch.distributed.all_reduce(count)
+            count = count / comm.get_world_size()
+            return count.clamp(min=1.0 / comm.get_world_size())
+        return count.clamp(min=1.0)
+
+    @staticmethod
+    def _box_loss(offsets: Tensor, boxes: Tensor, priors: Tensor) -> Tensor:
+        target = encode_boxes(boxes, priors)
+        return F.smooth_l1_loss(offsets.float(), target, beta=1.0, reduction="sum")
+
+    def _class_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        chosen = mine_negatives(logits, labels, self.negatives_per_positive) | (labels > 0)
+        return F.cross_entropy(logits[chosen].float(), labels[chosen], reduction="sum")
+
+    def _mask_losses(
+        self,
+        predictions: YOLACTPredictions,
+        targets: Sequence[YOLACTTargets],
+        labels: Tensor,
+        image_of: Tensor,
+        prior_of: Tensor,
+        object_of: Tensor,
+        box_of: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Sums of the mask loss and (with a re-scoring net) of the mask IoU loss; not normalised."""
+        chosen, scale = self._choose_masks(image_of, len(targets))
+        image_of, prior_of, object_of, box_of = (
+            x[chosen] for x in (image_of, prior_of, object_of, box_of)
+        )
+        grid = (predictions.prototypes.shape[1], predictions.prototypes.shape[2])
+        # (objects of the batch, h, w), then one target per positive: (M, h, w)
+        per_object = torch.cat([resize_masks(target.masks, grid) for target in targets])
+        firsts = self._first_objects(targets, labels.device)
+        target_masks = per_object[firsts[image_of] + object_of].float()
+        masks = assemble_masks(
+            predictions.prototypes,
+            predictions.coefficients[image_of, prior_of],
+            box_of,
+            image_of,
+        ).float()
+        # Outside the (widened) box the prediction is 0; binary cross-entropy there is 0 as well, or
+        # 100 where the target reaches out of its box, as published.
+        pixel_loss = _binary_cross_entropy(masks, target_masks)
+        sides = box_of[:, 2:] - box_of[:, :2]
+        area = sides[:, 0] * grid[1] * sides[:, 1] * grid[0]
+        loss_mask = (pixel_loss.sum(dim=(1, 2)) / area * scale[image_of]).sum()
+        if self.mask_scorer is None:
+            return loss_mask, None
+        classes = labels[image_of, prior_of] - 1
+        return loss_mask, self._mask_iou_loss(masks, target_masks, classes)
+
+    def _choose_masks(self, image_of: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
+        """Which of the P positives enter the mask loss, and what an image's sum is multiplied by.
+
+        Returns:
+            indices (M,) into the positives, factors (B,) = all / chosen positives of the image.
+        """
+        counts = torch.bincount(image_of, minlength=num_images)
+        scale = counts.clamp(min=1) / counts.clamp(min=1, max=self.max_masks)
+        if int(counts.max()) <= self.max_masks:
+            return torch.arange(len(image_of), device=image_of.device), scale
+        chosen = []
+        for i in range(num_images):
+            indices = (image_of == i).nonzero()[:, 0]
+            order = torch.randperm(len(indices), device=indices.device)
+            chosen.append(indices[order[: self.max_masks]])
+        return torch.cat(chosen), scale
+
+    def _mask_iou_loss(self, masks: Tensor, target_masks: Tensor, classes: Tensor) -> Tensor:
+        """Smooth L1 between the predicted IoU of each mask and the actual one; summed."""
+        assert self.mask_scorer is not None
+        large = target_masks.sum(dim=(1, 2)) > self.min_mask_iou_area
+        masks, target_masks, classes = masks[large], target_masks[large], classes[large]
+        if len(masks) == 0:
+            return masks.sum() + 0.0 * sum(p.sum() for p in self.mask_scorer.parameters())
+        predicted = self.mask_scorer(masks).gather(1, classes[:, None])[:, 0]
+        return F.smooth_l1_loss(
+            predicted.float(), mask_iou(masks, target_masks), beta=1.0, reduction="sum"
+        )
+
+    @staticmethod
+    def _semantic_loss(logits: Tensor, targets: Sequence[YOLACTTargets]) -> Tensor:
+        """BCE of the union of each class's objects, summed; over the cells and the images."""
+        num_images, _, rows, columns = logits.shape
+        union = torch.zeros_like(logits, dtype=torch.float32)
+        for i, target in enumerate(targets):
+            masks = resize_masks(target.masks, (rows, columns)).float()
+            union[i].index_reduce_(0, target.classes, masks, "amax")
+        loss = F.binary_cross_entropy_with_logits(logits.float(), union, reduction="sum")
+        return loss / (rows * columns * num_images)
+
+
+def _binary_cross_entropy(probabilities: Tensor, target: Tensor) -> Tensor:
+    """Element-wise; PyTorch's own is refused under autocast although its input is float32 here."""
+    with torch.autocast(probabilities.device.type, enabled=False):
+        return F.binary_cross_entropy(probabilities.clamp(0, 1), target, reduction="none")
+
+
+def mask_iou(masks: Tensor, target_masks: Tensor) -> Tensor:
+    """IoU of soft masks (N, h, w), thresholded, with binary ones; (N,), 0 where both are empty."""
+    with torch.no_grad():
+        binary = (masks > _TARGET_THRESHOLD).to(target_masks.dtype)
+        intersection = (binary * target_masks).sum(dim=(1, 2))
+        union = binary.sum(dim=(1, 2)) + target_masks.sum(dim=(1, 2)) - intersection
+        return intersection / union.clamp(min=1)

@@ -1,0 +1,193 @@
+"""From YOLACT's raw predictions to detections (arXiv 1904.02689, section 5; yolact/NOTES.md §7).
+
+Everything up to the choice of detections has shapes that do not depend on the values, so that it can
+be compiled or captured into a CUDA graph; empty slots have score -1.
+
+Letters: B images, A priors, C thing classes, k prototypes, K candidates, D detection slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.ops import batched_nms
+
+# Score of an empty slot and of a suppressed candidate.
+EMPTY = -1.0
+
+
+class Detections(NamedTuple):
+    """Detections of a batch before their masks are assembled, best first."""
+
+    boxes: Tensor
+    """(B, D, 4) corner form, relative to the input, neither clipped nor ordered."""
+    scores: Tensor
+    """(B, D) in 0..1, or :data:`EMPTY`."""
+    classes: Tensor
+    """(B, D) int64, from 0."""
+    coefficients: Tensor
+    """(B, D, k)."""
+
+
+def _gather(values: Tensor, index: Tensor) -> Tensor:
+    """values (B, A, v), index (B, ...) into A → (B, ..., v)."""
+    flat = index.flatten(1)
+    gathered = values.gather(1, flat[..., None].expand(-1, -1, values.shape[-1]))
+    return gathered.reshape(*index.shape, values.shape[-1])
+
+
+def _take_best(
+    boxes: Tensor, coefficients: Tensor, scores: Tensor, priors: Tensor, classes: Tensor, limit: int
+) -> Detections:
+    """Keep the best ``limit`` of scored candidates.
+
+    Args:
+        boxes, coefficients: (B, A, 4), (B, A, k).
+        scores, priors, classes: (B, n): score or EMPTY, index into A, class of each candidate.
+    """
+    best, order = scores.topk(min(limit, scores.shape[1]), dim=1)
+    chosen = priors.gather(1, order)
+    return Detections(
+        _gather(boxes, chosen), best, classes.gather(1, order), _gather(coefficients, chosen)
+    )
+
+
+def _suppressed(boxes: Tensor, threshold: float) -> Tensor:
+    """Fast NMS: which boxes overlap a better one, whether that one is suppressed itself or not.
+
+    Args:
+        boxes: (..., K, 4), best first.
+
+    Returns:
+        (..., K) bool.
+    """
+    top_left = torch.maximum(boxes[..., :, None, :2], boxes[..., None, :, :2])
+    bottom_right = torch.minimum(boxes[..., :, None, 2:], boxes[..., None, :, 2:])
+    overlap = (bottom_right - top_left).clamp(min=0)
+    intersection = overlap[..., 0] * overlap[..., 1]
+    area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+    iou = intersection / (area[..., :, None] + area[..., None, :] - intersection)
+    # Row i suppresses column j > i. A box without area has IoU 0/0 with itself only.
+    return (iou.triu(diagonal=1) > threshold).any(dim=-2)
+
+
+def fast_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    coefficients: Tensor,
+    *,
+    score_threshold: float = 0.05,
+    iou_threshold: float = 0.5,
+    top_k: int = 200,
+    max_detections: int = 100,
+) -> Detections:
+    """Fast NMS within each class.
+
+    A prior whose best score exceeds ``score_threshold`` competes in every class, and nothing else is
+    asked of its score there: the published behaviour, which nearly always returns
+    ``max_detections``.
+
+    Args:
+        boxes: (B, A, 4) corner form.
+        scores: (B, A, C), background left out.
+        coefficients: (B, A, k).
+    """
+    num_classes = scores.shape[2]
+    candidate = scores.amax(dim=2, keepdim=True) > score_threshold
+    by_class = torch.where(candidate, scores, EMPTY).transpose(1, 2)
+    best, priors = by_class.topk(min(top_k, by_class.shape[2]), dim=2)  # (B, C, K)
+    best = best.masked_fill(_suppressed(_gather(boxes, priors), iou_threshold), EMPTY)
+    classes = torch.arange(num_classes, device=scores.device)[None, :, None].expand_as(priors)
+    return _take_best(
+        boxes, coefficients, best.flatten(1), priors.flatten(1), classes.flatten(1), max_detections
+    )
+
+
+def cross_class_fast_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    coefficients: Tensor,
+    *,
+    score_threshold: float = 0.05,
+    iou_threshold: float = 0.5,
+    top_k: int = 200,
+    max_detections: int = 100,
+) -> Detections:
+    """Fast NMS over each prior's best class; up to ``top_k`` detections.
+
+    ``max_detections`` is not applied, as published (yolact/NOTES.md §7.3). Shapes as
+    :func:`fast_nms`.
+    """
+    best, classes = scores.max(dim=2)
+    best = torch.where(best > score_threshold, best, EMPTY)
+    best, priors = best.topk(min(top_k, best.shape[1]), dim=1)
+    best = best.masked_fill(_suppressed(_gather(boxes, priors), iou_threshold), EMPTY)
+    return _take_best(boxes, coefficients, best, priors, classes.gather(1, priors), top_k)
+
+
+def traditional_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    coefficients: Tensor,
+    *,
+    score_threshold: float = 0.05,
+    iou_threshold: float = 0.5,
+    input_size: int = 550,
+    max_detections: int = 100,
+) -> Detections:
+    """Greedy NMS within each class, on whole-pixel conventions.
+
+    Boxes are scaled by ``input_size``, sides and overlaps count one pixel more than their
+    difference, and a box is suppressed from IoU = ``iou_threshold`` on (yolact/NOTES.md §7.4). Shapes as
+    :func:`fast_nms`; the number of candidates depends on the values, so this one cannot be captured.
+    """
+    # "From the threshold on" is "above the number before it"; float64 keeps the comparison exact.
+    below = torch.nextafter(
+        torch.tensor(iou_threshold, dtype=torch.float64), torch.tensor(0.0).double()
+    )
+    results = []
+    for image_boxes, image_scores, image_coefficients in zip(
+        boxes, scores, coefficients, strict=True
+    ):
+        priors, classes = (image_scores > score_threshold).nonzero(as_tuple=True)
+        kept_scores = image_scores[priors, classes]
+        pixels = image_boxes[priors].double() * input_size
+        pixels[:, 2:] += 1
+        kept = batched_nms(pixels, kept_scores.double(), classes, float(below))[:max_detections]
+        priors, classes = priors[kept], classes[kept]
+        padding = (0, max_detections - len(kept))
+        results.append(
+            Detections(
+                torch.nn.functional.pad(image_boxes[priors], (0, 0, *padding)),
+                torch.nn.functional.pad(kept_scores[kept], padding, value=EMPTY),
+                torch.nn.functional.pad(classes, padding),
+                torch.nn.functional.pad(image_coefficients[priors], (0, 0, *padding)),
+            )
+        )
+    return Detections(*(torch.stack(part) for part in zip(*results, strict=True)))
+
+
+def pixel_boxes(boxes: Tensor, height: int, width: int, *, truncate: bool) -> Tensor:
+    """Relative boxes (N, 4) → ordered, clipped boxes in pixels of the image, float32.
+
+    Coordinates are clipped to [0, width] and [0, height]; ``truncate`` cuts them to whole pixels, as the
+    published evaluation does (yolact/NOTES.md §7.7).
+    """
+    scaled = boxes.float() * boxes.new_tensor([width, height, width, height], dtype=torch.float32)
+    low, high = (
+        torch.minimum(scaled[:, :2], scaled[:, 2:]),
+        torch.maximum(scaled[:, :2], scaled[:, 2:]),
+    )
+    limit = scaled.new_tensor([width, height])
+    pixels = torch.cat([low.clamp(min=0).minimum(limit), high.clamp(min=0).minimum(limit)], dim=1)
+    return pixels.trunc() if truncate else pixels
+
+
+NMS: dict[str, Callable[..., Detections]] = {
+    "fast": fast_nms,
+    "cross_class_fast": cross_class_fast_nms,
+    "traditional": traditional_nms,
+}

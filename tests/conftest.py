@@ -1,0 +1,48 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def find_real_data() -> Path | None:
+    """The folder that holds the real ``coco/``, or None."""
+    candidates = [os.environ.get("DETECTRON2_DATASETS"), REPOSITORY.parent / "shared" / "data"]
+    for candidate in candidates:
+        if candidate and (Path(candidate) / "coco/annotations/instances_val2017.json").is_file():
+            return Path(candidate)
+    return None
+
+
+# Detectron2 reads the variable when it registers its built-in data sets, that is on import.
+if (_found := find_real_data()) is not None:
+    os.environ.setdefault("DETECTRON2_DATASETS", str(_found))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder with the real images (``coco/``, ``landmarks/``, ``video/``, ``flow/``)."""
+    found = find_real_data()
+    if found is None:
+        pytest.skip("real images not found: set DETECTRON2_DATASETS or provide ../shared/data")
+    return found
+
+
+@pytest.fixture(scope="session")
+def real_coco(real_data: Path) -> Path:
+    """Folder ``coco/`` of the real images, in the official layout."""
+    return real_data / "coco"
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """A CUDA device; the test is skipped on machines without one."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return torch.device("cuda")
