@@ -106,7 +106,7 @@ class PriorMatches(NamedTuple):
     labels: Tensor
     """(A,) int64: class + 1 for positives, :data:`BACKGROUND`, or :data:`NEUTRAL` (not trained)."""
     objects: Tensor
-    """(A,) int64: index of the object with which the prior overlaps most (or to which it is forced)."""
+    """(A,) int64: the object with which the prior overlaps most (or to which it is forced)."""
 
 
 def match_priors(
@@ -163,8 +163,12 @@ def _force_best_priors(iou: Tensor) -> tuple[Tensor, Tensor]:
     """
     num_objects, num_priors = iou.shape
     # N objects take at most N priors, so an object's N best ones always hold a free one: the greedy
-    # choice needs N·N numbers instead of N passes over N·A.
-    values, candidates = iou.topk(min(num_objects, num_priors), dim=1)
+    # choice needs N·N numbers instead of N passes over N·A. Equal IoUs are common (priors inside a
+    # large object); the first prior wins, as in a search for the maximum from the front. The
+    # decrement is below the spacing of float32 numbers above 0.02.
+    tie_break = torch.arange(num_priors, device=iou.device, dtype=torch.float64) * 1e-14
+    candidates = (iou.double() - tie_break).topk(min(num_objects, num_priors), dim=1).indices
+    values = iou.gather(1, candidates)
     order = values.flatten().sort(descending=True, stable=True).indices.tolist()
     candidate_list, width = candidates.tolist(), candidates.shape[1]
     prior_of: dict[int, int] = {}

@@ -63,20 +63,22 @@ class ModulatedDeformConv(nn.Module):
         """(B, in_channels, H, W) → (B, out_channels, h, w)."""
         predicted = self.offset_mask(x)
         offsets, logits = predicted.split([2 * self.taps, self.taps], dim=1)
-        # The operator wants one dtype for all its arguments; under autocast the convolution above
-        # answers in low precision while x may not have been cast yet.
+        # The operator wants one dtype for all its arguments, and has no kernels for bfloat16, nor for
+        # float16 on the CPU; it runs in float32 there and the result is cast back.
         dtype = predicted.dtype
-        x = deform_conv2d(
+        if dtype == torch.bfloat16 or (dtype == torch.float16 and not x.is_cuda):
+            dtype = torch.float32
+        output = deform_conv2d(
             x.to(dtype),
-            offsets.contiguous(),
+            offsets.to(dtype),
             self.weight.to(dtype),
             None if self.bias is None else self.bias.to(dtype),
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
-            mask=logits.sigmoid(),
-        )
-        return x if self.norm is None else self.norm(x)
+            mask=logits.to(dtype).sigmoid(),
+        ).to(predicted.dtype)
+        return output if self.norm is None else self.norm(output)
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, taps={self.taps}, stride={self.stride}"

@@ -268,8 +268,10 @@ class YOLACTCriterion(nn.Module):
         union = torch.zeros_like(logits, dtype=torch.float32)
         for i, target in enumerate(targets):
             masks = resize_masks(target.masks, (rows, columns)).float()
-            union[i].index_reduce_(0, target.classes, masks, "amax")
-        loss = F.binary_cross_entropy_with_logits(logits.float(), union, reduction="sum")
+            union[i].index_add_(0, target.classes, masks)
+        loss = F.binary_cross_entropy_with_logits(
+            logits.float(), union.clamp(max=1), reduction="sum"
+        )
         return loss / (rows * columns * num_images)
 
 

@@ -1,0 +1,112 @@
+"""Small models and inputs, for the tests of d2ext and of those who build on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.structures import BitMasks, Boxes, Instances
+
+from d2ext.config import get_cfg
+
+# Thing classes of every tiny model.
+NUM_CLASSES = 3
+
+
+def _tiny_yolact(cfg: CfgNode) -> None:
+    cfg.MODEL.META_ARCHITECTURE = "YOLACT"
+    cfg.MODEL.MASK_ON = True
+    cfg.MODEL.PIXEL_MEAN = [123.68, 116.78, 103.94]
+    cfg.MODEL.PIXEL_STD = [58.40, 57.12, 57.38]
+    cfg.MODEL.BACKBONE.NAME = "build_yolact_fpn_backbone"
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    cfg.MODEL.RESNETS.DEPTH = 18
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    cfg.MODEL.RESNETS.NORM = "BN"
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res3", "res4", "res5"]
+    cfg.MODEL.YOLACT.NUM_CLASSES = NUM_CLASSES
+    cfg.MODEL.YOLACT.INPUT_SIZE = 64
+    cfg.MODEL.YOLACT.FPN_CHANNELS = 16
+    cfg.MODEL.YOLACT.HEAD_CHANNELS = 16
+    cfg.MODEL.YOLACT.NUM_PROTOTYPES = 8
+    cfg.MODEL.YOLACT.NUM_EXTRA_LEVELS = 0
+    cfg.MODEL.YOLACT.ANCHORS.SCALES = [[12.0], [24.0], [48.0]]
+    cfg.MODEL.YOLACT.TEST.SCORE_THRESH = 0.0
+    cfg.MODEL.YOLACT.TEST.NMS_TOP_K = 20
+    cfg.MODEL.YOLACT.TEST.MAX_DETECTIONS = 10
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.INPUT.MASK_FORMAT = "bitmask"
+    cfg.INPUT.MIN_SIZE_TEST = 0
+
+
+_TINY: dict[str, Callable[[CfgNode], None]] = {"YOLACT": _tiny_yolact}
+
+
+def tiny_architectures() -> list[str]:
+    """Meta-architectures that :func:`tiny_config` knows: all that d2ext registers."""
+    return sorted(_TINY)
+
+
+def tiny_config(architecture: str) -> CfgNode:
+    """Config of a model that trains and predicts within a second on one CPU core.
+
+    Args:
+        architecture: one of :func:`tiny_architectures`.
+    """
+    cfg = get_cfg()
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.WEIGHTS = ""
+    cfg.SOLVER.IMS_PER_BATCH = 2
+    cfg.DATALOADER.NUM_WORKERS = 0
+    _TINY[architecture](cfg)
+    return cfg
+
+
+def random_inputs(
+    count: int = 2,
+    *,
+    objects: int = 3,
+    height: int = 60,
+    width: int = 80,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Training inputs in Detectron2's form: noise images with bright ellipses as objects.
+
+    Args:
+        count: images.
+        objects: of every image; 0 gives images without instances.
+        height, width: of every image, in pixels.
+        seed: of the generator; the same arguments give the same inputs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.arange(height)[:, None] + 0.5
+    columns = torch.arange(width)[None, :] + 0.5
+    inputs = []
+    for i in range(count):
+        image = torch.rand((3, height, width), generator=generator) * 80
+        masks = torch.zeros((objects, height, width), dtype=torch.bool)
+        for j in range(objects):
+            cy, cx, ry, rx = torch.rand(4, generator=generator).tolist()
+            cy, cx = height * (0.2 + 0.6 * cy), width * (0.2 + 0.6 * cx)
+            ry, rx = height * (0.08 + 0.15 * ry), width * (0.08 + 0.15 * rx)
+            masks[j] = ((rows - cy) / ry) ** 2 + ((columns - cx) / rx) ** 2 <= 1
+            image[j % 3][masks[j]] = 255
+        instances = Instances((height, width))
+        instances.gt_masks = BitMasks(masks)
+        instances.gt_boxes = (
+            instances.gt_masks.get_bounding_boxes() if objects else Boxes(torch.zeros(0, 4))
+        )
+        instances.gt_classes = torch.randint(0, NUM_CLASSES, (objects,), generator=generator)
+        inputs.append(
+            {
+                "image": image.to(torch.uint8),
+                "instances": instances,
+                "height": height,
+                "width": width,
+                "image_id": i,
+                "file_name": f"{i}.png",
+            }
+        )
+    return inputs
