@@ -1,1 +1,28 @@
-"""Data sets, mappers and augmentations."""
+"""Data sets, mappers, augmentations and loaders."""
+
+from d2ext.data.augmentations import AUGMENTATION_REGISTRY, build_augmentations
+from d2ext.data.build import build_test_loader, build_train_loader, get_dataset_dicts
+from d2ext.data.dataset_mapper import D2extDatasetMapper
+from d2ext.data.errors import (
+    AnnotationError,
+    DataError,
+    DatasetError,
+    ImageReadError,
+    SampleError,
+)
+from d2ext.data.image_io import read_image
+
+__all__ = [
+    "AUGMENTATION_REGISTRY",
+    "AnnotationError",
+    "D2extDatasetMapper",
+    "DataError",
+    "DatasetError",
+    "ImageReadError",
+    "SampleError",
+    "build_augmentations",
+    "build_test_loader",
+    "build_train_loader",
+    "get_dataset_dicts",
+    "read_image",
+]

@@ -1,7 +1,56 @@
-"""Settings of the data path."""
+"""Settings of the data path, beside Detectron2's ``INPUT``, ``DATASETS`` and ``DATALOADER``."""
 
 from detectron2.config import CfgNode
 
 
 def add_data_config(cfg: CfgNode) -> None:
     """Add the data keys to ``cfg``, in place."""
+    # True: the first unusable sample (broken image, impossible annotation) ends the run with its
+    # error. False: it is reported once and another sample takes its place; in evaluation it is
+    # reported and left out, so it counts as an image without detections.
+    cfg.INPUT.STRICT = False
+    # How many unusable samples in a row are replaced before the run ends with an error
+    cfg.INPUT.MAX_BAD_SAMPLES = 10
+
+    # Training augmentation
+    cfg.INPUT.AUGMENTATION = c = CfgNode()
+    # A recipe of d2ext.data.AUGMENTATION_REGISTRY:
+    #   "default"  Detectron2's own (INPUT.MIN_SIZE_TRAIN, CROP, RANDOM_FLIP, ...)
+    #   "ssd"      SSD's as published for YOLACT, by the keys below
+    #   "none"     images as they are
+    c.NAME = "default"
+
+    # The keys below belong to "ssd"; their defaults are the published values.
+    # Side of the square that images are resized to, whatever their aspect ratio, pixels
+    c.SIZE = 550
+    # Colour of new area when an image is expanded: red, green, blue (whatever INPUT.FORMAT is), in
+    # [0, 255]. The ImageNet mean in the rounding of the published code.
+    c.MEAN = [123.68, 116.78, 103.94]
+    # Probability of each of the four photometric changes
+    c.PHOTOMETRIC_PROB = 0.5
+    # Largest change of brightness, grey levels of [0, 255]
+    c.BRIGHTNESS = 32.0
+    # Smallest and largest factor on all channels
+    c.CONTRAST = [0.5, 1.5]
+    # Smallest and largest factor on the saturation (HSV)
+    c.SATURATION = [0.5, 1.5]
+    # Largest change of hue, degrees of 360
+    c.HUE = 18.0
+    # Probability of an expansion
+    c.EXPAND_PROB = 0.5
+    # Smallest and largest factor on the sides, at least 1
+    c.EXPAND_RATIO = [1.0, 4.0]
+    # Random crop that keeps instances whose box centre lies inside
+    c.CROP_ENABLED = True
+    # Options of the minimum overlap of window and boxes, beside "no crop" and "any crop"
+    c.CROP_MIN_IOUS = [0.1, 0.3, 0.7, 0.9]
+    # False: the overlap has no effect, as in the published code, whose test never rejects
+    c.CROP_ENFORCE_IOU = False
+    # Smallest and largest side of the window, fraction of the image's side
+    c.CROP_SCALE = [0.3, 1.0]
+    # Smallest and largest height / width of the window
+    c.CROP_ASPECT_RATIO = [0.5, 2.0]
+    # Windows that are tried before another option is drawn
+    c.CROP_TRIALS = 50
+    # Probability of a horizontal flip
+    c.FLIP_PROB = 0.5

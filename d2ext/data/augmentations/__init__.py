@@ -1,0 +1,36 @@
+"""Augmentations and transforms in Detectron2's sense, and the recipes made of them."""
+
+from d2ext.data.augmentations.base import DetectionInput, DropsInstances, LabelAwareAugmentation
+from d2ext.data.augmentations.build import AUGMENTATION_REGISTRY, build_augmentations
+from d2ext.data.augmentations.crop import (
+    CenterCropRuleTransform,
+    RandomCrop,
+    RandomIoUCrop,
+    WindowCropTransform,
+)
+from d2ext.data.augmentations.expand import ExpandTransform, RandomExpand
+from d2ext.data.augmentations.photometric import PhotometricTransform, RandomPhotometricDistortion
+from d2ext.data.augmentations.resize import (
+    BilinearResizeTransform,
+    ResizeShortestEdge,
+    ResizeToSquare,
+)
+
+__all__ = [
+    "AUGMENTATION_REGISTRY",
+    "BilinearResizeTransform",
+    "CenterCropRuleTransform",
+    "DetectionInput",
+    "DropsInstances",
+    "ExpandTransform",
+    "LabelAwareAugmentation",
+    "PhotometricTransform",
+    "RandomCrop",
+    "RandomExpand",
+    "RandomIoUCrop",
+    "RandomPhotometricDistortion",
+    "ResizeShortestEdge",
+    "ResizeToSquare",
+    "WindowCropTransform",
+    "build_augmentations",
+]

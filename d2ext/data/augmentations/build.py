@@ -1,0 +1,112 @@
+"""From ``cfg.INPUT.AUGMENTATION.NAME`` to a list of augmentations."""
+
+from collections.abc import Callable
+
+from detectron2.config import CfgNode
+from detectron2.data import detection_utils
+from detectron2.data import transforms as T
+from fvcore.common.registry import Registry
+
+from d2ext.data.augmentations.crop import RandomCrop, RandomIoUCrop
+from d2ext.data.augmentations.expand import RandomExpand
+from d2ext.data.augmentations.photometric import RandomPhotometricDistortion
+from d2ext.data.augmentations.resize import ResizeShortestEdge, ResizeToSquare
+
+Recipe = Callable[[CfgNode, bool], list[T.Augmentation]]
+
+
+class RecipeRegistry(Registry):
+    """Recipes by name: functions ``(cfg, is_train) -> list[Augmentation]``.
+
+    All randomness must come from ``numpy.random`` or ``random``, which the loader seeds for each
+    sample. A recipe is added with ``@AUGMENTATION_REGISTRY.register_as("name")``, or with
+    ``@AUGMENTATION_REGISTRY.register()`` under the name of its function.
+    """
+
+    def register_as(self, name: str) -> Callable[[Recipe], Recipe]:
+        """Decorator: register a recipe as ``name``."""
+
+        def add(recipe: Recipe) -> Recipe:
+            self._do_register(name, recipe)
+            return recipe
+
+        return add
+
+
+AUGMENTATION_REGISTRY = RecipeRegistry("AUGMENTATION")
+
+
+def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
+    """The recipe that ``cfg.INPUT.AUGMENTATION.NAME`` names.
+
+    Raises:
+        ValueError: unknown name; the message lists the known ones
+    """
+    name = cfg.INPUT.AUGMENTATION.NAME
+    if name not in AUGMENTATION_REGISTRY:
+        known = ", ".join(sorted(key for key, _ in AUGMENTATION_REGISTRY))
+        raise ValueError(f"INPUT.AUGMENTATION.NAME is '{name}'; known recipes: {known}.")
+    return AUGMENTATION_REGISTRY.get(name)(cfg, is_train)
+
+
+@AUGMENTATION_REGISTRY.register_as("default")
+def build_default_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
+    """What Detectron2's own mapper does: crop (``INPUT.CROP``), shortest-edge resize, flip."""
+    augmentations = detection_utils.build_augmentation(cfg, is_train)
+    augmentations = [_safe(augmentation) for augmentation in augmentations]
+    if is_train and cfg.INPUT.CROP.ENABLED:
+        augmentations.insert(0, RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
+    return augmentations
+
+
+@AUGMENTATION_REGISTRY.register_as("none")
+def build_no_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
+    """Training sees images as they are; test images are resized as with ``"default"``."""
+    return [] if is_train else build_default_augmentation(cfg, False)
+
+
+@AUGMENTATION_REGISTRY.register_as("ssd")
+def build_ssd_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
+    """The published YOLACT recipe: photometric distortion, expansion, crop, flip, square resize.
+
+    Test images are resized as with ``"default"`` (with ``INPUT.MIN_SIZE_TEST: 0``, not at all: the
+    model resizes them itself).
+    """
+    if not is_train:
+        return build_default_augmentation(cfg, False)
+    c = cfg.INPUT.AUGMENTATION
+    fill = list(c.MEAN) if cfg.INPUT.FORMAT == "RGB" else list(c.MEAN)[::-1]
+    augmentations: list[T.Augmentation] = [
+        RandomPhotometricDistortion(
+            brightness=c.BRIGHTNESS,
+            contrast=c.CONTRAST,
+            saturation=c.SATURATION,
+            hue=c.HUE,
+            prob=c.PHOTOMETRIC_PROB,
+            image_format=cfg.INPUT.FORMAT,
+        ),
+        RandomExpand(ratio=c.EXPAND_RATIO, fill=fill, prob=c.EXPAND_PROB),
+    ]
+    if c.CROP_ENABLED:
+        augmentations.append(
+            RandomIoUCrop(
+                min_ious=c.CROP_MIN_IOUS,
+                scale=c.CROP_SCALE,
+                aspect_ratio=c.CROP_ASPECT_RATIO,
+                trials=c.CROP_TRIALS,
+                enforce_iou=c.CROP_ENFORCE_IOU,
+            )
+        )
+    augmentations.append(T.RandomFlip(prob=c.FLIP_PROB))
+    augmentations.append(ResizeToSquare(c.SIZE))
+    return augmentations
+
+
+def _safe(augmentation: T.Augmentation) -> T.Augmentation:
+    """Replace Detectron2's resize by the one that survives extreme shapes."""
+    if type(augmentation) is T.ResizeShortestEdge:
+        style = "range" if augmentation.is_range else "choice"
+        return ResizeShortestEdge(
+            augmentation.short_edge_length, augmentation.max_size, style, augmentation.interp
+        )
+    return augmentation

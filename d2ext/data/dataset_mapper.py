@@ -1,0 +1,202 @@
+"""From a data set's dict to a model's input."""
+
+import copy
+import logging
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, detection_utils
+from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks
+from fvcore.transforms.transform import TransformList
+
+from d2ext.data.annotations import describe_dropped, normalize_annotations
+from d2ext.data.augmentations import DetectionInput, build_augmentations
+from d2ext.data.errors import AnnotationError
+from d2ext.data.image_io import read_image, read_label_map
+
+logger = logging.getLogger(__name__)
+
+
+class D2extDatasetMapper(DatasetMapper):
+    """Detectron2's ``DatasetMapper`` (same constructor), which in addition
+
+    - takes its augmentations from ``cfg.INPUT.AUGMENTATION``;
+    - gives ``crowd_instances``: ``Instances`` with ``gt_boxes`` and ``gt_classes`` of the crowd
+      annotations (Detectron2 discards them);
+    - drops annotations that describe nothing (zero-area boxes, polygons with two points, empty
+      masks) and computes boxes that are missing;
+    - reads any kind of image (:mod:`d2ext.data.image_io`);
+    - gives ``instances`` the same fields on every image, also on one without objects;
+    - raises :class:`~d2ext.data.errors.SampleError`, which names the file, for unusable samples.
+
+    Random numbers come from ``numpy.random``, so a caller that seeds it gets the same sample again.
+    """
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        """Arguments of the constructor. ``cfg.INPUT.AUGMENTATION.NAME`` chooses the recipe."""
+        arguments = super().from_config(cfg, is_train)
+        arguments["augmentations"] = build_augmentations(cfg, is_train)
+        if cfg.INPUT.AUGMENTATION.NAME != "default":
+            arguments["recompute_boxes"] = False
+        return arguments
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """
+        Args:
+            dataset_dict: one image in Detectron2's data set format; not modified
+
+        Returns:
+            ``image`` (C, H, W), uint8 or float32, in ``image_format``; ``height``, ``width`` of the
+            original image; the other entries of the input; and, when training, as far as
+            annotated, ``instances`` (``gt_boxes``, ``gt_classes``, with masks ``gt_masks``, with
+            keypoints ``gt_keypoints``), ``crowd_instances`` and ``sem_seg`` (H, W) int64
+
+        Raises:
+            SampleError: the image cannot be read or the annotations do not belong to it
+        """
+        dataset_dict = copy.deepcopy(dataset_dict)
+        image = read_image(dataset_dict["file_name"], format=self.image_format)
+        try:
+            detection_utils.check_image_size(dataset_dict, image)
+        except detection_utils.SizeMismatchError as e:
+            raise AnnotationError(str(e)) from e
+        sem_seg = None
+        if "sem_seg_file_name" in dataset_dict:
+            sem_seg = read_label_map(dataset_dict.pop("sem_seg_file_name"))
+            if sem_seg.shape != image.shape[:2]:
+                raise AnnotationError(
+                    f"The label map of '{dataset_dict['file_name']}' has height and width "
+                    f"{sem_seg.shape}, the image {image.shape[:2]}."
+                )
+        annotations = dataset_dict.pop("annotations", None) if self.is_train else None
+        if annotations is not None:
+            annotations = self._prepare_annotations(annotations, dataset_dict["file_name"], image)
+
+        aug_input = DetectionInput(image, sem_seg=sem_seg, **_boxes_and_crowd(annotations))
+        transforms = self.augmentations(aug_input)
+        image = aug_input.image
+        image_shape = image.shape[:2]
+        dataset_dict["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        if aug_input.sem_seg is not None:
+            dataset_dict["sem_seg"] = torch.as_tensor(aug_input.sem_seg.astype(np.int64))
+        if self.proposal_topk is not None:
+            detection_utils.transform_proposals(
+                dataset_dict, image_shape, transforms, proposal_topk=self.proposal_topk
+            )
+        if not self.is_train:
+            dataset_dict.pop("annotations", None)
+            dataset_dict.pop("sem_seg", None)
+        elif annotations is not None:
+            kept = [a for a, keep in zip(annotations, aug_input.keep, strict=True) if keep]
+            self._set_instances(dataset_dict, kept, transforms, image_shape)
+        return dataset_dict
+
+    def _prepare_annotations(
+        self, annotations: list[dict[str, Any]], file_name: str, image: np.ndarray
+    ) -> list[dict[str, Any]]:
+        """Drop what describes nothing and what the model does not need; check what is left."""
+        dropped: Counter[str] = Counter()
+        annotations = normalize_annotations(annotations, dropped)
+        if dropped:
+            _log_dropped(file_name, dropped)
+        for annotation in annotations:
+            crowd = annotation.get("iscrowd", 0)
+            if not self.use_instance_mask or crowd:
+                annotation.pop("segmentation", None)
+            if not self.use_keypoint or crowd:
+                annotation.pop("keypoints", None)
+            if self.use_instance_mask and not crowd:
+                self._check_mask(annotation, file_name, image)
+        return annotations
+
+    def _check_mask(self, annotation: dict[str, Any], file_name: str, image: np.ndarray) -> None:
+        segmentation = annotation.get("segmentation")
+        if segmentation is None:
+            raise AnnotationError(
+                f"An annotation of '{file_name}' has no segmentation, but the model learns masks. "
+                "Annotate it, or set MODEL.MASK_ON: False if the model can do without."
+            )
+        if isinstance(segmentation, dict):
+            if self.instance_mask_format == "polygon":
+                raise AnnotationError(
+                    f"A mask of '{file_name}' is an RLE, but INPUT.MASK_FORMAT is 'polygon'. "
+                    "Set INPUT.MASK_FORMAT: bitmask."
+                )
+            if tuple(segmentation["size"]) != image.shape[:2]:
+                raise AnnotationError(
+                    f"A mask of '{file_name}' has height and width {segmentation['size']}, "
+                    f"the image {list(image.shape[:2])}."
+                )
+
+    def _set_instances(
+        self,
+        dataset_dict: dict[str, Any],
+        annotations: list[dict[str, Any]],
+        transforms: TransformList,
+        image_shape: tuple[int, int],
+    ) -> None:
+        """Transform the annotations; set ``instances`` and ``crowd_instances``."""
+        annotations = [
+            detection_utils.transform_instance_annotations(
+                annotation,
+                transforms,
+                image_shape,
+                keypoint_hflip_indices=self.keypoint_hflip_indices,
+            )
+            for annotation in annotations
+        ]
+        regular = [a for a in annotations if not a.get("iscrowd", 0)]
+        crowds = [a for a in annotations if a.get("iscrowd", 0)]
+        if regular:
+            instances = detection_utils.annotations_to_instances(
+                regular, image_shape, mask_format=self.instance_mask_format
+            )
+            if self.recompute_boxes:
+                instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
+            instances = detection_utils.filter_empty_instances(instances)
+        else:
+            instances = self._no_instances(image_shape)
+        dataset_dict["instances"] = instances
+        crowd_instances = detection_utils.annotations_to_instances(crowds, image_shape)
+        dataset_dict["crowd_instances"] = detection_utils.filter_empty_instances(crowd_instances)
+
+    def _no_instances(self, image_shape: tuple[int, int]) -> Instances:
+        """``Instances`` of length 0 with the fields that others have."""
+        instances = Instances(image_shape)
+        instances.gt_boxes = Boxes(torch.zeros(0, 4))
+        instances.gt_classes = torch.zeros(0, dtype=torch.int64)
+        if self.use_instance_mask and self.instance_mask_format == "polygon":
+            instances.gt_masks = PolygonMasks([])
+        elif self.use_instance_mask:
+            instances.gt_masks = BitMasks(torch.zeros(0, *image_shape, dtype=torch.bool))
+        if self.use_keypoint:
+            count = 0 if self.keypoint_hflip_indices is None else len(self.keypoint_hflip_indices)
+            instances.gt_keypoints = Keypoints(torch.zeros(0, count, 3))
+        return instances
+
+
+def _boxes_and_crowd(annotations: list[dict[str, Any]] | None) -> dict[str, np.ndarray]:
+    """Arguments ``boxes`` (N, 4) XYXY and ``crowd`` (N,) of :class:`DetectionInput`."""
+    if annotations is None:
+        return {}
+    boxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
+    crowd = np.array([bool(a.get("iscrowd", 0)) for a in annotations], dtype=bool)
+    return {"boxes": boxes, "crowd": crowd}
+
+
+_dropped_logged = False
+
+
+def _log_dropped(file_name: str, dropped: Counter[str]) -> None:
+    """Say once per process that annotations are dropped. The loader has counted them all."""
+    global _dropped_logged
+    if not _dropped_logged:
+        _dropped_logged = True
+        logger.warning(
+            f"Annotations of '{file_name}' that describe nothing are left out: "
+            f"{describe_dropped(dropped)}. Further ones are left out silently."
+        )

@@ -1,0 +1,25 @@
+"""What can be wrong with data, as exceptions whose messages say which file and what to do.
+
+Every class takes the message alone, so that an error which crosses a process border (a worker of a
+``DataLoader``) keeps its type.
+"""
+
+
+class DataError(ValueError):
+    """Base class of everything that d2ext's data path raises about data."""
+
+
+class DatasetError(DataError):
+    """A data set as a whole cannot be used: no file, no images, unknown classes, ..."""
+
+
+class SampleError(DataError):
+    """One sample cannot be used. Training replaces it by another one unless told to be strict."""
+
+
+class ImageReadError(SampleError):
+    """An image is missing, empty, truncated or not an image. The message names the file."""
+
+
+class AnnotationError(SampleError):
+    """The annotations of one image cannot be used. The message names the image's file."""

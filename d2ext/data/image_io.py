@@ -1,0 +1,126 @@
+"""Reading images of every kind that people have, with one clear error for those that are broken."""
+
+import struct
+import warnings
+import zlib
+
+import numpy as np
+from detectron2.data.detection_utils import convert_PIL_to_numpy
+from detectron2.utils.file_io import PathManager
+from PIL import Image, ImageOps
+
+from d2ext.data.errors import ImageReadError
+
+# What Pillow's decoders raise on broken files, beside OSError (whose subclasses are "no such file",
+# "cannot identify image file" and "image file is truncated").
+_DECODER_ERRORS = (
+    OSError,
+    EOFError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+def read_image(file_name: str, format: str | None = "BGR") -> np.ndarray:
+    """Read an image file like ``detectron2.data.detection_utils.read_image``, and more kinds.
+
+    - The EXIF orientation is applied. An unreadable EXIF block is ignored.
+    - Grey, palette, CMYK and RGBA images become colour images; alpha is dropped.
+    - 16-bit grey values are scaled from [0, 65535] to [0, 255] (Pillow would clip them at 255).
+    - Floating-point images must be finite, in [0, 1] or in [0, 255].
+
+    Args:
+        file_name: path, or any address that Detectron2's ``PathManager`` opens
+        format: ``"BGR"``, ``"YUV-BT.601"``, a Pillow mode such as ``"RGB"`` or ``"L"``,
+            or None to keep the channels of the file
+
+    Returns:
+        H×W×C array, uint8 in [0, 255] (float64 for ``"YUV-BT.601"``); H×W×1 for ``"L"``
+
+    Raises:
+        ImageReadError: missing, empty, truncated or undecodable file, or zero pixels
+    """
+    try:
+        with PathManager.open(file_name, "rb") as f, warnings.catch_warnings():
+            # Large photographs are legitimate; Pillow still refuses files twice that large.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            opened = Image.open(f)
+            opened.load()
+            array = convert_PIL_to_numpy(_to_8_bit(_upright(opened)), format)
+    except FileNotFoundError as e:
+        raise ImageReadError(f"Cannot read image '{file_name}': there is no such file.") from e
+    except _DECODER_ERRORS as e:
+        reason = str(e) or type(e).__name__
+        raise ImageReadError(
+            f"Cannot read image '{file_name}': {reason} (empty, truncated or not an image?)"
+        ) from e
+    if array.size == 0:
+        raise ImageReadError(f"Cannot read image '{file_name}': it has no pixels.")
+    return array
+
+
+def read_label_map(file_name: str) -> np.ndarray:
+    """Read a single-channel image whose pixel values are labels (for example a ``sem_seg`` file).
+
+    Unlike Detectron2's reader, which converts palette images to luminance, the values of palette
+    and 16-bit files are taken as they are.
+
+    Returns:
+        H×W array, uint8 if all labels are below 256, otherwise float32 (exact for 16 bits; the
+        type that Detectron2's resize and OpenCV's both take)
+
+    Raises:
+        ImageReadError: unreadable file, or a file with several channels
+    """
+    try:
+        with PathManager.open(file_name, "rb") as f:
+            image = Image.open(f)
+            image.load()
+            labels = np.asarray(image)
+    except FileNotFoundError as e:
+        raise ImageReadError(f"Cannot read label map '{file_name}': there is no such file.") from e
+    except _DECODER_ERRORS as e:
+        raise ImageReadError(f"Cannot read label map '{file_name}': {e}") from e
+    if labels.ndim != 2 or labels.size == 0:
+        raise ImageReadError(
+            f"Label map '{file_name}' has shape {labels.shape}; expected one channel whose values "
+            "are class ids."
+        )
+    return labels.astype(np.uint8 if labels.max() < 256 else np.float32)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation, if the file has a readable one."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except (*_DECODER_ERRORS, AttributeError):
+        # Cameras and editors write broken EXIF blocks; the pixels are fine.
+        return image
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Bring deep modes (16-bit grey, 32-bit integer, float) to 8 bits; others stay as they are."""
+    if image.mode == "F":
+        values = np.asarray(image)
+        if not np.isfinite(values).all():
+            raise ValueError("the image has NaN or infinite values")
+        low, high = float(values.min()), float(values.max())
+        if low < 0 or high > 255:
+            raise ValueError(
+                f"floating-point values in [{low:g}, {high:g}]; expected [0, 1] or [0, 255]"
+            )
+        scale = 255.0 if high <= 1 else 1.0
+        return Image.fromarray(np.rint(values * scale).astype(np.uint8))
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("integer pixel values outside [0, 65535]")
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    return image
