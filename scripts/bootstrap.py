@@ -10,8 +10,8 @@ Two cases:
 - Otherwise ``.venv`` is created beside the Makefile and filled with the pinned versions of
   ``requirements/``.
 
-Then the operators of ``csrc/`` are compiled in place. Each step leaves a stamp that says what it was
-made from, so a second run does only what changed. Needs nothing but the standard library.
+Then the operators of ``csrc/`` are compiled in place. Each step leaves a stamp that says what it
+was made from, so a second run does only what changed. Needs only the standard library.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -99,7 +100,7 @@ def digest(*parts: str | Path) -> str:
 
 
 def is_environment() -> bool:
-    """Whether this interpreter may be added to: a virtual or conda environment, or an unmanaged Python."""
+    """Whether packages may be added here: a venv, a conda environment, an unmanaged Python."""
     in_venv = sys.prefix != sys.base_prefix
     in_conda = (Path(sys.prefix) / "conda-meta").is_dir()
     managed = (Path(sysconfig.get_path("stdlib")) / "EXTERNALLY-MANAGED").exists()
@@ -107,10 +108,10 @@ def is_environment() -> bool:
 
 
 def has_working_detectron2() -> bool:
-    """Whether this interpreter can ``import detectron2``; says why not if it is there but broken."""
+    """Whether ``import detectron2`` works here; says why not if it is there but broken."""
     if importlib.util.find_spec("detectron2") is None:
         return False
-    # Importing it loads PyTorch (seconds), so the answer is kept for as long as the folder is unchanged.
+    # Importing it takes seconds: the answer is kept for as long as the folder is unchanged.
     location = importlib.util.find_spec("detectron2").submodule_search_locations[0]
     key = digest(sys.executable, location, str(os.stat(location).st_mtime_ns))
     stamp = STAMPS / f"detectron2-{key}"
@@ -126,6 +127,7 @@ def has_working_detectron2() -> bool:
         reason = (test.stderr.strip().splitlines() or ["no message"])[-1]
         say(f"the active environment has a detectron2 that does not import ({reason}): not used.")
         return False
+    say(f"using the active environment {sys.prefix}: it has detectron2.")
     write_stamp(stamp, {"location": location})
     return True
 
@@ -141,7 +143,7 @@ def write_stamp(path: Path, content: dict[str, object]) -> None:
 # ---------------------------------------------------------------- pip
 
 # Lines of pip's output that are not about this installation's success.
-NOISE = ("WARNING: Location ", "Looking in ", "Requirement already satisfied", "[notice]")
+NOISE = ("WARNING: Location ", "Looking in ", "Requirement already", "Ignoring ", "[notice]")
 
 
 def pip(python: Path, *arguments: str, **variables: str) -> None:
@@ -163,33 +165,40 @@ def pip(python: Path, *arguments: str, **variables: str) -> None:
             if not line.strip() or line.startswith(NOISE):
                 continue
             tail = [*tail[-39:], line.rstrip()]
-            if line.startswith(
-                ("Collecting", "ERROR", "  Downloading", "Downloading", "Building", "error")
-            ):
-                print("   ", line.rstrip(), flush=True)
-            elif line.startswith("Installing collected packages"):
-                print("    Installing ...", flush=True)
+            if progress := progress_line(line):
+                print("   ", progress, flush=True)
     if process.returncode != 0:
         print("\n".join(f"    {line}" for line in tail), file=sys.stderr)
         stop(f"`pip {arguments[0]}` failed, its last lines are above. {pip_hint(tail)}")
+
+
+def progress_line(line: str) -> str | None:
+    """What to show of one line that pip prints: packages, large downloads, errors."""
+    if line.startswith("Collecting"):
+        return line.split(" (from")[0].strip()
+    if match := re.search(r"Downloading (\S+) \(([\d.]+ [MG]B)\)", line):
+        unit = 1000 if match[2].endswith("GB") else 1
+        large = float(match[2].split()[0]) * unit >= 20
+        return f"  downloading {match[2]}" if large else None
+    if line.startswith("Installing collected packages"):
+        return "installing ..."
+    return line.rstrip() if line.startswith(("ERROR", "error", "Building wheel")) else None
 
 
 def pip_hint(lines: list[str]) -> str:
     text = "\n".join(lines)
     if "No space left on device" in text:
         return "The disk is full: free some space and run the same command again."
-    unreachable = (
-        "NewConnectionError",
-        "Temporary failure in name resolution",
-        "Connection",
-        "timed out",
-    )
+    unreachable = ("(from versions: none)", "ConnectionError", "Retrying (", "timed out")
     if any(sign in text for sign in unreachable):
-        return "The package index could not be reached: check the network or pip's settings (`pip config list`)."
+        return (
+            "The package index could not be reached: check the network or pip's settings "
+            "(`pip config list`)."
+        )
     if "No matching distribution found" in text or "Could not find a version" in text:
         return (
-            "The package index lacks that version for this Python and platform: check pip's settings "
-            "(`pip config list`), or choose another Python with `make PYTHON=python3.11 ...`."
+            "The package index lacks that version for this Python and platform: check pip's "
+            "settings (`pip config list`), or try another Python: `make PYTHON=python3.11 ...`."
         )
     return "What was installed so far is kept: run the same command again after mending the cause."
 
@@ -202,7 +211,7 @@ def check_prerequisites() -> None:
     if sys.version_info[:2] > NEWEST_PYTHON:
         newest = ".".join(map(str, NEWEST_PYTHON))
         stop(
-            f"the pinned PyTorch has no build for Python {sys.version_info[0]}.{sys.version_info[1]}. "
+            f"the pinned PyTorch has no build for Python {python_version()}. "
             f"Choose an older one, for example `make PYTHON=python{newest} ...`."
         )
     if sys.maxsize < 2**32:
@@ -210,14 +219,19 @@ def check_prerequisites() -> None:
     for module in ("venv", "ensurepip"):
         if importlib.util.find_spec(module) is None:
             stop(
-                f"{sys.executable} lacks the standard module `{module}`. On Debian and Ubuntu it is the "
-                f"package python3-venv; or choose another Python with `make PYTHON=...`."
+                f"{sys.executable} lacks the standard module `{module}`. On Debian and Ubuntu the "
+                "package python3-venv has it; or choose another Python with `make PYTHON=...`."
             )
     free = shutil.disk_usage(ROOT).free / 1e9
     if free < NEEDED_DISK_GB:
         stop(
-            f"{ROOT} has {free:.1f} GB of free disk space, the installation needs {NEEDED_DISK_GB:.0f} GB."
+            f"{ROOT} has {free:.1f} GB of free disk space, the installation needs "
+            f"{NEEDED_DISK_GB:.0f} GB."
         )
+
+
+def python_version() -> str:
+    return f"{sys.version_info[0]}.{sys.version_info[1]}"
 
 
 def venv_python() -> Path:
@@ -233,7 +247,6 @@ def create_venv(dev: bool) -> Path:
     """Create or complete ``.venv``; returns its interpreter."""
     python = venv_python()
     files = requirement_files(dev)
-    interpreter = f"{sys.version_info[0]}.{sys.version_info[1]}"
     stamp = VENV / ("d2ext-dev.json" if dev else "d2ext-runtime.json")
     for candidate in (VENV / "d2ext-dev.json", stamp):  # dev.txt holds all of runtime.txt
         if python.exists() and candidate.exists():
@@ -250,7 +263,7 @@ def create_venv(dev: bool) -> Path:
     )
     if not works:
         check_prerequisites()
-        say(f"creating .venv with Python {interpreter} ({sys.executable})")
+        say(f"creating .venv with Python {python_version()} ({sys.executable})")
         made = subprocess.run(
             [sys.executable, "-m", "venv", "--clear", str(VENV)], capture_output=True, text=True
         )
@@ -261,7 +274,7 @@ def create_venv(dev: bool) -> Path:
     # The lists are complete, so nothing is left to resolve: --no-deps keeps each version as pinned.
     pip(python, "install", "--no-deps", "-r", str(pins), "-r", str(unresolved))
     install_detectron2(python, detectron2)
-    write_stamp(stamp, {"requirements": digest(*files), "python": interpreter})
+    write_stamp(stamp, {"requirements": digest(*files), "python": python_version()})
     say(f"packages installed in {time.monotonic() - started:.0f} s")
     return python
 
@@ -271,13 +284,13 @@ def install_detectron2(python: Path, requirements: Path) -> None:
     query = "import sysconfig; print(sysconfig.get_path('purelib'))"
     target = subprocess.check_output([str(python), "-c", query], text=True).strip()
     pip(
-        python, "install", "--upgrade", "--no-deps", "--only-binary=:all:", "--python-version", "3.10",
-        "--implementation", "cp", "--abi", "none", "--platform", "any",
+        python, "install", "--upgrade", "--no-deps", "--only-binary=:all:",
+        "--python-version", "3.10", "--implementation", "cp", "--abi", "none", "--platform", "any",
         "--target", target, "-r", str(requirements),
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------- an environment that has Detectron2
+# ---------------------------------------------------------------- an environment with Detectron2
 
 
 def complete_environment(dev: bool) -> Path:
@@ -324,6 +337,16 @@ print(json.dumps({
     "nvcc": shutil.which("nvcc"),
     "d2ext": d2ext.origin if d2ext else None,
 }))
+"""
+
+
+# setup.py, without the notice that newer setuptools want the licence in a form that older ones
+# reject.
+BUILD = r"""
+import runpy, sys, warnings
+warnings.filterwarnings("ignore", message=r"[\s\S]*project\.license")
+sys.argv = ["setup.py", "build_ext", "--inplace"]
+runpy.run_path("setup.py", run_name="__main__")
 """
 
 
@@ -376,11 +399,11 @@ def build_extension(python: Path, facts: dict[str, str | None]) -> None:
     else:
         say(f"compiling csrc/ with {compiler}")
         started = time.monotonic()
-        built = subprocess.run([str(python), "setup.py", "build_ext", "--inplace"], cwd=ROOT)
+        built = subprocess.run([str(python), "-c", BUILD], cwd=ROOT)
         if built.returncode != 0:
             stop(
-                "compiling csrc/ failed, the compiler's message is above. To go on without compiled "
-                "operators set D2EXT_BUILD=0; for the CPU part only D2EXT_BUILD=cpu."
+                "compiling csrc/ failed, the compiler's message is above. To go on without "
+                "compiled operators set D2EXT_BUILD=0; for the CPU part only D2EXT_BUILD=cpu."
             )
         say(f"compiled in {time.monotonic() - started:.0f} s")
     libraries = [str(path.relative_to(ROOT)) for path in (ROOT / "d2ext").glob("*.so")]
@@ -394,7 +417,6 @@ def prepare(dev: bool) -> Path:
     """Make the environment ready; returns its interpreter."""
     own = VENV.exists() and Path(sys.prefix).resolve() == VENV.resolve()
     if not own and is_environment() and has_working_detectron2():
-        say(f"using the active environment {sys.prefix}: it has detectron2.")
         python = complete_environment(dev)
     else:
         python = create_venv(dev)

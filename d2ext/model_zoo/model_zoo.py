@@ -24,7 +24,7 @@ def _config_root() -> Path:
 
 
 def available() -> list[str]:
-    """The names of all configs that can be trained, sorted; bases (``Base-*.yaml``) are left out."""
+    """The names of all configs that can be trained, sorted; bases are left out."""
     root = _config_root()
     files = (path for path in root.rglob("*.yaml") if not path.name.startswith(("Base", "_")))
     return sorted(path.relative_to(root).as_posix() for path in files)

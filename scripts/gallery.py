@@ -1,0 +1,116 @@
+"""Pictures of predictions beside ground truth, for the scripts of `make`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.engine import DefaultPredictor
+from detectron2.structures import Instances
+from detectron2.utils.visualizer import ColorMode, Visualizer
+
+# Pixels. Small images are enlarged before drawing, so that labels do not hide the objects.
+PANEL_SIDE = 480
+CAPTION_HEIGHT = 34
+GAP = 8
+MONTAGE_WIDTH = 1800
+# Predictions drawn per image, best first: more hide the image.
+MAX_DRAWN = 40
+
+
+def evenly_spread(dataset: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """At most ``count`` annotated entries, from first to last."""
+    annotated = [entry for entry in dataset if entry.get("annotations")] or dataset
+    step = max(len(annotated) / count, 1.0)
+    return [annotated[int(i * step)] for i in range(min(count, len(annotated)))]
+
+
+def panel(picture: np.ndarray, caption: str) -> np.ndarray:
+    """A captioned picture (H, W, 3), uint8 RGB."""
+    bar = np.full((CAPTION_HEIGHT, picture.shape[1], 3), 255, np.uint8)
+    origin = (6, CAPTION_HEIGHT - 11)
+    cv2.putText(bar, caption, origin, cv2.FONT_HERSHEY_SIMPLEX, 0.6, (40, 40, 40), 1, cv2.LINE_AA)
+    return np.concatenate([bar, picture])
+
+
+def draw_pair(
+    entry: dict[str, Any], predictions: Instances, metadata: Any, score_threshold: float
+) -> np.ndarray:
+    """Ground truth (left) and the predictions above a score (right), uint8 RGB."""
+    image = read_image(entry["file_name"], "RGB")
+    scale = max(PANEL_SIDE / max(image.shape[:2]), 0.25)
+
+    truth = Visualizer(image, metadata, scale, ColorMode.IMAGE).draw_dataset_dict(entry)
+    kept = predictions[predictions.scores >= score_threshold][:MAX_DRAWN].to("cpu")
+    guess = Visualizer(image, metadata, scale, ColorMode.IMAGE).draw_instance_predictions(kept)
+    left = panel(np.asarray(truth.get_image()), f"ground truth: {len(entry['annotations'])}")
+    right = panel(np.asarray(guess.get_image()), f"predicted: {len(kept)}")
+    gap = np.full((left.shape[0], GAP, 3), 255, np.uint8)
+    return np.concatenate([left, gap, right], axis=1)
+
+
+def montage(pictures: list[np.ndarray]) -> np.ndarray:
+    """Pictures (uint8 RGB, any sizes) in a near-square grid on white, ``MONTAGE_WIDTH`` wide."""
+    # Pairs are twice as wide as they are high, so a square grid of them needs half as many columns.
+    columns = max(1, round(math.sqrt(len(pictures) / 2)))
+    width = (MONTAGE_WIDTH - (columns + 1) * GAP) // columns
+    cells = [
+        cv2.resize(p, (width, round(p.shape[0] * width / p.shape[1])), interpolation=cv2.INTER_AREA)
+        for p in pictures
+    ]
+    rows = []
+    for start in range(0, len(cells), columns):
+        row = cells[start : start + columns]
+        strip = np.full((max(c.shape[0] for c in row) + GAP, MONTAGE_WIDTH, 3), 255, np.uint8)
+        for column, cell in enumerate(row):
+            left = GAP + column * (width + GAP)
+            strip[: cell.shape[0], left : left + width] = cell
+        rows.append(strip)
+    top = np.full((GAP, MONTAGE_WIDTH, 3), 255, np.uint8)
+    return np.concatenate([top, *rows])
+
+
+def write_png(path: Path, picture: np.ndarray) -> None:
+    """Write uint8 RGB as PNG, whole or not at all."""
+    done, data = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    if not done:
+        raise OSError(f"OpenCV could not encode {path}")
+    partial = path.with_name(path.name + ".part")
+    partial.write_bytes(data.tobytes())
+    partial.replace(path)
+
+
+def write_gallery(
+    cfg: CfgNode,
+    dataset_name: str,
+    folder: Path,
+    *,
+    count: int = 12,
+    score_threshold: float = 0.3,
+) -> list[Path]:
+    """Predict on ``count`` images of a data set with ``cfg.MODEL.WEIGHTS`` and draw them.
+
+    Returns:
+        The files written: one picture per image in ``folder/pictures``, and last the montage
+        ``folder/montage.png``.
+    """
+    predictor = DefaultPredictor(cfg)
+    metadata = MetadataCatalog.get(dataset_name)
+    pictures_folder = folder / "pictures"
+    pictures_folder.mkdir(parents=True, exist_ok=True)
+    pictures, files = [], []
+    for entry in evenly_spread(DatasetCatalog.get(dataset_name), count):
+        # DefaultPredictor takes BGR whatever the model's own order is.
+        predictions = predictor(read_image(entry["file_name"], "BGR"))["instances"]
+        pictures.append(draw_pair(entry, predictions, metadata, score_threshold))
+        files.append(pictures_folder / f"{dataset_name}_{entry['image_id']}.png")
+        write_png(files[-1], pictures[-1])
+    files.append(folder / "montage.png")
+    write_png(files[-1], montage(pictures))
+    return files
