@@ -365,7 +365,14 @@ class YOLACT(nn.Module):
         image = convert_image_to_rgb(inputs["image"].permute(1, 2, 0), self.input_format)
         height, width = image.shape[:2]
         *fields, prototypes = self._decode(
-            YOLACTPredictions(*(x[:1].detach() for x in predictions[:4]), None, predictions[5])
+            YOLACTPredictions(
+                predictions.offsets[:1],
+                predictions.logits[:1],
+                predictions.coefficients[:1],
+                predictions.prototypes[:1],
+                None,
+                predictions.feature_sizes,
+            )
         )
         found = Detections(*(field[0, :20] for field in fields))
         found = Detections(*(field[found.scores >= 0] for field in found))
