@@ -6,10 +6,13 @@ For a split such as ``val`` the names are
 ``shapes_val``              instances, masks as polygons (stock configs read these)
 ``shapes_val_rle``          the same, masks exact, as RLE: set ``INPUT.MASK_FORMAT: bitmask``
 ``shapes_val_keypoints``    as ``person_keypoints`` of COCO: one class, 8 landmarks
-``shapes_val_panoptic``     instances, ``sem_seg`` and panoptic maps, as ``coco_2017_*_panoptic_separated``
-                            and, in the same dicts, ``pan_seg_file_name`` and ``segments_info``
-``shapes_val_semantic``     one label per pixel over all classes, things and stuff
-==========================  =====================================================================
+``shapes_val_panoptic``     instances, ``sem_seg`` and panoptic maps, as
+                            ``coco_2017_*_panoptic_separated`` and, in the same dicts,
+                            ``pan_seg_file_name`` and ``segments_info`` ``shapes_val_semantic``
+                            one label per pixel over all classes, things and stuff
+                            ``shapes_val_video``        clips with tracks, panoptic maps and optical
+                            flow ==========================
+                            =====================================================================
 """
 
 import copy
@@ -32,14 +35,23 @@ from d2ext.data.shapes.classes import (
     THING_COLORS,
     THING_IDS,
 )
-from d2ext.data.shapes.files import image_name
 from d2ext.data.shapes.frame import SEGMENT_ID_FACTOR, VOID, Frame
-from d2ext.data.shapes.sets import ShapesSet
+from d2ext.data.shapes.sets import ShapesSet, VideoSet
 
-__all__ = ["DEFAULT_SETS", "TASKS", "load_shapes", "register_shapes", "shapes_metadata"]
+__all__ = [
+    "DEFAULT_SETS",
+    "DEFAULT_VIDEO_SETS",
+    "TASKS",
+    "load_shapes",
+    "load_shapes_video",
+    "register_shapes",
+    "register_shapes_video",
+    "shapes_metadata",
+]
 
 # What importing d2ext.data registers. Annotations of 2,000 images take some seconds to compute.
 DEFAULT_SETS = (ShapesSet("train", 2000), ShapesSet("val", 200))
+DEFAULT_VIDEO_SETS = (VideoSet("train", 40), VideoSet("val", 10))
 
 
 def _category_dict(segment_info: dict[str, Any]) -> dict[str, Any]:
@@ -88,22 +100,53 @@ TASKS = tuple(_FIELDS)
 @lru_cache(maxsize=8)
 def _load(shapes: ShapesSet, task: str) -> list[dict[str, Any]]:
     draw, folders = _FIELDS[task]
-    dicts = []
-    frames = iter(shapes.frames())
-    for index in range(shapes.num):
-        name = image_name(index)
-        record: dict[str, Any] = {
-            "file_name": f"{shapes.root}/images/{name}.bmp",
-            "image_id": index,
-            "height": shapes.height,
-            "width": shapes.width,
-        }
-        for key, folder in folders.items():
-            record[key] = f"{shapes.root}/{folder}/{name}.png"
-        if draw is not None:
-            record.update(draw(next(frames)))
-        dicts.append(record)
+    dicts = [_record(shapes, index, folders) for index in range(shapes.num_frames)]
+    if draw is not None:
+        for record, frame in zip(dicts, shapes.frames(), strict=True):
+            record.update(draw(frame))
     return dicts
+
+
+def _record(shapes: ShapesSet, index: int, folders: dict[str, str]) -> dict[str, Any]:
+    """Fields of a picture for which nothing has to be drawn."""
+    stem = shapes.stem(index)
+    record: dict[str, Any] = {
+        "file_name": f"{shapes.root}/images/{stem}.bmp",
+        "image_id": index,
+        "height": shapes.height,
+        "width": shapes.width,
+    }
+    for key, folder in folders.items():
+        record[key] = f"{shapes.root}/{folder}/{stem}.png"
+    return record
+
+
+@lru_cache(maxsize=4)
+def _load_clips(shapes: VideoSet) -> list[dict[str, Any]]:
+    clips = []
+    records = iter(load_shapes(shapes, "panoptic"))
+    for number in range(shapes.num):
+        frames = []
+        for time in range(shapes.length):
+            record = next(records)
+            record.update(video_id=number, frame_index=time)
+            for annotation in record["annotations"]:
+                annotation["track_id"] = annotation["segment_id"] % SEGMENT_ID_FACTOR
+            if time + 1 < shapes.length:
+                stem = shapes.stem(record["image_id"])
+                record["flow_file_name"] = f"{shapes.root}/flow/{stem}.flo"
+                record["occlusion_file_name"] = f"{shapes.root}/occlusion/{stem}.png"
+            frames.append(record)
+        clips.append(
+            {
+                "video_id": number,
+                "length": shapes.length,
+                "height": shapes.height,
+                "width": shapes.width,
+                "frames": frames,
+            }
+        )
+    return clips
 
 
 def load_shapes(shapes: ShapesSet, task: str = "instances") -> list[dict[str, Any]]:
@@ -117,11 +160,23 @@ def load_shapes(shapes: ShapesSet, task: str = "instances") -> list[dict[str, An
     return copy.deepcopy(_load(shapes, task))
 
 
+def load_shapes_video(shapes: VideoSet) -> list[dict[str, Any]]:
+    """The clips of a set; every call returns its own copy.
+
+    Returns:
+        One dict per clip: ``video_id``, ``length``, ``height``, ``width`` and ``frames``. A frame
+        is a dict as the task "panoptic" has it, and ``video_id``, ``frame_index``, in each
+        annotation ``track_id`` (stable over the clip) and, but for the last frame,
+        ``flow_file_name`` and ``occlusion_file_name``.
+    """
+    return copy.deepcopy(_load_clips(shapes))
+
+
 def shapes_metadata(task: str) -> dict[str, Any]:
     """Metadata that does not depend on where the images are: class names, ids, colours, landmarks.
 
-    It also suits ``register_coco_instances`` and ``register_coco_panoptic_separated`` for the files that
-    ``python -m d2ext.data.shapes`` writes.
+    It also suits ``register_coco_instances`` and ``register_coco_panoptic_separated`` for the files
+    that ``python -m d2ext.data.shapes`` writes.
     """
     if task in ("instances", "rle"):
         return {
@@ -181,6 +236,15 @@ def _paths(shapes: ShapesSet, task: str) -> dict[str, Any]:
             label_divisor=SEGMENT_ID_FACTOR,
         )
     return paths
+
+
+def register_shapes_video(shapes: VideoSet, prefix: str = "shapes") -> str:
+    """Register clips under ``<prefix>_<split>_video`` and return that name."""
+    name = f"{prefix}_{shapes.split}_video"
+    DatasetCatalog.register(name, partial(load_shapes_video, shapes))
+    metadata = {**shapes_metadata("panoptic"), **_paths(shapes, "panoptic")}
+    MetadataCatalog.get(name).set(**{**metadata, "evaluator_type": "video_panoptic_seg"})
+    return name
 
 
 def register_shapes(shapes: ShapesSet, prefix: str = "shapes") -> list[str]:

@@ -2,8 +2,8 @@
 
 A thing is defined in its own frame: x to the right, y down, outline inside [-1, 1] x [-1, 1],
 mirror-symmetric about x = 0 (a figure up to the pose of its limbs). Its *left* is its own left, as
-with a COCO person who faces the camera: x > 0. Because of the symmetry a horizontally flipped image is
-again a valid scene, with left and right landmarks exchanged.
+with a COCO person who faces the camera: x > 0. Because of the symmetry a horizontally flipped image
+is again a valid scene, with left and right landmarks exchanged.
 
 An outline is a list of parts whose union is the thing; a part is a list of contours filled by the
 even-odd rule, so that a second contour cuts a hole.
@@ -87,8 +87,8 @@ KEYPOINT_CONNECTIONS = (
     ("top", "right_side", (255, 64, 0)),
     ("right_side", "right_base", (255, 64, 0)),
 )
-# Of the order of COCO's: eyes and mouth are marks with a sharp position (COCO's eyes: 0.025), the other
-# four lie on the outline, some on smooth arcs (COCO's limbs: 0.062 to 0.107).
+# Of the order of COCO's: eyes and mouth are marks with a sharp position (COCO's eyes: 0.025), the
+# other four lie on the outline, some on smooth arcs (COCO's limbs: 0.062 to 0.107).
 KEYPOINT_OKS_SIGMAS = (0.035, 0.035, 0.035, 0.07, 0.07, 0.07, 0.07, 0.07)
 
 
@@ -121,7 +121,7 @@ class Outline:
 
     @cached_property
     def points(self) -> np.ndarray:
-        """(n, 2): the points of all parts, then those of all marks, so that one product maps them all."""
+        """(n, 2): the points of all parts, then of all marks, so that one product maps them."""
         shapes = self.parts + [mark.contours for mark in self.marks]
         return np.concatenate([contour for shape in shapes for contour in shape])
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from pycocotools import mask as mask_util
 
 from d2ext.data.shapes.classes import (
     KEYPOINT_CONNECTIONS,
@@ -16,18 +17,26 @@ from d2ext.data.shapes.classes import (
     THING_IDS,
 )
 from d2ext.data.shapes.frame import Frame
+from d2ext.data.shapes.sets import VideoSet
 
-__all__ = ["MAX_ANNOTATIONS", "id_to_rgb", "instances_json", "keypoints_json", "panoptic_json"]
+__all__ = [
+    "MAX_ANNOTATIONS",
+    "id_to_rgb",
+    "instances_json",
+    "keypoints_json",
+    "panoptic_json",
+    "tracks_json",
+]
 
-# Annotation ids are image id x this + place in the image + 1: unique, and not 0, which COCO's evaluation
-# takes for "no annotation".
+# Annotation ids are image id x this + place in the image + 1: unique, and not 0, which COCO's
+# evaluation takes for "no annotation".
 MAX_ANNOTATIONS = 1000
 
 _INFO = {"description": "shapes: a procedural data set", "version": "1.0"}
 
 
 def id_to_rgb(ids: np.ndarray) -> np.ndarray:
-    """(H, W) segment ids below 2^24 -> (H, W, 3) uint8, as panoptic PNGs store them (id = R + 256 G + 256^2 B)."""
+    """(H, W) segment ids below 2^24 -> (H, W, 3) uint8 with id = R + 256 G + 65536 B."""
     return np.stack([ids & 255, ids >> 8 & 255, ids >> 16 & 255], axis=2).astype(np.uint8)
 
 
@@ -51,8 +60,6 @@ def _json_mask(segmentation: Any, crowd: bool) -> Any:
 
 
 def _run_lengths(rle: dict[str, Any]) -> list[int]:
-    from pycocotools import mask as mask_util
-
     flat = mask_util.decode(rle).reshape(-1, order="F")
     ends = np.flatnonzero(np.diff(flat)) + 1
     runs = np.diff(np.concatenate([[0], ends, [flat.size]])).tolist()
@@ -103,11 +110,14 @@ def instances_json(
     for image_id, file_name, frame in frames:
         images.append(_image(frame, image_id, file_name))
         annotations.extend(_annotations(frame, image_id, mask_format))
-    categories = [
+    return _file(images, annotations, _thing_categories())
+
+
+def _thing_categories() -> list[dict[str, Any]]:
+    return [
         {"id": i, "name": name, "supercategory": "thing"}
         for i, name in zip(THING_IDS, THING_CLASSES, strict=True)
     ]
-    return _file(images, annotations, categories)
 
 
 def keypoints_json(frames: Iterable[tuple[int, str, Frame]]) -> dict[str, Any]:
@@ -158,3 +168,52 @@ def panoptic_json(frames: Iterable[tuple[int, str, Frame]]) -> dict[str, Any]:
         for i, name, color in classes
     ]
     return _file(images, annotations, categories)
+
+
+def tracks_json(shapes: VideoSet, extension: str) -> dict[str, Any]:
+    """YouTube-VIS' file: one annotation per thing and clip, null in frames that do not show it.
+
+    Args:
+        extension: of the frames' file names.
+    """
+    videos: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number in range(shapes.num):
+        first = number * shapes.length
+        stems = [shapes.stem(first + time) for time in range(shapes.length)]
+        videos.append(
+            {
+                "id": number,
+                "file_names": [stem + extension for stem in stems],
+                "height": shapes.height,
+                "width": shapes.width,
+                "length": shapes.length,
+                "license": 0,
+            }
+        )
+        tracks: dict[int, dict[str, Any]] = {}
+        for time, frame in enumerate(shapes.clip(number).frames):
+            for segment in frame.segments:
+                track = tracks.setdefault(
+                    segment.number,
+                    {
+                        "id": number * MAX_ANNOTATIONS + segment.number,
+                        "video_id": number,
+                        "track_id": segment.number,
+                        "category_id": THING_IDS[segment.category],
+                        "height": shapes.height,
+                        "width": shapes.width,
+                        "iscrowd": 0,
+                        "segmentations": [None] * shapes.length,
+                        "bboxes": [None] * shapes.length,
+                        "areas": [None] * shapes.length,
+                    },
+                )
+                annotation = frame.annotation(segment, "rle")
+                track["segmentations"][time] = _json_mask(annotation["segmentation"], False)
+                track["bboxes"][time] = annotation["bbox"]
+                track["areas"][time] = annotation["area"]
+        annotations.extend(track for _, track in sorted(tracks.items()))
+    file = _file([], annotations, _thing_categories())
+    del file["images"]
+    return {**file, "videos": videos}

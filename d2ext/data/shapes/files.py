@@ -1,7 +1,8 @@
 """``shapes://`` paths: files of `shapes` that are drawn when they are opened.
 
-The handler is registered with ``detectron2.utils.file_io.PathManager``, through which Detectron2 reads every
-image and annotation, so its mappers, evaluators and visualizers work on `shapes` as on files.
+The handler is registered with ``detectron2.utils.file_io.PathManager``, through which Detectron2
+reads every image and annotation, so its mappers, evaluators and visualizers work on `shapes` as on
+files.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
@@ -19,16 +20,17 @@ import cv2
 import numpy as np
 from detectron2.utils.file_io import PathHandler, PathManager
 
-from d2ext.data.shapes.coco import id_to_rgb, instances_json, keypoints_json, panoptic_json
+from d2ext.data.shapes.coco import (
+    id_to_rgb,
+    instances_json,
+    keypoints_json,
+    panoptic_json,
+)
 from d2ext.data.shapes.frame import Frame
-from d2ext.data.shapes.sets import PREFIX, ShapesSet
+from d2ext.data.shapes.sets import PREFIX, ShapesSet, VideoSet, set_from_name
+from d2ext.data.shapes.video import Clip, flow_bytes
 
-__all__ = ["ShapesPathHandler", "encode_png", "image_name", "register_path_handler"]
-
-
-def image_name(index: int) -> str:
-    """Name of an image without its extension: 12 digits, as in COCO."""
-    return f"{index:012d}"
+__all__ = ["ShapesPathHandler", "encode_png", "register_path_handler"]
 
 
 def encode_png(image: np.ndarray) -> bytes:
@@ -43,31 +45,52 @@ def _encode_bmp(image: np.ndarray) -> bytes:
     return cv2.imencode(".bmp", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
 
 
+def _clip_of(shapes: ShapesSet, index: int) -> tuple[Clip, int]:
+    """Clip and time of a picture."""
+    assert isinstance(shapes, VideoSet)  # other sets have no folder that needs it
+    return shapes.clip(index // shapes.length), index % shapes.length
+
+
+def _encode_flow(shapes: ShapesSet, index: int) -> bytes:
+    clip, time = _clip_of(shapes, index)
+    return flow_bytes(clip.flow(time))
+
+
+def _encode_occlusion(shapes: ShapesSet, index: int) -> bytes:
+    clip, time = _clip_of(shapes, index)
+    return encode_png(clip.occlusion(time))
+
+
+_Encoder = Callable[[ShapesSet, int], bytes]
 # Folder -> extension and contents of the files in it.
-_FOLDERS: dict[str, tuple[str, Callable[[Frame], bytes]]] = {
-    "images": (".bmp", lambda frame: _encode_bmp(frame.image)),
-    "panoptic": (".png", lambda frame: encode_png(id_to_rgb(frame.panoptic))),
-    "sem_seg": (".png", lambda frame: encode_png(frame.sem_seg)),
-    "semantic": (".png", lambda frame: encode_png(frame.semantic)),
+_PICTURES: dict[str, tuple[str, _Encoder]] = {
+    "images": (".bmp", lambda shapes, i: _encode_bmp(shapes.frame(i).image)),
+    "panoptic": (".png", lambda shapes, i: encode_png(id_to_rgb(shapes.frame(i).panoptic))),
+    "sem_seg": (".png", lambda shapes, i: encode_png(shapes.frame(i).sem_seg)),
+    "semantic": (".png", lambda shapes, i: encode_png(shapes.frame(i).semantic)),
 }
-_ANNOTATIONS: dict[str, Callable[..., dict[str, Any]]] = {
-    "instances.json": instances_json,
-    "instances_rle.json": lambda frames: instances_json(frames, "rle"),
-    "keypoints.json": keypoints_json,
-    "panoptic.json": panoptic_json,
+_MOTION: dict[str, tuple[str, _Encoder]] = {
+    "flow": (".flo", _encode_flow),
+    "occlusion": (".png", _encode_occlusion),
+}
+_ANNOTATIONS: dict[str, Callable[[ShapesSet], dict[str, Any]]] = {
+    "instances.json": lambda shapes: instances_json(_named(shapes)),
+    "instances_rle.json": lambda shapes: instances_json(_named(shapes), "rle"),
+    "keypoints.json": lambda shapes: keypoints_json(_named(shapes)),
+    "panoptic.json": lambda shapes: panoptic_json(_named(shapes)),
 }
 
 
-def _annotation_file(shapes: ShapesSet, name: str) -> bytes:
-    frames = ((i, image_name(i) + ".bmp", frame) for i, frame in enumerate(shapes.frames()))
-    return json.dumps(_ANNOTATIONS[name](frames)).encode()
+def _named(shapes: ShapesSet) -> Iterator[tuple[int, str, Frame]]:
+    for index, frame in enumerate(shapes.frames()):
+        yield index, shapes.stem(index) + ".bmp", frame
 
 
 class ShapesPathHandler(PathHandler):
     """Serves ``shapes://<name of the set>/<folder>/<file>``, read-only; see :class:`ShapesSet`.
 
-    ``get_local_path`` writes the file or the whole folder into a cache (``$D2EXT_CACHE``, else the user's cache
-    folder), for libraries that want real paths.
+    ``get_local_path`` writes the file or the whole folder into a cache (``$D2EXT_CACHE``, else the
+    user's cache folder), for libraries that want real paths.
     """
 
     def _get_supported_prefixes(self) -> list[str]:
@@ -76,17 +99,19 @@ class ShapesPathHandler(PathHandler):
     def _read(self, path: str) -> bytes:
         shapes, folder, name = _parse(path)
         if folder == "annotations" and name in _ANNOTATIONS:
-            return _annotation_file(shapes, name)
-        if folder in _FOLDERS:
-            extension, encode = _FOLDERS[folder]
-            stem, found = os.path.splitext(name)
-            if found == extension and stem.isdecimal() and len(stem) == 12:
-                if int(stem) < shapes.num:
-                    return encode(shapes.frame(int(stem)))
-                raise FileNotFoundError(f"{path}: {shapes.name} has {shapes.num} images, from 0 on")
+            return json.dumps(_ANNOTATIONS[name](shapes)).encode()
+        folders = _folders(shapes)
+        if folder in folders:
+            index = _names(path.rpartition("/")[0]).get(name)
+            if index is None:
+                raise FileNotFoundError(
+                    f"{path}: no such file; {folder}/ of {shapes.name} begins with "
+                    f"{shapes.stem(0)}{folders[folder][0]} and holds {shapes.num_frames} pictures"
+                )
+            return folders[folder][1](shapes, index)
         raise FileNotFoundError(
             f"{path}: no such file; there are annotations/{{{','.join(_ANNOTATIONS)}}} and "
-            + ", ".join(f"{f}/{image_name(0)}{e}" for f, (e, _) in _FOLDERS.items())
+            + ", ".join(f"{f}/{shapes.stem(0)}{e}" for f, (e, _) in folders.items())
         )
 
     def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO[Any]:
@@ -136,10 +161,10 @@ class ShapesPathHandler(PathHandler):
     def _isdir(self, path: str, **kwargs: Any) -> bool:
         self._check_kwargs(kwargs)
         try:
-            _, folder, name = _parse(path)
+            shapes, folder, name = _parse(path)
         except FileNotFoundError:
             return False
-        return not name and (not folder or folder in _FOLDERS or folder == "annotations")
+        return not name and folder in ("", "annotations", *_folders(shapes))
 
     def _ls(self, path: str, **kwargs: Any) -> list[str]:
         self._check_kwargs(kwargs)
@@ -148,23 +173,32 @@ class ShapesPathHandler(PathHandler):
         return list(_names(path.rstrip("/")))
 
 
+def _folders(shapes: ShapesSet) -> dict[str, tuple[str, _Encoder]]:
+    return {**_PICTURES, **_MOTION} if isinstance(shapes, VideoSet) else _PICTURES
+
+
 @lru_cache(maxsize=64)
-def _names(path: str) -> dict[str, None]:
-    """Names in a folder, in order (a dict, so that looking one up is fast)."""
+def _names(path: str) -> dict[str, int]:
+    """Names in a folder, in order; for a folder of pictures with the number of the picture."""
     shapes, folder, _ = _parse(path)
     if not folder:
-        return dict.fromkeys([*_FOLDERS, "annotations"])
+        return dict.fromkeys([*_folders(shapes), "annotations"], 0)
     if folder == "annotations":
-        return dict.fromkeys(_ANNOTATIONS)
-    return dict.fromkeys(image_name(i) + _FOLDERS[folder][0] for i in range(shapes.num))
+        return dict.fromkeys(_ANNOTATIONS, 0)
+    extension = _folders(shapes)[folder][0]
+    numbers = range(shapes.num_frames)
+    if folder in _MOTION:
+        assert isinstance(shapes, VideoSet)
+        return {shapes.stem(i) + extension: i for i in numbers if (i + 1) % shapes.length}
+    return {shapes.stem(i) + extension: i for i in numbers}
 
 
 def _parse(path: str) -> tuple[ShapesSet, str, str]:
-    """Set, folder and file name (each "" if absent) of a path; FileNotFoundError if there is no such set."""
+    """Set, folder and file name ("" if absent) of a path; FileNotFoundError without such a set."""
     name, _, rest = path.rstrip("/").removeprefix(PREFIX).partition("/")
     folder, _, file_name = rest.partition("/")
     try:
-        return ShapesSet.from_name(name), folder, file_name
+        return set_from_name(name), folder, file_name
     except ValueError as error:
         raise FileNotFoundError(f"{path}: {error}") from error
 
@@ -179,7 +213,7 @@ def _version() -> str:
 
 
 def _cache_folder() -> Path:
-    """This version's folder in the user's cache; a private temporary one if that cannot be written."""
+    """This version's folder in the user's cache, or a temporary one if that cannot be written."""
     chosen = os.environ.get("D2EXT_CACHE")
     if chosen:
         root = Path(chosen)

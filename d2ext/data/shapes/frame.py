@@ -18,7 +18,13 @@ from d2ext.data.shapes.raster import (
     invert,
     rasterize,
 )
-from d2ext.data.shapes.textures import STORED_PER_PIXEL, sensor_field, stuff_texture, thing_texture
+from d2ext.data.shapes.textures import (
+    STORED_PER_PIXEL,
+    light_field,
+    noise_field,
+    stuff_texture,
+    thing_texture,
+)
 
 __all__ = ["SEGMENT_ID_FACTOR", "VOID", "Background", "Frame", "Layer", "Region", "Segment"]
 
@@ -77,13 +83,15 @@ class Background:
 
     Attributes:
         regions: bottom to top; no class twice.
-        field_gain: strength of light and noise, 0 to 1.
-        field_offset: (row, column) of the window into the field, each below 256.
+        light: strength of the uneven light, 0 to 1.
+        light_window: (row, column) of the part of the light's field that is shown, each below 256.
+        noise: strength of the sensor noise, 0 to 1.
     """
 
     regions: list[Region]
-    field_gain: float
-    field_offset: tuple[int, int]
+    light: float
+    light_window: tuple[int, int]
+    noise: float
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,7 @@ class Frame:
         matrices: for each layer, its own frame -> image.
         background: what lies behind them.
         camera: world -> image.
+        noise_window: (row, column) of the part of the noise field that is shown, each below 256.
         rasters: what :func:`rasterize` gives for each layer, if the caller has it already.
     """
 
@@ -133,6 +142,7 @@ class Frame:
         matrices: list[np.ndarray],
         background: Background,
         camera: np.ndarray,
+        noise_window: tuple[int, int],
         rasters: list[Raster | None] | None = None,
     ) -> None:
         if len(layers) + len(background.regions) > 255:
@@ -140,6 +150,7 @@ class Frame:
         self.height, self.width = height, width
         self.layers, self.matrices = layers, matrices
         self.background, self.camera = background, camera
+        self.noise_window = noise_window
         if rasters is None:
             rasters = [
                 rasterize(layer.outline, matrix, height, width)
@@ -159,7 +170,7 @@ class Frame:
 
     @cached_property
     def stuff(self) -> np.ndarray:
-        """(H, W) uint8: place of the background's region in ``background.regions``, also behind things."""
+        """(H, W) uint8: index of the background's region, also behind things."""
         label = np.zeros((self.height, self.width), np.uint8)
         for index, region in enumerate(self.background.regions):
             if region.polygon is not None:
@@ -191,7 +202,7 @@ class Frame:
 
     @cached_property
     def _source(self) -> np.ndarray:
-        """(H, W) uint8: what each pixel shows: a layer's index plus 1, or 255 minus a region's index."""
+        """(H, W) uint8: the layer's index plus 1, or 255 minus the region's index."""
         source = cv2.bitwise_not(self.stuff)
         cv2.copyTo(self.owner, self.owner, source)
         return source
@@ -211,7 +222,7 @@ class Frame:
 
     @cached_property
     def panoptic(self) -> np.ndarray:
-        """(H, W) int32 segment ids: ``category id * 1000 + number``, number 0 for stuff; 0: void."""
+        """(H, W) int32 segment ids: ``category id * 1000 + number`` (stuff: 0); 0: void."""
         return cv2.LUT(self._source, self._ids)
 
     @property
@@ -221,7 +232,7 @@ class Frame:
 
     @property
     def sem_seg(self) -> np.ndarray:
-        """(H, W) uint8 as Panoptic FPN wants it: 0 things, 1 and up the stuff classes; 255: void."""
+        """(H, W) uint8 as Panoptic FPN wants it: 0 things, 1 and up stuff; 255: void."""
         return self._categories([VOID, *(0 for _ in THING_IDS), *range(1, len(STUFF_IDS) + 1)])
 
     @cached_property
@@ -233,16 +244,20 @@ class Frame:
         ):
             if raster is not None:
                 _paint_layer(image, layer, matrix, raster)
-        row, column = self.background.field_offset
-        field = sensor_field(self.height, self.width)
-        field = field[row : row + self.height, column : column + self.width]
-        gain = self.background.field_gain
-        return cv2.addWeighted(image, 1.0, field, gain, -128.0 * gain)
+        height, width = self.height, self.width
+        for strength, field, (row, column) in (
+            (self.background.light, light_field(height, width), self.background.light_window),
+            (self.background.noise, noise_field(height, width), self.noise_window),
+        ):
+            window = field[row : row + height, column : column + width]
+            image = cv2.addWeighted(image, 1.0, window, strength, -128.0 * strength)
+        return image
 
     def keypoints(self, segment: Segment) -> np.ndarray:
         """(8, 3) float64: x, y in continuous image coordinates, and v as in COCO.
 
-        v = 2: visible; 1: behind another thing or clutter; 0: outside the image or of a crowd, then x = y = 0.
+        v = 2: visible; 1: behind another thing or clutter; 0: outside the image or of a crowd, then
+        x = y = 0.
         """
         if segment.layer < 0:
             return np.zeros((8, 3))
@@ -257,10 +272,11 @@ class Frame:
         return result
 
     def annotation(self, segment: Segment, mask_format: str) -> dict[str, Any]:
-        """Fields that Detectron2's and COCO's formats share: bbox (x, y, w, h), area, iscrowd, segmentation.
+        """bbox (x, y, w, h), area, iscrowd and segmentation, as COCO has them.
 
         Args:
-            mask_format: ``"polygon"`` or ``"rle"`` (compressed). A crowd's mask is always RLE, as in COCO.
+            mask_format: ``"polygon"`` or ``"rle"`` (compressed). A crowd's mask is always RLE, as
+                in COCO.
         """
         crowd = segment.layer < 0
         height, width = segment.mask.shape
@@ -276,7 +292,7 @@ class Frame:
         }
 
     def panoptic_segments(self) -> list[dict[str, Any]]:
-        """COCO's ``segments_info``: id, category_id (as in files), area, bbox, iscrowd; things, then stuff."""
+        """COCO's ``segments_info`` (category ids as in files), things before stuff."""
         infos = []
         for segment in self.segments:
             height, width = segment.mask.shape
@@ -355,9 +371,9 @@ def _textured(
     height: int,
     width: int,
 ) -> np.ndarray:
-    """(height, width, 3) window at (x0, y0) of a coloured tile; `matrix`: image -> texture pixels."""
+    """(height, width, 3) window at (x0, y0) of a coloured tile; `matrix`: image -> texture."""
     stored = matrix * STORED_PER_PIXEL
-    stored[:, 2] += stored[:, :2] @ (x0 + 0.5, y0 + 0.5) - 0.5
+    stored[:, 2] += stored[:, :2] @ np.array([x0 + 0.5, y0 + 0.5]) - 0.5
     grey = cv2.warpAffine(
         tile,
         stored,

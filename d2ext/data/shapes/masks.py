@@ -14,24 +14,25 @@ _TOLERANCE = 0.6  # how far a simplified outline may leave the traced one, in pi
 
 
 def mask_to_rle(mask: np.ndarray, x0: int, y0: int, height: int, width: int) -> dict[str, Any]:
-    """Compressed RLE (`counts` is bytes) of a uint8 mask that lies at (x0, y0) in a height x width image."""
+    """Compressed RLE (`counts` is bytes) of a uint8 mask at (x0, y0) in a height x width image."""
     full = np.zeros((height, width), np.uint8, order="F")
     full[y0 : y0 + mask.shape[0], x0 : x0 + mask.shape[1]] = mask
     return mask_util.encode(full)
 
 
 def mask_to_polygons(mask: np.ndarray, x0: int, y0: int) -> list[list[float]]:
-    """Polygons along the pixel edges of a mask, as COCO has them: [x, y, x, y, ...] in image coordinates.
+    """COCO polygons, [x, y, x, y, ...] in image coordinates, along the pixel edges of a mask.
 
-    A COCO polygon has no holes, so a piece with a hole is cut in two along a column through the hole.
-    The polygons of a piece share that edge and do not overlap otherwise.
+    A COCO polygon has no holes, so a piece with a hole is cut in two along a column through the
+    hole. The polygons of a piece share that edge and do not overlap otherwise.
 
     Args:
         mask: (h, w) uint8, 0 or 1.
         x0, y0: where the mask's first column and row lie in the image.
     """
-    # On a grid of half pixels the closed squares of the mask's pixels are an image whose outermost points lie
-    # exactly on the pixel edges. Contours of that image pass every pixel centre on the right side.
+    # On a grid of half pixels the closed squares of the mask's pixels are an image whose outermost
+    # points lie exactly on the pixel edges. Contours of that image pass every pixel centre on the
+    # right side.
     height, width = mask.shape
     grid = np.zeros((2 * height + 1, 2 * width + 1), np.uint8)
     grid[1::2, 1::2] = mask
@@ -57,7 +58,7 @@ def mask_to_polygons(mask: np.ndarray, x0: int, y0: int) -> list[list[float]]:
 def _cut(
     mask: np.ndarray, outer: np.ndarray, hole: np.ndarray, x0: int, y0: int
 ) -> list[list[float]]:
-    """Polygons of the piece inside `outer` (half-pixel contour), cut at the middle column of its hole."""
+    """Polygons of the piece inside `outer` (half-pixel contour), cut through its hole."""
     left, top, width, height = cv2.boundingRect(outer)  # left and top are even: pixel edges
     inside = np.zeros((height, width), np.uint8)
     cv2.drawContours(inside, [outer - (left, top)], 0, 1, cv2.FILLED)

@@ -1,7 +1,8 @@
 """From outlines to pixels.
 
-Coordinates are continuous: the pixel in column x and row y covers [x, x+1) x [y, y+1), so its centre lies at
-(x + 0.5, y + 0.5). Matrices are 2 x 3 and map a thing's own frame (or the world) to these coordinates.
+Coordinates are continuous: the pixel in column x and row y covers [x, x+1) x [y, y+1), so its
+centre lies at (x + 0.5, y + 0.5). Matrices are 2 x 3 and map a thing's own frame (or the world) to
+these coordinates.
 """
 
 import math
@@ -16,8 +17,9 @@ __all__ = ["Raster", "apply", "compose", "draw_details", "fixed_point", "invert"
 
 # OpenCV takes polygon corners as integers with this many binary digits behind the point.
 _SHIFT = 4
-# Sub-pixels per pixel side: a pixel belongs to a mask if at least half of its sub-pixels are covered.
-# Things wider than 96 px take the coarser grid; there the edge is a small part of the area.
+# Sub-pixels per pixel side: a pixel belongs to a mask if at least half of its sub-pixels are
+# covered. Things wider than 96 px take the coarser grid; there the edge is a small part of the
+# area.
 _FINE, _COARSE, _COARSE_FROM = 4, 2, 96
 
 
@@ -42,7 +44,7 @@ def apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def fixed_point(points: np.ndarray, x0: int, y0: int, factor: int = 1) -> np.ndarray:
-    """Continuous points as OpenCV's fixed-point pixel indices in a window at (x0, y0), `factor` times finer."""
+    """Points as OpenCV's fixed-point pixel indices in a window at (x0, y0), `factor` times finer."""
     shifted = (points - (x0, y0)) * factor - 0.5
     return np.rint(shifted * (1 << _SHIFT)).astype(np.int32)
 
@@ -95,7 +97,7 @@ def rasterize(outline: Outline, matrix: np.ndarray, height: int, width: int) -> 
 def draw_details(
     canvas: np.ndarray, outline: Outline, raster: Raster, tones: list[list[int]], edge: int
 ) -> None:
-    """Paint a thing's marks and trace its parts in `canvas`, the image's window of `raster`, in place.
+    """Paint a thing's marks and trace its parts in `canvas`, the window of `raster`, in place.
 
     Args:
         tones: colours of white, ink and accent.

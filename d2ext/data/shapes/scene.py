@@ -1,8 +1,9 @@
 """Drawing scenes at random: what stands where, and how it looks.
 
-All randomness comes from a counter-based generator keyed by (seed, split, kind) and index, so a scene does not
-depend on which scenes were drawn before it, nor by which process. Only uniform doubles are taken from it;
-everything else is computed from them here, so that a scene does not change with NumPy's distributions.
+All randomness comes from a counter-based generator keyed by (seed, split, kind) and index, so a
+scene does not depend on which scenes were drawn before it, nor by which process. Only uniform
+doubles are taken from it; everything else is computed from them here, so that a scene does not
+change with NumPy's distributions.
 """
 
 import hashlib
@@ -22,7 +23,18 @@ from d2ext.data.shapes.frame import Background, Frame, Layer, Region
 from d2ext.data.shapes.raster import Raster, rasterize
 from d2ext.data.shapes.textures import THING_TEXTURES, color_ramp
 
-__all__ = ["IDENTITY", "Draws", "Pose", "draw_image"]
+__all__ = [
+    "IDENTITY",
+    "REFERENCE_SIDE",
+    "Draws",
+    "Pose",
+    "Stack",
+    "draw_background",
+    "draw_image",
+    "draw_radius",
+    "put_clutter",
+    "put_thing",
+]
 
 IDENTITY = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
 # Sizes below are for an image whose shorter side has this many pixels; they scale with it.
@@ -76,7 +88,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class Pose:
-    """Where a thing is: centre in pixels, radius in pixels, width over height, clockwise angle in radians."""
+    """Where a thing is: centre and radius in pixels, width over height, clockwise angle in radians."""
 
     x: float
     y: float
@@ -110,7 +122,7 @@ def draw_radius(draws: Draws) -> float:
 
 
 def draw_layer(draws: Draws, category: int, radius: float, *, crowd: bool = False) -> Layer:
-    """Look of a thing of the given class (-1: clutter), independent of the class but for its outline."""
+    """Look of a thing of the given class (-1: clutter); but for the outline, the class is no matter."""
     outline = blob_outline(draws) if category < 0 else thing_outline(category, draws)
     low = draws.color()
     high = draws.color()
@@ -118,8 +130,8 @@ def draw_layer(draws: Draws, category: int, radius: float, *, crowd: bool = Fals
         high = 255 - high
     accent = np.zeros(3) if float((low + high).sum()) > 765 else np.full(3, 255.0)
     ink = draws.color() * 0.3
-    # Texture pixels per radius: a period is an eighth to a half of a tile. Fine patterns on small things would
-    # only alias.
+    # Texture pixels per radius: a period is an eighth to a half of a tile. Fine patterns on small
+    # things would only alias.
     scale = min(draws.log_uniform(28, 80), 3 * radius)
     angle = draws.uniform(0, 2 * math.pi)
     cos, sin = math.cos(angle) * scale, math.sin(angle) * scale
@@ -176,8 +188,12 @@ def draw_background(draws: Draws, height: int, width: int) -> Background:
         cos, sin = math.cos(angle) * scale, math.sin(angle) * scale
         matrix = np.array([[cos, -sin, 256 * draws()], [sin, cos, 256 * draws()]])
         regions.append(Region(category, polygon, matrix, color_ramp(low + shift, high + shift)))
-    gain = draws.uniform(0.1, 0.7)
-    return Background(regions, gain, (draws.below(256), draws.below(256)))
+    return Background(
+        regions,
+        light=draws.uniform(0.1, 0.7),
+        light_window=(draws.below(256), draws.below(256)),
+        noise=draws.uniform(0.05, 0.6),
+    )
 
 
 def _shore(draws: Draws, height: int, width: int) -> np.ndarray:
@@ -208,7 +224,7 @@ def _pond(draws: Draws, height: int, width: int) -> np.ndarray:
     return circle + (draws() * width, draws() * height)
 
 
-class _Stack:
+class Stack:
     """Layers put down front to back, each behind those before it."""
 
     def __init__(self, height: int, width: int) -> None:
@@ -242,12 +258,12 @@ _THINGS = (0.01, 0.05, 0.15, 0.31, 0.51, 0.70, 0.86, 1.0)
 def draw_image(seed: int, split: str, index: int, height: int, width: int) -> Frame:
     """Still number `index` of a split.
 
-    Of every thing at least 40 % of what lies inside the image, and at least 20 pixels, can be seen; one image
-    in 100 has no thing, one in 25 a crowd of 10 to 18 tiny things of one class.
+    Of every thing at least 40 % of what lies inside the image, and at least 20 pixels, can be seen;
+    one image in 100 has no thing, one in 25 a crowd of 10 to 18 tiny things of one class.
     """
     draws = Draws(seed, split, "image", index)
     background = draw_background(draws, height, width)
-    stack = _Stack(height, width)
+    stack = Stack(height, width)
     unit = min(height, width) / REFERENCE_SIDE
 
     u = draws()
@@ -255,13 +271,13 @@ def draw_image(seed: int, split: str, index: int, height: int, width: int) -> Fr
     # Front to back: small things tend to stand in front.
     radii.sort(key=lambda radius: radius * draws.log_uniform(0.3, 3))
     if draws.chance(0.15):
-        _put_clutter(draws, stack, unit)
+        put_clutter(draws, stack, unit)
     for radius in radii:
-        _put_thing(draws, stack, radius * unit)
+        put_thing(draws, stack, radius * unit)
     for _ in range(draws.below(3)):
-        _put_clutter(draws, stack, unit)
+        put_clutter(draws, stack, unit)
     if draws.chance(0.04):
-        _put_crowd(draws, stack, unit)
+        put_crowd(draws, stack, unit)
     return Frame(
         height,
         width,
@@ -269,11 +285,12 @@ def draw_image(seed: int, split: str, index: int, height: int, width: int) -> Fr
         [pose.matrix() for pose in stack.poses],
         background,
         IDENTITY,
+        (draws.below(256), draws.below(256)),
         stack.rasters,
     )
 
 
-def _put_thing(draws: Draws, stack: _Stack, radius: float) -> None:
+def put_thing(draws: Draws, stack: Stack, radius: float) -> None:
     """Put a thing where enough of it can be seen; after four misses the image does without it."""
     layer = draw_layer(draws, draws.below(len(THING_CLASSES)), radius)
     aspect, angle = draws.log_uniform(0.8, 1.25), draw_angle(draws)
@@ -295,7 +312,7 @@ def _put_thing(draws: Draws, stack: _Stack, radius: float) -> None:
             return
 
 
-def _put_clutter(draws: Draws, stack: _Stack, unit: float) -> None:
+def put_clutter(draws: Draws, stack: Stack, unit: float) -> None:
     radius = draws.log_uniform(12, 60) * unit
     layer = draw_layer(draws, -1, radius)
     x, y = draws() * stack.width, draws() * stack.height
@@ -303,7 +320,7 @@ def _put_clutter(draws: Draws, stack: _Stack, unit: float) -> None:
     stack.put(layer, pose, stack.raster(layer, pose))
 
 
-def _put_crowd(draws: Draws, stack: _Stack, unit: float) -> None:
+def put_crowd(draws: Draws, stack: Stack, unit: float) -> None:
     category = draws.below(len(THING_CLASSES))
     x, y = draws.uniform(0.2, 0.8) * stack.width, draws.uniform(0.2, 0.8) * stack.height
     for _ in range(10 + draws.below(9)):

@@ -1,11 +1,12 @@
 """Grey textures and colour ramps of `shapes`.
 
-Every texture is a periodic grey tile, computed once per process from a fixed seed; a scene shows it through
-an affine map and a ramp of 256 colours. So a texture costs one warp and one table look-up per region, and
-moves with what it covers.
+Every texture is a periodic grey tile, computed once per process from a fixed seed; a scene shows it
+through an affine map and a ramp of 256 colours. So a texture costs one warp and one table look-up
+per region, and moves with what it covers.
 
-A tile spans 256 x 256 texture pixels and is stored at twice that resolution, so that taking the nearest stored
-value (a third of the cost of interpolating) is as good as linear interpolation to a quarter of a pixel.
+A tile spans 256 x 256 texture pixels and is stored at twice that resolution, so that taking the
+nearest stored value (a third of the cost of interpolating) is as good as linear interpolation to a
+quarter of a pixel.
 """
 
 import math
@@ -21,7 +22,8 @@ __all__ = [
     "STORED_PER_PIXEL",
     "THING_TEXTURES",
     "color_ramp",
-    "sensor_field",
+    "light_field",
+    "noise_field",
     "stuff_texture",
     "thing_texture",
 ]
@@ -34,7 +36,7 @@ _Y, _X = np.mgrid[0:TILE, 0:TILE].astype(np.float64) * (2 * math.pi / TILE)
 
 
 def _noise(seed: int, sigma_x: float, sigma_y: float) -> np.ndarray:
-    """Periodic Gaussian noise with the given correlation lengths in pixels, scaled to mean 0, deviation 1."""
+    """Periodic noise with the given correlation lengths in pixels; mean 0, deviation 1."""
     rng = np.random.Generator(np.random.Philox(key=seed))
     white = np.fft.rfft2(rng.random((TILE, TILE)) - 0.5)
     fy = np.fft.fftfreq(TILE)[:, None]
@@ -131,11 +133,17 @@ def thing_texture(kind: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=4)
-def sensor_field(height: int, width: int) -> np.ndarray:
-    """Light and sensor noise around 128, uint8, (height + 256, width + 256, 3), of which a frame cuts a window."""
-    light = 128 + 34 * _noise(30, 48, 48)
-    channels = [light + 12 * _noise(31 + c, 0.4, 0.4) for c in range(3)]
-    tile = np.clip(np.stack(channels, axis=2), 0, 255).astype(np.uint8)
+def light_field(height: int, width: int) -> np.ndarray:
+    """Smooth (height + 256, width + 256, 3) uint8 around 128, of which a frame shows a window."""
+    tile = np.clip(128 + 34 * _noise(30, 48, 48), 0, 255).astype(np.uint8)
+    return cv2.copyMakeBorder(cv2.merge([tile] * 3), 0, height, 0, width, cv2.BORDER_WRAP)
+
+
+@lru_cache(maxsize=4)
+def noise_field(height: int, width: int) -> np.ndarray:
+    """Rough (height + 256, width + 256, 3) uint8 around 128, of which a frame shows a window."""
+    channels = [np.clip(128 + 16 * _noise(31 + c, 0.4, 0.4), 0, 255) for c in range(3)]
+    tile = np.stack(channels, axis=2).astype(np.uint8)
     return cv2.copyMakeBorder(tile, 0, height, 0, width, cv2.BORDER_WRAP)
 
 
@@ -143,5 +151,5 @@ _STEPS = np.linspace(0, 1, 256)[:, None]
 
 
 def color_ramp(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """(256, 1, 3) uint8 table from colour `low` at grey 0 to `high` at grey 255, as cv2.applyColorMap takes it."""
+    """(256, 1, 3) uint8 table for cv2.applyColorMap: colour `low` at grey 0 to `high` at 255."""
     return np.clip(low + _STEPS * (high - low) + 0.5, 0, 255).astype(np.uint8)[:, None]
