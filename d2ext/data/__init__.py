@@ -1,5 +1,6 @@
 """Data sets, mappers, augmentations and loaders."""
 
+from d2ext.data import shapes  # noqa: F401  (registers its data sets)
 from d2ext.data.augmentations import AUGMENTATION_REGISTRY, build_augmentations
 from d2ext.data.build import build_test_loader, build_train_loader, get_dataset_dicts
 from d2ext.data.dataset_mapper import D2extDatasetMapper

@@ -1,0 +1,51 @@
+"""`shapes`: the built-in data set, textured scenes drawn from (seed, index).
+
+Importing this package registers ``shapes_train`` and ``shapes_val`` for every task (:mod:`.catalog`
+lists the names) and the ``shapes://`` paths under which their images are found. To have others::
+
+    from d2ext.data.shapes import ShapesSet, register_shapes
+    register_shapes(ShapesSet("val", num=50, height=320, width=480, seed=7), prefix="wide")
+"""
+
+from d2ext.data.shapes.catalog import (
+    DEFAULT_SETS,
+    DEFAULT_VIDEO_SETS,
+    TASKS,
+    load_shapes,
+    load_shapes_video,
+    register_shapes,
+    register_shapes_video,
+    shapes_metadata,
+)
+from d2ext.data.shapes.classes import KEYPOINT_OKS_SIGMAS, STUFF_CLASSES, THING_CLASSES
+from d2ext.data.shapes.files import register_path_handler
+from d2ext.data.shapes.frame import Frame
+from d2ext.data.shapes.scene import draw_image
+from d2ext.data.shapes.sets import ShapesSet, VideoSet
+from d2ext.data.shapes.video import Clip, draw_clip
+
+__all__ = [
+    "DEFAULT_SETS",
+    "DEFAULT_VIDEO_SETS",
+    "KEYPOINT_OKS_SIGMAS",
+    "STUFF_CLASSES",
+    "TASKS",
+    "THING_CLASSES",
+    "Clip",
+    "Frame",
+    "ShapesSet",
+    "VideoSet",
+    "draw_clip",
+    "draw_image",
+    "load_shapes",
+    "load_shapes_video",
+    "register_shapes",
+    "register_shapes_video",
+    "shapes_metadata",
+]
+
+register_path_handler()
+for _shapes in DEFAULT_SETS:
+    register_shapes(_shapes)
+for _clips in DEFAULT_VIDEO_SETS:
+    register_shapes_video(_clips)

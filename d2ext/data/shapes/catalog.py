@@ -1,0 +1,268 @@
+"""`shapes` in Detectron2's catalogs.
+
+For a split such as ``val`` the names are
+
+==========================  =====================================================================
+``shapes_val``              instances, masks as polygons (stock configs read these)
+``shapes_val_rle``          the same, masks exact, as RLE: set ``INPUT.MASK_FORMAT: bitmask``
+``shapes_val_keypoints``    as ``person_keypoints`` of COCO: one class, 8 landmarks
+``shapes_val_panoptic``     instances, ``sem_seg`` and panoptic maps, as
+                            ``coco_2017_*_panoptic_separated`` and, in the same dicts,
+                            ``pan_seg_file_name`` and ``segments_info`` ``shapes_val_semantic``
+                            one label per pixel over all classes, things and stuff
+                            ``shapes_val_video``        clips with tracks, panoptic maps and optical
+                            flow ==========================
+                            =====================================================================
+"""
+
+import copy
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
+
+from d2ext.data.shapes.classes import (
+    KEYPOINT_CONNECTIONS,
+    KEYPOINT_FLIP_MAP,
+    KEYPOINT_NAMES,
+    KEYPOINT_OKS_SIGMAS,
+    STUFF_CLASSES,
+    STUFF_COLORS,
+    STUFF_IDS,
+    THING_CLASSES,
+    THING_COLORS,
+    THING_IDS,
+)
+from d2ext.data.shapes.frame import SEGMENT_ID_FACTOR, VOID, Frame
+from d2ext.data.shapes.sets import ShapesSet, VideoSet
+
+__all__ = [
+    "DEFAULT_SETS",
+    "DEFAULT_VIDEO_SETS",
+    "TASKS",
+    "load_shapes",
+    "load_shapes_video",
+    "register_shapes",
+    "register_shapes_video",
+    "shapes_metadata",
+]
+
+# What importing d2ext.data registers. Annotations of 2,000 images take some seconds to compute.
+DEFAULT_SETS = (ShapesSet("train", 2000), ShapesSet("val", 200))
+DEFAULT_VIDEO_SETS = (VideoSet("train", 40), VideoSet("val", 10))
+
+
+def _category_dict(segment_info: dict[str, Any]) -> dict[str, Any]:
+    """COCO's segment info with contiguous class ids and ``isthing``, as Detectron2 wants it."""
+    category = segment_info["category_id"]
+    isthing = category in THING_IDS
+    # Of stuff, 0 is "things".
+    contiguous = THING_IDS.index(category) if isthing else STUFF_IDS.index(category) + 1
+    return {**segment_info, "category_id": contiguous, "isthing": isthing}
+
+
+def _instances(
+    frame: Frame, mask_format: str = "polygon", keypoints: bool = False
+) -> dict[str, Any]:
+    annotations = []
+    for segment in frame.segments:
+        annotation = frame.annotation(segment, mask_format)
+        del annotation["area"]  # not a field of Detectron2's
+        annotation["bbox_mode"] = BoxMode.XYWH_ABS
+        annotation["category_id"] = 0 if keypoints else segment.category
+        if keypoints:
+            annotation["keypoints"] = frame.keypoints(segment).reshape(-1).tolist()
+        annotations.append(annotation)
+    return {"annotations": annotations}
+
+
+def _panoptic(frame: Frame) -> dict[str, Any]:
+    result = _instances(frame)
+    for segment, annotation in zip(frame.segments, result["annotations"], strict=True):
+        annotation["segment_id"] = segment.id
+    result["segments_info"] = [_category_dict(info) for info in frame.panoptic_segments()]
+    return result
+
+
+# Task -> the fields of an image that have to be drawn, and the folders that it refers to.
+_FIELDS: dict[str, tuple[Callable[[Frame], dict[str, Any]] | None, dict[str, str]]] = {
+    "instances": (_instances, {}),
+    "rle": (partial(_instances, mask_format="rle"), {}),
+    "keypoints": (partial(_instances, keypoints=True), {}),
+    "panoptic": (_panoptic, {"sem_seg_file_name": "sem_seg", "pan_seg_file_name": "panoptic"}),
+    "semantic": (None, {"sem_seg_file_name": "semantic"}),
+}
+TASKS = tuple(_FIELDS)
+
+
+@lru_cache(maxsize=8)
+def _load(shapes: ShapesSet, task: str) -> list[dict[str, Any]]:
+    draw, folders = _FIELDS[task]
+    dicts = [_record(shapes, index, folders) for index in range(shapes.num_frames)]
+    if draw is not None:
+        for record, frame in zip(dicts, shapes.frames(), strict=True):
+            record.update(draw(frame))
+    return dicts
+
+
+def _record(shapes: ShapesSet, index: int, folders: dict[str, str]) -> dict[str, Any]:
+    """Fields of a picture for which nothing has to be drawn."""
+    stem = shapes.stem(index)
+    record: dict[str, Any] = {
+        "file_name": f"{shapes.root}/images/{stem}.bmp",
+        "image_id": index,
+        "height": shapes.height,
+        "width": shapes.width,
+    }
+    for key, folder in folders.items():
+        record[key] = f"{shapes.root}/{folder}/{stem}.png"
+    return record
+
+
+@lru_cache(maxsize=4)
+def _load_clips(shapes: VideoSet) -> list[dict[str, Any]]:
+    clips = []
+    records = iter(load_shapes(shapes, "panoptic"))
+    for number in range(shapes.num):
+        frames = []
+        for time in range(shapes.length):
+            record = next(records)
+            record.update(video_id=number, frame_index=time)
+            for annotation in record["annotations"]:
+                annotation["track_id"] = annotation["segment_id"] % SEGMENT_ID_FACTOR
+            if time + 1 < shapes.length:
+                stem = shapes.stem(record["image_id"])
+                record["flow_file_name"] = f"{shapes.root}/flow/{stem}.flo"
+                record["occlusion_file_name"] = f"{shapes.root}/occlusion/{stem}.png"
+            frames.append(record)
+        clips.append(
+            {
+                "video_id": number,
+                "length": shapes.length,
+                "height": shapes.height,
+                "width": shapes.width,
+                "frames": frames,
+            }
+        )
+    return clips
+
+
+def load_shapes(shapes: ShapesSet, task: str = "instances") -> list[dict[str, Any]]:
+    """The set in Detectron2's format. Computed once per process; every call returns its own copy.
+
+    Args:
+        task: one of :data:`TASKS`.
+    """
+    if task not in _FIELDS:
+        raise ValueError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
+    return copy.deepcopy(_load(shapes, task))
+
+
+def load_shapes_video(shapes: VideoSet) -> list[dict[str, Any]]:
+    """The clips of a set; every call returns its own copy.
+
+    Returns:
+        One dict per clip: ``video_id``, ``length``, ``height``, ``width`` and ``frames``. A frame
+        is a dict as the task "panoptic" has it, and ``video_id``, ``frame_index``, in each
+        annotation ``track_id`` (stable over the clip) and, but for the last frame,
+        ``flow_file_name`` and ``occlusion_file_name``.
+    """
+    return copy.deepcopy(_load_clips(shapes))
+
+
+def shapes_metadata(task: str) -> dict[str, Any]:
+    """Metadata that does not depend on where the images are: class names, ids, colours, landmarks.
+
+    It also suits ``register_coco_instances`` and ``register_coco_panoptic_separated`` for the files
+    that ``python -m d2ext.data.shapes`` writes.
+    """
+    if task in ("instances", "rle"):
+        return {
+            "thing_classes": list(THING_CLASSES),
+            "thing_colors": list(THING_COLORS),
+            "thing_dataset_id_to_contiguous_id": {d: c for c, d in enumerate(THING_IDS)},
+        }
+    if task == "keypoints":
+        return {
+            "thing_classes": ["thing"],
+            "thing_colors": [THING_COLORS[0]],
+            "thing_dataset_id_to_contiguous_id": {1: 0},
+            "keypoint_names": KEYPOINT_NAMES,
+            "keypoint_flip_map": KEYPOINT_FLIP_MAP,
+            "keypoint_connection_rules": list(KEYPOINT_CONNECTIONS),
+            # For TEST.KEYPOINT_OKS_SIGMAS, which Detectron2 takes from the config.
+            "keypoint_oks_sigmas": KEYPOINT_OKS_SIGMAS,
+        }
+    if task == "panoptic":
+        # As in Detectron2's "separated" COCO panoptic data, stuff class 0 stands for all things.
+        return {
+            **shapes_metadata("instances"),
+            "stuff_classes": ["things", *STUFF_CLASSES],
+            "stuff_colors": [(82, 18, 128), *STUFF_COLORS],
+            "stuff_dataset_id_to_contiguous_id": {
+                0: 0,
+                **{d: c + 1 for c, d in enumerate(STUFF_IDS)},
+            },
+        }
+    if task == "semantic":
+        return {
+            "stuff_classes": [*THING_CLASSES, *STUFF_CLASSES],
+            "stuff_colors": [*THING_COLORS, *STUFF_COLORS],
+            "stuff_dataset_id_to_contiguous_id": {
+                d: c for c, d in enumerate((*THING_IDS, *STUFF_IDS))
+            },
+        }
+    raise ValueError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
+
+
+def _paths(shapes: ShapesSet, task: str) -> dict[str, Any]:
+    """Metadata that names files, and the type by which an evaluator is chosen."""
+    root = shapes.root
+    paths: dict[str, Any] = {"image_root": f"{root}/images", "evaluator_type": "coco"}
+    if task == "semantic":
+        paths.update(sem_seg_root=f"{root}/semantic", evaluator_type="sem_seg", ignore_label=VOID)
+        return paths
+    name = {"rle": "instances_rle", "keypoints": "keypoints"}.get(task, "instances")
+    paths["json_file"] = f"{root}/annotations/{name}.json"
+    if task == "panoptic":
+        paths.update(
+            panoptic_root=f"{root}/panoptic",
+            panoptic_json=f"{root}/annotations/panoptic.json",
+            sem_seg_root=f"{root}/sem_seg",
+            evaluator_type="coco_panoptic_seg",
+            ignore_label=VOID,
+            label_divisor=SEGMENT_ID_FACTOR,
+        )
+    return paths
+
+
+def register_shapes_video(shapes: VideoSet, prefix: str = "shapes") -> str:
+    """Register clips under ``<prefix>_<split>_video`` and return that name."""
+    name = f"{prefix}_{shapes.split}_video"
+    DatasetCatalog.register(name, partial(load_shapes_video, shapes))
+    metadata = {**shapes_metadata("panoptic"), **_paths(shapes, "panoptic")}
+    MetadataCatalog.get(name).set(**{**metadata, "evaluator_type": "video_panoptic_seg"})
+    return name
+
+
+def register_shapes(shapes: ShapesSet, prefix: str = "shapes") -> list[str]:
+    """Register a set for every task.
+
+    Args:
+        prefix: first part of the names; the split follows, then, but for instances, the task.
+
+    Returns:
+        The names, in the order of :data:`TASKS`.
+
+    Raises:
+        AssertionError: from Detectron2's catalog, if a name is taken.
+    """
+    names = []
+    for task in TASKS:
+        name = f"{prefix}_{shapes.split}" + ("" if task == "instances" else f"_{task}")
+        DatasetCatalog.register(name, partial(load_shapes, shapes, task))
+        MetadataCatalog.get(name).set(**shapes_metadata(task), **_paths(shapes, task))
+        names.append(name)
+    return names

@@ -1,0 +1,174 @@
+"""Writing `shapes` to disk, for tools that want files.
+
+Single images come in the layout of COCO 2017::
+
+    OUT/<split>2017/<12 digits>.jpg
+    OUT/annotations/instances_<split>2017.json
+    OUT/annotations/person_keypoints_<split>2017.json    (all things, as one class)
+    OUT/annotations/panoptic_<split>2017.json
+    OUT/panoptic_<split>2017/<12 digits>.png             (segment id = R + 256 G + 65536 B)
+    OUT/panoptic_stuff_<split>2017/<12 digits>.png       (0 things, 1 and up stuff, 255 void)
+
+and clips as::
+
+    OUT/video_<split>/frames/<6 digits of clip>_<6 digits of time>.png
+    OUT/video_<split>/panoptic/...png, flow/...flo, occlusion/...png
+    OUT/annotations/video_<split>.json                   (tracks, as YouTube-VIS has them)
+    OUT/annotations/panoptic_video_<split>.json          (per frame; segment ids are stable over a
+    clip)
+
+Detectron2's loaders read the former as they are::
+
+    register_coco_instances(NAME, shapes_metadata("instances"), JSON, IMAGES)
+    register_coco_panoptic_separated(NAME, shapes_metadata("panoptic"), IMAGES, PANOPTIC,
+                                     PANOPTIC_JSON, PANOPTIC_STUFF, INSTANCES_JSON)
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from d2ext.data.shapes.coco import (
+    id_to_rgb,
+    instances_json,
+    keypoints_json,
+    panoptic_json,
+    tracks_json,
+)
+from d2ext.data.shapes.files import encode_png
+from d2ext.data.shapes.frame import Frame
+from d2ext.data.shapes.sets import ShapesSet, VideoSet
+from d2ext.data.shapes.video import flow_bytes
+
+__all__ = ["export_images", "export_video"]
+
+# JPEG quality at which neither thin lines nor textures visibly suffer.
+_JPEG_QUALITY = 95
+
+_Builder = Callable[[list[tuple[int, str, Frame]]], dict[str, Any]]
+
+
+def _encode_jpeg(image: np.ndarray) -> bytes:
+    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])[1].tobytes()
+
+
+def _check_free(out: Path, targets: list[str], overwrite: bool) -> None:
+    """FileExistsError if `out` is not a folder, or holds a target that may not be replaced."""
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; name a folder")
+    taken = [target for target in targets if (out / target).exists()]
+    if taken and not overwrite:
+        raise FileExistsError(
+            f"{out} already holds {', '.join(taken)}; pass --overwrite to replace them, "
+            "or name another folder"
+        )
+
+
+def _publish(temporary: Path, out: Path, targets: list[str]) -> None:
+    """Move finished targets into `out`, replacing what stands there."""
+    for target in targets:
+        destination = out / target
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        if destination.is_dir():
+            shutil.rmtree(destination)
+        (temporary / target).replace(destination)
+
+
+def _add(total: dict[str, dict[str, Any]], name: str, part: dict[str, Any]) -> None:
+    """Append the images and annotations of one picture to those gathered for a file."""
+    if name not in total:
+        total[name] = part
+    else:
+        for key in ("images", "annotations"):
+            total[name][key] += part[key]
+
+
+def export_images(
+    shapes: ShapesSet, out: Path, *, overwrite: bool = False, progress: bool = True
+) -> list[str]:
+    """Write single images with instances, keypoints and panoptic maps.
+
+    The files are written beside their place and moved there when all are complete. Other splits in
+    `out` stay.
+
+    Returns:
+        What was written, relative to `out`.
+
+    Raises:
+        FileExistsError: if something of this split is there and `overwrite` is not set.
+    """
+    year = f"{shapes.split}2017"
+    folders = [year, f"panoptic_{year}", f"panoptic_stuff_{year}"]
+    builders: dict[str, _Builder] = {
+        f"annotations/instances_{year}.json": instances_json,
+        f"annotations/person_keypoints_{year}.json": keypoints_json,
+        f"annotations/panoptic_{year}.json": panoptic_json,
+    }
+    targets = folders + list(builders)
+    _check_free(out, targets, overwrite)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".shapes-", dir=out) as name:
+        temporary = Path(name)
+        for folder in [*folders, "annotations"]:
+            (temporary / folder).mkdir()
+        annotations: dict[str, dict[str, Any]] = {}
+        frames = tqdm(
+            shapes.frames(), shapes.split, shapes.num_frames, unit="image", disable=not progress
+        )
+        for index, frame in enumerate(frames):
+            stem = shapes.stem(index)
+            (temporary / year / f"{stem}.jpg").write_bytes(_encode_jpeg(frame.image))
+            for folder, image in zip(
+                folders[1:], (id_to_rgb(frame.panoptic), frame.sem_seg), strict=True
+            ):
+                (temporary / folder / f"{stem}.png").write_bytes(encode_png(image))
+            for target, build in builders.items():
+                _add(annotations, target, build([(index, f"{stem}.jpg", frame)]))
+        for target, content in annotations.items():
+            (temporary / target).write_text(json.dumps(content))
+        _publish(temporary, out, targets)
+    return targets
+
+
+def export_video(
+    shapes: VideoSet, out: Path, *, overwrite: bool = False, progress: bool = True
+) -> list[str]:
+    """Write clips with tracks, panoptic maps, flow and occlusion; see :func:`export_images`."""
+    folder = f"video_{shapes.split}"
+    tracks = f"annotations/video_{shapes.split}.json"
+    panoptic = f"annotations/panoptic_video_{shapes.split}.json"
+    targets = [folder, tracks, panoptic]
+    _check_free(out, targets, overwrite)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".shapes-", dir=out) as name:
+        temporary = Path(name)
+        for part in ("frames", "panoptic", "flow", "occlusion"):
+            (temporary / folder / part).mkdir(parents=True)
+        (temporary / "annotations").mkdir()
+
+        def write(part: str, file_name: str, data: bytes) -> None:
+            (temporary / folder / part / file_name).write_bytes(data)
+
+        annotations: dict[str, dict[str, Any]] = {}
+        for index in tqdm(range(shapes.num_frames), folder, unit="frame", disable=not progress):
+            frame, stem = shapes.frame(index), shapes.stem(index)
+            write("frames", f"{stem}.png", encode_png(frame.image))
+            write("panoptic", f"{stem}.png", encode_png(id_to_rgb(frame.panoptic)))
+            clip, time = shapes.clip(index // shapes.length), index % shapes.length
+            if time + 1 < shapes.length:
+                write("flow", f"{stem}.flo", flow_bytes(clip.flow(time)))
+                write("occlusion", f"{stem}.png", encode_png(clip.occlusion(time)))
+            _add(annotations, panoptic, panoptic_json([(index, f"{stem}.png", frame)]))
+        annotations[tracks] = tracks_json(shapes, ".png")
+        for target, content in annotations.items():
+            (temporary / target).write_text(json.dumps(content))
+        _publish(temporary, out, targets)
+    return targets
