@@ -151,6 +151,9 @@ class D2extDatasetMapper(DatasetMapper):
             )
             for annotation in annotations
         ]
+        for annotation in annotations:
+            if "keypoints" in annotation:  # a list of arrays would be slow to make a tensor of
+                annotation["keypoints"] = annotation["keypoints"].tolist()
         regular = [a for a in annotations if not a.get("iscrowd", 0)]
         crowds = [a for a in annotations if a.get("iscrowd", 0)]
         if regular:
