@@ -47,7 +47,7 @@ def get_dataset_dicts(cfg: CfgNode, names: Sequence[str], *, is_train: bool) -> 
     if not names:
         key = "DATASETS.TRAIN" if is_train else "DATASETS.TEST"
         raise DatasetError(f"No data set is given: set {key}, or pass --dataset and its files.")
-    dicts = [_load(name) for name in names]
+    dicts = [load_dataset(name) for name in names]
     if cfg.MODEL.LOAD_PROPOSALS:
         dicts = [
             load_proposals_into_dataset(d, _proposal_file(cfg, name, is_train))
@@ -84,7 +84,8 @@ def check_same_classes(names: Sequence[str]) -> None:
             )
 
 
-def _load(name: str) -> list[Record]:
+def load_dataset(name: str) -> list[Record]:
+    """The dicts of a registered data set, or a :class:`DatasetError` that says why not."""
     if name not in DatasetCatalog.list():
         raise DatasetError(
             f"Data set '{name}' is not registered. Register it in Python, or pass --dataset with "

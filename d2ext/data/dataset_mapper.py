@@ -109,6 +109,8 @@ class D2extDatasetMapper(DatasetMapper):
                 annotation.pop("segmentation", None)
             if not self.use_keypoint or crowd:
                 annotation.pop("keypoints", None)
+            elif "keypoints" not in annotation:
+                annotation["keypoints"] = [0.0] * (3 * self._num_keypoints())
             if self.use_instance_mask and not crowd:
                 self._check_mask(annotation, file_name, image)
         return annotations
@@ -149,6 +151,9 @@ class D2extDatasetMapper(DatasetMapper):
             )
             for annotation in annotations
         ]
+        for annotation in annotations:
+            if "keypoints" in annotation:  # a list of arrays would be slow to make a tensor of
+                annotation["keypoints"] = annotation["keypoints"].tolist()
         regular = [a for a in annotations if not a.get("iscrowd", 0)]
         crowds = [a for a in annotations if a.get("iscrowd", 0)]
         if regular:
@@ -174,9 +179,11 @@ class D2extDatasetMapper(DatasetMapper):
         elif self.use_instance_mask:
             instances.gt_masks = BitMasks(torch.zeros(0, *image_shape, dtype=torch.bool))
         if self.use_keypoint:
-            count = 0 if self.keypoint_hflip_indices is None else len(self.keypoint_hflip_indices)
-            instances.gt_keypoints = Keypoints(torch.zeros(0, count, 3))
+            instances.gt_keypoints = Keypoints(torch.zeros(0, self._num_keypoints(), 3))
         return instances
+
+    def _num_keypoints(self) -> int:
+        return 0 if self.keypoint_hflip_indices is None else len(self.keypoint_hflip_indices)
 
 
 def _boxes_and_crowd(annotations: list[dict[str, Any]] | None) -> dict[str, np.ndarray]:
