@@ -113,11 +113,12 @@ def write_gallery(
     metadata = MetadataCatalog.get(dataset_name)
     pictures_folder = folder / "pictures"
     pictures, files = [], []
-    for entry in evenly_spread(DatasetCatalog.get(dataset_name), count):
+    entries = evenly_spread(DatasetCatalog.get(dataset_name), count)
+    for number, entry in enumerate(entries, start=1):
         # DefaultPredictor takes BGR whatever the model's own order is.
         predictions = predictor(read_image(entry["file_name"], "BGR"))["instances"]
         pictures.append(draw_pair(entry, predictions, metadata, score_threshold))
-        files.append(pictures_folder / f"{dataset_name}_{entry['image_id']}.png")
+        files.append(pictures_folder / f"{number:02d}_{entry['image_id']}.png")
         write_picture(files[-1], pictures[-1])
     files.append(folder / "montage.png")
     write_picture(files[-1], montage(pictures))
