@@ -1,12 +1,13 @@
 # Every target installs what it needs first; a second run installs nothing.
 # PYTHON chooses the interpreter: make test PYTHON=python3.12
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format real-check lock clean check-python
+.PHONY: help install demo test lint format real-check docs lock clean check-python
 
 PYTHON ?= python3
 BOOTSTRAP = $(PYTHON) scripts/bootstrap.py
 SOURCES = d2ext tests tools scripts setup.py
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+MODULES = $(shell find d2ext -name '*.py' ! -name '__main__.py' | sed 's|/__init__.py$$||; s|\.py$$||; s|/|.|g' | sort)
 PYTEST_ARGS ?=
 
 help:  ## show this list
@@ -35,6 +36,10 @@ format: check-python  ## let ruff and clang-format rewrite the sources
 
 real-check: check-python  ## a few training steps and an evaluation on real COCO images
 	@$(BOOTSTRAP) -- python scripts/real_check.py
+
+docs: check-python  ## API documentation from the docstrings, in output/docs
+	@$(BOOTSTRAP) --dev -- pdoc --docformat google --math -o output/docs $(MODULES)
+	@echo "open output/docs/index.html"
 
 lock:  ## renew the pinned versions in requirements/ (needs uv)
 	@sh scripts/lock.sh

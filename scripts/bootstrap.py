@@ -72,6 +72,7 @@ DEV_MODULES = {
     "ruff": "ruff",
     "mypy": "mypy",
     "clang_format": "clang-format",
+    "pdoc": "pdoc",
     "yaml-stubs": "types-PyYAML",
     "tabulate-stubs": "types-tabulate",
 }

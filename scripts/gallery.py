@@ -1,7 +1,13 @@
-"""Pictures of predictions beside ground truth, for the scripts of `make`."""
+"""Pictures of predictions beside ground truth, for the scripts of `make`.
+
+As a program it joins pictures; README.md's one is made by::
+
+    python scripts/gallery.py docs/images/demo.jpg output/demo/pictures/*.png --first 6 --width 1200
+"""
 
 from __future__ import annotations
 
+import argparse
 import math
 from pathlib import Path
 from typing import Any
@@ -15,7 +21,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import ColorMode, Visualizer
 
-# Pixels. Small images are enlarged before drawing, so that labels do not hide the objects.
+# Sizes in pixels. Small images are enlarged before drawing, so that labels do not hide the objects.
 PANEL_SIDE = 480
 CAPTION_HEIGHT = 34
 GAP = 8
@@ -46,20 +52,22 @@ def draw_pair(
     image = read_image(entry["file_name"], "RGB")
     scale = max(PANEL_SIDE / max(image.shape[:2]), 0.25)
 
-    truth = Visualizer(image, metadata, scale, ColorMode.IMAGE).draw_dataset_dict(entry)
+    # Colours by class, so that both sides can be compared.
+    mode = ColorMode.SEGMENTATION
+    truth = Visualizer(image, metadata, scale, mode).draw_dataset_dict(entry)
     kept = predictions[predictions.scores >= score_threshold][:MAX_DRAWN].to("cpu")
-    guess = Visualizer(image, metadata, scale, ColorMode.IMAGE).draw_instance_predictions(kept)
+    guess = Visualizer(image, metadata, scale, mode).draw_instance_predictions(kept)
     left = panel(np.asarray(truth.get_image()), f"ground truth: {len(entry['annotations'])}")
     right = panel(np.asarray(guess.get_image()), f"predicted: {len(kept)}")
     gap = np.full((left.shape[0], GAP, 3), 255, np.uint8)
     return np.concatenate([left, gap, right], axis=1)
 
 
-def montage(pictures: list[np.ndarray]) -> np.ndarray:
-    """Pictures (uint8 RGB, any sizes) in a near-square grid on white, ``MONTAGE_WIDTH`` wide."""
-    # Pairs are twice as wide as they are high, so a square grid of them needs half as many columns.
-    columns = max(1, round(math.sqrt(len(pictures) / 2)))
-    width = (MONTAGE_WIDTH - (columns + 1) * GAP) // columns
+def montage(pictures: list[np.ndarray], total_width: int = MONTAGE_WIDTH) -> np.ndarray:
+    """Pictures (uint8 RGB, any sizes) in a grid on white, ``total_width`` pixels wide."""
+    # Pairs are about twice as wide as they are high: the whole then comes near to 4:3.
+    columns = max(1, round(math.sqrt(len(pictures) * 2 / 3)))
+    width = (total_width - (columns + 1) * GAP) // columns
     cells = [
         cv2.resize(p, (width, round(p.shape[0] * width / p.shape[1])), interpolation=cv2.INTER_AREA)
         for p in pictures
@@ -67,20 +75,21 @@ def montage(pictures: list[np.ndarray]) -> np.ndarray:
     rows = []
     for start in range(0, len(cells), columns):
         row = cells[start : start + columns]
-        strip = np.full((max(c.shape[0] for c in row) + GAP, MONTAGE_WIDTH, 3), 255, np.uint8)
+        strip = np.full((max(c.shape[0] for c in row) + GAP, total_width, 3), 255, np.uint8)
         for column, cell in enumerate(row):
             left = GAP + column * (width + GAP)
             strip[: cell.shape[0], left : left + width] = cell
         rows.append(strip)
-    top = np.full((GAP, MONTAGE_WIDTH, 3), 255, np.uint8)
+    top = np.full((GAP, total_width, 3), 255, np.uint8)
     return np.concatenate([top, *rows])
 
 
-def write_png(path: Path, picture: np.ndarray) -> None:
-    """Write uint8 RGB as PNG, whole or not at all."""
-    done, data = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+def write_picture(path: Path, picture: np.ndarray) -> None:
+    """Write uint8 RGB in the format of the path's suffix, whole or not at all."""
+    done, data = cv2.imencode(path.suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
     if not done:
         raise OSError(f"OpenCV could not encode {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
     partial.write_bytes(data.tobytes())
     partial.replace(path)
@@ -103,14 +112,29 @@ def write_gallery(
     predictor = DefaultPredictor(cfg)
     metadata = MetadataCatalog.get(dataset_name)
     pictures_folder = folder / "pictures"
-    pictures_folder.mkdir(parents=True, exist_ok=True)
     pictures, files = [], []
-    for entry in evenly_spread(DatasetCatalog.get(dataset_name), count):
+    entries = evenly_spread(DatasetCatalog.get(dataset_name), count)
+    for number, entry in enumerate(entries, start=1):
         # DefaultPredictor takes BGR whatever the model's own order is.
         predictions = predictor(read_image(entry["file_name"], "BGR"))["instances"]
         pictures.append(draw_pair(entry, predictions, metadata, score_threshold))
-        files.append(pictures_folder / f"{dataset_name}_{entry['image_id']}.png")
-        write_png(files[-1], pictures[-1])
+        files.append(pictures_folder / f"{number:02d}_{entry['image_id']}.png")
+        write_picture(files[-1], pictures[-1])
     files.append(folder / "montage.png")
-    write_png(files[-1], montage(pictures))
+    write_picture(files[-1], montage(pictures))
     return files
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Join pictures to one.")
+    parser.add_argument("output", type=Path, help="file to write; its suffix chooses the format")
+    parser.add_argument("pictures", type=Path, nargs="+")
+    parser.add_argument("--first", type=int, help="how many of the pictures to take; default: all")
+    parser.add_argument("--width", type=int, default=MONTAGE_WIDTH, help="pixels")
+    args = parser.parse_args()
+    pictures = [read_image(str(path), "RGB") for path in args.pictures[: args.first]]
+    write_picture(args.output, montage(pictures, args.width))
+
+
+if __name__ == "__main__":
+    main()

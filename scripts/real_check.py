@@ -49,6 +49,8 @@ def main() -> int:
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.WEIGHTS = ""
     cfg.MODEL.YOLACT.INPUT_SIZE = args.size
+    # From random weights batch norm has to be trained, whatever the batch size.
+    cfg.MODEL.YOLACT.MIN_IMAGES_TO_TRAIN_BN = 0
     cfg.SOLVER.IMS_PER_BATCH = 4
     cfg.SOLVER.MAX_ITER = args.iterations
     cfg.SOLVER.STEPS = ()

@@ -1,0 +1,135 @@
+"""What the documents say exists: commands, options, files, config keys, versions."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import itertools
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from d2ext.config import get_cfg
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The fenced code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of every command in the bash blocks, comments and line breaks resolved."""
+    lines = "\n".join(blocks(text, "bash")).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def tool_commands() -> list[list[str]]:
+    return [words[1:] for words in commands(README) if words[0] == "python"]
+
+
+@functools.cache
+def help_of(tool: str) -> str:
+    result = subprocess.run(
+        [sys.executable, tool, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("words", tool_commands(), ids=" ".join)
+def test_the_tools_know_the_options(words: list[str]) -> None:
+    tool, *arguments = words
+    known = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", help_of(tool)))
+    used = {word.split("=")[0] for word in arguments if word.startswith("--")}
+    assert used <= known
+
+
+@pytest.mark.parametrize("words", tool_commands(), ids=" ".join)
+def test_config_files_and_keys_exist(words: list[str]) -> None:
+    for option, value in itertools.pairwise(words):
+        if option == "--config-file":
+            assert (ROOT / value).is_file()
+    for word in words:
+        if re.fullmatch(r"[A-Z_]+(\.[A-Z_]+)*", word):
+            assert_key(word)
+
+
+def test_config_keys_in_the_text_exist() -> None:
+    inline = re.findall(r"`([A-Z_]+\.[A-Z_.]+)\b[^`]*`", README)
+    assert "MODEL.WEIGHTS" in inline
+    for key in inline:
+        assert_key(key)
+
+
+def assert_key(key: str) -> None:
+    node = get_cfg()
+    for part in key.split("."):
+        assert part in node, f"{key} is no config key"
+        node = node[part]
+
+
+def test_make_targets_exist() -> None:
+    text = README + CONTRIBUTING
+    targets = {words[1] for words in commands(text) if words[0] == "make"}
+    targets |= set(re.findall(r"`(?:\w+=\w+ )?make ([a-z-]+)", text))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    defined = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
+    assert {"demo", "test", "lint"} <= targets <= defined
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_lead_to_files(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    local = [target for target in targets if "://" not in target]
+    assert [target for target in local if not (ROOT / target).exists()] == []
+
+
+def test_versions_are_those_of_the_requirements() -> None:
+    pins = "".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "requirements").glob("*.txt")
+    )
+    named = re.findall(r"\b([a-z][\w-]+==[\d.]+\d)", README)
+    assert {name.split("==")[0] for name in named} >= {"torch", "torchvision", "sal-detectron2"}
+    for requirement in named:
+        assert re.search(rf"^{re.escape(requirement)}\b", pins, flags=re.MULTILINE), requirement
+
+
+@pytest.mark.parametrize("source", blocks(README, "python"))
+def test_python_examples_import_what_exists(source: str) -> None:
+    tree = ast.parse(source)
+    imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert imports
+    exec(compile(ast.Module(imports, type_ignores=[]), "README.md", "exec"), {})
+    names = re.findall(r'"([\w/]+\.yaml)"', source)
+    from d2ext import model_zoo
+
+    for name in names:
+        model_zoo.get_config(name)
+
+
+def test_table_of_systems_is_honest() -> None:
+    """A system is called done if and only if its meta-architecture is registered."""
+    from detectron2.modeling import META_ARCH_REGISTRY
+
+    import d2ext  # noqa: F401  (registers)
+
+    architectures = {
+        "YOLACT, YOLACT++": "YOLACT",
+        "YolactEdge": "YolactEdge",
+        "UPSNet, VPSNet": "UPSNet",
+        "CornerNet, CenterNet (triplets), CenterNet": "CornerNet",
+        "hourglass landmarks, RetinaFace, DensePose": "RetinaFace",
+    }
+    rows = re.findall(r"^\| ([^|]+) \| [^|]+ \| (done|not yet) \|$", README, flags=re.MULTILINE)
+    assert {name for name, _ in rows} == set(architectures)
+    for name, state in rows:
+        assert (state == "done") == (architectures[name] in META_ARCH_REGISTRY), name
