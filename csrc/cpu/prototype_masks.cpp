@@ -1,0 +1,291 @@
+// CPU kernels of prototype mask assembly. A detection costs what its box covers: probabilities are
+// computed row by row inside it, kept in a buffer of one row, and consumed at once.
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+#include <cstring>
+#include <tuple>
+#include <vector>
+
+#include "../geometry.h"
+#include "mask_inputs.h"
+
+namespace d2ext {
+namespace {
+
+using at::Tensor;
+
+// ---------------------------------------------------------------- assemble_masks, forward
+
+template <typename T, typename scalar_t>
+void forward_kernel(const MaskInputs<T>& in, Tensor& masks) {
+  scalar_t* out = masks.mutable_data_ptr<scalar_t>();
+  const int64_t band = rows_per_task(in.detections, in.height);
+  const int64_t bands = (in.height + band - 1) / band;
+  parallel_tasks(in.detections * bands, [&](TaskQueue& queue) {
+    std::vector<T> row(in.stride);
+    for (int64_t task; queue.pop(task);) {
+      const int64_t n = task / bands;
+      const T* box = in.box(n);
+      const Range xs = crop_range<T>(box[0], box[2], in.width, in.padding);
+      const Range ys = crop_range<T>(box[1], box[3], in.height, in.padding);
+      const int64_t first = task % bands * band;
+      for (int64_t y = first; y < std::min(first + band, in.height); ++y) {
+        scalar_t* target = out + (n * in.height + y) * in.width;
+        if (xs.empty() || !ys.contains(y)) {
+          std::fill_n(target, in.width, scalar_t(0));
+          continue;
+        }
+        in.probabilities(n, y, xs, row.data());
+        std::fill(target, target + xs.begin, scalar_t(0));
+        std::copy(row.data() + xs.begin, row.data() + xs.end, target + xs.begin);
+        std::fill(target + xs.end, target + in.width, scalar_t(0));
+      }
+    }
+  });
+}
+
+Tensor assemble_masks_cpu(const Tensor& prototypes, const Tensor& coefficients, const Tensor& boxes,
+                          const std::optional<Tensor>& batch_index, double padding) {
+  check_mask_inputs("assemble_masks", prototypes, coefficients, boxes, batch_index, padding);
+  Tensor masks = at::empty({coefficients.size(0), prototypes.size(-3), prototypes.size(-2)},
+                           prototypes.options().memory_format(std::nullopt));
+  if (masks.numel() == 0) {
+    return masks;
+  }
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, prototypes.scalar_type(), "assemble_masks_cpu", [&] {
+        using T = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+        forward_kernel<T, scalar_t>(
+            make_mask_inputs<T>(prototypes, coefficients, boxes, batch_index, padding), masks);
+      });
+  return masks;
+}
+
+// ---------------------------------------------------------------- assemble_masks, backward
+
+// Rows of the grid are shared out in bands of fixed height, so that sums are formed in the same
+// order whatever the number of threads.
+constexpr int64_t kBandRows = 8;
+
+template <typename T, typename scalar_t>
+void backward_kernel(const MaskInputs<T>& in, const Tensor& grad, Tensor& grad_packed,
+                     Tensor& grad_coefficients) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  const scalar_t* grads = grad.const_data_ptr<scalar_t>();
+  std::vector<std::vector<int64_t>> members(in.images);
+  for (int64_t n = 0; n < in.detections; ++n) {
+    members[in.image(n)].push_back(n);
+  }
+  const int64_t bands = (in.height + kBandRows - 1) / kBandRows;
+  // A detection belongs to one image, so that partial sums need no image axis.
+  Tensor partial = at::zeros({bands, in.detections, in.channels}, grad_packed.options());
+  T* partials = partial.mutable_data_ptr<T>();
+  T* packed = grad_packed.mutable_data_ptr<T>();
+  parallel_tasks(in.images * bands, [&](TaskQueue& queue) {
+    std::vector<T> logits(in.stride);
+    for (int64_t task; queue.pop(task);) {
+      const int64_t image = task / bands;
+      const int64_t band = task % bands;
+      for (int64_t y = band * kBandRows; y < std::min((band + 1) * kBandRows, in.height); ++y) {
+        T* grad_row = packed + (image * in.height + y) * in.channels * in.stride;
+        for (const int64_t n : members[image]) {
+          const T* box = in.box(n);
+          const Range xs = crop_range<T>(box[0], box[2], in.width, in.padding);
+          if (xs.empty() || !crop_range<T>(box[1], box[3], in.height, in.padding).contains(y)) {
+            continue;
+          }
+          in.probabilities(n, y, xs, logits.data());
+          const scalar_t* above = grads + (n * in.height + y) * in.width;
+          for (int64_t x = xs.begin; x < xs.end; ++x) {
+            const T p = logits[x];
+            logits[x] = static_cast<T>(above[x]) * (p * (T(1) - p));
+          }
+          row_kernels<T>().gradient_row(
+              in.prototype_row(image, y), in.stride, in.coefficient_row(n), in.channels,
+              logits.data(), round_down(xs.begin, kLanes), round_up(xs.end, kLanes), grad_row,
+              partials + (band * in.detections + n) * in.channels);
+        }
+      }
+    }
+  });
+  grad_coefficients = partial.sum(0);
+}
+
+std::tuple<Tensor, Tensor> assemble_masks_backward_cpu(const Tensor& grad, const Tensor& prototypes,
+                                                       const Tensor& coefficients,
+                                                       const Tensor& boxes,
+                                                       const std::optional<Tensor>& batch_index,
+                                                       double padding) {
+  check_mask_inputs("assemble_masks_backward", prototypes, coefficients, boxes, batch_index,
+                    padding);
+  check_mask_gradient(grad, prototypes, coefficients);
+  Tensor grad_prototypes = at::empty_like(prototypes);
+  if (coefficients.size(0) == 0) {
+    return {grad_prototypes.zero_(), at::zeros_like(coefficients)};
+  }
+  Tensor grad_coefficients;
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, prototypes.scalar_type(), "assemble_masks_backward_cpu", [&] {
+        using T = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+        const auto in = make_mask_inputs<T>(prototypes, coefficients, boxes, batch_index, padding);
+        Tensor grad_packed = at::zeros_like(in.prototypes);
+        backward_kernel<T, scalar_t>(in, grad.contiguous(), grad_packed, grad_coefficients);
+        const Tensor unpacked = grad_packed.narrow(3, 0, in.width).permute({0, 1, 3, 2});
+        grad_prototypes.copy_(prototypes.dim() == 3 ? unpacked.squeeze(0) : unpacked);
+      });
+  return {grad_prototypes, at::empty_like(coefficients).copy_(grad_coefficients)};
+}
+
+// ---------------------------------------------------------------- assemble_binary_masks
+
+// Taps of every index along one output axis, as arrays.
+template <typename T>
+struct TapTable {
+  std::vector<int32_t> low;
+  std::vector<int32_t> high;
+  std::vector<T> low_weight;
+  std::vector<T> high_weight;
+
+  TapTable(int64_t cells, int64_t outputs)
+      : low(outputs), high(outputs), low_weight(outputs), high_weight(outputs) {
+    const T scale = static_cast<T>(cells) / static_cast<T>(outputs);
+    for (int64_t i = 0; i < outputs; ++i) {
+      const Tap<T> tap = source_tap<T>(static_cast<int32_t>(i), scale, cells);
+      low[i] = tap.low;
+      high[i] = tap.high;
+      low_weight[i] = tap.low_weight;
+      high_weight[i] = tap.high_weight;
+    }
+  }
+};
+
+// One detection's grid rows, interpolated along x to the output's width. An output row reads two
+// of them and the next output row mostly the same two, so two are kept.
+template <typename T>
+class InterpolatedRows {
+ public:
+  InterpolatedRows(const MaskInputs<T>& in, const TapTable<T>& taps)
+      : in_(in), taps_(taps), cells_(in.stride) {
+    for (auto& row : rows_) {
+      // threshold_row reads up to one vector past the end.
+      row.resize(taps.low.size() + Simd<T>::kLanes);
+    }
+  }
+
+  void start(int64_t n, const MaskRegion& region) {
+    n_ = n;
+    region_ = region;
+    held_[0] = held_[1] = -1;
+    std::fill(cells_.begin(), cells_.end(), T(0));
+  }
+
+  // Row y; does not overwrite row `other` if that is held.
+  const T* get(int32_t y, int32_t other) {
+    for (int slot = 0; slot < 2; ++slot) {
+      if (held_[slot] == y) {
+        return rows_[slot].data();
+      }
+    }
+    const int slot = held_[0] == other ? 1 : 0;
+    held_[slot] = y;
+    T* row = rows_[slot].data();
+    const Range outputs = region_.out_x;
+    if (region_.cell_y.contains(y)) {
+      in_.probabilities(n_, y, region_.cell_x, cells_.data());
+      row_kernels<T>().interpolate_row(cells_.data(), taps_.low.data(), taps_.high.data(),
+                                       taps_.low_weight.data(), taps_.high_weight.data(),
+                                       outputs.begin, outputs.end, row);
+    } else {
+      std::fill(row + outputs.begin, row + outputs.end, T(0));
+    }
+    return row;
+  }
+
+ private:
+  const MaskInputs<T>& in_;
+  const TapTable<T>& taps_;
+  std::vector<T> cells_;
+  std::vector<T> rows_[2];
+  int32_t held_[2] = {-1, -1};
+  int64_t n_ = 0;
+  MaskRegion region_;
+};
+
+template <typename T>
+void binary_kernel(const MaskInputs<T>& in, int64_t height, int64_t width, T threshold,
+                   bool crop_after, uint8_t* out) {
+  const TapTable<T> taps_x(in.width, width);
+  const TapTable<T> taps_y(in.height, height);
+  // Cells outside the box count as 0; pixels cropped at the output are never set.
+  const uint8_t background = !crop_after && T(0) > threshold;
+  const int64_t band = rows_per_task(in.detections, height);
+  const int64_t bands = (height + band - 1) / band;
+  parallel_tasks(in.detections * bands, [&](TaskQueue& queue) {
+    InterpolatedRows<T> rows(in, taps_x);
+    for (int64_t task; queue.pop(task);) {
+      const int64_t n = task / bands;
+      const int64_t first = task % bands * band;
+      const int64_t last = std::min(first + band, height);
+      uint8_t* mask = out + n * height * width;
+      const MaskRegion region =
+          mask_region<T>(in.box(n), in.height, in.width, height, width, crop_after, in.padding);
+      const Range ys =
+          region.empty()
+              ? Range{}
+              : intersect(region.out_y, {static_cast<int32_t>(first), static_cast<int32_t>(last)});
+      if (ys.empty()) {
+        std::memset(mask + first * width, background, (last - first) * width);
+        continue;
+      }
+      rows.start(n, region);
+      std::memset(mask + first * width, background, (ys.begin - first) * width);
+      for (int64_t y = ys.begin; y < ys.end; ++y) {
+        const T* low = rows.get(taps_y.low[y], taps_y.high[y]);
+        const T* high = rows.get(taps_y.high[y], taps_y.low[y]);
+        uint8_t* row = mask + y * width;
+        std::memset(row, background, region.out_x.begin);
+        row_kernels<T>().threshold_row(low, high, taps_y.low_weight[y], taps_y.high_weight[y],
+                                       threshold, region.out_x.begin, region.out_x.end, row);
+        std::memset(row + region.out_x.end, background, width - region.out_x.end);
+      }
+      std::memset(mask + ys.end * width, background, (last - ys.end) * width);
+    }
+  });
+}
+
+Tensor assemble_binary_masks_cpu(const Tensor& prototypes, const Tensor& coefficients,
+                                 const Tensor& boxes, const std::optional<Tensor>& batch_index,
+                                 int64_t height, int64_t width, double threshold, bool crop_after,
+                                 double padding) {
+  check_mask_inputs("assemble_binary_masks", prototypes, coefficients, boxes, batch_index, padding);
+  check_output_size("assemble_binary_masks", height, width);
+  Tensor masks = at::empty({coefficients.size(0), height, width},
+                           prototypes.options().dtype(at::kBool).memory_format(std::nullopt));
+  if (masks.numel() == 0) {
+    return masks;
+  }
+  uint8_t* out = static_cast<uint8_t*>(masks.mutable_data_ptr());
+  if (prototypes.scalar_type() == at::kDouble) {
+    binary_kernel<double>(
+        make_mask_inputs<double>(prototypes, coefficients, boxes, batch_index, padding), height,
+        width, threshold, crop_after, out);
+  } else {
+    binary_kernel<float>(
+        make_mask_inputs<float>(prototypes, coefficients, boxes, batch_index, padding), height,
+        width, static_cast<float>(threshold), crop_after, out);
+  }
+  return masks;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(d2ext, CPU, m) {
+  m.impl("assemble_masks", assemble_masks_cpu);
+  m.impl("assemble_masks_backward", assemble_masks_backward_cpu);
+  m.impl("assemble_binary_masks", assemble_binary_masks_cpu);
+}
+
+}  // namespace d2ext

@@ -1,0 +1,41 @@
+// d2ext_C: operator schemas, and what was compiled. Kernels register themselves from cpu/ and
+// cuda/; the library has no Python module of its own and is loaded with torch.ops.load_library.
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <string>
+
+namespace d2ext {
+namespace {
+
+// "key=value" pairs separated by newlines; read by d2ext/layers/_extension.py.
+std::string build_info() {
+  std::string info = "torch=" TORCH_VERSION;
+#ifdef D2EXT_CUDA_VERSION
+  info += "\ncuda=" D2EXT_CUDA_VERSION "\ncuda_archs=" D2EXT_CUDA_ARCHS;
+#endif
+#if defined(__clang__)
+  info += "\ncompiler=clang " __clang_version__;
+#elif defined(__GNUC__)
+  info += "\ncompiler=gcc " __VERSION__;
+#endif
+  return info;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(d2ext, m) {
+  m.def("_build_info() -> str", &build_info);
+  m.def(
+      "assemble_masks(Tensor prototypes, Tensor coefficients, Tensor boxes, Tensor? batch_index, "
+      "float padding) -> Tensor");
+  m.def(
+      "assemble_masks_backward(Tensor grad, Tensor prototypes, Tensor coefficients, Tensor boxes, "
+      "Tensor? batch_index, float padding) -> (Tensor, Tensor)");
+  m.def(
+      "assemble_binary_masks(Tensor prototypes, Tensor coefficients, Tensor boxes, "
+      "Tensor? batch_index, SymInt height, SymInt width, float threshold, bool crop_after, "
+      "float padding) -> Tensor");
+}
+
+}  // namespace d2ext
