@@ -76,9 +76,12 @@ class Draws:
     def chance(self, probability: float) -> bool:
         return self() < probability
 
-    def color(self) -> np.ndarray:
-        """(3,) float64 in [0, 255], spread over hues."""
-        hue, saturation, value = self(), self.uniform(0.15, 1), self.uniform(0.25, 1)
+    def color(
+        self, hues: tuple[float, float] = (0, 1), saturations: tuple[float, float] = (0.15, 1)
+    ) -> np.ndarray:
+        """(3,) float64 in [0, 255]; hue and saturation, in [0, 1], from the given ranges."""
+        hue, saturation = self.uniform(*hues), self.uniform(*saturations)
+        value = self.uniform(0.25, 1)
         channels = []
         for offset in (0, 4, 2):
             pure = min(max(abs((hue * 6 + offset) % 6 - 3) - 1, 0.0), 1.0)
@@ -109,25 +112,38 @@ class Pose:
 
 
 def draw_radius(draws: Draws) -> float:
-    """Radius of a thing at the reference size: 15 % small, 45 % medium, 40 % large.
+    """Radius of a thing at the reference size: 12 % small, 38 % medium, 50 % large.
 
     The thing's diameter, hence, goes from 8 pixels to three quarters of the image.
     """
     u = draws()
-    if u < 0.15:
+    if u < 0.12:
         return draws.log_uniform(4, 13)
-    if u < 0.6:
-        return draws.log_uniform(16, 38)
-    return draws.log_uniform(38, 96)
+    if u < 0.5:
+        return draws.log_uniform(18, 40)
+    return draws.log_uniform(40, 96)
+
+
+# Share of the things that have the usual hue of their class, and how far from it, in turns.
+_USUAL_COLORS = 0.8
+_HUE_SPREAD = 0.04
 
 
 def draw_layer(draws: Draws, category: int, radius: float, *, crowd: bool = False) -> Layer:
-    """Look of a thing of the given class (-1: clutter); but for the outline, the class is no matter."""
+    """Look of a thing of the given class (-1: clutter).
+
+    The outline tells the class. Four in five things have their class's usual colours as well, as
+    many real things do; the others, and clutter, have any.
+    """
     outline = blob_outline(draws) if category < 0 else thing_outline(category, draws)
-    low = draws.color()
-    high = draws.color()
+    if category >= 0 and draws.chance(_USUAL_COLORS):
+        hue = category / len(THING_CLASSES)
+        palette = ((hue - _HUE_SPREAD, hue + _HUE_SPREAD), (0.6, 1.0))
+        low, high = draws.color(*palette), draws.color(*palette)
+    else:
+        low, high = draws.color(), draws.color()
     if abs(float((high - low).sum())) < 120:  # too alike to show a texture
-        high = 255 - high
+        high = 0.35 * high if float(high.sum()) > 300 else 255 - 0.4 * (255 - high)
     accent = np.zeros(3) if float((low + high).sum()) > 765 else np.full(3, 255.0)
     ink = draws.color() * 0.3
     # Texture pixels per radius: a period is an eighth to a half of a tile. Fine patterns on small
@@ -251,8 +267,8 @@ class Stack:
             self._taken[raster.window] |= raster.mask
 
 
-# Things per image, as a cumulative distribution over 0, 1, 2, ...; the mean is about 4.5.
-_THINGS = (0.01, 0.05, 0.15, 0.31, 0.51, 0.70, 0.86, 1.0)
+# Things per image, as a cumulative distribution over 0, 1, 2, ...; the mean is about 3.5.
+_THINGS = (0.01, 0.11, 0.30, 0.53, 0.73, 0.88, 0.96, 1.0)
 
 
 def draw_image(seed: int, split: str, index: int, height: int, width: int) -> Frame:
