@@ -88,7 +88,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class Pose:
-    """Where a thing is: centre and radius in pixels, width over height, clockwise angle in radians."""
+    """Where a thing is: centre, radius (pixels), width over height, clockwise angle (radians)."""
 
     x: float
     y: float
@@ -122,7 +122,7 @@ def draw_radius(draws: Draws) -> float:
 
 
 def draw_layer(draws: Draws, category: int, radius: float, *, crowd: bool = False) -> Layer:
-    """Look of a thing of the given class (-1: clutter); but for the outline, the class is no matter."""
+    """Look of a thing of a class (-1: clutter); all but the outline is independent of the class."""
     outline = blob_outline(draws) if category < 0 else thing_outline(category, draws)
     low = draws.color()
     high = draws.color()
