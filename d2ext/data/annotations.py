@@ -26,9 +26,12 @@ def normalize_annotation(annotation: Annotation) -> tuple[Annotation | None, str
         annotation: Detectron2's annotation dict; not modified
 
     Returns:
-        a copy and ``""``, or None and the reason why the annotation cannot be used
+        a copy whose box, polygons and keypoints may be modified in place, and ``""``; or None and
+        the reason why the annotation cannot be used
     """
     annotation = dict(annotation)
+    if "keypoints" in annotation:
+        annotation["keypoints"] = np.array(annotation["keypoints"], dtype=np.float64)
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, list) and segmentation:
         segmentation = [p for p in map(_as_polygon, segmentation) if p is not None]
@@ -83,7 +86,7 @@ def _as_polygon(polygon: Any) -> np.ndarray | None:
     """Flat x, y, x, y, ... → float64 array, or None if it encloses nothing."""
     if len(polygon) < 6 or len(polygon) % 2:
         return None
-    points = np.asarray(polygon, dtype=np.float64)
+    points = np.array(polygon, dtype=np.float64)
     x, y = points[0::2], points[1::2]
     # Twice the signed area; NaN and infinity fail the comparison, too.
     area = np.dot(x[:-1], y[1:]) - np.dot(y[:-1], x[1:]) + x[-1] * y[0] - y[-1] * x[0]

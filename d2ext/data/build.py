@@ -105,14 +105,22 @@ class InferenceDataset(Dataset):
 
 class ReportingDataLoader(DataLoader):
     """A ``DataLoader`` of lists of samples that reports bad ones, each file once, in the main
-    process. Batches of which nothing is left are skipped."""
+    process. Batches of which nothing is left are skipped.
+
+    Attributes:
+        bad_samples: file name → :class:`BadSample`, all that have come up so far
+    """
+
+    def __init__(self, dataset: Dataset, **kwargs: Any) -> None:
+        """Arguments of ``DataLoader``; the data set gives pairs (sample or None, bad samples)."""
+        self.bad_samples: dict[str, BadSample] = {}
+        super().__init__(dataset, collate_fn=_collate, worker_init_fn=_init_worker, **kwargs)
 
     def __iter__(self) -> Iterator[list[Record]]:
-        reported: set[str] = set()
         for batch, bad in super().__iter__():
             for sample in bad:
-                if sample.file_name not in reported:
-                    reported.add(sample.file_name)
+                if sample.file_name not in self.bad_samples:
+                    self.bad_samples[sample.file_name] = sample
                     logger.error(f"Sample left out: {sample.reason}")
             if batch:
                 yield batch
@@ -171,8 +179,6 @@ def build_train_loader(
         batch_size=batch_size // world_size,
         sampler=_build_sampler(cfg, records, start_iter * batch_size),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        collate_fn=_collate,
-        worker_init_fn=_init_worker,
     )
 
 
@@ -213,6 +219,4 @@ def build_test_loader(
         batch_size=1,
         sampler=InferenceSampler(len(dataset)),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        collate_fn=_collate,
-        worker_init_fn=_init_worker,
     )

@@ -1,6 +1,5 @@
 """From a data set's dict to a model's input."""
 
-import copy
 import logging
 from collections import Counter
 from typing import Any
@@ -58,7 +57,7 @@ class D2extDatasetMapper(DatasetMapper):
         Raises:
             SampleError: the image cannot be read or the annotations do not belong to it
         """
-        dataset_dict = copy.deepcopy(dataset_dict)
+        dataset_dict = dict(dataset_dict)  # what is changed below it is copied there
         image = read_image(dataset_dict["file_name"], format=self.image_format)
         try:
             detection_utils.check_image_size(dataset_dict, image)
@@ -110,7 +109,7 @@ class D2extDatasetMapper(DatasetMapper):
             if not self.use_keypoint or crowd:
                 annotation.pop("keypoints", None)
             elif "keypoints" not in annotation:
-                annotation["keypoints"] = [0.0] * (3 * self._num_keypoints())
+                annotation["keypoints"] = np.zeros(3 * self._num_keypoints())
             if self.use_instance_mask and not crowd:
                 self._check_mask(annotation, file_name, image)
         return annotations

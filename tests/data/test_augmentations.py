@@ -353,10 +353,10 @@ class TestRecipes:
             RandomPhotometricDistortion,
             RandomExpand,
             RandomIoUCrop,
-            T.RandomFlip,
             ResizeToSquare,
+            T.RandomFlip,
         ]
-        assert augmentations[-1].size == 550
+        assert augmentations[-2].size == 550
 
     @pytest.mark.parametrize("image_format", ["RGB", "BGR"])
     def test_fill_follows_the_format(self, image_format):

@@ -50,10 +50,11 @@ class PhotometricTransform(Transform):
             img *= np.float32(self.contrast)
         if self.saturation != 1.0 or self.hue != 0.0:
             # For float32, OpenCV's hue is in degrees [0, 360) and saturation a ratio.
-            hsv = cv2.cvtColor(img, _TO_HSV[self.image_format])
-            hsv[..., 1] *= np.float32(self.saturation)
-            hsv[..., 0] = (hsv[..., 0] + np.float32(self.hue)) % np.float32(360.0)
-            img = cv2.cvtColor(hsv, _FROM_HSV[self.image_format])
+            hue, saturation, value = cv2.split(cv2.cvtColor(img, _TO_HSV[self.image_format]))
+            saturation *= np.float32(self.saturation)
+            hue += np.float32(self.hue)
+            hue -= np.float32(360) * np.floor(hue * np.float32(1 / 360))
+            img = cv2.cvtColor(cv2.merge((hue, saturation, value)), _FROM_HSV[self.image_format])
         if not self.contrast_first:
             img *= np.float32(self.contrast)
         return img
