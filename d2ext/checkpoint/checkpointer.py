@@ -10,8 +10,9 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from d2ext.checkpoint.io import CheckpointError, atomic_write, load_untrusted
+from d2ext.checkpoint.io import CheckpointError, load_untrusted
 from d2ext.checkpoint.torchvision import convert_torchvision_resnet, is_torchvision_resnet
+from d2ext.files import atomic_write
 
 __all__ = ["CheckpointSaveError", "Checkpointer", "WeightsCheckpointer"]
 

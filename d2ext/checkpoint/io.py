@@ -1,4 +1,4 @@
-"""Reading checkpoint files without running any code that they may contain, and writing them whole.
+"""Reading checkpoint files without running any code that they may contain.
 
 A ``.pth`` file is a pickle, and a pickle is a program. Files come from strangers, so they are read
 with ``torch.load(weights_only=True)``; the NumPy pickles of Detectron2's model zoo (``.pkl``) are
@@ -10,14 +10,13 @@ import pickle
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import IO, Any
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["CheckpointError", "atomic_write", "load_untrusted"]
+__all__ = ["CheckpointError", "load_untrusted"]
 
 # How torch.save(..., _use_new_zipfile_serialization=False) and PyTorch before 1.6 begin a file: a
 # pickle of protocol 2 of the integer 0x1950A86A20F9469CFC6C (torch.serialization.MAGIC_NUMBER).
@@ -172,29 +171,3 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         raise _ForbiddenGlobal("a persistent object")
-
-
-@contextmanager
-def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open a file that appears under ``path`` only when all of it is on disk.
-
-    The data goes to ``<path>.tmp-<process id>``, is flushed to the disk, and is then renamed. If
-    the body raises (disk full, killed), ``path`` keeps what it held before and the temporary file
-    is removed; after a kill the temporary file may stay behind.
-
-    Args:
-        path: local file name; its folder must exist.
-        mode: ``"wb"`` or ``"w"`` (UTF-8).
-    """
-    name = os.fspath(path)
-    temporary = f"{name}.tmp-{os.getpid()}"
-    try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, name)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise

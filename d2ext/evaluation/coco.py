@@ -16,7 +16,7 @@ from detectron2.utils import comm
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from d2ext.checkpoint.io import atomic_write
+from d2ext.files import atomic_write
 
 __all__ = ["COCOEvaluator"]
 

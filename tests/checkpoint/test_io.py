@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from d2ext.checkpoint.io import CheckpointError, atomic_write, load_untrusted
+from d2ext.checkpoint.io import CheckpointError, load_untrusted
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.zeros(2)}
 
@@ -121,15 +121,3 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         load_untrusted(tmp_path / "absent.pth")
     with pytest.raises(FileNotFoundError):
         load_untrusted(tmp_path)
-
-
-def test_atomic_write_replaces_only_when_complete(tmp_path: Path) -> None:
-    path = tmp_path / "x.txt"
-    with atomic_write(path, "w") as file:
-        file.write("first")
-        assert not path.exists()
-    with pytest.raises(RuntimeError, match="stop"), atomic_write(path, "w") as file:
-        file.write("second")
-        raise RuntimeError("stop")
-    assert path.read_text() == "first"
-    assert [x.name for x in tmp_path.iterdir()] == ["x.txt"]
