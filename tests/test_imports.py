@@ -15,13 +15,14 @@ PACKAGE = Path(d2ext.__file__).parent
 # that whoever adds one decides where it stands.
 ALLOWED: dict[str, set[str]] = {
     "version": set(),
+    "files": set(),
     "layers": set(),
     "codecs": {"layers"},
-    "checkpoint": set(),
-    "data": {"codecs"},
-    "evaluation": {"data"},
+    "checkpoint": {"files"},
+    "data": {"codecs", "files"},
+    "evaluation": {"data", "files"},
     "modeling": {"layers", "codecs"},
-    "engine": {"checkpoint", "config", "data", "evaluation", "layers"},
+    "engine": {"checkpoint", "config", "data", "evaluation", "files", "layers"},
     "systems": {"layers", "codecs", "modeling", "checkpoint", "data", "evaluation"},
     # These gather the others.
     "config": {"data", "engine", "modeling", "systems"},

@@ -1,0 +1,222 @@
+"""Hooks beside Detectron2's: checkpoints, the best checkpoint, logs that survive a resume."""
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+from detectron2.engine import HookBase, hooks
+from detectron2.utils.events import EventWriter
+
+from d2ext.checkpoint.checkpointer import Checkpointer, CheckpointSaveError
+from d2ext.checkpoint.io import CheckpointError, load_untrusted
+from d2ext.engine.errors import ConfigError
+from d2ext.files import atomic_write
+
+__all__ = [
+    "BestCheckpointer",
+    "LogWriter",
+    "MetricHistory",
+    "PeriodicCheckpointer",
+    "drop_metrics_from",
+]
+
+logger = logging.getLogger(__name__)
+
+# Scalars that say something about the machine rather than the training.
+_TIMES = ("time", "data_time", "rank_data_time", "eta_seconds")
+
+
+class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
+    """Detectron2's, with a policy for checkpoints that cannot be written.
+
+    Args:
+        checkpointer, period, max_to_keep: as in Detectron2.
+        on_failure: ``"continue"``: a failed periodic checkpoint is logged as an error and training
+            goes on; ``"stop"``: it raises. A failed final checkpoint always raises.
+    """
+
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        period: int,
+        *,
+        max_to_keep: int | None = None,
+        on_failure: str = "continue",
+    ) -> None:
+        if on_failure not in ("continue", "stop"):
+            raise ConfigError(
+                f"SOLVER.CHECKPOINT_FAILURE is {on_failure!r}; it must be 'continue' or 'stop'."
+            )
+        super().__init__(checkpointer, period, max_to_keep=max_to_keep)
+        self._on_failure = on_failure
+
+    def before_train(self) -> None:
+        """Learn the last iteration; remove what a killed run left unfinished."""
+        super().before_train()
+        self.checkpointer.remove_unfinished()
+
+    def after_step(self) -> None:
+        """Save every ``period`` iterations and after the last one."""
+        try:
+            super().after_step()
+        except CheckpointSaveError as error:
+            final = self.trainer.iter >= self.max_iter - 1
+            if final or self._on_failure == "stop":
+                raise
+            logger.error(
+                "%s Training goes on; the next attempt is in %d iterations.", error, self.period
+            )
+
+
+class BestCheckpointer(hooks.BestCheckpointer):
+    """Detectron2's; after a resume it goes on from the value stored in the best checkpoint."""
+
+    def before_train(self) -> None:
+        """Read the best value so far, if this is a resumed run."""
+        path = os.path.join(self._checkpointer.save_dir, f"{self._file_prefix}.pth")
+        if self.trainer.start_iter == 0 or not os.path.isfile(path):
+            return
+        try:
+            stored = load_untrusted(path)
+        except CheckpointError as error:
+            logger.warning("%s It will be replaced at the next evaluation.", error)
+            return
+        # Another metric in the file: the values do not compare.
+        if stored.get("best_metric_name") == self._val_metric:
+            self.best_metric = stored["best_metric"]
+            self.best_iter = stored["iteration"]
+
+    def _best_checking(self) -> None:
+        latest = self.trainer.storage.latest().get(self._val_metric)
+        if latest is None:
+            known = sorted(k for k in self.trainer.storage.latest() if "/" in k)
+            logger.warning(
+                "TEST.BEST_METRIC %r was not among the evaluation's results (%s): no best "
+                "checkpoint is written.",
+                self._val_metric,
+                ", ".join(known) or "there were none",
+            )
+            return
+        value, iteration = latest
+        better = self.best_metric is None or self._compare(value, self.best_metric)
+        if not better or not self._update_best(value, iteration):
+            return
+        try:
+            self._checkpointer.save(
+                self._file_prefix,
+                iteration=iteration,
+                best_metric=float(value),
+                best_metric_name=self._val_metric,
+            )
+        except CheckpointSaveError as error:
+            logger.error("%s Training goes on.", error)
+            return
+        logger.info("Best %s so far: %.4f", self._val_metric, value)
+
+
+class MetricHistory(HookBase):
+    """Keeps the last values of smoothed scalars in the checkpoint.
+
+    Logged losses are medians over a window of iterations; with their history a resumed run logs
+    what an uninterrupted run logs, also in its first window.
+    """
+
+    def __init__(self, window: int) -> None:
+        """``window``: iterations to keep."""
+        self._window = window
+        self._loaded: dict[str, list[list[float]]] = {}
+
+    def before_train(self) -> None:
+        """Put the loaded values into the fresh event storage."""
+        for name, values in self._loaded.items():
+            for value, iteration in values:
+                self.trainer.storage.put_scalar(name, value, cur_iter=int(iteration))
+        self._loaded = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """``{name: [[value, iteration], ...]}``, oldest first."""
+        storage = self.trainer.storage
+        hints = storage.smoothing_hints()
+        state = {}
+        for name, history in storage.histories().items():
+            values = history.values()[-self._window :]
+            # A scalar that is not put in every iteration would be logged again as if it were new.
+            current = values and values[-1][1] == storage.iter
+            if hints[name] and current and name not in _TIMES:
+                state[name] = [[float(v), float(i)] for v, i in values]
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keep ``state`` until training begins."""
+        self._loaded = state
+
+
+class LogWriter(HookBase):
+    """Writes scalars every ``period`` iterations and after the last one.
+
+    In contrast to Detectron2's ``PeriodicWriter`` it makes its writers when training begins, when
+    it is known where it resumes, and a full disk does not end the training.
+    """
+
+    def __init__(self, build_writers: Callable[[], list[EventWriter]], period: int) -> None:
+        if period < 1:
+            raise ConfigError(f"SOLVER.LOG_PERIOD is {period}; it must be >= 1.")
+        self._build = build_writers
+        self._period = period
+        self._writers: list[EventWriter] = []
+        self._failed: set[str] = set()
+
+    def before_train(self) -> None:
+        """Make the writers."""
+        self._writers = self._build()
+
+    def after_step(self) -> None:
+        """Write in the last iteration of each period."""
+        done = self.trainer.iter + 1
+        if done % self._period == 0 or done == self.trainer.max_iter:
+            self._write()
+
+    def after_train(self) -> None:
+        """Write what the other hooks added, then close."""
+        self._write()
+        for writer in self._writers:
+            try:
+                writer.close()
+            except OSError as error:
+                self._report(writer, error)
+
+    def _write(self) -> None:
+        for writer in self._writers:
+            try:
+                writer.write()
+            except OSError as error:
+                self._report(writer, error)
+
+    def _report(self, writer: EventWriter, error: OSError) -> None:
+        name = type(writer).__name__
+        if name not in self._failed:  # once is enough
+            logger.error("%s could not write (%s); training goes on without its log.", name, error)
+            self._failed.add(name)
+
+
+def drop_metrics_from(path: str, start_iter: int) -> None:
+    """Remove from a ``metrics.json`` the lines of iterations >= start_iter.
+
+    A killed run may have logged iterations after its last checkpoint; the resumed run does them
+    again. A last line that the kill cut short goes too.
+    """
+    if not os.path.isfile(path):
+        return
+    kept = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                scalars = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if scalars.get("iteration", -1) < start_iter:
+                kept.append(line)
+    with atomic_write(path, "w") as file:
+        file.writelines(kept)

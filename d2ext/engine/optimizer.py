@@ -1,0 +1,49 @@
+"""Optimizers by name."""
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.solver.build import (
+    build_optimizer as build_sgd,
+)
+from detectron2.solver.build import (
+    get_default_optimizer_params,
+    maybe_add_gradient_clipping,
+)
+from torch import nn
+
+from d2ext.engine.errors import ConfigError
+
+__all__ = ["build_optimizer"]
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer ``SOLVER.OPTIMIZER``: "SGD", "Adam" or "AdamW".
+
+    SGD is Detectron2's. For all three, ``SOLVER.{BASE_LR, WEIGHT_DECAY, WEIGHT_DECAY_NORM,
+    WEIGHT_DECAY_BIAS, BIAS_LR_FACTOR, CLIP_GRADIENTS}`` have Detectron2's meaning; Adam and AdamW
+    also read ``SOLVER.ADAM_BETAS``. Adam adds the decay to the gradient (L2 penalty), AdamW shrinks
+    the weights.
+
+    Raises:
+        ConfigError: another name, or a model without trainable parameters.
+    """
+    name = cfg.SOLVER.OPTIMIZER
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError("The model has no trainable parameter; check MODEL.BACKBONE.FREEZE_AT.")
+    if name == "SGD":
+        return build_sgd(cfg, model)
+    if name not in ("Adam", "AdamW"):
+        raise ConfigError(f"SOLVER.OPTIMIZER is {name!r}; it must be 'SGD', 'Adam' or 'AdamW'.")
+    optimizer = (torch.optim.Adam if name == "Adam" else torch.optim.AdamW)(
+        get_default_optimizer_params(
+            model,
+            base_lr=cfg.SOLVER.BASE_LR,
+            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+        ),
+        lr=cfg.SOLVER.BASE_LR,
+        betas=tuple(cfg.SOLVER.ADAM_BETAS),
+        weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+    )
+    return maybe_add_gradient_clipping(cfg, optimizer)

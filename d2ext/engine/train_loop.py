@@ -1,0 +1,255 @@
+"""One optimizer step: gradient accumulation, mixed precision, losses that are not finite."""
+
+import logging
+import random
+import time
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from d2ext.engine.errors import ConfigError
+
+__all__ = ["StepTrainer", "seed_step"]
+
+logger = logging.getLogger(__name__)
+
+
+def seed_step(seed: int, iteration: int, rank: int) -> None:
+    """Seed Python's, NumPy's and torch's generators as a function of the arguments only.
+
+    Called before the forward pass of each iteration, so that what a model draws at random does
+    not depend on what was drawn before, and a resumed run draws what an uninterrupted run draws.
+    """
+    words = np.random.SeedSequence([seed, iteration, rank]).generate_state(4)
+    torch.manual_seed((int(words[0]) << 31) ^ int(words[1]))  # also the generators of all GPUs
+    np.random.seed(words[2])
+    random.seed(int(words[3]))
+
+
+class StepTrainer(SimpleTrainer):
+    """Runs optimizer steps; hooks, checkpoints and the schedule are the caller's.
+
+    **Accumulation.** The data of a step are cut into ``accumulation_steps`` micro-batches of equal
+    size, in order, and their gradients averaged. The result equals that of the whole batch, up to
+    rounding, for a model whose loss is a mean over images. A loss divided by a count found in the
+    batch, such as the number of positive anchors, is divided by the count of each micro-batch: the
+    micro-batches then weigh equally, as processes do in Detectron2. Batch normalisation in training
+    mode sees micro-batches.
+
+    **Losses that are not finite.** A step counts as bad if any loss, or (without loss scaling) the
+    norm of the gradient, is NaN or infinite in any process; all processes decide alike. Such a step
+    changes neither weights nor optimizer state nor batch-normalisation statistics. A
+    ``FloatingPointError`` that the model raises in its forward pass counts too, if there is only
+    one process; with several it ends the training, since the others wait for this one's gradients.
+
+    Args:
+        model: returns a dict of scalar losses in training mode.
+        data_loader: yields a list of inputs per step; may be set later, before the first step.
+        optimizer: its ``step`` may clip gradients.
+        seed: base of the per-step seeds, see `seed_step`.
+        accumulation_steps: micro-batches per step; must divide the length of each list.
+        amp_dtype: type of mixed precision, ``torch.float16`` or ``torch.bfloat16``; None: off.
+        non_finite: ``"skip"`` or ``"raise"``.
+        non_finite_limit: with ``"skip"``, this many bad steps in a row raise.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Iterable[list[dict[str, Any]]] | None,
+        optimizer: torch.optim.Optimizer,
+        *,
+        seed: int,
+        accumulation_steps: int = 1,
+        amp_dtype: torch.dtype | None = None,
+        non_finite: str = "skip",
+        non_finite_limit: int = 20,
+    ) -> None:
+        super().__init__(model, data_loader, optimizer)
+        if accumulation_steps < 1:
+            raise ConfigError(
+                f"SOLVER.ACCUMULATION_STEPS is {accumulation_steps}; it must be >= 1."
+            )
+        if non_finite not in ("skip", "raise"):
+            raise ConfigError(
+                f"SOLVER.NON_FINITE_LOSS is {non_finite!r}; it must be 'skip' or 'raise'."
+            )
+        self.seed = seed
+        self.accumulation_steps = accumulation_steps
+        self.amp_dtype = amp_dtype
+        self.non_finite = non_finite
+        self.non_finite_limit = non_finite_limit
+        self.device = next(model.parameters()).device
+        # Gradients of float16 underflow without loss scaling; bfloat16 has float32's range.
+        self.grad_scaler = torch.amp.GradScaler(
+            self.device.type, enabled=amp_dtype == torch.float16
+        )
+        self.skipped = 0  # bad steps since the start of training
+        self.skipped_in_a_row = 0
+        self.updated = False  # whether the last step changed the weights
+        self._statistics = _NormStatistics(model)
+
+    def run_step(self) -> None:
+        """Take one optimizer step, or skip it if a loss is not finite.
+
+        Raises:
+            FloatingPointError: see ``non_finite`` and ``non_finite_limit``.
+            ConfigError: the data cannot be cut into ``accumulation_steps`` equal parts.
+        """
+        if not self.model.training:
+            raise RuntimeError("The model was switched to evaluation mode during training.")
+        start = time.perf_counter()
+        data = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+
+        seed_step(self.seed, self.iter, comm.get_rank())
+        if self.non_finite == "skip":
+            self._statistics.save()
+        self.optimizer.zero_grad(set_to_none=True)
+        losses, finite = self._forward_backward(data)
+        self.after_backward()
+
+        gathered = comm.all_gather((losses, finite, data_time))
+        self.updated = all(ok for _, ok, _ in gathered)
+        if self.updated:
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+            self.skipped_in_a_row = 0
+            self._record([x for x, _, _ in gathered], [t for _, _, t in gathered])
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.non_finite == "skip":
+            self._statistics.restore()
+        self._handle_bad_step([x for x, _, _ in gathered])
+
+    def _forward_backward(self, data: list[dict[str, Any]]) -> tuple[dict[str, float], bool]:
+        """Losses of this process's images, and whether these and the gradient are finite."""
+        size, rest = divmod(len(data), self.accumulation_steps)
+        if rest or not size:
+            raise ConfigError(
+                f"A process got {len(data)} images per iteration, which cannot be cut into "
+                f"{self.accumulation_steps} equal parts. Make SOLVER.IMS_PER_BATCH a multiple of "
+                "(processes x SOLVER.ACCUMULATION_STEPS)."
+            )
+        total: dict[str, Tensor] = {}
+        for k in range(self.accumulation_steps):
+            last = k == self.accumulation_steps - 1
+            with self._gradient_sync(last):
+                try:
+                    with torch.autocast(
+                        self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None
+                    ):
+                        losses = self.model(data[k * size : (k + 1) * size])
+                except FloatingPointError as error:
+                    if comm.get_world_size() > 1 or self.non_finite == "raise":
+                        raise
+                    logger.warning("The model found a value that is not finite: %s", error)
+                    return {}, False
+                if isinstance(losses, Tensor):
+                    losses = {"total_loss": losses}
+                loss = sum(losses.values()) / self.accumulation_steps
+                self.grad_scaler.scale(loss).backward()
+            for name, value in losses.items():
+                share = value.detach().float() / self.accumulation_steps
+                total[name] = total[name] + share if name in total else share
+
+        values = torch.stack([value.reshape(()) for value in total.values()])
+        finite = torch.isfinite(values).all()
+        if not self.grad_scaler.is_enabled():  # else it looks at the gradients itself
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            if gradients:
+                finite = finite & torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all()
+        # One transfer from the device for everything.
+        *numbers, ok = torch.cat([values, finite.float()[None]]).tolist()
+        return dict(zip(total, numbers, strict=True)), bool(ok)
+
+    def _gradient_sync(self, enabled: bool) -> AbstractContextManager[Any]:
+        if isinstance(self.model, DistributedDataParallel) and not enabled:
+            return self.model.no_sync()
+        return nullcontext()
+
+    def _record(self, losses: list[dict[str, float]], data_times: list[float]) -> None:
+        """Put the step's losses (means over the processes) into the event storage."""
+        storage = get_event_storage()
+        storage.put_scalar("rank_data_time", data_times[comm.get_rank()])
+        if not comm.is_main_process():
+            return
+        storage.put_scalar("data_time", max(data_times))
+        means = {k: float(np.mean([x[k] for x in losses])) for k in losses[0]}
+        storage.put_scalar("total_loss", sum(means.values()))
+        if len(means) > 1:
+            storage.put_scalars(**means)
+
+    def _handle_bad_step(self, losses: list[dict[str, float]]) -> None:
+        shown = losses[0] if len(losses) == 1 else losses
+        what = f"Loss or gradient is not finite at iteration {self.iter}: {shown}."
+        if self.non_finite == "raise":
+            raise FloatingPointError(
+                f"{what} Lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS or set "
+                "SOLVER.CLIP_GRADIENTS.ENABLED True; SOLVER.NON_FINITE_LOSS 'skip' passes over "
+                "single bad iterations."
+            )
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= self.non_finite_limit:
+            raise FloatingPointError(
+                f"{what} It was so in {self.skipped_in_a_row} iterations in a row "
+                "(SOLVER.NON_FINITE_LOSS_LIMIT): the training has diverged. Resume from an earlier "
+                "checkpoint or start again with a lower SOLVER.BASE_LR, a longer "
+                "SOLVER.WARMUP_ITERS, SOLVER.CLIP_GRADIENTS.ENABLED True, or SOLVER.AMP.DTYPE "
+                "'bfloat16'."
+            )
+        logger.warning(
+            "%s Iteration skipped, nothing was updated (%d skipped so far). If this happens often, "
+            "lower SOLVER.BASE_LR or set SOLVER.CLIP_GRADIENTS.ENABLED True.",
+            what,
+            self.skipped,
+        )
+        get_event_storage().put_scalar("skipped_iterations", self.skipped, smoothing_hint=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizer, loss scaling, and counts of skipped steps."""
+        state = super().state_dict()
+        state["grad_scaler"] = self.grad_scaler.state_dict()
+        state["skipped"] = [self.skipped, self.skipped_in_a_row]
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Inverse of `state_dict`; loss scaling starts afresh if the checkpoint has none."""
+        super().load_state_dict(state_dict)
+        scaler = state_dict.get("grad_scaler")
+        if scaler and self.grad_scaler.is_enabled():
+            self.grad_scaler.load_state_dict(scaler)
+        self.skipped, self.skipped_in_a_row = state_dict.get("skipped", (0, 0))
+
+
+class _NormStatistics:
+    """Copies of the running statistics of batch normalisation, which the forward pass changes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        buffers = [
+            buffer
+            for module in model.modules()
+            if isinstance(module, _BatchNorm)
+            for buffer in module.buffers(recurse=False)
+        ]
+        # One list per type, for which _foreach_copy_ needs one kernel.
+        by_type = [[b for b in buffers if b.is_floating_point() == x] for x in (True, False)]
+        self._pairs = [(b, [torch.empty_like(x) for x in b]) for b in by_type if b]
+
+    def save(self) -> None:
+        for buffers, copies in self._pairs:
+            torch._foreach_copy_(copies, buffers)
+
+    def restore(self) -> None:
+        for buffers, copies in self._pairs:
+            torch._foreach_copy_(buffers, copies)

@@ -1,0 +1,368 @@
+"""Detectron2's DefaultTrainer with d2ext's loaders, optimizers, hooks and checkpoints."""
+
+import importlib.util
+import logging
+import os
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
+from detectron2.evaluation import DatasetEvaluator, verify_results
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler
+from detectron2.utils import comm
+from detectron2.utils.events import (
+    CommonMetricPrinter,
+    EventWriter,
+    JSONWriter,
+    TensorboardXWriter,
+)
+from detectron2.utils.logger import setup_logger
+from fvcore.nn.precise_bn import get_bn_modules
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from d2ext.checkpoint.checkpointer import Checkpointer, WeightsCheckpointer
+from d2ext.checkpoint.io import CheckpointError
+from d2ext.engine.ema import EMAHook, TrainedWeights, build_ema
+from d2ext.engine.errors import ConfigError
+from d2ext.engine.hooks import (
+    BestCheckpointer,
+    LogWriter,
+    MetricHistory,
+    PeriodicCheckpointer,
+    drop_metrics_from,
+)
+from d2ext.engine.optimizer import build_optimizer
+from d2ext.engine.train_loop import StepTrainer
+
+__all__ = ["Trainer"]
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer(DefaultTrainer):
+    """Trains a model as a config says, evaluates it and keeps checkpoints.
+
+    Use as Detectron2's ``DefaultTrainer``::
+
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=True)
+        trainer.train()
+
+    A run that is killed and resumed gives the losses of an uninterrupted one: data and all random
+    draws are functions of (``SEED``, iteration, process). With ``SEED`` < 0 a seed is drawn at the
+    start and kept in the checkpoints.
+
+    Attributes:
+        model: the model being trained (wrapped by DistributedDataParallel with several processes).
+        evaluated_model: what is evaluated and stored under "model" in checkpoints: the moving
+            average with ``MODEL_EMA.ENABLED``, else the model.
+        cfg: with the seed filled in.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        TrainerBase.__init__(self)  # DefaultTrainer's own would build everything its way
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()
+            setup_logger(name="d2ext")
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        _check_solver(cfg)
+        self._seed_given = cfg.SEED >= 0
+        self.cfg = cfg if self._seed_given else _with_seed(cfg, comm.shared_random_seed())
+
+        model = self.build_model(cfg)
+        model.train()  # may freeze parameters, which optimizer and wrapper must know
+        optimizer = self.build_optimizer(cfg, model)
+        wrapped = _wrap_distributed(model, find_unused=cfg.SOLVER.FIND_UNUSED_PARAMETERS)
+        self._trainer = StepTrainer(
+            wrapped,
+            None,
+            optimizer,
+            seed=self.cfg.SEED,
+            accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
+            amp_dtype=_amp_dtype(cfg),
+            non_finite=cfg.SOLVER.NON_FINITE_LOSS,
+            non_finite_limit=cfg.SOLVER.NON_FINITE_LOSS_LIMIT,
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+
+        self._ema = None
+        self.evaluated_model: nn.Module = model
+        extra: dict[str, Any] = {"trainer": weakref.proxy(self)}
+        if cfg.MODEL_EMA.ENABLED:
+            # After DistributedDataParallel made the weights of all processes equal.
+            self._ema = build_ema(model, cfg.MODEL_EMA.DECAY, cfg.MODEL_EMA.WARMUP)
+            self.evaluated_model = self._ema.module
+            extra["trained_weights"] = self._trained_weights = TrainedWeights(self._ema, model)
+        self.checkpointer = Checkpointer(self.evaluated_model, cfg.OUTPUT_DIR, **extra)
+        self.register_hooks(self.build_hooks())
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Load weights, or continue a run.
+
+        Args:
+            resume: continue from the last checkpoint in ``OUTPUT_DIR``, if there is one: weights,
+                optimizer, schedule, average, iteration. Otherwise, and with False, load
+                ``MODEL.WEIGHTS`` into the model and start at iteration 0.
+
+        Raises:
+            CheckpointError: unreadable file, or weights that do not fit: when resuming, everything
+                must fit; for ``MODEL.WEIGHTS``, heads may differ (see ``Checkpointer``).
+        """
+        resume = resume and self.checkpointer.has_checkpoint()
+        if resume:
+            self._resume()
+            return
+        self.checkpointer.fit = "any" if self.cfg.MODEL.WEIGHTS_ALLOW_PARTIAL else "finetune"
+        self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
+        if self._ema is not None:
+            self._trained_weights.start_from_average()
+
+    def _resume(self) -> None:
+        self.checkpointer.fit = "exact"
+        path = self.checkpointer.get_checkpoint_file()
+        try:
+            rest = self.checkpointer.load(path)
+        except (ValueError, KeyError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"Cannot resume from {path!r}: its training state does not fit ({error}). Resume "
+                "with the config that the run was started with, or choose another OUTPUT_DIR and "
+                "pass the file as MODEL.WEIGHTS."
+            ) from error
+        self.start_iter = self.iter + 1
+        if self._ema is not None and not self._trained_weights.loaded:
+            self._trained_weights.start_from_average()  # the run had no average so far
+        if "trained_weights" in rest:
+            logger.warning(
+                "%s comes from a run with MODEL_EMA.ENABLED; training goes on from its average.",
+                path,
+            )
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """Timing, schedule, precise BN, average, checkpoints, evaluation, logs: in this order."""
+        cfg = self.cfg
+        solver, test = cfg.SOLVER, cfg.TEST
+        result: list[HookBase | None] = [hooks.IterationTimer(), hooks.LRScheduler()]
+        if test.PRECISE_BN.ENABLED and get_bn_modules(self.model):
+            in_process = cfg.clone()
+            in_process.defrost()
+            in_process.DATALOADER.NUM_WORKERS = 0
+            loader = self.build_train_loader(in_process)
+            result.append(
+                hooks.PreciseBN(test.EVAL_PERIOD, self.model, loader, test.PRECISE_BN.NUM_ITER)
+            )
+        if self._ema is not None:
+            result.append(EMAHook(self._ema, _unwrap(self.model)))
+        result.append(MetricHistory(solver.LOG_PERIOD))
+        if comm.is_main_process():
+            result.append(
+                PeriodicCheckpointer(
+                    self.checkpointer,
+                    solver.CHECKPOINT_PERIOD,
+                    max_to_keep=solver.CHECKPOINT_MAX_TO_KEEP or None,
+                    on_failure=solver.CHECKPOINT_FAILURE,
+                )
+            )
+
+        def evaluate() -> dict[str, Any]:
+            self._last_eval_results = self.test(cfg, self.evaluated_model)
+            return self._last_eval_results
+
+        result.append(hooks.EvalHook(test.EVAL_PERIOD, evaluate))
+        if comm.is_main_process():
+            if test.BEST_METRIC:
+                saver = WeightsCheckpointer(self.evaluated_model, cfg.OUTPUT_DIR)
+                result.append(
+                    BestCheckpointer(test.EVAL_PERIOD, saver, test.BEST_METRIC, test.BEST_MODE)
+                )
+            result.append(LogWriter(self.build_writers, solver.LOG_PERIOD))
+        return result
+
+    def build_writers(self) -> list[EventWriter]:
+        """Terminal, ``metrics.json`` and, where TensorBoard is installed, its event file.
+
+        Called when training begins. What a killed run logged beyond ``start_iter`` is dropped.
+        """
+        folder = self.cfg.OUTPUT_DIR
+        os.makedirs(folder, exist_ok=True)
+        window = self.cfg.SOLVER.LOG_PERIOD
+        metrics = os.path.join(folder, "metrics.json")
+        if self.start_iter > 0:
+            drop_metrics_from(metrics, self.start_iter)
+        writers: list[EventWriter] = [
+            CommonMetricPrinter(self.max_iter, window),
+            JSONWriter(metrics, window),
+        ]
+        if importlib.util.find_spec("tensorboard") is None:
+            logger.info("TensorBoard is not installed; its log is not written.")
+        else:
+            purge = self.start_iter or None
+            writers.append(TensorboardXWriter(folder, window, purge_step=purge))
+        return writers
+
+    def train(self) -> OrderedDict[str, Any] | None:
+        """Run from ``start_iter`` to ``SOLVER.MAX_ITER``, then evaluate.
+
+        Returns:
+            The last evaluation's results, in the main process; None elsewhere and without test
+            sets.
+
+        Raises:
+            FloatingPointError: the loss is not finite, see ``SOLVER.NON_FINITE_LOSS``.
+            CheckpointSaveError: the final checkpoint could not be written.
+        """
+        if self.start_iter >= self.max_iter:
+            logger.info(
+                "The training in %s is complete after %d iterations; it is evaluated again. Raise "
+                "SOLVER.MAX_ITER to go on, or choose another OUTPUT_DIR to start anew.",
+                self.cfg.OUTPUT_DIR,
+                self.max_iter,
+            )
+            self._last_eval_results = self.test(self.cfg, self.evaluated_model)
+            if comm.is_main_process():
+                verify_results(self.cfg, self._last_eval_results)
+        else:
+            self._trainer.data_loader = self.data_loader  # an error in the data is raised here
+            super().train()  # returns results only if the config names expected ones
+        return getattr(self, "_last_eval_results", None) or None
+
+    @property
+    def data_loader(self) -> Iterable[list[dict[str, Any]]]:
+        """The training loader; made on first use, when ``start_iter`` is known."""
+        if self._trainer.data_loader is None:
+            self._trainer.data_loader = self.build_train_loader(
+                self.cfg, start_iter=self.start_iter
+            )
+        return self._trainer.data_loader
+
+    @data_loader.setter
+    def data_loader(self, loader: Iterable[list[dict[str, Any]]]) -> None:
+        self._trainer.data_loader = loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Iteration, hooks, optimizer, seed."""
+        state = super().state_dict()
+        state["seed"] = self.cfg.SEED
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Inverse of `state_dict`. A seed given in the config wins over the stored one."""
+        super().load_state_dict(state_dict)
+        seed = state_dict.get("seed", self.cfg.SEED)
+        if self._seed_given and seed != self.cfg.SEED:
+            logger.warning("SEED is %d, but the run was started with %d.", self.cfg.SEED, seed)
+        elif not self._seed_given:
+            self.cfg = _with_seed(self.cfg, seed)
+            self._trainer.seed = seed
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """The model on ``MODEL.DEVICE``, channels-last if ``MODEL.CHANNELS_LAST``."""
+        model = build_model(cfg)
+        if cfg.MODEL.CHANNELS_LAST:
+            model = model.to(memory_format=torch.channels_last)
+        logger.info("Model:\n%s", model)
+        return model
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """See `d2ext.engine.build_optimizer`."""
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
+        """Detectron2's schedules; ``SOLVER.STEPS`` etc. count optimizer steps."""
+        try:
+            return build_lr_scheduler(cfg, optimizer)
+        except ValueError as error:
+            raise ConfigError(
+                f"The schedule cannot be built ({error}). SOLVER.STEPS {tuple(cfg.SOLVER.STEPS)} "
+                f"must lie below SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER}; SOLVER.LR_SCHEDULER_NAME "
+                f"is {cfg.SOLVER.LR_SCHEDULER_NAME!r}."
+            ) from error
+
+    @classmethod
+    def build_train_loader(
+        cls, cfg: CfgNode, *, start_iter: int = 0
+    ) -> Iterable[list[dict[str, Any]]]:
+        """See `d2ext.data.build_train_loader`."""
+        from d2ext.data import build_train_loader
+
+        return build_train_loader(cfg, start_iter=start_iter)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict[str, Any]]]:
+        """See `d2ext.data.build_test_loader`."""
+        from d2ext.data import build_test_loader
+
+        return build_test_loader(cfg, dataset_name)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """See `d2ext.evaluation.build_evaluator`; results go to ``OUTPUT_DIR/inference``, with
+        several test sets to a folder per set in it."""
+        from d2ext.evaluation import build_evaluator
+
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+        if len(cfg.DATASETS.TEST) > 1:
+            folder = os.path.join(folder, dataset_name)
+        return build_evaluator(cfg, dataset_name, folder)
+
+
+def _check_solver(cfg: CfgNode) -> None:
+    solver = cfg.SOLVER
+    parts = comm.get_world_size() * max(solver.ACCUMULATION_STEPS, 1)
+    if solver.IMS_PER_BATCH < 1 or solver.IMS_PER_BATCH % parts:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}; it must be a positive multiple of "
+            f"{parts} = {comm.get_world_size()} processes x SOLVER.ACCUMULATION_STEPS "
+            f"{solver.ACCUMULATION_STEPS}."
+        )
+    for key in ("MAX_ITER", "CHECKPOINT_PERIOD"):
+        if solver[key] < 1:
+            raise ConfigError(f"SOLVER.{key} is {solver[key]}; it must be at least 1.")
+
+
+def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SEED = int(seed)
+    cfg.freeze()
+    return cfg
+
+
+def _amp_dtype(cfg: CfgNode) -> torch.dtype | None:
+    if not cfg.SOLVER.AMP.ENABLED:
+        return None
+    name = cfg.SOLVER.AMP.DTYPE
+    if name not in ("float16", "bfloat16"):
+        raise ConfigError(f"SOLVER.AMP.DTYPE is {name!r}; it must be 'float16' or 'bfloat16'.")
+    if name == "float16" and torch.device(cfg.MODEL.DEVICE).type == "cpu":
+        logger.warning("SOLVER.AMP.DTYPE float16 needs a GPU; bfloat16 is used on the CPU.")
+        return torch.bfloat16
+    return torch.float16 if name == "float16" else torch.bfloat16
+
+
+def _wrap_distributed(model: nn.Module, *, find_unused: bool) -> nn.Module:
+    if comm.get_world_size() == 1:
+        return model
+    device = next(model.parameters()).device
+    return DistributedDataParallel(
+        model,
+        device_ids=None if device.type == "cpu" else [comm.get_local_rank()],
+        broadcast_buffers=False,  # as in Detectron2
+        find_unused_parameters=find_unused,
+    )
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model

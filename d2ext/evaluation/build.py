@@ -1,0 +1,134 @@
+"""The evaluator that fits a data set."""
+
+from collections import OrderedDict
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+)
+from detectron2.utils import comm
+
+from d2ext.evaluation.coco import COCOEvaluator
+
+__all__ = ["IfPredicted", "build_evaluator"]
+
+
+def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluator:
+    """The evaluator for a data set, chosen by its metadata's ``evaluator_type``.
+
+    ============================ ================================================================
+    ``coco``                     boxes, masks, keypoints: whichever the model predicts
+    ``coco_panoptic_seg``        those, semantic segmentation and panoptic quality, of these the
+                                 ones for which the model has an output
+    ``sem_seg``                  semantic segmentation
+    ``cityscapes_instance``,     Cityscapes' own scripts (package ``cityscapesscripts``)
+    ``cityscapes_sem_seg``
+    ``cityscapes_panoptic_seg``  panoptic quality, and Cityscapes' own scripts for the rest
+    ``lvis``, ``pascal_voc``     Detectron2's
+    ============================ ================================================================
+
+    Args:
+        cfg: ``TEST.DETECTIONS_PER_IMAGE`` does not limit the evaluation; COCO's limit of 100 does.
+            ``TEST.KEYPOINT_OKS_SIGMAS`` is passed on.
+        dataset_name: registered data set.
+        output_folder: where results are written; made when needed.
+
+    Raises:
+        ValueError: unregistered data set, or one without an ``evaluator_type`` known here.
+    """
+    if dataset_name not in DatasetCatalog.list():
+        raise ValueError(
+            f"Data set {dataset_name!r} is not registered. Register it in DatasetCatalog, or pass "
+            "its files to tools/train_net.py (--dataset NAME --val-json ... --val-images ...)."
+        )
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+
+    def coco() -> DatasetEvaluator:
+        return COCOEvaluator(
+            dataset_name,
+            output_dir=output_folder,
+            use_fast_impl=False,  # the official implementation; the fast one needs detectron2._C
+            kpt_oks_sigmas=tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS),
+        )
+
+    def semantic() -> DatasetEvaluator:
+        return SemSegEvaluator(dataset_name, output_dir=output_folder)
+
+    def panoptic() -> DatasetEvaluator:
+        return COCOPanopticEvaluator(dataset_name, output_folder)
+
+    if kind == "coco":
+        return coco()
+    if kind == "coco_panoptic_seg":
+        evaluators = [IfPredicted("instances", coco())]
+        if all("sem_seg_file_name" in record for record in DatasetCatalog.get(dataset_name)):
+            evaluators.append(IfPredicted("sem_seg", semantic()))
+        evaluators.append(IfPredicted("panoptic_seg", panoptic()))
+        return DatasetEvaluators(evaluators)
+    if kind == "sem_seg":
+        return semantic()
+    if kind == "cityscapes_instance":
+        return CityscapesInstanceEvaluator(dataset_name)
+    if kind == "cityscapes_sem_seg":
+        return CityscapesSemSegEvaluator(dataset_name)
+    if kind == "cityscapes_panoptic_seg":
+        return DatasetEvaluators(
+            [
+                IfPredicted("sem_seg", CityscapesSemSegEvaluator(dataset_name)),
+                IfPredicted("instances", CityscapesInstanceEvaluator(dataset_name)),
+                IfPredicted("panoptic_seg", panoptic()),
+            ]
+        )
+    if kind == "lvis":
+        return LVISEvaluator(dataset_name, output_dir=output_folder)
+    if kind == "pascal_voc":
+        return PascalVOCDetectionEvaluator(dataset_name)
+    state = f"has evaluator_type {kind!r}, which is not known" if kind else "has no evaluator_type"
+    raise ValueError(
+        f"Data set {dataset_name!r} {state}. Set it when registering, for example "
+        f"MetadataCatalog.get({dataset_name!r}).evaluator_type = 'coco'; known are coco, "
+        "coco_panoptic_seg, sem_seg, cityscapes_instance, cityscapes_sem_seg, "
+        "cityscapes_panoptic_seg, lvis, pascal_voc."
+    )
+
+
+class IfPredicted(DatasetEvaluator):
+    """Runs an evaluator only if the model predicts what it evaluates.
+
+    A panoptic data set has annotations for several tasks, and a model for one of them is evaluated
+    for this one.
+    """
+
+    def __init__(self, key: str, evaluator: DatasetEvaluator) -> None:
+        """``key``: of the model's output dicts."""
+        self._key = key
+        self._evaluator = evaluator
+        self._seen = False
+
+    def reset(self) -> None:
+        """Forget all predictions."""
+        self._seen = False
+        self._evaluator.reset()
+
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        """Pass on the images whose output has the key."""
+        pairs = [(x, y) for x, y in zip(inputs, outputs, strict=True) if self._key in y]
+        if pairs:
+            self._seen = True
+            self._evaluator.process([x for x, _ in pairs], [y for _, y in pairs])
+
+    def evaluate(self) -> dict[str, Any]:
+        """Results of the evaluator; empty if no process saw the key."""
+        # A process may have had no image at all, so they must agree: evaluators gather.
+        if not any(comm.all_gather(self._seen)):
+            return OrderedDict()
+        return self._evaluator.evaluate() or OrderedDict()

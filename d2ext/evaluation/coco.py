@@ -1,0 +1,227 @@
+"""COCO's metrics for boxes, masks and keypoints."""
+
+import copy
+import itertools
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.evaluation import COCOEvaluator as Detectron2COCOEvaluator
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import Instances
+from detectron2.utils import comm
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from d2ext.files import atomic_write
+
+__all__ = ["COCOEvaluator"]
+
+_FIELDS = {"pred_masks": "segm", "pred_keypoints": "keypoints"}
+
+
+class COCOEvaluator(Detectron2COCOEvaluator):
+    """Detectron2's COCO evaluator, with these differences:
+
+    - ``Instances`` may have ``mask_scores`` (mask re-scoring): these rank the masks, ``scores`` the
+      boxes and keypoints.
+    - Detections whose box has no area are left out, as in the published YOLACT.
+    - No detection at all gives AP 0 where there is ground truth to find (Detectron2: NaN), for each
+      task whose field the model predicts.
+    - A data set that is not in a JSON file is converted anew for each evaluator.
+    - Results are written under a temporary name and renamed: ``coco_instances_results.json`` in
+      COCO's result format and, with mask scores, ``coco_instances_results_segm.json``, the same
+      with them as scores. A results file is written whether or not annotations exist.
+
+    Boxes of COCO results are XYWH in pixels; metrics range from 0 to 100.
+
+    Args:
+        dataset_name: registered data set, in COCO's JSON format or Detectron2's dicts.
+        tasks: of "bbox", "segm", "keypoints"; by default what the model predicts.
+        distributed: gather the predictions of all processes.
+        output_dir: folder for the results; needed for data sets that are not in a JSON file.
+        options: further arguments of Detectron2's evaluator.
+    """
+
+    def __init__(
+        self,
+        dataset_name: str,
+        tasks: tuple[str, ...] | None = None,
+        distributed: bool = True,
+        output_dir: str | None = None,
+        **options: Any,
+    ) -> None:
+        options.setdefault("allow_cached_coco", False)
+        super().__init__(dataset_name, tasks, distributed, output_dir, **options)
+        if output_dir and self._metadata.json_file == os.path.join(
+            output_dir, f"{dataset_name}_coco_format.json"
+        ):
+            # Detectron2 leaves the converted file in the registry, where it would outlive itself.
+            del self._metadata.json_file
+        self._tasks: tuple[str, ...] | list[str] | None
+        self._output_dir: str | None
+        self._results: dict[str, dict[str, float]] = {}
+        self._fields: set[str] = set()
+
+    def reset(self) -> None:
+        """Forget all predictions."""
+        super().reset()
+        self._fields = set()
+
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        """Take the predictions of some images.
+
+        Args:
+            inputs: with ``image_id``.
+            outputs: with ``instances``: ``pred_boxes`` (XYXY, pixels), ``scores``, ``pred_classes``
+                and, where predicted, ``pred_masks`` (N, H, W) bool, ``pred_keypoints`` (N, K, 3),
+                ``mask_scores`` (N,).
+        """
+        for one_input, output in zip(inputs, outputs, strict=True):
+            if "instances" not in output:
+                super().process([one_input], [output])
+                continue
+            instances = output["instances"].to("cpu")
+            self._fields.update(task for field, task in _FIELDS.items() if instances.has(field))
+            image_id = one_input["image_id"]
+            self._predictions.append(
+                {"image_id": image_id, "instances": _to_coco(instances, image_id)}
+            )
+
+    def evaluate(self, img_ids: list[Any] | None = None) -> dict[str, Any]:
+        """Gather, write and score the predictions.
+
+        Args:
+            img_ids: images to evaluate on; by default all of the data set.
+
+        Returns:
+            ``{task: {metric: 0..100}}``, with "AP-<class>" for each class; empty in all processes
+            but the main one.
+        """
+        if self._distributed:
+            self._fields = set().union(*comm.all_gather(self._fields))
+            gathered = comm.gather(self._predictions, dst=0)
+            if not comm.is_main_process():
+                return {}
+            predictions = list(itertools.chain(*gathered))
+        else:
+            predictions = self._predictions
+        self._results = {}
+        if any("proposals" in x for x in predictions):
+            self._eval_box_proposals(predictions)
+        else:
+            self._eval_predictions(predictions, img_ids=img_ids)
+        return copy.deepcopy(self._results)
+
+    def _eval_predictions(
+        self, predictions: list[dict[str, Any]], img_ids: list[Any] | None = None
+    ) -> None:
+        results = [x for p in predictions for x in p["instances"]]
+        tasks = self._tasks or ["bbox", *sorted(self._fields)]
+        by_mask = [
+            {**x, "score": x["mask_score"]} if "mask_score" in x else dict(x) for x in results
+        ]
+        rescored = any("mask_score" in x for x in results)
+        for result in itertools.chain(results, by_mask):
+            result.pop("mask_score", None)
+        # Before the evaluation, which adds entries to the results.
+        self._write("coco_instances_results.json", by_mask if tasks == ["segm"] else results)
+        if rescored and "segm" in tasks:
+            self._write("coco_instances_results_segm.json", by_mask)
+
+        if not results:
+            self._logger.warning("The model detected nothing in %d images.", len(predictions))
+            if self._do_evaluation:
+                for task in sorted(tasks):
+                    self._results[task] = self._score_nothing(task, img_ids)
+            return
+        # The base class maps class indices to category ids, in place, and evaluates `_tasks`; it
+        # would write the file of the second call over that of the first.
+        all_tasks, folder = self._tasks, self._output_dir
+        try:
+            self._output_dir = None
+            for ranked, group in (
+                (results, [t for t in tasks if t != "segm"]),
+                (by_mask, [t for t in tasks if t == "segm"]),
+            ):
+                if group:
+                    self._tasks = group
+                    super()._eval_predictions([{"instances": ranked}], img_ids=img_ids)
+        finally:
+            self._tasks, self._output_dir = all_tasks, folder
+
+    def _derive_coco_results(
+        self, coco_eval: Any, iou_type: str, class_names: list[str] | None = None
+    ) -> dict[str, float]:
+        if coco_eval is not None and class_names is not None:
+            # The scorer's order is that of the category ids, and metadata may name more classes
+            # (a panoptic set's stuff).
+            categories = self._coco_api.loadCats(coco_eval.params.catIds)
+            class_names = [category["name"] for category in categories]
+        return super()._derive_coco_results(coco_eval, iou_type, class_names)
+
+    def _score_nothing(self, task: str, img_ids: list[Any] | None) -> dict[str, float]:
+        detections = COCO()  # its own loadRes fails on an empty list
+        detections.dataset = {
+            "images": self._coco_api.dataset["images"],
+            "categories": self._coco_api.dataset["categories"],
+            "annotations": [],
+        }
+        detections.createIndex()
+        scorer = COCOeval(self._coco_api, detections, task)
+        if img_ids is not None:
+            scorer.params.imgIds = img_ids
+        if task != "keypoints":
+            scorer.params.maxDets = self._max_dets_per_image
+        elif self._kpt_oks_sigmas:
+            scorer.params.kpt_oks_sigmas = np.array(self._kpt_oks_sigmas)
+        scorer.evaluate()
+        scorer.accumulate()
+        scorer.summarize()
+        return self._derive_coco_results(
+            scorer, task, class_names=self._metadata.get("thing_classes")
+        )
+
+    def _write(self, name: str, results: list[dict[str, Any]]) -> None:
+        if not self._output_dir:
+            return
+        ids = self._category_ids()
+        results = [{**x, "category_id": ids(x["category_id"])} for x in results]
+        path = os.path.join(self._output_dir, name)
+        self._logger.info("Saving results to %s", path)
+        os.makedirs(self._output_dir, exist_ok=True)
+        with atomic_write(path, "w") as file:
+            json.dump(results, file)
+
+    def _category_ids(self) -> Callable[[int], int]:
+        """Maps a class index to the data set's category id."""
+        mapping = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        if mapping is None:
+            return lambda index: index
+        ids = {index: category for category, index in mapping.items()}
+
+        def category_of(index: int) -> int:
+            if index not in ids:
+                raise ValueError(
+                    f"The model predicted class {index}, but the data set has only the {len(ids)} "
+                    f"classes 0 to {len(ids) - 1}. The class count of the config (NUM_CLASSES) must "
+                    "be that of the data set."
+                )
+            return ids[index]
+
+        return category_of
+
+
+def _to_coco(instances: Instances, image_id: Any) -> list[dict[str, Any]]:
+    """Detections on the CPU -> COCO results, with ``mask_score`` beside ``score`` if given."""
+    boxes = instances.pred_boxes.tensor
+    sides = boxes[:, 2:] - boxes[:, :2]
+    instances = instances[(torch.isfinite(sides) & (sides > 0)).all(dim=1)]
+    results = instances_to_coco_json(instances, image_id)
+    if instances.has("mask_scores"):
+        for result, score in zip(results, instances.mask_scores.tolist(), strict=True):
+            result["mask_score"] = score
+    return results

@@ -1,0 +1,151 @@
+"""A detector and a data set small enough to train for some steps within a test.
+
+Each image is 16 x 16 with one bright rectangle; the model regresses it. Run as a program it is
+tools/train_net.py with both registered.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import get_event_storage
+from PIL import Image
+from torch import Tensor, nn
+
+SIDE = 16
+CLASSES = ("box",)
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+
+@META_ARCH_REGISTRY.register()
+class ToyDetector(nn.Module):
+    """One box per image; losses are means over images. MODEL.RESNETS.STEM_OUT_CHANNELS: width."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        super().__init__()
+        width = cfg.MODEL.RESNETS.STEM_OUT_CHANNELS
+        norm = nn.BatchNorm2d(width) if cfg.MODEL.RESNETS.NORM == "BN" else nn.Identity()
+        self.backbone = nn.Sequential(nn.Conv2d(3, width, 3, stride=2), norm, nn.ReLU())
+        self.head = nn.Linear(width * 7 * 7, 4)
+        # Random in training, so that a run depends on the generators' states.
+        self.dropout = nn.Dropout(0.2 if cfg.MODEL.RESNETS.WIDTH_PER_GROUP > 1 else 0.0)
+        self.register_buffer("pixel_mean", torch.tensor(100.0), persistent=False)
+        self.to(cfg.MODEL.DEVICE)
+
+    def forward(self, inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+        images = torch.stack([x["image"].float() for x in inputs]).to(self.pixel_mean.device)
+        features = self.backbone((images - self.pixel_mean) / 100)
+        boxes = self.head(self.dropout(features.flatten(1)))
+        if not self.training:
+            results = []
+            boxes = boxes.float() * SIDE
+            boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2] + 1)
+            for box, one_input in zip(boxes, inputs, strict=True):
+                result = Instances((one_input["height"], one_input["width"]))
+                result.pred_boxes = Boxes(box[None])
+                result.scores = torch.ones(1)
+                result.pred_classes = torch.zeros(1, dtype=torch.int64)
+                results.append({"instances": result})
+            return results
+        if os.environ.get("TOY_KILL_AT") == str(get_event_storage().iter):
+            os.kill(os.getpid(), signal.SIGKILL)
+        target = torch.stack([x["instances"].gt_boxes.tensor[0] / SIDE for x in inputs])
+        error = (boxes - target).abs()
+        return {"loss_corner": error[:, :2].mean(), "loss_size": error[:, 2:].pow(2).mean()}
+
+
+def write_data(folder: Path, count: int = 12) -> Path:
+    """Write ``count`` images and their COCO JSON; returns the JSON's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    images, annotations = [], []
+    for i in range(count):
+        x, y = (int(v) for v in random.integers(0, 8, 2))
+        w, h = (int(v) for v in random.integers(4, 8, 2))
+        pixels = random.integers(0, 100, (SIDE, SIDE, 3), dtype=np.uint8)
+        pixels[y : y + h, x : x + w] += 120
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        images.append({"id": i + 1, "file_name": f"{i}.png", "height": SIDE, "width": SIDE})
+        annotations.append(
+            {
+                "id": i + 1,
+                "image_id": i + 1,
+                "category_id": 1,
+                "bbox": [x, y, w, h],
+                "area": w * h,
+                "iscrowd": 0,
+                "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]],
+            }
+        )
+    path = folder / "toy.json"
+    categories = [{"id": k + 1, "name": name} for k, name in enumerate(CLASSES)]
+    path.write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
+    return path
+
+
+def register(json_file: Path, name: str = "toy") -> None:
+    """Register the written data, in place of an earlier registration."""
+    if name in DatasetCatalog.list():
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    register_coco_instances(name, {}, str(json_file), str(json_file.parent))
+
+
+def options(output: Path, **more: object) -> list[str]:
+    """Command-line options of a short training; keys of ``more`` have "__" for dots."""
+    values = {
+        "MODEL.META_ARCHITECTURE": "ToyDetector",
+        "MODEL.DEVICE": "cpu",
+        "MODEL.WEIGHTS": "",
+        "MODEL.RESNETS.STEM_OUT_CHANNELS": 4,
+        "MODEL.RESNETS.NORM": "BN",
+        "MODEL.RESNETS.WIDTH_PER_GROUP": 1,
+        "DATASETS.TRAIN": "('toy',)",
+        "DATASETS.TEST": "()",
+        "DATALOADER.NUM_WORKERS": 0,
+        "INPUT.MIN_SIZE_TRAIN": f"({SIDE},)",
+        "INPUT.MIN_SIZE_TEST": SIDE,
+        "SOLVER.IMS_PER_BATCH": 4,
+        "SOLVER.MAX_ITER": 10,
+        "SOLVER.STEPS": "(7,)",
+        "SOLVER.WARMUP_ITERS": 3,
+        "SOLVER.BASE_LR": 0.05,
+        "SOLVER.LOG_PERIOD": 1,
+        "SOLVER.CHECKPOINT_PERIOD": 1000,
+        "SEED": 7,
+        "OUTPUT_DIR": output,
+    }
+    values.update({key.replace("__", "."): value for key, value in more.items()})
+    return [str(x) for pair in values.items() for x in pair]
+
+
+def losses(output: Path) -> dict[int, float]:
+    """Iteration -> total loss, of a run's metrics.json."""
+    lines = [json.loads(x) for x in (output / "metrics.json").read_text().splitlines()]
+    found = [(x["iteration"], x["total_loss"]) for x in lines if "total_loss" in x]
+    assert len(dict(found)) == len(found), "an iteration was logged twice"
+    return dict(found)
+
+
+# In a spawned process this module is imported again under another name, hence not under __main__.
+if "TOY_DATA" in os.environ:
+    sys.path.insert(0, str(TOOLS))
+    register(Path(os.environ["TOY_DATA"]))
+
+if __name__ == "__main__":
+    import train_net
+
+    sys.exit(train_net.run())
