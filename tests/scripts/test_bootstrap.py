@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -127,12 +126,12 @@ def test_extension_is_built_again_only_after_a_change(
     (tmp_path / "setup.py").write_text("")
     builds = []
 
-    def build(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-        builds.append(command)
+    def build(python: Path) -> bool:
+        builds.append(python)
         (tmp_path / "d2ext" / "d2ext_C.so").write_text("")
-        return subprocess.CompletedProcess(command, 0)
+        return True
 
-    monkeypatch.setattr(bootstrap.subprocess, "run", build)
+    monkeypatch.setattr(bootstrap, "run_build", build)
     monkeypatch.delenv("D2EXT_BUILD", raising=False)
     monkeypatch.setenv("CXX", "c++")
     facts = {"torch": "2.11.0", "nvcc": None, "d2ext": None, "setuptools": "80"}
@@ -154,18 +153,32 @@ def test_extension_is_built_again_only_after_a_change(
     assert prepare() == 4
 
 
-def test_failed_build_stops_and_is_tried_again(
-    bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_failed_build_shows_the_compiler_and_is_tried_again(
+    bootstrap: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "setup.py").write_text("")
+    (tmp_path / "setup.py").write_text("raise SystemExit('masks.cpp:7: error: expected ;')")
     monkeypatch.setenv("CXX", "c++")
     monkeypatch.delenv("D2EXT_BUILD", raising=False)
-    failed = subprocess.CompletedProcess([], 1)
-    monkeypatch.setattr(bootstrap.subprocess, "run", lambda *a, **k: failed)
     for _ in range(2):
         with pytest.raises(SystemExit):
             bootstrap.build_extension(Path(sys.executable), {"torch": "2", "nvcc": None})
+        shown = capsys.readouterr().err
+        assert "masks.cpp:7: error: expected ;" in shown
+        assert "D2EXT_BUILD=0" in shown
     assert not (tmp_path / "stamps").exists()
+
+
+def test_build_shows_one_line_per_file(
+    bootstrap: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "csrc" / "masks.cpp"
+    step = f"[1/2] c++ -O3 -Iinclude -c -c {source} -o masks.o"
+    (tmp_path / "setup.py").write_text(f"print({step!r}); print('running build_ext')")
+    assert bootstrap.run_build(Path(sys.executable))
+    assert capsys.readouterr().out.split() == ["[1/2]", "csrc/masks.cpp"]
 
 
 def test_finished_venv_is_left_alone_until_the_requirements_change(
