@@ -376,6 +376,30 @@ def link_package(python: Path, facts: dict[str, str | None]) -> None:
     pip(python, "install", "--no-deps", *isolation, "-e", str(ROOT), D2EXT_BUILD="0")
 
 
+def run_build(python: Path) -> bool:
+    """Run setup.py, showing one line per file; all of the output if it fails. Returns success."""
+    output: list[str] = []
+    with subprocess.Popen(
+        [str(python), "-u", "-c", BUILD],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            output.append(line)
+            # Ninja's "[2/5] c++ ... -c .../csrc/cpu/masks.cpp -o ..."
+            step = re.match(r"(\[\d+/\d+\]).* -c (\S+)", line)
+            if step:
+                print("   ", step[1], os.path.relpath(step[2], ROOT), flush=True)
+            elif line.startswith("[d2ext]"):
+                print(line.rstrip(), flush=True)
+    if process.returncode != 0:
+        print("".join(output), file=sys.stderr)
+    return process.returncode == 0
+
+
 def build_extension(python: Path, facts: dict[str, str | None]) -> None:
     """Compile ``csrc/`` in place when it, setup.py, PyTorch or ``D2EXT_BUILD`` changed."""
     choice = os.environ.get("D2EXT_BUILD", "")
@@ -400,8 +424,7 @@ def build_extension(python: Path, facts: dict[str, str | None]) -> None:
     else:
         say(f"compiling csrc/ with {compiler}")
         started = time.monotonic()
-        built = subprocess.run([str(python), "-c", BUILD], cwd=ROOT)
-        if built.returncode != 0:
+        if not run_build(python):
             stop(
                 "compiling csrc/ failed, the compiler's message is above. To go on without "
                 "compiled operators set D2EXT_BUILD=0; for the CPU part only D2EXT_BUILD=cpu."
