@@ -16,8 +16,8 @@ from detectron2.layers import FrozenBatchNorm2d
 from torch import Tensor, nn
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_MODES = ("eager", "cudagraph", "compile")
-# Runs before a capture or a measurement: lazily created handles and algorithm choices settle.
+_MODES = ("eager", "cudagraph", "compile", "compile_cudagraph")
+# Runs before a capture: lazily created handles and algorithm choices settle.
 _WARMUP_RUNS = 3
 
 
@@ -25,7 +25,8 @@ def add_inference_config(cfg: CfgNode) -> None:
     """Add the keys of :class:`InferenceNetwork` to ``cfg``, in place. All is off by default."""
     cfg.MODEL.INFERENCE = CfgNode()
     # "eager"; "cudagraph" replays one captured graph per input shape (NVIDIA GPUs);
-    # "compile" runs torch.compile (any device, a minute or more at the first image of a shape).
+    # "compile" runs torch.compile (any device, a minute or more at the first image of a shape);
+    # "compile_cudagraph" captures what it compiled.
     cfg.MODEL.INFERENCE.MODE = "eager"
     # Arithmetic of the network: "float32", "bfloat16" or "float16". Decoding stays in float32.
     cfg.MODEL.INFERENCE.DTYPE = "float32"
@@ -58,13 +59,15 @@ class InferenceNetwork:
     """Runs ``decode(network(images))``, on a prepared copy of the network where that is faster.
 
     The copy has its batch norms folded, the wanted dtype and memory format; it is made at the first
-    call and again whenever the network's weights have changed.
+    call. When weights have changed (as training and ``load_state_dict`` change them, in place; writing
+    through ``parameter.data`` is not seen) the new values are written into the copy, so that graphs
+    and compiled code live on. Replacing modules of the network after the first call is not seen.
 
     Args:
         network: module of one argument, images (B, 3, H, W) float32.
         decode: function of its output, returning tensors of value-independent shapes (except in mode
             "eager", where any shapes will do).
-        mode: "eager", "cudagraph" or "compile".
+        mode: "eager", "cudagraph", "compile" or "compile_cudagraph".
         dtype: "float32", "bfloat16" or "float16".
         channels_last: run the copy in channels-last memory format.
 
@@ -91,29 +94,52 @@ class InferenceNetwork:
         self.dtype = _DTYPES[dtype]
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._plain = mode == "eager" and dtype == "float32" and not channels_last
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop the copy and all that was made of it."""
         self._prepared: nn.Module | None = None
-        self._fingerprint: tuple[Any, ...] = ()
+        # The network's weights when the copy was made: walking through the modules for them at
+        # every call would take longer than a small network.
+        self._watched: list[Tensor] = []
+        self._fingerprint: list[tuple[int, int]] = []
         self._compiled: Callable[[Tensor], tuple[Tensor, ...]] | None = None
+        self._seen: set[torch.Size] = set()
         self._graphs: dict[torch.Size, _CapturedGraph] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Graphs and compiled code can be neither copied nor pickled; the next call makes them anew.
+        dropped = ("_prepared", "_watched", "_fingerprint", "_compiled", "_seen", "_graphs")
+        return {key: value for key, value in self.__dict__.items() if key not in dropped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
 
     def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
         """images (B, 3, H, W) float32 → what ``decode`` returns; the tensors are the caller's."""
         if self._plain:
             return self.decode(self.network(images))
+        if self.mode.endswith("cudagraph") and images.device.type != "cuda":
+            raise ValueError(
+                f'MODEL.INFERENCE.MODE "{self.mode}" needs an NVIDIA GPU and the model is on '
+                f'"{images.device}": set it to "eager" or "compile".'
+            )
         self._prepare()
         images = images.to(self.dtype, memory_format=self.memory_format)
         if self.mode == "eager":
             return self._run(images)
+        if images.shape not in self._seen:
+            # What ``decode`` keeps for the next call (prior boxes) is there before it is compiled
+            # or captured.
+            self._run(images)
+            self._seen.add(images.shape)
+        function = self._run if self._compiled is None else self._compiled
         if self.mode == "compile":
-            assert self._compiled is not None
-            return self._compiled(images)
-        if images.device.type != "cuda":
-            raise ValueError(
-                'MODEL.INFERENCE.MODE "cudagraph" needs an NVIDIA GPU and the model is on '
-                f'"{images.device}": set it to "eager" or "compile".'
-            )
+            return function(images)
         if images.shape not in self._graphs:
-            self._graphs[images.shape] = _CapturedGraph(self._run, images)
+            pool = next((graph.pool for graph in self._graphs.values()), None)
+            self._graphs[images.shape] = _CapturedGraph(function, images, pool)
         return self._graphs[images.shape](images)
 
     def _run(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -121,33 +147,60 @@ class InferenceNetwork:
         return self.decode(self._prepared(images))
 
     def _prepare(self) -> None:
-        tensors = [*self.network.parameters(), *self.network.buffers()]
-        fingerprint = (tensors[0].device, *((id(x), x._version) for x in tensors))
-        if fingerprint == self._fingerprint:
+        """Make the copy, or bring its weights up to date."""
+        fingerprint = [(x.data_ptr(), x._version) for x in self._watched]
+        if self._prepared is not None and fingerprint == self._fingerprint:
             return
         prepared = copy.deepcopy(self.network).eval().requires_grad_(False)
         fold_norms(prepared)
-        self._prepared = prepared.to(dtype=self.dtype, memory_format=self.memory_format)
-        self._fingerprint = fingerprint
-        self._graphs.clear()
-        if self.mode == "compile":
-            self._compiled = torch.compile(self._run, dynamic=False)
+        prepared = prepared.to(dtype=self.dtype, memory_format=self.memory_format)
+        new = _tensors(prepared)
+        old = [] if self._prepared is None else _tensors(self._prepared)
+        if [(x.shape, x.device) for x in old] == [(x.shape, x.device) for x in new]:
+            with torch.no_grad():
+                for target, source in zip(old, new, strict=True):
+                    target.copy_(source)
+        else:
+            self._forget()
+            self._prepared = prepared
+            if self.mode.startswith("compile"):
+                self._compiled = torch.compile(self._run, dynamic=False)
+        self._watched = _tensors(self.network)
+        self._fingerprint = [(x.data_ptr(), x._version) for x in self._watched]
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 class _CapturedGraph:
-    """A CUDA graph of ``function`` for inputs of one shape, dtype and memory format."""
+    """A CUDA graph of ``function`` for inputs of one shape, dtype and memory format.
 
-    def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]], example: Tensor) -> None:
+    Args:
+        pool: memory of another graph, to share; results are copied out, so graphs that run one after
+            the other may overwrite each other's.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], tuple[Tensor, ...]],
+        example: Tensor,
+        pool: Any | None = None,
+    ) -> None:
+        device = example.device
         self.input = example.clone()
-        stream = torch.cuda.Stream(example.device)
-        stream.wait_stream(torch.cuda.current_stream(example.device))
-        with torch.cuda.stream(stream):
-            for _ in range(_WARMUP_RUNS):
-                function(self.input)
-        torch.cuda.current_stream(example.device).wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.outputs = function(self.input)
+        with torch.cuda.device(device):
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                for _ in range(_WARMUP_RUNS):
+                    function(self.input)
+            torch.cuda.current_stream(device).wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            # "thread_local": a data loader that pins memory in its own thread is no error.
+            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+                self.outputs = function(self.input)
+        self.pool = self.graph.pool()
 
     def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
         self.input.copy_(images)

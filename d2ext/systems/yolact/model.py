@@ -199,6 +199,11 @@ class YOLACT(nn.Module):
         """YOLACT++'s re-scoring net."""
         return self.criterion.mask_scorer
 
+    @property
+    def inference_network(self) -> InferenceNetwork:
+        """Network and choice of detections as :meth:`inference` runs them; benchmarks time it."""
+        return self._inference[0]
+
     def train(self, mode: bool = True) -> YOLACT:
         super().train(mode)
         if self.freeze_batch_norm:
@@ -321,7 +326,7 @@ class YOLACT(nn.Module):
         self, images: Tensor, batched_inputs: list[dict[str, Any]]
     ) -> list[dict[str, Instances]]:
         """Detect on preprocessed images (B, 3, S, S); see :meth:`forward`."""
-        *fields, prototypes = self._inference[0](images)
+        *fields, prototypes = self.inference_network(images)
         detections = Detections(*fields)
         # One transfer for the whole batch; a filter per image would wait for the device each time.
         counts = (detections.scores >= 0).sum(dim=1).tolist()

@@ -176,13 +176,17 @@ def pixel_boxes(boxes: Tensor, height: int, width: int, *, truncate: bool) -> Te
     Coordinates are clipped to [0, width] and [0, height]; ``truncate`` cuts them to whole pixels, as the
     published evaluation does (yolact/NOTES.md §7.7).
     """
-    scaled = boxes.float() * boxes.new_tensor([width, height, width, height], dtype=torch.float32)
-    low, high = (
-        torch.minimum(scaled[:, :2], scaled[:, 2:]),
-        torch.maximum(scaled[:, :2], scaled[:, 2:]),
+    # Numbers instead of tensors of the limits: those would wait for the device.
+    x, y = boxes[:, 0::2].float() * width, boxes[:, 1::2].float() * height
+    pixels = torch.stack(
+        [
+            x.amin(dim=1).clamp(0, width),
+            y.amin(dim=1).clamp(0, height),
+            x.amax(dim=1).clamp(0, width),
+            y.amax(dim=1).clamp(0, height),
+        ],
+        dim=1,
     )
-    limit = scaled.new_tensor([width, height])
-    pixels = torch.cat([low.clamp(min=0).minimum(limit), high.clamp(min=0).minimum(limit)], dim=1)
     return pixels.trunc() if truncate else pixels
 
 

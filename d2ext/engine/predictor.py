@@ -1,0 +1,77 @@
+"""Inference on arrays, in batches: what ``DefaultPredictor`` does for one image, for several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import transforms as T
+from detectron2.modeling import build_model
+from torch import Tensor, nn
+
+from d2ext.checkpoint.checkpointer import Checkpointer
+
+
+class BatchPredictor:
+    """Builds the model of a config, loads its weights and runs it on lists of BGR images.
+
+    Takes the conventions of ``detectron2.engine.DefaultPredictor`` (BGR in, ``INPUT.FORMAT`` to the
+    model, ``INPUT.MIN_SIZE_TEST`` and ``MAX_SIZE_TEST``, output at the size of the image), and differs
+    in three points: several images at once; images go to the device as bytes and change their channel
+    order there; weights that do not fit the model are an error.
+
+    Args:
+        cfg: the config; ``MODEL.WEIGHTS`` empty leaves random weights.
+        model: use this one, already loaded, instead of building it.
+
+    Raises:
+        CheckpointError: ``MODEL.WEIGHTS`` is unreadable or of another model.
+        ValueError: ``INPUT.FORMAT`` is neither "RGB" nor "BGR".
+    """
+
+    def __init__(self, cfg: CfgNode, model: nn.Module | None = None) -> None:
+        if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
+            raise ValueError(f'INPUT.FORMAT is "RGB" or "BGR" here, not "{cfg.INPUT.FORMAT}".')
+        self.cfg = cfg.clone()
+        if model is None:
+            model = build_model(self.cfg)
+            Checkpointer(model, fit="exact").load(cfg.MODEL.WEIGHTS)
+        self.model = model.eval()
+        self.device = torch.device(cfg.MODEL.DEVICE)
+        self._resize = T.ResizeShortestEdge(
+            [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST
+        )
+
+    def upload(self, images: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+        """The model's inputs, on its device.
+
+        Args:
+            images: H×W×3 uint8 arrays, BGR, each of any size.
+
+        Returns:
+            for each image ``image`` (3, h, w) uint8 in the model's channel order, ``height``, ``width``.
+        """
+        return [self._upload(image) for image in images]
+
+    def _upload(self, image: np.ndarray) -> dict[str, Any]:
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
+            raise ValueError(
+                f"Expected an image of height x width x 3 bytes, not {image.shape} {image.dtype}."
+            )
+        height, width = image.shape[:2]
+        if self.cfg.INPUT.MIN_SIZE_TEST > 0:
+            image = self._resize.get_transform(image).apply_image(image)
+        # The view (3, H, W) of H x W x 3 bytes is copied as it lies in memory, and turned there.
+        tensor: Tensor = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+        tensor = tensor.to(self.device, non_blocking=True)
+        if self.cfg.INPUT.FORMAT == "RGB":
+            tensor = tensor.flip(0)
+        return {"image": tensor, "height": height, "width": width}
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+        """Predict on BGR images (H×W×3 uint8 each); the model's output for each of them."""
+        return self.model(self.upload(images)) if len(images) > 0 else []

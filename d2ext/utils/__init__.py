@@ -1,0 +1,1 @@
+"""Helpers that know neither a model nor a data set."""

@@ -1,0 +1,145 @@
+"""Predictions drawn on pictures by Detectron2's visualizers, the same from run to run."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.data.catalog import Metadata
+from detectron2.structures import Instances
+
+
+def class_metadata(cfg: CfgNode, class_names: Sequence[str] | None = None) -> Metadata:
+    """Names and colours of the classes that a config's model predicts.
+
+    They come from the first registered data set of ``DATASETS.TEST`` and ``DATASETS.TRAIN`` that names
+    its thing classes; ``class_names``, if given, replaces the names, and then nothing is taken from a
+    data set. Classes without a name are called by their number, see :func:`name_classes`.
+    """
+    if class_names is not None:
+        return Metadata(name="class names", thing_classes=list(class_names))
+    for dataset in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+        if dataset in MetadataCatalog.list():
+            metadata = MetadataCatalog.get(dataset)
+            if metadata.get("thing_classes"):
+                return metadata
+    return Metadata(name="no class names")
+
+
+def name_classes(metadata: Metadata, classes: torch.Tensor) -> Metadata:
+    """``metadata``, or if it names fewer classes than occur in ``classes``, a copy with numbers."""
+    names = list(metadata.get("thing_classes") or [])
+    count = int(classes.max()) + 1 if len(classes) else 0
+    if count <= len(names):
+        return metadata
+    others = {k: v for k, v in metadata.as_dict().items() if k not in ("thing_classes", "name")}
+    numbers = [f"class {i}" for i in range(len(names), count)]
+    return Metadata(name=metadata.get("name", ""), thing_classes=names + numbers, **others)
+
+
+def select(instances: Instances, threshold: float) -> Instances:
+    """Instances from a score of ``threshold`` on, best first, on the CPU.
+
+    Where masks have scores of their own (``mask_scores``), these become the ``scores``: what is shown
+    and what is ranked is then the product of class score and predicted mask quality, as in the
+    published display of YOLACT++ (yolact/NOTES.md §7.6).
+    """
+    scores = instances.mask_scores if instances.has("mask_scores") else instances.scores
+    order = scores.argsort(descending=True, stable=True)
+    # Before the transfer: masks of what is not wanted stay where they are.
+    kept = instances[order[scores[order] >= threshold]].to("cpu")
+    if kept.has("mask_scores"):
+        kept.scores = kept.mask_scores
+        kept.remove("mask_scores")
+    return kept
+
+
+@contextmanager
+def _fixed_colors(seed: int) -> Iterator[None]:
+    """Detectron2 draws its colours from NumPy's global generator: give it a fixed state for a while."""
+    state = np.random.get_state()
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(state)
+
+
+class PictureDrawer:
+    """Draws what a model says of single pictures.
+
+    Args:
+        metadata: see :func:`class_metadata`.
+        max_drawn: draw at most this many instances, the best; drawing takes milliseconds for each.
+    """
+
+    def __init__(self, metadata: Metadata, max_drawn: int = 200) -> None:
+        self.metadata = metadata
+        self.max_drawn = max_drawn
+
+    def __call__(self, image: np.ndarray, output: dict[str, Any]) -> np.ndarray:
+        """Draw on an image (H×W×3, BGR, uint8); a new one of the same kind.
+
+        Args:
+            output: as Detectron2's models return it, instances as :func:`select` leaves them.
+        """
+        with _fixed_colors(0):
+            return self._draw(image[:, :, ::-1], output)[:, :, ::-1]
+
+    def _draw(self, image: np.ndarray, output: dict[str, Any]) -> np.ndarray:
+        """On RGB."""
+        from detectron2.utils.visualizer import Visualizer  # pulls in matplotlib
+
+        if "panoptic_seg" in output:
+            segments, info = output["panoptic_seg"]
+            visualizer = Visualizer(image, self.metadata)
+            return visualizer.draw_panoptic_seg(segments.cpu(), info).get_image()
+        if "sem_seg" in output:
+            visualizer = Visualizer(image, self.metadata)
+            labels = output["sem_seg"].argmax(dim=0).cpu()
+            image = visualizer.draw_sem_seg(labels, alpha=0.5).get_image()
+        if "instances" in output:
+            instances = output["instances"][: self.max_drawn]
+            metadata = name_classes(self.metadata, instances.pred_classes)
+            visualizer = Visualizer(image, metadata)
+            image = visualizer.draw_instance_predictions(instances).get_image()
+        return image
+
+
+class VideoDrawer(PictureDrawer):
+    """Draws frame after frame; an object keeps its colour while its boxes overlap."""
+
+    def __init__(self, metadata: Metadata, max_drawn: int = 200) -> None:
+        super().__init__(metadata, max_drawn)
+        from detectron2.utils.video_visualizer import VideoVisualizer  # pulls in matplotlib
+
+        with _fixed_colors(0):
+            self._visualizer = VideoVisualizer(metadata)
+        self._frame = 0
+
+    def __call__(self, image: np.ndarray, output: dict[str, Any]) -> np.ndarray:
+        self._frame += 1
+        # another seed for each frame, or new objects would take the colours of the last ones
+        with _fixed_colors(zlib.crc32(b"frame %d" % self._frame)):
+            return self._draw(image[:, :, ::-1], output)[:, :, ::-1]
+
+    def _draw(self, image: np.ndarray, output: dict[str, Any]) -> np.ndarray:
+        if "panoptic_seg" in output:
+            segments, info = output["panoptic_seg"]
+            return self._visualizer.draw_panoptic_seg_predictions(
+                image, segments.cpu(), info
+            ).get_image()
+        if "sem_seg" in output:
+            labels = output["sem_seg"].argmax(dim=0).cpu()
+            image = self._visualizer.draw_sem_seg(image, labels).get_image()
+        if "instances" in output:
+            instances = output["instances"][: self.max_drawn]
+            self._visualizer.metadata = name_classes(self.metadata, instances.pred_classes)
+            image = self._visualizer.draw_instance_predictions(image, instances).get_image()
+        return image

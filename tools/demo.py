@@ -1,0 +1,498 @@
+#!/usr/bin/env python
+"""Predict on images, folders, videos or a camera, with any system: pictures and COCO results.
+
+    python tools/demo.py --config-file yolact/yolact_R_50_550.yaml --output out/ \\
+        --input photo.jpg holiday/ "frames/*.png" --opts MODEL.WEIGHTS model_final.pth
+    python tools/demo.py --config-file ... --video-input clip.mp4 --output clip_out.mp4
+    python tools/demo.py --config-file ... --webcam 0 --output camera.mp4
+
+Pictures keep their names, and below a folder also the sub-folder; kinds other than JPEG and PNG become
+PNG. Beside them (with an output file: beside it, after its name) appear
+
+- coco_results.json: a list of COCO results (box, score, category, mask as RLE), as COCO's tools read
+  them;
+- coco_images.json: which file has which image_id, in COCO's format (images, categories). The id is the
+  number that is the file's name, if all files have such names and all differ (as in COCO); otherwise
+  files count from 1. In a video it is the number of the frame, from 1.
+
+A file that cannot be read is reported and skipped. Exit status: 0; 1 if something was skipped or could
+not be written; 2 if there is nothing to do or the command is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import itertools
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import cv2
+import numpy as np
+import torch
+import tqdm
+from detectron2.data.catalog import Metadata
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.utils.logger import setup_logger
+
+from d2ext.data.errors import ImageReadError
+from d2ext.data.image_io import read_image
+from d2ext.engine.predictor import BatchPredictor
+from d2ext.engine.setup import load_config
+from d2ext.utils.drawing import PictureDrawer, VideoDrawer, class_metadata, name_classes, select
+from d2ext.utils.files import json_list, replacing
+from d2ext.utils.video import VideoError, VideoReader, check_video_path, video_writer
+
+logger = logging.getLogger("d2ext.demo")
+
+# What is taken from a folder; files named on the command line are tried whatever their names.
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
+# What pictures are written as under their own names.
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png"}
+RESULTS, IMAGES = "coco_results.json", "coco_images.json"
+
+Item = TypeVar("Item")
+
+
+class DemoError(ValueError):
+    """The command cannot be carried out. The message says what to change."""
+
+
+class Job(NamedTuple):
+    """One image to predict on."""
+
+    source: Path
+    target: Path
+    """Where its picture goes."""
+    image_id: int
+
+
+@dataclass
+class Options:
+    """What the command line says of the output."""
+
+    output: Path
+    threshold: float
+    batch_size: int
+    max_drawn: int
+    max_frames: int | None
+    pictures: bool
+
+
+# Which files
+
+
+def find_sources(inputs: Iterable[str]) -> list[tuple[Path, Path]]:
+    """Files, folders and patterns → (file, name of its picture below the output folder).
+
+    Files that do not exist stay in the list, for the report; a file that is named twice appears once.
+    """
+    found: dict[Path, Path] = {}
+    for entry in inputs:
+        path = Path(entry).expanduser()
+        matches = [path] if path.exists() else [Path(m) for m in sorted(glob.glob(str(path)))]
+        if not matches and not glob.has_magic(entry):
+            matches = [path]
+        for match in matches:
+            if match.is_dir():
+                inside = sorted(f for f in match.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+                for file in inside:
+                    if file.is_file():
+                        found.setdefault(file, file.relative_to(match))
+            else:
+                found.setdefault(match, Path(match.name))
+    return list(found.items())
+
+
+def plan_images(inputs: Sequence[str], output: Path) -> list[Job]:
+    """The images to predict on, with different targets and ids.
+
+    Raises:
+        DemoError: there is none, or a picture would overwrite an input.
+    """
+    sources = find_sources(inputs)
+    if not any(source.exists() for source, _ in sources):
+        raise DemoError(f"No image found in {' '.join(map(repr, inputs))}.")
+    if is_file_name(output):
+        if len(sources) > 1:
+            raise DemoError(
+                f"--output '{output}' is one file and there are {len(sources)} images: name a folder."
+            )
+        if output.suffix.lower() not in PICTURE_SUFFIXES:
+            raise DemoError(f"--output '{output}': pictures are written as .jpg or .png.")
+        targets = [output]
+    else:
+        targets = [output / name for name in unique_names([name for _, name in sources])]
+    originals = {source.resolve() for source, _ in sources}
+    for target in targets:
+        if target.resolve() in originals:
+            raise DemoError(f"'{target}' would overwrite an input: choose another --output.")
+    ids = image_ids([source for source, _ in sources])
+    return [
+        Job(source, target, image_id)
+        for (source, _), target, image_id in zip(sources, targets, ids, strict=True)
+    ]
+
+
+def is_file_name(output: Path) -> bool:
+    """Whether ``--output`` names a file: it has a suffix and is no folder."""
+    return bool(output.suffix) and not output.is_dir()
+
+
+def unique_names(names: Sequence[Path]) -> list[Path]:
+    """Names of pictures: JPEG or PNG, no two equal even where upper and lower case are one."""
+    taken: set[str] = set()
+    result = []
+    for name in names:
+        if name.suffix.lower() not in PICTURE_SUFFIXES:
+            name = name.with_name(name.name + ".png")
+        candidate = name
+        for i in itertools.count(2):
+            if str(candidate).lower() not in taken:
+                break
+            candidate = name.with_name(f"{name.stem}_{i}{name.suffix}")
+        taken.add(str(candidate).lower())
+        result.append(candidate)
+    return result
+
+
+def image_ids(files: Sequence[Path]) -> list[int]:
+    """COCO's ids where all names are different numbers, otherwise 1, 2, ..."""
+    if all(file.stem.isascii() and file.stem.isdigit() for file in files):
+        numbers = [int(file.stem) for file in files]
+        if len(set(numbers)) == len(numbers):
+            return numbers
+    return list(range(1, len(files) + 1))
+
+
+# Prediction and results
+
+
+class ResultWriter:
+    """Writes COCO results and the list of images as they come.
+
+    Args:
+        output: the output folder or file.
+        metadata: class names, and the data set's own category ids where it has them.
+    """
+
+    def __init__(self, stack: ExitStack, output: Path, metadata: Metadata) -> None:
+        ids = metadata.get("thing_dataset_id_to_contiguous_id") or {}
+        self._category = {contiguous: category for category, contiguous in ids.items()}
+        self._metadata = metadata
+        self._others: dict[str, Any] = {}
+        self._add_categories(torch.tensor([0]))
+        self._result = stack.enter_context(json_list(self._path(output, RESULTS)))
+        self._image = stack.enter_context(
+            json_list(self._path(output, IMAGES), key="images", others=self._others)
+        )
+
+    def _add_categories(self, classes: torch.Tensor) -> None:
+        self._metadata = name_classes(self._metadata, classes)
+        self._others["categories"] = [
+            {"id": self._category.get(i, i), "name": name}
+            for i, name in enumerate(self._metadata.thing_classes)
+        ]
+
+    @staticmethod
+    def _path(output: Path, name: str) -> Path:
+        return output.with_name(f"{output.stem}_{name}") if is_file_name(output) else output / name
+
+    def write(
+        self, image_id: int, file: str, shape: tuple[int, ...], output: dict[str, Any]
+    ) -> None:
+        """Add one image of ``shape`` (H, W, ...) and the instances found in it."""
+        height, width = shape[:2]
+        self._image({"id": image_id, "file_name": file, "height": height, "width": width})
+        if "instances" in output:
+            self._add_categories(output["instances"].pred_classes)
+            for result in instances_to_coco_json(output["instances"], image_id):
+                category = result["category_id"]
+                result["category_id"] = self._category.get(category, category)
+                self._result(result)
+
+
+def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+def predict(
+    predictor: BatchPredictor, images: list[np.ndarray], threshold: float
+) -> list[dict[str, Any] | str]:
+    """The output for each image, instances chosen by score, or why there is none."""
+    try:
+        outputs = predictor(images)
+    except torch.cuda.OutOfMemoryError:
+        if len(images) == 1:
+            height, width = images[0].shape[:2]
+            return [f"{width}x{height} pixels do not fit into the device's memory"]
+        return [o for image in images for o in predict(predictor, [image], threshold)]
+    for output in outputs:
+        if "instances" in output:
+            output["instances"] = select(output["instances"], threshold)
+    return list(outputs)
+
+
+def write_picture(path: Path, image: np.ndarray) -> None:
+    """Write a BGR picture whole or not at all.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    encoded, data = cv2.imencode(path.suffix.lower(), image)
+    if not encoded:
+        raise OSError(f"cannot encode '{path}'")
+    with replacing(path) as temporary:
+        temporary.write_bytes(data.tobytes())
+
+
+def run_on_images(
+    predictor: BatchPredictor, jobs: Sequence[Job], metadata: Metadata, options: Options
+) -> list[str]:
+    """Predict on images; what went wrong, a line for each."""
+    problems: list[str] = []
+    drawer = PictureDrawer(metadata, options.max_drawn)
+    instances = 0
+    with ExitStack() as stack:
+        results = ResultWriter(stack, options.output, metadata)
+        progress = stack.enter_context(tqdm.tqdm(total=len(jobs), unit="image"))
+        for batch in batches(jobs, options.batch_size):
+            read: list[tuple[Job, np.ndarray]] = []
+            for job in batch:
+                try:
+                    read.append((job, read_image(str(job.source), "BGR")))
+                except ImageReadError as error:
+                    problems.append(str(error))
+            outputs = predict(predictor, [image for _, image in read], options.threshold)
+            for (job, image), output in zip(read, outputs, strict=True):
+                if isinstance(output, str):
+                    problems.append(f"'{job.source}': {output}")
+                    continue
+                instances += len(output.get("instances", ()))
+                if options.pictures:
+                    write_picture(job.target, drawer(image, output))
+                # last, for it shifts keypoints to COCO's convention in place
+                results.write(job.image_id, str(job.source), image.shape, output)
+            progress.update(len(batch))
+    logger.info("%d instances in %d images.", instances, len(jobs) - len(problems))
+    logger.info("Results in %s", options.output)
+    return problems
+
+
+def run_on_video(
+    predictor: BatchPredictor,
+    reader: VideoReader,
+    target: Path | None,
+    metadata: Metadata,
+    options: Options,
+) -> list[str]:
+    """Predict on a video file or a camera; what went wrong, a line for each.
+
+    Ctrl-C ends the video; what was predicted until then is written.
+
+    Raises:
+        VideoError: no frame can be read.
+        OSError: the video cannot be written.
+    """
+    problems: list[str] = []
+    wanted = min(n for n in (options.max_frames, reader.length, sys.maxsize) if n is not None)
+    number = 0
+    with ExitStack() as stack:
+        stack.callback(reader.release)
+        results = ResultWriter(stack, options.output, metadata)
+        show: Callable[[np.ndarray], None] | None = None
+        if target is not None:
+            writer = video_writer(target, reader.width, reader.height, reader.rate)
+            show = stack.enter_context(writer)
+        drawer = VideoDrawer(metadata, options.max_drawn)
+        total = wanted if wanted < sys.maxsize else None
+        progress = stack.enter_context(tqdm.tqdm(total=total, unit="frame"))
+        try:
+            for frames in batches(itertools.islice(reader, wanted), options.batch_size):
+                outputs = predict(predictor, frames, options.threshold)
+                for frame, output in zip(frames, outputs, strict=True):
+                    number += 1
+                    if isinstance(output, str):
+                        raise VideoError(f"Cannot predict on {reader.name}: {output}.")
+                    if show is not None:
+                        show(drawer(frame, output))
+                    results.write(number, f"{reader.name}#{number}", frame.shape, output)
+                    progress.update()
+        except KeyboardInterrupt:
+            logger.info("Interrupted: finishing what was predicted until now.")
+            wanted = number
+        if number == 0:
+            raise VideoError(f"No frame could be read from {reader.name}.")
+    if options.max_frames is None and reader.length is not None and number < lowest(wanted):
+        problems.append(
+            f"{reader.name} ends after {number} of {wanted} frames: is the file truncated?"
+        )
+    logger.info("%d frames. Results in %s", number, options.output)
+    return problems
+
+
+def lowest(frames: int) -> int:
+    """The fewest frames that count as all of those which a file announces.
+
+    Containers announce lengths from durations, which rounding makes wrong by a frame or two.
+    """
+    return frames - max(2, frames // 100)
+
+
+# Command line
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    summary, _, details = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config-file", required=True, metavar="FILE", help="a path, or a name in the model zoo"
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--input", nargs="+", metavar="PATH", help="images, folders (searched in depth), patterns"
+    )
+    source.add_argument("--video-input", metavar="FILE", help="a video file")
+    source.add_argument(
+        "--webcam",
+        nargs="?",
+        const=0,
+        type=int,
+        metavar="INDEX",
+        help="a camera (default 0), until Ctrl-C or --max-frames",
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="PATH", help="a folder; or a file for one image or video"
+    )
+    parser.add_argument(
+        "--confidence-threshold",
+        type=float,
+        default=0.5,
+        metavar="SCORE",
+        help="draw and write instances from this score on (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=1, metavar="N", help="images per pass (default: 1)"
+    )
+    parser.add_argument(
+        "--max-drawn",
+        type=int,
+        default=200,
+        metavar="N",
+        help="draw only the best N instances of a picture; all are written (default: %(default)s)",
+    )
+    parser.add_argument("--max-frames", type=int, metavar="N", help="stop a video after N frames")
+    parser.add_argument("--no-pictures", action="store_true", help="write COCO results only")
+    parser.add_argument(
+        "--class-names",
+        metavar="FILE",
+        help="text file, one class name a line; default: those of the config's data set",
+    )
+    parser.add_argument(
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="KEY VALUE",
+        help="changes to the config; must come last",
+    )
+    chosen = parser.parse_args(arguments)
+    if not 0 <= chosen.confidence_threshold <= 1:
+        parser.error("--confidence-threshold is a score in 0..1.")
+    for name in ("batch_size", "max_drawn", "max_frames"):
+        if getattr(chosen, name) is not None and getattr(chosen, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1.")
+    return chosen
+
+
+def plan_video(source: str | int, options: Options) -> Path | None:
+    """Where the video goes; None without pictures.
+
+    Raises:
+        VideoError: the output is no name of a video.
+        DemoError: it would overwrite the input.
+    """
+    name = f"camera_{source}.mp4" if isinstance(source, int) else f"{Path(source).stem}.mp4"
+    target = options.output if is_file_name(options.output) else options.output / name
+    check_video_path(target)
+    if not isinstance(source, int) and target.resolve() == Path(source).resolve():
+        raise DemoError(f"'{target}' would overwrite the input: choose another --output.")
+    return target if options.pictures else None
+
+
+def read_class_names(path: str) -> list[str]:
+    names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    if not any(names):
+        raise DemoError(f"--class-names '{path}' holds no name.")
+    return [name for name in names if name]
+
+
+def prepare(chosen: argparse.Namespace) -> Callable[[], list[str]]:
+    """Do all that can find the command wrong; the rest is for the caller to run.
+
+    Raises:
+        ValueError, FileNotFoundError: the command, the config or the checkpoint is wrong.
+    """
+    options = Options(
+        output=Path(chosen.output).expanduser(),
+        threshold=chosen.confidence_threshold,
+        batch_size=chosen.batch_size,
+        max_drawn=chosen.max_drawn,
+        max_frames=chosen.max_frames,
+        pictures=not chosen.no_pictures,
+    )
+    names = read_class_names(chosen.class_names) if chosen.class_names else None
+    # Wrong paths are found before the model is built, which takes long.
+    if chosen.input:
+        jobs = plan_images(chosen.input, options.output)
+    else:
+        source = chosen.video_input if chosen.webcam is None else chosen.webcam
+        target = plan_video(source, options)
+        reader = VideoReader(source)
+    cfg = load_config(chosen.config_file, chosen.opts)
+    cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = options.threshold
+    cfg.freeze()
+    if not cfg.MODEL.WEIGHTS:
+        logger.warning("MODEL.WEIGHTS is empty: predicting with random weights.")
+    predictor = BatchPredictor(cfg)
+    metadata = class_metadata(cfg, names)
+    if chosen.input:
+        return lambda: run_on_images(predictor, jobs, metadata, options)
+    return lambda: run_on_video(predictor, reader, target, metadata, options)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the tool; its exit status."""
+    chosen = parse_arguments(arguments)
+    setup_logger(name="d2ext")
+    setup_logger(name="fvcore")
+    try:
+        work = prepare(chosen)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        problems = work()
+    except VideoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: cannot write to '{chosen.output}': {error}", file=sys.stderr)
+        return 1
+    for problem in problems:
+        print(f"skipped: {problem}", file=sys.stderr)
+    if problems:
+        print(f"{len(problems)} skipped, the rest is done.", file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
