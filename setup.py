@@ -87,7 +87,9 @@ def cuda_toolkit(wanted: str | None) -> tuple[Path | None, str]:
         if release and release[1] == wanted.split(".")[0]:
             return folder, f"CUDA {release[1]}.{release[2]} in {folder}"
         seen.append(f"{folder}: {release[0] if release else 'unknown version'}")
-    found = "; ".join(dict.fromkeys(seen)) or "none found (CUDA_HOME, nvcc on PATH, /usr/local/cuda)"
+    found = (
+        "; ".join(dict.fromkeys(seen)) or "none found (CUDA_HOME, nvcc on PATH, /usr/local/cuda)"
+    )
     return None, f"PyTorch needs a toolkit of CUDA {wanted}; {found}"
 
 

@@ -80,7 +80,9 @@ D2EXT_HOST_DEVICE Tap<T> source_tap(int32_t output_index, T scale, int32_t cells
   low = low < cells - 1 ? low : cells - 1;
   T high_weight = source - static_cast<T>(low);
   high_weight = high_weight > T(1) ? T(1) : high_weight;
-  return {low, low < cells - 1 ? low + 1 : low, T(1) - high_weight, high_weight};
+  // A neighbour of weight 0 is not read: it may be NaN.
+  const bool between = high_weight > T(0) && low < cells - 1;
+  return {low, between ? low + 1 : low, T(1) - high_weight, high_weight};
 }
 
 // Output indices that read at least one of `cells`; may be wider by a few at either end.

@@ -85,29 +85,32 @@ void backward_kernel(const MaskInputs<T>& in, const Tensor& grad, Tensor& grad_p
   T* partials = partial.mutable_data_ptr<T>();
   T* packed = grad_packed.mutable_data_ptr<T>();
   parallel_tasks(in.images * bands, [&](TaskQueue& queue) {
-    std::vector<T> logits(in.stride);
+    std::vector<T> logits(kBandRows * in.stride);
     for (int64_t task; queue.pop(task);) {
       const int64_t image = task / bands;
       const int64_t band = task % bands;
-      for (int64_t y = band * kBandRows; y < std::min((band + 1) * kBandRows, in.height); ++y) {
-        T* grad_row = packed + (image * in.height + y) * in.channels * in.stride;
-        for (const int64_t n : members[image]) {
-          const T* box = in.box(n);
-          const Range xs = crop_range<T>(box[0], box[2], in.width, in.padding);
-          if (xs.empty() || !crop_range<T>(box[1], box[3], in.height, in.padding).contains(y)) {
-            continue;
-          }
-          in.probabilities(n, y, xs, logits.data());
+      const Range rows = {static_cast<int32_t>(band * kBandRows),
+                          static_cast<int32_t>(std::min((band + 1) * kBandRows, in.height))};
+      for (const int64_t n : members[image]) {
+        const T* box = in.box(n);
+        const Range xs = crop_range<T>(box[0], box[2], in.width, in.padding);
+        const Range ys = intersect(crop_range<T>(box[1], box[3], in.height, in.padding), rows);
+        if (xs.empty() || ys.empty()) {
+          continue;
+        }
+        for (int64_t y = ys.begin; y < ys.end; ++y) {
+          T* row = logits.data() + (y - ys.begin) * in.stride;
+          in.probabilities(n, y, xs, row);
           const scalar_t* above = grads + (n * in.height + y) * in.width;
           for (int64_t x = xs.begin; x < xs.end; ++x) {
-            const T p = logits[x];
-            logits[x] = static_cast<T>(above[x]) * (p * (T(1) - p));
+            row[x] = static_cast<T>(above[x]) * (row[x] * (T(1) - row[x]));
           }
-          row_kernels<T>().gradient_row(
-              in.prototype_row(image, y), in.stride, in.coefficient_row(n), in.channels,
-              logits.data(), round_down(xs.begin, kLanes), round_up(xs.end, kLanes), grad_row,
-              partials + (band * in.detections + n) * in.channels);
         }
+        row_kernels<T>().gradient_rows(
+            in.prototype_row(image, ys.begin), in.stride, in.coefficient_row(n), in.channels,
+            logits.data(), ys.size(), round_down(xs.begin, kLanes), round_up(xs.end, kLanes),
+            packed + (image * in.height + ys.begin) * in.channels * in.stride,
+            partials + (band * in.detections + n) * in.channels);
       }
     }
   });

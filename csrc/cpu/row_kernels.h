@@ -156,34 +156,40 @@ D2EXT_INLINE void threshold_row(const T* low, const T* high, T low_weight, T hig
   }
 }
 
-// For one detection and grid row, with grad_logits = d loss / d logit of each cell:
-//   grad_prototypes[c][x] += coefficients[c] * grad_logits[x]
-//   grad_coefficients[c] += sum over x of prototypes[c][x] * grad_logits[x]
+// For one detection and `count` grid rows, with grad_logits = d loss / d logit of each cell:
+//   grad_prototypes[y][c][x] += coefficients[c] * grad_logits[y][x]
+//   grad_coefficients[c] = sum over y and x of prototypes[y][c][x] * grad_logits[y][x]
+// prototypes and grad_prototypes: (count, channels, stride); grad_logits: (count, stride);
 // begin and end: multiples of the vector's lanes.
 template <typename T>
-D2EXT_INLINE void gradient_row(const T* prototypes, int64_t stride, const T* coefficients,
-                               int64_t channels, const T* grad_logits, int64_t begin, int64_t end,
-                               T* grad_prototypes, T* grad_coefficients) {
+D2EXT_INLINE void gradient_rows(const T* prototypes, int64_t stride, const T* coefficients,
+                                int64_t channels, const T* grad_logits, int64_t count,
+                                int64_t begin, int64_t end, T* grad_prototypes,
+                                T* grad_coefficients) {
   using V = typename Simd<T>::Vector;
   constexpr int kLanes = Simd<T>::kLanes;
   for (int64_t c = 0; c < channels; ++c) {
     const T coefficient = coefficients[c];
     V sum = {};
-    for (int64_t x = begin; x < end; x += kLanes) {
-      V grad;
-      V cells;
-      V total;
-      load(grad, grad_logits + x);
-      load(cells, prototypes + c * stride + x);
-      load(total, grad_prototypes + c * stride + x);
-      sum += cells * grad;
-      store(grad_prototypes + c * stride + x, V(total + grad * coefficient));
+    for (int64_t y = 0; y < count; ++y) {
+      const T* row = prototypes + (y * channels + c) * stride;
+      T* target = grad_prototypes + (y * channels + c) * stride;
+      for (int64_t x = begin; x < end; x += kLanes) {
+        V grad;
+        V cells;
+        V total;
+        load(grad, grad_logits + y * stride + x);
+        load(cells, row + x);
+        load(total, target + x);
+        sum += cells * grad;
+        store(target + x, V(total + grad * coefficient));
+      }
     }
     T lanes = 0;
     for (int i = 0; i < kLanes; ++i) {
       lanes += sum[i];
     }
-    grad_coefficients[c] += lanes;
+    grad_coefficients[c] = lanes;
   }
 }
 
@@ -199,9 +205,9 @@ struct RowKernels {
                           T* output);
   void (*threshold_row)(const T* low, const T* high, T low_weight, T high_weight, T threshold,
                         int64_t begin, int64_t end, uint8_t* output);
-  void (*gradient_row)(const T* prototypes, int64_t stride, const T* coefficients, int64_t channels,
-                       const T* grad_logits, int64_t begin, int64_t end, T* grad_prototypes,
-                       T* grad_coefficients);
+  void (*gradient_rows)(const T* prototypes, int64_t stride, const T* coefficients,
+                        int64_t channels, const T* grad_logits, int64_t count, int64_t begin,
+                        int64_t end, T* grad_prototypes, T* grad_coefficients);
 };
 
 #define D2EXT_DEFINE_ROW_KERNELS(SUFFIX, TARGET)                                                   \
@@ -222,16 +228,17 @@ struct RowKernels {
     rows::threshold_row<T>(low, high, low_weight, high_weight, threshold, begin, end, output);     \
   }                                                                                                \
   template <typename T>                                                                            \
-  TARGET void gradient_row_##SUFFIX(const T* prototypes, int64_t stride, const T* coefficients,    \
-                                    int64_t channels, const T* grad_logits, int64_t begin,         \
-                                    int64_t end, T* grad_prototypes, T* grad_coefficients) {       \
-    rows::gradient_row<T>(prototypes, stride, coefficients, channels, grad_logits, begin, end,     \
-                          grad_prototypes, grad_coefficients);                                     \
+  TARGET void gradient_rows_##SUFFIX(const T* prototypes, int64_t stride, const T* coefficients,   \
+                                     int64_t channels, const T* grad_logits, int64_t count,        \
+                                     int64_t begin, int64_t end, T* grad_prototypes,               \
+                                     T* grad_coefficients) {                                       \
+    rows::gradient_rows<T>(prototypes, stride, coefficients, channels, grad_logits, count, begin,  \
+                           end, grad_prototypes, grad_coefficients);                               \
   }                                                                                                \
   template <typename T>                                                                            \
   RowKernels<T> row_kernels_##SUFFIX() {                                                           \
     return {probability_row_##SUFFIX<T>, interpolate_row_##SUFFIX<T>, threshold_row_##SUFFIX<T>,   \
-            gradient_row_##SUFFIX<T>};                                                             \
+            gradient_rows_##SUFFIX<T>};                                                            \
   }
 
 D2EXT_DEFINE_ROW_KERNELS(baseline, )

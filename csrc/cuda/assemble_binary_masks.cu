@@ -23,6 +23,10 @@ constexpr int32_t kBlockRows = D2EXT_BLOCK_ROWS;
 #define D2EXT_THREAD_ROWS 8
 #endif
 constexpr int32_t kThreadRows = D2EXT_THREAD_ROWS;
+// Blocks that a multiprocessor should hold at a time; bounds the registers of a thread.
+#ifndef D2EXT_MIN_BLOCKS
+#define D2EXT_MIN_BLOCKS 4
+#endif
 constexpr int32_t kBlockBytes = 32768;
 constexpr uint32_t kVectorBytes = sizeof(uint4);
 
@@ -69,7 +73,8 @@ struct BinaryArguments {
 // A block writes block_rows x block_columns pixels of one mask. It builds them in shared memory,
 // each thread walking down columns, and copies them out 16 bytes at a time.
 template <typename acc_t>
-__global__ void __launch_bounds__(kThreads) binary_kernel(BinaryArguments<acc_t> in) {
+__global__ void __launch_bounds__(kThreads, D2EXT_MIN_BLOCKS)
+    binary_kernel(BinaryArguments<acc_t> in) {
   extern __shared__ __align__(16) uint8_t pixels[];
   __shared__ Tap<acc_t> taps[kBlockRows];
   const int32_t blocks_x = (in.width + in.block_columns - 1) / in.block_columns;

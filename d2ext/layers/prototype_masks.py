@@ -208,7 +208,8 @@ def _cropped_probabilities(
         probabilities = _logits(prototypes.to(dtype), coefficients.to(dtype), batch_index).sigmoid()
     if math.isinf(padding):
         return probabilities
-    kept = _kept(boxes.to(dtype), *probabilities.shape[1:], padding=padding)
+    _, height, width = probabilities.shape
+    kept = _kept(boxes.to(dtype), height, width, padding)
     return torch.where(kept, probabilities, probabilities.new_zeros(()))
 
 
@@ -278,8 +279,7 @@ def _check_inputs(
         )
     if not prototypes.is_floating_point() or not boxes.is_floating_point():
         raise ValueError(
-            "prototypes and boxes must be floating point, "
-            f"got {prototypes.dtype} and {boxes.dtype}"
+            f"prototypes and boxes must be floating point, got {prototypes.dtype} and {boxes.dtype}"
         )
     detections = coefficients.shape[0]
     channels = prototypes.shape[-1]
@@ -313,8 +313,7 @@ def _check_batch_index(batch_index: Tensor | None, prototypes: Tensor, detection
         return
     if prototypes.dim() != 4:
         raise ValueError(
-            "batch_index needs prototypes of shape (B, h, w, k), "
-            f"got {tuple(prototypes.shape)}"
+            f"batch_index needs prototypes of shape (B, h, w, k), got {tuple(prototypes.shape)}"
         )
     if batch_index.shape != (detections,) or batch_index.dtype != torch.int64:
         raise ValueError(
