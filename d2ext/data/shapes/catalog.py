@@ -15,7 +15,7 @@ For a split such as ``val`` the names are
                             =====================================================================
 """
 
-import copy
+import pickle
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
@@ -98,13 +98,14 @@ TASKS = tuple(_FIELDS)
 
 
 @lru_cache(maxsize=8)
-def _load(shapes: ShapesSet, task: str) -> list[dict[str, Any]]:
+def _load(shapes: ShapesSet, task: str) -> bytes:
+    """:func:`load_shapes`, pickled: takes a third of the memory, and is quicker to copy."""
     draw, folders = _FIELDS[task]
     dicts = [_record(shapes, index, folders) for index in range(shapes.num_frames)]
     if draw is not None:
         for record, frame in zip(dicts, shapes.frames(), strict=True):
             record.update(draw(frame))
-    return dicts
+    return pickle.dumps(dicts)
 
 
 def _record(shapes: ShapesSet, index: int, folders: dict[str, str]) -> dict[str, Any]:
@@ -121,8 +122,26 @@ def _record(shapes: ShapesSet, index: int, folders: dict[str, str]) -> dict[str,
     return record
 
 
-@lru_cache(maxsize=4)
-def _load_clips(shapes: VideoSet) -> list[dict[str, Any]]:
+def load_shapes(shapes: ShapesSet, task: str = "instances") -> list[dict[str, Any]]:
+    """The set in Detectron2's format. Computed once per process; every call returns its own copy.
+
+    Args:
+        task: one of :data:`TASKS`.
+    """
+    if task not in _FIELDS:
+        raise ValueError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
+    return pickle.loads(_load(shapes, task))
+
+
+def load_shapes_video(shapes: VideoSet) -> list[dict[str, Any]]:
+    """The clips of a set; every call returns its own copy.
+
+    Returns:
+        One dict per clip: ``video_id``, ``length``, ``height``, ``width`` and ``frames``. A frame
+        is a dict as the task "panoptic" has it, and ``video_id``, ``frame_index``, in each
+        annotation ``track_id`` (stable over the clip) and, but for the last frame,
+        ``flow_file_name`` and ``occlusion_file_name``.
+    """
     clips = []
     records = iter(load_shapes(shapes, "panoptic"))
     for number in range(shapes.num):
@@ -147,29 +166,6 @@ def _load_clips(shapes: VideoSet) -> list[dict[str, Any]]:
             }
         )
     return clips
-
-
-def load_shapes(shapes: ShapesSet, task: str = "instances") -> list[dict[str, Any]]:
-    """The set in Detectron2's format. Computed once per process; every call returns its own copy.
-
-    Args:
-        task: one of :data:`TASKS`.
-    """
-    if task not in _FIELDS:
-        raise ValueError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
-    return copy.deepcopy(_load(shapes, task))
-
-
-def load_shapes_video(shapes: VideoSet) -> list[dict[str, Any]]:
-    """The clips of a set; every call returns its own copy.
-
-    Returns:
-        One dict per clip: ``video_id``, ``length``, ``height``, ``width`` and ``frames``. A frame
-        is a dict as the task "panoptic" has it, and ``video_id``, ``frame_index``, in each
-        annotation ``track_id`` (stable over the clip) and, but for the last frame,
-        ``flow_file_name`` and ``occlusion_file_name``.
-    """
-    return copy.deepcopy(_load_clips(shapes))
 
 
 def shapes_metadata(task: str) -> dict[str, Any]:

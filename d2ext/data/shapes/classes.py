@@ -280,7 +280,7 @@ def _heart() -> Outline:
         mouth_y=0.22,
         top_y=-0.42,
         side=(0.92, -0.45),
-        base=(0.42, 0.45),
+        base=(0.36, 0.4),
     )
 
 

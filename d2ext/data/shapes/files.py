@@ -5,6 +5,7 @@ reads every image and annotation, so its mappers, evaluators and visualizers wor
 files.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -216,23 +217,23 @@ def _cache_folder() -> Path:
     """This version's folder in the user's cache, or a temporary one if that cannot be written."""
     chosen = os.environ.get("D2EXT_CACHE")
     if chosen:
-        root = Path(chosen)
-    else:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "d2ext"
-    folder = root / f"shapes-{_version()}"
-    try:
+        folder = Path(chosen, _version())
         folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    folder = cache / "d2ext" / "shapes" / _version()
+    if cache.is_absolute():  # else the user has no home
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
-    except OSError:
-        if chosen:
-            raise
-    return _private_folder()
+    return Path(_temporary_folder().name)
 
 
 @lru_cache(maxsize=1)
-def _private_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="d2ext-shapes-"))
+def _temporary_folder() -> tempfile.TemporaryDirectory:
+    """A private folder that is removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="d2ext-shapes-")
 
 
 def _write_atomically(target: Path, data: bytes) -> None:

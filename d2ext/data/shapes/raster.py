@@ -44,7 +44,7 @@ def apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def fixed_point(points: np.ndarray, x0: int, y0: int, factor: int = 1) -> np.ndarray:
-    """Points as OpenCV's fixed-point pixel indices in a window at (x0, y0), `factor` times finer."""
+    """Points as OpenCV's fixed-point pixel indices in a window at (x0, y0), refined by `factor`."""
     shifted = (points - (x0, y0)) * factor - 0.5
     return np.rint(shifted * (1 << _SHIFT)).astype(np.int32)
 

@@ -91,7 +91,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class Pose:
-    """Where a thing is: centre and radius in pixels, width over height, clockwise angle in radians."""
+    """Where a thing is: centre, radius (pixels), width over height, clockwise angle (radians)."""
 
     x: float
     y: float
