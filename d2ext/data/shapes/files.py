@@ -97,39 +97,22 @@ class ShapesPathHandler(PathHandler):
     def _get_supported_prefixes(self) -> list[str]:
         return [PREFIX]
 
-    def _read(self, path: str) -> bytes:
-        shapes, folder, name = _parse(path)
-        if folder == "annotations" and name in _ANNOTATIONS:
-            return json.dumps(_ANNOTATIONS[name](shapes)).encode()
-        folders = _folders(shapes)
-        if folder in folders:
-            index = _names(path.rpartition("/")[0]).get(name)
-            if index is None:
-                raise FileNotFoundError(
-                    f"{path}: no such file; {folder}/ of {shapes.name} begins with "
-                    f"{shapes.stem(0)}{folders[folder][0]} and holds {shapes.num_frames} pictures"
-                )
-            return folders[folder][1](shapes, index)
-        raise FileNotFoundError(
-            f"{path}: no such file; there are annotations/{{{','.join(_ANNOTATIONS)}}} and "
-            + ", ".join(f"{f}/{shapes.stem(0)}{e}" for f, (e, _) in folders.items())
-        )
-
     def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO[Any]:
         self._check_kwargs(kwargs)
         if mode not in ("r", "rt", "rb"):
             raise PermissionError(f"{path}: shapes:// is read-only, cannot open with mode {mode!r}")
-        data = io.BytesIO(self._read(path))
+        data = io.BytesIO(_locate(path)())
         return data if mode == "rb" else io.TextIOWrapper(data, encoding="utf-8")
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
         self._check_kwargs(kwargs)
+        read = None if self._isdir(path) else _locate(path)
         target = _cache_folder() / path.rstrip("/")[len(PREFIX) :]
         if target.exists() and not force:
             return str(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if not self._isdir(path):
-            _write_atomically(target, self._read(path))
+        if read is not None:
+            _write_atomically(target, read())
             return str(target)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
             filled = Path(temporary) / target.name
@@ -149,15 +132,18 @@ class ShapesPathHandler(PathHandler):
             if self._isdir(f"{path}/{name}"):
                 self._fill(f"{path}/{name}", folder / name)
             else:
-                (folder / name).write_bytes(self._read(f"{path}/{name}"))
+                (folder / name).write_bytes(_locate(f"{path}/{name}")())
 
     def _exists(self, path: str, **kwargs: Any) -> bool:
         return self._isdir(path) or self._isfile(path)
 
     def _isfile(self, path: str, **kwargs: Any) -> bool:
         self._check_kwargs(kwargs)
-        folder, _, name = path.rpartition("/")
-        return bool(name) and self._isdir(folder) and name in _names(folder)
+        try:
+            _locate(path)
+        except FileNotFoundError:
+            return False
+        return True
 
     def _isdir(self, path: str, **kwargs: Any) -> bool:
         self._check_kwargs(kwargs)
@@ -172,6 +158,27 @@ class ShapesPathHandler(PathHandler):
         if not self._isdir(path):
             raise FileNotFoundError(f"{path}: no such folder")
         return list(_names(path.rstrip("/")))
+
+
+def _locate(path: str) -> Callable[[], bytes]:
+    """What draws the contents of a file; FileNotFoundError if there is no such file."""
+    shapes, folder, name = _parse(path)
+    if folder == "annotations" and name in _ANNOTATIONS:
+        return lambda: json.dumps(_ANNOTATIONS[name](shapes)).encode()
+    folders = _folders(shapes)
+    if folder not in folders:
+        raise FileNotFoundError(
+            f"{path}: no such file; there are annotations/{{{','.join(_ANNOTATIONS)}}} and "
+            + ", ".join(f"{f}/{shapes.stem(0)}{e}" for f, (e, _) in folders.items())
+        )
+    extension, encode = folders[folder]
+    index = _names(f"{shapes.root}/{folder}").get(name)
+    if index is None:
+        raise FileNotFoundError(
+            f"{path}: no such file; {folder}/ of {shapes.name} begins with "
+            f"{shapes.stem(0)}{extension} and holds {shapes.num_frames} pictures"
+        )
+    return lambda: encode(shapes, index)
 
 
 def _folders(shapes: ShapesSet) -> dict[str, tuple[str, _Encoder]]:

@@ -196,7 +196,7 @@ def draw_clip(seed: int, split: str, index: int, height: int, width: int, length
 def _draw_motion(
     draws: Draws, pose: Pose, height: int, width: int, unit: float, *, leaves: bool
 ) -> Motion:
-    direction, speed = draws.uniform(0, 2 * math.pi), draws.log_uniform(0.3, 7) * unit
+    direction, speed = draws.uniform(0, 2 * math.pi), draws.log_uniform(0.6, 8) * unit
     velocity = (speed * math.cos(direction), speed * math.sin(direction))
     trip, start = (0.0, 0.0), draws()
     if leaves:
