@@ -76,17 +76,11 @@ def test_scenes_are_those_of_the_published_version(frames):
     # Positions and colours are pinned loosely, as OpenCV may round differently elsewhere.
     expected = {
         0: (
-            ["disk", "disk", "disk", "figure", "triangle"],
-            [
-                [145, 133, 40, 36],
-                [0, 136, 35, 36],
-                [124, 116, 109, 112],
-                [86, 145, 41, 63],
-                [42, 112, 52, 50],
-            ],
-            [134.7, 149.8, 146.8],
+            ["disk", "star", "triangle", "figure"],
+            [[61, 3, 61, 59], [176, 0, 68, 47], [156, 160, 40, 36], [123, 90, 109, 103]],
+            [134.8, 144.4, 133.2],
         ),
-        1: (["figure", "figure"], [[83, 141, 133, 115], [66, 0, 121, 119]], [162.5, 129.6, 118.7]),
+        1: (["triangle"], [[0, 115, 143, 141]], [151.3, 129.6, 110.9]),
     }
     for index, (names, boxes, color) in expected.items():
         frame = frames[index]

@@ -39,8 +39,8 @@ from d2ext.data.shapes import (
 from d2ext.data.shapes.classes import THING_IDS
 from d2ext.data.shapes.sets import set_from_name
 
-# Small, and with all classes, a crowd (image 8) and an image without things (image 4).
-TINY = ShapesSet("val", 12, 128, 96, seed=71)
+# Small, and with all classes, a crowd and an image without things: the first test sees to it.
+TINY = ShapesSet("val", 12, 128, 96, seed=11)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,6 +89,13 @@ def true_instances(record, rng=None) -> dict:
             keypoints[..., :2] += torch.from_numpy(rng.normal(0, 4, (len(annotations), 8, 2)))
         instances.pred_keypoints = keypoints
     return {"instances": instances}
+
+
+def test_tiny_set_has_all_cases():
+    frames = list(TINY.frames())
+    segments = [segment for frame in frames for segment in frame.segments]
+    assert {s.category for s in segments if s.layer >= 0} == set(range(8))
+    assert any(s.layer < 0 for s in segments) and any(not frame.segments for frame in frames)
 
 
 def test_default_names_are_registered():
