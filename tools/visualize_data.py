@@ -36,7 +36,6 @@ from detectron2.utils.logger import setup_logger
 from detectron2.utils.visualizer import Visualizer
 from tqdm import tqdm
 
-from d2ext import get_cfg, model_zoo
 from d2ext.data import D2extDatasetMapper, DataError, SampleError, build_train_loader
 from d2ext.data.custom import (
     add_dataset_arguments,
@@ -44,6 +43,7 @@ from d2ext.data.custom import (
     register_from_arguments,
 )
 from d2ext.data.dataset_dicts import load_dataset
+from d2ext.engine import ConfigError, load_config, merge_options
 
 logger = logging.getLogger("d2ext.tools.visualize_data")
 
@@ -74,16 +74,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def setup(args: argparse.Namespace) -> CfgNode:
     """The config, with the data that the command line names."""
-    cfg = get_cfg()
-    if args.config_file:
-        known = os.path.isfile(args.config_file)
-        cfg.merge_from_file(
-            args.config_file if known else model_zoo.get_config_file(args.config_file)
-        )
     dataset = register_from_arguments(args)
+    cfg = load_config(args.config_file)
     if dataset is not None:
         apply_dataset_to_config(cfg, dataset)
-    cfg.merge_from_list(args.opts)
+    merge_options(cfg, args.opts)
     # The stream does not depend on these; so few samples need no workers.
     cfg.SOLVER.IMS_PER_BATCH = 1
     cfg.DATALOADER.NUM_WORKERS = 0
@@ -246,11 +241,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             cells.append(shrink(picture))
         if cells:
             write_png(folder / "montage.png", make_montage(cells))
-    except DataError as e:
+    except (ConfigError, DataError) as e:
         logger.error(str(e))
         return 1
     except OSError as e:
-        logger.error(f"Cannot read the config or write to '{folder}': {e}")
+        logger.error(f"Cannot write to '{folder}': {e}")
         return 1
     logger.info(f"{len(cells)} pictures and montage.png are in {folder}.")
     if samples.bad:

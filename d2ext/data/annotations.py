@@ -65,6 +65,34 @@ def normalize_annotation(annotation: Annotation) -> tuple[Annotation | None, str
     return annotation, ""
 
 
+def obvious_flaw(annotation: Annotation) -> str:
+    """The reason why an annotation describes nothing, as far as a quick look shows it, or ``""``.
+
+    It is for whole data sets (a few µs; :func:`normalize_annotation` takes ten times as long)
+    and never finds fault with what :func:`normalize_annotation` accepts.
+    """
+    segmentation = annotation.get("segmentation")
+    if isinstance(segmentation, list) and segmentation:
+        if not any(len(p) >= 6 and len(p) % 2 == 0 for p in segmentation):
+            return BAD_POLYGON
+    elif isinstance(segmentation, dict):
+        if isinstance(segmentation["counts"], list):
+            if sum(segmentation["counts"][1::2]) == 0:
+                return EMPTY_MASK
+        elif mask_util.area(segmentation) == 0:
+            return EMPTY_MASK
+    else:
+        segmentation = None
+    box = annotation.get("bbox")
+    if box is None or len(box) == 0:
+        return NO_GEOMETRY if segmentation is None else ""
+    x0, y0, x1, y1 = box
+    if annotation.get("bbox_mode", BoxMode.XYWH_ABS) == BoxMode.XYWH_ABS:
+        x0, y0 = 0, 0
+    # Written so that NaN counts as a flaw.
+    return "" if x1 > x0 and y1 > y0 else BAD_BOX
+
+
 def normalize_annotations(annotations: list[Annotation], dropped: Counter[str]) -> list[Annotation]:
     """:func:`normalize_annotation` for a list; ``dropped`` counts why others are left out."""
     kept = []

@@ -15,7 +15,7 @@ from detectron2.data.build import (
     print_instances_class_histogram,
 )
 
-from d2ext.data.annotations import describe_dropped, normalize_annotation
+from d2ext.data.annotations import describe_dropped, obvious_flaw
 from d2ext.data.errors import DatasetError
 
 logger = logging.getLogger(__name__)
@@ -136,16 +136,15 @@ def _checked(cfg: CfgNode, name: str, records: list[Record]) -> list[Record]:
             if classes is not None and not _is_class(category, len(classes)):
                 wrong_class.append(f"{category} in '{record['file_name']}'")
                 continue
-            usable, reason = normalize_annotation(annotation)
-            if usable is None:
-                dropped[reason] += 1
+            flaw = obvious_flaw(annotation)
+            if flaw:
+                dropped[flaw] += 1
                 continue
             if cfg.MODEL.MASK_ON and not annotation.get("iscrowd", 0):
-                if "segmentation" not in usable:
+                if not annotation.get("segmentation"):
                     no_mask.append(f"'{record['file_name']}'")
-                elif isinstance(usable["segmentation"], dict):
+                elif isinstance(annotation["segmentation"], dict):
                     rle.append(f"'{record['file_name']}'")
-            # The original goes on: it is smaller, and the mapper repeats the rest.
             kept.append(annotation)
         result.append({**record, "annotations": kept})
     if wrong_class:

@@ -309,6 +309,24 @@ class TestRandomIoUCrop:
         assert aug_input.image.ndim == 3
 
 
+def test_expansion_does_not_bring_back_what_a_crop_cut():
+    scene = paint_scene()
+    tfms = TransformList(
+        [
+            WindowCropTransform(20, 20, 60, 60),
+            ExpandTransform(60, 60, 30, 30, 120, 120, FILL),
+        ]
+    )
+    image = tfms.apply_image(scene.image)
+    for i, color in enumerate(COLORS):
+        painted = object_at(image, color)
+        polygons = transformed(scene.polygon_annotations[i], tfms, (120, 120))
+        mask = polygons_to_bitmask(polygons["segmentation"], 120, 120)
+        assert np.count_nonzero(mask != painted) <= 0.05 * 60 * 60
+        assert mask[:30].sum() == mask[:, :30].sum() == mask[90:].sum() == mask[:, 90:].sum() == 0
+        assert polygons["bbox"].min() >= 30 and polygons["bbox"].max() <= 90
+
+
 class TestResize:
     def test_no_antialiasing_and_half_pixel_centres(self):
         image = np.zeros((1, 8, 1), np.float32)

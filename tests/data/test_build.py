@@ -380,6 +380,8 @@ class TestTestLoader:
         assert result == {"ids": [0, 1, 3, 4, 5]}
         assert sum("2.png" in r.getMessage() for r in caplog.records) == 1
 
+        assert [len(batch) for batch in loader] == [1] * 5
+
         cfg = make_cfg()
         cfg.INPUT.STRICT = True
         with pytest.raises(ImageReadError, match=r"2\.png"):

@@ -56,3 +56,11 @@ def test_mask_of_the_cut_polygon_is_the_cut_mask(seed):
     mask = polygons_to_bitmask([clipped.reshape(-1)] if len(clipped) else [], y1 - y0, x1 - x0)
     assert np.count_nonzero(mask != whole) <= 0.02 * whole.size
     assert iou(mask, whole) > 0.93 or whole.sum() < 60
+
+
+def test_no_rounding_error_leaves_the_window():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        low, high = rng.uniform(20, 50, 2), rng.uniform(50, 80, 2)
+        clipped = clip_polygon(star(rng), (*low, *high))
+        assert (clipped >= low).all() and (clipped <= high).all()

@@ -64,10 +64,10 @@ def test_cmyk(tmp_path):
 
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
-    values = np.array([[0, 257 * 3, 257 * 100, 65535]], np.uint16)
+    values = np.array([[0, 128, 129, 257 * 3, 257 * 100, 65535]], np.uint16)
     for name in ("a.png", "a.tif"):
         file = save(Image.fromarray(values), tmp_path / name)
-        assert read_image(file)[0, :, 0].tolist() == [0, 3, 100, 255]
+        assert read_image(file)[0, :, 0].tolist() == [0, 0, 1, 3, 100, 255]
 
 
 def test_float_images(tmp_path):

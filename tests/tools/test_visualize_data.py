@@ -121,6 +121,7 @@ def test_bad_samples_are_reported(tool, data, tmp_path, caplog, source):
         ([], r"DATASETS.TRAIN"),
         (["--num", "0"], "--num must be at least 1"),
         (["--config-file", "none.yaml"], "none.yaml"),
+        (["INPUT.NONSENSE", "1"], "INPUT.NONSENSE"),
     ],
 )
 def test_errors_are_messages(tool, tmp_path, caplog, arguments, message):
