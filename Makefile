@@ -24,10 +24,13 @@ test: check-python  ## the whole test suite on the CPU; PYTEST_ARGS="-k name" fo
 	@$(BOOTSTRAP) --dev -- python -m pytest --timeout=300 $(PYTEST_ARGS)
 
 lint: check-python  ## ruff, mypy and clang-format: changes nothing, fails on any finding
-	@$(BOOTSTRAP) --dev -- ruff check $(SOURCES)
-	@$(BOOTSTRAP) --dev -- ruff format --check $(SOURCES)
-	@$(BOOTSTRAP) --dev -- mypy
-	@test -z "$(CXX_SOURCES)" || $(BOOTSTRAP) --dev -- clang-format --dry-run --Werror $(CXX_SOURCES)
+	@status=0; \
+	$(BOOTSTRAP) --dev -- ruff check $(SOURCES) || status=1; \
+	$(BOOTSTRAP) --dev -- ruff format --check $(SOURCES) || status=1; \
+	$(BOOTSTRAP) --dev -- mypy || status=1; \
+	test -z "$(CXX_SOURCES)" \
+	  || $(BOOTSTRAP) --dev -- clang-format --dry-run --Werror $(CXX_SOURCES) || status=1; \
+	exit $$status
 
 format: check-python  ## let ruff and clang-format rewrite the sources
 	@$(BOOTSTRAP) --dev -- ruff check --fix --exit-zero --quiet $(SOURCES)

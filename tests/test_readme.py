@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib.util
 import itertools
 import re
 import shlex
@@ -36,9 +37,9 @@ def tool_commands() -> list[list[str]]:
 
 
 @functools.cache
-def help_of(tool: str) -> str:
+def help_of(*tool: str) -> str:
     result = subprocess.run(
-        [sys.executable, tool, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=240
+        [sys.executable, *tool, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=240
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -46,9 +47,10 @@ def help_of(tool: str) -> str:
 
 @pytest.mark.parametrize("words", tool_commands(), ids=" ".join)
 def test_the_tools_know_the_options(words: list[str]) -> None:
-    tool, *arguments = words
-    known = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", help_of(tool)))
-    used = {word.split("=")[0] for word in arguments if word.startswith("--")}
+    # `tools/x.py command` has a help for each command, `-m module` is a tool too.
+    count = 2 if words[0] == "-m" or re.fullmatch("[a-z]+", words[1]) else 1
+    known = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", help_of(*words[:count])))
+    used = {word.split("=")[0] for word in words[count:] if word.startswith("--")}
     assert used <= known
 
 
@@ -60,6 +62,14 @@ def test_config_files_and_keys_exist(words: list[str]) -> None:
     for word in words:
         if re.fullmatch(r"[A-Z_]+(\.[A-Z_]+)*", word):
             assert_key(word)
+
+
+def test_tools_and_modules_in_the_text_exist() -> None:
+    tools = re.findall(r"\b((?:tools|scripts)/\w+\.\w+)", README + CONTRIBUTING)
+    modules = re.findall(r"python -m (d2ext[\w.]*)", README + CONTRIBUTING)
+    assert tools
+    assert [name for name in tools if not (ROOT / name).is_file()] == []
+    assert [name for name in modules if importlib.util.find_spec(name) is None] == []
 
 
 def test_config_keys_in_the_text_exist() -> None:
