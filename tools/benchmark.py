@@ -36,17 +36,17 @@ import cv2
 import numpy as np
 import torch
 import torchvision
+from d2ext.checkpoint.io import CheckpointError
+from d2ext.engine.errors import ConfigError
+from d2ext.engine.setup import load_config
 from detectron2.config import CfgNode
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from d2ext.checkpoint.io import CheckpointError
 from d2ext.data.errors import ImageReadError
 from d2ext.data.image_io import read_image
 from d2ext.engine.predictor import BatchPredictor
-from d2ext.engine.errors import ConfigError
-from d2ext.engine.setup import load_config
 from d2ext.modeling.inference import InferenceNetwork
 from d2ext.utils.files import replacing
 
