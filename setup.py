@@ -30,8 +30,10 @@ from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
 CHOICES = ("auto", "0", "cpu", "cuda")
-# Turing (T4), Ampere (its code also runs on Ada), Hopper, and PTX that later GPUs compile at load.
-DEFAULT_CUDA_ARCHS = "7.5;8.0;9.0+PTX"
+# Without a GPU to ask, one architecture, since each doubles the build: Ampere's code, which Ada runs
+# as well, and its PTX, which the driver of a later GPU compiles at load. An older GPU (Turing) needs
+# TORCH_CUDA_ARCH_LIST.
+DEFAULT_CUDA_ARCHS = "8.0+PTX"
 SLOW_OPERATORS = "assemble_masks, assemble_binary_masks"
 
 

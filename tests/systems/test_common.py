@@ -27,10 +27,19 @@ def architecture(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return request.param
+
+
 @pytest.fixture
-def model(architecture: str) -> nn.Module:
+def model(architecture: str, device: str) -> nn.Module:
     torch.manual_seed(0)
-    return build_model(tiny_config(architecture))
+    cfg = tiny_config(architecture)
+    cfg.MODEL.DEVICE = device
+    return build_model(cfg)
 
 
 def _empty(instances: Instances) -> Instances:
@@ -123,10 +132,11 @@ def test_inference_does_not_depend_on_the_batch(model: nn.Module) -> None:
 
 
 def test_predictor_reads_a_saved_checkpoint(
-    architecture: str, model: nn.Module, tmp_path: Path
+    architecture: str, device: str, model: nn.Module, tmp_path: Path
 ) -> None:
     DetectionCheckpointer(model, save_dir=str(tmp_path)).save("model")
     cfg = tiny_config(architecture)
+    cfg.MODEL.DEVICE = device
     cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
     image = random_inputs(1)[0]["image"].permute(1, 2, 0).numpy()
     # The predictor takes BGR and turns it to the config's format.
