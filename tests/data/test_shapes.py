@@ -19,6 +19,7 @@ from d2ext.data.shapes.classes import (
     THING_IDS,
     thing_outline,
 )
+from d2ext.data.shapes.coco import run_lengths
 from d2ext.data.shapes.frame import SEGMENT_ID_FACTOR, VOID, Frame
 from d2ext.data.shapes.masks import mask_to_polygons, mask_to_rle
 from d2ext.data.shapes.raster import compose, invert, rasterize
@@ -190,6 +191,23 @@ def test_polygons_of_awkward_masks(mask):
         assert not (found.astype(bool) & inside).any()  # polygons do not overlap
         found |= inside.astype(np.uint8)
     np.testing.assert_array_equal(found, np.pad(mask, ((2, 3), (3, 2))))
+
+
+def test_polygons_run_straight_along_slanted_edges():
+    # A line along the outer corners of these steps would take in one pixel more per row.
+    mask = np.tril(np.ones((80, 80), np.uint8))
+    polygons = mask_to_polygons(mask, 0, 0)
+    assert len(polygons) == 1 and len(polygons[0]) <= 16
+    assert iou(from_polygons(polygons, 80, 80), mask) > 0.995
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_uncompressed_rle(first):
+    mask = np.random.default_rng(0).integers(0, 2, (7, 9)).astype(np.uint8)
+    mask[0, 0] = first
+    counts = run_lengths(mask_to_rle(mask, 0, 0, 7, 9))
+    rle = mask_util.frPyObjects({"size": [7, 9], "counts": counts}, 7, 9)
+    np.testing.assert_array_equal(mask_util.decode(rle), mask)
 
 
 def test_polygons_of_an_empty_mask():
