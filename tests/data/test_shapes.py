@@ -77,11 +77,15 @@ def test_scenes_are_those_of_the_published_version(frames):
     # Positions and colours are pinned loosely, as OpenCV may round differently elsewhere.
     expected = {
         0: (
-            ["disk", "star", "triangle", "figure"],
-            [[61, 3, 61, 59], [176, 0, 68, 47], [156, 160, 40, 36], [123, 90, 109, 103]],
-            [134.8, 144.4, 133.2],
+            ["ring", "wheel", "ring"],
+            [[138, 166, 72, 89], [36, 151, 65, 63], [44, 0, 125, 115]],
+            [102.1, 95.9, 67.6],
         ),
-        1: (["triangle"], [[0, 115, 143, 141]], [151.3, 129.6, 110.9]),
+        1: (
+            ["figure", "wheel", "wheel"],
+            [[66, 5, 105, 127], [181, 0, 75, 84], [143, 93, 48, 43]],
+            [77.6, 124.9, 81.3],
+        ),
     }
     for index, (names, boxes, color) in expected.items():
         frame = frames[index]
