@@ -19,6 +19,7 @@ from d2ext.data.shapes.classes import (
     THING_IDS,
     thing_outline,
 )
+from d2ext.data.shapes.coco import run_lengths
 from d2ext.data.shapes.frame import SEGMENT_ID_FACTOR, VOID, Frame
 from d2ext.data.shapes.masks import mask_to_polygons, mask_to_rle
 from d2ext.data.shapes.raster import compose, invert, rasterize
@@ -76,11 +77,15 @@ def test_scenes_are_those_of_the_published_version(frames):
     # Positions and colours are pinned loosely, as OpenCV may round differently elsewhere.
     expected = {
         0: (
-            ["disk", "star", "triangle", "figure"],
-            [[61, 3, 61, 59], [176, 0, 68, 47], [156, 160, 40, 36], [123, 90, 109, 103]],
-            [134.8, 144.4, 133.2],
+            ["ring", "wheel", "ring"],
+            [[138, 166, 72, 89], [36, 151, 65, 63], [44, 0, 125, 115]],
+            [102.1, 95.9, 67.6],
         ),
-        1: (["triangle"], [[0, 115, 143, 141]], [151.3, 129.6, 110.9]),
+        1: (
+            ["figure", "wheel", "wheel"],
+            [[66, 5, 105, 127], [181, 0, 75, 84], [143, 93, 48, 43]],
+            [77.6, 124.9, 81.3],
+        ),
     }
     for index, (names, boxes, color) in expected.items():
         frame = frames[index]
@@ -190,6 +195,23 @@ def test_polygons_of_awkward_masks(mask):
         assert not (found.astype(bool) & inside).any()  # polygons do not overlap
         found |= inside.astype(np.uint8)
     np.testing.assert_array_equal(found, np.pad(mask, ((2, 3), (3, 2))))
+
+
+def test_polygons_run_straight_along_slanted_edges():
+    # A line along the outer corners of these steps would take in one pixel more per row.
+    mask = np.tril(np.ones((80, 80), np.uint8))
+    polygons = mask_to_polygons(mask, 0, 0)
+    assert len(polygons) == 1 and len(polygons[0]) <= 16
+    assert iou(from_polygons(polygons, 80, 80), mask) > 0.995
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_uncompressed_rle(first):
+    mask = np.random.default_rng(0).integers(0, 2, (7, 9)).astype(np.uint8)
+    mask[0, 0] = first
+    counts = run_lengths(mask_to_rle(mask, 0, 0, 7, 9))
+    rle = mask_util.frPyObjects({"size": [7, 9], "counts": counts}, 7, 9)
+    np.testing.assert_array_equal(mask_util.decode(rle), mask)
 
 
 def test_polygons_of_an_empty_mask():

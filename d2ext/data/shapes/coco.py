@@ -56,10 +56,11 @@ def _json_mask(segmentation: Any, crowd: bool) -> Any:
         return segmentation
     if not crowd:
         return {**segmentation, "counts": segmentation["counts"].decode("ascii")}
-    return {"size": list(segmentation["size"]), "counts": _run_lengths(segmentation)}
+    return {"size": list(segmentation["size"]), "counts": run_lengths(segmentation)}
 
 
-def _run_lengths(rle: dict[str, Any]) -> list[int]:
+def run_lengths(rle: dict[str, Any]) -> list[int]:
+    """Compressed RLE -> lengths of the runs of 0, 1, 0, ... by columns, as COCO stores a crowd."""
     flat = mask_util.decode(rle).reshape(-1, order="F")
     ends = np.flatnonzero(np.diff(flat)) + 1
     runs = np.diff(np.concatenate([[0], ends, [flat.size]])).tolist()

@@ -53,7 +53,9 @@ class Draws:
 
     def __init__(self, seed: int, split: str, kind: str, index: int) -> None:
         key = hashlib.blake2b(f"{seed}/{split}/{kind}".encode(), digest_size=8).digest()
-        philox = np.random.Philox(key=[int.from_bytes(key, "little"), index])
+        # As uint64: a list would go through float64 in NumPy 1, and lose digits.
+        words = np.array([int.from_bytes(key, "little"), index], np.uint64)
+        philox = np.random.Philox(key=words)
         self._generator = np.random.Generator(philox)
         self._block: list[float] = []
 
