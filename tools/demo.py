@@ -28,7 +28,6 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -80,8 +79,7 @@ class Job(NamedTuple):
     image_id: int
 
 
-@dataclass
-class Options:
+class Options(NamedTuple):
     """What the command line says of the output."""
 
     output: Path

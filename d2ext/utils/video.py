@@ -122,8 +122,12 @@ def video_writer(
 
 
 def _readable_frames(path: Path) -> int:
+    # Read, not asked of the header: some are written first, and announce what never followed.
     capture = cv2.VideoCapture(str(path))
     try:
-        return int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
+        count = 0
+        while capture.grab():
+            count += 1
+        return count
     finally:
         capture.release()
