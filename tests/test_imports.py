@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"data", "engine", "modeling", "systems"},
     "model_zoo": {"config"},
     "info": {"layers", "version"},
+    "utils": {"files"},
     "testing": {"config", "data", "layers", "codecs", "modeling", "systems", "checkpoint"},
     "__init__": {"config", "data", "modeling", "systems", "version"},
 }

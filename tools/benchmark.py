@@ -36,19 +36,19 @@ import cv2
 import numpy as np
 import torch
 import torchvision
-from d2ext.checkpoint.io import CheckpointError
-from d2ext.engine.errors import ConfigError
-from d2ext.engine.setup import load_config
 from detectron2.config import CfgNode
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from d2ext.checkpoint.io import CheckpointError
 from d2ext.data.errors import ImageReadError
 from d2ext.data.image_io import read_image
+from d2ext.engine.errors import ConfigError
 from d2ext.engine.predictor import BatchPredictor
+from d2ext.engine.setup import load_config
+from d2ext.files import atomic_write
 from d2ext.modeling.inference import InferenceNetwork
-from d2ext.utils.files import replacing
 
 # Keys below MODEL that hold the score below which a system drops candidates.
 _SCORE_KEYS = ("SCORE_THRESH", "SCORE_THRESH_TEST")
@@ -239,7 +239,7 @@ def measure_batch(
     predictor: BatchPredictor, images: list[np.ndarray], clock: Clock
 ) -> dict[str, Any]:
     """Stages, latency, throughput and memory for one batch."""
-    model, device = predictor.model, predictor.device
+    device = predictor.device
     result: dict[str, Any] = {"batch_size": len(images)}
     with torch.no_grad():
         if device.type == "cuda":
@@ -594,8 +594,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if chosen.output:
-        with replacing(chosen.output) as temporary:
-            temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        chosen.output.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(chosen.output, "w") as file:
+            json.dump(report, file, indent=1)
         print(f"Figures in {chosen.output}")
     return 0
 

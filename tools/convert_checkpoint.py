@@ -32,9 +32,10 @@ from detectron2.utils.logger import setup_logger
 from torch import Tensor, nn
 
 from d2ext.checkpoint import ConversionError, available_converters, convert_state_dict, unwrap
-from d2ext.checkpoint.io import atomic_write, load_untrusted
+from d2ext.checkpoint.io import load_untrusted
 from d2ext.checkpoint.torchvision import is_torchvision_resnet
 from d2ext.engine.setup import load_config
+from d2ext.files import atomic_write
 
 StateDict = Mapping[str, Tensor]
 

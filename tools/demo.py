@@ -28,7 +28,6 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -44,9 +43,15 @@ from d2ext.data.errors import ImageReadError
 from d2ext.data.image_io import read_image
 from d2ext.engine.predictor import BatchPredictor
 from d2ext.engine.setup import load_config
+from d2ext.files import atomic_write, json_list
 from d2ext.utils.drawing import PictureDrawer, VideoDrawer, class_metadata, name_classes, select
-from d2ext.utils.files import json_list, replacing
-from d2ext.utils.video import VideoError, VideoReader, check_video_path, video_writer
+from d2ext.utils.video import (
+    VIDEO_SUFFIXES,
+    VideoError,
+    VideoReader,
+    check_video_path,
+    video_writer,
+)
 
 logger = logging.getLogger("d2ext.demo")
 
@@ -54,6 +59,8 @@ logger = logging.getLogger("d2ext.demo")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
 # What pictures are written as under their own names.
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png"}
+# What is no name of a folder, whether it can be written or not.
+MOVIE_SUFFIXES = {*VIDEO_SUFFIXES, ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv"}
 RESULTS, IMAGES = "coco_results.json", "coco_images.json"
 
 Item = TypeVar("Item")
@@ -72,8 +79,7 @@ class Job(NamedTuple):
     image_id: int
 
 
-@dataclass
-class Options:
+class Options(NamedTuple):
     """What the command line says of the output."""
 
     output: Path
@@ -140,8 +146,8 @@ def plan_images(inputs: Sequence[str], output: Path) -> list[Job]:
 
 
 def is_file_name(output: Path) -> bool:
-    """Whether ``--output`` names a file: it has a suffix and is no folder."""
-    return bool(output.suffix) and not output.is_dir()
+    """Whether ``--output`` names a file: it ends like one and is no folder."""
+    return output.suffix.lower() in IMAGE_SUFFIXES | MOVIE_SUFFIXES and not output.is_dir()
 
 
 def unique_names(names: Sequence[Path]) -> list[Path]:
@@ -201,7 +207,9 @@ class ResultWriter:
 
     @staticmethod
     def _path(output: Path, name: str) -> Path:
-        return output.with_name(f"{output.stem}_{name}") if is_file_name(output) else output / name
+        path = output.with_name(f"{output.stem}_{name}") if is_file_name(output) else output / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
 
     def write(
         self, image_id: int, file: str, shape: tuple[int, ...], output: dict[str, Any]
@@ -249,8 +257,9 @@ def write_picture(path: Path, image: np.ndarray) -> None:
     encoded, data = cv2.imencode(path.suffix.lower(), image)
     if not encoded:
         raise OSError(f"cannot encode '{path}'")
-    with replacing(path) as temporary:
-        temporary.write_bytes(data.tobytes())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write(data.tobytes())
 
 
 def run_on_images(

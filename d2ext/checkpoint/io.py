@@ -74,7 +74,7 @@ def _load_torch(name: str) -> Any:
     try:
         return torch.load(name, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|Unsupported (?:class|global):?) ([\w.]+\.\w+)", str(error))
+        found = re.search(r"(?:GLOBAL|Unsupported (?:class|global):?) ([\w.]+)", str(error))
         if found is None:
             raise CheckpointError(_damaged(name, error)) from error
         raise CheckpointError(_refused(name, found.group(1))) from error

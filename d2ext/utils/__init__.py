@@ -1,1 +1,1 @@
-"""Helpers that know neither a model nor a data set."""
+"""Pictures and videos: drawing predictions, reading and writing files of frames."""

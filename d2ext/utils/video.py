@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
 import numpy as np
-
-from d2ext.utils.files import replacing
 
 # What OpenCV's own build can encode: no codec from outside is needed.
 _CODECS = {".mp4": "mp4v", ".m4v": "mp4v", ".mov": "mp4v", ".mkv": "mp4v", ".avi": "MJPG"}
@@ -84,7 +83,8 @@ def video_writer(
     Gives the function that appends a frame (height, width, 3), BGR, uint8.
 
     Args:
-        path: its suffix, one of :data:`VIDEO_SUFFIXES`, chooses container and codec.
+        path: its suffix, one of :data:`VIDEO_SUFFIXES`, chooses container and codec; its folder must
+            exist.
         width, height: of every frame.
         rate: frames a second.
 
@@ -94,7 +94,9 @@ def video_writer(
     """
     check_video_path(path)
     count = 0
-    with replacing(path) as temporary:
+    # OpenCV chooses the container by the suffix, so it stays at the end of the temporary name.
+    temporary = path.with_name(f"{path.stem}.tmp-{os.getpid()}{path.suffix}")
+    try:
         codec = cv2.VideoWriter.fourcc(*_CODECS[path.suffix.lower()])
         writer = cv2.VideoWriter(str(temporary), codec, rate, (width, height))
         try:
@@ -114,11 +116,18 @@ def video_writer(
         # OpenCV does not say that a disk is full: look whether all can be read back.
         if _readable_frames(temporary) < count:
             raise OSError(f"Cannot write all of '{path}': is the disk full?")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _readable_frames(path: Path) -> int:
+    # Read, not asked of the header: some are written first, and announce what never followed.
     capture = cv2.VideoCapture(str(path))
     try:
-        return int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
+        count = 0
+        while capture.grab():
+            count += 1
+        return count
     finally:
         capture.release()
