@@ -22,7 +22,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 import d2ext  # noqa: F401  (registers models and data sets)
-from d2ext.checkpoint.checkpointer import Checkpointer, CheckpointSaveError
+from d2ext.checkpoint.checkpointer import Checkpointer
 from d2ext.checkpoint.io import CheckpointError
 from d2ext.data import DataError
 from d2ext.data.custom import (
@@ -84,6 +84,8 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def evaluate(cfg: CfgNode, *, resume: bool) -> dict[str, Any]:
     """Evaluate ``MODEL.WEIGHTS``, or with ``resume`` the last checkpoint in ``OUTPUT_DIR``."""
+    if not cfg.DATASETS.TEST:
+        raise ConfigError("There is nothing to evaluate: set DATASETS.TEST or pass --dataset.")
     model = Trainer.build_model(cfg)
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, fit="exact")
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
@@ -110,7 +112,7 @@ def run(arguments: list[str] | None = None) -> int:
     except (ConfigError, CheckpointError, DataError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (CheckpointSaveError, FloatingPointError) as error:  # the log has the traceback
+    except (OSError, FloatingPointError) as error:  # disk full, ...; the log has the traceback
         print(f"error: {error}", file=sys.stderr)
         return 1
     except mp.ProcessRaisedException as error:

@@ -192,9 +192,18 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         results = [{**x, "category_id": ids(x["category_id"])} for x in results]
         path = os.path.join(self._output_dir, name)
         self._logger.info("Saving results to %s", path)
-        os.makedirs(self._output_dir, exist_ok=True)
-        with atomic_write(path, "w") as file:
-            json.dump(results, file)
+        try:
+            os.makedirs(self._output_dir, exist_ok=True)
+            with atomic_write(path, "w") as file:
+                json.dump(results, file)
+        except OSError as error:
+            # A full disk should cost the file, not the scores, nor the training that asked for them.
+            self._logger.error(
+                "Could not write %s (%s). The scores are not affected; to get the file, free space "
+                "and evaluate again.",
+                path,
+                error,
+            )
 
     def _category_ids(self) -> Callable[[int], int]:
         """Maps a class index to the data set's category id."""

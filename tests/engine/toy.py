@@ -19,6 +19,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from PIL import Image
 from torch import Tensor, nn
@@ -30,7 +31,11 @@ TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 @META_ARCH_REGISTRY.register()
 class ToyDetector(nn.Module):
-    """One box per image; losses are means over images. MODEL.RESNETS.STEM_OUT_CHANNELS: width."""
+    """One box per image; losses are means over images. MODEL.RESNETS.STEM_OUT_CHANNELS: width.
+
+    Environment variables: TOY_KILL_AT, iteration of a SIGKILL; TOY_INF_AT, iteration in which the
+    process of the highest rank has an infinite loss (and a finite gradient).
+    """
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
@@ -62,7 +67,11 @@ class ToyDetector(nn.Module):
             os.kill(os.getpid(), signal.SIGKILL)
         target = torch.stack([x["instances"].gt_boxes.tensor[0] / SIDE for x in inputs])
         error = (boxes - target).abs()
-        return {"loss_corner": error[:, :2].mean(), "loss_size": error[:, 2:].pow(2).mean()}
+        losses = {"loss_corner": error[:, :2].mean(), "loss_size": error[:, 2:].pow(2).mean()}
+        last_rank = comm.get_rank() == comm.get_world_size() - 1
+        if last_rank and os.environ.get("TOY_INF_AT") == str(get_event_storage().iter):
+            losses["loss_corner"] = losses["loss_corner"] + float("inf")
+        return losses
 
 
 def write_data(folder: Path, count: int = 12) -> Path:
@@ -132,10 +141,15 @@ def options(output: Path, **more: object) -> list[str]:
     return [str(x) for pair in values.items() for x in pair]
 
 
+def metrics(output: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.json, without what measures time."""
+    lines = [json.loads(x) for x in (output / "metrics.json").read_text().splitlines()]
+    return [{k: v for k, v in x.items() if "time" not in k and "eta" not in k} for x in lines]
+
+
 def losses(output: Path) -> dict[int, float]:
     """Iteration -> total loss, of a run's metrics.json."""
-    lines = [json.loads(x) for x in (output / "metrics.json").read_text().splitlines()]
-    found = [(x["iteration"], x["total_loss"]) for x in lines if "total_loss" in x]
+    found = [(x["iteration"], x["total_loss"]) for x in metrics(output) if "total_loss" in x]
     assert len(dict(found)) == len(found), "an iteration was logged twice"
     return dict(found)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -245,6 +246,28 @@ def test_ten_thousand_detections_in_an_image(dataset: str, tmp_path: Path) -> No
     results = run(COCOEvaluator(dataset, output_dir=str(tmp_path)), per_image)
     assert results["bbox"]["AP"] == pytest.approx(100)
     assert len(json.loads((tmp_path / "coco_instances_results.json").read_text())) == 10_004
+
+
+def test_full_disk_costs_the_file_not_the_scores(
+    dataset: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("detectron2"), "propagate", True)
+    evaluator = COCOEvaluator(dataset, output_dir=str(tmp_path))
+    expected = run(evaluator, noisy_predictions())
+    file = tmp_path / "coco_instances_results.json"
+    before = file.read_text()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # writes beyond fail, as on a full disk
+    try:
+        results = run(evaluator, noisy_predictions())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    for task, metrics in expected.items():
+        assert results[task] == pytest.approx(metrics, nan_ok=True)
+    assert "Could not write" in caplog.text and file.read_text() == before
 
 
 def test_masks_are_written_as_rle(dataset: str, tmp_path: Path) -> None:
