@@ -15,7 +15,6 @@ PACKAGE = Path(d2ext.__file__).parent
 # that whoever adds one decides where it stands.
 ALLOWED: dict[str, set[str]] = {
     "version": set(),
-    "utils": set(),
     "files": set(),
     "layers": set(),
     "codecs": {"layers"},
