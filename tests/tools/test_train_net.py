@@ -200,9 +200,8 @@ def test_checkpoint_errors(
     ):
         options = toy.options(tmp_path / "out", **changes)
         assert message in error_of(train_net, capsys, *options)
-    text = error_of(
-        train_net, capsys, "--eval-only", *toy.options(tmp_path, MODEL__WEIGHTS=weights, **wider)
-    )
+    options = toy.options(tmp_path, MODEL__WEIGHTS=weights, DATASETS__TEST="('toy',)", **wider)
+    text = error_of(train_net, capsys, "--eval-only", *options)
     assert "of another shape" in text and "backbone.0.weight: checkpoint (4, 3, 3, 3)" in text
 
 
