@@ -5,6 +5,10 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
 #include "probabilities.cuh"
 
 namespace d2ext {
@@ -14,8 +18,8 @@ using at::Tensor;
 
 constexpr int32_t kThreads = 256;
 constexpr int32_t kWarps = kThreads / 32;
-// Output rows of a block: 4 times larger than the grid, they lie between 6 grid rows.
-constexpr int32_t kBlockRows = 16;
+// Output rows of a block: 4 times larger than the grid, they lie between 10 grid rows.
+constexpr int32_t kBlockRows = 32;
 // Output columns of a block, at most.
 constexpr int32_t kBlockColumns = 640;
 // Pixels that a warp finishes at a time, one word of 4 for each lane.
@@ -41,11 +45,6 @@ __device__ __forceinline__ void fill_row(uint8_t* target, int32_t length, uint4 
   }
 }
 
-// Four bits to four bytes of 0 or 1, the lowest bit first.
-__device__ __forceinline__ uint32_t spread_bits(uint32_t bits) {
-  return (bits * 0x00204081u) & 0x01010101u;
-}
-
 template <typename acc_t>
 struct BinaryArguments {
   const acc_t* probabilities;  // (N, h, w), written inside the region of each detection only
@@ -58,6 +57,8 @@ struct BinaryArguments {
   int32_t height;
   int32_t width;
   int32_t block_columns;
+  int32_t blocks_x;
+  int32_t pitch;     // elements between two lines in shared memory, a multiple of 4
   bool shared_rows;  // adjacent output rows share grid rows: the output is higher than the grid
   acc_t threshold;
   acc_t padding;
@@ -66,46 +67,74 @@ struct BinaryArguments {
 };
 
 // Grid rows that a block interpolates, at most.
-__host__ __device__ inline int32_t slots_of(bool shared_rows, double scale) {
+inline int32_t slots_of(bool shared_rows, double scale) {
   return shared_rows ? static_cast<int32_t>(kBlockRows * scale) + 3 : 2 * kBlockRows;
 }
 
+// Four pixels from 16-byte aligned lines, as the bytes of a word.
+__device__ __forceinline__ uint32_t four_pixels(const float* low, const float* high,
+                                                const Tap<float>& row, float threshold) {
+  const float4 a = *reinterpret_cast<const float4*>(low);
+  const float4 b = *reinterpret_cast<const float4*>(high);
+  uint32_t bytes = row.low_weight * a.x + row.high_weight * b.x > threshold ? 0x1u : 0u;
+  bytes |= row.low_weight * a.y + row.high_weight * b.y > threshold ? 0x100u : 0u;
+  bytes |= row.low_weight * a.z + row.high_weight * b.z > threshold ? 0x10000u : 0u;
+  bytes |= row.low_weight * a.w + row.high_weight * b.w > threshold ? 0x1000000u : 0u;
+  return bytes;
+}
+
+__device__ __forceinline__ uint32_t four_pixels(const double* low, const double* high,
+                                                const Tap<double>& row, double threshold) {
+  uint32_t bytes = 0;
+#pragma unroll
+  for (int32_t i = 0; i < 4; ++i) {
+    bytes |= row.low_weight * low[i] + row.high_weight * high[i] > threshold ? 1u << (8 * i) : 0u;
+  }
+  return bytes;
+}
+
 // A block writes kBlockRows x block_columns pixels of one mask. It interpolates the grid rows that
-// these lie between along the row, once each, in shared memory; a pixel is then two loads, and the
-// bits of a warp's pixels come together by ballots.
+// these lie between along the row, once each, in shared memory; from two such lines a thread then
+// makes four pixels at a time.
 template <typename acc_t>
 __global__ void __launch_bounds__(kThreads) binary_kernel(BinaryArguments<acc_t> in) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
-  acc_t* lines = reinterpret_cast<acc_t*>(shared_bytes);  // (slots, block_columns)
+  acc_t* lines = reinterpret_cast<acc_t*>(shared_bytes);  // (slots, pitch)
   __shared__ Tap<acc_t> taps[kBlockRows];
+  __shared__ MaskRegion region;
   const int32_t lane = threadIdx.x % 32;
   const int32_t warp = threadIdx.x / 32;
-  const int32_t blocks_x = (in.width + in.block_columns - 1) / in.block_columns;
-  const int32_t blocks_y = (in.height + kBlockRows - 1) / kBlockRows;
-  const int64_t blocks_of_mask = static_cast<int64_t>(blocks_x) * blocks_y;
-  const int64_t blocks = blocks_of_mask * in.detections;
+  const int32_t top = static_cast<int32_t>(blockIdx.x) / in.blocks_x * kBlockRows;
+  const int32_t left = static_cast<int32_t>(blockIdx.x) % in.blocks_x * in.block_columns;
+  const int32_t rows = min(kBlockRows, in.height - top);
+  const int32_t columns = min(in.block_columns, in.width - left);
   const acc_t scale_x = static_cast<acc_t>(in.grid_width) / static_cast<acc_t>(in.width);
   const acc_t scale_y = static_cast<acc_t>(in.grid_height) / static_cast<acc_t>(in.height);
-  // Cells outside the box count as 0; pixels cropped at the output are never set.
+  // Cells outside the box count as 0; pixels cropped at the output are never set: no comparison
+  // with a NaN is true.
   const bool background = !in.crop_after && acc_t(0) > in.threshold;
+  const acc_t outside = in.crop_after ? static_cast<acc_t>(NAN) : acc_t(0);
   const uint32_t word = background ? 0x01010101u : 0u;
   const uint4 background_vector = make_uint4(word, word, word, word);
+  if (static_cast<int32_t>(threadIdx.x) < rows) {
+    taps[threadIdx.x] =
+        source_tap(top + static_cast<int32_t>(threadIdx.x), scale_y, in.grid_height);
+  }
 
-  for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
-    const int32_t n = static_cast<int32_t>(block / blocks_of_mask);
-    const int32_t within = static_cast<int32_t>(block % blocks_of_mask);
-    const int32_t top = within / blocks_x * kBlockRows;
-    const int32_t left = within % blocks_x * in.block_columns;
-    const int32_t rows = min(kBlockRows, in.height - top);
-    const int32_t columns = min(in.block_columns, in.width - left);
+  for (int32_t n = blockIdx.y; n < in.detections; n += gridDim.y) {
     uint8_t* target = in.out + (static_cast<int64_t>(n) * in.height + top) * in.width + left;
-
-    MaskRegion region;
-    const int64_t image = in.batch_index == nullptr ? 0 : in.batch_index[n];
-    if (image >= 0 && image < in.images) {
-      region = mask_region(in.boxes + static_cast<int64_t>(n) * 4, in.grid_height, in.grid_width,
-                           in.height, in.width, in.crop_after, in.padding);
+    if (warp == 0) {
+      MaskRegion own;
+      const int64_t image = in.batch_index == nullptr ? 0 : in.batch_index[n];
+      if (image >= 0 && image < in.images) {
+        own = mask_region(in.boxes + static_cast<int64_t>(n) * 4, in.grid_height, in.grid_width,
+                          in.height, in.width, in.crop_after, in.padding);
+      }
+      if (lane == 0) {
+        region = own;
+      }
     }
+    __syncthreads();
     const Range xs = intersect(region.out_x, {left, left + columns});
     const Range ys = intersect(region.out_y, {top, top + rows});
     if (xs.empty() || ys.empty()) {
@@ -121,24 +150,29 @@ __global__ void __launch_bounds__(kThreads) binary_kernel(BinaryArguments<acc_t>
           fill_row(target + static_cast<int64_t>(y) * in.width, columns, background_vector, lane);
         }
       }
+      __syncthreads();  // before `region` is written again
       continue;
     }
 
-    if (static_cast<int32_t>(threadIdx.x) < rows) {
-      taps[threadIdx.x] =
-          source_tap(top + static_cast<int32_t>(threadIdx.x), scale_y, in.grid_height);
-    }
-    __syncthreads();
-
     // Line s holds grid row first + s or, where output rows do not share, a row's two neighbours.
     const acc_t* grid = in.probabilities + static_cast<int64_t>(n) * in.grid_height * in.grid_width;
+    const Range cell_x = region.cell_x;
+    const Range cell_y = region.cell_y;
     const int32_t first = taps[ys.begin - top].low;
-    const int32_t last = taps[ys.end - 1 - top].high;
-    const int32_t slots = in.shared_rows ? last - first + 1 : 2 * ys.size();
-    for (int32_t x = xs.begin + static_cast<int32_t>(threadIdx.x); x < xs.end; x += kThreads) {
+    const int32_t slots = in.shared_rows ? taps[ys.end - 1 - top].high - first + 1 : 2 * ys.size();
+    for (int32_t i = threadIdx.x; i < in.pitch; i += kThreads) {
+      const int32_t x = left + i;
+      if (!xs.contains(x)) {
+        for (int32_t slot = 0; slot < slots; ++slot) {
+          lines[slot * in.pitch + i] = outside;
+        }
+        continue;
+      }
       const Tap<acc_t> tap = source_tap(x, scale_x, in.grid_width);
-      const bool low_inside = region.cell_x.contains(tap.low);
-      const bool high_inside = region.cell_x.contains(tap.high);
+      const bool low_inside = cell_x.contains(tap.low);
+      const bool high_inside = cell_x.contains(tap.high);
+      const acc_t* low_cells = grid + tap.low;
+      const acc_t* high_cells = grid + tap.high;
 #pragma unroll 4
       for (int32_t slot = 0; slot < slots; ++slot) {
         int32_t y = first + slot;
@@ -146,14 +180,11 @@ __global__ void __launch_bounds__(kThreads) binary_kernel(BinaryArguments<acc_t>
           const Tap<acc_t>& row = taps[ys.begin - top + slot / 2];
           y = slot % 2 == 0 ? row.low : row.high;
         }
-        acc_t low = 0;
-        acc_t high = 0;
-        if (region.cell_y.contains(y)) {
-          const acc_t* cells = grid + static_cast<int64_t>(y) * in.grid_width;
-          low = low_inside ? cells[tap.low] : acc_t(0);
-          high = high_inside ? cells[tap.high] : acc_t(0);
-        }
-        lines[slot * in.block_columns + (x - left)] = tap.low_weight * low + tap.high_weight * high;
+        const bool inside = cell_y.contains(y);
+        const int32_t offset = y * in.grid_width;
+        const acc_t low = inside && low_inside ? low_cells[offset] : acc_t(0);
+        const acc_t high = inside && high_inside ? high_cells[offset] : acc_t(0);
+        lines[slot * in.pitch + i] = tap.low_weight * low + tap.high_weight * high;
       }
     }
     __syncthreads();
@@ -166,35 +197,38 @@ __global__ void __launch_bounds__(kThreads) binary_kernel(BinaryArguments<acc_t>
       }
       const Tap<acc_t> row = taps[y];
       const int32_t slot = 2 * (top + y - ys.begin);
-      const acc_t* low = lines + (in.shared_rows ? row.low - first : slot) * in.block_columns;
-      const acc_t* high = lines + (in.shared_rows ? row.high - first : slot + 1) * in.block_columns;
-      // Segments begin where words of global memory do.
-      const int32_t shift = reinterpret_cast<uintptr_t>(row_target) % sizeof(uint32_t);
-      for (int32_t begin = -shift; begin < columns; begin += kSegment) {
-        uint32_t bits = 0;
-#pragma unroll
-        for (int32_t j = 0; j < kSegment / 32; ++j) {
-          const int32_t x = begin + j * 32 + lane;
-          bool set = background;
-          if (xs.contains(left + x)) {
-            set = row.low_weight * low[x] + row.high_weight * high[x] > in.threshold;
-          }
-          const uint32_t ballot = __ballot_sync(0xffffffffu, set);
-          // Lanes 8j to 8j + 7 write what these 32 pixels are.
-          bits = lane / 8 == j ? ballot >> (4 * (lane % 8)) : bits;
-        }
-        const uint32_t bytes = spread_bits(bits & 0xfu);
+      const acc_t* low = lines + (in.shared_rows ? row.low - first : slot) * in.pitch;
+      const acc_t* high = lines + (in.shared_rows ? row.high - first : slot + 1) * in.pitch;
+      // A lane makes pixels x to x + 3. Words of global memory begin `shift` pixels before: their
+      // first bytes come from the lane to the left.
+      const uint32_t shift = (4 - reinterpret_cast<uintptr_t>(row_target) % 4) % 4;
+      uint32_t carried = 0;  // the last lane's pixels of the step before
+      for (int32_t begin = 0; begin < columns; begin += kSegment) {
         const int32_t x = begin + 4 * lane;
-        if (x >= 0 && x + 4 <= columns) {
-          __stcs(reinterpret_cast<uint32_t*>(row_target + x), bytes);
+        // `pitch` reaches to the end of the last word, so this reads what was written.
+        const uint32_t bytes = x < columns ? four_pixels(low + x, high + x, row, in.threshold) : 0u;
+        if (shift == 0) {
+          if (x + 4 <= columns) {
+            __stcs(reinterpret_cast<uint32_t*>(row_target + x), bytes);
+          }
         } else {
-#pragma unroll
-          for (int32_t i = 0; i < 4; ++i) {
-            if (x + i >= 0 && x + i < columns) {
-              row_target[x + i] = static_cast<uint8_t>(bytes >> (8 * i));
-            }
+          uint32_t before = __shfl_up_sync(0xffffffffu, bytes, 1);
+          before = lane == 0 ? carried : before;
+          carried = __shfl_sync(0xffffffffu, bytes, 31);
+          // The word that begins at pixel x - 4 + shift.
+          const int32_t word_x = x - 4 + static_cast<int32_t>(shift);
+          if (word_x >= 0 && word_x + 4 <= columns) {
+            __stcs(reinterpret_cast<uint32_t*>(row_target + word_x),
+                   __funnelshift_r(before, bytes, 8 * shift));
           }
         }
+      }
+      // What is left of whole words at either end, at most 3 pixels each.
+      const int32_t head = min(static_cast<int32_t>(shift), columns);
+      const int32_t tail = head + (columns - head) / 4 * 4;
+      const int32_t edge = lane < head ? lane : tail + lane - head;
+      if (edge < columns && (lane < head || edge >= tail)) {
+        row_target[edge] = row.low_weight * low[edge] + row.high_weight * high[edge] > in.threshold;
       }
     }
     __syncthreads();
@@ -227,25 +261,28 @@ void launch_binary(const HeldInputs& held, int64_t height, int64_t width, double
   const int64_t even = (width - 1) / blocks_x + 1;
   arguments.block_columns =
       static_cast<int32_t>(blocks_x == 1 ? width : (even + kSegment - 1) / kSegment * kSegment);
+  arguments.blocks_x = static_cast<int32_t>((width - 1) / arguments.block_columns + 1);
+  arguments.pitch = (arguments.block_columns + 3) / 4 * 4;
   arguments.shared_rows = height > in.height;
   arguments.threshold = static_cast<acc_t>(threshold);
   arguments.padding = in.padding;
   arguments.crop_after = crop_after;
   arguments.out = static_cast<uint8_t*>(masks.mutable_data_ptr());
-  const int64_t blocks_of_mask =
-      ((width - 1) / arguments.block_columns + 1) * ((height - 1) / kBlockRows + 1);
-  const int64_t blocks = std::min<int64_t>(blocks_of_mask * in.detections, 1 << 30);
+  const int64_t blocks_of_mask = arguments.blocks_x * ((height - 1) / kBlockRows + 1);
+  TORCH_CHECK_VALUE(blocks_of_mask <= std::numeric_limits<int32_t>::max(),
+                    "assemble_binary_masks: masks of ", height, " x ", width,
+                    " pixels are too large for a GPU");
+  const dim3 blocks(static_cast<uint32_t>(blocks_of_mask),
+                    static_cast<uint32_t>(std::min(in.detections, 65535)));
   const double scale = static_cast<double>(in.height) / static_cast<double>(height);
   const size_t shared =
-      slots_of(arguments.shared_rows, scale) * arguments.block_columns * sizeof(acc_t);
-  if (shared > 48 * 1024) {  // more than a block gets unasked: float64, or a smaller output
+      static_cast<size_t>(slots_of(arguments.shared_rows, scale)) * arguments.pitch * sizeof(acc_t);
+  if (shared > 48 * 1024) {  // more than a block gets unasked
     C10_CUDA_CHECK(cudaFuncSetAttribute(binary_kernel<acc_t>,
                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(shared)));
   }
-  binary_kernel<acc_t>
-      <<<static_cast<uint32_t>(blocks), kThreads, shared, c10::cuda::getCurrentCUDAStream()>>>(
-          arguments);
+  binary_kernel<acc_t><<<blocks, kThreads, shared, c10::cuda::getCurrentCUDAStream()>>>(arguments);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

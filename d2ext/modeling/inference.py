@@ -15,6 +15,8 @@ from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d
 from torch import Tensor, nn
 
+from d2ext.modeling.fusion import fuse_activations
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MODES = ("eager", "cudagraph", "compile", "compile_cudagraph")
 # Runs before a capture: lazily created handles and algorithm choices settle.
@@ -153,6 +155,8 @@ class InferenceNetwork:
             return
         prepared = copy.deepcopy(self.network).eval().requires_grad_(False)
         fold_norms(prepared)
+        if not self.mode.startswith("compile") and next(self.network.parameters()).is_cuda:
+            fuse_activations(prepared)  # the compiler fuses by itself
         prepared = prepared.to(dtype=self.dtype, memory_format=self.memory_format)
         new = _tensors(prepared)
         old = [] if self._prepared is None else _tensors(self._prepared)

@@ -17,6 +17,8 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d2ext.modeling.fusion import conv_relu
+
 
 class BilinearFPN(Backbone):
     """Feature pyramid with bilinear top-down path.
@@ -80,7 +82,7 @@ class BilinearFPN(Backbone):
                 )
             merged[level] = previous = lateral
         outputs = {
-            f"p{level}": F.relu(getattr(self, f"output{level}")(merged[level]))
+            f"p{level}": conv_relu(getattr(self, f"output{level}"), merged[level])
             for level in self.levels
         }
         x = outputs[f"p{self.levels[-1]}"]

@@ -14,6 +14,8 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d2ext.modeling.fusion import conv_relu
+
 
 class YOLACTPredictions(NamedTuple):
     """What the network says of a batch."""
@@ -58,10 +60,10 @@ class PrototypeNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, c, h3, w3) → (B, h, w, k) with h = 2·h3, w = 2·w3."""
         for conv in (self.conv1, self.conv2, self.conv3):
-            x = F.relu(conv(x))
+            x = conv_relu(conv, x)
         x = F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
-        x = F.relu(self.conv4(x))
-        return F.relu(self.output(x)).permute(0, 2, 3, 1)
+        x = conv_relu(self.conv4, x)
+        return conv_relu(self.output, x).permute(0, 2, 3, 1)
 
 
 class PredictionHead(nn.Module):
@@ -88,7 +90,7 @@ class PredictionHead(nn.Module):
 
         The priors of a cell run fastest, then column and row.
         """
-        x = F.relu(self.tower(x))
+        x = conv_relu(self.tower, x)
 
         def flatten(y: Tensor, values: int) -> Tensor:
             return y.permute(0, 2, 3, 1).reshape(len(y), -1, values)

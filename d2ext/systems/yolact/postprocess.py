@@ -64,14 +64,20 @@ def _suppressed(boxes: Tensor, threshold: float) -> Tensor:
     Returns:
         (..., K) bool.
     """
-    top_left = torch.maximum(boxes[..., :, None, :2], boxes[..., None, :, :2])
-    bottom_right = torch.minimum(boxes[..., :, None, 2:], boxes[..., None, :, 2:])
-    overlap = (bottom_right - top_left).clamp(min=0)
-    intersection = overlap[..., 0] * overlap[..., 1]
-    area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
-    iou = intersection / (area[..., :, None] + area[..., None, :] - intersection)
+    # (..., K, K) numbers for each class: written in place where they can be.
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    width = torch.minimum(x2[..., :, None], x2[..., None, :])
+    width = width.sub_(torch.maximum(x1[..., :, None], x1[..., None, :])).clamp_(min=0)
+    height = torch.minimum(y2[..., :, None], y2[..., None, :])
+    height = height.sub_(torch.maximum(y1[..., :, None], y1[..., None, :])).clamp_(min=0)
+    intersection = width.mul_(height)
+    area = (x2 - x1) * (y2 - y1)
+    union = (area[..., :, None] + area[..., None, :]).sub_(intersection)
     # Row i suppresses column j > i. A box without area has IoU 0/0 with itself only.
-    return (iou.triu(diagonal=1) > threshold).any(dim=-2)
+    above = intersection.div_(union) > threshold
+    count = boxes.shape[-2]
+    later = torch.ones(count, count, dtype=torch.bool, device=boxes.device).triu_(diagonal=1)
+    return above.logical_and_(later).any(dim=-2)
 
 
 def fast_nms(

@@ -1,0 +1,90 @@
+"""Convolution, bias, addition and ReLU in one cuDNN kernel, for inference on NVIDIA GPUs.
+
+PyTorch runs a convolution's bias, a residual addition and a ReLU as kernels of their own, which move
+each activation through memory once more. In low precision they take as long as the convolutions.
+"""
+
+from __future__ import annotations
+
+import torch
+from detectron2.layers import Conv2d
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def conv_relu(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """relu(conv(x)), in one kernel if :func:`fuse_activations` marked the convolution."""
+    if getattr(conv, "fuse_relu", False):
+        return torch.cudnn_convolution_relu(
+            x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+        )
+    return F.relu(conv(x))
+
+
+def _conv_add_relu(conv: nn.Conv2d, x: Tensor, other: Tensor) -> Tensor:
+    """relu(conv(x) + other) in one kernel."""
+    return torch.cudnn_convolution_add_relu(
+        x, conv.weight, other, 1.0, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+    )
+
+
+class _FusedStem(nn.Module):
+    """Detectron2's ``BasicStem``."""
+
+    def __init__(self, stem: BasicStem) -> None:
+        super().__init__()
+        self.conv1 = stem.conv1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(conv_relu(self.conv1, x), kernel_size=3, stride=2, padding=1)
+
+
+class _FusedResidual(nn.Module):
+    """Detectron2's ``BasicBlock`` and ``BottleneckBlock``: the last convolution adds the shortcut."""
+
+    def __init__(self, block: BasicBlock | BottleneckBlock) -> None:
+        super().__init__()
+        names = ["conv1", "conv2", "conv3"] if hasattr(block, "conv3") else ["conv1", "conv2"]
+        self.convs = nn.ModuleList(getattr(block, name) for name in names)
+        self.shortcut = block.shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        other = x if self.shortcut is None else self.shortcut(x)
+        *first, last = self.convs
+        for conv in first:
+            x = conv_relu(conv, x)
+        return _conv_add_relu(last, x, other)
+
+
+_FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    BasicStem: _FusedStem,
+    BasicBlock: _FusedResidual,
+    BottleneckBlock: _FusedResidual,
+}
+
+
+def _is_plain(conv: nn.Module) -> bool:
+    """A convolution with a bias that does nothing but convolve."""
+    if not isinstance(conv, nn.Conv2d) or conv.bias is None or isinstance(conv.padding, str):
+        return False
+    return not isinstance(conv, Conv2d) or (conv.norm is None and conv.activation is None)
+
+
+def fuse_activations(module: nn.Module) -> None:
+    """Prepare a module whose norms are folded, in place, for inference on an NVIDIA GPU.
+
+    Detectron2's residual blocks and stem are replaced by fused ones, and convolutions that are
+    followed by a ReLU through :func:`conv_relu` are marked. What does not qualify stays as it is.
+    """
+    for child in module.modules():
+        if _is_plain(child):
+            child.fuse_relu = True
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            fused = _FUSED.get(type(child))
+            if fused is None:
+                continue
+            convs = [c for c in child.children() if isinstance(c, nn.Conv2d)]
+            if all(_is_plain(conv) for conv in convs):
+                setattr(parent, name, fused(child))
