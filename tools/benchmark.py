@@ -330,7 +330,7 @@ def profile(predictor: BatchPredictor, images: list[np.ndarray], clock: Clock, r
     wall = 1e6 * (time.perf_counter() - start)
     averages = profiler.key_averages()
     text = averages.table(
-        sort_by="self_cuda_time_total" if on_gpu else "self_cpu_time_total",
+        sort_by="self_device_time_total" if on_gpu else "self_cpu_time_total",
         row_limit=rows,
         max_name_column_width=90,
     )

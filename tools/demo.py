@@ -7,7 +7,7 @@
     python tools/demo.py --config-file ... --webcam 0 --output camera.mp4
 
 Pictures keep their names, and below a folder also the sub-folder; kinds other than JPEG and PNG become
-PNG. Beside them (with an output file: beside it, after its name) appear
+PNG. Beside them (named after the file, where the output is one file) appear
 
 - coco_results.json: a list of COCO results (box, score, category, mask as RLE), as COCO's tools read
   them;
@@ -298,7 +298,7 @@ def run_on_images(
 def run_on_video(
     predictor: BatchPredictor,
     reader: VideoReader,
-    target: Path | None,
+    target: Path,
     metadata: Metadata,
     options: Options,
 ) -> list[str]:
@@ -315,9 +315,9 @@ def run_on_video(
     number = 0
     with ExitStack() as stack:
         stack.callback(reader.release)
-        results = ResultWriter(stack, options.output, metadata)
+        results = ResultWriter(stack, target, metadata)
         show: Callable[[np.ndarray], None] | None = None
-        if target is not None:
+        if options.pictures:
             writer = video_writer(target, reader.width, reader.height, reader.rate)
             show = stack.enter_context(writer)
         drawer = VideoDrawer(metadata, options.max_drawn)
@@ -343,7 +343,7 @@ def run_on_video(
         problems.append(
             f"{reader.name} ends after {number} of {wanted} frames: is the file truncated?"
         )
-    logger.info("%d frames. Results in %s", number, options.output)
+    logger.info("%d frames. Results in %s", number, target.parent)
     return problems
 
 
@@ -422,8 +422,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return chosen
 
 
-def plan_video(source: str | int, options: Options) -> Path | None:
-    """Where the video goes; None without pictures.
+def plan_video(source: str | int, options: Options) -> Path:
+    """Where the video goes; its results go beside it.
 
     Raises:
         VideoError: the output is no name of a video.
@@ -434,7 +434,7 @@ def plan_video(source: str | int, options: Options) -> Path | None:
     check_video_path(target)
     if not isinstance(source, int) and target.resolve() == Path(source).resolve():
         raise DemoError(f"'{target}' would overwrite the input: choose another --output.")
-    return target if options.pictures else None
+    return target
 
 
 def read_class_names(path: str) -> list[str]:

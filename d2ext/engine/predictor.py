@@ -65,8 +65,8 @@ class BatchPredictor:
         if self.cfg.INPUT.MIN_SIZE_TEST > 0:
             image = self._resize.get_transform(image).apply_image(image)
         # The view (3, H, W) of H x W x 3 bytes is copied as it lies in memory, and turned there.
-        tensor: Tensor = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
-        tensor = tensor.to(self.device, non_blocking=True)
+        tensor: Tensor = torch.from_numpy(np.require(image, requirements=["C", "W"]))
+        tensor = tensor.permute(2, 0, 1).to(self.device, non_blocking=True)
         if self.cfg.INPUT.FORMAT == "RGB":
             tensor = tensor.flip(0)
         return {"image": tensor, "height": height, "width": width}

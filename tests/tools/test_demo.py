@@ -442,6 +442,10 @@ def test_first_frames_of_a_video(demo: ModuleType, config: str, tmp_path: Path) 
     movie = write_movie(tmp_path / "in.mp4", 6)
     assert run(demo, config, tmp_path / "out", "--video-input", movie, "--max-frames", 2) == 0
     assert len(list(VideoReader(tmp_path / "out/in.mp4"))) == 2
+    assert (tmp_path / "out/in_coco_results.json").is_file()
+    assert run(demo, config, tmp_path / "two", "--video-input", movie, "--no-pictures") == 0
+    names = sorted(x.name for x in (tmp_path / "two").iterdir())
+    assert names == ["in_coco_images.json", "in_coco_results.json"]
 
 
 def test_truncated_video(

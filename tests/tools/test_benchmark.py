@@ -1,0 +1,185 @@
+"""tools/benchmark.py measures what it says."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from pathlib import Path
+from types import ModuleType
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+from torch import nn
+
+from d2ext.engine.predictor import BatchPredictor
+from d2ext.layers.deform_conv import ModulatedDeformConv
+from d2ext.testing import tiny_config
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("d2ext_benchmark", TOOL)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    cfg = tiny_config("YOLACT")
+    cfg.MODEL.YOLACT.TEST.SCORE_THRESH = 0.99
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    return str(tmp_path / "config.yaml")
+
+
+def test_model(
+    tool: ModuleType, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report_file = tmp_path / "new" / "report.json"
+    arguments = [
+        *("model", "--config-file", config, "--batch-size", "1", "3", "--iters", "2"),
+        *("--warmup", "1", "--image-size", "50", "70", "--output", str(report_file)),
+        *("--device", "cpu", "--profile", "5"),
+    ]
+    assert tool.main(arguments) == 0
+    out = capsys.readouterr().out
+    report = json.loads(report_file.read_text())
+    assert report["mode"] == "eager" and report["dtype"] == "float32"
+    assert report["image"] == "drawn image of 70x50"
+    # the config's own threshold would let nothing through
+    assert "score threshold 0, so that detections come out" in report["remarks"]
+    model = build_model(tiny_config("YOLACT"))
+    assert report["parameters"] == sum(p.numel() for p in model.parameters())
+    assert report["flops_per_image"] > 1e6
+    for batch, size in zip(report["batches"], (1, 3), strict=True):
+        assert batch["batch_size"] == size
+        assert batch["output"]["detections_per_image"] == 10
+        assert 0 < batch["output"]["mean_box_share"] <= 1
+        assert batch["images_per_second"] > 0
+        stages = batch["stages_ms"]
+        assert set(stages) == {*tool._STAGES, "decode", "download"}
+        assert stages["total"] == batch["latency_ms"]["median"] > stages["network"] > 0
+        assert batch["latency_ms"]["p10"] <= stages["total"] <= batch["latency_ms"]["p90"]
+        assert "peak_allocated_mib" not in batch
+    for text in ("images/s", "n/a", "aten::", "Profile at batch size 3"):
+        assert text in out
+
+
+def test_model_on_a_real_image_with_weights(
+    tool: ModuleType, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = tiny_config("YOLACT")
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "w.pth")
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((33, 44, 3), dtype=np.uint8))
+    arguments = [
+        *("model", "--config-file", config, "--weights", str(tmp_path / "w.pth")),
+        *("--image", str(tmp_path / "a.png"), "--iters", "1", "--warmup", "1"),
+        *("--dtype", "bfloat16", "--channels-last", "--device", "cpu"),
+    ]
+    assert tool.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "'a.png' at 44x33" in out and "bfloat16, channels last" in out
+    assert "random weights" not in out and "score threshold" not in out
+    assert tool.main([*arguments, "--weights", str(tmp_path / "none.pth")]) == 2
+    assert "none.pth" in capsys.readouterr().err
+
+
+def test_flops(tool: ModuleType) -> None:
+    """A convolution of k taps from i to o channels on n cells takes 2·k·i·o·n."""
+
+    class Model(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, inputs: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+            return self.layer(inputs[0]["image"])
+
+    inputs = [{"image": torch.randn(2, 5, 8, 9)}]
+    plain = 2 * 9 * 5 * 7 * (2 * 8 * 9)
+    assert tool.count_flops(Model(nn.Conv2d(5, 7, 3, padding=1)), inputs) == plain
+    offsets = 2 * 9 * 5 * 27 * (2 * 8 * 9)
+    assert tool.count_flops(Model(ModulatedDeformConv(5, 7)), inputs) == plain + offsets
+
+
+def test_clock(tool: ModuleType) -> None:
+    clock = tool.Clock(torch.device("cpu"), iterations=5, warmup=2)
+    calls = []
+
+    def work() -> None:
+        calls.append(1)
+        time.sleep(0.1 if len(calls) <= 2 else 0.01)
+
+    times = clock.latency(work)
+    assert len(calls) == 7 and len(times) == 5
+    # what the warm-up costs is left out
+    assert 10 <= min(times) < 80
+    assert clock.rate(lambda: time.sleep(0.01)) == pytest.approx(100, rel=0.5)
+
+
+def test_norms_of_random_weights_are_settled(tool: ModuleType) -> None:
+    cfg = tiny_config("YOLACT")
+    torch.manual_seed(0)
+    predictor = BatchPredictor(cfg)
+    model = predictor.model
+    image = tool.draw_image(64, 64)
+    inputs = predictor.upload([image, np.ascontiguousarray(image[:, ::-1])])
+    tool.settle_norms(model, inputs)
+    assert not any(module.training for module in model.modules())
+    features = {}
+    norm = model.backbone.bottom_up.stem.conv1.norm
+    norm.register_forward_hook(lambda m, i, o: features.update(out=o.clone()))
+    with torch.no_grad():
+        model(inputs)
+    # statistics of exactly this batch: the normalised features have mean 0 and variance 1
+    out = features["out"]
+    torch.testing.assert_close(out.mean(dim=(0, 2, 3)), torch.zeros(64), atol=1e-3, rtol=0)
+    torch.testing.assert_close(out.var(dim=(0, 2, 3)), torch.ones(64), atol=1e-2, rtol=0)
+    assert norm.momentum == 0.1
+
+
+def test_drawn_image_has_texture(tool: ModuleType) -> None:
+    image = tool.draw_image(60, 90)
+    assert image.shape == (60, 90, 3) and image.dtype == np.uint8
+    assert image.std() > 20
+    assert (image == tool.draw_image(60, 90)).all()
+    assert tool.draw_image(1, 1).shape == (1, 1, 3)
+
+
+def test_operators(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        *("operators", "--device", "cpu", "--dtype", "float32", "--detections", "2"),
+        *("--sizes", "20x30", "--iters", "1", "--output", str(tmp_path / "o.json")),
+    ]
+    assert tool.main(arguments) == 0
+    assert "floor" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "o.json").read_text())["rows"]
+    assert {row["size"] for row in rows if "binary" in row["operator"]} == {"20x30"}
+    assert all(row["detections"] == 2 and row["fused_ms"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["model"],
+        ["model", "--config-file", "x", "--batch-size", "0"],
+        ["operators", "--sizes", "550"],
+    ],
+)
+def test_wrong_commands(tool: ModuleType, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        tool.main(arguments)
+    assert stopped.value.code == 2
+
+
+def test_wrong_config(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool.main(["model", "--config-file", "no/such.yaml"]) == 2
+    assert "no/such.yaml" in capsys.readouterr().err
