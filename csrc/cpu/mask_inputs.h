@@ -139,7 +139,7 @@ MaskInputs<T> make_mask_inputs(const at::Tensor& prototypes, const at::Tensor& c
     in.batch_index = batch_index->contiguous();
     const int64_t* index = in.batch_index.template const_data_ptr<int64_t>();
     for (int64_t n = 0; n < in.detections; ++n) {
-      TORCH_CHECK_INDEX(index[n] >= 0 && index[n] < in.images, "batch_index[", n, "] is ", index[n],
+      D2EXT_CHECK_INDEX(index[n] >= 0 && index[n] < in.images, "batch_index[", n, "] is ", index[n],
                         ", but prototypes are of ", in.images, " images");
     }
   }

@@ -22,6 +22,10 @@ constexpr int32_t kWarps = kThreads / 32;
 constexpr int32_t kBlockRows = 32;
 // Output columns of a block, at most.
 constexpr int32_t kBlockColumns = 640;
+// Shared memory for the interpolated grid rows, at most: room for one segment of any of them.
+constexpr int64_t kLineBytes = 2 * kBlockRows * 128 * sizeof(double);
+// What a block gets without being asked for, less than 48 KiB by what the kernel declares itself.
+constexpr size_t kUnaskedBytes = 40 * 1024;
 // Pixels that a warp finishes at a time, one word of 4 for each lane.
 constexpr int32_t kSegment = 128;
 constexpr uint32_t kVectorBytes = sizeof(uint4);
@@ -256,28 +260,30 @@ void launch_binary(const HeldInputs& held, int64_t height, int64_t width, double
   arguments.grid_width = in.width;
   arguments.height = static_cast<int32_t>(height);
   arguments.width = static_cast<int32_t>(width);
+  arguments.shared_rows = height > in.height;
   // The columns are shared out evenly, in whole segments where there is more than one block.
-  const int64_t blocks_x = (width - 1) / kBlockColumns + 1;
+  const double scale = static_cast<double>(in.height) / static_cast<double>(height);
+  const int64_t slots = slots_of(arguments.shared_rows, scale);
+  const int64_t room = kLineBytes / (slots * static_cast<int64_t>(sizeof(acc_t)));
+  const int64_t most = std::min<int64_t>(kBlockColumns, room / kSegment * kSegment);
+  const int64_t blocks_x = (width - 1) / most + 1;
   const int64_t even = (width - 1) / blocks_x + 1;
   arguments.block_columns =
       static_cast<int32_t>(blocks_x == 1 ? width : (even + kSegment - 1) / kSegment * kSegment);
   arguments.blocks_x = static_cast<int32_t>((width - 1) / arguments.block_columns + 1);
   arguments.pitch = (arguments.block_columns + 3) / 4 * 4;
-  arguments.shared_rows = height > in.height;
   arguments.threshold = static_cast<acc_t>(threshold);
   arguments.padding = in.padding;
   arguments.crop_after = crop_after;
   arguments.out = static_cast<uint8_t*>(masks.mutable_data_ptr());
   const int64_t blocks_of_mask = arguments.blocks_x * ((height - 1) / kBlockRows + 1);
-  TORCH_CHECK_VALUE(blocks_of_mask <= std::numeric_limits<int32_t>::max(),
+  D2EXT_CHECK_VALUE(blocks_of_mask <= std::numeric_limits<int32_t>::max(),
                     "assemble_binary_masks: masks of ", height, " x ", width,
                     " pixels are too large for a GPU");
   const dim3 blocks(static_cast<uint32_t>(blocks_of_mask),
                     static_cast<uint32_t>(std::min(in.detections, 65535)));
-  const double scale = static_cast<double>(in.height) / static_cast<double>(height);
-  const size_t shared =
-      static_cast<size_t>(slots_of(arguments.shared_rows, scale)) * arguments.pitch * sizeof(acc_t);
-  if (shared > 48 * 1024) {  // more than a block gets unasked
+  const size_t shared = static_cast<size_t>(slots) * arguments.pitch * sizeof(acc_t);
+  if (shared > kUnaskedBytes) {
     C10_CUDA_CHECK(cudaFuncSetAttribute(binary_kernel<acc_t>,
                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(shared)));

@@ -146,7 +146,7 @@ struct HeldInputs {
     if (batch_index_in.has_value()) {
       batch_index = batch_index_in->contiguous();
     }
-    TORCH_CHECK_VALUE(
+    D2EXT_CHECK_VALUE(
         coefficients.size(0) < std::numeric_limits<int32_t>::max() && prototypes.size(0) <= 65535,
         "mask assembly on a GPU: at most 2^31 - 2 detections and 65535 images, got ",
         coefficients.size(0), " and ", prototypes.size(0));

@@ -45,5 +45,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         lr=cfg.SOLVER.BASE_LR,
         betas=tuple(cfg.SOLVER.ADAM_BETAS),
         weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+        # One pass over the weights instead of a dozen. (Loss scaling would change how it is called.)
+        fused=not cfg.SOLVER.AMP.ENABLED,
     )
     return maybe_add_gradient_clipping(cfg, optimizer)
