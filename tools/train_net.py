@@ -11,8 +11,13 @@ Examples:
 """
 
 import argparse
+import os
 import sys
 from typing import Any
+
+# Threads that wait for each other sleep instead of spinning: on a CPU, data loading wants the cores
+# too. Read when PyTorch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch.multiprocessing as mp
 from detectron2.config import CfgNode

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from typing import Any
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import (
@@ -17,6 +18,7 @@ from detectron2.evaluation import (
 )
 from detectron2.utils import comm
 
+from d2ext.data.image_io import read_label_map
 from d2ext.evaluation.coco import COCOEvaluator
 
 __all__ = ["IfPredicted", "build_evaluator"]
@@ -61,7 +63,9 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
         )
 
     def semantic() -> DatasetEvaluator:
-        return SemSegEvaluator(dataset_name, output_dir=output_folder)
+        return SemSegEvaluator(
+            dataset_name, output_dir=output_folder, sem_seg_loading_fn=_load_labels
+        )
 
     def panoptic() -> DatasetEvaluator:
         return COCOPanopticEvaluator(dataset_name, output_folder)
@@ -99,6 +103,11 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
         "coco_panoptic_seg, sem_seg, cityscapes_instance, cityscapes_sem_seg, "
         "cityscapes_panoptic_seg, lvis, pascal_voc."
     )
+
+
+def _load_labels(file_name: str, dtype: type = int) -> np.ndarray:
+    """H×W labels; Detectron2's own loader asks NumPy for what NumPy 2 refuses."""
+    return read_label_map(file_name).astype(dtype)
 
 
 class IfPredicted(DatasetEvaluator):

@@ -215,12 +215,14 @@ class YOLACTCriterion(nn.Module):
         per_object = torch.cat([resize_masks(target.masks, grid) for target in targets])
         firsts = self._first_objects(targets, labels.device)
         target_masks = per_object[firsts[image_of] + object_of].float()
+        # In float32 whatever the precision of the network: a probability that rounds to 1 has an
+        # endless gradient under the logarithm.
         masks = assemble_masks(
-            predictions.prototypes,
-            predictions.coefficients[image_of, prior_of],
+            predictions.prototypes.float(),
+            predictions.coefficients[image_of, prior_of].float(),
             box_of,
             image_of,
-        ).float()
+        )
         # Outside the (widened) box the prediction is 0; binary cross-entropy there is 0 as well, or
         # 100 where the target reaches out of its box, as published.
         pixel_loss = _binary_cross_entropy(masks, target_masks)

@@ -104,3 +104,19 @@ def test_small_objects_do_not_train_the_mask_scorer() -> None:
 def test_normalizer_is_checked() -> None:
     with pytest.raises(ValueError, match="NORMALIZER"):
         YOLACTCriterion(normalizer="batch")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_confident_wrong_masks_have_bounded_gradients_in_low_precision(dtype: torch.dtype) -> None:
+    # A logit of 9 everywhere: 1 - p is 1e-4, which low precision rounds away.
+    predictions, priors, targets = _case()
+    targets = [targets[0]._replace(masks=torch.zeros_like(targets[0].masks))]
+    prototypes = torch.full((1, 20, 20, 2), 4.5, dtype=dtype, requires_grad=True)
+    coefficients = torch.ones(1, 16, 2, dtype=dtype)
+    predictions = predictions._replace(prototypes=prototypes, coefficients=coefficients)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = YOLACTCriterion()(predictions, priors, targets)["loss_mask"]
+    # 36 cells of softplus(9) over 25
+    torch.testing.assert_close(loss, torch.tensor(6.125 * 36 * 9.0001 / 25), rtol=1e-3, atol=0)
+    loss.backward()
+    assert prototypes.grad is not None and prototypes.grad.abs().max() < 1
