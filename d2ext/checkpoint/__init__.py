@@ -10,13 +10,16 @@ from d2ext.checkpoint.convert import (
     register_converter,
     unwrap,
 )
+from d2ext.checkpoint.io import CheckpointError, load_untrusted
 
 __all__ = [
+    "CheckpointError",
     "ConversionError",
     "Rule",
     "apply_rules",
     "available_converters",
     "convert_state_dict",
+    "load_untrusted",
     "register_converter",
     "unwrap",
 ]

@@ -114,16 +114,16 @@ class Pose:
 
 
 def draw_radius(draws: Draws) -> float:
-    """Radius of a thing at the reference size: 10 % small, 40 % medium, 50 % large.
+    """Radius of a thing at the reference size: 8 % small, 32 % medium, 60 % large.
 
     The thing's diameter, hence, goes from 8 pixels to two thirds of the image.
     """
     u = draws()
-    if u < 0.1:
+    if u < 0.08:
         return draws.log_uniform(4, 13)
-    if u < 0.5:
-        return draws.log_uniform(18, 40)
-    return draws.log_uniform(40, 85)
+    if u < 0.4:
+        return draws.log_uniform(22, 42)
+    return draws.log_uniform(42, 85)
 
 
 # Share of the things that have the usual hue of their class, and how far from it, in turns.
@@ -269,14 +269,14 @@ class Stack:
             self._taken[raster.window] |= raster.mask
 
 
-# Things per image, as a cumulative distribution over 0, 1, 2, ...; the mean is about 3.1.
-_THINGS = (0.01, 0.13, 0.37, 0.63, 0.83, 0.93, 0.98, 1.0)
+# Things per image, as a cumulative distribution over 0, 1, 2, ...; the mean is about 2.7.
+_THINGS = (0.01, 0.18, 0.48, 0.76, 0.91, 0.97, 0.99, 1.0)
 
 
 def draw_image(seed: int, split: str, index: int, height: int, width: int) -> Frame:
     """Still number `index` of a split.
 
-    Of every thing at least 40 % of what lies inside the image, and at least 20 pixels, can be seen;
+    Of every thing at least 50 % of what lies inside the image, and at least 20 pixels, can be seen;
     one image in 100 has no thing, one in 25 a crowd of 10 to 18 tiny things of one class.
     """
     draws = Draws(seed, split, "image", index)
@@ -325,7 +325,7 @@ def put_thing(draws: Draws, stack: Stack, radius: float) -> None:
             continue
         pose = Pose(x, y, radius, aspect, angle)
         raster = stack.raster(layer, pose)
-        if raster is not None and stack.visible(raster) >= max(20, 0.4 * raster.area):
+        if raster is not None and stack.visible(raster) >= max(20, 0.5 * raster.area):
             stack.put(layer, pose, raster)
             return
 
