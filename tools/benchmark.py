@@ -46,7 +46,7 @@ from d2ext.data.errors import ImageReadError
 from d2ext.data.image_io import read_image
 from d2ext.engine.errors import ConfigError
 from d2ext.engine.predictor import BatchPredictor
-from d2ext.engine.setup import load_config
+from d2ext.engine.setup import add_options_argument, load_config
 from d2ext.files import atomic_write
 from d2ext.modeling.inference import InferenceNetwork
 
@@ -575,13 +575,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         command.add_argument(
             "--output", type=Path, metavar="FILE", help="JSON file for the figures"
         )
-    model.add_argument(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="changes to the config; must come last",
-    )
+    add_options_argument(model)
     return parser.parse_args(arguments)
 
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from d2ext.checkpoint import ConversionError, available_converters, convert_state_dict, unwrap
 from d2ext.checkpoint.io import load_untrusted
 from d2ext.checkpoint.torchvision import is_torchvision_resnet
-from d2ext.engine.setup import load_config
+from d2ext.engine.setup import add_options_argument, load_config
 from d2ext.files import atomic_write
 
 StateDict = Mapping[str, Tensor]
@@ -231,13 +231,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--system", metavar="NAME", help="converter (default: the config's meta-architecture)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
-    parser.add_argument(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="changes to the config; must come last",
-    )
+    add_options_argument(parser)
     return parser.parse_args(arguments)
 
 

@@ -42,7 +42,7 @@ from detectron2.utils.logger import setup_logger
 from d2ext.data.errors import ImageReadError
 from d2ext.data.image_io import read_image
 from d2ext.engine.predictor import BatchPredictor
-from d2ext.engine.setup import load_config
+from d2ext.engine.setup import add_options_argument, load_config
 from d2ext.files import atomic_write, json_list
 from d2ext.utils.drawing import PictureDrawer, VideoDrawer, class_metadata, name_classes, select
 from d2ext.utils.video import (
@@ -406,13 +406,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="text file, one class name a line; default: those of the config's data set",
     )
-    parser.add_argument(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="changes to the config; must come last",
-    )
+    add_options_argument(parser)
     chosen = parser.parse_args(arguments)
     if not 0 <= chosen.confidence_threshold <= 1:
         parser.error("--confidence-threshold is a score in 0..1.")

@@ -13,27 +13,32 @@ from torch import Tensor
 from d2ext.checkpoint.convert import Rule, StateDict, apply_rules, register_converter
 
 
-def _stage(match: re.Match[str]) -> str:
-    # torchvision counts its stages from 1, Detectron2 names them after the paper's res2..res5
-    return f"res{int(match[1]) + 1}.{match[2]}"
+def resnet_rules(source: str, stages: str, target: str, first_stage: int) -> tuple[Rule, ...]:
+    """How the names of a ResNet in torchvision's layout become those of Detectron2's.
+
+    Args:
+        source: regular expression before the stem's names, without groups.
+        stages: regular expression before a stage's number, without groups.
+        target: what Detectron2's names begin with.
+        first_stage: number of the first stage; Detectron2 names it after the paper, res2.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        return f"{target}res{int(match[1]) - first_stage + 2}.{match[2]}"
+
+    number = rf"{stages}(\d)\.(\d+)"
+    return (
+        Rule(rf"{source}conv1\.weight", f"{target}stem.conv1.weight"),
+        Rule(rf"{source}bn1\.(\w+)", rf"{target}stem.conv1.norm.\1"),
+        Rule(rf"{number}\.(conv\d)\.weight", lambda m: f"{block(m)}.{m[3]}.weight"),
+        Rule(rf"{number}\.bn(\d)\.(\w+)", lambda m: f"{block(m)}.conv{m[3]}.norm.{m[4]}"),
+        Rule(rf"{number}\.downsample\.0\.weight", lambda m: f"{block(m)}.shortcut.weight"),
+        Rule(rf"{number}\.downsample\.1\.(\w+)", lambda m: f"{block(m)}.shortcut.norm.{m[3]}"),
+    )
 
 
 _RULES = (
-    Rule(r"conv1\.weight", "stem.conv1.weight"),
-    Rule(r"bn1\.(\w+)", r"stem.conv1.norm.\1"),
-    Rule(r"layer(\d)\.(\d+\.conv\d\.weight)", _stage),
-    Rule(
-        r"layer(\d)\.(\d+)\.bn(\d)\.(\w+)",
-        lambda m: f"res{int(m[1]) + 1}.{m[2]}.conv{m[3]}.norm.{m[4]}",
-    ),
-    Rule(
-        r"layer(\d)\.(\d+)\.downsample\.0\.weight",
-        lambda m: f"res{int(m[1]) + 1}.{m[2]}.shortcut.weight",
-    ),
-    Rule(
-        r"layer(\d)\.(\d+)\.downsample\.1\.(\w+)",
-        lambda m: f"res{int(m[1]) + 1}.{m[2]}.shortcut.norm.{m[3]}",
-    ),
+    *resnet_rules("", "layer", "", first_stage=1),
     # the ImageNet classifier
     Rule(r"fc\.(weight|bias)", None),
 )

@@ -1,5 +1,6 @@
 """From the command line to a config."""
 
+import argparse
 import difflib
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ from detectron2.utils.file_io import PathManager
 from d2ext.config import get_cfg
 from d2ext.engine.errors import ConfigError
 
-__all__ = ["find_config_file", "load_config", "merge_options"]
+__all__ = ["add_options_argument", "find_config_file", "load_config", "merge_options"]
 
 _UNKNOWN_KEY = re.compile(r"Non-existent (?:config )?key: (\S+)")  # how yacs says it
 
@@ -39,6 +40,17 @@ def load_config(config_file: str = "", overrides: Sequence[str] = ()) -> CfgNode
         _merge(cfg, lambda: cfg.merge_from_file(path), path)
     merge_options(cfg, overrides)
     return cfg
+
+
+def add_options_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--opts KEY VALUE ...``: what is left of the command line, for :func:`load_config`."""
+    parser.add_argument(
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="KEY VALUE",
+        help="changes to the config; must come last",
+    )
 
 
 def merge_options(cfg: CfgNode, overrides: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from d2ext.checkpoint.convert import (
     apply_rules,
     register_converter,
 )
+from d2ext.checkpoint.torchvision import resnet_rules
 
 _BOTTOM_UP = "backbone.bottom_up."
 # The published lists run from the coarsest level to the finest.
@@ -53,29 +54,17 @@ _PYRAMID_AND_HEADS = (
 )
 
 
-def _resnet(prefix: str, rest: str) -> str:
-    return f"{_BOTTOM_UP}res{int(prefix) + 2}.{rest}"
+def _resnet_conv(match: re.Match[str]) -> str:
+    return f"{_BOTTOM_UP}res{int(match[1]) + 2}.{match[2]}"
 
 
 _RESNET = (
-    Rule(r"backbone\.conv1\.weight", f"{_BOTTOM_UP}stem.conv1.weight"),
-    Rule(r"backbone\.bn1\.(\w+)", rf"{_BOTTOM_UP}stem.conv1.norm.\1"),
-    Rule(r"backbone\.layers\.(\d)\.(\d+\.conv\d\.(?:weight|bias))", lambda m: _resnet(m[1], m[2])),
+    *resnet_rules(r"backbone\.", r"backbone\.layers\.", _BOTTOM_UP, first_stage=0),
+    # deformable convolutions
+    Rule(r"backbone\.layers\.(\d)\.(\d+\.conv\d\.bias)", _resnet_conv),
     Rule(
-        r"backbone\.layers\.(\d)\.(\d+)\.conv2\.conv_offset_mask\.(\w+)",
-        lambda m: _resnet(m[1], f"{m[2]}.conv2.offset_mask.{m[3]}"),
-    ),
-    Rule(
-        r"backbone\.layers\.(\d)\.(\d+)\.bn(\d)\.(\w+)",
-        lambda m: _resnet(m[1], f"{m[2]}.conv{m[3]}.norm.{m[4]}"),
-    ),
-    Rule(
-        r"backbone\.layers\.(\d)\.(\d+)\.downsample\.0\.weight",
-        lambda m: _resnet(m[1], f"{m[2]}.shortcut.weight"),
-    ),
-    Rule(
-        r"backbone\.layers\.(\d)\.(\d+)\.downsample\.1\.(\w+)",
-        lambda m: _resnet(m[1], f"{m[2]}.shortcut.norm.{m[3]}"),
+        r"backbone\.layers\.(\d)\.(\d+\.conv2)\.conv_offset_mask\.(\w+)",
+        lambda m: f"{_resnet_conv(m)}.offset_mask.{m[3]}",
     ),
     # version 1.0 wrote torchvision's names beside its own
     Rule(r"backbone\.layer\d\..*", None),
