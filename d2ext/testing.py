@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
 
 from d2ext.config import get_cfg
 
 # Thing classes of every tiny model.
 NUM_CLASSES = 3
+# Stuff classes of the tiny panoptic models, contiguous ids 1 to NUM_STUFF; 0 stands for all things
+# (Detectron2's "separated" form).
+NUM_STUFF = 2
+# Keypoints of every object: left, right and top end of its ellipse; the first two swap when mirrored.
+NUM_KEYPOINTS = 3
+KEYPOINT_FLIP_PAIRS = [(0, 1)]
+
+
+class TinyModel(NamedTuple):
+    """How the tiny model of a meta-architecture is built and what it predicts."""
+
+    configure: Callable[[CfgNode], None]
+    """Changes a default config into the model's, in place."""
+    tasks: tuple[str, ...]
+    """Kinds of predictions: "bbox", "segm", "keypoints", "panoptic"."""
 
 
 def _tiny_yolact(cfg: CfgNode) -> None:
@@ -41,12 +56,19 @@ def _tiny_yolact(cfg: CfgNode) -> None:
     cfg.INPUT.MIN_SIZE_TEST = 0
 
 
-_TINY: dict[str, Callable[[CfgNode], None]] = {"YOLACT": _tiny_yolact}
+_TINY: dict[str, TinyModel] = {
+    "YOLACT": TinyModel(_tiny_yolact, ("bbox", "segm")),
+}
 
 
 def tiny_architectures() -> list[str]:
     """Meta-architectures that :func:`tiny_config` knows: all that d2ext registers."""
     return sorted(_TINY)
+
+
+def tiny_tasks(architecture: str) -> tuple[str, ...]:
+    """What the tiny model of ``architecture`` predicts: "bbox", "segm", "keypoints", "panoptic"."""
+    return _TINY[architecture].tasks
 
 
 def tiny_config(architecture: str) -> CfgNode:
@@ -60,7 +82,7 @@ def tiny_config(architecture: str) -> CfgNode:
     cfg.MODEL.WEIGHTS = ""
     cfg.SOLVER.IMS_PER_BATCH = 2
     cfg.DATALOADER.NUM_WORKERS = 0
-    _TINY[architecture](cfg)
+    _TINY[architecture].configure(cfg)
     return cfg
 
 
@@ -73,6 +95,9 @@ def random_inputs(
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Training inputs in Detectron2's form: noise images with bright ellipses as objects.
+
+    Each has boxes, classes, masks and keypoints of its objects, and ``sem_seg`` (upper half stuff 1,
+    lower half stuff 2, things 0; int64).
 
     Args:
         count: images.
@@ -87,22 +112,27 @@ def random_inputs(
     for i in range(count):
         image = torch.rand((3, height, width), generator=generator) * 80
         masks = torch.zeros((objects, height, width), dtype=torch.bool)
+        keypoints = torch.full((objects, NUM_KEYPOINTS, 3), 2.0)
         for j in range(objects):
             cy, cx, ry, rx = torch.rand(4, generator=generator).tolist()
             cy, cx = height * (0.2 + 0.6 * cy), width * (0.2 + 0.6 * cx)
             ry, rx = height * (0.08 + 0.15 * ry), width * (0.08 + 0.15 * rx)
             masks[j] = ((rows - cy) / ry) ** 2 + ((columns - cx) / rx) ** 2 <= 1
             image[j % 3][masks[j]] = 255
+            keypoints[j, :, :2] = torch.tensor([[cx - rx, cy], [cx + rx, cy], [cx, cy - ry]])
         instances = Instances((height, width))
         instances.gt_masks = BitMasks(masks)
         instances.gt_boxes = (
             instances.gt_masks.get_bounding_boxes() if objects else Boxes(torch.zeros(0, 4))
         )
         instances.gt_classes = torch.randint(0, NUM_CLASSES, (objects,), generator=generator)
+        instances.gt_keypoints = Keypoints(keypoints)
+        sem_seg = (rows >= height / 2).long().expand(height, width) + 1
         inputs.append(
             {
                 "image": image.to(torch.uint8),
                 "instances": instances,
+                "sem_seg": sem_seg.masked_fill(masks.any(dim=0), 0),
                 "height": height,
                 "width": width,
                 "image_id": i,

@@ -19,7 +19,14 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from torch import nn
 
 import d2ext.systems
-from d2ext.testing import NUM_CLASSES, random_inputs, tiny_architectures, tiny_config
+from d2ext.testing import (
+    NUM_CLASSES,
+    NUM_KEYPOINTS,
+    random_inputs,
+    tiny_architectures,
+    tiny_config,
+    tiny_tasks,
+)
 
 
 @pytest.fixture(params=tiny_architectures())
@@ -99,7 +106,7 @@ def test_trains_without_objects(model: nn.Module, kind: str) -> None:
     assert all(g is not None and torch.isfinite(g).all() for g in gradients)
 
 
-def test_inference_has_the_contracted_form(model: nn.Module) -> None:
+def test_inference_has_the_contracted_form(architecture: str, model: nn.Module) -> None:
     model.eval()
     inputs = random_inputs(3)
     inputs[0].update(height=33, width=47)
@@ -110,8 +117,16 @@ def test_inference_has_the_contracted_form(model: nn.Module) -> None:
         instances = result["instances"]
         assert instances.image_size == size
         assert len(instances) > 0
-        assert instances.pred_masks.shape[1:] == size
-        assert instances.pred_masks.dtype == torch.bool
+        if "segm" in tiny_tasks(architecture):
+            assert instances.pred_masks.shape[1:] == size
+            assert instances.pred_masks.dtype == torch.bool
+        if "keypoints" in tiny_tasks(architecture):
+            assert instances.pred_keypoints.shape == (len(instances), NUM_KEYPOINTS, 3)
+        if "panoptic" in tiny_tasks(architecture):
+            panoptic, segments = result["panoptic_seg"]
+            assert panoptic.shape == size
+            assert set(panoptic.unique().tolist()) - {0} == {s["id"] for s in segments}
+            assert result["sem_seg"].shape[1:] == size
         assert instances.pred_classes.dtype == torch.int64
         assert int(instances.pred_classes.max()) < NUM_CLASSES
         boxes = instances.pred_boxes.tensor
@@ -153,7 +168,10 @@ def test_predictor_reads_a_saved_checkpoint(
 def _write_dataset(folder: Path, inputs: list[dict[str, Any]]) -> Path:
     annotations = []
     for x in inputs:
-        for box, label in zip(x["instances"].gt_boxes, x["instances"].gt_classes, strict=True):
+        truth = x["instances"]
+        for box, label, points in zip(
+            truth.gt_boxes, truth.gt_classes, truth.gt_keypoints.tensor, strict=True
+        ):
             x1, y1, x2, y2 = box.tolist()
             annotations.append(
                 {
@@ -163,6 +181,8 @@ def _write_dataset(folder: Path, inputs: list[dict[str, Any]]) -> Path:
                     "bbox": [x1, y1, x2 - x1, y2 - y1],
                     "area": (x2 - x1) * (y2 - y1),
                     "segmentation": [[x1, y1, x2, y1, x2, y2, x1, y2]],
+                    "keypoints": points.flatten().tolist(),
+                    "num_keypoints": len(points),
                     "iscrowd": 0,
                 }
             )
@@ -179,7 +199,8 @@ def _write_dataset(folder: Path, inputs: list[dict[str, Any]]) -> Path:
     return path
 
 
-def test_evaluator_takes_the_output(model: nn.Module, tmp_path: Path) -> None:
+def test_evaluator_takes_the_output(architecture: str, model: nn.Module, tmp_path: Path) -> None:
+    tasks = [task for task in tiny_tasks(architecture) if task != "panoptic"]
     inputs = random_inputs(3)
     name = f"tiny_{tmp_path.name}"
     json_file = _write_dataset(tmp_path, inputs)
@@ -191,7 +212,11 @@ def test_evaluator_takes_the_output(model: nn.Module, tmp_path: Path) -> None:
     )
     try:
         evaluator = COCOEvaluator(
-            name, tasks=("bbox", "segm"), output_dir=str(tmp_path), use_fast_impl=False
+            name,
+            tasks=tasks,
+            output_dir=str(tmp_path),
+            use_fast_impl=False,
+            kpt_oks_sigmas=[0.1] * NUM_KEYPOINTS,
         )
         evaluator.reset()
         model.eval()
@@ -200,5 +225,5 @@ def test_evaluator_takes_the_output(model: nn.Module, tmp_path: Path) -> None:
     finally:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
-    assert {"bbox", "segm"} <= set(results)
+    assert set(tasks) <= set(results)
     assert (tmp_path / "coco_instances_results.json").stat().st_size > 2
