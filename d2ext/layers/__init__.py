@@ -15,8 +15,10 @@ from d2ext.layers.prototype_masks import (
     assemble_masks,
     assemble_masks_reference,
 )
+from d2ext.layers.soft_nms import SoftNMSRows, soft_nms, soft_nms_merge, soft_nms_rows
 
 __all__ = [
+    "SoftNMSRows",
     "assemble_binary_masks",
     "assemble_binary_masks_reference",
     "assemble_masks",
@@ -30,4 +32,7 @@ __all__ = [
     "extension_info",
     "has_cuda_extension",
     "has_extension",
+    "soft_nms",
+    "soft_nms_merge",
+    "soft_nms_rows",
 ]
