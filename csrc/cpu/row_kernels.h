@@ -46,15 +46,14 @@ D2EXT_INLINE void store(T* target, const V& vector) {
   std::memcpy(target, &vector, sizeof(V));
 }
 
-// 1 / (1 + exp(-x)), within 3 units in the last place; NaN stays NaN.
+// exp(z), within 2 units in the last place where that is a normal number; NaN stays NaN.
 // exp(z) = 2^n exp(r) with z = n ln 2 + r, |r| <= ln(2) / 2, and exp(r) by its Taylor polynomial of
 // degree 7 (relative error below 6e-9). z is clamped to the range in which 2^n is a normal number.
-D2EXT_INLINE void sigmoid(Simd<float>::Vector& x) {
+D2EXT_INLINE void exponential(Simd<float>::Vector& z) {
   using V = Simd<float>::Vector;
   using I = Simd<float>::Mask;
   const V lowest = V{} - 87.0f;
   const V highest = V{} + 87.0f;
-  V z = -x;
   z = z < lowest ? lowest : z;
   z = z > highest ? highest : z;
   // Adding 1.5 * 2^23 rounds to the nearest integer.
@@ -72,7 +71,14 @@ D2EXT_INLINE void sigmoid(Simd<float>::Vector& x) {
   // shifted's mantissa holds n; move n + 127 into the exponent of a power of two. Casts between
   // vectors of one size keep the bits.
   const I bits = ((I)shifted + 127) << 23;
-  x = 1.0f / (1.0f + e * (V)bits);
+  z = e * (V)bits;
+}
+
+// 1 / (1 + exp(-x)), within 3 units in the last place; NaN stays NaN.
+D2EXT_INLINE void sigmoid(Simd<float>::Vector& x) {
+  x = -x;
+  exponential(x);
+  x = 1.0f / (1.0f + x);
 }
 
 D2EXT_INLINE void sigmoid(Simd<double>::Vector& x) {
@@ -249,16 +255,25 @@ D2EXT_DEFINE_ROW_KERNELS(avx512,
                          __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))))
 #endif
 
+#ifdef D2EXT_X86_TARGETS
+inline bool has_avx2() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+inline bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 template <typename T>
 RowKernels<T> choose_row_kernels() {
 #ifdef D2EXT_X86_TARGETS
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+  if (has_avx512()) {
     return row_kernels_avx512<T>();
   }
-  if (avx2) {
+  if (has_avx2()) {
     return row_kernels_avx2<T>();
   }
 #endif
