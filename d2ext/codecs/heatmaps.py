@@ -122,7 +122,8 @@ def draw_gaussians(
     for start in range(0, len(cells), step):
         part = slice(start, start + step)
         values = rows[part, :, None] * columns[part, None, :]
-        heat.index_reduce_(0, classes[part], values, "amax")
+        target = classes[part, None, None].expand_as(values)
+        heat.scatter_reduce_(0, target, values, "amax")
     return heat
 
 
