@@ -1,5 +1,10 @@
 """Augmentations and transforms in Detectron2's sense, and the recipes made of them."""
 
+from d2ext.data.augmentations.affine import (
+    PixelMirrorTransform,
+    RandomAffineWarp,
+    WarpTransform,
+)
 from d2ext.data.augmentations.base import DetectionInput, DropsInstances, LabelAwareAugmentation
 from d2ext.data.augmentations.build import AUGMENTATION_REGISTRY, build_augmentations
 from d2ext.data.augmentations.crop import (
@@ -9,6 +14,7 @@ from d2ext.data.augmentations.crop import (
     WindowCropTransform,
 )
 from d2ext.data.augmentations.expand import ExpandTransform, RandomExpand
+from d2ext.data.augmentations.lighting import ColorLightingTransform, RandomColorLighting
 from d2ext.data.augmentations.photometric import PhotometricTransform, RandomPhotometricDistortion
 from d2ext.data.augmentations.resize import (
     BilinearResizeTransform,
@@ -20,17 +26,22 @@ __all__ = [
     "AUGMENTATION_REGISTRY",
     "BilinearResizeTransform",
     "CenterCropRuleTransform",
+    "ColorLightingTransform",
     "DetectionInput",
     "DropsInstances",
     "ExpandTransform",
     "LabelAwareAugmentation",
     "PhotometricTransform",
+    "PixelMirrorTransform",
+    "RandomAffineWarp",
+    "RandomColorLighting",
     "RandomCrop",
     "RandomExpand",
     "RandomIoUCrop",
     "RandomPhotometricDistortion",
     "ResizeShortestEdge",
     "ResizeToSquare",
+    "WarpTransform",
     "WindowCropTransform",
     "build_augmentations",
 ]

@@ -7,8 +7,10 @@ from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from fvcore.common.registry import Registry
 
+from d2ext.data.augmentations.affine import RandomAffineWarp
 from d2ext.data.augmentations.crop import RandomCrop, RandomIoUCrop
 from d2ext.data.augmentations.expand import RandomExpand
+from d2ext.data.augmentations.lighting import RandomColorLighting
 from d2ext.data.augmentations.photometric import RandomPhotometricDistortion
 from d2ext.data.augmentations.resize import ResizeShortestEdge, ResizeToSquare
 
@@ -99,6 +101,33 @@ def build_ssd_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]
         )
     # Published: flip, then resize. The two commute, and the small image is cheaper to flip.
     return [*augmentations, ResizeToSquare(c.SIZE), T.RandomFlip(prob=c.FLIP_PROB)]
+
+
+@AUGMENTATION_REGISTRY.register_as("centernet")
+def build_centernet_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
+    """The published CenterNet recipe: mirror, random affine crop to a square, colours, lighting.
+
+    Images stay float32 in [0, 255] from the colours on, unclipped, as published. Test images are
+    resized as with ``"default"`` (with ``INPUT.MIN_SIZE_TEST: 0``, not at all: the model does what is
+    published).
+    """
+    if not is_train:
+        return build_default_augmentation(cfg, False)
+    c = cfg.INPUT.AUGMENTATION
+    augmentations: list[T.Augmentation] = [
+        RandomAffineWarp(
+            size=(c.SIZE, c.SIZE),
+            mode=c.AFFINE.MODE,
+            scales=c.AFFINE.SCALES,
+            border=c.AFFINE.BORDER,
+            shift=c.AFFINE.SHIFT,
+            zoom=c.AFFINE.ZOOM,
+            flip_prob=c.FLIP_PROB,
+        )
+    ]
+    if c.COLOR_JITTER > 0 or c.LIGHTING > 0:
+        augmentations.append(RandomColorLighting(c.COLOR_JITTER, c.LIGHTING, cfg.INPUT.FORMAT))
+    return augmentations
 
 
 def _safe(augmentation: T.Augmentation) -> T.Augmentation:
