@@ -75,7 +75,16 @@ def _tiny_cornernet(cfg: CfgNode) -> None:
     cfg.MODEL.CORNERNET.TEST.TOP_K = 20
 
 
+def _tiny_centernet_triplets(cfg: CfgNode) -> None:
+    cfg.MODEL.META_ARCHITECTURE = "CenterNetTriplets"
+    _tiny_hourglass(cfg)
+    cfg.MODEL.CENTERNET_TRIPLETS.NUM_CLASSES = NUM_CLASSES
+    cfg.MODEL.CENTERNET_TRIPLETS.POOL_CHANNELS = 8
+    cfg.MODEL.CENTERNET_TRIPLETS.HEAD_CHANNELS = 16
+
+
 _TINY: dict[str, TinyModel] = {
+    "CenterNetTriplets": TinyModel(_tiny_centernet_triplets, ("bbox",)),
     "CornerNet": TinyModel(_tiny_cornernet, ("bbox",)),
     "YOLACT": TinyModel(_tiny_yolact, ("bbox", "segm")),
 }

@@ -163,13 +163,13 @@ class CornerNetHead(nn.Module):
             lambda: CornerPooling(channels, pool_channels, corner="bottom_right", norm=norm)
         )
 
-    def predict(self, stack: int, x: Tensor) -> CornerNetPredictions:
+    def predict(self, stack: int, x: Tensor) -> tuple[PointMaps, ...]:
         """Predictions of one stack on its feature (B, c, h, w)."""
         return CornerNetPredictions(self.top_left[stack](x), self.bottom_right[stack](x))
 
     def forward(
         self, features: Sequence[Tensor], all_stacks: bool | None = None
-    ) -> list[CornerNetPredictions]:
+    ) -> list[tuple[PointMaps, ...]]:
         """Features of the stacks → predictions.
 
         Args:

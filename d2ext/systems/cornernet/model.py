@@ -45,6 +45,9 @@ def canvas_side(side: int, unit: int) -> int:
 class CornerNet(nn.Module):
     """CornerNet on any hourglass; CornerNet-Squeeze is a config of it."""
 
+    # See gaussian_radius.
+    radius_variant = "cornernet"
+
     @configurable
     def __init__(
         self,
@@ -269,6 +272,7 @@ class CornerNet(nn.Module):
             input_size=(height, width),
             output_size=(-(-height // self.stride), -(-width // self.stride)),
             min_overlap=self.min_overlap,
+            radius_variant=self.radius_variant,
         )
 
     def _normalize(self, images: Tensor) -> Tensor:
@@ -343,7 +347,7 @@ class CornerNet(nn.Module):
             output_size = (height or image_size[0], width or image_size[1])
             rows = suppress(self._candidates(own), self.suppression)
             results.append(
-                {"instances": to_instances(rows.to(self.device), image_size, output_size)}
+                {"instances": self._to_instances(rows.to(self.device), image_size, output_size)}
             )
         return results
 
@@ -368,6 +372,12 @@ class CornerNet(nn.Module):
         """What the passes of one image found → rows (N, COLUMNS) in pixels of the image."""
         return torch.cat([image_rows(found[0], view, self.stride) for found, view in passes])
 
+    def _to_instances(
+        self, rows: Tensor, image_size: tuple[int, int], output_size: tuple[int, int]
+    ) -> Instances:
+        """Detections of one image → its instances at the size of the output."""
+        return to_instances(rows, image_size, output_size)
+
     @torch.no_grad()
     def _visualize_training(
         self, inputs: dict[str, Any], image: Tensor, predictions: tuple[PointMaps, ...]
@@ -389,7 +399,7 @@ class CornerNet(nn.Module):
         )
         found = tuple(x.float().cpu() for x in self._decode(first))
         rows = suppress(self._candidates([(found, view)]), self.suppression)[:20]
-        detected = to_instances(rows, (height, width), (height, width))
+        detected = self._to_instances(rows, (height, width), (height, width))
         picture = convert_image_to_rgb(
             inputs["image"].permute(1, 2, 0).clamp(0, 255), self.input_format
         )
