@@ -60,13 +60,17 @@ def pass_boxes(rows: Tensor, view: View, stride: int, margin: float) -> Tensor:
 
 
 def pass_centers(centers: Tensor, view: View, stride: int) -> Tensor:
-    """Centres of one pass in pixels of the image: (1 or 2, K, 4) in cells → (M, 4)."""
+    """Centres of one pass in pixels of the image: (1 or 2, K, 4) in cells → (M, 4).
+
+    Unlike boxes they are not clipped (the published code means to, on a copy); those outside the image
+    confirm nothing.
+    """
     xs = centers[..., 0]
     if len(centers) == 2:
         xs = torch.stack([xs[0], -(-view.canvas[1] // stride) - xs[1]])
     # A point is a box without area.
     points = torch.stack([xs, centers[..., 1], xs, centers[..., 1]], dim=-1)
-    points = clip_and_rescale(unplaced_boxes(points, view, stride), view)
+    points = unplaced_boxes(points, view, stride) / view.scale
     return torch.cat([points[..., :2], centers[..., 2:]], dim=-1).flatten(0, 1)
 
 
