@@ -45,8 +45,9 @@ def canvas_side(side: int, unit: int) -> int:
 class CornerNet(nn.Module):
     """CornerNet on any hourglass; CornerNet-Squeeze is a config of it."""
 
-    # See gaussian_radius.
+    # See encode_corners.
     radius_variant = "cornernet"
+    center_divisor: float | None = None
 
     @configurable
     def __init__(
@@ -273,6 +274,7 @@ class CornerNet(nn.Module):
             output_size=(-(-height // self.stride), -(-width // self.stride)),
             min_overlap=self.min_overlap,
             radius_variant=self.radius_variant,
+            center_divisor=self.center_divisor,
         )
 
     def _normalize(self, images: Tensor) -> Tensor:

@@ -140,6 +140,7 @@ def test_losses_of_drawn_maps() -> None:
         output_size=(32, 32),
         min_overlap=0.7,
         radius_variant="triplets",
+        center_divisor=5.0,
     )
 
     def maps(stack: int, kind: str) -> PointMaps:
