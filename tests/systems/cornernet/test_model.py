@@ -78,7 +78,7 @@ def published_squeeze_names(model: CornerNet) -> dict[str, torch.Tensor]:
         ("conv1.norm.", "bn1."),
         ("conv2.norm.", "bn2."),
         (".skip.norm.", ".skip.1."),
-        (".skip.", ".skip.0."),
+        (".skip.weight", ".skip.0.weight"),
     ]
     links = {"hg.link_inputs.": "hg.inters_.", "hg.link_outputs.": "hg.cnvs_."}
     pooling = {
@@ -90,15 +90,16 @@ def published_squeeze_names(model: CornerNet) -> dict[str, torch.Tensor]:
     published: dict[str, torch.Tensor] = {}
     for name, value in model.state_dict().items():
         for ours, theirs in words:
-            name = name.replace(ours, theirs).replace(ours, theirs)
+            name = name.replace(ours, theirs)
+        name = name.replace(".inner.", ".low2.")  # of the second of two in a row
         parts = name.split(".")
         if parts[0] in ("tl", "br"):
             corner, stack, what, *rest = parts
             if what == "pooling":
                 tail = ".".join(rest)
                 tail = tail.replace("merge.norm", "p_bn1").replace("merge", "p_conv1")
-                tail = tail.replace("skip.1.", "bn1.").replace("skip.norm", "bn1")
-                tail = tail.replace("skip.0.", "conv1.")
+                tail = tail.replace("skip.1.", "bn1.").replace("skip.norm.", "bn1.")
+                tail = tail.replace("skip.0.", "conv1.").replace("skip.weight", "conv1.weight")
                 first, _, last = tail.partition(".")
                 name = f"{corner}_modules.{stack}.{pooling.get(first, first)}.{last}"
             else:
