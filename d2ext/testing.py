@@ -56,7 +56,36 @@ def _tiny_yolact(cfg: CfgNode) -> None:
     cfg.INPUT.MIN_SIZE_TEST = 0
 
 
+def _tiny_hourglass(cfg: CfgNode) -> None:
+    cfg.MODEL.BACKBONE.NAME = "build_stacked_hourglass_backbone"
+    cfg.MODEL.HOURGLASS.CHANNELS = [16, 16, 24]
+    cfg.MODEL.HOURGLASS.BLOCKS = [1, 1, 1]
+    cfg.MODEL.HOURGLASS.STEM_CHANNELS = 16
+    cfg.MODEL.HOURGLASS.OUT_CHANNELS = 16
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.INPUT.MIN_SIZE_TEST = 0
+
+
+def _tiny_cornernet(cfg: CfgNode) -> None:
+    cfg.MODEL.META_ARCHITECTURE = "CornerNet"
+    _tiny_hourglass(cfg)
+    cfg.MODEL.CORNERNET.NUM_CLASSES = NUM_CLASSES
+    cfg.MODEL.CORNERNET.POOL_CHANNELS = 8
+    cfg.MODEL.CORNERNET.HEAD_CHANNELS = 16
+    cfg.MODEL.CORNERNET.TEST.TOP_K = 20
+
+
+def _tiny_centernet_triplets(cfg: CfgNode) -> None:
+    cfg.MODEL.META_ARCHITECTURE = "CenterNetTriplets"
+    _tiny_hourglass(cfg)
+    cfg.MODEL.CENTERNET_TRIPLETS.NUM_CLASSES = NUM_CLASSES
+    cfg.MODEL.CENTERNET_TRIPLETS.POOL_CHANNELS = 8
+    cfg.MODEL.CENTERNET_TRIPLETS.HEAD_CHANNELS = 16
+
+
 _TINY: dict[str, TinyModel] = {
+    "CenterNetTriplets": TinyModel(_tiny_centernet_triplets, ("bbox",)),
+    "CornerNet": TinyModel(_tiny_cornernet, ("bbox",)),
     "YOLACT": TinyModel(_tiny_yolact, ("bbox", "segm")),
 }
 

@@ -17,6 +17,8 @@ def add_data_config(cfg: CfgNode) -> None:
     # A recipe of d2ext.data.AUGMENTATION_REGISTRY:
     #   "default"  Detectron2's own (INPUT.MIN_SIZE_TRAIN, CROP, RANDOM_FLIP, ...)
     #   "ssd"      SSD's as published for YOLACT, by the keys below
+    #   "centernet"  CenterNet's as published: mirror, affine crop to SIZE x SIZE, colours
+    #   "cornernet"  CornerNet's as published: random window, resize to SIZE x SIZE, mirror, colours
     #   "none"     images as they are
     c.NAME = "default"
 
@@ -54,3 +56,28 @@ def add_data_config(cfg: CfgNode) -> None:
     c.CROP_TRIALS = 50
     # Probability of a horizontal flip
     c.FLIP_PROB = 0.5
+
+    # The keys below belong to "centernet", which also takes SIZE and FLIP_PROB; their defaults are the
+    # published values.
+    # Factors on brightness, contrast and saturation are uniform in 1 -+ this
+    c.COLOR_JITTER = 0.4
+    # Standard deviation of the lighting noise along the principal components of ImageNet's colours
+    c.LIGHTING = 0.1
+    c.AFFINE = CfgNode()
+    # "crop": a random window; "shift": the whole image, moved and zoomed; "letterbox": the whole image
+    c.AFFINE.MODE = "crop"
+    # Sides of the window of "crop" over the image's longer side, one of them is drawn
+    c.AFFINE.SCALES = [0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3]
+    # Least distance of the window's centre from the image's edges, pixels; halved until it fits
+    c.AFFINE.BORDER = 128
+    # Standard deviations of "shift": of the centre over the longer side, of the window's factor
+    c.AFFINE.SHIFT = 0.1
+    c.AFFINE.ZOOM = 0.4
+
+    # The keys below belong to "cornernet", which also takes SIZE, CROP_ENABLED (off: the whole image,
+    # padded to a square), FLIP_PROB, COLOR_JITTER and LIGHTING.
+    c.CENTER_CROP = CfgNode()
+    # Side of the window over SIZE, one of them is drawn
+    c.CENTER_CROP.SCALES = [0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3]
+    # Least distance of the window's centre from the image's edges, pixels; halved until it fits
+    c.CENTER_CROP.BORDER = 128

@@ -1,11 +1,14 @@
 """Parts that two or more systems use. Importing this package registers the backbones."""
 
 from d2ext.modeling.darknet import Darknet53, build_darknet53_backbone
+from d2ext.modeling.hourglass import StackedHourglass, build_stacked_hourglass_backbone
 from d2ext.modeling.resnet_dcn import build_resnet_dcn, build_resnet_dcn_backbone
 
 __all__ = [
     "Darknet53",
+    "StackedHourglass",
     "build_darknet53_backbone",
     "build_resnet_dcn",
     "build_resnet_dcn_backbone",
+    "build_stacked_hourglass_backbone",
 ]

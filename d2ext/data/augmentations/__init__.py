@@ -1,7 +1,18 @@
 """Augmentations and transforms in Detectron2's sense, and the recipes made of them."""
 
+from d2ext.data.augmentations.affine import (
+    PixelMirrorTransform,
+    RandomAffineWarp,
+    WarpTransform,
+)
 from d2ext.data.augmentations.base import DetectionInput, DropsInstances, LabelAwareAugmentation
 from d2ext.data.augmentations.build import AUGMENTATION_REGISTRY, build_augmentations
+from d2ext.data.augmentations.canvas import (
+    CanvasCropTransform,
+    RandomCanvasCrop,
+    RandomPixelMirror,
+    SquareCanvas,
+)
 from d2ext.data.augmentations.crop import (
     CenterCropRuleTransform,
     RandomCrop,
@@ -9,6 +20,7 @@ from d2ext.data.augmentations.crop import (
     WindowCropTransform,
 )
 from d2ext.data.augmentations.expand import ExpandTransform, RandomExpand
+from d2ext.data.augmentations.lighting import ColorLightingTransform, RandomColorLighting
 from d2ext.data.augmentations.photometric import PhotometricTransform, RandomPhotometricDistortion
 from d2ext.data.augmentations.resize import (
     BilinearResizeTransform,
@@ -19,18 +31,27 @@ from d2ext.data.augmentations.resize import (
 __all__ = [
     "AUGMENTATION_REGISTRY",
     "BilinearResizeTransform",
+    "CanvasCropTransform",
     "CenterCropRuleTransform",
+    "ColorLightingTransform",
     "DetectionInput",
     "DropsInstances",
     "ExpandTransform",
     "LabelAwareAugmentation",
     "PhotometricTransform",
+    "PixelMirrorTransform",
+    "RandomAffineWarp",
+    "RandomCanvasCrop",
+    "RandomColorLighting",
     "RandomCrop",
     "RandomExpand",
     "RandomIoUCrop",
     "RandomPhotometricDistortion",
+    "RandomPixelMirror",
     "ResizeShortestEdge",
     "ResizeToSquare",
+    "SquareCanvas",
+    "WarpTransform",
     "WindowCropTransform",
     "build_augmentations",
 ]
