@@ -183,42 +183,41 @@ class DenseTargets(NamedTuple):
 def dense_targets(targets: CenterNetTargets, *, joints: bool) -> DenseTargets:
     """Sizes (V = 1), or offsets from each cell to the joints (V = J), at all cells under Gaussians.
 
-    A cell takes the value of the last object whose Gaussian is, when it is drawn, nowhere exceeded by
-    those before. A joint that is not visible gives its cells to nobody, as published.
+    A cell takes the value of the last object whose Gaussian is not exceeded there by those before. A
+    joint that is not visible gives its cells to nobody.
+
+    Published quirk: sizes are drawn when the object itself is on the heat map already, and its Gaussian
+    in float64 is compared with the map in float32. Where rounding made that larger, the cell gets no
+    size, although its weight says that it has one. Joints are drawn before.
     """
     images, _, height, width = targets.heatmap.shape
     device = targets.heatmap.device
-    if joints:
-        if targets.joints is None:
-            raise ValueError("These targets have no joints.")
+    present = (targets.size > 0).all(dim=-1)
+    if not joints:
+        values, drawn = targets.size[:, :, None], present[..., None]
+    elif targets.joints is None:
+        raise ValueError("These targets have no joints.")
+    else:
         values = targets.joints.position.unflatten(2, (-1, 2))
         drawn = targets.joints.offset_mask.view(values.shape[:3])
-    else:
-        values = targets.size[:, :, None]
-        drawn = (targets.size > 0).all(dim=-1)[..., None]
-    present = (targets.size > 0).all(dim=-1)
-    grid = torch.stack(
-        [
-            torch.arange(width, device=device).expand(height, width),
-            torch.arange(height, device=device)[:, None].expand(height, width),
-        ]
-    )
+    columns = torch.arange(width, device=device).expand(height, width)
+    rows = torch.arange(height, device=device)[:, None].expand(height, width)
     field = values.new_zeros((images, values.shape[2], 2, height, width))
     weights = values.new_zeros((images, values.shape[2], height, width))
     highest = values.new_zeros((images, height, width))
-    numbers = torch.arange(images, device=device)
     for k in range(values.shape[1]):
-        index = targets.index[:, k]
-        cell = torch.stack([index % width, index.div(width, rounding_mode="floor")], dim=1)
-        bump = draw_gaussians(
-            (height, width), images, cell, targets.radii[:, k], numbers, peaks=present[:, k]
-        )
-        highest = torch.maximum(highest, bump)
-        wins = (bump > 0) & (bump >= highest)
+        index, radius = targets.index[:, k, None, None], targets.radii[:, k, None, None]
+        x = columns - index % width
+        y = rows - index.div(width, rounding_mode="floor")
+        window = (x.abs() <= radius) & (y.abs() <= radius) & present[:, k, None, None]
+        sigma = (2 * radius + 1).double() / 6
+        bump = torch.exp(-(x * x + y * y) / (2 * sigma * sigma)) * window
+        before, highest = highest, torch.maximum(highest, bump.float())
+        wins = window & (bump >= (before if joints else highest).double())
         takes = (wins[:, None] & drawn[:, k, :, None, None])[:, :, None]
         value = values[:, k, :, :, None, None]
         if joints:
-            value = value - (grid - cell[:, :, None, None])[:, None]
+            value = value - torch.stack([x, y], dim=1)[:, None]
         field = torch.where(takes, value, field)
-        weights = torch.maximum(weights, bump[:, None] * drawn[:, k, :, None, None])
+        weights = torch.maximum(weights, bump.float()[:, None] * drawn[:, k, :, None, None])
     return DenseTargets(field.flatten(1, 2), weights.repeat_interleave(2, dim=1))
