@@ -18,6 +18,7 @@ def add_data_config(cfg: CfgNode) -> None:
     #   "default"  Detectron2's own (INPUT.MIN_SIZE_TRAIN, CROP, RANDOM_FLIP, ...)
     #   "ssd"      SSD's as published for YOLACT, by the keys below
     #   "centernet"  CenterNet's as published: mirror, affine crop to SIZE x SIZE, colours
+    #   "cornernet"  CornerNet's as published: random window, resize to SIZE x SIZE, mirror, colours
     #   "none"     images as they are
     c.NAME = "default"
 
@@ -72,3 +73,11 @@ def add_data_config(cfg: CfgNode) -> None:
     # Standard deviations of "shift": of the centre over the longer side, of the window's factor
     c.AFFINE.SHIFT = 0.1
     c.AFFINE.ZOOM = 0.4
+
+    # The keys below belong to "cornernet", which also takes SIZE, CROP_ENABLED (off: the whole image,
+    # padded to a square), FLIP_PROB, COLOR_JITTER and LIGHTING.
+    c.CENTER_CROP = CfgNode()
+    # Side of the window over SIZE, one of them is drawn
+    c.CENTER_CROP.SCALES = [0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3]
+    # Least distance of the window's centre from the image's edges, pixels; halved until it fits
+    c.CENTER_CROP.BORDER = 128

@@ -7,6 +7,12 @@ from d2ext.data.augmentations.affine import (
 )
 from d2ext.data.augmentations.base import DetectionInput, DropsInstances, LabelAwareAugmentation
 from d2ext.data.augmentations.build import AUGMENTATION_REGISTRY, build_augmentations
+from d2ext.data.augmentations.canvas import (
+    CanvasCropTransform,
+    RandomCanvasCrop,
+    RandomPixelMirror,
+    SquareCanvas,
+)
 from d2ext.data.augmentations.crop import (
     CenterCropRuleTransform,
     RandomCrop,
@@ -25,6 +31,7 @@ from d2ext.data.augmentations.resize import (
 __all__ = [
     "AUGMENTATION_REGISTRY",
     "BilinearResizeTransform",
+    "CanvasCropTransform",
     "CenterCropRuleTransform",
     "ColorLightingTransform",
     "DetectionInput",
@@ -34,13 +41,16 @@ __all__ = [
     "PhotometricTransform",
     "PixelMirrorTransform",
     "RandomAffineWarp",
+    "RandomCanvasCrop",
     "RandomColorLighting",
     "RandomCrop",
     "RandomExpand",
     "RandomIoUCrop",
     "RandomPhotometricDistortion",
+    "RandomPixelMirror",
     "ResizeShortestEdge",
     "ResizeToSquare",
+    "SquareCanvas",
     "WarpTransform",
     "WindowCropTransform",
     "build_augmentations",

@@ -10,7 +10,7 @@ from fvcore.transforms.transform import HFlipTransform, Transform, TransformList
 
 from d2ext.codecs.affine import affine_matrix, invert_affine
 from d2ext.data.augmentations.base import LabelAwareAugmentation
-from d2ext.data.augmentations.geometry import clip_polygon
+from d2ext.data.augmentations.geometry import clip_polygon, random_center
 
 _MODES = ("crop", "shift", "letterbox")
 
@@ -144,7 +144,8 @@ class RandomAffineWarp(LabelAwareAugmentation):
         center, side = np.array([w / 2, h / 2]), float(max(h, w))
         if self.mode == "crop":
             side *= float(np.random.choice(self.scales))
-            center = np.array([self._coordinate(w), self._coordinate(h)], dtype=np.float64)
+            places = [random_center(w, self.border), random_center(h, self.border)]
+            center = np.array(places, dtype=np.float64)
         elif self.mode == "shift":
             moves = np.clip(np.random.normal(0, 1, 2) * self.shift, -2 * self.shift, 2 * self.shift)
             center = center + side * moves
@@ -157,11 +158,3 @@ class RandomAffineWarp(LabelAwareAugmentation):
         matrix = affine_matrix(center, side, (new_w, new_h))
         steps.append(WarpTransform(matrix, w, h, new_w, new_h, ignore_label=self.ignore_label))
         return TransformList(steps)
-
-    def _coordinate(self, length: int) -> int:
-        """A uniform whole coordinate along a side of ``length`` pixels, away from its ends."""
-        parts = 1
-        while length - self.border // parts <= self.border // parts:
-            parts *= 2
-        margin = self.border // parts
-        return int(np.random.randint(margin, length - margin))

@@ -8,6 +8,7 @@ from detectron2.data import transforms as T
 from fvcore.common.registry import Registry
 
 from d2ext.data.augmentations.affine import RandomAffineWarp
+from d2ext.data.augmentations.canvas import RandomCanvasCrop, RandomPixelMirror, SquareCanvas
 from d2ext.data.augmentations.crop import RandomCrop, RandomIoUCrop
 from d2ext.data.augmentations.expand import RandomExpand
 from d2ext.data.augmentations.lighting import RandomColorLighting
@@ -125,6 +126,28 @@ def build_centernet_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augment
             flip_prob=c.FLIP_PROB,
         )
     ]
+    if c.COLOR_JITTER > 0 or c.LIGHTING > 0:
+        augmentations.append(RandomColorLighting(c.COLOR_JITTER, c.LIGHTING, cfg.INPUT.FORMAT))
+    return augmentations
+
+
+@AUGMENTATION_REGISTRY.register_as("cornernet")
+def build_cornernet_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
+    """The published CornerNet recipe: random window, resize to a square, mirror, colours, lighting.
+
+    Without the random window (``CROP_ENABLED``) the image is padded to a square. Images stay float32 in
+    [0, 255] from the colours on, unclipped, as published. Test images are resized as with
+    ``"default"`` (with ``INPUT.MIN_SIZE_TEST: 0``, not at all, as published).
+    """
+    if not is_train:
+        return build_default_augmentation(cfg, False)
+    c = cfg.INPUT.AUGMENTATION
+    window = (
+        RandomCanvasCrop(c.SIZE, c.CENTER_CROP.SCALES, c.CENTER_CROP.BORDER)
+        if c.CROP_ENABLED
+        else SquareCanvas()
+    )
+    augmentations = [window, ResizeToSquare(c.SIZE), RandomPixelMirror(c.FLIP_PROB)]
     if c.COLOR_JITTER > 0 or c.LIGHTING > 0:
         augmentations.append(RandomColorLighting(c.COLOR_JITTER, c.LIGHTING, cfg.INPUT.FORMAT))
     return augmentations

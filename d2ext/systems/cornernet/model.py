@@ -1,0 +1,413 @@
+"""CornerNet (arXiv 1808.01244) and CornerNet-Squeeze (arXiv 1904.08900): boxes as pairs of corners.
+
+An image is centred on a canvas whose sides fit the hourglass (:meth:`CornerNet.views`), with its mirror
+image, and goes through backbone and heads (``head.py``). Then come either the losses
+(``losses.py``, targets from :mod:`d2ext.codecs.corners`) or, in inference, the pairing of corners
+(:mod:`d2ext.codecs.corners`) and soft-NMS (``postprocess.py``).
+
+Letters: B images, C thing classes, P pairs, H×W pixels of the canvas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.data.detection_utils import convert_image_to_rgb
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
+from detectron2.structures import Instances
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from d2ext.codecs.corners import CornerTargets, PointMaps, decode_corners, encode_corners
+from d2ext.modeling.inference import InferenceNetwork
+from d2ext.systems.cornernet.head import CornerNetHead, CornerNetwork
+from d2ext.systems.cornernet.losses import CornerNetCriterion
+from d2ext.systems.cornernet.postprocess import (
+    SuppressionOptions,
+    View,
+    image_rows,
+    rows_of_pairs,
+    suppress,
+    to_instances,
+)
+
+
+def canvas_side(side: int, unit: int) -> int:
+    """The smallest multiple of ``unit`` less one that is not below ``side`` (published: side | 127)."""
+    return -(-(side + 1) // unit) * unit - 1
+
+
+@META_ARCH_REGISTRY.register()
+class CornerNet(nn.Module):
+    """CornerNet on any hourglass; CornerNet-Squeeze is a config of it."""
+
+    # See gaussian_radius.
+    radius_variant = "cornernet"
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        head: CornerNetHead,
+        criterion: CornerNetCriterion,
+        num_classes: int,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        input_format: str = "BGR",
+        min_overlap: float = 0.3,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = True,
+        top_k: int = 100,
+        peak_kernel: int = 3,
+        max_distance: float = 0.5,
+        max_pairs: int = 1000,
+        suppression: SuppressionOptions | None = None,
+        inference_mode: str = "eager",
+        inference_dtype: str = "float32",
+        channels_last: bool = False,
+        vis_period: int = 0,
+    ) -> None:
+        """Args:
+        backbone: gives ``stack1``, ``stack2``, ... of one stride.
+        head: predictions on each of them.
+        criterion: the losses.
+        num_classes: C.
+        pixel_mean, pixel_std: per channel of ``input_format``, in 0..255.
+        input_format: channel order of the images, for pictures only.
+        min_overlap: see :func:`encode_corners`.
+        scales: of the image in inference, one pass each.
+        flip: also pass the mirror image.
+        top_k, peak_kernel, max_distance, max_pairs: see :func:`decode_corners`.
+        suppression: see :func:`suppress`.
+        inference_mode, inference_dtype, channels_last: see :class:`InferenceNetwork`.
+        vis_period: iterations between pictures of the training in TensorBoard; 0 for none.
+        """
+        super().__init__()
+        if not scales or min(scales) <= 0:
+            raise ValueError(f"TEST.SCALES holds positive factors, at least one; not {scales}.")
+        if min(top_k, max_pairs) < 1 or peak_kernel % 2 == 0:
+            raise ValueError(
+                "TEST.TOP_K and TEST.MAX_PAIRS are at least 1 and TEST.PEAK_KERNEL is odd; not "
+                f"{top_k}, {max_pairs} and {peak_kernel}."
+            )
+        self.network = CornerNetwork(backbone, head)
+        self.criterion = criterion
+        self.num_classes = num_classes
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+        self.input_format = input_format
+        self.min_overlap = min_overlap
+        self.scales = [float(scale) for scale in scales]
+        self.flip = flip
+        self.top_k = top_k
+        self.peak_kernel = peak_kernel
+        self.max_distance = max_distance
+        self.max_pairs = max_pairs
+        self.suppression = suppression or SuppressionOptions()
+        self.vis_period = vis_period
+        self.stride = backbone.output_shape()["stack1"].stride
+        # In a tuple, so that the copy of the weights which it keeps is no submodule.
+        self._inference = (
+            InferenceNetwork(
+                self.network,
+                self._decode,
+                mode=inference_mode,
+                dtype=inference_dtype,
+                channels_last=channels_last,
+            ),
+        )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        return cls._arguments(cfg, cfg.MODEL.CORNERNET, CornerNetHead, CornerNetCriterion)
+
+    @classmethod
+    def _arguments(
+        cls,
+        cfg: CfgNode,
+        node: CfgNode,
+        head: type[CornerNetHead],
+        criterion: type[CornerNetCriterion],
+    ) -> dict[str, Any]:
+        """Constructor arguments from ``cfg`` and the system's own node of it."""
+        backbone = build_backbone(cfg)
+        shapes = backbone.output_shape()
+        if "stack1" not in shapes:
+            raise ValueError(
+                "Detectors of corners need a stacked hourglass: set MODEL.BACKBONE.NAME to "
+                f'"build_stacked_hourglass_backbone", not "{cfg.MODEL.BACKBONE.NAME}".'
+            )
+        stacks = [name for name in shapes if name.removeprefix("stack").isdigit()]
+        test = node.TEST
+        return {
+            "backbone": backbone,
+            "head": head(
+                channels=shapes["stack1"].channels,
+                num_stacks=len(stacks),
+                num_classes=node.NUM_CLASSES,
+                pool_channels=node.POOL_CHANNELS,
+                hidden=node.HEAD_CHANNELS,
+                kernel=node.HEAD_KERNEL,
+                norm=node.NORM,
+            ),
+            "criterion": criterion(
+                heat_weight=node.LOSS.HEAT_WEIGHT,
+                pull_weight=node.LOSS.PULL_WEIGHT,
+                push_weight=node.LOSS.PUSH_WEIGHT,
+                offset_weight=node.LOSS.OFFSET_WEIGHT,
+            ),
+            "num_classes": node.NUM_CLASSES,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "input_format": cfg.INPUT.FORMAT,
+            "min_overlap": node.LOSS.MIN_OVERLAP,
+            "scales": test.SCALES,
+            "flip": test.FLIP,
+            "top_k": test.TOP_K,
+            "peak_kernel": test.PEAK_KERNEL,
+            "max_distance": test.MAX_DISTANCE,
+            "max_pairs": test.MAX_PAIRS,
+            "suppression": SuppressionOptions(
+                method=test.NMS,
+                sigma=test.NMS_SIGMA,
+                iou_threshold=test.NMS_THRESH,
+                score_threshold=test.SCORE_THRESH,
+                merge=test.NMS_MERGE,
+                merge_exponent=test.NMS_MERGE_EXPONENT,
+                keep_stale=test.KEEP_STALE,
+                max_detections=test.MAX_DETECTIONS,
+            ),
+            "inference_mode": cfg.MODEL.INFERENCE.MODE,
+            "inference_dtype": cfg.MODEL.INFERENCE.DTYPE,
+            "channels_last": cfg.MODEL.INFERENCE.CHANNELS_LAST,
+            "vis_period": cfg.VIS_PERIOD,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    @property
+    def backbone(self) -> Backbone:
+        return self.network.backbone
+
+    @property
+    def head(self) -> CornerNetHead:
+        return self.network.head
+
+    @property
+    def inference_network(self) -> InferenceNetwork:
+        """Network and pairing as :meth:`inference` runs them; benchmarks time it."""
+        return self._inference[0]
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict]:
+        """Detectron2's contract.
+
+        Args:
+            batched_inputs: for each image a dict with ``image`` (3, H, W) in 0..255, any size;
+                ``height``, ``width`` of the wanted output (default: of the image); in training
+                ``instances`` with ``gt_boxes`` and ``gt_classes``. Crowds are not trained on.
+
+        Returns:
+            In training the losses. Otherwise a list of ``{"instances": Instances}``; its fields are
+            listed in ``postprocess.py``.
+
+        Raises:
+            KeyError: training inputs without ``instances``.
+        """
+        if not self.training:
+            return self.inference(batched_inputs)
+        images, targets = self.training_batch(batched_inputs)
+        stacks = self.network.predictions(images, all_stacks=True)
+        if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
+            self._visualize_training(batched_inputs[0], images[:1], stacks[-1])
+        return self.criterion(stacks, targets)
+
+    # ------------------------------------------------------------------ training
+
+    def training_batch(self, batched_inputs: list[dict[str, Any]]) -> tuple[Tensor, CornerTargets]:
+        """Normalised images (B, 3, H, W), centred on a common canvas, and their targets."""
+        images = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
+        unit = self.backbone.size_divisibility
+        canvas = tuple(
+            canvas_side(max(image.shape[axis] for image in images), unit) for axis in (1, 2)
+        )
+        batch = torch.zeros((len(images), 3, *canvas), device=self.device)
+        boxes, classes = [], []
+        for i, (image, inputs) in enumerate(zip(images, batched_inputs, strict=True)):
+            height, width = image.shape[-2:]
+            top, left = canvas[0] // 2 - height // 2, canvas[1] // 2 - width // 2
+            batch[i, :, top : top + height, left : left + width] = image
+            instances = self._instances(inputs)
+            shift = torch.tensor([left, top, left, top], dtype=torch.float32)
+            boxes.append(
+                instances.gt_boxes.tensor.to(self.device, non_blocking=True)
+                + shift.to(self.device, non_blocking=True)
+            )
+            classes.append(instances.gt_classes.to(self.device, non_blocking=True))
+        return self._normalize(batch), self._targets(boxes, classes, canvas)
+
+    def _instances(self, inputs: dict[str, Any]) -> Instances:
+        if "instances" not in inputs:
+            raise KeyError(
+                "Training needs `instances` for each image: the data mapper did not provide them "
+                "(is it built with is_train=True, and has the data set annotations?)."
+            )
+        return inputs["instances"]
+
+    def _targets(
+        self, boxes: list[Tensor], classes: list[Tensor], canvas: tuple[int, ...]
+    ) -> CornerTargets:
+        """boxes (n, 4) in pixels of the canvas, for each image."""
+        height, width = canvas
+        return encode_corners(
+            boxes,
+            classes,
+            num_classes=self.num_classes,
+            input_size=(height, width),
+            output_size=(-(-height // self.stride), -(-width // self.stride)),
+            min_overlap=self.min_overlap,
+            radius_variant=self.radius_variant,
+        )
+
+    def _normalize(self, images: Tensor) -> Tensor:
+        return (images - self.pixel_mean) / self.pixel_std
+
+    # ------------------------------------------------------------------ inference
+
+    def views(self, image: Tensor) -> list[tuple[Tensor, View]]:
+        """The canvases on which an image is looked at, one for each scale.
+
+        As published: sides grow to the next multiple (of 128, for the published hourglasses) less
+        one, with the image's centre pixel on the canvas' centre pixel and zeros around, before the
+        normalisation. Published quirk: where the image is as large as the canvas, and its side odd
+        therefore, its last row or column stays zero.
+
+        Args:
+            image: (3, h, w) in 0..255.
+
+        Returns:
+            for each scale a canvas (3, H, W) float32 in 0..255, and where the image lies on it.
+        """
+        result = []
+        unit = self.backbone.size_divisibility
+        for scale in self.scales:
+            scaled = self._rescaled(image, scale)
+            height, width = scaled.shape[-2:]
+            canvas = canvas_side(height, unit), canvas_side(width, unit)
+            top, left = canvas[0] // 2 - height // 2, canvas[1] // 2 - width // 2
+            rows = min(height, height // 2 + canvas[0] // 2)
+            columns = min(width, width // 2 + canvas[1] // 2)
+            pixels = torch.zeros((3, *canvas), device=image.device)
+            pixels[:, top : top + rows, left : left + columns] = scaled[:, :rows, :columns]
+            result.append((pixels, View(scale, (height, width), canvas, top, left)))
+        return result
+
+    def _rescaled(self, image: Tensor, scale: float) -> Tensor:
+        """(3, h, w) → float32 (3, int(h · scale), int(w · scale)), at least one pixel a side."""
+        if scale == 1.0:
+            return image.float()
+        size = [max(1, int(side * scale)) for side in image.shape[-2:]]
+        resized = F.interpolate(image[None].float(), size, mode="bilinear", align_corners=False)
+        # The published code resizes bytes.
+        return resized[0].round()
+
+    def _decode(self, predictions: tuple[PointMaps, ...]) -> tuple[Tensor, ...]:
+        """Raw predictions → rows (B, P, COLUMNS) of pairs, in cells."""
+        pairs = decode_corners(
+            *predictions[:2],
+            k=self.top_k,
+            kernel=self.peak_kernel,
+            max_distance=self.max_distance,
+            max_pairs=self.max_pairs,
+        )
+        return (rows_of_pairs(pairs),)
+
+    @torch.no_grad()
+    def inference(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
+        """Detect; see :meth:`forward`."""
+        views: list[tuple[int, View]] = []
+        canvases: list[Tensor] = []
+        for i, inputs in enumerate(batched_inputs):
+            image = inputs["image"].to(self.device, non_blocking=True)
+            for pixels, view in self.views(image):
+                views.append((i, view))
+                canvases.append(pixels)
+        passes = self._passes(canvases)
+        results = []
+        for i, inputs in enumerate(batched_inputs):
+            own = [(found, view) for found, (j, view) in zip(passes, views, strict=True) if j == i]
+            image_size = tuple(inputs["image"].shape[-2:])
+            height, width = inputs.get("height"), inputs.get("width")
+            output_size = (height or image_size[0], width or image_size[1])
+            rows = suppress(self._candidates(own), self.suppression)
+            results.append(
+                {"instances": self._to_instances(rows.to(self.device), image_size, output_size)}
+            )
+        return results
+
+    def _passes(self, canvases: list[Tensor]) -> list[tuple[Tensor, ...]]:
+        """Run the network, canvases of one size together.
+
+        Returns:
+            for each canvas what :meth:`_decode` gives, (1 or 2, P, COLUMNS) and so on, on the CPU.
+        """
+        passes: list[tuple[Tensor, ...]] = [()] * len(canvases)
+        for size in dict.fromkeys(canvas.shape for canvas in canvases):
+            chosen = [i for i, canvas in enumerate(canvases) if canvas.shape == size]
+            images = torch.stack([canvases[i] for i in chosen])
+            if self.flip:
+                images = torch.cat([images, images.flip(-1)])
+            found = [x.cpu() for x in self.inference_network(self._normalize(images))]
+            for n, i in enumerate(chosen):
+                passes[i] = tuple(x[n :: len(chosen)] for x in found)
+        return passes
+
+    def _candidates(self, passes: list[tuple[tuple[Tensor, ...], View]]) -> Tensor:
+        """What the passes of one image found → rows (N, COLUMNS) in pixels of the image."""
+        return torch.cat([image_rows(found[0], view, self.stride) for found, view in passes])
+
+    def _to_instances(
+        self, rows: Tensor, image_size: tuple[int, int], output_size: tuple[int, int]
+    ) -> Instances:
+        """Detections of one image → its instances at the size of the output."""
+        return to_instances(rows, image_size, output_size)
+
+    @torch.no_grad()
+    def _visualize_training(
+        self, inputs: dict[str, Any], image: Tensor, predictions: tuple[PointMaps, ...]
+    ) -> None:
+        """Log ground truth beside the best detections of the batch's first image."""
+        from detectron2.utils.visualizer import Visualizer  # pulls in matplotlib
+
+        canvas = image.shape[-2:]
+        height, width = inputs["image"].shape[-2:]
+        view = View(
+            1.0,
+            (height, width),
+            (canvas[0], canvas[1]),
+            canvas[0] // 2 - height // 2,
+            canvas[1] // 2 - width // 2,
+        )
+        first = tuple(
+            PointMaps(*(None if x is None else x[:1] for x in maps)) for maps in predictions
+        )
+        found = tuple(x.float().cpu() for x in self._decode(first))
+        rows = suppress(self._candidates([(found, view)]), self.suppression)[:20]
+        detected = self._to_instances(rows, (height, width), (height, width))
+        picture = convert_image_to_rgb(
+            inputs["image"].permute(1, 2, 0).clamp(0, 255), self.input_format
+        )
+        both = [
+            Visualizer(picture).overlay_instances(boxes=boxes.to("cpu")).get_image()
+            for boxes in (inputs["instances"].gt_boxes, detected.pred_boxes)
+        ]
+        joined = torch.cat([torch.from_numpy(x.copy()) for x in both], dim=1)
+        get_event_storage().put_image(
+            "Left: ground truth. Right: detections", joined.permute(2, 0, 1).float() / 255
+        )
