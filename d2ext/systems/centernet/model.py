@@ -1,6 +1,6 @@
 """CenterNet: objects as points (arXiv 1904.07850), detection and human pose.
 
-An image goes through :meth:`CenterNet.place` (``preprocess.py``), the backbone and the heads
+An image goes through :meth:`CenterNet.preprocess` (``preprocess.py``), the backbone and the heads
 (``head.py``), and then either the losses (``targets.py``, ``losses.py``) or, in inference, the decoding
 of peaks (``postprocess.py``).
 
@@ -21,11 +21,12 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from d2ext.codecs.heatmaps import maps_on_image
 from d2ext.modeling.inference import InferenceNetwork
 from d2ext.systems.centernet.head import CenterNetHead, Predictions, head_channels
 from d2ext.systems.centernet.losses import CenterNetCriterion
 from d2ext.systems.centernet.postprocess import Detections, decode, merge_mirrored, merge_scales
-from d2ext.systems.centernet.preprocess import CellsToImage, place_image
+from d2ext.systems.centernet.preprocess import CellsToImage, Placement, placement
 from d2ext.systems.centernet.targets import CenterNetTargets, ObjectAnnotations, encode_targets
 
 # Detectron2's keypoints are half a pixel more than COCO's, which the published code uses as they are.
@@ -222,7 +223,7 @@ class CenterNet(nn.Module):
             the fields listed in ``postprocess.py``.
         """
         if not self.training:
-            return self.inference(batched_inputs)
+            return self.detect(batched_inputs)
         images = self.training_images(batched_inputs)
         targets = self.encode(batched_inputs, images.shape[-2:])
         features = self.backbone(images)
@@ -291,60 +292,132 @@ class CenterNet(nn.Module):
 
     def _decode(self, predictions: Predictions) -> tuple[Tensor, ...]:
         """Raw maps → the fields of :class:`Detections`, without ``joints`` where there are none."""
+        maps = self._probabilities(predictions)
+        return tuple(field for field in decode(maps, self.top_k) if field is not None)
+
+    def _probabilities(self, predictions: Predictions) -> Predictions:
+        """Raw maps → float32, heat maps as probabilities, mirror images merged."""
         maps = {name: value.float() for name, value in predictions.items()}
         for name in maps:
             if name.endswith("heatmap"):
                 maps[name] = maps[name].sigmoid()
-        if self.flip_test:
-            maps = merge_mirrored(maps, self.flip_pairs)
-        return tuple(field for field in decode(maps, self.top_k) if field is not None)
+        return merge_mirrored(maps, self.flip_pairs) if self.flip_test else maps
 
-    def place(self, image: Tensor, test_scale: float = 1.0) -> tuple[Tensor, CellsToImage]:
-        """An image (3, H, W) in the network's input, see :func:`place_image`."""
-        return place_image(
-            image.to(self.device),
+    def placement(self, size: tuple[int, int], test_scale: float) -> Placement:
+        """How an image of ``size`` (height, width) is shown to the network."""
+        return placement(
+            (int(size[0]), int(size[1])),
             test_scale,
             stride=self.head.stride,
             divisibility=self.backbone.size_divisibility,
             fixed_size=None if self.keep_resolution else self.input_size,
         )
 
-    def network_input(self, canvases: Sequence[Tensor]) -> Tensor:
-        """Canvases of one size → (B, 3, H, W) normalised, or (2B, 3, H, W) with mirror images."""
-        images = self._normalize(torch.stack(list(canvases)))
+    def preprocess(
+        self, batched_inputs: list[dict[str, Any]], test_scale: float | None = None
+    ) -> Tensor:
+        """Images that share a canvas → the network's input, (B, 3, H, W) and, if wanted, mirror images.
+
+        Around the images there are zeros, before the normalisation as published.
+
+        Args:
+            test_scale: default: the first of the test scales.
+        """
+        test_scale = self.test_scales[0] if test_scale is None else test_scale
+        canvases = []
+        for inputs in batched_inputs:
+            image = inputs["image"].to(self.device, non_blocking=True)
+            canvases.append(self.placement(image.shape[-2:], test_scale).draw(image))
+        images = self._normalize(torch.stack(canvases))
         return torch.cat([images, images.flip(3)]) if self.flip_test else images
 
     @torch.no_grad()
-    def detect(self, images: Sequence[Tensor], test_scale: float = 1.0) -> list[Detections]:
-        """Detections of each image (3, H, W) at one scale, in its pixels.
-
-        Images that have one size on the canvas go through the network together.
-        """
-        placed = [self.place(image, test_scale) for image in images]
-        groups: dict[torch.Size, list[int]] = {}
-        for i, (canvas, _) in enumerate(placed):
-            groups.setdefault(canvas.shape, []).append(i)
-        results: dict[int, Detections] = {}
-        for members in groups.values():
-            fields = self.inference_network(self.network_input([placed[i][0] for i in members]))
-            found = Detections(*fields)
-            for row, i in enumerate(members):
-                results[i] = _to_image(found, row, placed[i][1])
-        return [results[i] for i in range(len(images))]
+    def detect(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
+        """Images of any sizes, at all scales → results; see :meth:`forward`."""
+        found: list[list[Detections]] = [[] for _ in batched_inputs]
+        for test_scale in self.test_scales:
+            for members in self._groups(batched_inputs, test_scale):
+                group = [batched_inputs[i] for i in members]
+                fields = self.inference_network(self.preprocess(group, test_scale))
+                detections = self._to_images(Detections(*fields), group, test_scale)
+                for i, own in zip(members, detections, strict=True):
+                    found[i].append(own)
+        return [self._result(x, own) for x, own in zip(batched_inputs, found, strict=True)]
 
     @torch.no_grad()
-    def inference(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
-        """Detect on images; see :meth:`forward`."""
-        images = [x["image"] for x in batched_inputs]
-        scales = [self.detect(images, scale) for scale in self.test_scales]
-        merge = self.soft_nms or len(scales) > 1
-        limit = None if self.num_joints else self.max_detections
+    def inference(
+        self, images: Tensor, batched_inputs: list[dict[str, Any]]
+    ) -> list[dict[str, Instances]]:
+        """Detect on what :meth:`preprocess` made, at the first scale only."""
+        fields = self.inference_network(images)
+        found = self._to_images(Detections(*fields), batched_inputs, self.test_scales[0])
+        return [self._result(x, [own]) for x, own in zip(batched_inputs, found, strict=True)]
+
+    def _groups(self, batched_inputs: list[dict[str, Any]], test_scale: float) -> list[list[int]]:
+        """Numbers of the images that have one canvas and so go through the network together."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i, inputs in enumerate(batched_inputs):
+            canvas = self.placement(inputs["image"].shape[-2:], test_scale).canvas
+            groups.setdefault(canvas, []).append(i)
+        return list(groups.values())
+
+    def _to_images(
+        self, found: Detections, batched_inputs: list[dict[str, Any]], test_scale: float
+    ) -> list[Detections]:
+        """Detections of a batch in cells → of each image in its pixels."""
+        points = [found.boxes, found.centers, *([] if found.joints is None else [found.joints])]
+        sizes = [x.shape[2] for x in points]
+        joined = torch.cat(points, dim=2)
         results = []
-        for inputs, *found in zip(batched_inputs, *scales, strict=True):
-            detections = merge_scales(found, limit) if merge else found[0]
-            size = inputs["image"].shape[-2:]
-            output_size = (inputs.get("height") or size[0], inputs.get("width") or size[1])
-            results.append({"instances": self._instances(detections, size, output_size)})
+        for row, inputs in enumerate(batched_inputs):
+            back = self.placement(inputs["image"].shape[-2:], test_scale).back
+            boxes, centers, *joints = back.apply(joined[row]).split(sizes, dim=1)
+            results.append(
+                Detections(
+                    boxes,
+                    found.scores[row],
+                    found.classes[row],
+                    centers,
+                    joints[0] if joints else None,
+                )
+            )
+        return results
+
+    def _result(self, inputs: dict[str, Any], scales: list[Detections]) -> dict[str, Instances]:
+        """What was found on one image, at each scale, in its pixels → the output."""
+        found = scales[0]
+        if self.soft_nms or len(scales) > 1:
+            found = merge_scales(scales, None if self.num_joints else self.max_detections)
+        size = inputs["image"].shape[-2:]
+        output_size = (inputs.get("height") or size[0], inputs.get("width") or size[1])
+        return {"instances": self._instances(found, size, output_size)}
+
+    @torch.no_grad()
+    def heatmaps(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+        """What the network sees where, at the first test scale; see ``d2ext.utils.drawing``.
+
+        Returns:
+            for each image ``centers`` and, with poses, ``joints``: (height, width) of the output, in
+            0..1, the maximum over classes or joints.
+        """
+        test_scale = self.test_scales[0]
+        results: list[dict[str, Tensor]] = [{} for _ in batched_inputs]
+        for members in self._groups(batched_inputs, test_scale):
+            group = [batched_inputs[i] for i in members]
+            maps = self._probabilities(self.inference_network.network(self.preprocess(group)))
+            for row, i in enumerate(members):
+                inputs = batched_inputs[i]
+                size = tuple(inputs["image"].shape[-2:])
+                back = self.placement(size, test_scale).back
+                shift = (back.x_shift, back.y_shift)
+                for name, source in (("centers", "heatmap"), ("joints", "joint_heatmap")):
+                    if source in maps:
+                        heat = maps[source][row].amax(dim=0, keepdim=True)
+                        heat = maps_on_image(heat, back.scale, shift, size)
+                        output_size = (inputs.get("height", size[0]), inputs.get("width", size[1]))
+                        if output_size != size:
+                            heat = nn.functional.interpolate(heat[None], output_size)[0]
+                        results[i][name] = heat[0]
         return results
 
     def _instances(
@@ -363,7 +436,7 @@ class CenterNet(nn.Module):
         result.pred_boxes = Boxes(boxes)
         result.scores = found.scores
         result.pred_classes = found.classes
-        result.pred_centers = centers
+        result.centers = centers
         if joints is not None:
             points = joints.unflatten(1, (-1, 2)) + _KEYPOINT_SHIFT
             result.pred_keypoints = torch.cat([points, torch.ones_like(points[..., :1])], dim=2)
@@ -387,17 +460,6 @@ class CenterNet(nn.Module):
             pictures.append(grey * (1 - strength[..., None]) + red * strength[..., None])
         name = "Left: target heat map. Right: prediction"
         get_event_storage().put_image(name, torch.cat(pictures, dim=1).permute(2, 0, 1))
-
-
-def _to_image(found: Detections, row: int, back: CellsToImage) -> Detections:
-    """One image of a batch, in its pixels."""
-    return Detections(
-        back.apply(found.boxes[row]),
-        found.scores[row],
-        found.classes[row],
-        back.apply(found.centers[row]),
-        None if found.joints is None else back.apply(found.joints[row]),
-    )
 
 
 def _scale_points(points: Tensor, scale_x: float, scale_y: float) -> Tensor:

@@ -8,7 +8,7 @@ Letters: B images, C classes, h×w cells, K detections, J joints.
 Fields of the resulting ``Instances``, in pixels of the output image:
 
 - ``pred_boxes``, ``scores``, ``pred_classes``;
-- ``pred_centers`` (N, 2): x, y of the peak that became the detection;
+- ``centers`` (N, 2): x, y of the peak that became the detection;
 - ``pred_keypoints`` (N, J, 3), with poses: x, y in Detectron2's convention (half a pixel more than
   COCO's, which its evaluator takes off again) and 1: CenterNet does not score joints.
 """

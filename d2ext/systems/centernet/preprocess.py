@@ -30,15 +30,41 @@ class CellsToImage(NamedTuple):
         return torch.stack([x, y], dim=-1).flatten(-2)
 
 
-def place_image(
-    image: Tensor,
+class Placement(NamedTuple):
+    """How an image lies in the network's input."""
+
+    resized: tuple[int, int]
+    """(height, width) of the image at the test scale."""
+    canvas: tuple[int, int]
+    """(height, width) of the network's input."""
+    inverse: tuple[tuple[float, ...], ...] | None
+    """Map of the warp from the canvas to the resized image; None: it is only moved, centre on centre."""
+    back: CellsToImage
+    """From cells of the output to pixels of the image before it was resized."""
+
+    def draw(self, image: Tensor) -> Tensor:
+        """(3, H, W) → (3, height, width) of the canvas in 0..255, zero where the image is not."""
+        image = resize_like_opencv(image, *self.resized) if self._resizes(image) else image
+        if self.inverse is not None:
+            return warp_like_opencv(image, self.inverse, *self.canvas)
+        canvas = image.new_zeros((image.shape[0], *self.canvas))
+        top, left = (c // 2 - r // 2 for c, r in zip(self.canvas, self.resized, strict=True))
+        canvas[:, top : top + self.resized[0], left : left + self.resized[1]] = image
+        return canvas
+
+    def _resizes(self, image: Tensor) -> bool:
+        return tuple(image.shape[-2:]) != self.resized
+
+
+def placement(
+    size: tuple[int, int],
     test_scale: float,
     *,
     stride: int,
     divisibility: int,
     fixed_size: tuple[int, int] | None = None,
-) -> tuple[Tensor, CellsToImage]:
-    """One image on the canvas that the network sees.
+) -> Placement:
+    """How an image of ``size`` (height, width) is shown to the network.
 
     The image is resized by ``test_scale`` first. Then, without ``fixed_size``, it is put on a canvas of
     the next size that is larger (published quirk: never equal) and divisible, centre on centre; or it
@@ -46,34 +72,23 @@ def place_image(
     quirk: ``test_scale`` therefore zooms).
 
     Args:
-        image: (3, H, W), uint8 or float in 0..255.
         stride: input pixels of an output cell.
         divisibility: of the network input.
         fixed_size: (height, width), both multiples of ``divisibility``.
-
-    Returns:
-        (3, height, width) in 0..255, zero where the image is not; and the way back from cells of the
-        output to pixels of ``image``.
     """
-    full_height, full_width = image.shape[-2:]
-    height = max(1, int(full_height * test_scale))
-    width = max(1, int(full_width * test_scale))
-    if (height, width) != (full_height, full_width):
-        image = resize_like_opencv(image, height, width)
+    height, width = (max(1, int(side * test_scale)) for side in size)
+    inverse: tuple[tuple[float, ...], ...] | None = None
     if fixed_size is None:
-        rows = (height // divisibility + 1) * divisibility
-        columns = (width // divisibility + 1) * divisibility
+        rows, columns = ((side // divisibility + 1) * divisibility for side in (height, width))
         center = (float(width // 2), float(height // 2))
         side = float(columns)
-        canvas = image.new_zeros((image.shape[0], rows, columns))
-        top, left = rows // 2 - height // 2, columns // 2 - width // 2
-        canvas[:, top : top + height, left : left + width] = image
     else:
         rows, columns = fixed_size
-        side = float(max(full_height, full_width))
         center = (width / 2, height / 2)
+        side = float(max(size))
         matrix = affine_matrix(center, side, (columns, rows))
-        canvas = warp_like_opencv(image, invert_affine(matrix).tolist(), rows, columns)
+        inverse = tuple(map(tuple, invert_affine(matrix).tolist()))
     cells = (columns // stride, rows // stride)
     back = invert_affine(affine_matrix(center, side, cells)) / test_scale
-    return canvas, CellsToImage(float(back[0, 0]), float(back[0, 2]), float(back[1, 2]))
+    to_image = CellsToImage(float(back[0, 0]), float(back[0, 2]), float(back[1, 2]))
+    return Placement((height, width), (rows, columns), inverse, to_image)

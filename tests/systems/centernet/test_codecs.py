@@ -12,7 +12,7 @@ from torch import Tensor
 
 from d2ext.systems.centernet.losses import CenterNetCriterion
 from d2ext.systems.centernet.postprocess import Detections, decode, merge_mirrored, merge_scales
-from d2ext.systems.centernet.preprocess import place_image
+from d2ext.systems.centernet.preprocess import placement
 from d2ext.systems.centernet.targets import (
     CenterNetTargets,
     ObjectAnnotations,
@@ -41,13 +41,14 @@ def test_network_inputs(kind: str, number: int, scale: float) -> None:
     height, width, seed = ((300, 420, 5), (260, 130, 6))[number]
     image = torch.from_numpy(draw_image(height, width, seed)).permute(2, 0, 1)
     divisibility = 128 if kind == "keep_res_hourglass" else 32
-    canvas, back = place_image(
-        image,
+    place = placement(
+        (height, width),
         scale,
         stride=4,
         divisibility=divisibility,
         fixed_size=(256, 256) if kind == "fix_res" else None,
     )
+    canvas, back = place.draw(image), place.back
     name = f"{kind}_image{number}_scale{scale}"
     # With a resize before it, a byte in a thousand differs by one.
     tolerance = 1e-6 if scale != 1.25 else 2e-4
@@ -63,8 +64,7 @@ def test_network_inputs(kind: str, number: int, scale: float) -> None:
 
 def test_points_return_to_the_image() -> None:
     fixture = Fixture(REFERENCE / "preprocessing")
-    image = torch.zeros(3, 300, 420, dtype=torch.uint8)
-    _, back = place_image(image, 1.0, stride=4, divisibility=32, fixed_size=(512, 512))
+    back = placement((300, 420), 1.0, stride=4, divisibility=32, fixed_size=(512, 512)).back
     points = torch.tensor([[0.0, 0.0], [10.5, 3.25], [127.0, 127.0]])
     np.testing.assert_allclose(
         back.apply(points), fixture.expected["transform_preds"], rtol=1e-5, atol=1e-3
@@ -149,7 +149,8 @@ def test_targets_of_kept_resolution() -> None:
     fixture = Fixture(REFERENCE / "targets")
     boxes, classes = _boxes(fixture)
     image = torch.from_numpy(draw_image(220, 260, seed=5)).permute(2, 0, 1)
-    canvas, back = place_image(image, 1.0, stride=4, divisibility=32)
+    place = placement((220, 260), 1.0, stride=4, divisibility=32)
+    canvas, back = place.draw(image), place.back
     mean, std = [0.40789654, 0.44719302, 0.47026115], [0.28863828, 0.27408164, 0.27809835]
     assert (
         fixture.compare("keep_res_input", _normalized(canvas, np.array(mean), np.array(std))) < 1e-5
@@ -352,13 +353,13 @@ def test_whole_runs(case: str, scales: tuple[float, ...], soft_nms: bool) -> Non
     """An image of 200 x 300: mirror merging, the way back, soft-NMS over scales."""
     fixture = Fixture(REFERENCE / "decode")
     expected, pose = fixture.expected[case], case.startswith("pose")
-    image = torch.zeros(3, 200, 300, dtype=torch.uint8)
     fixed = (256, 256) if case == "ct_fix_res_nms" else None
     found = []
     for i, scale in enumerate(scales):
-        canvas, back = place_image(image, scale, stride=4, divisibility=32, fixed_size=fixed)
+        place = placement((200, 300), scale, stride=4, divisibility=32, fixed_size=fixed)
+        back = place.back
         batch, height, width = fixture.manifest["inputs"]["run_shapes"][case][i]
-        assert canvas.shape[1:] == (4 * height, 4 * width)
+        assert place.canvas == (4 * height, 4 * width)
         maps = _drawn(i, batch, height, width, pose=pose)
         if batch == 2:
             maps = merge_mirrored(maps, FLIP_PAIRS)

@@ -54,9 +54,10 @@ class Case:
         self.image = torch.from_numpy(
             draw_image(height, width, seed=3 if name == "resdcn18_ctdet" else 2)
         ).permute(2, 0, 1)
-        self.canvas, self.back = self.model.place(self.image)
+        place = self.model.placement((height, width), 1.0)
+        self.canvas, self.back = place.draw(self.image), place.back
         with torch.no_grad():
-            self.images = self.model.network_input([self.canvas])
+            self.images = self.model.preprocess([{"image": self.image}])
             self.features = self.model.backbone(self.images)
             self.maps = self.model.head([self.features[f] for f in self.model.in_features])
 
