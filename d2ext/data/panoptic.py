@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from detectron2.data import MetadataCatalog
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from d2ext.data.errors import AnnotationError, DatasetError
@@ -34,6 +34,7 @@ __all__ = [
     "MAX_CLASSES",
     "PanopticClasses",
     "attach_panoptic",
+    "contiguous_segment",
     "full_label_map",
     "is_panoptic",
     "panoptic_classes",
@@ -293,7 +294,8 @@ def attach_panoptic(dataset_name: str, records: Sequence[Record]) -> list[Record
             **record,
             "pan_seg_file_name": os.path.join(root, entries[record["image_id"]]["file_name"]),
             "segments_info": [
-                _contiguous(s, metadata) for s in entries[record["image_id"]]["segments_info"]
+                contiguous_segment(s, metadata)
+                for s in entries[record["image_id"]]["segments_info"]
             ],
         }
         for record in records
@@ -328,8 +330,8 @@ def read_panoptic_json(json_file: str) -> dict[str, Any]:
     return content
 
 
-def _contiguous(segment: Segment, metadata: Any) -> Segment:
-    """COCO's segment with Detectron2's contiguous id and ``isthing``."""
+def contiguous_segment(segment: Segment, metadata: Metadata) -> Segment:
+    """A segment of a panoptic JSON file with Detectron2's contiguous id and ``isthing``."""
     category = segment["category_id"]
     isthing = category in metadata.thing_dataset_id_to_contiguous_id
     ids = (
