@@ -154,7 +154,8 @@ def dataset_classes(dataset_name: str) -> DatasetClasses:
         load_dataset(dataset_name)
     panoptic = panoptic_classes(dataset_name) if is_panoptic(dataset_name) else None
     return DatasetClasses(
-        things=metadata.get("thing_classes"),
+        # The standard form of panoptic data lists stuff among its thing classes, too.
+        things=metadata.get("thing_classes") if panoptic is None else panoptic.things,
         semantic=metadata.get("stuff_classes"),
         stuff=None if panoptic is None else panoptic.stuff,
         full=None if panoptic is None else panoptic.full,

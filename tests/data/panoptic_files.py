@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from detectron2.data.datasets.builtin_meta import CITYSCAPES_CATEGORIES
 from PIL import Image
 
 # Not sorted, not contiguous, things and stuff mixed, as own files often are.
@@ -136,5 +137,8 @@ def write_cityscapes(root: Path, count: int = 2) -> None:
                 "file_name": f"{stem}_gtFine_leftImg8bit.png",
             }
         )
-    content = {"images": images, "annotations": annotations, "categories": []}
+    categories = [
+        {k: c[k] for k in ("id", "name", "color", "isthing")} for c in CITYSCAPES_CATEGORIES
+    ]
+    content = {"images": images, "annotations": annotations, "categories": categories}
     (root / "gtFine/cityscapes_panoptic_train.json").write_text(json.dumps(content))
