@@ -17,7 +17,7 @@ import pycocotools.mask as mask_util
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import Instances
+from detectron2.structures import BitMasks, Instances
 from PIL import Image
 
 from d2ext.config import get_cfg
@@ -192,6 +192,38 @@ def test_default_root_and_given_instances(name: str, tmp_path: Path) -> None:
     assert f"{name}_b_train" not in DatasetCatalog.list()
 
 
+def test_images_with_only_void_crowd_or_stuff(name: str, tmp_path: Path) -> None:
+    """They load and keep every field; the model decides what to learn of them."""
+    content = write_panoptic(tmp_path / "set")
+    for number, kept in enumerate(([], [16_000_001], [1, 70000])):
+        ids, segments = paint_ids(number)
+        ids[~np.isin(ids, kept)] = 0
+        Image.fromarray(id_to_rgb(ids)).save(tmp_path / f"set/panoptic/scene_{number}.png")
+        entry = content["annotations"][number]
+        entry["segments_info"] = [s for s in segments if s["id"] in kept]
+    save(tmp_path / "set", content)
+    register_own_dataset(
+        name,
+        train_panoptic_json=str(tmp_path / "set/panoptic.json"),
+        train_panoptic_root=str(tmp_path / "set/panoptic"),
+        train_images=str(tmp_path / "set/images"),
+    )
+    for with_things, labels in (
+        (False, [{255}, {0, 255}, {1, 2, 255}]),
+        (True, [{255}, {2, 255}, {0, 1, 255}]),
+    ):
+        cfg = panoptic_cfg()
+        cfg.INPUT.SEM_SEG_WITH_THINGS = with_things
+        cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+        apply_dataset_to_config(cfg, name)
+        (batch,) = itertools.islice(build_train_loader(cfg), 1)
+        batch = sorted(batch, key=lambda s: s["image_id"])
+        assert [set(s["sem_seg"].unique().tolist()) for s in batch] == labels
+        assert [len(s["instances"]) for s in batch] == [0, 0, 0]
+        assert [len(s["crowd_instances"]) for s in batch] == [0, 1, 0]
+        assert all(s["instances"].has("gt_masks") for s in batch)
+
+
 def right_output(record: dict[str, Any], num_semantic: int) -> dict[str, Any]:
     """What a perfect model says of an image."""
     with Image.open(record["pan_seg_file_name"]) as png:
@@ -204,8 +236,6 @@ def right_output(record: dict[str, Any], num_semantic: int) -> dict[str, Any]:
     ]
     masks = [mask_util.decode(a["segmentation"]).astype(bool) for a in record["annotations"]]
     instances = Instances(ids.shape)
-    from detectron2.structures import BitMasks
-
     instances.pred_masks = torch.from_numpy(np.stack(masks))
     instances.pred_boxes = BitMasks(instances.pred_masks).get_bounding_boxes()
     instances.pred_classes = torch.tensor([a["category_id"] for a in record["annotations"]])
