@@ -44,6 +44,7 @@ from d2ext.files import atomic_write
 METRICS = tuple(m + group for group in ("", "_th", "_st") for m in ("PQ", "SQ", "RQ"))
 # Which of UPSNet's ways to merge is evaluated, see d2ext/systems/upsnet/config.py.
 MERGE = "MODEL__UPSNET__TEST__PANOPTIC"
+RULES_AREA_LIMIT = "MODEL__PANOPTIC_FPN__COMBINE__STUFF_AREA_LIMIT"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -156,7 +157,9 @@ def compare(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     for title, (name, merge) in evaluations.items():
         cfg = configs[name]
         if merge is not None:
-            cfg = changed(cfg, **{MERGE: merge})
+            # Small stuff is dropped alike.
+            limit = cfg.MODEL.UPSNET.TEST.STUFF_AREA_LIMIT
+            cfg = changed(cfg, **{MERGE: merge, RULES_AREA_LIMIT: limit})
         rows[title] = summarize(evaluate(cfg, merge or "rules"), seconds[name])
     return rows
 
