@@ -104,10 +104,60 @@ def _tiny_centernet(cfg: CfgNode) -> None:
     cfg.INPUT.MIN_SIZE_TEST = 0
 
 
+def _tiny_upsnet(cfg: CfgNode) -> None:
+    cfg.MODEL.META_ARCHITECTURE = "UPSNet"
+    cfg.MODEL.MASK_ON = True
+    cfg.MODEL.PIXEL_STD = [58.0, 58.0, 58.0]
+    cfg.MODEL.BACKBONE.NAME = "build_upsnet_fpn_backbone"
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    cfg.MODEL.RESNETS.DEPTH = 18
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    cfg.MODEL.RESNETS.NORM = "BN"
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4"]
+    cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4"]
+    cfg.MODEL.FPN.OUT_CHANNELS = 16
+    cfg.MODEL.ANCHOR_GENERATOR.NAME = "DetectronAnchorGenerator"
+    cfg.MODEL.ANCHOR_GENERATOR.OFFSET = 0.0
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16], [32], [64], [128]]
+    cfg.MODEL.PROPOSAL_GENERATOR.NAME = "UPSNetRPN"
+    cfg.MODEL.RPN.IN_FEATURES = ["p2", "p3", "p4", "p5"]
+    cfg.MODEL.RPN.CONV_DIMS = [16]
+    cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE = 32
+    cfg.MODEL.RPN.PRE_NMS_TOPK_TRAIN = cfg.MODEL.RPN.PRE_NMS_TOPK_TEST = 50
+    cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 30
+    cfg.MODEL.ROI_HEADS.NAME = "UPSNetROIHeads"
+    cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p2", "p3", "p4"]
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = NUM_CLASSES
+    cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 16
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
+    cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 1
+    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 32
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE = "ROIAlign"
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 7
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO = 2
+    cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
+    cfg.MODEL.ROI_MASK_HEAD.NUM_CONV = 1
+    cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 16
+    cfg.MODEL.ROI_MASK_HEAD.POOLER_TYPE = "ROIAlign"
+    cfg.MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO = 2
+    cfg.MODEL.SEM_SEG_HEAD.NAME = "UPSNetSemanticHead"
+    cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = ["p2", "p3", "p4"]
+    cfg.MODEL.UPSNET.NUM_STUFF = NUM_STUFF
+    cfg.MODEL.UPSNET.SEMANTIC_HEAD.CHANNELS = [16, 16]
+    cfg.MODEL.UPSNET.TEST.SCORE_THRESH = 0.2
+    cfg.MODEL.UPSNET.TEST.STUFF_AREA_LIMIT = 0
+    cfg.TEST.DETECTIONS_PER_IMAGE = 10
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.INPUT.MASK_FORMAT = "bitmask"
+    cfg.INPUT.MIN_SIZE_TEST = 0
+
+
 _TINY: dict[str, TinyModel] = {
     "CenterNet": TinyModel(_tiny_centernet, ("bbox", "keypoints")),
     "CenterNetTriplets": TinyModel(_tiny_centernet_triplets, ("bbox",)),
     "CornerNet": TinyModel(_tiny_cornernet, ("bbox",)),
+    "UPSNet": TinyModel(_tiny_upsnet, ("bbox", "segm", "panoptic")),
     "YOLACT": TinyModel(_tiny_yolact, ("bbox", "segm")),
 }
 

@@ -12,6 +12,11 @@ def add_data_config(cfg: CfgNode) -> None:
     # How many unusable samples in a row are replaced before the run ends with an error
     cfg.INPUT.MAX_BAD_SAMPLES = 10
 
+    # True: sem_seg of a training sample has a label for every class, stuff 0..S-1 and then things
+    # S..S+T-1, and 255 for none, read from the panoptic annotation (see d2ext.data.panoptic).
+    # False: the file that sem_seg_file_name names, as in Detectron2.
+    cfg.INPUT.SEM_SEG_WITH_THINGS = False
+
     # Training augmentation
     cfg.INPUT.AUGMENTATION = c = CfgNode()
     # A recipe of d2ext.data.AUGMENTATION_REGISTRY:

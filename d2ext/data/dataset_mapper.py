@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks
 from fvcore.transforms.transform import TransformList
@@ -15,6 +15,7 @@ from d2ext.data.annotations import describe_dropped, normalize_annotations
 from d2ext.data.augmentations import DetectionInput, build_augmentations
 from d2ext.data.errors import AnnotationError
 from d2ext.data.image_io import read_image, read_label_map
+from d2ext.data.panoptic import PanopticClasses, full_label_map, panoptic_classes
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +29,25 @@ class D2extDatasetMapper(DatasetMapper):
     - drops annotations that describe nothing (zero-area boxes, polygons with two points, empty
       masks) and computes boxes that are missing;
     - reads any kind of image (:mod:`d2ext.data.image_io`);
+    - can make ``sem_seg`` hold things as well as stuff (``cfg.INPUT.SEM_SEG_WITH_THINGS``);
     - gives ``instances`` the same fields on every image, also on one without objects;
     - raises :class:`~d2ext.data.errors.SampleError`, which names the file, for unusable samples.
 
     Random numbers come from ``numpy.random``, so a caller that seeds it gets the same sample again.
     """
+
+    @configurable
+    def __init__(
+        self, *args: Any, sem_seg_with_things: PanopticClasses | None = None, **kwargs: Any
+    ) -> None:
+        """
+        Args:
+            args, kwargs: of Detectron2's ``DatasetMapper``
+            sem_seg_with_things: classes of the data, to make ``sem_seg`` of the panoptic
+                annotation; None reads the file that ``sem_seg_file_name`` names
+        """
+        super().__init__(*args, **kwargs)
+        self.sem_seg_with_things = sem_seg_with_things
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -41,6 +56,8 @@ class D2extDatasetMapper(DatasetMapper):
         arguments["augmentations"] = build_augmentations(cfg, is_train)
         if cfg.INPUT.AUGMENTATION.NAME != "default":
             arguments["recompute_boxes"] = False
+        if cfg.INPUT.SEM_SEG_WITH_THINGS and is_train:
+            arguments["sem_seg_with_things"] = panoptic_classes(cfg.DATASETS.TRAIN[0])
         return arguments
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
@@ -63,14 +80,13 @@ class D2extDatasetMapper(DatasetMapper):
             detection_utils.check_image_size(dataset_dict, image)
         except detection_utils.SizeMismatchError as e:
             raise AnnotationError(str(e)) from e
-        sem_seg = None
-        if "sem_seg_file_name" in dataset_dict:
-            sem_seg = read_label_map(dataset_dict.pop("sem_seg_file_name"))
-            if sem_seg.shape != image.shape[:2]:
-                raise AnnotationError(
-                    f"The label map of '{dataset_dict['file_name']}' has height and width "
-                    f"{sem_seg.shape}, the image {image.shape[:2]}."
-                )
+        sem_seg = self._read_sem_seg(dataset_dict)
+        dataset_dict.pop("sem_seg_file_name", None)
+        if sem_seg is not None and sem_seg.shape != image.shape[:2]:
+            raise AnnotationError(
+                f"The label map of '{dataset_dict['file_name']}' has height and width "
+                f"{sem_seg.shape}, the image {image.shape[:2]}."
+            )
         annotations = dataset_dict.pop("annotations", None) if self.is_train else None
         if annotations is not None:
             annotations = self._prepare_annotations(annotations, dataset_dict["file_name"], image)
@@ -93,6 +109,14 @@ class D2extDatasetMapper(DatasetMapper):
             kept = [a for a, keep in zip(annotations, aug_input.keep, strict=True) if keep]
             self._set_instances(dataset_dict, kept, transforms, image_shape)
         return dataset_dict
+
+    def _read_sem_seg(self, dataset_dict: dict[str, Any]) -> np.ndarray | None:
+        """H×W labels in the image's original size, or None if there are none."""
+        if self.is_train and self.sem_seg_with_things is not None:
+            return full_label_map(dataset_dict, self.sem_seg_with_things)
+        if "sem_seg_file_name" in dataset_dict:
+            return read_label_map(dataset_dict["sem_seg_file_name"])
+        return None
 
     def _prepare_annotations(
         self, annotations: list[dict[str, Any]], file_name: str, image: np.ndarray
