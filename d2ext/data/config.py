@@ -2,6 +2,8 @@
 
 from detectron2.config import CfgNode
 
+from d2ext.data.landmarks.config import add_landmark_data_config
+
 
 def add_data_config(cfg: CfgNode) -> None:
     """Add the data keys to ``cfg``, in place."""
@@ -11,6 +13,8 @@ def add_data_config(cfg: CfgNode) -> None:
     cfg.INPUT.STRICT = False
     # How many unusable samples in a row are replaced before the run ends with an error
     cfg.INPUT.MAX_BAD_SAMPLES = 10
+
+    add_landmark_data_config(cfg)
 
     # Training augmentation
     cfg.INPUT.AUGMENTATION = c = CfgNode()
