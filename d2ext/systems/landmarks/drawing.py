@@ -22,7 +22,9 @@ def mark_points(
     """
     images = images.clone()
     height, width = images.shape[-2:]
-    for image, own, wanted in zip(images, points.floor().long().tolist(), shown.tolist(), strict=True):
+    for image, own, wanted in zip(
+        images, points.floor().long().tolist(), shown.tolist(), strict=True
+    ):
         for (x, y), draw in zip(own, wanted, strict=True):
             if draw and 0 <= x < width and 0 <= y < height:
                 area = image[

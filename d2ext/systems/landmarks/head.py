@@ -53,7 +53,9 @@ class LandmarkHead(nn.Module):
         """The backbone's features → raw predictions, all that the loss wants; the last ones count."""
         raise NotImplementedError
 
-    def losses(self, raw: tuple[Tensor, ...], points: Tensor, labelled: Tensor) -> dict[str, Tensor]:
+    def losses(
+        self, raw: tuple[Tensor, ...], points: Tensor, labelled: Tensor
+    ) -> dict[str, Tensor]:
         """Losses of raw predictions.
 
         Args:
@@ -108,6 +110,7 @@ class MapHead(LandmarkHead):
     backbone: up-sampling and a 1x1 convolution.
     """
 
+    codec: HeatmapCodec | IntegralCodec
     learns_maps = True
 
     def __init__(
@@ -184,7 +187,9 @@ class HeatmapHead(MapHead):
     """Heat maps: each cell of a landmark's map learns the value of a bump around it."""
 
     @configurable
-    def __init__(self, *, codec: HeatmapCodec, loss: str = "mse", weight: float = 1.0, **kwargs: Any):
+    def __init__(
+        self, *, codec: HeatmapCodec, loss: str = "mse", weight: float = 1.0, **kwargs: Any
+    ):
         """Args:
         codec: targets and decoding.
         loss: a key of ``MAP_LOSSES``.
@@ -196,7 +201,9 @@ class HeatmapHead(MapHead):
         """
         super().__init__(**kwargs)
         if loss not in MAP_LOSSES:
-            raise ValueError(f"MODEL.LANDMARKS.LOSS.MAPS is one of {sorted(MAP_LOSSES)}, not '{loss}'.")
+            raise ValueError(
+                f"MODEL.LANDMARKS.LOSS.MAPS is one of {sorted(MAP_LOSSES)}, not '{loss}'."
+            )
         if loss == "focal" and (
             codec.center not in ("rounded", "hourglass")
             or (codec.shape == "cauchy" and not codec.unit_peak and codec.sigma != 1)
@@ -231,7 +238,9 @@ class HeatmapHead(MapHead):
         )
         return {**arguments, "codec": codec, "loss": c.LOSS.MAPS, "weight": c.LOSS.WEIGHT}
 
-    def losses(self, raw: tuple[Tensor, ...], points: Tensor, labelled: Tensor) -> dict[str, Tensor]:
+    def losses(
+        self, raw: tuple[Tensor, ...], points: Tensor, labelled: Tensor
+    ) -> dict[str, Tensor]:
         """``loss_heatmap``: mean over the stacks."""
         (target,), weights = self.codec.encode(points, labelled)
         function = MAP_LOSSES[self.loss]
@@ -300,14 +309,14 @@ class IntegralHead(MapHead):
             "sigma": c.TARGET.SIGMA,
         }
 
-    def losses(self, raw: tuple[Tensor, ...], points: Tensor, labelled: Tensor) -> dict[str, Tensor]:
+    def losses(
+        self, raw: tuple[Tensor, ...], points: Tensor, labelled: Tensor
+    ) -> dict[str, Tensor]:
         """``loss_points`` and, with a shape weight, ``loss_shape``: means over the stacks."""
         codec = self.codec
         _, weights = codec.encode(points, labelled)
         width = codec.input_size[0]
-        stacks = [
-            point_loss(self.loss, self._points(maps), points, weights, width) for maps in raw
-        ]
+        stacks = [point_loss(self.loss, self._points(maps), points, weights, width) for maps in raw]
         losses = {"loss_points": torch.stack(stacks).mean() * self.weight}
         if self.shape_weight > 0:
             cells = to_cells(points, codec.input_size, codec.map_size, codec.geometry)
@@ -395,7 +404,9 @@ class RegressionHead(LandmarkHead):
             x = F.relu(self.hidden(x))
         return (self.predictor(x).view(len(x), -1, 2),)
 
-    def losses(self, raw: tuple[Tensor, ...], points: Tensor, labelled: Tensor) -> dict[str, Tensor]:
+    def losses(
+        self, raw: tuple[Tensor, ...], points: Tensor, labelled: Tensor
+    ) -> dict[str, Tensor]:
         """``loss_points``."""
         (_,), weights = self.codec.encode(points, labelled)
         found = self.codec.decode(raw).points
@@ -460,7 +471,9 @@ class SimCCHead(LandmarkHead):
         x = self.reduce(features[self.in_feature]).flatten(2)
         return self.along_x(x), self.along_y(x)
 
-    def losses(self, raw: tuple[Tensor, ...], points: Tensor, labelled: Tensor) -> dict[str, Tensor]:
+    def losses(
+        self, raw: tuple[Tensor, ...], points: Tensor, labelled: Tensor
+    ) -> dict[str, Tensor]:
         """``loss_bins``: mean of both axes."""
         targets, weights = self.codec.encode(points, labelled)
         axes = [kl_loss(r, t, weights) for r, t in zip(raw, targets, strict=True)]

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from d2ext.modeling.heatmap_losses import penalty_reduced_focal_loss
 
 MapLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
-PointLoss = Callable[[Tensor, Tensor], Tensor]
+PointLoss = Callable[[Tensor], Tensor]
 
 
 def mse_loss(maps: Tensor, target: Tensor, weights: Tensor) -> Tensor:

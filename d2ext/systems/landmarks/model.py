@@ -23,11 +23,16 @@ from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from d2ext.codecs.landmark_crops import apply_affine, crop_matrices, invert_affine, pad_boxes
+from d2ext.codecs.landmark_crops import apply_affine, crop_to_image, invert_affine, pad_boxes
 from d2ext.layers import affine_crops, truncated_crops
 from d2ext.modeling.inference import InferenceNetwork
 from d2ext.systems.landmarks.drawing import draw_training
-from d2ext.systems.landmarks.head import LandmarkHead, build_landmark_head, landmark_head_class
+from d2ext.systems.landmarks.head import (
+    LandmarkHead,
+    MapHead,
+    build_landmark_head,
+    landmark_head_class,
+)
 from d2ext.systems.landmarks.postprocess import instance_scores, make_instances
 
 # Fields of `instances` that hold boxes to look into, the first that is there.
@@ -57,7 +62,7 @@ class Regions(NamedTuple):
 
 
 class _Network(nn.Module):
-    """Backbone and head: crops (N, 3, H, W) → raw predictions, with a flip test of both mirror images."""
+    """Crops (N, 3, H, W) → raw predictions; with ``flip`` 2N, those of the mirror images behind."""
 
     def __init__(self, backbone: Backbone, head: LandmarkHead, flip: bool) -> None:
         super().__init__()
@@ -86,7 +91,6 @@ class LandmarkNet(nn.Module):
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
         padding: float = 1.25,
-        geometry: str = "plain",
         crop_method: str = "affine",
         max_trained: int = 64,
         flip_indices: Sequence[int] | None = None,
@@ -105,7 +109,6 @@ class LandmarkNet(nn.Module):
         input_size: (H, W).
         pixel_mean, pixel_std: per channel, in 0..255.
         padding: see :func:`~d2ext.codecs.landmark_crops.pad_boxes`.
-        geometry: see :func:`~d2ext.codecs.landmark_crops.crop_matrices`.
         crop_method: "affine", or "hourglass" for the published stacked hourglass's crops at whole
             pixels, whose points go back as if they had been cut at the box itself.
         max_trained: instances of a batch that are trained on at most, where the model crops.
@@ -142,7 +145,6 @@ class LandmarkNet(nn.Module):
         partners = None if flip_indices is None else torch.tensor(list(flip_indices))
         self.register_buffer("partners", partners, False)
         self.padding = padding
-        self.geometry = geometry
         self.crop_method = crop_method
         self.max_trained = max_trained
         self.max_crops = max_crops
@@ -173,11 +175,10 @@ class LandmarkNet(nn.Module):
             "backbone": backbone,
             "head": build_landmark_head(cfg, backbone.output_shape()),
             "num_keypoints": landmarks.NUM_KEYPOINTS,
-            "input_size": cfg.INPUT.LANDMARKS.SIZE,
+            "input_size": landmarks.INPUT_SIZE,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
-            "padding": cfg.INPUT.LANDMARKS.PADDING,
-            "geometry": cfg.INPUT.LANDMARKS.GEOMETRY,
+            "padding": landmarks.CROP.PADDING,
             "crop_method": landmarks.CROP.METHOD,
             "max_trained": landmarks.CROP.MAX_TRAINED,
             "flip_indices": find_flip_indices(cfg) if landmarks.TEST.FLIP else None,
@@ -264,12 +265,7 @@ class LandmarkNet(nn.Module):
         anywhere = boxes.new_tensor([0.0, 0.0, 1.0, 1.0])
         boxes = torch.where(valid[:, None], boxes, anywhere).clamp(-_FAR, _FAR)
         padded = pad_boxes(boxes, self.input_size, self.padding)
-        matrices = crop_matrices(padded, self.input_size, self._crop_geometry)
-        return padded, invert_affine(matrices)
-
-    @property
-    def _crop_geometry(self) -> str:
-        return self.geometry
+        return padded, crop_to_image(padded, self.input_size)
 
     def crop(
         self, batched_inputs: list[dict[str, Any]], regions: Regions, start: int, stop: int
@@ -331,12 +327,13 @@ class LandmarkNet(nn.Module):
                 torch.zeros((0, self.num_keypoints), device=self.device),
             ]
             if self.give_heatmaps:
+                assert isinstance(self.head, MapHead)
                 size = self.head.codec.map_size
                 joined.append(joined[1].new_zeros(0, self.num_keypoints, size[1], size[0]))
         points, keypoint_scores = joined[:2]
         if len(points) != total:
             raise ValueError(f"There are {len(points)} crops for {total} boxes.")
-        matrices = self._return_matrices(regions).to(self.device, torch.float32)
+        matrices = regions.matrices.to(self.device, torch.float32)
         points = apply_affine(points, matrices)
         if self.truncate:
             points = points.trunc()
@@ -372,15 +369,6 @@ class LandmarkNet(nn.Module):
             results.append({"instances": instances})
             first += count
         return results
-
-    def _return_matrices(self, regions: Regions) -> Tensor:
-        """Maps from crops to images for points, (N, 2, 3)."""
-        if self.crop_method == "affine":
-            return regions.matrices
-        # The published code takes the untruncated box, corner on corner.
-        low, sides = regions.padded[:, :2], regions.padded[:, 2:] - regions.padded[:, :2]
-        scale = sides / sides.new_tensor([self.input_size[1], self.input_size[0]])
-        return torch.cat([torch.diag_embed(scale), low[:, :, None]], dim=2)
 
     def _run(self, images: Tensor) -> tuple[Tensor, ...]:
         """The inference network on one chunk."""
@@ -428,10 +416,10 @@ class LandmarkNet(nn.Module):
         crops, points = torch.cat(images), torch.cat(keypoints)
         labelled = (points[..., 2] > 0) & points[..., :2].isfinite().all(dim=-1)
         positions = torch.where(labelled[..., None], points[..., :2], 0)
-        if not any(inputs.get("crop") for inputs in batched_inputs):
-            if len(crops) > self.max_trained:
-                chosen = torch.randperm(len(crops))[: self.max_trained].to(crops.device)
-                crops, positions, labelled = crops[chosen], positions[chosen], labelled[chosen]
+        given = any(inputs.get("crop") for inputs in batched_inputs)
+        if not given and len(crops) > self.max_trained:
+            chosen = torch.randperm(len(crops))[: self.max_trained].to(crops.device)
+            crops, positions, labelled = crops[chosen], positions[chosen], labelled[chosen]
         return (crops - self.pixel_mean) / self.pixel_std, positions, labelled
 
     def _given_crop(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -440,7 +428,7 @@ class LandmarkNet(nn.Module):
         if tuple(image.shape[-2:]) != self.input_size:
             raise ValueError(
                 f"A crop of {tuple(image.shape[-2:])} pixels came for a network of "
-                f"INPUT.LANDMARKS.SIZE {list(self.input_size)}."
+                f"MODEL.LANDMARKS.INPUT_SIZE {list(self.input_size)}."
             )
         return image[None], self._keypoints(inputs["instances"])[:1]
 
@@ -454,7 +442,9 @@ class LandmarkNet(nn.Module):
                 torch.zeros((0, self.num_keypoints, 3), device=self.device),
             )
         if not instances.has("gt_boxes"):
-            raise ValueError("Landmarks are trained in boxes, and these instances have no gt_boxes.")
+            raise ValueError(
+                "Landmarks are trained in boxes, and these instances have no gt_boxes."
+            )
         keypoints = self._keypoints(instances)
         boxes = instances.gt_boxes.tensor.detach().double().cpu()
         keep = boxes.isfinite().all(dim=1) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)

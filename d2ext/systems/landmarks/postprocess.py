@@ -2,8 +2,9 @@
 
 An instance found has ``pred_boxes`` (the box that was cropped, inside the image), ``scores``,
 ``pred_classes``, ``pred_keypoints`` (n, K, 3: x, y in the output image, score) and, on request,
-``pred_keypoint_heatmaps`` (n, K, h, w), the maps that were decoded, and ``pred_keypoint_heatmap_matrices``
-(n, 2, 3), affine maps from cells to the output image, both in continuous coordinates.
+``pred_keypoint_heatmaps`` (n, K, h, w), the maps that were decoded, and
+``pred_keypoint_heatmap_matrices`` (n, 2, 3), affine maps from cells to the output image, both in
+continuous coordinates.
 """
 
 from __future__ import annotations
