@@ -1,4 +1,4 @@
-"""The stacked hourglass against the published implementation: tests/reference/landmarks/hg2_mpii."""
+"""The stacked hourglass against the published implementation: tests/reference/hourglass/hg2_mpii."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from d2ext.data.landmarks.hourglass import HourglassDraws, hourglass_sample
 from d2ext.systems.landmarks.model import LandmarkNet
 from tests.reference.fixture import Fixture, draw_image
 
-REFERENCE = Path(__file__).parents[2] / "reference" / "landmarks"
+REFERENCE = Path(__file__).parents[2] / "reference" / "hourglass"
 # DESIGN: raw outputs within 1e-4 relative.
 RAW_TOLERANCE = 1e-4
 
