@@ -41,6 +41,8 @@ def set_class_counts(cfg: CfgNode, dataset_name: str) -> None:
     keypoints = MetadataCatalog.get(dataset_name).get("keypoint_names")
     if keypoints:
         cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = len(keypoints)
+        if "LANDMARKS" in cfg.MODEL:
+            cfg.MODEL.LANDMARKS.NUM_KEYPOINTS = len(keypoints)
         if len(keypoints) not in (17, len(cfg.TEST.KEYPOINT_OKS_SIGMAS)):
             cfg.TEST.KEYPOINT_OKS_SIGMAS = [_DEFAULT_OKS_SIGMA] * len(keypoints)
 
@@ -64,6 +66,9 @@ def check_config_against_data(cfg: CfgNode, *, train: bool = True) -> None:
                 key = f"MODEL.{section}.NUM_CLASSES"
                 _compare(key, cfg.MODEL[section].NUM_CLASSES, name, classes, "classes")
         keypoints = MetadataCatalog.get(name).get("keypoint_names")
+        if cfg.MODEL.META_ARCHITECTURE == "LandmarkNet" and keypoints:
+            count = cfg.MODEL.LANDMARKS.NUM_KEYPOINTS
+            _compare("MODEL.LANDMARKS.NUM_KEYPOINTS", count, name, keypoints, "keypoints")
         if cfg.MODEL.KEYPOINT_ON and keypoints:
             count = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
             key = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"

@@ -2,5 +2,6 @@
 
 from d2ext.evaluation.build import build_evaluator
 from d2ext.evaluation.coco import COCOEvaluator
+from d2ext.evaluation.landmarks import LandmarkEvaluator
 
-__all__ = ["COCOEvaluator", "build_evaluator"]
+__all__ = ["COCOEvaluator", "LandmarkEvaluator", "build_evaluator"]

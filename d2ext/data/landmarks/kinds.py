@@ -44,7 +44,7 @@ class LandmarkKind:
     sigmas: tuple[float, ...] = ()
     occlusion: bool = False
     norms: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
-    metrics: tuple[str, ...] = ("nme",)
+    metrics: tuple[str, ...] = ("nme", "pck")
     norm: str = "box"
     not_scored: tuple[int, ...] = ()
     failure: float = 0.1
@@ -115,7 +115,7 @@ _KINDS = (
         (*_LIMBS, *_ARMS, (1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6)),
         _COCO_SIGMAS,
         occlusion=True,
-        metrics=("oks",),
+        metrics=("oks", "pck"),
     ),
     LandmarkKind(
         "posetrack18",
@@ -125,7 +125,7 @@ _KINDS = (
         (*_LIMBS, *_ARMS, (0, 1), (0, 2), (1, 5), (1, 6)),
         # Head bottom and head top stand where COCO has the eyes, and keep their values.
         _COCO_SIGMAS,
-        metrics=("oks",),
+        metrics=("oks", "pck"),
     ),
     LandmarkKind(
         "mpii",
@@ -141,7 +141,8 @@ _KINDS = (
             *(0.089, 0.083, 0.107, 0.107, 0.083, 0.089, 0.026, 0.026, 0.026, 0.026),
             *(0.062, 0.072, 0.179, 0.179, 0.072, 0.062),
         ),
-        metrics=("pckh",),
+        norms={"head_points": ((8,), (9,))},
+        metrics=("pckh", "pck"),
         norm="head",
         not_scored=(6, 7),  # pelvis and thorax
         origin=1,

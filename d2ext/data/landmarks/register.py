@@ -80,11 +80,9 @@ def register_landmarks(
     load()  # errors belong here, not to the first epoch
     DatasetCatalog.register(name, load)
     metadata = {**kind_metadata(found), "image_root": images, "landmark_source": source}
-    if found.metrics == ("oks",):
-        metadata["evaluator_type"] = "coco"
-        if form == "coco":
-            metadata["json_file"] = annotations
-            metadata["thing_dataset_id_to_contiguous_id"] = {_category_id(annotations): 0}
+    if "oks" in found.metrics and form == "coco" and not origin:
+        metadata["json_file"] = annotations  # COCO's own evaluation reads it
+        metadata["thing_dataset_id_to_contiguous_id"] = {_category_id(annotations): 0}
     MetadataCatalog.get(name).set(**metadata)
     return found
 
@@ -172,7 +170,7 @@ def custom_kind(path: str) -> LandmarkKind:
         skeleton,
         sigmas,
         occlusion=True,
-        metrics=("oks",) if sigmas else ("nme",),
+        metrics=("oks", "pck") if sigmas else ("nme", "pck"),
     )
 
 
