@@ -7,6 +7,7 @@ from detectron2.config import get_cfg as get_detectron2_cfg
 from d2ext.data.config import add_data_config
 from d2ext.engine.config import add_engine_config
 from d2ext.modeling.inference import add_inference_config
+from d2ext.systems.landmarks.config import add_landmarks_config
 from d2ext.systems.yolact.config import add_yolact_config
 
 
@@ -15,6 +16,7 @@ def add_d2ext_config(cfg: CfgNode) -> None:
     add_data_config(cfg)
     add_engine_config(cfg)
     add_inference_config(cfg)
+    add_landmarks_config(cfg)
     add_yolact_config(cfg)
 
 

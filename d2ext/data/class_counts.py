@@ -71,9 +71,11 @@ def check_config_against_data(cfg: CfgNode, *, train: bool = True) -> None:
             count = cfg.MODEL.LANDMARKS.NUM_KEYPOINTS
             _compare("MODEL.LANDMARKS.NUM_KEYPOINTS", count, name, keypoints, "keypoints")
         if cfg.MODEL.KEYPOINT_ON and keypoints:
-            count = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
-            key = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
-            _compare(key, count, name, keypoints, "keypoints")
+            section = "ROI_KEYPOINT_HEAD"
+            if cfg.MODEL.META_ARCHITECTURE == "LandmarkNet":
+                section = "LANDMARKS"
+            key = f"MODEL.{section}.NUM_KEYPOINTS"
+            _compare(key, cfg.MODEL[section].NUM_KEYPOINTS, name, keypoints, "keypoints")
     if names:
         check_same_classes(names)
 

@@ -236,7 +236,10 @@ class TopDownMapper:
     def _hourglass(
         self, image: np.ndarray, points: np.ndarray, box: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
-        """The published recipe; ``gt_keypoints`` are its heat-map pixels times 4, plus 0.5.
+        """The published recipe; ``gt_keypoints`` are its heat-map pixels times 4.
+
+        Its coordinates are taken as continuous ones: it cuts images at its coordinates, and finds
+        points at the middles of cells, i + 0.5.
 
         The matrix is that of the unaugmented crop: the published joints are rounded, so there is
         no exact one.
@@ -245,13 +248,11 @@ class TopDownMapper:
             image = image[:, :, ::-1]
         center, scale = (box[:2] + box[2:]) / 2, (box[2] - box[0]) / 200
         size = self.size[0]
-        indices = points.copy()
-        indices[points[:, 2] > 0, :2] -= 0.5
         draws = draw_hourglass()
         try:
             crop, joints = hourglass_sample(
                 image,
-                indices,
+                points,
                 center,
                 scale,
                 self.flip_indices,
@@ -264,7 +265,7 @@ class TopDownMapper:
         crop = crop * np.float32(255)
         crop = crop[:, :, ::-1] if self.image_format == "BGR" else crop
         drawn = joints[:, 0] > 0
-        joints[:, :2] = joints[:, :2] * _HOURGLASS_STRIDE + 0.5
+        joints[:, :2] *= _HOURGLASS_STRIDE
         joints[:, 2] = np.where(drawn, np.maximum(joints[:, 2], 1), 0)
         joints[~drawn] = 0
         matrix = crop_transform(box, self.size).matrix

@@ -1,0 +1,179 @@
+"""Objects as peaks of class maps: Gaussian targets, peaks, best places.
+
+Shared by CornerNet (arXiv 1808.01244), CenterNet with triplets (arXiv 1904.08189) and CenterNet with
+points (arXiv 1904.07850).
+
+Letters: B images, C maps (classes), H x W cells of a map, N objects, k places.
+A place is also given as its ``index`` = y * W + x.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Numbers that one step of draw_gaussians holds at most.
+_DRAWING_LIMIT = 1 << 24
+
+
+class TopK(NamedTuple):
+    """The best places of maps; each field (B, k), or (B, C, k) from :func:`top_k_per_class`."""
+
+    scores: Tensor
+    """Best first."""
+    classes: Tensor
+    """int64 map number."""
+    ys: Tensor
+    """int64 row."""
+    xs: Tensor
+    """int64 column."""
+    index: Tensor
+    """int64, y * W + x."""
+
+
+def gaussian_radius(heights: Tensor, widths: Tensor, min_overlap: float, variant: str) -> Tensor:
+    """How far corners may move so that the box still overlaps the object's by ``min_overlap``.
+
+    Args:
+        heights, widths: sides of the objects in cells, any one shape. The published codes round them up
+            to whole cells before.
+        min_overlap: IoU in 0..1 (exclusive).
+        variant: "cornernet": the smallest radius of the three ways in which both corners may move
+            (outwards, inwards, one each). "centernet" and "triplets": these published codes divide by
+            2 where the quadratic formula has 2a, and take the larger root throughout; the result is
+            that of the third way times 4 * min_overlap / 2, and no radius in the sense above.
+
+    Returns:
+        float64, in cells; the published codes cut it to a whole number.
+    """
+    if variant not in ("cornernet", "centernet", "triplets"):
+        raise ValueError(
+            f'gaussian_radius has the variants "cornernet", "centernet", "triplets", not "{variant}".'
+        )
+    heights, widths = heights.double(), widths.double()
+    perimeter, area = heights + widths, heights * widths
+    # a r^2 - b r + c = 0 for: one corner inwards and one outwards; both inwards; both outwards.
+    one_each = (1.0, perimeter, area * (1 - min_overlap) / (1 + min_overlap))
+    inwards = (4.0, 2 * perimeter, area * (1 - min_overlap))
+    outwards = (4 * min_overlap, -2 * min_overlap * perimeter, area * (min_overlap - 1))
+
+    def roots(a: float, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """(b - s, b + s), not divided by 2a."""
+        s = (b * b - 4 * a * c).sqrt()
+        return b - s, b + s
+
+    if variant == "cornernet":
+        radii = [
+            roots(*one_each)[0] / 2,
+            roots(*inwards)[0] / (2 * inwards[0]),
+            roots(*outwards)[1] / (2 * outwards[0]),
+        ]
+    else:
+        radii = [roots(*way)[1] / 2 for way in (one_each, inwards, outwards)]
+    return torch.stack(radii).amin(dim=0)
+
+
+def draw_gaussians(
+    size: tuple[int, int],
+    num_classes: int,
+    cells: Tensor,
+    radii: Tensor,
+    classes: Tensor,
+    divisor: float = 6.0,
+    peaks: Tensor | None = None,
+) -> Tensor:
+    """Class maps with a Gaussian at each object, the larger value where they overlap.
+
+    A Gaussian has standard deviation (2 * radius + 1) / divisor and is cut to the square of ``radius``
+    cells around its centre, where it is ``peaks``, exactly 1 by default.
+
+    Args:
+        size: (H, W).
+        num_classes: maps to draw; a batch is drawn at once with classes numbered through its images.
+        cells: (N, 2) int64 (x, y), all inside the map: the caller leaves others out.
+        radii: (N,) int64, not negative.
+        classes: (N,) int64 in 0..num_classes - 1.
+        divisor: CornerNet and CenterNet 6; the centres of CenterNet with triplets 5.
+        peaks: (N,) value at the centre.
+
+    Returns:
+        (num_classes, H, W) float32 in 0..1 on the device of ``cells``. Does not wait for the device.
+    """
+    height, width = size
+    device = cells.device
+    heat = torch.zeros((num_classes, height, width), device=device)
+    if len(cells) == 0:
+        return heat
+    sigma = (2 * radii.double() + 1) / divisor
+
+    def profile(length: int, centers: Tensor) -> Tensor:
+        """(N, length) float32: one side of the Gaussians."""
+        distance = (torch.arange(length, device=device) - centers[:, None]).double()
+        values = torch.exp(-0.5 * (distance / sigma[:, None]) ** 2)
+        return values.masked_fill(distance.abs() > radii[:, None], 0.0).float()
+
+    columns, rows = profile(width, cells[:, 0]), profile(height, cells[:, 1])
+    if peaks is not None:
+        rows = rows * peaks.to(rows)[:, None]
+    step = max(1, _DRAWING_LIMIT // (height * width))
+    for start in range(0, len(cells), step):
+        part = slice(start, start + step)
+        values = rows[part, :, None] * columns[part, None, :]
+        target = classes[part, None, None].expand_as(values)
+        heat.scatter_reduce_(0, target, values, "amax")
+    return heat
+
+
+def local_peaks(heat: Tensor, kernel: int = 3) -> Tensor:
+    """Set to 0 what is below the maximum of its surroundings.
+
+    Equal neighbours on a plateau are all peaks, as published.
+
+    Args:
+        heat: (B, C, H, W), not negative.
+        kernel: side of the surroundings in cells, odd.
+    """
+    surroundings = F.max_pool2d(heat, kernel, stride=1, padding=kernel // 2)
+    return torch.where(surroundings == heat, heat, torch.zeros_like(heat))
+
+
+def top_k(heat: Tensor, k: int) -> TopK:
+    """The ``k`` best places over all classes and cells, or all of them if there are fewer.
+
+    Args:
+        heat: (B, C, H, W).
+
+    Returns:
+        fields (B, min(k, C * H * W)).
+    """
+    per_class = top_k_per_class(heat, k)
+    flat = per_class.scores.flatten(1)
+    scores, order = flat.topk(min(k, flat.shape[1]), dim=1)
+    classes, ys, xs, index = (field.flatten(1).gather(1, order) for field in per_class[1:])
+    return TopK(scores, classes, ys, xs, index)
+
+
+def top_k_per_class(heat: Tensor, k: int) -> TopK:
+    """The ``k`` best cells of each class, or all of them if there are fewer.
+
+    Args:
+        heat: (B, C, H, W).
+
+    Returns:
+        fields (B, C, min(k, H * W)).
+    """
+    width = heat.shape[-1]
+    flat = heat.flatten(2)
+    scores, index = flat.topk(min(k, flat.shape[2]), dim=2)
+    classes = torch.arange(heat.shape[1], device=heat.device)[None, :, None].expand_as(index)
+    ys = index.div(width, rounding_mode="floor")
+    return TopK(scores, classes, ys, index - ys * width, index)
+
+
+def gather_at(maps: Tensor, index: Tensor) -> Tensor:
+    """Values of all channels at places: maps (B, C, H, W), index (B, k) → (B, k, C)."""
+    flat = maps.flatten(2)
+    return flat.gather(2, index[:, None].expand(-1, flat.shape[1], -1)).transpose(1, 2)

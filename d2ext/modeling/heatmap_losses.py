@@ -1,0 +1,107 @@
+"""Losses on heat maps and on values at places of maps.
+
+Shared by CornerNet (arXiv 1808.01244), CenterNet with triplets (arXiv 1904.08189) and CenterNet with
+points (arXiv 1904.07850). All of them are computed in float32, whatever the predictions are.
+
+Letters: B images, C channels, H x W cells, N object slots of an image.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from d2ext.codecs.heatmaps import gather_at
+
+# Added to the number of objects or values that a regression loss is divided by (published codes).
+_COUNT_EPSILON = 1e-4
+
+
+def penalty_reduced_focal_loss(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None = None,
+    *,
+    alpha: float = 2.0,
+    beta: float = 4.0,
+    eps: float = 1e-4,
+) -> Tensor:
+    """Focal loss against Gaussian targets (arXiv 1808.01244, equation 1).
+
+    Cells where the target is exactly 1 are positives; the others count the less the closer their
+    target is to 1. The sum is divided by the number of positives in the batch of this process;
+    without positives it is not divided.
+
+    Args:
+        logits: (..., H, W), before the sigmoid. Probabilities are clamped to [eps, 1 - eps]; there is
+            no gradient beyond.
+        target: as ``logits``, in 0..1.
+        mask: weight of each cell, broadcast to ``logits``; it does not change the divisor.
+        alpha: exponent of the probability's distance from its goal.
+        beta: exponent of the target's distance from 1.
+
+    Returns:
+        scalar float32.
+    """
+    probability = logits.float().sigmoid().clamp(eps, 1 - eps)
+    positive = target == 1
+    complement = 1 - probability
+    # Distance from the goal, and the probability given to it.
+    distance = torch.where(positive, complement, probability)
+    confidence = torch.where(positive, probability, complement)
+    weight = torch.where(positive, torch.ones_like(target), (1 - target) ** beta)
+    values = -torch.log(confidence) * distance**alpha * weight
+    if mask is not None:
+        values = values * mask
+    return values.sum() / positive.sum().clamp(min=1)
+
+
+def l1_at_cells(prediction: Tensor, index: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Mean absolute difference at places, over the values that the mask takes (CenterNet).
+
+    Args:
+        prediction: (B, C, H, W).
+        index: (B, N) int64 places, y * W + x; anything valid in empty slots.
+        target: (B, N, C).
+        mask: (B, N), or (B, N, C) for each value: 1 or True where a target counts.
+
+    Returns:
+        scalar float32: sum / (number of values + 1e-4); an object counts C values.
+    """
+    if mask.dim() == 2:
+        mask = mask[..., None]
+    weight = mask.to(torch.float32).expand_as(target)
+    difference = gather_at(prediction, index).float() * weight - target * weight
+    return difference.abs().sum() / (weight.sum() + _COUNT_EPSILON)
+
+
+def smooth_l1_at_cells(prediction: Tensor, index: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Smooth L1 (beta 1) at places, over the number of objects (CornerNet).
+
+    Args:
+        prediction: (B, C, H, W).
+        index: (B, N) int64 places, y * W + x; anything valid in empty slots.
+        target: (B, N, C).
+        mask: (B, N), 1 or True where a slot holds an object.
+
+    Returns:
+        scalar float32: sum over objects and channels / (number of objects + 1e-4).
+    """
+    weight = mask.to(torch.float32)
+    difference = (gather_at(prediction, index).float() - target).abs()
+    values = torch.where(difference < 1, 0.5 * difference**2, difference - 0.5)
+    return (values * weight[..., None]).sum() / (weight.sum() + _COUNT_EPSILON)
+
+
+def dense_l1(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Mean absolute difference of whole maps, over the values that the mask takes.
+
+    Args:
+        prediction, target, mask: (B, C, H, W); mask 1 or True where a target counts.
+
+    Returns:
+        scalar float32: sum / (number of values + 1e-4).
+    """
+    weight = mask.to(torch.float32)
+    difference = prediction.float() * weight - target * weight
+    return difference.abs().sum() / (weight.sum() + _COUNT_EPSILON)
