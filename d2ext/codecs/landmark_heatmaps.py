@@ -10,6 +10,7 @@ How far decode(encode(x)) may lie from x is stated at :class:`HeatmapCodec` and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -323,7 +324,7 @@ class HeatmapCodec(LandmarkCodec):
     quarter    exact                       0.25; 0.5 within two cells of the border
     quarter    rounded                     0.5 (the target holds nothing finer)
     hourglass  hourglass                   0.75 (the target is one of whole cells, yet it moves)
-    hourglass  exact                       0.25; 0.5 in the outermost cells
+    hourglass  exact                       0.25; 0.75 in the outermost cells, where it moves outwards
     dark       exact                       0.05 (sigma 2, blur 11), at least 8 cells from the border
     taylor     exact, either shape         0.01
     =========  ==========================  =====================================================
@@ -433,13 +434,16 @@ class IntegralCodec(LandmarkCodec):
         """(N, K, h, w) → pixel coordinates (N, K, 2); can be differentiated."""
         cells = self.expectation(self.probabilities(maps))
         if self.debias:
-            count = float(maps.shape[-1] * maps.shape[-2])
-            log_mean = (self.beta * maps.float()).flatten(2).logsumexp(dim=-1) - torch.tensor(
-                count
-            ).log().to(maps.device)
-            share = torch.exp(-log_mean).clamp(max=1 - _FLAT)[..., None]
-            middle = (cells.new_tensor(self.map_size) - 1) / 2
-            cells = torch.where(share < 0.5, (cells - middle * share) / (1 - share), cells)
+            width, height = self.map_size
+            log_sum = (self.beta * maps.float()).flatten(2).logsumexp(dim=-1)
+            # 1/C, the share of the probability that lies evenly on all cells
+            share = torch.exp(math.log(width * height) - log_sum)
+            freed = [
+                (cells[..., axis] - (size - 1) / 2 * share) / (1 - share).clamp(min=_FLAT)
+                for axis, size in enumerate(self.map_size)
+            ]
+            # A flat map has no peak that could be freed.
+            cells = torch.where(share[..., None] < 0.5, torch.stack(freed, dim=-1), cells)
         return to_pixels(cells, self.input_size, self.map_size, self.geometry)
 
     def decode(self, prediction: tuple[Tensor, ...]) -> Decoded:

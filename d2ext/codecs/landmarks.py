@@ -82,26 +82,29 @@ def to_cells(points: Tensor, input_size: Size, map_size: Size, geometry: str) ->
     Raises:
         ValueError: another geometry.
     """
-    scale, shift = _scale_and_shift(input_size, map_size, geometry, points)
-    return points * scale + shift
+    (sx, tx), (sy, ty) = _scales_and_shifts(input_size, map_size, geometry)
+    return torch.stack([points[..., 0] * sx + tx, points[..., 1] * sy + ty], dim=-1)
 
 
 def to_pixels(cells: Tensor, input_size: Size, map_size: Size, geometry: str) -> Tensor:
     """Inverse of :func:`to_cells`."""
-    scale, shift = _scale_and_shift(input_size, map_size, geometry, cells)
-    return (cells - shift) / scale
+    (sx, tx), (sy, ty) = _scales_and_shifts(input_size, map_size, geometry)
+    return torch.stack([(cells[..., 0] - tx) / sx, (cells[..., 1] - ty) / sy], dim=-1)
 
 
-def _scale_and_shift(
-    input_size: Size, map_size: Size, geometry: str, like: Tensor
-) -> tuple[Tensor, Tensor]:
+def _scales_and_shifts(
+    input_size: Size, map_size: Size, geometry: str
+) -> list[tuple[float, float]]:
+    """(scale, shift) from pixels to cells, of x and of y. Numbers, since a tensor made of them would
+    have to be copied to the device, which a CUDA graph cannot do."""
     if geometry not in GEOMETRIES:
         raise ValueError(f'The geometry of maps is one of {GEOMETRIES}, not "{geometry}".')
     less = 1 if geometry == "udp" else 0
-    pairs = zip(map_size, input_size, strict=True)
-    scale = [(cells - less) / (pixels - less) for cells, pixels in pairs]
-    shift = [-0.5 if geometry == "continuous" else -0.5 * s for s in scale]
-    return like.new_tensor(scale), like.new_tensor(shift)
+    result = []
+    for cells, pixels in zip(map_size, input_size, strict=True):
+        scale = (cells - less) / (pixels - less)
+        result.append((scale, -0.5 if geometry == "continuous" else -0.5 * scale))
+    return result
 
 
 def inside(points: Tensor, size: Size) -> Tensor:
@@ -124,8 +127,9 @@ class RegressionCodec(LandmarkCodec):
 
     def decode(self, prediction: tuple[Tensor, ...]) -> Decoded:
         (values,) = prediction
+        width, height = self.input_size
         values = values.float()
-        points = values * values.new_tensor(self.input_size)
+        points = torch.stack([values[..., 0] * width, values[..., 1] * height], dim=-1)
         return Decoded(points, torch.ones_like(points[..., 0]))
 
     def mirror(self, prediction: tuple[Tensor, ...], partners: Tensor) -> tuple[Tensor, ...]:
