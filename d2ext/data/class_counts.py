@@ -44,7 +44,8 @@ def set_class_counts(cfg: CfgNode, dataset_name: str) -> None:
         if "LANDMARKS" in cfg.MODEL:
             cfg.MODEL.LANDMARKS.NUM_KEYPOINTS = len(keypoints)
         if len(keypoints) not in (17, len(cfg.TEST.KEYPOINT_OKS_SIGMAS)):
-            cfg.TEST.KEYPOINT_OKS_SIGMAS = [_DEFAULT_OKS_SIGMA] * len(keypoints)
+            known = MetadataCatalog.get(dataset_name).get("keypoint_oks_sigmas")
+            cfg.TEST.KEYPOINT_OKS_SIGMAS = list(known or [_DEFAULT_OKS_SIGMA] * len(keypoints))
 
 
 def check_config_against_data(cfg: CfgNode, *, train: bool = True) -> None:

@@ -111,6 +111,14 @@ class LandmarkEvaluator(DatasetEvaluator):
         self._every = every
         self._norms = self._choose_norms(norm)
         self._predictions: list[tuple[Any, int, np.ndarray]] = []
+        # Of the last evaluation: (N,) NME of each instance, as a fraction of the data set's norm, in
+        # the order of `annotations`.
+        self.instance_nme: np.ndarray | None = None
+
+    @property
+    def annotations(self) -> list[Annotation]:
+        """(N) annotations that are evaluated."""
+        return self._every
 
     def _choose_norms(self, norm: str | None) -> dict[str, np.ndarray]:
         """(N,) norms by name, the chosen one of NME first; raises for what cannot be computed."""
@@ -229,6 +237,7 @@ class LandmarkEvaluator(DatasetEvaluator):
             if number > 0:
                 results[f"NME_{name}"] = mean
                 continue
+            self.instance_nme = nmes
             results["NME"] = mean
             results[f"FR@{limit:g}"] = 100 * failure_rate(nmes, limit)
             results[f"AUC@{limit:g}"] = 100 * area_under_curve(nmes, limit)

@@ -9,8 +9,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import torch
 
-__all__ = ["GEOMETRIES", "crop_matrix", "invert_affine", "pad_box"]
+from d2ext.codecs.landmark_crops import pad_boxes
+
+__all__ = ["GEOMETRIES", "crop_matrix", "pad_box"]
 
 # How a padded box of width b becomes a crop of w pixels:
 # "continuous": edges onto edges, as in the model's own crops;
@@ -22,8 +25,8 @@ GEOMETRIES = ("continuous", "index", "udp")
 
 
 def pad_box(box: np.ndarray, size: tuple[int, int], padding: float = 1.25) -> np.ndarray:
-    """The published rule: the short side grows until the box has the crop's shape, then both are
-    multiplied. The centre stays.
+    """:func:`~d2ext.codecs.landmark_crops.pad_boxes`, the published rule, for one box: the short side
+    grows until the box has the crop's shape, then both are multiplied.
 
     Args:
         box: (4,) XYXY; sides below one pixel count as one.
@@ -33,12 +36,8 @@ def pad_box(box: np.ndarray, size: tuple[int, int], padding: float = 1.25) -> np
     Returns:
         (4,) float64 XYXY of aspect ratio w / h, which may reach outside the image.
     """
-    box = np.asarray(box, dtype=np.float64)
-    ratio = size[1] / size[0]
-    center, sides = (box[:2] + box[2:]) / 2, np.maximum(box[2:] - box[:2], 1.0)
-    height = max(sides[1], sides[0] / ratio) * padding
-    half = np.array([height * ratio, height]) / 2
-    return np.concatenate([center - half, center + half])
+    boxes = torch.from_numpy(np.asarray(box, dtype=np.float64))[None]
+    return pad_boxes(boxes, size, padding)[0].numpy()
 
 
 def crop_matrix(
@@ -80,9 +79,3 @@ def crop_matrix(
     if flip:
         linear, offset = linear * [[-1], [1]], np.array([size[1] - offset[0], offset[1]])
     return np.concatenate([linear, offset[:, None]], axis=1)
-
-
-def invert_affine(matrix: np.ndarray) -> np.ndarray:
-    """Inverse of a (2, 3) map, as another."""
-    linear = np.linalg.inv(matrix[:, :2])
-    return np.concatenate([linear, -linear @ matrix[:, 2:]], axis=1)

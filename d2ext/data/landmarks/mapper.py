@@ -185,12 +185,13 @@ class TopDownMapper:
         annotation = record["annotations"][0]
         points = instance_points(annotation, len(self.flip_indices))
         image = _read(record, self.image_format)
-        box = pad_box(np.array(instance_crop_box(annotation)), self.size, self.padding)
+        box = np.array(instance_crop_box(annotation))
         if not np.isfinite(box).all():
             raise AnnotationError(
                 f"Annotation {annotation.get('id')} of '{record['file_name']}' has a box that is "
                 "not finite."
             )
+        box = pad_box(box, self.size, self.padding)
         if self.recipe == "hourglass":
             sample = self._hourglass(image, points, box)
         else:

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 
 import cv2
 import numpy as np
+import torch
 from fvcore.transforms.transform import Transform
 
-from d2ext.data.landmarks.geometry import crop_matrix, invert_affine
+from d2ext.codecs.landmark_crops import invert_affine
+from d2ext.data.landmarks.geometry import crop_matrix
 
 __all__ = [
     "AffineCropTransform",
@@ -53,7 +55,7 @@ class AffineCropTransform(Transform):
 
     def inverse(self) -> Transform:
         """Of the coordinates; an image keeps the crop's size."""
-        return AffineCropTransform(invert_affine(self.matrix), self.size)
+        return AffineCropTransform(invert_affine(torch.from_numpy(self.matrix)).numpy(), self.size)
 
 
 class CutoutTransform(Transform):
