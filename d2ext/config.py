@@ -11,6 +11,7 @@ from d2ext.modeling.inference import add_inference_config
 from d2ext.systems.centernet.config import add_centernet_config
 from d2ext.systems.centernet_triplets.config import add_centernet_triplets_config
 from d2ext.systems.cornernet.config import add_cornernet_config
+from d2ext.systems.landmarks.config import add_landmarks_config
 from d2ext.systems.upsnet.config import add_upsnet_config
 from d2ext.systems.yolact.config import add_yolact_config
 
@@ -26,6 +27,7 @@ def add_d2ext_config(cfg: CfgNode) -> None:
     add_cornernet_config(cfg)
     add_centernet_triplets_config(cfg)
     add_upsnet_config(cfg)
+    add_landmarks_config(cfg)
 
 
 def get_cfg() -> CfgNode:

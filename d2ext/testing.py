@@ -153,10 +153,28 @@ def _tiny_upsnet(cfg: CfgNode) -> None:
     cfg.INPUT.MIN_SIZE_TEST = 0
 
 
+def _tiny_landmarks(cfg: CfgNode) -> None:
+    cfg.MODEL.META_ARCHITECTURE = "LandmarkNet"
+    cfg.MODEL.KEYPOINT_ON = True
+    cfg.MODEL.PIXEL_MEAN = [0.0, 0.0, 0.0]
+    cfg.MODEL.PIXEL_STD = [255.0, 255.0, 255.0]
+    cfg.MODEL.BACKBONE.NAME = "StackedHourglass"
+    cfg.MODEL.STACKED_HOURGLASS.CHANNELS = 16
+    cfg.MODEL.STACKED_HOURGLASS.STEM_CHANNELS = [8, 16, 16]
+    cfg.MODEL.STACKED_HOURGLASS.DEPTH = 2
+    cfg.MODEL.LANDMARKS.NUM_KEYPOINTS = NUM_KEYPOINTS
+    cfg.MODEL.LANDMARKS.INPUT_SIZE = [32, 48]
+    cfg.MODEL.LANDMARKS.TARGET.CENTER = "exact"
+    cfg.MODEL.LANDMARKS.DECODER = "taylor"
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.INPUT.MIN_SIZE_TEST = 0
+
+
 _TINY: dict[str, TinyModel] = {
     "CenterNet": TinyModel(_tiny_centernet, ("bbox", "keypoints")),
     "CenterNetTriplets": TinyModel(_tiny_centernet_triplets, ("bbox",)),
     "CornerNet": TinyModel(_tiny_cornernet, ("bbox",)),
+    "LandmarkNet": TinyModel(_tiny_landmarks, ("keypoints",)),
     "UPSNet": TinyModel(_tiny_upsnet, ("bbox", "segm", "panoptic")),
     "YOLACT": TinyModel(_tiny_yolact, ("bbox", "segm")),
 }

@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from d2ext.data.dataset_dicts import get_dataset_dicts
 from d2ext.data.dataset_mapper import D2extDatasetMapper
 from d2ext.data.errors import DatasetError, SampleError
+from d2ext.data.landmarks.mapper import TopDownMapper, TopDownTestMapper
+from d2ext.data.landmarks.samples import add_detections, instance_records
 from d2ext.data.sampler import (
     RepeatFactorStreamSampler,
     StreamSampler,
@@ -151,7 +153,8 @@ def build_train_loader(
     Args:
         cfg: reads ``DATASETS``, ``DATALOADER``, ``INPUT``, ``SEED``, ``SOLVER.IMS_PER_BATCH``
         start_iter: iterations already done; the stream starts at start_iter × IMS_PER_BATCH
-        mapper: defaults to :class:`D2extDatasetMapper` of ``cfg``
+        mapper: defaults to :class:`D2extDatasetMapper` of ``cfg``; with ``INPUT.LANDMARKS.ENABLED``
+            to :class:`~d2ext.data.landmarks.TopDownMapper`, and a sample is one annotated instance
 
     Returns:
         loader of lists of ``IMS_PER_BATCH / number of processes`` model inputs
@@ -167,9 +170,14 @@ def build_train_loader(
             f"of processes, {world_size}."
         )
     records = get_dataset_dicts(cfg, cfg.DATASETS.TRAIN, is_train=True)
+    landmarks = cfg.INPUT.LANDMARKS.ENABLED
+    if landmarks:
+        records = instance_records(records)
+    if mapper is None:
+        mapper = TopDownMapper(cfg, True) if landmarks else D2extDatasetMapper(cfg, True)
     dataset = StreamDataset(
         DatasetFromList(records, copy=False),
-        mapper if mapper is not None else D2extDatasetMapper(cfg, True),
+        mapper,
         seed=stream_seed(cfg),
         max_bad=cfg.INPUT.MAX_BAD_SAMPLES,
         strict=cfg.INPUT.STRICT,
@@ -209,9 +217,14 @@ def build_test_loader(
         DatasetError: unregistered or empty data set
     """
     records = get_dataset_dicts(cfg, [dataset_name], is_train=False)
+    landmarks = cfg.INPUT.LANDMARKS
+    if landmarks.ENABLED and landmarks.TEST_BOXES not in ("annotations", "image"):
+        records = add_detections(records, landmarks.TEST_BOXES, landmarks.TEST_MIN_SCORE)
+    if mapper is None:
+        mapper = TopDownTestMapper(cfg) if landmarks.ENABLED else D2extDatasetMapper(cfg, False)
     dataset = InferenceDataset(
         DatasetFromList(records, copy=False),
-        mapper if mapper is not None else D2extDatasetMapper(cfg, False),
+        mapper,
         strict=cfg.INPUT.STRICT,
     )
     return ReportingDataLoader(

@@ -118,8 +118,11 @@ def set_class_counts(cfg: CfgNode, dataset_name: str) -> None:
     keypoints = MetadataCatalog.get(dataset_name).get("keypoint_names")
     if keypoints:
         cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = len(keypoints)
+        if "LANDMARKS" in cfg.MODEL:
+            cfg.MODEL.LANDMARKS.NUM_KEYPOINTS = len(keypoints)
         if len(keypoints) not in (17, len(cfg.TEST.KEYPOINT_OKS_SIGMAS)):
-            cfg.TEST.KEYPOINT_OKS_SIGMAS = [_DEFAULT_OKS_SIGMA] * len(keypoints)
+            known = MetadataCatalog.get(dataset_name).get("keypoint_oks_sigmas")
+            cfg.TEST.KEYPOINT_OKS_SIGMAS = list(known or [_DEFAULT_OKS_SIGMA] * len(keypoints))
 
 
 def check_config_against_data(cfg: CfgNode, *, train: bool = True) -> None:
@@ -139,10 +142,15 @@ def check_config_against_data(cfg: CfgNode, *, train: bool = True) -> None:
                 section, leaf = _section_of(cfg, key)
                 _compare(key, section[leaf], name, classes, "classes")
         keypoints = MetadataCatalog.get(name).get("keypoint_names")
+        if cfg.MODEL.META_ARCHITECTURE == "LandmarkNet" and keypoints:
+            count = cfg.MODEL.LANDMARKS.NUM_KEYPOINTS
+            _compare("MODEL.LANDMARKS.NUM_KEYPOINTS", count, name, keypoints, "keypoints")
         if cfg.MODEL.KEYPOINT_ON and keypoints:
-            count = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
-            key = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
-            _compare(key, count, name, keypoints, "keypoints")
+            section = "ROI_KEYPOINT_HEAD"
+            if cfg.MODEL.META_ARCHITECTURE == "LandmarkNet":
+                section = "LANDMARKS"
+            key = f"MODEL.{section}.NUM_KEYPOINTS"
+            _compare(key, cfg.MODEL[section].NUM_KEYPOINTS, name, keypoints, "keypoints")
     if names:
         check_same_classes(names)
 

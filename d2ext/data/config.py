@@ -2,6 +2,8 @@
 
 from detectron2.config import CfgNode
 
+from d2ext.data.landmarks.config import add_landmark_data_config
+
 
 def add_data_config(cfg: CfgNode) -> None:
     """Add the data keys to ``cfg``, in place."""
@@ -16,6 +18,8 @@ def add_data_config(cfg: CfgNode) -> None:
     # S..S+T-1, and 255 for none, read from the panoptic annotation (see d2ext.data.panoptic).
     # False: the file that sem_seg_file_name names, as in Detectron2.
     cfg.INPUT.SEM_SEG_WITH_THINGS = False
+
+    add_landmark_data_config(cfg)
 
     # Training augmentation
     cfg.INPUT.AUGMENTATION = c = CfgNode()

@@ -48,6 +48,7 @@ from d2ext.data.class_counts import check_config_against_data, set_class_counts
 from d2ext.data.coco_json import CocoSummary, check_coco_json
 from d2ext.data.dataset_dicts import shorten
 from d2ext.data.errors import DatasetError
+from d2ext.data.landmarks.own import add_landmark_arguments, register_landmark_arguments
 from d2ext.data.panoptic_json import default_panoptic_root
 from d2ext.data.register_panoptic import PanopticFiles, check_instances_match, register_panoptic
 from d2ext.data.register_semantic import check_classes, parse_classes, register_semantic
@@ -354,6 +355,7 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dataset-yaml", metavar="FILE", help="a YAML file with all of this (name, train, val)"
     )
+    add_landmark_arguments(group)
 
 
 def register_from_arguments(args: argparse.Namespace) -> str | None:
@@ -375,6 +377,9 @@ def register_from_arguments(args: argparse.Namespace) -> str | None:
     }
     files["semantic_classes"] = args.semantic_classes
     given = [f"--{key.replace('_', '-')}" for key, value in files.items() if value is not None]
+    landmarks = register_landmark_arguments(args)
+    if landmarks is not None:
+        return landmarks
     if args.dataset_yaml is not None:
         if given or args.dataset is not None:
             raise DatasetError("--dataset-yaml holds the whole data set: give no other data.")

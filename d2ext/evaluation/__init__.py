@@ -2,12 +2,14 @@
 
 from d2ext.evaluation.build import build_evaluator, check_analysis
 from d2ext.evaluation.coco import COCOEvaluator
+from d2ext.evaluation.landmarks import LandmarkEvaluator
 from d2ext.evaluation.panoptic import COCOPanopticEvaluator
 from d2ext.evaluation.panoptic_analysis import PanopticAnalysis
 
 __all__ = [
     "COCOEvaluator",
     "COCOPanopticEvaluator",
+    "LandmarkEvaluator",
     "PanopticAnalysis",
     "build_evaluator",
     "check_analysis",

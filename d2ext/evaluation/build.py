@@ -21,6 +21,7 @@ from detectron2.utils import comm
 from d2ext.data.errors import DatasetError
 from d2ext.data.image_io import read_label_map
 from d2ext.evaluation.coco import COCOEvaluator
+from d2ext.evaluation.landmarks import LandmarkEvaluator
 from d2ext.evaluation.panoptic import COCOPanopticEvaluator
 from d2ext.evaluation.panoptic_analysis import PanopticAnalysis
 
@@ -34,6 +35,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
     ``coco``                     boxes, masks, keypoints: whichever the model predicts
     ``coco_panoptic_seg``        those, semantic segmentation and panoptic quality, of these the
                                  ones for which the model has an output
+    ``landmarks``                landmark metrics, by ``landmark_metrics`` of the metadata: NME, PCK,
+                                 PCKh; "oks" adds COCO's keypoint AP
     ``sem_seg``                  semantic segmentation
     ``cityscapes_instance``,     Cityscapes' own scripts (package ``cityscapesscripts``)
     ``cityscapes_sem_seg``
@@ -43,7 +46,9 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
 
     Args:
         cfg: ``TEST.DETECTIONS_PER_IMAGE`` does not limit the evaluation; COCO's limit of 100 does.
-            ``TEST.KEYPOINT_OKS_SIGMAS`` is passed on. ``TEST.PANOPTIC_BACKEND`` computes panoptic
+            ``TEST.KEYPOINT_OKS_SIGMAS`` is passed on; if empty, the metadata's
+            ``keypoint_oks_sigmas`` are.
+            ``TEST.PANOPTIC_BACKEND`` computes panoptic
             quality; with ``TEST.ANALYZE`` the folder ``analysis`` says where it is lost.
         dataset_name: registered data set.
         output_folder: where results are written; made when needed.
@@ -57,14 +62,17 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
             f"Data set {dataset_name!r} is not registered. Register it in DatasetCatalog, or pass "
             "its files to tools/train_net.py (--dataset NAME --val-json ... --val-images ...)."
         )
-    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    metadata = MetadataCatalog.get(dataset_name)
+    kind = metadata.get("evaluator_type")
 
     def coco() -> DatasetEvaluator:
         return COCOEvaluator(
             dataset_name,
             output_dir=output_folder,
             use_fast_impl=False,  # the official implementation; the fast one needs detectron2._C
-            kpt_oks_sigmas=tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS),
+            kpt_oks_sigmas=tuple(
+                cfg.TEST.KEYPOINT_OKS_SIGMAS or metadata.get("keypoint_oks_sigmas") or ()
+            ),
         )
 
     def semantic() -> DatasetEvaluator:
@@ -92,6 +100,11 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
         if all("sem_seg_file_name" in record for record in records):
             evaluators.append(IfPredicted("sem_seg", semantic()))
         return DatasetEvaluators([*evaluators, *panoptic()])
+    if kind == "landmarks":
+        evaluators = [LandmarkEvaluator(dataset_name, output_dir=output_folder)]
+        if "oks" in (metadata.get("landmark_metrics") or ()):
+            evaluators.append(coco())  # last: it shifts the predicted keypoints in place
+        return DatasetEvaluators(evaluators) if len(evaluators) > 1 else evaluators[0]
     if kind == "sem_seg":
         return semantic()
     if kind == "cityscapes_instance":
@@ -114,7 +127,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
     raise ValueError(
         f"Data set {dataset_name!r} {state}. Set it when registering, for example "
         f"MetadataCatalog.get({dataset_name!r}).evaluator_type = 'coco'; known are coco, "
-        "coco_panoptic_seg, sem_seg, cityscapes_instance, cityscapes_sem_seg, "
+        "coco_panoptic_seg, landmarks, sem_seg, cityscapes_instance, cityscapes_sem_seg, "
         "cityscapes_panoptic_seg, lvis, pascal_voc."
     )
 

@@ -1,6 +1,7 @@
 """Operators and blocks: nothing here knows a data set or a config."""
 
 from d2ext.layers._extension import extension_info, has_cuda_extension, has_extension
+from d2ext.layers.affine_crops import affine_crops, truncated_crops
 from d2ext.layers.corner_pool import (
     CornerPool,
     center_pool,
@@ -21,6 +22,7 @@ from d2ext.layers.soft_nms import SoftNMSRows, soft_nms, soft_nms_merge, soft_nm
 __all__ = [
     "CornerPool",
     "SoftNMSRows",
+    "affine_crops",
     "assemble_binary_masks",
     "assemble_binary_masks_reference",
     "assemble_masks",
@@ -37,4 +39,5 @@ __all__ = [
     "soft_nms",
     "soft_nms_merge",
     "soft_nms_rows",
+    "truncated_crops",
 ]

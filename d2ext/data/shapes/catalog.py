@@ -6,6 +6,8 @@ For a split such as ``val`` the names are
 ``shapes_val``              instances, masks as polygons (stock configs read these)
 ``shapes_val_rle``          the same, masks exact, as RLE: set ``INPUT.MASK_FORMAT: bitmask``
 ``shapes_val_keypoints``    as ``person_keypoints`` of COCO: one class, 8 landmarks
+``shapes_val_landmarks``    the same landmarks for top-down models: boxes hold the whole thing, also
+                            what is hidden, and tell how much of it is
 ``shapes_val_panoptic``     instances, ``sem_seg`` and panoptic maps, as
                             ``coco_2017_*_panoptic_separated`` and, in the same dicts,
                             ``pan_seg_file_name`` and ``segments_info`` ``shapes_val_semantic``
@@ -20,6 +22,7 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
+import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
@@ -53,6 +56,10 @@ __all__ = [
 DEFAULT_SETS = (ShapesSet("train", 2000), ShapesSet("val", 200))
 DEFAULT_VIDEO_SETS = (VideoSet("train", 40), VideoSet("val", 10))
 
+# Landmarks: a thing counts as occluded from this share of its outline that is hidden or outside the
+# image, and is left out from this one: nobody could say where its landmarks are.
+_OCCLUDED, _TOO_HIDDEN = 0.1, 0.5
+
 
 def _category_dict(segment_info: dict[str, Any]) -> dict[str, Any]:
     """COCO's segment info with contiguous class ids and ``isthing``, as Detectron2 wants it."""
@@ -78,6 +85,33 @@ def _instances(
     return {"annotations": annotations}
 
 
+def _landmarks(frame: Frame) -> dict[str, Any]:
+    """Things of which more than half can be seen, each with the box of its whole outline (not cut to the
+    image), its landmarks and ``occlusion``, the share of its outline that is hidden or outside."""
+    annotations = []
+    for segment in frame.segments:
+        if segment.layer < 0:
+            continue
+        low, high, area = frame.outline_extent(segment)
+        occlusion = max(1 - segment.area / max(area, 1.0), 0.0)
+        if occlusion >= _TOO_HIDDEN:
+            continue
+        annotations.append(
+            {
+                "id": segment.number,
+                "bbox": [*low.tolist(), *high.tolist()],
+                "bbox_mode": BoxMode.XYXY_ABS,
+                "category_id": 0,
+                "iscrowd": 0,
+                "area": float(np.prod(high - low)),
+                "keypoints": frame.keypoints(segment).reshape(-1).tolist(),
+                "occlusion": occlusion,
+                "attributes": {"occluded": occlusion >= _OCCLUDED},
+            }
+        )
+    return {"annotations": annotations}
+
+
 def _panoptic(frame: Frame) -> dict[str, Any]:
     result = _instances(frame)
     for segment, annotation in zip(frame.segments, result["annotations"], strict=True):
@@ -91,6 +125,7 @@ _FIELDS: dict[str, tuple[Callable[[Frame], dict[str, Any]] | None, dict[str, str
     "instances": (_instances, {}),
     "rle": (partial(_instances, mask_format="rle"), {}),
     "keypoints": (partial(_instances, keypoints=True), {}),
+    "landmarks": (_landmarks, {}),
     "panoptic": (_panoptic, {"sem_seg_file_name": "sem_seg", "pan_seg_file_name": "panoptic"}),
     "semantic": (None, {"sem_seg_file_name": "semantic"}),
 }
@@ -180,6 +215,17 @@ def shapes_metadata(task: str) -> dict[str, Any]:
             "thing_colors": list(THING_COLORS),
             "thing_dataset_id_to_contiguous_id": {d: c for c, d in enumerate(THING_IDS)},
         }
+    if task == "landmarks":
+        return {
+            **shapes_metadata("keypoints"),
+            "landmark_kind": "shapes",
+            "landmark_metrics": ("nme", "pck"),
+            "landmark_norm": "box",
+            "landmark_norms": {},
+            "landmark_not_scored": (),
+            "landmark_failure": 0.1,
+            "landmark_occlusion": True,
+        }
     if task == "keypoints":
         return {
             "thing_classes": ["thing"],
@@ -220,6 +266,8 @@ def _paths(shapes: ShapesSet, task: str) -> dict[str, Any]:
     if task == "semantic":
         paths.update(sem_seg_root=f"{root}/semantic", evaluator_type="sem_seg", ignore_label=VOID)
         return paths
+    if task == "landmarks":
+        return {**paths, "evaluator_type": "landmarks"}
     name = {"rle": "instances_rle", "keypoints": "keypoints"}.get(task, "instances")
     paths["json_file"] = f"{root}/annotations/{name}.json"
     if task == "panoptic":

@@ -271,6 +271,25 @@ class Frame:
                 row[2] = 1
         return result
 
+    def outline_extent(self, segment: Segment) -> tuple[np.ndarray, np.ndarray, float]:
+        """Extent of a thing's whole outline, also of what is hidden or outside the image.
+
+        Returns:
+            low, high: (2,) float64 x, y in continuous image coordinates
+            area: of the outline in pixels, as it would cover them if nothing were in front of it
+        """
+        matrix, outline = self.matrices[segment.layer], self.layers[segment.layer].outline
+        points = [apply(matrix, contour) for part in outline.parts for contour in part]
+        low = np.min([contour.min(axis=0) for contour in points], axis=0)
+        high = np.max([contour.max(axis=0) for contour in points], axis=0)
+        # Drawn as the picture is, on a canvas that holds all of it.
+        shift = np.floor(low) - 1
+        width, height = (np.ceil(high - shift) + 1).astype(int).tolist()
+        moved = matrix.copy()
+        moved[:2, 2] -= shift
+        raster = rasterize(outline, moved, height, width)
+        return low, high, 0.0 if raster is None else float(raster.area)
+
     def annotation(self, segment: Segment, mask_format: str) -> dict[str, Any]:
         """bbox (x, y, w, h), area, iscrowd and segmentation, as COCO has them.
 

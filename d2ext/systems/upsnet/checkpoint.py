@@ -47,7 +47,10 @@ _RULES = (
     Rule(r"mask_branch\.mask_conv(\d)\.0\.(\w+)", r"roi_heads.mask_head.mask_fcn\1.\2"),
     Rule(r"mask_branch\.mask_deconv1\.0\.(\w+)", r"roi_heads.mask_head.deconv.\1"),
     Rule(r"mask_branch\.mask_score\.(\w+)", r"roi_heads.mask_head.predictor.\1"),
-    Rule(r"fcn_head\.fcn_subnet\.conv\.(\d)\.0\.conv_offset\.(\w+)", r"sem_seg_head.layers.\1.offset.\2"),
+    Rule(
+        r"fcn_head\.fcn_subnet\.conv\.(\d)\.0\.conv_offset\.(\w+)",
+        r"sem_seg_head.layers.\1.offset.\2",
+    ),
     Rule(r"fcn_head\.fcn_subnet\.conv\.(\d)\.0\.conv\.(\w+)", r"sem_seg_head.layers.\1.\2"),
     Rule(r"fcn_head\.score\.(\w+)", r"sem_seg_head.score.\1"),
 )
@@ -108,7 +111,9 @@ def start_cityscapes(state_dict: StateDict) -> dict[str, Tensor]:
     for name, (classes, rows) in layers.items():
         weight = state_dict.get(f"{name}.weight")
         if weight is None or len(weight) < 63 * rows:
-            raise ConversionError(f'This is no UPSNet checkpoint for COCO: see its "{name}.weight".')
+            raise ConversionError(
+                f'This is no UPSNet checkpoint for COCO: see its "{name}.weight".'
+            )
         for leaf in ("weight", "bias"):
             value = changed[f"{name}.{leaf}"]
             parts = []

@@ -307,9 +307,7 @@ class UPSNet(nn.Module):
             torch.cat([x.deltas for x in regions]),
             [len(x.boxes) for x in regions],
         )
-        positive = [
-            (x.classes < self.roi_heads.num_classes).nonzero()[:, 0] for x in regions
-        ]
+        positive = [(x.classes < self.roi_heads.num_classes).nonzero()[:, 0] for x in regions]
         # Positives of a crowd in an image without objects have no mask to learn.
         positive = [p if len(t.instances) else p[:0] for p, t in zip(positive, truth, strict=True)]
         boxes = [x.boxes[p] for x, p in zip(regions, positive, strict=True)]
@@ -333,9 +331,7 @@ class UPSNet(nn.Module):
         inside = [inclusive(x, t.pixel) for x, t in zip(boxes, truth, strict=True)]
         pooled = pooler([raw.semantic.features], [Boxes(end_behind(x)) for x in inside])
         logits = self.sem_seg_head.score(pooled)
-        crops = [
-            T.crop_labels(own, x, pooler.size) for own, x in zip(labels, inside, strict=True)
-        ]
+        crops = [T.crop_labels(own, x, pooler.size) for own, x in zip(labels, inside, strict=True)]
         return L.semantic_roi_loss(logits, torch.cat(crops), [len(x) for x in boxes])
 
     def panoptic_loss(self, raw: Raw, truth: list[T.Targets]) -> Tensor:
@@ -427,9 +423,7 @@ class UPSNet(nn.Module):
             SemanticPrediction(*semantic),
         )
 
-    def detect(
-        self, images: ImageList, raw: Raw
-    ) -> tuple[list[Detections], list[Detections]]:
+    def detect(self, images: ImageList, raw: Raw) -> tuple[list[Detections], list[Detections]]:
         """Detections, and the panoptic head's candidates, of each image."""
         rpn, heads = self.proposal_generator, self.roi_heads
         anchors = rpn.anchor_generator([raw.features[name] for name in rpn.in_features])
@@ -557,9 +551,7 @@ class UPSNet(nn.Module):
         things = logits[self.num_stuff :].amax(dim=0, keepdim=True)
         return torch.cat([things, logits[: self.num_stuff]])
 
-    def merge(
-        self, instances: Instances, semantic: Tensor
-    ) -> tuple[Tensor, list[dict[str, Any]]]:
+    def merge(self, instances: Instances, semantic: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         """``panoptic_seg`` by Detectron2's heuristic, from ``instances`` and ``sem_seg``."""
         labels = semantic.argmax(dim=0)
         joint = self.category_ids == "joint"

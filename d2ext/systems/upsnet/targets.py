@@ -63,7 +63,10 @@ def read_targets(
     """
     for key, advice in (
         ("instances", "is the mapper built with is_train=True, and has the data set annotations?"),
-        ("sem_seg", "UPSNet trains on panoptic data, for example coco_2017_train_panoptic_separated."),
+        (
+            "sem_seg",
+            "UPSNet trains on panoptic data, for example coco_2017_train_panoptic_separated.",
+        ),
     ):
         if key not in inputs:
             raise KeyError(f"UPSNet's training inputs need `{key}`: {advice}")

@@ -1,0 +1,51 @@
+"""Landmark data sets (bodies, faces, anything with K named points) and their top-down samples.
+
+::
+
+    from d2ext.data.landmarks import register_landmarks
+    register_landmarks("faces_train", "wflw", "list_98pt_rect_attr_train.txt", "WFLW_images/")
+"""
+
+from d2ext.data.landmarks.kinds import KINDS, LandmarkKind, kind_metadata
+from d2ext.data.landmarks.mapper import TopDownMapper, TopDownTestMapper, make_crop_sample
+from d2ext.data.landmarks.register import (
+    load_landmarks,
+    register_landmarks,
+    write_coco_keypoints,
+)
+from d2ext.data.landmarks.samples import (
+    add_detections,
+    flip_indices,
+    instance_crop_box,
+    instance_points,
+    instance_records,
+)
+from d2ext.data.landmarks.transforms import (
+    AffineCropTransform,
+    CutoutTransform,
+    RandomCropGeometry,
+    crop_transform,
+    half_body_box,
+)
+
+__all__ = [
+    "KINDS",
+    "AffineCropTransform",
+    "CutoutTransform",
+    "LandmarkKind",
+    "RandomCropGeometry",
+    "TopDownMapper",
+    "TopDownTestMapper",
+    "add_detections",
+    "crop_transform",
+    "flip_indices",
+    "half_body_box",
+    "instance_crop_box",
+    "instance_points",
+    "instance_records",
+    "kind_metadata",
+    "load_landmarks",
+    "make_crop_sample",
+    "register_landmarks",
+    "write_coco_keypoints",
+]

@@ -1,0 +1,167 @@
+"""Top-down samples: one per annotated instance for training, one per image with boxes for testing."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from detectron2.data import MetadataCatalog
+from detectron2.structures import BoxMode
+
+from d2ext.data.annotations import describe_dropped
+from d2ext.data.errors import AnnotationError, DatasetError
+from d2ext.data.landmarks.forms import read_json
+
+__all__ = [
+    "add_detections",
+    "flip_indices",
+    "instance_crop_box",
+    "instance_points",
+    "instance_records",
+]
+
+logger = logging.getLogger(__name__)
+Record = dict[str, Any]
+
+NO_POINTS = "no labelled point"
+NO_BOX = "box without area"
+
+
+def instance_records(records: Sequence[Record]) -> list[Record]:
+    """One record per instance that can be trained on or evaluated.
+
+    Crowds, instances without a labelled point and those whose box has no area or is not finite are
+    left out; one line of the log counts them.
+
+    Args:
+        records: of images, with ``annotations``.
+
+    Returns:
+        dicts of images whose ``annotations`` has one entry.
+
+    Raises:
+        DatasetError: none is left.
+    """
+    dropped: Counter[str] = Counter()
+    result = []
+    for record in records:
+        for annotation in usable_annotations(record, dropped):
+            result.append({**record, "annotations": [annotation]})
+    if dropped:
+        logger.info(f"Instances without landmarks are left out: {describe_dropped(dropped)}.")
+    if not result:
+        raise DatasetError(
+            "No instance is left to learn landmarks from: none has a labelled point and a box. "
+            "Check the annotations' 'keypoints' (x, y, v with v > 0 where labelled)."
+        )
+    return result
+
+
+def usable_annotations(record: Record, dropped: Counter[str] | None = None) -> list[Record]:
+    """Annotations of an image that have landmarks to find, in their order."""
+    kept = []
+    for annotation in record.get("annotations", ()):
+        reason = _flaw(annotation)
+        if not reason:
+            kept.append(annotation)
+        elif dropped is not None:
+            dropped[reason] += 1
+    return kept
+
+
+def _flaw(annotation: Record) -> str:
+    if annotation.get("iscrowd", 0):
+        return "crowd"
+    visible = annotation.get("keypoints", ())[2::3]
+    if not any(v > 0 for v in visible):
+        return NO_POINTS
+    x0, y0, x1, y1 = instance_crop_box(annotation)
+    # A box of one side is no crop, but one without height has, with padding, the shape of the input.
+    good = np.isfinite([x0, y0, x1, y1]).all() and x1 >= x0 and y1 >= y0 and max(x1 - x0, y1 - y0)
+    return "" if good else NO_BOX
+
+
+def instance_crop_box(annotation: Record) -> list[float]:
+    """XYXY of what is to be cropped, before padding: ``crop_box``, or else ``bbox``."""
+    if "crop_box" in annotation:
+        return [float(v) for v in annotation["crop_box"]]
+    mode = annotation.get("bbox_mode", BoxMode.XYXY_ABS)
+    box = [float(v) for v in annotation.get("bbox", (0, 0, 0, 0))]
+    return list(BoxMode.convert(box, mode, BoxMode.XYXY_ABS))
+
+
+def instance_points(annotation: Record, count: int | None = None) -> np.ndarray:
+    """(K, 3) float64 copy of an annotation's x, y, v.
+
+    Raises:
+        AnnotationError: not K points, or labelled ones that are not finite.
+    """
+    points = np.array(annotation["keypoints"], dtype=np.float64).reshape(-1)
+    if len(points) % 3 or (count is not None and len(points) != 3 * count):
+        raise AnnotationError(
+            f"Annotation {annotation.get('id')} has {len(points) / 3:g} points; the data set has "
+            f"{'whole triples' if count is None else count}."
+        )
+    points = points.reshape(-1, 3)
+    if not np.isfinite(points).all():
+        raise AnnotationError(f"Annotation {annotation.get('id')} has points that are not finite.")
+    return points
+
+
+def flip_indices(dataset: str) -> list[int]:
+    """For each landmark of a registered data set, which one takes its place in a mirrored picture.
+
+    Raises:
+        DatasetError: the data set has no ``keypoint_names``.
+    """
+    metadata = MetadataCatalog.get(dataset)
+    names = metadata.get("keypoint_names")
+    if not names:
+        raise DatasetError(
+            f"Data set '{dataset}' has no landmarks: its metadata has no keypoint_names. Register "
+            "it with d2ext.data.landmarks.register_landmarks."
+        )
+    partner = {name: name for name in names}
+    for a, b in metadata.get("keypoint_flip_map", ()):
+        if a not in partner or b not in partner:
+            raise DatasetError(f"Data set '{dataset}': keypoint_flip_map has unknown names {a, b}.")
+        partner[a], partner[b] = b, a
+    place = {name: i for i, name in enumerate(names)}
+    return [place[partner[name]] for name in names]
+
+
+def add_detections(records: Sequence[Record], path: str, min_score: float = 0.0) -> list[Record]:
+    """Give images the boxes of a detector.
+
+    Args:
+        records: of images.
+        path: JSON list of detections in COCO's result format: ``image_id``, ``bbox`` (x, y, w, h),
+            ``score``; other keys are ignored.
+        min_score: detections below are left out.
+
+    Returns:
+        copies with ``detections``: a list of (XYXY box, score), best first; empty for images in
+        which nothing was found.
+
+    Raises:
+        DatasetError: no such file, or not such a list.
+    """
+    content = read_json(path)
+    if not isinstance(content, list) or not all(
+        isinstance(entry, dict) and {"image_id", "bbox", "score"} <= set(entry) for entry in content
+    ):
+        raise DatasetError(
+            f"'{path}' is no list of detections with 'image_id', 'bbox' and 'score' (COCO's result "
+            "format)."
+        )
+    found: dict[Any, list[tuple[list[float], float]]] = {r["image_id"]: [] for r in records}
+    for entry in content:
+        score = float(entry["score"])
+        if entry["image_id"] in found and score >= min_score:
+            x, y, w, h = (float(v) for v in entry["bbox"])
+            if w > 0 and h > 0:
+                found[entry["image_id"]].append(([x, y, x + w, y + h], score))
+    return [{**r, "detections": sorted(found[r["image_id"]], key=lambda d: -d[1])} for r in records]

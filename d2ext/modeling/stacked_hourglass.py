@@ -1,0 +1,235 @@
+"""Stacked hourglass network for landmarks (Newell et al., arXiv 1603.06937), as the published PyTorch
+code builds it.
+
+Every stack ends in features and, with ``num_maps`` > 0, in score maps, which are supervised; features
+and maps of a stack return, each through a 1x1 convolution, to the input of the next one. The maps are
+therefore a part of the backbone: a head takes them as they come.
+
+Letters: B images, H, W their size, C channels, K maps, i = 1..n stack. Every convolution has a bias,
+also those that a norm follows. Width and height must be multiples of 4 * 2^depth.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from d2ext.modeling.fusion import conv_relu
+
+
+def add_stacked_hourglass_config(cfg: CfgNode) -> None:
+    """Add the keys of :class:`StackedHourglass` to ``cfg``, in place; defaults as published."""
+    hourglass = cfg.MODEL.STACKED_HOURGLASS = CfgNode()
+    # Hourglasses in a row; published models have 8 and 2.
+    hourglass.NUM_STACKS = 2
+    # Maps that each stack predicts, one for each landmark; 0: none. LandmarkNet sets it, as its head
+    # wants it.
+    hourglass.NUM_MAPS = 16
+    # Channels between the hourglasses and inside them.
+    hourglass.CHANNELS = 256
+    # Channels after the 7x7 convolution and after the stem's first and second residual block.
+    hourglass.STEM_CHANNELS = [64, 128, 128]
+    # Times that an hourglass halves its resolution.
+    hourglass.DEPTH = 4
+    # Channels that an hourglass's inner level has more than the outer one.
+    hourglass.INCREASE = 0
+    # Norm, a name that Detectron2's get_norm knows. "" is not possible.
+    hourglass.NORM = "BN"
+
+
+class PreActivationResidual(nn.Module):
+    """Bottleneck with norm and ReLU before each convolution: 1x1 to half the width, 3x3, 1x1, sum.
+
+    The shortcut is the input itself, or a 1x1 convolution of it where the widths differ. The second
+    and third norm belong to the convolution before them, so that inference can fold them.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, norm: str) -> None:
+        super().__init__()
+        inner = out_channels // 2
+        self.pre_norm = get_norm(norm, in_channels)
+        self.conv1 = Conv2d(in_channels, inner, 1, norm=get_norm(norm, inner))
+        self.conv2 = Conv2d(inner, inner, 3, padding=1, norm=get_norm(norm, inner))
+        self.conv3 = Conv2d(inner, out_channels, 1)
+        self.shortcut = (
+            nn.Identity() if in_channels == out_channels else Conv2d(in_channels, out_channels, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, h, w) → (B, out, h, w)."""
+        inner = conv_relu(self.conv1, F.relu(self.pre_norm(x)))
+        return self.shortcut(x) + self.conv3(conv_relu(self.conv2, inner))
+
+
+class Hourglass(nn.Module):
+    """One recursive hourglass: a branch at full resolution plus one at half resolution.
+
+    Args:
+        depth: levels below the first; 4 reaches 1/16 of the input.
+        channels: of input and output.
+        increase: channels that each inner level has more.
+        norm: see :class:`PreActivationResidual`.
+    """
+
+    def __init__(self, depth: int, channels: int, increase: int, norm: str) -> None:
+        super().__init__()
+        inner = channels + increase
+        self.up = PreActivationResidual(channels, channels, norm)
+        self.low1 = PreActivationResidual(channels, inner, norm)
+        self.low2: nn.Module = (
+            Hourglass(depth - 1, inner, increase, norm)
+            if depth > 1
+            else PreActivationResidual(inner, inner, norm)
+        )
+        self.low3 = PreActivationResidual(inner, channels, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) → the same shape."""
+        low = self.low3(self.low2(self.low1(F.max_pool2d(x, 2))))
+        return self.up(x) + F.interpolate(low, scale_factor=2, mode="nearest")
+
+
+class Stack(nn.Module):
+    """An hourglass, the features after it, the maps of them, and what goes on to the next stack.
+
+    Args:
+        maps: K; 0 for a stack without maps.
+        last: nothing goes on.
+    """
+
+    def __init__(
+        self, depth: int, channels: int, increase: int, maps: int, norm: str, *, last: bool
+    ) -> None:
+        super().__init__()
+        self.hourglass = Hourglass(depth, channels, increase, norm)
+        self.residual = PreActivationResidual(channels, channels, norm)
+        self.conv = Conv2d(channels, channels, 1, norm=get_norm(norm, channels))
+        self.predictor = Conv2d(channels, maps, 1) if maps else None
+        self.merge_features = None if last else Conv2d(channels, channels, 1)
+        self.merge_maps = Conv2d(maps, channels, 1) if maps and not last else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(B, C, h, w) → features (B, C, h, w), maps (B, K, h, w) or None, the next stack's input."""
+        features = conv_relu(self.conv, self.residual(self.hourglass(x)))
+        maps = None if self.predictor is None else self.predictor(features)
+        if self.merge_maps is not None and maps is not None:
+            x = x + self.merge_maps(maps)
+        if self.merge_features is not None:
+            x = x + self.merge_features(features)
+        return features, maps, x
+
+
+@BACKBONE_REGISTRY.register()
+class StackedHourglass(Backbone):
+    """Newell's stacked hourglass.
+
+    Outputs, all of stride 4: ``stack{i}`` (B, C, H/4, W/4), the features of stack i = 1..n; and with
+    ``num_maps`` > 0 ``maps{i}`` (B, K, H/4, W/4), its maps, without activation.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        num_stacks: int = 2,
+        num_maps: int = 16,
+        channels: int = 256,
+        stem_channels: tuple[int, int, int] | list[int] = (64, 128, 128),
+        depth: int = 4,
+        increase: int = 0,
+        norm: str = "BN",
+        in_channels: int = 3,
+    ) -> None:
+        """Args:
+        num_stacks: n.
+        num_maps: K maps of every stack, as many as landmarks; 0 leaves the maps out.
+        channels: C.
+        stem_channels: after the 7x7 convolution and the stem's first two residual blocks.
+        depth, increase: see :class:`Hourglass`.
+        norm: a name that Detectron2's ``get_norm`` knows.
+        in_channels: of the images.
+
+        Raises:
+            ValueError: no stack, no depth, no norm, or odd channels.
+        """
+        super().__init__()
+        if num_stacks < 1 or depth < 1 or not norm:
+            raise ValueError(
+                "MODEL.STACKED_HOURGLASS needs a stack, a depth of 1 or more and a norm, "
+                f"not NUM_STACKS {num_stacks}, DEPTH {depth}, NORM '{norm}'."
+            )
+        if len(stem_channels) != 3 or any(c % 2 for c in (channels, increase, *stem_channels)):
+            raise ValueError(
+                "MODEL.STACKED_HOURGLASS: CHANNELS, INCREASE and the three STEM_CHANNELS must be even, "
+                f"not {channels}, {increase}, {list(stem_channels)}."
+            )
+        first, second, third = stem_channels
+        self.depth = depth
+        self.num_maps = num_maps
+        self.stem_conv = Conv2d(
+            in_channels, first, 7, stride=2, padding=3, norm=get_norm(norm, first)
+        )
+        self.stem1 = PreActivationResidual(first, second, norm)
+        self.stem2 = PreActivationResidual(second, third, norm)
+        self.stem3 = PreActivationResidual(third, channels, norm)
+        self.stacks = nn.ModuleList(
+            Stack(depth, channels, increase, num_maps, norm, last=i == num_stacks - 1)
+            for i in range(num_stacks)
+        )
+        self._out_feature_channels = {}
+        for i in range(1, num_stacks + 1):
+            self._out_feature_channels[f"stack{i}"] = channels
+            if num_maps:
+                self._out_feature_channels[f"maps{i}"] = num_maps
+        self._out_features = list(self._out_feature_channels)
+        self._out_feature_strides = dict.fromkeys(self._out_features, 4)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        hourglass = cfg.MODEL.STACKED_HOURGLASS
+        return {
+            "num_stacks": hourglass.NUM_STACKS,
+            "num_maps": hourglass.NUM_MAPS,
+            "channels": hourglass.CHANNELS,
+            "stem_channels": hourglass.STEM_CHANNELS,
+            "depth": hourglass.DEPTH,
+            "increase": hourglass.INCREASE,
+            "norm": hourglass.NORM,
+            "in_channels": input_shape.channels,
+        }
+
+    @property
+    def size_divisibility(self) -> int:
+        return 4 * 2**self.depth
+
+    def stem(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) → (B, C, H/4, W/4)."""
+        x = self.stem1(conv_relu(self.stem_conv, images))
+        return self.stem3(self.stem2(F.max_pool2d(x, 2)))
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) → ``stack{i}`` and ``maps{i}``, see the class.
+
+        Raises:
+            ValueError: H or W is no multiple of ``size_divisibility``.
+        """
+        height, width = images.shape[-2:]
+        if height % self.size_divisibility or width % self.size_divisibility:
+            raise ValueError(
+                f"A stacked hourglass of depth {self.depth} takes images whose sides are multiples of "
+                f"{self.size_divisibility}, not {height}x{width}: change MODEL.LANDMARKS.INPUT_SIZE or "
+                "MODEL.STACKED_HOURGLASS.DEPTH."
+            )
+        x = self.stem(images)
+        outputs: dict[str, Tensor] = {}
+        for i, stack in enumerate(self.stacks, start=1):
+            features, maps, x = stack(x)
+            outputs[f"stack{i}"] = features
+            if maps is not None:
+                outputs[f"maps{i}"] = maps
+        return outputs

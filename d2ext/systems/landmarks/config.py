@@ -1,0 +1,110 @@
+"""Settings of landmark networks. Defaults are the published stacked hourglass for MPII."""
+
+from detectron2.config import CfgNode
+
+from d2ext.modeling.stacked_hourglass import add_stacked_hourglass_config
+
+
+def add_landmarks_config(cfg: CfgNode) -> None:
+    """Add the keys of landmark networks to ``cfg``, in place."""
+    add_stacked_hourglass_config(cfg)
+
+    landmarks = cfg.MODEL.LANDMARKS = CfgNode()
+    # K, the landmarks of an instance: 16 in MPII, 17 in COCO, 68 in 300W, 98 in WFLW, 8 in shapes.
+    landmarks.NUM_KEYPOINTS = 16
+    # (height, width) of the network's input in pixels; a stacked hourglass of depth 4 needs multiples
+    # of 64.
+    landmarks.INPUT_SIZE = [256, 256]
+    # A head of LANDMARK_HEAD_REGISTRY: "HeatmapHead", "IntegralHead", "RegressionHead", "SimCCHead".
+    landmarks.HEAD = "HeatmapHead"
+    # The backbone's feature that the head takes; "": a stacked hourglass's maps where the head learns
+    # maps, otherwise the last feature.
+    landmarks.IN_FEATURE = ""
+    # For each landmark the one that it becomes in a mirror image, for TEST.FLIP. Empty: taken from
+    # keypoint_names and keypoint_flip_map of the first data set that has them.
+    landmarks.FLIP_INDICES = []
+
+    landmarks.CROP = CfgNode()
+    # How boxes become crops. "affine": exact. "hourglass": corners cut to whole pixels, as the
+    # published stacked hourglass does.
+    landmarks.CROP.METHOD = "affine"
+    # Boxes are widened to the input's aspect ratio, then enlarged by this factor (published: 1.25;
+    # 1.0 for boxes that are enlarged already).
+    landmarks.CROP.PADDING = 1.25
+    # Instances of one batch that are trained on at most, chosen at random, where images are not
+    # cropped by the data mapper.
+    landmarks.CROP.MAX_TRAINED = 64
+
+    target = landmarks.TARGET = CfgNode()
+    # Shape of a landmark on its map: "gaussian" or "cauchy".
+    target.SHAPE = "gaussian"
+    # Width in cells. Published: 1 (stacked hourglass), 2 (simple baselines, HRNet), 1.5 (HRNet, faces).
+    target.SIGMA = 1.0
+    # "exact": at the point; "rounded": at its cell; "window": at the point, cut around its cell;
+    # "hourglass": as published there, landmarks that are not annotated learn an empty map.
+    target.CENTER = "hourglass"
+    # The shape is cut off beyond this many SIGMA; 3 makes 6 * SIGMA + 1 cells. 0: not cut.
+    target.WINDOW = 0.0
+    # Scale Cauchy targets to a peak of 1; False: sigma / (r^2 + sigma^2)^1.5, peak 1 / sigma^2.
+    target.UNIT_PEAK = True
+    # How cells lie on pixels: "continuous", "index" (the common habit) or "udp".
+    target.GEOMETRY = "continuous"
+
+    # From maps to points: "argmax", "quarter", "hourglass", "dark", "dark_udp", "taylor".
+    landmarks.DECODER = "hourglass"
+    # Side of the blur of "dark" and "dark_udp": 11 for SIGMA 2, 17 for 3, 7 for 1.5.
+    landmarks.DECODER_BLUR = 11
+
+    loss = landmarks.LOSS = CfgNode()
+    # Of maps: "mse", "adaptive_wing", "focal" (CENTER "rounded" or "hourglass") or "cross_entropy".
+    loss.MAPS = "mse"
+    # Of coordinates (regression, integral): "l1", "smooth_l1" or "wing", in pixels of the input.
+    loss.POINTS = "l1"
+    # Factor on the loss.
+    loss.WEIGHT = 1.0
+
+    # Between a backbone that is no stacked hourglass and a head that learns maps: transposed
+    # convolutions (4x4, stride 2, norm, ReLU), as in simple baselines.
+    upsample = landmarks.UPSAMPLE = CfgNode()
+    # Layers; each doubles the resolution.
+    upsample.NUM_LAYERS = 3
+    upsample.CHANNELS = 256
+    upsample.NORM = "BN"
+
+    # "RegressionHead": the feature is averaged to POOL x POOL cells before the last layer (1: global).
+    landmarks.REGRESSION = CfgNode()
+    landmarks.REGRESSION.POOL = 1
+    # Width of a hidden layer; 0: none.
+    landmarks.REGRESSION.HIDDEN = 0
+
+    # "IntegralHead": expectation under softmax(BETA * map).
+    landmarks.INTEGRAL = CfgNode()
+    landmarks.INTEGRAL.BETA = 1.0
+    # Take out the bias toward the middle, in inference.
+    landmarks.INTEGRAL.DEBIAS = False
+    # Factor on a second loss that pulls the map toward a Gaussian of TARGET.SIGMA; 0: none.
+    landmarks.INTEGRAL.SHAPE_WEIGHT = 0.0
+
+    # "SimCCHead"
+    landmarks.SIMCC = CfgNode()
+    # Bins per pixel.
+    landmarks.SIMCC.RATIO = 2.0
+    # Width of the labels in bins (published: 6 for 256x192).
+    landmarks.SIMCC.SIGMA = 6.0
+    # Finer than a bin: one Newton step on the logits.
+    landmarks.SIMCC.REFINE = False
+
+    test = landmarks.TEST = CfgNode()
+    # Average with the prediction for the mirrored crop.
+    test.FLIP = False
+    # Move the mirrored maps one cell to the right, as published with GEOMETRY "index".
+    test.FLIP_SHIFT = False
+    # Crops that go through the network at once; bounds the memory.
+    test.MAX_CROPS = 64
+    # Give each instance pred_keypoint_heatmaps (K, h, w).
+    test.HEATMAPS = False
+    # An instance's score is its box's times the mean of its landmarks' scores above this (published:
+    # 0.2).
+    test.KEYPOINT_THRESH = 0.2
+    # Cut image coordinates to whole pixels, as the published stacked hourglass does.
+    test.TRUNCATE = False

@@ -1,0 +1,424 @@
+"""Codecs of landmarks: geometry, targets, and how far a round trip may lie off."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from d2ext.codecs.landmark_crops import apply_affine, crop_to_image, invert_affine, pad_boxes
+from d2ext.codecs.landmark_heatmaps import (
+    HeatmapCodec,
+    IntegralCodec,
+    decode_argmax,
+    decode_dark,
+    decode_hourglass,
+    decode_quarter,
+    decode_taylor,
+    draw_targets,
+    gaussian_blur,
+    kernel,
+    profile,
+)
+from d2ext.codecs.landmark_simcc import SimCCCodec
+from d2ext.codecs.landmarks import GEOMETRIES, LandmarkCodec, RegressionCodec, to_cells, to_pixels
+
+# Width and height of the crop and of the maps.
+INPUT, MAP = (192, 256), (48, 64)
+CELL = 4.0
+
+
+def points(count: int = 400, *, margin: float = 0.0, seed: int = 0) -> Tensor:
+    """(1, count, 2) anywhere inside the crop, at least ``margin`` pixels from its border."""
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.tensor(INPUT) - 2 * margin
+    return torch.rand((1, count, 2), generator=generator) * size + margin
+
+
+def round_trip(codec: LandmarkCodec, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Errors (1, count) in x and y, the larger one, in pixels; and weights."""
+    targets, weights = codec.encode(x, torch.ones(x.shape[:2], dtype=torch.bool))
+    if isinstance(codec, (SimCCCodec, IntegralCodec)):
+        raise TypeError("these predict logarithms")
+    return (codec.decode(targets).points - x).abs().amax(dim=-1), weights
+
+
+def heatmap_codec(**kwargs: object) -> HeatmapCodec:
+    return HeatmapCodec(INPUT, MAP, **kwargs)  # type: ignore[arg-type]
+
+
+# Geometry
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_cells_and_pixels_are_inverse(geometry: str) -> None:
+    x = points()
+    cells = to_cells(x, INPUT, MAP, geometry)
+    torch.testing.assert_close(to_pixels(cells, INPUT, MAP, geometry), x)
+
+
+def test_geometries_by_hand() -> None:
+    first, last = torch.tensor([0.5, 0.5]), torch.tensor([191.5, 255.5])
+    assert to_cells(first, INPUT, MAP, "continuous").tolist() == [-0.375, -0.375]
+    assert to_cells(last, INPUT, MAP, "continuous").tolist() == [47.375, 63.375]
+    assert to_cells(first, INPUT, MAP, "index").tolist() == [0, 0]
+    assert to_cells(last, INPUT, MAP, "index").tolist() == [47.75, 63.75]
+    torch.testing.assert_close(to_cells(first, INPUT, MAP, "udp"), torch.tensor([0.0, 0.0]))
+    torch.testing.assert_close(to_cells(last, INPUT, MAP, "udp"), torch.tensor([47.0, 63.0]))
+    with pytest.raises(ValueError, match="continuous"):
+        to_cells(first, INPUT, MAP, "plain")
+
+
+@pytest.mark.parametrize(
+    ("geometry", "shift", "bound"),
+    [
+        ("continuous", False, 0.02),
+        ("udp", False, 0.02),
+        ("index", False, 3.1),
+        ("index", True, 1.1),
+    ],
+)
+def test_mirrored_maps(geometry: str, shift: bool, bound: float) -> None:
+    """A map of the mirrored crop, turned back, shows the point; the common geometry is a cell less a
+    pixel off, of which the published shift takes all but one pixel."""
+    codec = heatmap_codec(geometry=geometry, flip_shift=shift)
+    x = points(margin=16)
+    partners = torch.arange(x.shape[1]).flip(0)
+    mirrored = x[:, partners].clone()
+    mirrored[..., 0] = INPUT[0] - mirrored[..., 0]
+    (maps,), _ = codec.encode(mirrored, torch.ones(x.shape[:2], dtype=torch.bool))
+    found = codec.decode(codec.mirror((maps,), partners)).points
+    error = (found - x)[..., 0].abs()
+    assert error.max() < bound
+    if bound > 1:
+        assert error.min() > bound - 0.2
+    assert (found - x)[..., 1].abs().max() < 0.02
+
+
+# Targets
+
+
+def test_gaussian_by_hand() -> None:
+    cells = torch.tensor([[[10.3, 20.6]]])
+    (maps,), weights = draw_targets(cells, torch.ones(1, 1, dtype=torch.bool), MAP, sigma=2.0)
+    for x, y in ((10, 21), (0, 0), (47, 63), (14, 19)):
+        expected = math.exp(-((x - 10.3) ** 2 + (y - 20.6) ** 2) / 8)
+        assert float(maps[0, 0, y, x]) == pytest.approx(expected, abs=1e-6)
+    assert weights.tolist() == [[1.0]]
+
+
+def test_cauchy_is_the_formula() -> None:
+    """sigma / (dx^2 + dy^2 + sigma^2)^1.5, size 6 sigma + 1."""
+    for sigma in (1.0, 2.0, 2.5):
+        cells = torch.tensor([[[20.0, 30.0]]])
+        (maps,), _ = draw_targets(
+            cells,
+            torch.ones(1, 1, dtype=torch.bool),
+            MAP,
+            sigma=sigma,
+            shape="cauchy",
+            window=3.0,
+            unit_peak=False,
+        )
+        radius = int(3 * sigma)
+        ys, xs = np.mgrid[0:64, 0:48]
+        expected = sigma / ((xs - 20) ** 2 + (ys - 30) ** 2 + sigma**2) ** 1.5
+        expected[(abs(xs - 20) > radius) | (abs(ys - 30) > radius)] = 0
+        np.testing.assert_allclose(maps[0, 0], expected, rtol=1e-5)
+        assert int((maps > 0).sum()) == (2 * radius + 1) ** 2
+        bump = kernel(sigma, "cauchy", unit_peak=False)
+        assert bump.shape == (2 * radius + 1,) * 2
+        part = maps[0, 0, 30 - radius : 31 + radius, 20 - radius : 21 + radius]
+        torch.testing.assert_close(bump, part)
+        assert float(kernel(sigma, "cauchy").max()) == pytest.approx(1)
+    assert kernel(2.0, "cauchy").shape == (13, 13)
+
+
+def test_cauchy_tail_is_heavier() -> None:
+    squared = torch.tensor([9.0])
+    assert float(profile(squared, 1.0, "cauchy")) == pytest.approx(10**-1.5)
+    assert float(profile(squared, 1.0, "gaussian")) == pytest.approx(math.exp(-4.5))
+
+
+def test_centers_by_hand() -> None:
+    cells = torch.tensor([[[10.4, 20.6]]])
+    labelled = torch.ones(1, 1, dtype=torch.bool)
+
+    def draw(center: str, **kwargs: float) -> Tensor:
+        return draw_targets(cells, labelled, MAP, sigma=1.0, center=center, **kwargs).targets[0][
+            0, 0
+        ]
+
+    rounded = draw("rounded", window=3.0)
+    assert float(rounded[21, 10]) == 1 and int((rounded > 0).sum()) == 49
+    window = draw("window", window=3.0)
+    assert int((window > 0).sum()) == 49
+    assert float(window[21, 10]) == pytest.approx(math.exp(-(0.4**2 + 0.4**2) / 2))
+    assert float(window[24, 13]) > 0 and float(window[25, 13]) == 0
+    # truncated to (10, 21) in continuous cells (10.9, 21.1); 9x9 cells
+    published = draw("hourglass")
+    assert float(published[21, 10]) == 1 and int((published > 0).sum()) == 81
+    assert int((draw("exact") > 0).sum()) > 200
+
+
+def test_weights_of_points_that_are_not_there() -> None:
+    x = torch.tensor([[[50.0, 60.0], [50.0, 60.0], [-500.0, 60.0], [-8.0, 60.0], [192.0, 256.0]]])
+    labelled = torch.tensor([[True, False, True, True, True]])
+    (maps,), weights = heatmap_codec(sigma=1.0, window=3.0).encode(x, labelled)
+    assert weights.tolist() == [[1, 0, 0, 1, 1]]
+    assert maps[0, 1].sum() == 0 and maps[0, 2].sum() == 0 and maps[0, 3].sum() > 0
+    published, ones = heatmap_codec(sigma=1.0, center="hourglass").encode(x, labelled)
+    assert ones.eq(1).all()
+    assert published[0][0].flatten(1).amax(1).tolist() == [1, 0, 0, 0, 0]
+    for codec in (IntegralCodec(INPUT, MAP), SimCCCodec(INPUT)):
+        assert codec.encode(x, labelled).weights.tolist() == [[1, 0, 0, 0, 1]]
+    assert RegressionCodec(INPUT).encode(x, labelled).weights.tolist() == [[1, 0, 1, 1, 1]]
+
+
+# Round trips
+
+
+@pytest.mark.parametrize(
+    ("options", "margin", "bound"),
+    [
+        ({"decoder": "argmax"}, 0, 0.5),
+        ({"decoder": "argmax", "center": "rounded"}, 0, 0.5),
+        ({"decoder": "argmax", "shape": "cauchy"}, 0, 0.5),
+        ({"decoder": "quarter"}, 2, 0.25),
+        ({"decoder": "quarter"}, 0, 0.5),
+        ({"decoder": "quarter", "center": "rounded"}, 0, 0.5),
+        ({"decoder": "hourglass"}, 1, 0.25),
+        ({"decoder": "hourglass"}, 0, 0.75),
+        ({"decoder": "hourglass", "center": "hourglass", "sigma": 1.0}, 0, 0.75),
+        ({"decoder": "dark"}, 8, 0.05),
+        ({"decoder": "dark_udp"}, 8, 0.05),
+        ({"decoder": "dark_udp", "geometry": "udp"}, 8, 0.05),
+        ({"decoder": "taylor"}, 0, 0.01),
+        ({"decoder": "taylor", "sigma": 1.0}, 0, 0.01),
+        ({"decoder": "taylor", "sigma": 1.0, "center": "window", "window": 3.0}, 0, 0.01),
+        ({"decoder": "taylor", "shape": "cauchy", "sigma": 1.0}, 0, 0.01),
+        ({"decoder": "taylor", "shape": "cauchy", "unit_peak": False}, 0, 0.01),
+        ({"decoder": "taylor", "geometry": "index"}, 0, 0.5),
+    ],
+)
+def test_heatmaps_round_trip(options: dict[str, object], margin: float, bound: float) -> None:
+    """As the codec's table says; the worst point comes near the bound where that is not a small one."""
+    codec = heatmap_codec(**options)
+    error, weights = round_trip(codec, points(800, margin=margin * CELL))
+    assert weights.all()
+    assert error.max() <= bound * CELL + 1e-3
+    if bound > 0.2 and codec.geometry == "continuous":
+        assert error.max() > 0.9 * bound * CELL
+
+
+def test_sub_cell_decoders_beat_whole_cells() -> None:
+    x = points(1000, margin=8 * CELL)
+    means = {
+        name: float(round_trip(heatmap_codec(decoder=name), x)[0].mean())
+        for name in ("argmax", "quarter", "dark", "taylor")
+    }
+    assert means["taylor"] < means["dark"] < means["quarter"] / 3 < means["argmax"] / 5
+
+
+@pytest.mark.parametrize("decoder", ["argmax", "quarter", "dark", "taylor"])
+def test_points_outside_are_found_at_the_border(decoder: str) -> None:
+    """They count while their window reaches into the map; found is the nearest place inside."""
+    x = torch.tensor([[[-5.0, 100.0], [196.0, 30.0], [70.0, -7.0], [100.0, 262.0], [-3.0, -3.0]]])
+    codec = heatmap_codec(decoder=decoder)
+    targets, weights = codec.encode(x, torch.ones(x.shape[:2], dtype=torch.bool))
+    assert weights.all()
+    found = codec.decode(targets).points
+    nearest = torch.minimum(x.clamp(min=0), torch.tensor(INPUT).float())
+    assert (found - nearest).abs().max() <= 0.5 * CELL + 1e-3
+
+
+@pytest.mark.parametrize("refine", [False, True])
+@pytest.mark.parametrize(("ratio", "sigma"), [(2.0, 6.0), (1.0, 2.0), (3.0, 4.0)])
+def test_simcc_round_trip(refine: bool, ratio: float, sigma: float) -> None:
+    codec = SimCCCodec(INPUT, ratio=ratio, sigma=sigma, refine=refine)
+    x = points(margin=1 / ratio if refine else 0.0)
+    targets, weights = codec.encode(x, torch.ones(x.shape[:2], dtype=torch.bool))
+    assert [t.shape[-1] for t in targets] == [192 * ratio, 256 * ratio]
+    for target in targets:
+        torch.testing.assert_close(target.sum(-1), torch.ones_like(target[..., 0]))
+    found, scores = codec.decode(tuple(t.clamp(min=1e-30).log() for t in targets))
+    error = (found - x).abs().max()
+    assert weights.all()
+    assert error <= (0.02 if refine else 0.5) / ratio + 1e-4
+    assert refine or error > 0.45 / ratio
+    assert scores.min() > 0.9 and scores.max() <= 1
+
+
+def test_simcc_of_one_bin() -> None:
+    codec = SimCCCodec(INPUT, sigma=0.0)
+    x = points()
+    targets, _ = codec.encode(x, torch.ones(x.shape[:2], dtype=torch.bool))
+    assert all(t.sum(-1).eq(1).all() and t.max(-1).values.eq(1).all() for t in targets)
+    found, scores = codec.decode(tuple((t + 1e-9).log() for t in targets))
+    assert (found - x).abs().max() <= 0.25 + 1e-4
+    torch.testing.assert_close(scores, torch.ones_like(scores))
+
+
+def test_regression_round_trip_anywhere() -> None:
+    codec = RegressionCodec(INPUT)
+    x = points() * 4 - 200
+    error, _ = round_trip(codec, x)
+    assert error.max() < 1e-3
+    partners = torch.arange(x.shape[1]).flip(0)
+    mirrored = x[:, partners].clone()
+    mirrored[..., 0] = INPUT[0] - mirrored[..., 0]
+    (values,), _ = codec.encode(mirrored, torch.ones(x.shape[:2], dtype=torch.bool))
+    torch.testing.assert_close(
+        codec.decode(codec.mirror((values,), partners)).points, x, atol=1e-3, rtol=0
+    )
+
+
+@pytest.mark.parametrize("beta", [1.0, 4.0])
+def test_integral_round_trip(beta: float) -> None:
+    sigma = 1.5
+    codec = IntegralCodec(INPUT, MAP, beta=beta)
+    x = points(margin=(3 * sigma + 0.5) * CELL)
+    cells = to_cells(x, INPUT, MAP, "continuous")
+    (maps,), _ = draw_targets(cells, torch.ones(x.shape[:2], dtype=torch.bool), MAP, sigma=sigma)
+    found, scores = codec.decode((maps.clamp(min=1e-30).log() / beta,))
+    assert (found - x).abs().max() <= 0.05 * CELL
+    # within 2 cells of a bump of deviation 1.5
+    assert scores.min() > 0.5 and scores.max() < 0.65
+
+
+def test_integral_bias_and_its_removal() -> None:
+    """A map of 0 away from its peak pulls the expectation to the middle; debias takes that out."""
+    x = torch.tensor([[[40.0, 50.0], [150.0, 200.0]]])
+    cells = to_cells(x, INPUT, MAP, "continuous")
+    (maps,), _ = draw_targets(cells, torch.ones(1, 2, dtype=torch.bool), MAP, sigma=1.0)
+    maps = 10 * maps
+    plain = IntegralCodec(INPUT, MAP).points(maps)
+    removed = IntegralCodec(INPUT, MAP, debias=True).points(maps)
+    middle = torch.tensor(INPUT) / 2
+    assert ((plain - middle).abs() < (x - middle).abs() - 1).all()
+    assert (removed - x).abs().max() < 0.5
+
+
+# Decoders in special places
+
+
+def test_quarter_and_hourglass_rules_by_hand() -> None:
+    maps = torch.zeros(1, 1, 8, 8)
+    maps[0, 0, 4, 3] = 0.9
+    maps[0, 0, 4, 4] = 0.2
+    cells, scores = decode_quarter(maps)
+    assert cells.tolist() == [[[3.25, 4.0]]] and float(scores) == pytest.approx(0.9)
+    # a tie moves to the lower side
+    assert decode_hourglass(maps)[0].tolist() == [[[3.25, 3.75]]]
+    border = torch.zeros(1, 1, 8, 8)
+    border[0, 0, 1, 3] = 0.9
+    border[0, 0, 2, 3] = 0.5
+    assert decode_quarter(border)[0].tolist() == [[[3.0, 1.0]]]
+    assert decode_hourglass(border)[0].tolist() == [[[2.75, 1.25]]]
+
+
+def test_published_hourglass_quirks() -> None:
+    plateau = torch.zeros(1, 1, 8, 8)
+    plateau[0, 0, 5, 5], plateau[0, 0, 2, 2] = 3.0, 1.5
+    # Values above 1 are cut, the first cell wins.
+    cells, scores = decode_hourglass(plateau)
+    assert cells.round().tolist() == [[[2, 2]]] and float(scores) == 1
+    negative = torch.full((1, 1, 8, 8), -1.0)
+    negative[0, 0, 5, 5] = -0.1
+    # A cell that is no peak has value 0 after the suppression, beats the peak, and stays at its corner.
+    cells, scores = decode_hourglass(negative)
+    assert float(scores) == 0 and cells.tolist() == [[[3.5, 3.5]]]
+    assert decode_argmax(negative)[0].tolist() == [[[5, 5]]]
+
+
+def test_dark_outside_its_range_and_on_flat_maps() -> None:
+    flat = torch.zeros(2, 3, 16, 16)
+    for decode in (decode_dark, decode_taylor, decode_quarter, decode_hourglass):
+        cells, scores = decode(flat)
+        assert cells.isfinite().all() and (cells.abs() <= 1).all() and scores.eq(0).all()
+    x = torch.tensor([[[4.0, 130.0]]])
+    (maps,), _ = heatmap_codec(decoder="dark").encode(x, torch.ones(1, 1, dtype=torch.bool))
+    assert decode_dark(maps)[0].tolist() == decode_argmax(maps)[0].tolist()
+
+
+def test_taylor_is_steady_on_noise() -> None:
+    """It never leaves the best cell by more than one, and noise of 5 % costs less than half a cell."""
+    codec = heatmap_codec()
+    x = points(500, margin=8)
+    (maps,), _ = codec.encode(x, torch.ones(x.shape[:2], dtype=torch.bool))
+    noise = torch.randn(maps.shape, generator=torch.Generator().manual_seed(0))
+    noisy = maps + 0.05 * noise
+    best = decode_argmax(noisy)[0]
+    found = decode_taylor(noisy)[0]
+    assert (found - best).abs().max() <= 1
+    cells = to_cells(x, INPUT, MAP, "continuous")
+    assert (found - cells).abs().mean() < 0.5
+    wild = decode_taylor(noise[:, :50])[0]
+    assert wild.isfinite().all() and (wild - decode_argmax(noise[:, :50])[0]).abs().max() <= 1
+
+
+def test_blur_keeps_the_maximum() -> None:
+    cv2 = pytest.importorskip("cv2")
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.rand(1, 2, 20, 24, generator=generator)
+    blurred = gaussian_blur(maps, 11)
+    torch.testing.assert_close(blurred.amax((-2, -1)), maps.amax((-2, -1)))
+    for plain, ours in zip(maps[0].numpy(), blurred[0].numpy(), strict=True):
+        padded = np.zeros((40, 44), dtype=np.float32)
+        padded[10:-10, 10:-10] = plain
+        expected = cv2.GaussianBlur(padded, (11, 11), 0)[10:-10, 10:-10]
+        np.testing.assert_allclose(ours, expected * (plain.max() / expected.max()), atol=1e-5)
+    with pytest.raises(ValueError, match="odd"):
+        gaussian_blur(maps, 10)
+
+
+def test_wrong_names_are_told() -> None:
+    for options in (
+        {"shape": "laplace"},
+        {"center": "middle"},
+        {"decoder": "best"},
+        {"sigma": 0.0},
+    ):
+        with pytest.raises(ValueError, match=r"MODEL\.LANDMARKS"):
+            heatmap_codec(**options)
+
+
+def test_empty_batches() -> None:
+    empty = torch.zeros(0, 5, 2)
+    labelled = torch.zeros(0, 5, dtype=torch.bool)
+    codecs: list[LandmarkCodec] = [
+        *(heatmap_codec(decoder=d) for d in ("argmax", "quarter", "hourglass", "dark", "taylor")),
+        IntegralCodec(INPUT, MAP),
+        SimCCCodec(INPUT),
+        RegressionCodec(INPUT),
+    ]
+    for codec in codecs:
+        targets, weights = codec.encode(empty, labelled)
+        if isinstance(codec, IntegralCodec):
+            targets = (torch.zeros(0, 5, 64, 48),)
+        found = codec.decode(targets)
+        assert found.points.shape == (0, 5, 2) and found.scores.shape == weights.shape == (0, 5)
+
+
+# Boxes and crops
+
+
+def test_padding_rule_by_hand() -> None:
+    boxes = torch.tensor([[10.0, 20.0, 50.0, 100.0], [0.0, 0.0, 100.0, 30.0], [5.0, 5.0, 5.0, 5.0]])
+    padded = pad_boxes(boxes, (256, 192), 1.25)
+    # 40x80 is narrower than 3:4, so it becomes 60x80, then 75x100; 100x30 becomes 100x133.3.
+    expected = torch.tensor([[-7.5, 10.0, 67.5, 110.0], [-12.5, -68.333, 112.5, 98.333]])
+    torch.testing.assert_close(padded[:2], expected, atol=1e-3, rtol=0)
+    assert (padded[2, 2:] - padded[2, :2]).min() > 0
+
+
+def test_crops_and_their_inverse() -> None:
+    boxes = torch.tensor([[-7.5, 10.0, 67.5, 110.0]], dtype=torch.float64)
+    matrices = crop_to_image(boxes, (256, 192))
+    corners = torch.tensor([[[0.0, 0.0], [192.0, 256.0]]], dtype=torch.float64)
+    torch.testing.assert_close(apply_affine(corners, matrices)[0].flatten(), boxes[0])
+    back = apply_affine(apply_affine(corners, matrices), invert_affine(matrices))
+    torch.testing.assert_close(back, corners)

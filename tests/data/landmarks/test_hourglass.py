@@ -1,0 +1,88 @@
+"""The data preparation of the stacked hourglass, against what the published code computes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from d2ext.data.landmarks.hourglass import (
+    HourglassDraws,
+    crop_person,
+    draw_hourglass,
+    hourglass_matrix,
+    hourglass_sample,
+    map_points,
+)
+from d2ext.data.landmarks.kinds import KINDS
+from tests.reference.fixture import Fixture, draw_image
+
+FLIP = [5, 4, 3, 2, 1, 0, 6, 7, 8, 9, 15, 14, 13, 12, 11, 10]
+PERSON = ((186.4, 205.9), 1.613)
+
+
+@pytest.fixture(scope="module")
+def published() -> Fixture:
+    folder = Path(__file__).resolve().parents[2] / "reference/hourglass/data_and_eval"
+    return Fixture(folder)
+
+
+def rgb(seed: int) -> np.ndarray:
+    return draw_image(400, 360, seed=seed)[:, :, ::-1]
+
+
+@pytest.mark.parametrize(("case", "seed"), [("a", 3), ("b", 4)])
+def test_training_sample(published, case, seed):
+    given = published.manifest["inputs"][f"sample_{case}"]
+    numbers = given["random_numbers_in_order"]
+    names = ("rotation", "scale", "hue", "saturation", "brightness", "contrast")
+    draws = HourglassDraws(flip=case == "a", **{k: numbers[k] for k in names if k in numbers})
+    points = np.array(given["keypoints_x_y_visible"], dtype=np.float64)
+    image, joints = hourglass_sample(
+        rgb(seed), points, given["center_xy"], given["scale"], FLIP, draws
+    )
+    assert published.compare(f"training_image_{case}", image.transpose(2, 0, 1)) < 1e-6
+    expected = published.expected[f"training_keypoints_{case}"]
+    np.testing.assert_allclose(joints, expected, atol=1e-5)
+
+
+def test_quirk_mirrored_missing_joint_takes_its_partner_along(published):
+    # Sample a has no joint 15 and is mirrored: its partner, which is there, is lost.
+    joints = published.expected["training_keypoints_a"]
+    assert (joints[15, :2] == 0).all() and joints[15, 2] == 1
+    assert joints[10, 0] > 64 and joints[10, 2] == 0
+
+
+def test_crops(published):
+    people = [PERSON, ((15.45, 380.85), 1.217), ((330.2, 30.4), 0.7731)]
+    for number, (center, scale) in enumerate(people):
+        crop = crop_person(rgb(3), center, scale)
+        assert published.compare(f"crop_{number}", crop.transpose(2, 0, 1)) < 1e-6
+
+
+def test_maps(published):
+    maps = [hourglass_matrix(*PERSON, 256, rotation) for rotation in (0, 30, -17.5)]
+    np.testing.assert_allclose(maps, published.expected["transform_matrices"], atol=1e-5)
+    points = np.array([(10, 20), (100.5, 77.3), (300.2, 250.9)])
+    used = [maps[0], maps[1], np.linalg.inv(maps[0]), np.linalg.inv(maps[1])]
+    found = [map_points(points, matrix, truncate=True) for matrix in used]
+    np.testing.assert_array_equal(found, published.expected["transform_points"])
+
+
+def test_a_crop_without_pixels_is_an_error():
+    with pytest.raises(ValueError, match="no pixel"):
+        crop_person(rgb(3), (10.2, 10.2), 0.001)
+
+
+def test_half_of_the_draws_flip():
+    np.random.seed(0)
+    draws = [draw_hourglass() for _ in range(400)]
+    assert 160 < sum(d.flip for d in draws) < 240
+    assert {d.hue for d in draws if not d.flip} == {0.5}
+    assert len({d.hue for d in draws if d.flip}) > 150
+
+
+def test_mpii_pairs_are_the_published_permutation():
+    permutation = list(range(16))
+    for a, b in KINDS["mpii"].flip_pairs:
+        permutation[a], permutation[b] = b, a
+    assert permutation == FLIP
