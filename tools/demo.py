@@ -5,6 +5,12 @@
         --input photo.jpg holiday/ "frames/*.png" --opts MODEL.WEIGHTS model_final.pth
     python tools/demo.py --config-file ... --video-input clip.mp4 --output clip_out.mp4
     python tools/demo.py --config-file ... --webcam 0 --output camera.mp4
+    python tools/demo.py --config-file landmarks/hourglass_2stack_coco_256x192.yaml --input a.jpg \\
+        --output out/ --detector faster_rcnn.yaml --detector-weights detector.pth --opts ...
+
+A model that looks into boxes (landmarks) gets them from --detector, any detector of d2ext or
+Detectron2 (a path, or a name in either model zoo), or from --boxes, a JSON list of detections in COCO's
+result form, whose image_id is that of coco_images.json below. Without them the whole image is its box.
 
 Pictures keep their names, and below a folder also the sub-folder; kinds other than JPEG and PNG become
 PNG. Beside them (named after the file, where the output is one file) appear
@@ -41,8 +47,10 @@ from detectron2.utils.logger import setup_logger
 
 from d2ext.data.errors import ImageReadError
 from d2ext.data.image_io import read_image
+from d2ext.engine.errors import ConfigError
 from d2ext.engine.predictor import BatchPredictor
-from d2ext.engine.setup import add_options_argument, load_config
+from d2ext.engine.setup import add_options_argument, find_config_file, load_config
+from d2ext.engine.top_down import BoxFile, BoxSource, Detector
 from d2ext.files import atomic_write, json_list
 from d2ext.utils.drawing import PictureDrawer, VideoDrawer, class_metadata, name_classes, select
 from d2ext.utils.video import (
@@ -232,16 +240,29 @@ def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def predict(
-    predictor: BatchPredictor, images: list[np.ndarray], threshold: float
+    predictor: BatchPredictor,
+    images: list[np.ndarray],
+    threshold: float,
+    image_ids: Sequence[int] = (),
+    boxes: BoxSource | None = None,
 ) -> list[dict[str, Any] | str]:
-    """The output for each image, instances chosen by score, or why there is none."""
+    """The output for each image, instances chosen by score, or why there is none.
+
+    Args:
+        boxes: gives the boxes to look into; wants ``image_ids``.
+    """
     try:
-        outputs = predictor(images)
+        found = None if boxes is None else boxes(image_ids, images)
+        outputs = predictor(images) if found is None else predictor(images, found)
     except torch.cuda.OutOfMemoryError:
         if len(images) == 1:
             height, width = images[0].shape[:2]
             return [f"{width}x{height} pixels do not fit into the device's memory"]
-        return [o for image in images for o in predict(predictor, [image], threshold)]
+        return [
+            output
+            for i, image in enumerate(images)
+            for output in predict(predictor, [image], threshold, image_ids[i : i + 1], boxes)
+        ]
     for output in outputs:
         if "instances" in output:
             output["instances"] = select(output["instances"], threshold)
@@ -263,7 +284,11 @@ def write_picture(path: Path, image: np.ndarray) -> None:
 
 
 def run_on_images(
-    predictor: BatchPredictor, jobs: Sequence[Job], metadata: Metadata, options: Options
+    predictor: BatchPredictor,
+    jobs: Sequence[Job],
+    metadata: Metadata,
+    options: Options,
+    boxes: BoxSource | None = None,
 ) -> list[str]:
     """Predict on images; what went wrong, a line for each."""
     problems: list[str] = []
@@ -279,7 +304,8 @@ def run_on_images(
                     read.append((job, read_image(str(job.source), "BGR")))
                 except ImageReadError as error:
                     problems.append(str(error))
-            outputs = predict(predictor, [image for _, image in read], options.threshold)
+            images, ids = [image for _, image in read], [job.image_id for job, _ in read]
+            outputs = predict(predictor, images, options.threshold, ids, boxes)
             for (job, image), output in zip(read, outputs, strict=True):
                 if isinstance(output, str):
                     problems.append(f"'{job.source}': {output}")
@@ -301,6 +327,7 @@ def run_on_video(
     target: Path,
     metadata: Metadata,
     options: Options,
+    boxes: BoxSource | None = None,
 ) -> list[str]:
     """Predict on a video file or a camera; what went wrong, a line for each.
 
@@ -325,7 +352,8 @@ def run_on_video(
         progress = stack.enter_context(tqdm.tqdm(total=total, unit="frame"))
         try:
             for frames in batches(itertools.islice(reader, wanted), options.batch_size):
-                outputs = predict(predictor, frames, options.threshold)
+                ids = range(number + 1, number + 1 + len(frames))
+                outputs = predict(predictor, frames, options.threshold, ids, boxes)
                 for frame, output in zip(frames, outputs, strict=True):
                     number += 1
                     if isinstance(output, str):
@@ -406,8 +434,34 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="text file, one class name a line; default: those of the config's data set",
     )
+    looked_into = parser.add_mutually_exclusive_group()
+    looked_into.add_argument(
+        "--detector",
+        metavar="CONFIG",
+        help="config of a detector that finds the boxes to look into",
+    )
+    looked_into.add_argument(
+        "--boxes", metavar="FILE", help="JSON list of detections (COCO's result form): the boxes"
+    )
+    parser.add_argument("--detector-weights", metavar="FILE", help="the detector's checkpoint")
+    parser.add_argument(
+        "--detector-classes",
+        nargs="+",
+        metavar="NAME",
+        help="of the detector, to look into (default: the model's own class if the detector has it, "
+        "otherwise all)",
+    )
+    parser.add_argument(
+        "--box-threshold",
+        type=float,
+        default=0.5,
+        metavar="SCORE",
+        help="look into boxes from this score on (default: %(default)s)",
+    )
     add_options_argument(parser)
     chosen = parser.parse_args(arguments)
+    if (chosen.detector_weights or chosen.detector_classes) and not chosen.detector:
+        parser.error("--detector-weights and --detector-classes belong to --detector.")
     if not 0 <= chosen.confidence_threshold <= 1:
         parser.error("--confidence-threshold is a score in 0..1.")
     for name in ("batch_size", "max_drawn", "max_frames"):
@@ -436,6 +490,48 @@ def read_class_names(path: str) -> list[str]:
     if not any(names):
         raise DemoError(f"--class-names '{path}' holds no name.")
     return [name for name in names if name]
+
+
+def detector_config(name: str) -> str:
+    """Path of a config: of a file, or by its name in d2ext's or in Detectron2's model zoo."""
+    from detectron2 import model_zoo
+
+    try:
+        return find_config_file(name)
+    except ConfigError as error:
+        try:
+            return model_zoo.get_config_file(name)
+        except RuntimeError:  # how it says that there is none
+            raise error from None
+
+
+def build_box_source(chosen: argparse.Namespace, metadata: Metadata) -> BoxSource | None:
+    """What ``--detector`` or ``--boxes`` ask for.
+
+    Raises:
+        ValueError, FileNotFoundError: the detector's config or checkpoint or the file is wrong.
+    """
+    if chosen.boxes:
+        return BoxFile(chosen.boxes, chosen.box_threshold)
+    if not chosen.detector:
+        return None
+    cfg = load_config(detector_config(chosen.detector))
+    if chosen.detector_weights:
+        cfg.MODEL.WEIGHTS = chosen.detector_weights
+    if not cfg.MODEL.WEIGHTS:
+        logger.warning("The detector's MODEL.WEIGHTS is empty: detecting with random weights.")
+    names = list(class_metadata(cfg).get("thing_classes") or [])
+    wanted = chosen.detector_classes
+    if wanted is None:
+        own = metadata.get("thing_classes") or []
+        wanted = [name for name in names if name in own] or None
+    unknown = [name for name in wanted or () if name not in names]
+    if unknown:
+        raise DemoError(
+            f"The detector has no class {', '.join(map(repr, unknown))}; it has {names or 'no names'}."
+        )
+    ids = None if wanted is None else [names.index(name) for name in wanted]
+    return Detector(BatchPredictor(cfg), chosen.box_threshold, ids)
 
 
 def prepare(chosen: argparse.Namespace) -> Callable[[], list[str]]:
@@ -467,9 +563,10 @@ def prepare(chosen: argparse.Namespace) -> Callable[[], list[str]]:
         logger.warning("MODEL.WEIGHTS is empty: predicting with random weights.")
     predictor = BatchPredictor(cfg)
     metadata = class_metadata(cfg, names)
+    boxes = build_box_source(chosen, metadata)
     if chosen.input:
-        return lambda: run_on_images(predictor, jobs, metadata, options)
-    return lambda: run_on_video(predictor, reader, target, metadata, options)
+        return lambda: run_on_images(predictor, jobs, metadata, options, boxes)
+    return lambda: run_on_video(predictor, reader, target, metadata, options, boxes)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,6 +10,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from d2ext.checkpoint.checkpointer import Checkpointer
@@ -45,16 +46,24 @@ class BatchPredictor:
             [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST
         )
 
-    def upload(self, images: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+    def upload(
+        self, images: Sequence[np.ndarray], boxes: Sequence[Instances] | None = None
+    ) -> list[dict[str, Any]]:
         """The model's inputs, on its device.
 
         Args:
             images: H×W×3 uint8 arrays, BGR, each of any size.
+            boxes: for models that look into boxes: ``pred_boxes`` in pixels of each image, and
+                whatever else there is of them.
 
         Returns:
-            for each image ``image`` (3, h, w) uint8 in the model's channel order, ``height``, ``width``.
+            for each image ``image`` (3, h, w) uint8 in the model's channel order, ``height``, ``width``,
+            and with ``boxes`` the ``instances``, in pixels of ``image``.
         """
-        return [self._upload(image) for image in images]
+        inputs = [self._upload(image) for image in images]
+        for x, found in zip(inputs, boxes or (), strict=boxes is not None):
+            x["instances"] = _resized(found, tuple(x["image"].shape[-2:]))
+        return inputs
 
     def _upload(self, image: np.ndarray) -> dict[str, Any]:
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
@@ -72,6 +81,24 @@ class BatchPredictor:
         return {"image": tensor, "height": height, "width": width}
 
     @torch.no_grad()
-    def __call__(self, images: Sequence[np.ndarray]) -> list[dict[str, Any]]:
-        """Predict on BGR images (H×W×3 uint8 each); the model's output for each of them."""
-        return self.model(self.upload(images)) if len(images) > 0 else []
+    def __call__(
+        self, images: Sequence[np.ndarray], boxes: Sequence[Instances] | None = None
+    ) -> list[dict[str, Any]]:
+        """Predict on BGR images (H×W×3 uint8 each); the model's output for each of them.
+
+        Args:
+            images, boxes: see :meth:`upload`.
+        """
+        return self.model(self.upload(images, boxes)) if len(images) > 0 else []
+
+
+def _resized(instances: Instances, size: tuple[int, int]) -> Instances:
+    """Instances with boxes, of an image that was resized to ``size`` (height, width)."""
+    height, width = instances.image_size
+    result = Instances(size)
+    for name, value in instances.get_fields().items():
+        if isinstance(value, Boxes):
+            value = value.clone()
+            value.scale(size[1] / width, size[0] / height)
+        result.set(name, value)
+    return result

@@ -12,12 +12,10 @@ Letters: B images, N crops of all images, K landmarks, H, W size of a crop, h, w
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.data import MetadataCatalog
-from detectron2.data.detection_utils import create_keypoint_hflip_indices
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
@@ -33,32 +31,15 @@ from d2ext.systems.landmarks.head import (
     build_landmark_head,
     landmark_head_class,
 )
-from d2ext.systems.landmarks.postprocess import instance_scores, make_instances
+from d2ext.systems.landmarks.inputs import (
+    Regions,
+    counts_between,
+    find_flip_indices,
+    find_regions,
+)
+from d2ext.systems.landmarks.postprocess import Persons, make_instances
 
-# Fields of `instances` that hold boxes to look into, the first that is there.
-BOX_FIELDS = ("pred_boxes", "proposal_boxes", "gt_boxes")
 CROP_METHODS = ("affine", "hourglass")
-# Largest coordinate of a box that is cropped; what lies beyond is no place in an image.
-_FAR = 1e6
-
-
-class Regions(NamedTuple):
-    """The boxes of a batch of images; tensors on the CPU."""
-
-    counts: list[int]
-    """Boxes of each image."""
-    boxes: Tensor
-    """(N, 4) XYXY, float64, as given."""
-    padded: Tensor
-    """(N, 4) float64, what is cropped."""
-    matrices: Tensor
-    """(N, 2, 3) float64, crop to image."""
-    classes: Tensor
-    """(N,) int64."""
-    scores: Tensor
-    """(N,) float32."""
-    valid: Tensor
-    """(N,) bool: finite, of some area, and not all outside the image."""
 
 
 class _Network(nn.Module):
@@ -243,29 +224,7 @@ class LandmarkNet(nn.Module):
 
     def find_regions(self, batched_inputs: list[dict[str, Any]]) -> Regions:
         """The boxes of a batch in inference; see :meth:`forward`."""
-        counts, boxes, classes, scores, valid = [], [], [], [], []
-        for inputs in batched_inputs:
-            height, width = inputs["image"].shape[-2:]
-            found, labels, confidence = _boxes(inputs, (height, width))
-            x1, y1, x2, y2 = found.unbind(dim=1)
-            seen = (x2 > x1) & (y2 > y1) & (x2 > 0) & (y2 > 0) & (x1 < width) & (y1 < height)
-            counts.append(len(found))
-            boxes.append(found)
-            classes.append(labels)
-            scores.append(confidence)
-            valid.append(seen & found.isfinite().all(dim=1))
-        joined, usable = torch.cat(boxes), torch.cat(valid)
-        padded, matrices = self._matrices(joined, usable)
-        return Regions(
-            counts, joined, padded, matrices, torch.cat(classes), torch.cat(scores), usable
-        )
-
-    def _matrices(self, boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Padded boxes (N, 4) and crop-to-image maps (N, 2, 3); of invalid boxes those of any pixel."""
-        anywhere = boxes.new_tensor([0.0, 0.0, 1.0, 1.0])
-        boxes = torch.where(valid[:, None], boxes, anywhere).clamp(-_FAR, _FAR)
-        padded = pad_boxes(boxes, self.input_size, self.padding)
-        return padded, crop_to_image(padded, self.input_size)
+        return find_regions(batched_inputs, self.input_size, self.padding)
 
     def crop(
         self, batched_inputs: list[dict[str, Any]], regions: Regions, start: int, stop: int
@@ -278,7 +237,7 @@ class LandmarkNet(nn.Module):
         images = [x["image"] for x in batched_inputs]
         parts = []
         first = 0
-        for image, count in zip(images, _counts_between(regions.counts, start, stop), strict=True):
+        for image, count in zip(images, counts_between(regions.counts, start, stop), strict=True):
             if count:
                 image = image.to(self.device, non_blocking=True)
                 mine = places[first : first + count]
@@ -316,59 +275,76 @@ class LandmarkNet(nn.Module):
         self, chunks: Iterator[Tensor], regions: Regions, batched_inputs: list[dict[str, Any]]
     ) -> list[dict]:
         """Points of normalised crops, chunk by chunk, and from them the instances of each image."""
-        outputs = [self._run(images) for images in chunks]
-        total = len(regions.boxes)
-        height, width = self.input_size
-        if outputs:
-            joined = [torch.cat(parts) for parts in zip(*outputs, strict=True)]
-        else:
-            joined = [
-                torch.zeros((0, self.num_keypoints, 2), device=self.device),
-                torch.zeros((0, self.num_keypoints), device=self.device),
-            ]
-            if self.give_heatmaps:
-                assert isinstance(self.head, MapHead)
-                size = self.head.codec.map_size
-                joined.append(joined[1].new_zeros(0, self.num_keypoints, size[1], size[0]))
-        points, keypoint_scores = joined[:2]
-        if len(points) != total:
-            raise ValueError(f"There are {len(points)} crops for {total} boxes.")
+        output_sizes = [
+            (x.get("height") or x["image"].shape[-2], x.get("width") or x["image"].shape[-1])
+            for x in batched_inputs
+        ]
+        # Before the network starts, so that no copy waits for it.
+        persons = self._persons(regions, batched_inputs, output_sizes)
         matrices = regions.matrices.to(self.device, torch.float32)
+        outputs = [self._run(images) for images in chunks] or [self._nothing()]
+        points, scores, *maps = [torch.cat(parts) for parts in zip(*outputs, strict=True)]
+        if len(points) != len(matrices):
+            raise ValueError(f"There are {len(points)} crops for {len(matrices)} boxes.")
         points = apply_affine(points, matrices)
         if self.truncate:
             points = points.trunc()
-        scores = instance_scores(
-            keypoint_scores, regions.scores.to(self.device), self.keypoint_threshold
+        results = make_instances(
+            persons,
+            points,
+            scores,
+            regions.counts,
+            output_sizes,
+            threshold=self.keypoint_threshold,
         )
-        keypoints = torch.cat([points, keypoint_scores[..., None]], dim=-1)
-        boxes = regions.boxes.to(self.device, torch.float32)
-        classes, valid = regions.classes.to(self.device), regions.valid.to(self.device)
-        results = []
-        first = 0
-        for inputs, count in zip(batched_inputs, regions.counts, strict=True):
-            here = slice(first, first + count)
-            size = tuple(inputs["image"].shape[-2:])
-            output_size = (inputs.get("height") or size[0], inputs.get("width") or size[1])
-            instances = make_instances(
-                boxes[here],
-                classes[here],
-                scores[here],
-                keypoints[here],
-                valid[here],
-                size,
-                output_size,
-            )
-            if self.give_heatmaps:
-                maps = joined[2][here]
-                scale = matrices.new_tensor([output_size[1] / size[1], output_size[0] / size[0]])
-                to_cells = matrices.new_tensor([width / maps.shape[-1], height / maps.shape[-2], 1])
-                instances.pred_keypoint_heatmaps = maps
-                instances.pred_keypoint_heatmap_matrices = (
-                    matrices[here] * to_cells * scale[:, None]
-                )
-            results.append({"instances": instances})
-            first += count
-        return results
+        if maps:
+            height, width = self.input_size
+            to_pixels = [width / maps[0].shape[-1], height / maps[0].shape[-2], 1]
+            to_output = matrices * matrices.new_tensor(to_pixels) * persons.scales[..., None]
+            for instances, own_maps, own_matrices in zip(
+                results, maps[0].split(regions.counts), to_output.split(regions.counts), strict=True
+            ):
+                instances.pred_keypoint_heatmaps = own_maps
+                instances.pred_keypoint_heatmap_matrices = own_matrices
+        return [{"instances": instances} for instances in results]
+
+    def _persons(
+        self,
+        regions: Regions,
+        batched_inputs: list[dict[str, Any]],
+        output_sizes: list[tuple[int, int]],
+    ) -> Persons:
+        """What the output says of the boxes, on the device."""
+        limits, scales = [], []
+        for inputs, (height, width), count in zip(
+            batched_inputs, output_sizes, regions.counts, strict=True
+        ):
+            limits += [(width, height)] * count
+            scales += [
+                (width / inputs["image"].shape[-1], height / inputs["image"].shape[-2])
+            ] * count
+
+        def send(values: Tensor) -> Tensor:
+            return values.to(self.device, non_blocking=True)
+
+        return Persons(
+            send(regions.boxes.float()),
+            send(regions.classes),
+            send(regions.scores),
+            send(regions.valid),
+            send(torch.tensor(scales, dtype=torch.float32).view(-1, 2)),
+            send(torch.tensor(limits, dtype=torch.float32).view(-1, 2)),
+        )
+
+    def _nothing(self) -> tuple[Tensor, ...]:
+        """What the network gives for no crop."""
+        scores = torch.zeros((0, self.num_keypoints), device=self.device)
+        found = (scores.new_zeros(0, self.num_keypoints, 2), scores)
+        if not self.give_heatmaps:
+            return found
+        assert isinstance(self.head, MapHead)
+        width, height = self.head.codec.map_size
+        return (*found, scores.new_zeros(0, self.num_keypoints, height, width))
 
     def _run(self, images: Tensor) -> tuple[Tensor, ...]:
         """The inference network on one chunk."""
@@ -449,8 +425,8 @@ class LandmarkNet(nn.Module):
         boxes = instances.gt_boxes.tensor.detach().double().cpu()
         keep = boxes.isfinite().all(dim=1) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
         boxes, keypoints = boxes[keep], keypoints[keep.to(keypoints.device)]
-        _, matrices = self._matrices(boxes, torch.ones(len(boxes), dtype=torch.bool))
-        matrices = matrices.to(self.device)
+        padded = pad_boxes(boxes, self.input_size, self.padding)
+        matrices = crop_to_image(padded, self.input_size).to(self.device)
         crops = affine_crops(image[None], matrices[None], self.input_size)[0]
         points = apply_affine(keypoints[..., :2].double(), invert_affine(matrices)).float()
         return crops, torch.cat([points, keypoints[..., 2:]], dim=-1)
@@ -483,61 +459,3 @@ class LandmarkNet(nn.Module):
             (found.points, torch.ones_like(labelled[some])),
         )
         get_event_storage().put_image("Above: ground truth. Below: found", picture)
-
-
-def _boxes(inputs: dict[str, Any], size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes (n, 4) float64, classes (n,) and scores (n,) of an image in inference, on the CPU."""
-    whole = torch.tensor([[0.0, 0.0, size[1], size[0]]], dtype=torch.float64)
-    instances = inputs.get("instances", inputs.get("proposals"))
-    if instances is None or inputs.get("crop"):
-        return whole, torch.zeros(1, dtype=torch.int64), torch.ones(1)
-    for field in BOX_FIELDS:
-        if instances.has(field):
-            boxes = instances.get(field).tensor.detach().double().cpu()
-            break
-    else:
-        raise ValueError(
-            f"`instances` have none of {BOX_FIELDS}: name the boxes to look into, or leave "
-            "`instances` out to take the whole image."
-        )
-    classes = torch.zeros(len(boxes), dtype=torch.int64)
-    for field in ("pred_classes", "gt_classes"):
-        if instances.has(field):
-            classes = instances.get(field).cpu()
-            break
-    scores = instances.scores.detach().float().cpu() if instances.has("scores") else None
-    return boxes, classes, torch.ones(len(boxes)) if scores is None else scores
-
-
-def _counts_between(counts: Sequence[int], start: int, stop: int) -> list[int]:
-    """How many of items ``start`` to ``stop`` of concatenated lists belong to each list."""
-    result = []
-    first = 0
-    for count in counts:
-        result.append(max(min(first + count, stop) - max(first, start), 0))
-        first += count
-    return result
-
-
-def find_flip_indices(cfg: CfgNode) -> list[int]:
-    """The mirror partner of each landmark, from the config or from the metadata of its data sets.
-
-    Raises:
-        ValueError: neither says, or the data set has another number of landmarks.
-    """
-    landmarks = cfg.MODEL.LANDMARKS
-    if landmarks.FLIP_INDICES:
-        return list(landmarks.FLIP_INDICES)
-    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        if name in MetadataCatalog.list() and MetadataCatalog.get(name).get("keypoint_names"):
-            indices = list(create_keypoint_hflip_indices([name]))
-            if len(indices) != landmarks.NUM_KEYPOINTS:
-                raise ValueError(
-                    f"Data set '{name}' has {len(indices)} landmarks, but "
-                    f"MODEL.LANDMARKS.NUM_KEYPOINTS is {landmarks.NUM_KEYPOINTS}."
-                )
-            return indices
-    raise ValueError(
-        "MODEL.LANDMARKS.TEST.FLIP needs to know left from right: set MODEL.LANDMARKS.FLIP_INDICES, or "
-        "name a registered data set with keypoint_names and keypoint_flip_map in DATASETS.TEST."
-    )

@@ -9,6 +9,9 @@ continuous coordinates.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
@@ -29,36 +32,60 @@ def instance_scores(keypoint_scores: Tensor, box_scores: Tensor, threshold: floa
     return box_scores * total / above.sum(dim=1).clamp(min=1)
 
 
+class Persons(NamedTuple):
+    """What is known of the N boxes of a batch beside their landmarks; on the model's device."""
+
+    boxes: Tensor
+    """(N, 4) XYXY float32 in the input image."""
+    classes: Tensor
+    """(N,) int64."""
+    scores: Tensor
+    """(N,) float32."""
+    valid: Tensor
+    """(N,) bool; False: the box held nothing of the image, the scores become 0."""
+    scales: Tensor
+    """(N, 2) float32: output size over input size, in x and y."""
+    limits: Tensor
+    """(N, 2) float32: width and height of the output."""
+
+
 def make_instances(
-    boxes: Tensor,
-    classes: Tensor,
-    scores: Tensor,
-    keypoints: Tensor,
-    valid: Tensor,
-    input_size: tuple[int, int],
-    output_size: tuple[int, int],
-) -> Instances:
-    """Instances of one image at the size of the output.
+    persons: Persons,
+    points: Tensor,
+    point_scores: Tensor,
+    counts: Sequence[int],
+    output_sizes: Sequence[tuple[int, int]],
+    *,
+    threshold: float,
+) -> list[Instances]:
+    """Instances of each image, at the size of the output.
 
     Args:
-        boxes: (n, 4) in the input image.
-        classes: (n,) int64.
-        scores: (n,).
-        keypoints: (n, K, 3) x, y in the input image, score.
-        valid: (n,) bool; an instance whose box held nothing of the image gets the scores 0.
-        input_size, output_size: (height, width).
+        points: (N, K, 2) in the input image.
+        point_scores: (N, K).
+        counts: how many of the N belong to each image.
+        output_sizes: (height, width) of each image.
+        threshold: see :func:`instance_scores`.
     """
-    scale = boxes.new_tensor([output_size[1] / input_size[1], output_size[0] / input_size[0]])
-    result = Instances(output_size)
-    shown = Boxes(boxes.nan_to_num(0, 0, 0) * scale.repeat(2))
-    shown.clip(output_size)
+    valid = persons.valid[:, None]
+    low = (persons.boxes[:, :2].nan_to_num(0, 0, 0) * persons.scales).clamp(min=0)
+    high = (persons.boxes[:, 2:].nan_to_num(0, 0, 0) * persons.scales).clamp(min=0)
+    low, high = torch.minimum(low, persons.limits), torch.minimum(high, persons.limits)
     # A box with its corners in the wrong order has no area either.
-    shown.tensor[:, 2:] = torch.maximum(shown.tensor[:, :2], shown.tensor[:, 2:])
-    result.pred_boxes = shown
-    result.scores = scores * valid
-    result.pred_classes = classes
-    points = keypoints[..., :2] * scale
-    result.pred_keypoints = torch.cat(
-        [points, keypoints[..., 2:] * valid[:, None, None]], dim=-1
+    boxes = torch.cat([low, torch.maximum(low, high)], dim=1)
+    scores = instance_scores(point_scores, persons.scores, threshold) * persons.valid
+    keypoints = torch.cat(
+        [points * persons.scales[:, None], (point_scores * valid)[..., None]], dim=-1
     ).nan_to_num(0, 0, 0)
-    return result
+    results = []
+    first = 0
+    for count, size in zip(counts, output_sizes, strict=True):
+        here = slice(first, first + count)
+        result = Instances(size)
+        result.pred_boxes = Boxes(boxes[here])
+        result.scores = scores[here]
+        result.pred_classes = persons.classes[here]
+        result.pred_keypoints = keypoints[here]
+        results.append(result)
+        first += count
+    return results

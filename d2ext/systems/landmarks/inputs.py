@@ -1,0 +1,129 @@
+"""Which boxes of a batch of images are looked into, and what left and right are.
+
+Letters: N boxes of all images, H, W size of a crop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.data.detection_utils import create_keypoint_hflip_indices
+from torch import Tensor
+
+from d2ext.codecs.landmark_crops import crop_to_image, pad_boxes
+
+# Fields of `instances` that hold boxes to look into, the first that is there.
+BOX_FIELDS = ("pred_boxes", "proposal_boxes", "gt_boxes")
+# Largest coordinate of a box that is cropped; what lies beyond is no place in an image.
+_FAR = 1e6
+
+
+class Regions(NamedTuple):
+    """The boxes of a batch of images; tensors on the CPU."""
+
+    counts: list[int]
+    """Boxes of each image."""
+    boxes: Tensor
+    """(N, 4) XYXY, float64, as given."""
+    padded: Tensor
+    """(N, 4) float64, what is cropped."""
+    matrices: Tensor
+    """(N, 2, 3) float64, crop to image."""
+    classes: Tensor
+    """(N,) int64."""
+    scores: Tensor
+    """(N,) float32."""
+    valid: Tensor
+    """(N,) bool: finite, of some area, and not all outside the image."""
+
+
+def find_regions(
+    batched_inputs: Sequence[dict[str, Any]], input_size: tuple[int, int], padding: float
+) -> Regions:
+    """The boxes of a batch in inference.
+
+    Args:
+        batched_inputs: see :meth:`LandmarkNet.forward`.
+        input_size: (H, W).
+        padding: factor on the boxes, see :func:`~d2ext.codecs.landmark_crops.pad_boxes`.
+    """
+    counts, boxes, classes, scores, valid = [], [], [], [], []
+    for inputs in batched_inputs:
+        height, width = inputs["image"].shape[-2:]
+        found, labels, confidence = _boxes(inputs, (height, width))
+        x1, y1, x2, y2 = found.unbind(dim=1)
+        seen = (x2 > x1) & (y2 > y1) & (x2 > 0) & (y2 > 0) & (x1 < width) & (y1 < height)
+        counts.append(len(found))
+        boxes.append(found)
+        classes.append(labels)
+        scores.append(confidence)
+        valid.append(seen & found.isfinite().all(dim=1))
+    joined, usable = torch.cat(boxes), torch.cat(valid)
+    # In place of an invalid box any pixel: its result does not count.
+    anywhere = joined.new_tensor([0.0, 0.0, 1.0, 1.0])
+    cropped = torch.where(usable[:, None], joined, anywhere).clamp(-_FAR, _FAR)
+    padded = pad_boxes(cropped, input_size, padding)
+    matrices = crop_to_image(padded, input_size)
+    return Regions(counts, joined, padded, matrices, torch.cat(classes), torch.cat(scores), usable)
+
+
+def _boxes(inputs: dict[str, Any], size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes (n, 4) float64, classes (n,) and scores (n,) of an image in inference, on the CPU."""
+    whole = torch.tensor([[0.0, 0.0, size[1], size[0]]], dtype=torch.float64)
+    instances = inputs.get("instances", inputs.get("proposals"))
+    if instances is None or inputs.get("crop"):
+        return whole, torch.zeros(1, dtype=torch.int64), torch.ones(1)
+    for field in BOX_FIELDS:
+        if instances.has(field):
+            boxes = instances.get(field).tensor.detach().double().cpu()
+            break
+    else:
+        raise ValueError(
+            f"`instances` have none of {BOX_FIELDS}: name the boxes to look into, or leave "
+            "`instances` out to take the whole image."
+        )
+    classes = torch.zeros(len(boxes), dtype=torch.int64)
+    for field in ("pred_classes", "gt_classes"):
+        if instances.has(field):
+            classes = instances.get(field).cpu()
+            break
+    scores = instances.scores.detach().float().cpu() if instances.has("scores") else None
+    return boxes, classes, torch.ones(len(boxes)) if scores is None else scores
+
+
+def counts_between(counts: Sequence[int], start: int, stop: int) -> list[int]:
+    """How many of the items ``start`` to ``stop`` of concatenated lists belong to each list."""
+    result = []
+    first = 0
+    for count in counts:
+        result.append(max(min(first + count, stop) - max(first, start), 0))
+        first += count
+    return result
+
+
+def find_flip_indices(cfg: CfgNode) -> list[int]:
+    """The mirror partner of each landmark, from the config or from the metadata of its data sets.
+
+    Raises:
+        ValueError: neither says, or the data set has another number of landmarks.
+    """
+    landmarks = cfg.MODEL.LANDMARKS
+    if landmarks.FLIP_INDICES:
+        return list(landmarks.FLIP_INDICES)
+    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+        if name in MetadataCatalog.list() and MetadataCatalog.get(name).get("keypoint_names"):
+            indices = list(create_keypoint_hflip_indices([name]))
+            if len(indices) != landmarks.NUM_KEYPOINTS:
+                raise ValueError(
+                    f"Data set '{name}' has {len(indices)} landmarks, but "
+                    f"MODEL.LANDMARKS.NUM_KEYPOINTS is {landmarks.NUM_KEYPOINTS}."
+                )
+            return indices
+    raise ValueError(
+        "MODEL.LANDMARKS.TEST.FLIP needs to know left from right: set MODEL.LANDMARKS.FLIP_INDICES, or "
+        "name a registered data set with keypoint_names and keypoint_flip_map in DATASETS.TEST."
+    )
