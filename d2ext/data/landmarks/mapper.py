@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,8 @@ from d2ext.data.landmarks.transforms import (
 )
 
 __all__ = ["TopDownMapper", "TopDownTestMapper", "make_crop_sample", "upper_body"]
+
+ImageReader = Callable[..., np.ndarray]
 
 # Change of each of brightness, contrast, saturation and hue, once colours are to change.
 _EACH_COLOR_PROB = 0.5
@@ -72,6 +74,7 @@ class TopDownMapper:
         cutout_size: tuple[float, float] = (0.1, 0.4),
         color_prob: float = 0.0,
         color: RandomPhotometricDistortion | None = None,
+        reader: ImageReader = read_image,
     ) -> None:
         """
         Args:
@@ -87,6 +90,7 @@ class TopDownMapper:
                 points of the upper half.
             cutout_prob, cutout_size: of a covered rectangle.
             color_prob, color: of changed colours.
+            reader: takes a file name and ``format=``; for callers that keep images in memory.
 
         Raises:
             ValueError: unknown recipe, or a hourglass recipe whose crop is no square.
@@ -122,6 +126,7 @@ class TopDownMapper:
         self.cutout_size = cutout_size
         self.color_prob = color_prob
         self.color = color
+        self.reader = reader
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -184,7 +189,7 @@ class TopDownMapper:
             )
         annotation = record["annotations"][0]
         points = instance_points(annotation, len(self.flip_indices))
-        image = _read(record, self.image_format)
+        image = _read(record, self.image_format, self.reader)
         box = np.array(instance_crop_box(annotation))
         if not np.isfinite(box).all():
             raise AnnotationError(
@@ -283,9 +288,16 @@ class TopDownTestMapper:
     """
 
     @configurable
-    def __init__(self, *, image_format: str = "BGR", whole_image: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        image_format: str = "BGR",
+        whole_image: bool = False,
+        reader: ImageReader = read_image,
+    ) -> None:
         self.image_format = image_format
         self.whole_image = whole_image
+        self.reader = reader
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -303,7 +315,7 @@ class TopDownTestMapper:
         Raises:
             SampleError: the image cannot be read.
         """
-        image = _read(record, self.image_format)
+        image = _read(record, self.image_format, self.reader)
         result = {k: v for k, v in record.items() if k not in ("annotations", "detections")}
         result["height"], result["width"] = image.shape[:2]
         result["image"] = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
@@ -383,8 +395,8 @@ def upper_body(dataset: str, names: Sequence[str] = ()) -> list[bool]:
     return [not any(part in name for part in _LOWER) for name in known]
 
 
-def _read(record: dict[str, Any], image_format: str) -> np.ndarray:
-    image = read_image(record["file_name"], format=image_format)
+def _read(record: dict[str, Any], image_format: str, reader: ImageReader) -> np.ndarray:
+    image = reader(record["file_name"], format=image_format)
     try:
         detection_utils.check_image_size(dict(record), image)
     except detection_utils.SizeMismatchError as e:
