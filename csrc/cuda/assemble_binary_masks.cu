@@ -18,14 +18,16 @@ using at::Tensor;
 
 constexpr int32_t kThreads = 256;
 constexpr int32_t kWarps = kThreads / 32;
-// Output rows of a block, and of them those that a warp goes down with the same columns.
+// Output rows of a block: 4 times larger than the grid, they lie between 10 grid rows.
 constexpr int32_t kBlockRows = 32;
-constexpr int32_t kWarpRows = 8;
-// Pixels of a lane, one word.
-constexpr int32_t kLanePixels = 4;
-// Columns of a row that a warp writes. Its first lane writes none: words of global memory begin
-// anywhere between a lane's pixels, so each takes some of the lane to its left.
-constexpr int32_t kSegment = 31 * kLanePixels;
+// Output columns of a block, at most.
+constexpr int32_t kBlockColumns = 640;
+// Pixels that a warp finishes at a time, one word of 4 for each lane.
+constexpr int32_t kSegment = 128;
+// Shared memory for the interpolated grid rows, at most: room for one segment of any of them.
+constexpr int64_t kLineBytes = 2 * kBlockRows * kSegment * sizeof(double);
+// What a block gets without being asked for, less than 48 KiB by what the kernel declares itself.
+constexpr size_t kUnaskedBytes = 40 * 1024;
 constexpr uint32_t kVectorBytes = sizeof(uint4);
 
 // A warp writes `length` times the byte that `vector` repeats.
@@ -58,88 +60,73 @@ struct BinaryArguments {
   int32_t grid_width;
   int32_t height;
   int32_t width;
-  int32_t segments;  // of a row
+  int32_t block_columns;
+  int32_t blocks_x;
+  int32_t pitch;     // elements between two lines in shared memory, a multiple of 4
+  bool shared_rows;  // adjacent output rows share grid rows: the output is higher than the grid
   acc_t threshold;
   acc_t padding;
   bool crop_after;
   uint8_t* out;  // (N, H, W)
 };
 
-// A lane's four output columns: the grid cells that each lies between, and their weights.
-template <typename acc_t>
-struct LaneColumns {
-  int32_t low[kLanePixels];  // -1: a cell that counts as 0
-  int32_t high[kLanePixels];
-  acc_t low_weight[kLanePixels];
-  acc_t high_weight[kLanePixels];
-
-  // outside: what pixels beyond `columns` are interpolated to, 0 or NaN.
-  __device__ __forceinline__ LaneColumns(int32_t first, Range columns, Range cells, acc_t scale,
-                                         int32_t grid_width, acc_t outside) {
-#pragma unroll
-    for (int32_t i = 0; i < kLanePixels; ++i) {
-      const bool inside = columns.contains(first + i);
-      const Tap<acc_t> tap = source_tap(first + i, scale, grid_width);
-      low[i] = inside && cells.contains(tap.low) ? tap.low : -1;
-      high[i] = inside && cells.contains(tap.high) ? tap.high : -1;
-      low_weight[i] = inside ? tap.low_weight : outside;
-      high_weight[i] = inside ? tap.high_weight : acc_t(0);
-    }
-  }
-
-  // A grid row interpolated at the four columns. row: its cells; null where all count as 0.
-  __device__ __forceinline__ void interpolate(const acc_t* row,
-                                              acc_t (&values)[kLanePixels]) const {
-#pragma unroll
-    for (int32_t i = 0; i < kLanePixels; ++i) {
-      const acc_t at_low = row != nullptr && low[i] >= 0 ? row[low[i]] : acc_t(0);
-      const acc_t at_high = row != nullptr && high[i] >= 0 ? row[high[i]] : acc_t(0);
-      values[i] = low_weight[i] * at_low + high_weight[i] * at_high;
-    }
-  }
-};
-
-// Writes the pixels of `word` that lie in a row of `width` pixels; the word begins at pixel `x`.
-__device__ __forceinline__ void write_word(uint8_t* row, int32_t x, int32_t width, uint32_t word) {
-  if (x >= 0 && x + kLanePixels <= width) {
-    __stcs(reinterpret_cast<uint32_t*>(row + x), word);
-  } else {
-    for (int32_t i = 0; i < kLanePixels; ++i) {
-      if (x + i >= 0 && x + i < width) {
-        row[x + i] = static_cast<uint8_t>(word >> (8 * i));
-      }
-    }
-  }
+// Grid rows that a block interpolates, at most.
+inline int32_t slots_of(bool shared_rows, double scale) {
+  return shared_rows ? static_cast<int32_t>(kBlockRows * scale) + 3 : 2 * kBlockRows;
 }
 
-// A block makes kBlockRows rows of one mask. A warp goes down kWarpRows of them with four columns
-// in each lane, and keeps the two grid rows that it is between, interpolated along the row, in
-// registers.
+// Four pixels from 16-byte aligned lines, as the bytes of a word.
+__device__ __forceinline__ uint32_t four_pixels(const float* low, const float* high,
+                                                const Tap<float>& row, float threshold) {
+  const float4 a = *reinterpret_cast<const float4*>(low);
+  const float4 b = *reinterpret_cast<const float4*>(high);
+  uint32_t bytes = row.low_weight * a.x + row.high_weight * b.x > threshold ? 0x1u : 0u;
+  bytes |= row.low_weight * a.y + row.high_weight * b.y > threshold ? 0x100u : 0u;
+  bytes |= row.low_weight * a.z + row.high_weight * b.z > threshold ? 0x10000u : 0u;
+  bytes |= row.low_weight * a.w + row.high_weight * b.w > threshold ? 0x1000000u : 0u;
+  return bytes;
+}
+
+__device__ __forceinline__ uint32_t four_pixels(const double* low, const double* high,
+                                                const Tap<double>& row, double threshold) {
+  uint32_t bytes = 0;
+#pragma unroll
+  for (int32_t i = 0; i < 4; ++i) {
+    bytes |= row.low_weight * low[i] + row.high_weight * high[i] > threshold ? 1u << (8 * i) : 0u;
+  }
+  return bytes;
+}
+
+// A block writes kBlockRows x block_columns pixels of one mask. It interpolates the grid rows that
+// these lie between along the row, once each, in shared memory; from two such lines a thread then
+// makes four pixels at a time.
 template <typename acc_t>
 __global__ void __launch_bounds__(kThreads) binary_kernel(BinaryArguments<acc_t> in) {
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  acc_t* lines = reinterpret_cast<acc_t*>(shared_bytes);  // (slots, pitch)
   __shared__ Tap<acc_t> taps[kBlockRows];
   __shared__ MaskRegion region;
   const int32_t lane = threadIdx.x % 32;
   const int32_t warp = threadIdx.x / 32;
-  const int32_t top = static_cast<int32_t>(blockIdx.x) * kBlockRows;
+  const int32_t top = static_cast<int32_t>(blockIdx.x) / in.blocks_x * kBlockRows;
+  const int32_t left = static_cast<int32_t>(blockIdx.x) % in.blocks_x * in.block_columns;
   const int32_t rows = min(kBlockRows, in.height - top);
-  const int32_t items = in.segments * ((rows + kWarpRows - 1) / kWarpRows);
+  const int32_t columns = min(in.block_columns, in.width - left);
   const acc_t scale_x = static_cast<acc_t>(in.grid_width) / static_cast<acc_t>(in.width);
   const acc_t scale_y = static_cast<acc_t>(in.grid_height) / static_cast<acc_t>(in.height);
   // Cells outside the box count as 0; pixels cropped at the output are never set: no comparison
   // with a NaN is true.
   const bool background = !in.crop_after && acc_t(0) > in.threshold;
   const acc_t outside = in.crop_after ? static_cast<acc_t>(NAN) : acc_t(0);
-  const uint32_t background_word = background ? 0x01010101u : 0u;
-  const uint4 background_vector =
-      make_uint4(background_word, background_word, background_word, background_word);
+  const uint32_t word = background ? 0x01010101u : 0u;
+  const uint4 background_vector = make_uint4(word, word, word, word);
   if (static_cast<int32_t>(threadIdx.x) < rows) {
     taps[threadIdx.x] =
         source_tap(top + static_cast<int32_t>(threadIdx.x), scale_y, in.grid_height);
   }
 
   for (int32_t n = blockIdx.y; n < in.detections; n += gridDim.y) {
-    uint8_t* target = in.out + (static_cast<int64_t>(n) * in.height + top) * in.width;
+    uint8_t* target = in.out + (static_cast<int64_t>(n) * in.height + top) * in.width + left;
     if (warp == 0) {
       MaskRegion own;
       const int64_t image = in.batch_index == nullptr ? 0 : in.batch_index[n];
@@ -152,74 +139,103 @@ __global__ void __launch_bounds__(kThreads) binary_kernel(BinaryArguments<acc_t>
       }
     }
     __syncthreads();
-    const Range xs = intersect(region.out_x, {0, in.width});
+    const Range xs = intersect(region.out_x, {left, left + columns});
     const Range ys = intersect(region.out_y, {top, top + rows});
-    const Range cell_x = region.cell_x;
-    const Range cell_y = region.cell_y;
-    __syncthreads();                 // before `region` is written again
-    if (xs.empty() || ys.empty()) {  // adjacent rows: one run, shared out to the warps
-      const int64_t length = static_cast<int64_t>(rows) * in.width;
-      const int64_t share = ((length + kWarps - 1) / kWarps + 15) / 16 * 16;
-      const int64_t begin = warp * share;
-      if (begin < length) {
-        fill_row(target + begin, static_cast<int32_t>(min(share, length - begin)),
-                 background_vector, lane);
+    if (xs.empty() || ys.empty()) {
+      if (columns == in.width) {  // adjacent rows: one run, shared out to the warps
+        const int32_t length = rows * columns;
+        const int32_t share = ((length + kWarps - 1) / kWarps + 15) / 16 * 16;
+        const int32_t begin = warp * share;
+        if (begin < length) {
+          fill_row(target + begin, min(share, length - begin), background_vector, lane);
+        }
+      } else {
+        for (int32_t y = warp; y < rows; y += kWarps) {
+          fill_row(target + static_cast<int64_t>(y) * in.width, columns, background_vector, lane);
+        }
       }
+      __syncthreads();  // before `region` is written again
       continue;
     }
 
+    // Line s holds grid row first + s or, where output rows do not share, a row's two neighbours.
     const acc_t* grid = in.probabilities + static_cast<int64_t>(n) * in.grid_height * in.grid_width;
-    for (int32_t item = warp; item < items; item += kWarps) {
-      const int32_t left = item % in.segments * kSegment - kLanePixels;
-      const int32_t first_row = item / in.segments * kWarpRows;
-      const int32_t x = left + kLanePixels * lane;
-      const bool touched = !intersect(xs, {left, left + 32 * kLanePixels}).empty();
-      const LaneColumns<acc_t> columns(x, xs, cell_x, scale_x, in.grid_width, outside);
-      const auto cells_of_row = [&](int32_t y) {
-        return cell_y.contains(y) ? grid + static_cast<int64_t>(y) * in.grid_width : nullptr;
-      };
-      acc_t low[kLanePixels];
-      acc_t high[kLanePixels];
-      int32_t held_low = -1;  // the grid rows in `low` and `high`
-      int32_t held_high = -1;
-      const int32_t end_row = min(first_row + kWarpRows, rows);
-      for (int32_t y = first_row; y < end_row; ++y) {
-        uint32_t bytes = background_word;
-        if (touched && ys.contains(top + y)) {
-          const Tap<acc_t> tap = taps[y];
-          if (tap.low != held_low) {
-            if (tap.low == held_high) {
-#pragma unroll
-              for (int32_t i = 0; i < kLanePixels; ++i) {
-                low[i] = high[i];
-              }
-            } else {
-              columns.interpolate(cells_of_row(tap.low), low);
-            }
-            held_low = tap.low;
-          }
-          if (tap.high != held_high) {
-            columns.interpolate(cells_of_row(tap.high), high);
-            held_high = tap.high;
-          }
-          bytes = 0;
-#pragma unroll
-          for (int32_t i = 0; i < kLanePixels; ++i) {
-            bytes |= tap.low_weight * low[i] + tap.high_weight * high[i] > in.threshold
-                         ? 1u << (8 * i)
-                         : 0u;
-          }
+    const Range cell_x = region.cell_x;
+    const Range cell_y = region.cell_y;
+    const int32_t first = taps[ys.begin - top].low;
+    const int32_t slots = in.shared_rows ? taps[ys.end - 1 - top].high - first + 1 : 2 * ys.size();
+    for (int32_t i = threadIdx.x; i < in.pitch; i += kThreads) {
+      const int32_t x = left + i;
+      if (!xs.contains(x)) {
+        for (int32_t slot = 0; slot < slots; ++slot) {
+          lines[slot * in.pitch + i] = outside;
         }
-        uint8_t* row = target + static_cast<int64_t>(y) * in.width;
-        // The lane's word of global memory begins `shift` pixels into the lane to its left.
-        const uint32_t shift = 4 - reinterpret_cast<uintptr_t>(row) % 4;
-        const uint32_t before = __shfl_up_sync(0xffffffffu, bytes, 1);
-        if (lane > 0) {
-          write_word(row, x - kLanePixels + static_cast<int32_t>(shift), in.width,
-                     __funnelshift_rc(before, bytes, 8 * shift));
+        continue;
+      }
+      const Tap<acc_t> tap = source_tap(x, scale_x, in.grid_width);
+      const bool low_inside = cell_x.contains(tap.low);
+      const bool high_inside = cell_x.contains(tap.high);
+      const acc_t* low_cells = grid + tap.low;
+      const acc_t* high_cells = grid + tap.high;
+#pragma unroll 4
+      for (int32_t slot = 0; slot < slots; ++slot) {
+        int32_t y = first + slot;
+        if (!in.shared_rows) {
+          const Tap<acc_t>& row = taps[ys.begin - top + slot / 2];
+          y = slot % 2 == 0 ? row.low : row.high;
         }
+        const bool inside = cell_y.contains(y);
+        const int32_t offset = y * in.grid_width;
+        const acc_t low = inside && low_inside ? low_cells[offset] : acc_t(0);
+        const acc_t high = inside && high_inside ? high_cells[offset] : acc_t(0);
+        lines[slot * in.pitch + i] = tap.low_weight * low + tap.high_weight * high;
       }
     }
+    __syncthreads();
+
+    for (int32_t y = warp; y < rows; y += kWarps) {
+      uint8_t* row_target = target + static_cast<int64_t>(y) * in.width;
+      if (!ys.contains(top + y)) {
+        fill_row(row_target, columns, background_vector, lane);
+        continue;
+      }
+      const Tap<acc_t> row = taps[y];
+      const int32_t slot = 2 * (top + y - ys.begin);
+      const acc_t* low = lines + (in.shared_rows ? row.low - first : slot) * in.pitch;
+      const acc_t* high = lines + (in.shared_rows ? row.high - first : slot + 1) * in.pitch;
+      // A lane makes pixels x to x + 3. Words of global memory begin `shift` pixels before: their
+      // first bytes come from the lane to the left.
+      const uint32_t shift = (4 - reinterpret_cast<uintptr_t>(row_target) % 4) % 4;
+      uint32_t carried = 0;  // the last lane's pixels of the step before
+      for (int32_t begin = 0; begin < columns; begin += kSegment) {
+        const int32_t x = begin + 4 * lane;
+        // `pitch` reaches to the end of the last word, so this reads what was written.
+        const uint32_t bytes = x < columns ? four_pixels(low + x, high + x, row, in.threshold) : 0u;
+        if (shift == 0) {
+          if (x + 4 <= columns) {
+            __stcs(reinterpret_cast<uint32_t*>(row_target + x), bytes);
+          }
+        } else {
+          uint32_t before = __shfl_up_sync(0xffffffffu, bytes, 1);
+          before = lane == 0 ? carried : before;
+          carried = __shfl_sync(0xffffffffu, bytes, 31);
+          // The word that begins at pixel x - 4 + shift.
+          const int32_t word_x = x - 4 + static_cast<int32_t>(shift);
+          if (word_x >= 0 && word_x + 4 <= columns) {
+            __stcs(reinterpret_cast<uint32_t*>(row_target + word_x),
+                   __funnelshift_r(before, bytes, 8 * shift));
+          }
+        }
+      }
+      // What is left of whole words at either end, at most 3 pixels each.
+      const int32_t head = min(static_cast<int32_t>(shift), columns);
+      const int32_t tail = head + (columns - head) / 4 * 4;
+      const int32_t edge = lane < head ? lane : tail + lane - head;
+      if (edge < columns && (lane < head || edge >= tail)) {
+        row_target[edge] = row.low_weight * low[edge] + row.high_weight * high[edge] > in.threshold;
+      }
+    }
+    __syncthreads();
   }
 }
 
@@ -244,20 +260,35 @@ void launch_binary(const HeldInputs& held, int64_t height, int64_t width, double
   arguments.grid_width = in.width;
   arguments.height = static_cast<int32_t>(height);
   arguments.width = static_cast<int32_t>(width);
-  // The last column that a word may begin at needs a lane of its own, whatever the rows' alignment.
-  arguments.segments = static_cast<int32_t>((width + 5) / kSegment + 1);
+  arguments.shared_rows = height > in.height;
+  // The columns are shared out evenly, in whole segments where there is more than one block.
+  const double scale = static_cast<double>(in.height) / static_cast<double>(height);
+  const int64_t slots = slots_of(arguments.shared_rows, scale);
+  const int64_t room = kLineBytes / (slots * static_cast<int64_t>(sizeof(acc_t)));
+  const int64_t most = std::min<int64_t>(kBlockColumns, room / kSegment * kSegment);
+  const int64_t blocks_x = (width - 1) / most + 1;
+  const int64_t even = (width - 1) / blocks_x + 1;
+  arguments.block_columns =
+      static_cast<int32_t>(blocks_x == 1 ? width : (even + kSegment - 1) / kSegment * kSegment);
+  arguments.blocks_x = static_cast<int32_t>((width - 1) / arguments.block_columns + 1);
+  arguments.pitch = (arguments.block_columns + 3) / 4 * 4;
   arguments.threshold = static_cast<acc_t>(threshold);
   arguments.padding = in.padding;
   arguments.crop_after = crop_after;
   arguments.out = static_cast<uint8_t*>(masks.mutable_data_ptr());
-  // What a block fills and counts in 32 bits.
-  D2EXT_CHECK_VALUE(width < std::numeric_limits<int32_t>::max() / kBlockRows,
+  const int64_t blocks_of_mask = arguments.blocks_x * ((height - 1) / kBlockRows + 1);
+  D2EXT_CHECK_VALUE(blocks_of_mask <= std::numeric_limits<int32_t>::max(),
                     "assemble_binary_masks: masks of ", height, " x ", width,
-                    " pixels are too wide for a GPU");
-  const int64_t blocks_of_mask = (height - 1) / kBlockRows + 1;
+                    " pixels are too large for a GPU");
   const dim3 blocks(static_cast<uint32_t>(blocks_of_mask),
                     static_cast<uint32_t>(std::min(in.detections, 65535)));
-  binary_kernel<acc_t><<<blocks, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(arguments);
+  const size_t shared = static_cast<size_t>(slots) * arguments.pitch * sizeof(acc_t);
+  if (shared > kUnaskedBytes) {
+    C10_CUDA_CHECK(cudaFuncSetAttribute(binary_kernel<acc_t>,
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shared)));
+  }
+  binary_kernel<acc_t><<<blocks, kThreads, shared, c10::cuda::getCurrentCUDAStream()>>>(arguments);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
