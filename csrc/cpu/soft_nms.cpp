@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <numeric>
 #include <optional>
 #include <tuple>
@@ -17,7 +18,7 @@
 #include <vector>
 
 #include "../message.h"
-#include "row_kernels.h"
+#include "simd.h"
 
 namespace d2ext {
 namespace {
@@ -47,128 +48,42 @@ struct RoundArrays {
   float* weighed;
 };
 
-// IoUs of box `best` with boxes [begin, end), the factors of their scores, and the scores times
-// these. Returns whether one that overlaps falls below the threshold.
-D2EXT_INLINE bool weigh(const RoundArrays& in, int64_t best, int64_t begin, int64_t end,
-                        const Settings& settings) {
-  using V = Simd<float>::Vector;
-  using M = Simd<float>::Mask;
-  constexpr int kLanes = Simd<float>::kLanes;
-  const float area = (in.x2[best] - in.x1[best] + 1) * (in.y2[best] - in.y1[best] + 1);
-  const V best_x1 = V{} + in.x1[best];
-  const V best_y1 = V{} + in.y1[best];
-  const V best_x2 = V{} + in.x2[best];
-  const V best_y2 = V{} + in.y2[best];
-  M any = {};
-  for (int64_t i = begin; i < end; i += kLanes) {
-    V x1;
-    V y1;
-    V x2;
-    V y2;
-    V score;
-    rows::load(x1, in.x1 + i);
-    rows::load(y1, in.y1 + i);
-    rows::load(x2, in.x2 + i);
-    rows::load(y2, in.y2 + i);
-    rows::load(score, in.scores + i);
-    const V width = (x2 < best_x2 ? x2 : best_x2) - (x1 > best_x1 ? x1 : best_x1) + 1.0f;
-    const V height = (y2 < best_y2 ? y2 : best_y2) - (y1 > best_y1 ? y1 : best_y1) + 1.0f;
-    const V common = width * height;
-    const V united = area + (x2 - x1 + 1.0f) * (y2 - y1 + 1.0f) - common;
-    const M touching = (width > 0.0f) & (height > 0.0f);
-    const V overlap = touching ? common / united : V{};
-    V weight = V{} + 1.0f;
-    if (settings.method == Method::kGaussian) {
-      V exponent = -(overlap * overlap) / settings.sigma;
-      rows::exponential(exponent);
-      weight = touching ? exponent : weight;
-    } else {
-      const V reduced = settings.method == Method::kLinear ? 1.0f - overlap : V{};
-      weight = overlap > settings.iou_threshold ? reduced : weight;
-    }
-    const V weighed = score * weight;
-    // Past the end there is padding.
-    M lane;
-    for (int k = 0; k < kLanes; ++k) {
-      lane[k] = k;
-    }
-    const M inside = lane < static_cast<int32_t>(std::min<int64_t>(end - i, kLanes));
-    any |= touching & (weighed < settings.score_threshold) & inside;
-    rows::store(in.overlaps + i, overlap);
-    rows::store(in.weights + i, weight);
-    rows::store(in.weighed + i, weighed);
-  }
-  bool dropped = false;
-  for (int k = 0; k < kLanes; ++k) {
-    dropped = dropped || any[k] != 0;
-  }
-  return dropped;
-}
-
-// The first of the greatest; NaN is the greatest.
-D2EXT_INLINE int64_t first_maximum(const float* values, int64_t begin, int64_t end) {
-  using V = Simd<float>::Vector;
-  constexpr int kLanes = Simd<float>::kLanes;
-  float greatest = values[begin];
-  int64_t i = begin;
-  if (i + kLanes <= end) {
-    V running;
-    rows::load(running, values + i);
-    for (i += kLanes; i + kLanes <= end; i += kLanes) {
-      V value;
-      rows::load(value, values + i);
-      running = (value > running) | (value != value) ? value : running;
-    }
-    for (int k = 0; k < kLanes; ++k) {
-      const float value = running[k];
-      greatest = value > greatest || value != value ? value : greatest;
-    }
-  }
-  for (; i < end; ++i) {
-    greatest = values[i] > greatest || values[i] != values[i] ? values[i] : greatest;
-  }
-  int64_t place = begin;
-  while (!(values[place] == greatest || (values[place] != values[place] && greatest != greatest))) {
-    ++place;
-  }
-  return place;
-}
-
 struct RoundKernels {
   bool (*weigh)(const RoundArrays& in, int64_t best, int64_t begin, int64_t end,
                 const Settings& settings);
   int64_t (*first_maximum)(const float* values, int64_t begin, int64_t end);
 };
 
-#define D2EXT_DEFINE_ROUND_KERNELS(SUFFIX, TARGET)                                            \
-  TARGET bool weigh_##SUFFIX(const RoundArrays& in, int64_t best, int64_t begin, int64_t end, \
-                             const Settings& settings) {                                      \
-    return weigh(in, best, begin, end, settings);                                             \
-  }                                                                                           \
-  TARGET int64_t first_maximum_##SUFFIX(const float* values, int64_t begin, int64_t end) {    \
-    return first_maximum(values, begin, end);                                                 \
-  }
-
-D2EXT_DEFINE_ROUND_KERNELS(baseline, )
-#ifdef D2EXT_X86_TARGETS
-D2EXT_DEFINE_ROUND_KERNELS(avx2, __attribute__((target("avx2,fma"))))
-D2EXT_DEFINE_ROUND_KERNELS(avx512,
-                           __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))))
-#endif
+namespace rounds {
+#define D2EXT_LOOPS "soft_nms_loops.h"
+#include "each_target.h"
+}  // namespace rounds
 
 const RoundKernels& round_kernels() {
-  static const RoundKernels kernels = []() -> RoundKernels {
+  static const RoundKernels kernels = [] {
 #ifdef D2EXT_X86_TARGETS
     if (has_avx512()) {
-      return {weigh_avx512, first_maximum_avx512};
+      return rounds::avx512::round_kernels();
     }
     if (has_avx2()) {
-      return {weigh_avx2, first_maximum_avx2};
+      return rounds::avx2::round_kernels();
     }
 #endif
-    return {weigh_baseline, first_maximum_baseline};
+    return rounds::baseline::round_kernels();
   }();
   return kernels;
+}
+
+// base^exponent; by squaring where the exponent is a small whole number, as the published one is.
+inline float power(float base, float exponent) {
+  if (!(exponent >= 0 && exponent <= 64 && exponent == std::floor(exponent))) {
+    return std::pow(base, exponent);
+  }
+  float result = 1;
+  for (int bits = static_cast<int>(exponent); bits > 0; bits /= 2, base *= base) {
+    result *= bits % 2 == 1 ? base : 1;
+  }
+  return result;
 }
 
 // The boxes of one class in an array from which boxes disappear.
@@ -240,7 +155,7 @@ class Suppression {
     for (int64_t i = row + 1; i < count_;) {
       if (corners != nullptr && overlaps_[i] > 0) {
         // Corner scores stay where they are while boxes move.
-        const float share = std::pow(1 - weights_[i], settings_.weight_exp);
+        const float share = power(1 - weights_[i], settings_.weight_exp);
         const float first = corners[2 * i] * share;
         const float second = corners[2 * i + 1] * share;
         x1 += x1_[i] * first;
