@@ -90,6 +90,8 @@ class RandomObjectCrop(T.Augmentation):
         else:
             longer = float((box[2:] - box[:2]).max())
             low, high = next((low, high) for limit, low, high in _SIDES if longer > limit)
+            # The object fits into the crop, however small that is.
+            low, high = min(low, self.size - 1), min(high, self.size)
             factor = np.random.randint(low, high) / longer
         factor = min(factor, _MAX_SIDE / max(h, w))
         scale = ScaleTransform(h, w, factor)

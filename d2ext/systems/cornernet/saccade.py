@@ -76,7 +76,7 @@ class Crop(NamedTuple):
 
 def crop_around(y: int, x: int, scale: float, size: int, height: int, width: int) -> Crop:
     """The window around a pixel that fills an input of ``size`` pixels at ``scale``."""
-    side = int(size / scale)
+    side = max(1, int(size / scale))
     half, middle = side // 2, size // 2
     factor = size / side
 
