@@ -26,7 +26,7 @@ from d2ext.modeling.inference import InferenceNetwork
 from d2ext.systems.centernet.head import CenterNetHead, Predictions, head_channels
 from d2ext.systems.centernet.losses import CenterNetCriterion
 from d2ext.systems.centernet.postprocess import Detections, decode, merge_mirrored, merge_scales
-from d2ext.systems.centernet.preprocess import CellsToImage, Placement, placement
+from d2ext.systems.centernet.preprocess import Placement, placement
 from d2ext.systems.centernet.targets import CenterNetTargets, ObjectAnnotations, encode_targets
 
 # Detectron2's keypoints are half a pixel more than COCO's, which the published code uses as they are.
