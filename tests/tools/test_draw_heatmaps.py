@@ -147,4 +147,5 @@ def test_heatmaps_lie_on_the_image(fixed: bool) -> None:
         x, y = model(inputs)[0]["instances"].centers[0].tolist()
         rows, columns = (heat > 0.5 * heat.max()).nonzero().float().mean(dim=0).tolist()
         assert abs(columns + 0.5 - x) <= size[1] / 100 and abs(rows + 0.5 - y) <= size[0] / 70
-        assert heat.max() == pytest.approx(torch.tensor(3.0).sigmoid().item(), abs=0.1)
+        # bilinear: the nearest pixels lie an eighth of a cell beside its middle
+        assert 0.7 < heat.max() < 0.96
