@@ -18,6 +18,8 @@ from d2ext.codecs.heatmaps import draw_gaussians, gather_at, gaussian_radius, lo
 
 # Score of a rejected pair.
 REJECTED = -1.0
+# Of the standard deviation of the corners' Gaussians (published code).
+_CORNER_DIVISOR = 6.0
 
 
 class PointTargets(NamedTuple):
@@ -36,7 +38,7 @@ class CornerTargets(NamedTuple):
 
     top_left: PointTargets
     bottom_right: PointTargets
-    center: PointTargets
+    center: PointTargets | None
     mask: Tensor
     """(B, N) bool, which slots hold an object."""
 
@@ -50,7 +52,7 @@ def encode_corners(
     output_size: tuple[int, int],
     min_overlap: float = 0.3,
     radius_variant: str = "cornernet",
-    center_divisor: float = 5.0,
+    center_divisor: float | None = None,
 ) -> CornerTargets:
     """Ground truth of a batch → targets.
 
@@ -67,7 +69,7 @@ def encode_corners(
         min_overlap: IoU that a box with both corners moved by the Gaussians' radius still has.
         radius_variant: see :func:`gaussian_radius`.
         center_divisor: the centres' Gaussians have the corners' radius r and standard deviation
-            (2 r + 1) / this; the corners' is (2 r + 1) / 6.
+            (2 r + 1) / this; the corners' is (2 r + 1) / 6. None: no targets of centres.
     """
     device = boxes[0].device
     count = max(1, *(len(b) for b in boxes)) if boxes else 1
@@ -97,10 +99,13 @@ def encode_corners(
         place = torch.stack([x * scale_x, y * scale_y], dim=-1)
         return _point_targets(place, labels, radii, mask, num_classes, output_size, divisor)
 
+    center = None
+    if center_divisor is not None:
+        center = targets(xs.mean(dim=-1), ys.mean(dim=-1), center_divisor)
     return CornerTargets(
-        targets(xs[..., 0], ys[..., 0], 6.0),
-        targets(xs[..., 1], ys[..., 1], 6.0),
-        targets(xs.mean(dim=-1), ys.mean(dim=-1), center_divisor),
+        targets(xs[..., 0], ys[..., 0], _CORNER_DIVISOR),
+        targets(xs[..., 1], ys[..., 1], _CORNER_DIVISOR),
+        center,
         mask,
     )
 

@@ -56,10 +56,13 @@ def test_targets_are_the_published_ones(
         output_size=(128, 128),
         min_overlap=overlap,
         radius_variant=variant,
+        center_divisor=None if system == "cornernet" else 5.0,
     )
-    kinds = {"tl": targets.top_left, "br": targets.bottom_right, "ct": targets.center}
+    kinds = {"tl": targets.top_left, "br": targets.bottom_right}
     if system == "cornernet":
-        del kinds["ct"]
+        assert targets.center is None
+    else:
+        kinds["ct"] = targets.center
     # The last object of the first image has no width.
     assert targets.mask.tolist() == [[True] * 5 + [False]] * 2
     for i, mask in enumerate(targets.mask):
@@ -81,6 +84,7 @@ def encode(boxes: list[list[float]], classes: list[int], size: int = 64) -> obje
         num_classes=3,
         input_size=(size, size),
         output_size=(size // 4, size // 4),
+        center_divisor=5.0,
     )
 
 

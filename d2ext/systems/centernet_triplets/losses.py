@@ -15,5 +15,7 @@ class CenterNetTripletsCriterion(CornerNetCriterion):
     def points(
         self, predictions: Sequence[PointMaps], targets: CornerTargets
     ) -> list[tuple[PointMaps, PointTargets]]:
+        if targets.center is None:
+            raise ValueError("The targets lack centres: encode_corners needs a center_divisor.")
         kinds = (targets.top_left, targets.bottom_right, targets.center)
         return list(zip(predictions, kinds, strict=True))

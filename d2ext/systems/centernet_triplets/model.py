@@ -32,8 +32,9 @@ from d2ext.systems.cornernet.postprocess import View
 class CenterNetTriplets(CornerNet):
     """CenterNet with triplets on any hourglass."""
 
-    # See gaussian_radius.
+    # See encode_corners.
     radius_variant = "triplets"
+    center_divisor = 5.0
 
     @configurable
     def __init__(

@@ -1,7 +1,7 @@
 """CornerNet (arXiv 1808.01244) and CornerNet-Squeeze (arXiv 1904.08900): boxes as pairs of corners.
 
-An image is centred on a canvas whose sides fit the hourglass (:meth:`CornerNet.views`), with its mirror
-image, and goes through backbone and heads (``head.py``). Then come either the losses
+An image is centred on a canvas whose sides fit the hourglass (:meth:`CornerNet.preprocess`), with its
+mirror image, and goes through backbone and heads (``head.py``). Then come either the losses
 (``losses.py``, targets from :mod:`d2ext.codecs.corners`) or, in inference, the pairing of corners
 (:mod:`d2ext.codecs.corners`) and soft-NMS (``postprocess.py``).
 
@@ -41,12 +41,19 @@ def canvas_side(side: int, unit: int) -> int:
     return -(-(side + 1) // unit) * unit - 1
 
 
+def _image_size(inputs: dict[str, Any]) -> tuple[int, int]:
+    """(height, width) of the model's image."""
+    height, width = inputs["image"].shape[-2:]
+    return height, width
+
+
 @META_ARCH_REGISTRY.register()
 class CornerNet(nn.Module):
     """CornerNet on any hourglass; CornerNet-Squeeze is a config of it."""
 
-    # See gaussian_radius.
+    # See encode_corners.
     radius_variant = "cornernet"
+    center_divisor: float | None = None
 
     @configurable
     def __init__(
@@ -95,6 +102,11 @@ class CornerNet(nn.Module):
                 "TEST.TOP_K and TEST.MAX_PAIRS are at least 1 and TEST.PEAK_KERNEL is odd; not "
                 f"{top_k}, {max_pairs} and {peak_kernel}."
             )
+        suppression = suppression or SuppressionOptions()
+        if suppression.method not in ("gaussian", "linear", "hard"):
+            raise ValueError(
+                f'TEST.NMS is "gaussian", "linear" or "hard", not "{suppression.method}".'
+            )
         self.network = CornerNetwork(backbone, head)
         self.criterion = criterion
         self.num_classes = num_classes
@@ -108,7 +120,7 @@ class CornerNet(nn.Module):
         self.peak_kernel = peak_kernel
         self.max_distance = max_distance
         self.max_pairs = max_pairs
-        self.suppression = suppression or SuppressionOptions()
+        self.suppression = suppression
         self.vis_period = vis_period
         self.stride = backbone.output_shape()["stack1"].stride
         # In a tuple, so that the copy of the weights which it keeps is no submodule.
@@ -221,7 +233,7 @@ class CornerNet(nn.Module):
             KeyError: training inputs without ``instances``.
         """
         if not self.training:
-            return self.inference(batched_inputs)
+            return self.detect(batched_inputs)
         images, targets = self.training_batch(batched_inputs)
         stacks = self.network.predictions(images, all_stacks=True)
         if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
@@ -244,11 +256,11 @@ class CornerNet(nn.Module):
             top, left = canvas[0] // 2 - height // 2, canvas[1] // 2 - width // 2
             batch[i, :, top : top + height, left : left + width] = image
             instances = self._instances(inputs)
-            shift = torch.tensor([left, top, left, top], dtype=torch.float32)
-            boxes.append(
-                instances.gt_boxes.tensor.to(self.device, non_blocking=True)
-                + shift.to(self.device, non_blocking=True)
-            )
+            # As published, cut at the last pixel's index; what lies outside loses its area.
+            own = instances.gt_boxes.tensor.to(self.device, non_blocking=True)
+            xs = own[:, 0::2].clamp(0, width - 1) + left
+            ys = own[:, 1::2].clamp(0, height - 1) + top
+            boxes.append(torch.stack([xs[:, 0], ys[:, 0], xs[:, 1], ys[:, 1]], dim=1))
             classes.append(instances.gt_classes.to(self.device, non_blocking=True))
         return self._normalize(batch), self._targets(boxes, classes, canvas)
 
@@ -273,6 +285,7 @@ class CornerNet(nn.Module):
             output_size=(-(-height // self.stride), -(-width // self.stride)),
             min_overlap=self.min_overlap,
             radius_variant=self.radius_variant,
+            center_divisor=self.center_divisor,
         )
 
     def _normalize(self, images: Tensor) -> Tensor:
@@ -280,42 +293,45 @@ class CornerNet(nn.Module):
 
     # ------------------------------------------------------------------ inference
 
-    def views(self, image: Tensor) -> list[tuple[Tensor, View]]:
-        """The canvases on which an image is looked at, one for each scale.
+    def view(self, size: tuple[int, int], scale: float) -> View:
+        """How an image of ``size`` (height, width) lies on the canvas.
 
-        As published: sides grow to the next multiple (of 128, for the published hourglasses) less
-        one, with the image's centre pixel on the canvas' centre pixel and zeros around, before the
-        normalisation. Published quirk: where the image is as large as the canvas, and its side odd
-        therefore, its last row or column stays zero.
+        As published: the scaled image's sides grow to the next multiple (of 128, for the published
+        hourglasses) less one, and its centre pixel comes to the canvas' centre pixel.
+        """
+        height, width = (max(1, int(side * scale)) for side in size)
+        unit = self.backbone.size_divisibility
+        canvas = canvas_side(height, unit), canvas_side(width, unit)
+        top, left = canvas[0] // 2 - height // 2, canvas[1] // 2 - width // 2
+        return View(scale, (height, width), canvas, top, left)
+
+    def preprocess(
+        self, batched_inputs: list[dict[str, Any]], scale: float | None = None
+    ) -> Tensor:
+        """Images of one size → the network's input, (B, 3, H, W) and, if wanted, B mirror images.
+
+        Around the images there are zeros, before the normalisation. Published quirk: where an image
+        is as large as the canvas, and its side odd therefore, its last row or column stays zero.
 
         Args:
-            image: (3, h, w) in 0..255.
-
-        Returns:
-            for each scale a canvas (3, H, W) float32 in 0..255, and where the image lies on it.
+            scale: one of the test scales; default: the first of them.
         """
-        result = []
-        unit = self.backbone.size_divisibility
-        for scale in self.scales:
-            scaled = self._rescaled(image, scale)
-            height, width = scaled.shape[-2:]
-            canvas = canvas_side(height, unit), canvas_side(width, unit)
-            top, left = canvas[0] // 2 - height // 2, canvas[1] // 2 - width // 2
-            rows = min(height, height // 2 + canvas[0] // 2)
-            columns = min(width, width // 2 + canvas[1] // 2)
-            pixels = torch.zeros((3, *canvas), device=image.device)
-            pixels[:, top : top + rows, left : left + columns] = scaled[:, :rows, :columns]
-            result.append((pixels, View(scale, (height, width), canvas, top, left)))
-        return result
-
-    def _rescaled(self, image: Tensor, scale: float) -> Tensor:
-        """(3, h, w) → float32 (3, int(h · scale), int(w · scale)), at least one pixel a side."""
-        if scale == 1.0:
-            return image.float()
-        size = [max(1, int(side * scale)) for side in image.shape[-2:]]
-        resized = F.interpolate(image[None].float(), size, mode="bilinear", align_corners=False)
-        # The published code resizes bytes.
-        return resized[0].round()
+        scale = self.scales[0] if scale is None else scale
+        view = self.view(_image_size(batched_inputs[0]), scale)
+        height, width = view.size
+        rows = min(height, height // 2 + view.canvas[0] // 2)
+        columns = min(width, width // 2 + view.canvas[1] // 2)
+        images = torch.zeros((len(batched_inputs), 3, *view.canvas), device=self.device)
+        for i, inputs in enumerate(batched_inputs):
+            image = inputs["image"].to(self.device, non_blocking=True)
+            if image.shape[-2:] != view.size:
+                image = F.interpolate(
+                    image[None].float(), view.size, mode="bilinear", align_corners=False
+                )[0].round()  # the published code resizes bytes
+            place = images[i, :, view.top :, view.left :]
+            place[:, :rows, :columns] = image[:, :rows, :columns]
+        images = self._normalize(images)
+        return torch.cat([images, images.flip(-1)]) if self.flip else images
 
     def _decode(self, predictions: tuple[PointMaps, ...]) -> tuple[Tensor, ...]:
         """Raw predictions → rows (B, P, COLUMNS) of pairs, in cells."""
@@ -329,44 +345,49 @@ class CornerNet(nn.Module):
         return (rows_of_pairs(pairs),)
 
     @torch.no_grad()
-    def inference(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
-        """Detect; see :meth:`forward`."""
-        views: list[tuple[int, View]] = []
-        canvases: list[Tensor] = []
-        for i, inputs in enumerate(batched_inputs):
-            image = inputs["image"].to(self.device, non_blocking=True)
-            for pixels, view in self.views(image):
-                views.append((i, view))
-                canvases.append(pixels)
-        passes = self._passes(canvases)
-        results = []
-        for i, inputs in enumerate(batched_inputs):
-            own = [(found, view) for found, (j, view) in zip(passes, views, strict=True) if j == i]
-            image_size = tuple(inputs["image"].shape[-2:])
-            height, width = inputs.get("height"), inputs.get("width")
-            output_size = (height or image_size[0], width or image_size[1])
-            rows = suppress(self._candidates(own), self.suppression)
-            results.append(
-                {"instances": self._to_instances(rows.to(self.device), image_size, output_size)}
-            )
+    def detect(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
+        """Images of any sizes, at all scales → results; see :meth:`forward`."""
+        results: list[dict[str, Instances]] = [{}] * len(batched_inputs)
+        sizes = [_image_size(inputs) for inputs in batched_inputs]
+        for size in dict.fromkeys(sizes):
+            chosen = [i for i, other in enumerate(sizes) if other == size]
+            group = [batched_inputs[i] for i in chosen]
+            passes = [
+                self.inference_network(self.preprocess(group, scale)) for scale in self.scales
+            ]
+            for i, result in zip(chosen, self._finish(group, passes), strict=True):
+                results[i] = result
         return results
 
-    def _passes(self, canvases: list[Tensor]) -> list[tuple[Tensor, ...]]:
-        """Run the network, canvases of one size together.
+    @torch.no_grad()
+    def inference(
+        self, images: Tensor, batched_inputs: list[dict[str, Any]]
+    ) -> list[dict[str, Instances]]:
+        """Detect on what :meth:`preprocess` made, at the first scale only."""
+        return self._finish(batched_inputs, [self.inference_network(images)])
 
-        Returns:
-            for each canvas what :meth:`_decode` gives, (1 or 2, P, COLUMNS) and so on, on the CPU.
+    def _finish(
+        self, batched_inputs: list[dict[str, Any]], passes: list[tuple[Tensor, ...]]
+    ) -> list[dict[str, Instances]]:
+        """What the passes found on images of one size → results.
+
+        Args:
+            passes: at each scale what :meth:`_decode` gives for B images and B mirror images.
         """
-        passes: list[tuple[Tensor, ...]] = [()] * len(canvases)
-        for size in dict.fromkeys(canvas.shape for canvas in canvases):
-            chosen = [i for i, canvas in enumerate(canvases) if canvas.shape == size]
-            images = torch.stack([canvases[i] for i in chosen])
-            if self.flip:
-                images = torch.cat([images, images.flip(-1)])
-            found = [x.cpu() for x in self.inference_network(self._normalize(images))]
-            for n, i in enumerate(chosen):
-                passes[i] = tuple(x[n :: len(chosen)] for x in found)
-        return passes
+        image_size = _image_size(batched_inputs[0])
+        on_host = [[x.cpu() for x in found] for found in passes]
+        views = [
+            self.view(image_size, scale) for scale, _ in zip(self.scales, passes, strict=False)
+        ]
+        results = []
+        for i, inputs in enumerate(batched_inputs):
+            own = [tuple(x[i :: len(batched_inputs)] for x in found) for found in on_host]
+            rows = suppress(self._candidates(list(zip(own, views, strict=True))), self.suppression)
+            height, width = inputs.get("height"), inputs.get("width")
+            output_size = (height or image_size[0], width or image_size[1])
+            found = self._to_instances(rows.to(self.device), image_size, output_size)
+            results.append({"instances": found})
+        return results
 
     def _candidates(self, passes: list[tuple[tuple[Tensor, ...], View]]) -> Tensor:
         """What the passes of one image found → rows (N, COLUMNS) in pixels of the image."""
@@ -385,21 +406,16 @@ class CornerNet(nn.Module):
         """Log ground truth beside the best detections of the batch's first image."""
         from detectron2.utils.visualizer import Visualizer  # pulls in matplotlib
 
-        canvas = image.shape[-2:]
-        height, width = inputs["image"].shape[-2:]
-        view = View(
-            1.0,
-            (height, width),
-            (canvas[0], canvas[1]),
-            canvas[0] // 2 - height // 2,
-            canvas[1] // 2 - width // 2,
-        )
+        height, width = _image_size(inputs)
+        rows, columns = image.shape[-2:]
+        place = rows // 2 - height // 2, columns // 2 - width // 2
+        view = View(1.0, (height, width), (rows, columns), *place)
         first = tuple(
             PointMaps(*(None if x is None else x[:1] for x in maps)) for maps in predictions
         )
         found = tuple(x.float().cpu() for x in self._decode(first))
-        rows = suppress(self._candidates([(found, view)]), self.suppression)[:20]
-        detected = self._to_instances(rows, (height, width), (height, width))
+        best = suppress(self._candidates([(found, view)]), self.suppression)[:20]
+        detected = self._to_instances(best, (height, width), (height, width))
         picture = convert_image_to_rgb(
             inputs["image"].permute(1, 2, 0).clamp(0, 255), self.input_format
         )

@@ -140,6 +140,7 @@ def test_losses_of_drawn_maps() -> None:
         output_size=(32, 32),
         min_overlap=0.7,
         radius_variant="triplets",
+        center_divisor=5.0,
     )
 
     def maps(stack: int, kind: str) -> PointMaps:
@@ -241,8 +242,8 @@ def test_network() -> None:
         for name, module in watched.items()
     ]
     with torch.no_grad():
-        ((pixels, view),) = model.views(image)
-        batch = model._normalize(torch.stack([pixels, pixels.flip(-1)]))
+        view = model.view((230, 250), 1.0)
+        batch = model.preprocess([{"image": image}])
         raw = network(batch)
         rows, centers = model._decode(raw)
     for hook in hooks:

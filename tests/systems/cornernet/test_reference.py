@@ -183,9 +183,8 @@ class Case:
             for name, module in watched.items()
         ]
         with torch.no_grad():
-            ((pixels_, self.view),) = self.model.views(self.image)
-            images = torch.stack([pixels_, pixels_.flip(-1)])
-            self.input = self.model._normalize(images)
+            self.view = self.model.view((180, 300), 1.0)
+            self.input = self.model.preprocess([{"image": self.image}])
             self.raw = network(self.input)
         for hook in hooks:
             hook.remove()
@@ -279,7 +278,10 @@ def test_view_of_the_largest_image() -> None:
     model = build_model(tiny_config("CornerNet"))
     unit = model.backbone.size_divisibility
     image = torch.full((3, 2 * unit - 1, 2 * unit - 2), 7, dtype=torch.uint8)
-    ((pixels, view),) = model.views(image)
+    view = model.view(tuple(image.shape[1:]), 1.0)
+    (pixels, mirrored) = model.preprocess([{"image": image}]) * model.pixel_std + model.pixel_mean
+    assert torch.equal(mirrored, pixels.flip(-1))
     assert view == View(1.0, (2 * unit - 1, 2 * unit - 2), (2 * unit - 1, 2 * unit - 1), 0, 0)
-    assert (pixels[:, :-1, :-1] == 7).all()
-    assert pixels[:, -1].sum() == 0 and pixels[:, :, -1].sum() == 0
+    expected = torch.zeros_like(pixels)
+    expected[:, :-1, :-1] = 7
+    torch.testing.assert_close(pixels, expected, atol=1e-4, rtol=0)
