@@ -8,6 +8,7 @@ from d2ext.data.config import add_data_config
 from d2ext.engine.config import add_engine_config
 from d2ext.modeling.hourglass import add_hourglass_config
 from d2ext.modeling.inference import add_inference_config
+from d2ext.systems.centernet.config import add_centernet_config
 from d2ext.systems.centernet_triplets.config import add_centernet_triplets_config
 from d2ext.systems.cornernet.config import add_cornernet_config
 from d2ext.systems.yolact.config import add_yolact_config
@@ -19,6 +20,7 @@ def add_d2ext_config(cfg: CfgNode) -> None:
     add_engine_config(cfg)
     add_inference_config(cfg)
     add_hourglass_config(cfg)
+    add_centernet_config(cfg)
     add_yolact_config(cfg)
     add_cornernet_config(cfg)
     add_centernet_triplets_config(cfg)

@@ -96,7 +96,29 @@ def _tiny_centernet_triplets(cfg: CfgNode) -> None:
     cfg.MODEL.CENTERNET_TRIPLETS.HEAD_CHANNELS = 16
 
 
+def _tiny_centernet(cfg: CfgNode) -> None:
+    cfg.MODEL.META_ARCHITECTURE = "CenterNet"
+    cfg.MODEL.KEYPOINT_ON = True
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_deconv_backbone"
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    cfg.MODEL.RESNETS.DEPTH = 18
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    cfg.MODEL.RESNETS.NORM = "BN"
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res5"]
+    cfg.MODEL.DECONV.CHANNELS = [32, 32, 16]
+    cfg.MODEL.CENTERNET.NUM_CLASSES = NUM_CLASSES
+    cfg.MODEL.CENTERNET.HEAD_CHANNELS = 16
+    cfg.MODEL.CENTERNET.POSE.ENABLED = True
+    cfg.MODEL.CENTERNET.POSE.NUM_JOINTS = NUM_KEYPOINTS
+    cfg.MODEL.CENTERNET.POSE.FLIP_PAIRS = [list(pair) for pair in KEYPOINT_FLIP_PAIRS]
+    cfg.MODEL.CENTERNET.TEST.TOP_K = 10
+    cfg.MODEL.CENTERNET.TEST.CLIP_BOXES = True
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.INPUT.MIN_SIZE_TEST = 0
+
+
 _TINY: dict[str, TinyModel] = {
+    "CenterNet": TinyModel(_tiny_centernet, ("bbox", "keypoints")),
     "CenterNetTriplets": TinyModel(_tiny_centernet_triplets, ("bbox",)),
     "CornerNet": TinyModel(_tiny_cornernet, ("bbox",)),
     "CornerNetSaccade": TinyModel(_tiny_cornernet_saccade, ("bbox",)),

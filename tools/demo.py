@@ -5,6 +5,7 @@
         --input photo.jpg holiday/ "frames/*.png" --opts MODEL.WEIGHTS model_final.pth
     python tools/demo.py --config-file ... --video-input clip.mp4 --output clip_out.mp4
     python tools/demo.py --config-file ... --webcam 0 --output camera.mp4
+    python tools/demo.py --config-file centernet/centernet_dla34_512.yaml --draw heatmaps ...
 
 Pictures keep their names, and below a folder also the sub-folder; kinds other than JPEG and PNG become
 PNG. Beside them (named after the file, where the output is one file) appear
@@ -45,6 +46,7 @@ from d2ext.engine.predictor import BatchPredictor
 from d2ext.engine.setup import add_options_argument, load_config
 from d2ext.files import atomic_write, json_list
 from d2ext.utils.drawing import PictureDrawer, VideoDrawer, class_metadata, name_classes, select
+from d2ext.utils.heatmaps import SeesHeatmaps
 from d2ext.utils.video import (
     VIDEO_SUFFIXES,
     VideoError,
@@ -88,6 +90,8 @@ class Options(NamedTuple):
     max_drawn: int
     max_frames: int | None
     pictures: bool
+    heatmaps: bool = False
+    """Draw the model's heat maps, corners and centres as well."""
 
 
 # Which files
@@ -232,19 +236,22 @@ def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def predict(
-    predictor: BatchPredictor, images: list[np.ndarray], threshold: float
+    predictor: BatchPredictor, images: list[np.ndarray], options: Options
 ) -> list[dict[str, Any] | str]:
     """The output for each image, instances chosen by score, or why there is none."""
     try:
         outputs = predictor(images)
+        if options.heatmaps and images:
+            maps = predictor.model.heatmaps(predictor.upload(images))
+            outputs = [o | {"heatmaps": m} for o, m in zip(outputs, maps, strict=True)]
     except torch.cuda.OutOfMemoryError:
         if len(images) == 1:
             height, width = images[0].shape[:2]
             return [f"{width}x{height} pixels do not fit into the device's memory"]
-        return [o for image in images for o in predict(predictor, [image], threshold)]
+        return [o for image in images for o in predict(predictor, [image], options)]
     for output in outputs:
         if "instances" in output:
-            output["instances"] = select(output["instances"], threshold)
+            output["instances"] = select(output["instances"], options.threshold)
     return list(outputs)
 
 
@@ -279,7 +286,7 @@ def run_on_images(
                     read.append((job, read_image(str(job.source), "BGR")))
                 except ImageReadError as error:
                     problems.append(str(error))
-            outputs = predict(predictor, [image for _, image in read], options.threshold)
+            outputs = predict(predictor, [image for _, image in read], options)
             for (job, image), output in zip(read, outputs, strict=True):
                 if isinstance(output, str):
                     problems.append(f"'{job.source}': {output}")
@@ -325,7 +332,7 @@ def run_on_video(
         progress = stack.enter_context(tqdm.tqdm(total=total, unit="frame"))
         try:
             for frames in batches(itertools.islice(reader, wanted), options.batch_size):
-                outputs = predict(predictor, frames, options.threshold)
+                outputs = predict(predictor, frames, options)
                 for frame, output in zip(frames, outputs, strict=True):
                     number += 1
                     if isinstance(output, str):
@@ -400,6 +407,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="draw only the best N instances of a picture; all are written (default: %(default)s)",
     )
     parser.add_argument("--max-frames", type=int, metavar="N", help="stop a video after N frames")
+    parser.add_argument(
+        "--draw",
+        choices=("results", "heatmaps"),
+        default="results",
+        help="heatmaps: also the heat maps, corners and centres that CornerNet, CenterNet and their "
+        "like read their results from",
+    )
     parser.add_argument("--no-pictures", action="store_true", help="write COCO results only")
     parser.add_argument(
         "--class-names",
@@ -451,6 +465,7 @@ def prepare(chosen: argparse.Namespace) -> Callable[[], list[str]]:
         max_drawn=chosen.max_drawn,
         max_frames=chosen.max_frames,
         pictures=not chosen.no_pictures,
+        heatmaps=chosen.draw == "heatmaps" and not chosen.no_pictures,
     )
     names = read_class_names(chosen.class_names) if chosen.class_names else None
     # Wrong paths are found before the model is built, which takes long.
@@ -466,6 +481,11 @@ def prepare(chosen: argparse.Namespace) -> Callable[[], list[str]]:
     if not cfg.MODEL.WEIGHTS:
         logger.warning("MODEL.WEIGHTS is empty: predicting with random weights.")
     predictor = BatchPredictor(cfg)
+    if options.heatmaps and not isinstance(predictor.model, SeesHeatmaps):
+        raise DemoError(
+            f"--draw heatmaps: {cfg.MODEL.META_ARCHITECTURE} has no heat maps; CornerNet, CenterNet and "
+            "others that find objects as points have."
+        )
     metadata = class_metadata(cfg, names)
     if chosen.input:
         return lambda: run_on_images(predictor, jobs, metadata, options)

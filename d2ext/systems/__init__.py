@@ -1,3 +1,3 @@
 """The systems, one room each. Importing this package registers all of them with Detectron2."""
 
-from d2ext.systems import centernet_triplets, cornernet, yolact  # noqa: F401
+from d2ext.systems import centernet, centernet_triplets, cornernet, yolact  # noqa: F401
