@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2ext.codecs.corners import PointMaps, decode_corners, encode_corners
+from d2ext.codecs.heatmaps import maps_on_image
 from d2ext.modeling.inference import InferenceNetwork
 from d2ext.systems.cornernet.head import CornerNetHead, CornerNetwork
 from d2ext.systems.cornernet.losses import CornerNetCriterion
@@ -411,6 +412,43 @@ class CornerNet(nn.Module):
     ) -> Instances:
         """Detections of one image → its instances at the size of the output."""
         return to_instances(rows, image_size, output_size)
+
+    @torch.no_grad()
+    def heatmaps(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+        """What the network sees where, at the first test scale; see :mod:`d2ext.utils.heatmaps`.
+
+        Returns:
+            for each image maps by name (``top_left``, ``bottom_right``, ...), (height, width) of the
+            output, in 0..1, the maximum over classes.
+        """
+        results = []
+        for inputs in batched_inputs:
+            size = _image_size(inputs)
+            height, width = inputs.get("height") or size[0], inputs.get("width") or size[1]
+            shown: dict[str, Tensor] = {}
+            for name, heat, scale, shift in self._shown_maps(inputs):
+                heat = heat.float().sigmoid().amax(dim=1)
+                heat = maps_on_image(heat, scale, shift, size)
+                if (height, width) != size:
+                    heat = F.interpolate(heat[None], (height, width))[0]
+                shown[name] = torch.maximum(shown.get(name, heat[0]), heat[0])
+            results.append(shown)
+        return results
+
+    def _shown_maps(
+        self, inputs: dict[str, Any]
+    ) -> list[tuple[str, Tensor, float, tuple[float, float]]]:
+        """Name, logits (1, C, h, w), pixels of the image per cell, and the map's corner (x, y) there."""
+        view = self.view(_image_size(inputs), self.scales[0])
+        predictions = self.network(self.preprocess([inputs])[:1])
+        cell = view.canvas[0] / -(-view.canvas[0] // self.stride) / view.scale
+        shift = -view.left / view.scale, -view.top / view.scale
+        return [
+            (name, maps.heat, cell, shift)
+            for name, maps in zip(
+                ("top_left", "bottom_right", "centers"), predictions, strict=False
+            )
+        ]
 
     @torch.no_grad()
     def _visualize_training(

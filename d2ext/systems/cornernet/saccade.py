@@ -362,3 +362,18 @@ class CornerNetSaccade(CornerNet):
         confident = box_locations(rows.numpy(), self.options.confident_score)
         locations = suppress_locations(np.concatenate([locations, confident]))
         return rows, locations[: self.options.max_crops]
+
+    def _shown_maps(
+        self, inputs: dict[str, Any]
+    ) -> list[tuple[str, Tensor, float, tuple[float, float]]]:
+        """Of the last of the first views; ``attention`` of all levels."""
+        image = self._image(inputs)
+        location = self._first_locations(*image.shape[-2:])[-1:]
+        views, offsets = self._cut(image, location)
+        predictions = self.network(views)
+        scale = float(location[0, 2])
+        shift = offsets[0][1], offsets[0][0]
+        size = self.options.input_size
+        named = [("top_left", predictions[0].heat), ("bottom_right", predictions[1].heat)]
+        named += [("attention", logits) for logits in predictions.attention]
+        return [(name, maps, size / maps.shape[-1] / scale, shift) for name, maps in named]
