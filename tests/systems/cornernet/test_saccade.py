@@ -265,14 +265,26 @@ def test_losses(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_crop_by_hand() -> None:
-    crop = crop_around(10, 50, 1.0, 63, 40, 60)
+    crop = crop_around(10, 50, 63, 63, 40, 60)
     assert crop.source == (slice(0, 40), slice(19, 60))
     assert crop.target == (slice(21, 61), slice(0, 41))
     assert crop.offset == (-21, 19)
-    doubled = crop_around(30, 30, 2.0, 63, 60, 60)
+    doubled = crop_around(30, 30, 31, 63, 60, 60)
     assert doubled.source == (slice(15, 45), slice(15, 45))
     # 31 pixels become 63: 15 on either side of the middle become int(15 * 63 / 31).
     assert doubled.target == (slice(1, 61), slice(1, 61))
+
+
+def test_the_whole_image_is_seen_whole() -> None:
+    """255 / float32(255 / 420) is 420 in float32 and less in float64."""
+    model = build_model(tiny_config("CornerNetSaccade")).eval()
+    model.options = model.options._replace(input_size=255, first_sizes=(255,))
+    image = torch.zeros(3, 400, 420)
+    image[:, :, :2] = 255
+    views, offsets = model._cut(image, model._first_locations(400, 420))
+    assert offsets == [(-10.0, 0.0)]
+    pixels = views * model.pixel_std + model.pixel_mean
+    assert pixels[0, 0, 127, 0] == pytest.approx(255, abs=1e-2)
 
 
 def test_locations_of_boxes() -> None:
