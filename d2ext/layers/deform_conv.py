@@ -133,6 +133,9 @@ class ModulatedDeformConv(nn.Module):
         """(B, in_channels, H, W) → (B, out_channels, h, w)."""
         predicted = self.offset_mask(x)
         offsets, logits = predicted.split([2 * self.taps, self.taps], dim=1)
+        # The operator reads outside the image where an offset is NaN (and may crash); the result is NaN
+        # all the same, by the tap weights.
+        offsets = offsets.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
         dtype = _supported(predicted)
         output = deform_conv2d(
             x.to(dtype),

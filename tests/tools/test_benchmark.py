@@ -195,3 +195,18 @@ def test_wrong_commands(tool: ModuleType, arguments: list[str]) -> None:
 def test_wrong_config(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert tool.main(["model", "--config-file", "no/such.yaml"]) == 2
     assert "no/such.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("architecture", ["CenterNet", "CornerNet"])
+def test_keypoint_detectors_have_the_same_stages(
+    tool: ModuleType, architecture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(tiny_config(architecture).dump())
+    report_file = tmp_path / "report.json"
+    arguments = ["model", "--config-file", str(tmp_path / "config.yaml"), "--iters", "1"]
+    arguments += ["--warmup", "1", "--device", "cpu", "--output", str(report_file)]
+    assert tool.main([*arguments, "--batch-size", "2", "--image-size", "64", "90"]) == 0
+    capsys.readouterr()
+    (batch,) = json.loads(report_file.read_text())["batches"]
+    assert set(batch["stages_ms"]) == {*tool._STAGES, "decode", "download"}
+    assert batch["stages_ms"]["network"] > 0 and batch["images_per_second"] > 0
