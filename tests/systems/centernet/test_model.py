@@ -29,7 +29,7 @@ ENTRIES = {
 def _detector(**options: object) -> nn.Module:
     """The tiny CenterNet without poses."""
     cfg = tiny_config("CenterNet")
-    cfg.MODEL.CENTERNET.POSE.ENABLED = False
+    cfg.MODEL.KEYPOINT_ON = False
     for key, value in options.items():
         cfg.merge_from_list([f"MODEL.CENTERNET.{key.replace('__', '.')}", value])
     torch.manual_seed(0)
@@ -78,7 +78,7 @@ def test_dense_poses_train() -> None:
 @pytest.mark.parametrize("pose", [False, True])
 def test_several_scales_and_mirror(pose: bool) -> None:
     cfg = tiny_config("CenterNet")
-    cfg.MODEL.CENTERNET.POSE.ENABLED = pose
+    cfg.MODEL.KEYPOINT_ON = pose
     cfg.MODEL.CENTERNET.TEST.FLIP = True
     cfg.MODEL.CENTERNET.TEST.SCALES = [0.5, 1.0, 1.5]
     cfg.MODEL.CENTERNET.TEST.MAX_DETECTIONS = 12
@@ -264,7 +264,7 @@ def test_missing_annotations_are_explained() -> None:
         model(wrong)
     wrong = copy.deepcopy(inputs)
     wrong[0]["instances"].gt_keypoints = Keypoints(torch.zeros(3, 5, 3))
-    with pytest.raises(ValueError, match="NUM_JOINTS"):
+    with pytest.raises(ValueError, match="NUM_KEYPOINTS"):
         model(wrong)
     del wrong[0]["instances"]
     with pytest.raises(KeyError, match="instances"):
