@@ -75,6 +75,19 @@ def _tiny_cornernet(cfg: CfgNode) -> None:
     cfg.MODEL.CORNERNET.TEST.TOP_K = 20
 
 
+def _tiny_cornernet_saccade(cfg: CfgNode) -> None:
+    _tiny_cornernet(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "CornerNetSaccade"
+    cfg.MODEL.HOURGLASS.OUT_LEVELS = True
+    cfg.MODEL.CORNERNET.TEST.KEEP_STALE = False
+    cfg.MODEL.CORNERNET.SACCADE.INPUT_SIZE = 63
+    cfg.MODEL.CORNERNET.SACCADE.FIRST_SIZES = [48, 63]
+    cfg.MODEL.CORNERNET.SACCADE.ATTENTION_SCALES = [1, 2]
+    cfg.MODEL.CORNERNET.SACCADE.ATTENTION_RANGES = [[32, 64], [0, 32]]
+    cfg.MODEL.CORNERNET.SACCADE.FIRST_SCORE = -1.0
+    cfg.MODEL.CORNERNET.SACCADE.CLIP_BOXES = True
+
+
 def _tiny_centernet_triplets(cfg: CfgNode) -> None:
     cfg.MODEL.META_ARCHITECTURE = "CenterNetTriplets"
     _tiny_hourglass(cfg)
@@ -107,6 +120,7 @@ _TINY: dict[str, TinyModel] = {
     "CenterNet": TinyModel(_tiny_centernet, ("bbox", "keypoints")),
     "CenterNetTriplets": TinyModel(_tiny_centernet_triplets, ("bbox",)),
     "CornerNet": TinyModel(_tiny_cornernet, ("bbox",)),
+    "CornerNetSaccade": TinyModel(_tiny_cornernet_saccade, ("bbox",)),
     "YOLACT": TinyModel(_tiny_yolact, ("bbox", "segm")),
 }
 

@@ -19,6 +19,7 @@ def add_data_config(cfg: CfgNode) -> None:
     #   "ssd"      SSD's as published for YOLACT, by the keys below
     #   "centernet"  CenterNet's as published: mirror, affine crop to SIZE x SIZE, colours
     #   "cornernet"  CornerNet's as published: random window, resize to SIZE x SIZE, mirror, colours
+    #   "cornernet_saccade"  the same with a crop around an object, to SIZE x SIZE
     #   "none"     images as they are
     c.NAME = "default"
 
@@ -77,7 +78,8 @@ def add_data_config(cfg: CfgNode) -> None:
     # The keys below belong to "cornernet", which also takes SIZE, CROP_ENABLED (off: the whole image,
     # padded to a square), FLIP_PROB, COLOR_JITTER and LIGHTING.
     c.CENTER_CROP = CfgNode()
-    # Side of the window over SIZE, one of them is drawn
+    # Side of the window over SIZE, one of them is drawn ("cornernet_saccade": factor on images
+    # without objects)
     c.CENTER_CROP.SCALES = [0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3]
     # Least distance of the window's centre from the image's edges, pixels; halved until it fits
     c.CENTER_CROP.BORDER = 128

@@ -12,7 +12,11 @@ from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, Polygon
 from fvcore.transforms.transform import TransformList
 
 from d2ext.data.annotations import describe_dropped, normalize_annotations
-from d2ext.data.augmentations import DetectionInput, build_augmentations
+from d2ext.data.augmentations import (
+    DetectionInput,
+    ReportsVisibleShares,
+    build_augmentations,
+)
 from d2ext.data.errors import AnnotationError
 from d2ext.data.image_io import read_image, read_label_map
 
@@ -52,7 +56,9 @@ class D2extDatasetMapper(DatasetMapper):
             ``image`` (C, H, W), uint8 or float32, in ``image_format``; ``height``, ``width`` of the
             original image; the other entries of the input; and, when training, as far as
             annotated, ``instances`` (``gt_boxes``, ``gt_classes``, with masks ``gt_masks``, with
-            keypoints ``gt_keypoints``), ``crowd_instances`` and ``sem_seg`` (H, W) int64
+            keypoints ``gt_keypoints``), ``crowd_instances`` and ``sem_seg`` (H, W) int64;
+            ``instances`` also has ``gt_visible_shares`` (how much of each box the crop leaves,
+            0..1) where a transform is :class:`ReportsVisibleShares`
 
         Raises:
             SampleError: the image cannot be read or the annotations do not belong to it
@@ -141,6 +147,11 @@ class D2extDatasetMapper(DatasetMapper):
         image_shape: tuple[int, int],
     ) -> None:
         """Transform the annotations; set ``instances`` and ``crowd_instances``."""
+        shares = None
+        if any(isinstance(t, ReportsVisibleShares) for t in transforms.transforms):
+            shares = _visible_shares(
+                [a for a in annotations if not a.get("iscrowd", 0)], transforms
+            )
         annotations = [
             detection_utils.transform_instance_annotations(
                 annotation,
@@ -161,9 +172,13 @@ class D2extDatasetMapper(DatasetMapper):
             )
             if self.recompute_boxes:
                 instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
+            if shares is not None:
+                instances.gt_visible_shares = shares
             instances = detection_utils.filter_empty_instances(instances)
         else:
             instances = self._no_instances(image_shape)
+            if shares is not None:
+                instances.gt_visible_shares = shares
         dataset_dict["instances"] = instances
         crowd_instances = detection_utils.annotations_to_instances(crowds, image_shape)
         dataset_dict["crowd_instances"] = detection_utils.filter_empty_instances(crowd_instances)
@@ -192,6 +207,19 @@ def _boxes_and_crowd(annotations: list[dict[str, Any]] | None) -> dict[str, np.n
     boxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
     crowd = np.array([bool(a.get("iscrowd", 0)) for a in annotations], dtype=bool)
     return {"boxes": boxes, "crowd": crowd}
+
+
+def _visible_shares(annotations: list[dict[str, Any]], transforms: TransformList) -> torch.Tensor:
+    """(N,) float32: the share of each box's area that the transforms leave."""
+    if not annotations:
+        return torch.zeros(0)
+    boxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
+    # Coordinates are not cut; all transforms keep sides parallel to the axes.
+    whole = transforms.apply_coords(boxes.reshape(-1, 2)).reshape(-1, 2, 2)
+    area = np.abs(whole[:, 1] - whole[:, 0]).prod(axis=1)
+    cut = transforms.apply_box(boxes).reshape(-1, 2, 2)
+    visible = (cut[:, 1] - cut[:, 0]).clip(min=0).prod(axis=1)
+    return torch.from_numpy(visible / np.maximum(area, 1e-9)).float()
 
 
 _dropped_logged = False

@@ -2,6 +2,7 @@
 
 from d2ext.layers._extension import extension_info, has_cuda_extension, has_extension
 from d2ext.layers.corner_pool import (
+    CornerPool,
     center_pool,
     center_pool_reference,
     corner_pool,
@@ -18,6 +19,7 @@ from d2ext.layers.prototype_masks import (
 from d2ext.layers.soft_nms import SoftNMSRows, soft_nms, soft_nms_merge, soft_nms_rows
 
 __all__ = [
+    "CornerPool",
     "SoftNMSRows",
     "assemble_binary_masks",
     "assemble_binary_masks_reference",

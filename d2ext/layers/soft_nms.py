@@ -26,6 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from d2ext.layers._extension import compiled_for, has_extension
+
 __all__ = ["SoftNMSRows", "soft_nms", "soft_nms_merge", "soft_nms_rows"]
 
 _METHODS = ("hard", "linear", "gaussian")
@@ -180,19 +182,33 @@ def _run(
     corners = None
     if corner_scores is not None:
         corners = corner_scores.to("cpu", torch.float32)[order]
-    rounds = _Rounds(method, sigma, iou_threshold, score_threshold, weight_exp)
-    indices, kept = rounds.run(own_boxes, own_scores, corners, sizes)
+    if compiled_for(own_boxes.device):
+        found = torch.ops.d2ext.soft_nms.default(
+            own_boxes,
+            own_scores,
+            corners,
+            sizes,
+            _METHODS.index(method),
+            sigma,
+            iou_threshold,
+            score_threshold,
+            weight_exp,
+        )
+        own_boxes, own_scores, indices, kept = found
+    else:
+        rounds = _Rounds(method, sigma, iou_threshold, score_threshold, weight_exp)
+        indices, kept = rounds.run(own_boxes, own_scores, corners, sizes.tolist())
     return SoftNMSRows(
         order[indices].to(device), own_scores.to(device), kept.to(device), own_boxes.to(device)
     )
 
 
-def _by_class(classes: Tensor | None, count: int) -> tuple[Tensor, list[int]]:
+def _by_class(classes: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
     """Order of the boxes by class, as they came within one, and the number of each class."""
     if classes is None:
-        return torch.arange(count), [count]
+        return torch.arange(count), torch.tensor([count])
     ordered, order = classes.cpu().sort(stable=True)
-    return order, ordered.unique_consecutive(return_counts=True)[1].tolist()
+    return order, ordered.unique_consecutive(return_counts=True)[1]
 
 
 # ---------------------------------------------------------------- plain PyTorch
@@ -344,4 +360,29 @@ def _check(
     if len(devices) > 1:
         raise ValueError(
             f"{name}: all tensors must be on one device, got {', '.join(sorted(devices))}"
+        )
+
+
+# ---------------------------------------------------------------- shapes, for compile and export
+
+if has_extension():
+
+    @torch.library.register_fake("d2ext::soft_nms")
+    def _soft_nms_fake(
+        boxes: Tensor,
+        scores: Tensor,
+        corner_scores: Tensor | None,
+        sizes: Tensor,
+        method: int,
+        sigma: float,
+        iou_threshold: float,
+        score_threshold: float,
+        weight_exp: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows = scores.shape
+        return (
+            boxes.new_empty(boxes.shape),
+            boxes.new_empty(rows),
+            boxes.new_empty(rows, dtype=torch.int64),
+            boxes.new_empty(rows, dtype=torch.bool),
         )

@@ -5,7 +5,12 @@ from d2ext.data.augmentations.affine import (
     RandomAffineWarp,
     WarpTransform,
 )
-from d2ext.data.augmentations.base import DetectionInput, DropsInstances, LabelAwareAugmentation
+from d2ext.data.augmentations.base import (
+    DetectionInput,
+    DropsInstances,
+    LabelAwareAugmentation,
+    ReportsVisibleShares,
+)
 from d2ext.data.augmentations.build import AUGMENTATION_REGISTRY, build_augmentations
 from d2ext.data.augmentations.canvas import (
     CanvasCropTransform,
@@ -27,6 +32,11 @@ from d2ext.data.augmentations.resize import (
     ResizeShortestEdge,
     ResizeToSquare,
 )
+from d2ext.data.augmentations.saccade import (
+    ContentCropTransform,
+    RandomObjectCrop,
+    ScaleTransform,
+)
 
 __all__ = [
     "AUGMENTATION_REGISTRY",
@@ -34,6 +44,7 @@ __all__ = [
     "CanvasCropTransform",
     "CenterCropRuleTransform",
     "ColorLightingTransform",
+    "ContentCropTransform",
     "DetectionInput",
     "DropsInstances",
     "ExpandTransform",
@@ -46,10 +57,13 @@ __all__ = [
     "RandomCrop",
     "RandomExpand",
     "RandomIoUCrop",
+    "RandomObjectCrop",
     "RandomPhotometricDistortion",
     "RandomPixelMirror",
+    "ReportsVisibleShares",
     "ResizeShortestEdge",
     "ResizeToSquare",
+    "ScaleTransform",
     "SquareCanvas",
     "WarpTransform",
     "WindowCropTransform",

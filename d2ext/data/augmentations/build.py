@@ -14,6 +14,7 @@ from d2ext.data.augmentations.expand import RandomExpand
 from d2ext.data.augmentations.lighting import RandomColorLighting
 from d2ext.data.augmentations.photometric import RandomPhotometricDistortion
 from d2ext.data.augmentations.resize import ResizeShortestEdge, ResizeToSquare
+from d2ext.data.augmentations.saccade import RandomObjectCrop
 
 Recipe = Callable[[CfgNode, bool], list[T.Augmentation]]
 
@@ -148,9 +149,28 @@ def build_cornernet_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augment
         else SquareCanvas()
     )
     augmentations = [window, ResizeToSquare(c.SIZE), RandomPixelMirror(c.FLIP_PROB)]
+    return augmentations + _colors(cfg)
+
+
+@AUGMENTATION_REGISTRY.register_as("cornernet_saccade")
+def build_cornernet_saccade_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
+    """The published CornerNet-Saccade recipe: crop around an object, mirror, colours, lighting.
+
+    Otherwise as ``"cornernet"``.
+    """
+    if not is_train:
+        return build_default_augmentation(cfg, False)
+    c = cfg.INPUT.AUGMENTATION
+    crop = RandomObjectCrop(c.SIZE, c.CENTER_CROP.SCALES)
+    return [crop, RandomPixelMirror(c.FLIP_PROB), *_colors(cfg)]
+
+
+def _colors(cfg: CfgNode) -> list[T.Augmentation]:
+    """Colour jitter and lighting, if wanted."""
+    c = cfg.INPUT.AUGMENTATION
     if c.COLOR_JITTER > 0 or c.LIGHTING > 0:
-        augmentations.append(RandomColorLighting(c.COLOR_JITTER, c.LIGHTING, cfg.INPUT.FORMAT))
-    return augmentations
+        return [RandomColorLighting(c.COLOR_JITTER, c.LIGHTING, cfg.INPUT.FORMAT)]
+    return []
 
 
 def _safe(augmentation: T.Augmentation) -> T.Augmentation:

@@ -4,5 +4,12 @@ from d2ext.systems.cornernet import checkpoint  # noqa: F401  (registers its con
 from d2ext.systems.cornernet.head import CornerNetHead, CornerNetPredictions
 from d2ext.systems.cornernet.losses import CornerNetCriterion
 from d2ext.systems.cornernet.model import CornerNet
+from d2ext.systems.cornernet.saccade import CornerNetSaccade
 
-__all__ = ["CornerNet", "CornerNetCriterion", "CornerNetHead", "CornerNetPredictions"]
+__all__ = [
+    "CornerNet",
+    "CornerNetCriterion",
+    "CornerNetHead",
+    "CornerNetPredictions",
+    "CornerNetSaccade",
+]

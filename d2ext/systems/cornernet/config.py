@@ -65,3 +65,27 @@ def add_cornernet_config(cfg: CfgNode) -> None:
     """Add CornerNet's keys to ``cfg``, in place."""
     add_hourglass_config(cfg)
     cfg.MODEL.CORNERNET = corner_defaults()
+
+    saccade = cfg.MODEL.CORNERNET.SACCADE = CfgNode()
+    # The keys below belong to CornerNetSaccade. Side of the network's input, pixels.
+    saccade.INPUT_SIZE = 255
+    # Longer sides at which the whole image is looked at first, pixels.
+    saccade.FIRST_SIZES = [192, 255]
+    # Attention above this says where to look.
+    saccade.ATTENTION_THRESH = 0.3
+    # For each attention map, coarsest first: how much closer to look,
+    saccade.ATTENTION_SCALES = [1, 2, 4]
+    # and the smallest and largest longer side of its objects, pixels of the input.
+    saccade.ATTENTION_RANGES = [[96, 256], [32, 96], [0, 32]]
+    # Boxes of the first looks count above this score,
+    saccade.FIRST_SCORE = 0.3
+    # and are looked at again above this one.
+    saccade.CONFIDENT_SCORE = 0.5
+    # Places of an image that are looked at.
+    saccade.MAX_CROPS = 30
+    # Training: smaller objects (longer side, pixels of the input), and those of which no larger share of
+    # the box is in the crop, are neither positive nor negative.
+    saccade.MIN_SIDE = 16
+    saccade.MIN_SHARE = 0.5
+    # Cut boxes to the image; the published code does not.
+    saccade.CLIP_BOXES = False

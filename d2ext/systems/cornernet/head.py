@@ -16,7 +16,7 @@ from d2ext.modeling.fusion import conv_add_relu, conv_relu
 from d2ext.modeling.hourglass import ConvNormReLU, conv_norm
 
 # Bias of the heat maps' last layer at the start: a probability of 0.1 (published code).
-_PRIOR_LOGIT = -2.19
+PRIOR_LOGIT = -2.19
 
 
 class CornerNetPredictions(NamedTuple):
@@ -106,7 +106,7 @@ class PointHead(nn.Module):
         self.heat = Prediction(channels, hidden, num_classes, kernel)
         self.offset = Prediction(channels, hidden, 2, kernel)
         self.embedding = Prediction(channels, hidden, 1, kernel) if embedding else None
-        nn.init.constant_(self.heat.output.bias, _PRIOR_LOGIT)
+        nn.init.constant_(self.heat.output.bias, PRIOR_LOGIT)
 
     def forward(self, x: Tensor) -> PointMaps:
         x = self.pooling(x)

@@ -22,7 +22,8 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2ext.codecs.corners import CornerTargets, PointMaps, decode_corners, encode_corners
+from d2ext.codecs.corners import PointMaps, decode_corners, encode_corners
+from d2ext.codecs.heatmaps import maps_on_image
 from d2ext.modeling.inference import InferenceNetwork
 from d2ext.systems.cornernet.head import CornerNetHead, CornerNetwork
 from d2ext.systems.cornernet.losses import CornerNetCriterion
@@ -107,7 +108,7 @@ class CornerNet(nn.Module):
             raise ValueError(
                 f'TEST.NMS is "gaussian", "linear" or "hard", not "{suppression.method}".'
             )
-        self.network = CornerNetwork(backbone, head)
+        self.network = self._network(backbone, head)
         self.criterion = criterion
         self.num_classes = num_classes
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
@@ -166,6 +167,7 @@ class CornerNet(nn.Module):
                 hidden=node.HEAD_CHANNELS,
                 kernel=node.HEAD_KERNEL,
                 norm=node.NORM,
+                **cls._head_arguments(backbone),
             ),
             "criterion": criterion(
                 heat_weight=node.LOSS.HEAT_WEIGHT,
@@ -199,6 +201,14 @@ class CornerNet(nn.Module):
             "channels_last": cfg.MODEL.INFERENCE.CHANNELS_LAST,
             "vis_period": cfg.VIS_PERIOD,
         }
+
+    @classmethod
+    def _head_arguments(cls, backbone: Backbone) -> dict[str, Any]:
+        """What the head needs to know of the backbone, beside its output."""
+        return {}
+
+    def _network(self, backbone: Backbone, head: CornerNetHead) -> CornerNetwork:
+        return CornerNetwork(backbone, head)
 
     @property
     def device(self) -> torch.device:
@@ -242,7 +252,7 @@ class CornerNet(nn.Module):
 
     # ------------------------------------------------------------------ training
 
-    def training_batch(self, batched_inputs: list[dict[str, Any]]) -> tuple[Tensor, CornerTargets]:
+    def training_batch(self, batched_inputs: list[dict[str, Any]]) -> tuple[Tensor, Any]:
         """Normalised images (B, 3, H, W), centred on a common canvas, and their targets."""
         images = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
         unit = self.backbone.size_divisibility
@@ -262,7 +272,7 @@ class CornerNet(nn.Module):
             ys = own[:, 1::2].clamp(0, height - 1) + top
             boxes.append(torch.stack([xs[:, 0], ys[:, 0], xs[:, 1], ys[:, 1]], dim=1))
             classes.append(instances.gt_classes.to(self.device, non_blocking=True))
-        return self._normalize(batch), self._targets(boxes, classes, canvas)
+        return self._normalize(batch), self._targets(boxes, classes, canvas, batched_inputs)
 
     def _instances(self, inputs: dict[str, Any]) -> Instances:
         if "instances" not in inputs:
@@ -273,9 +283,13 @@ class CornerNet(nn.Module):
         return inputs["instances"]
 
     def _targets(
-        self, boxes: list[Tensor], classes: list[Tensor], canvas: tuple[int, ...]
-    ) -> CornerTargets:
-        """boxes (n, 4) in pixels of the canvas, for each image."""
+        self,
+        boxes: list[Tensor],
+        classes: list[Tensor],
+        canvas: tuple[int, ...],
+        batched_inputs: list[dict[str, Any]],
+    ) -> Any:
+        """boxes (n, 4) in pixels of the canvas, for each image → what the criterion takes."""
         height, width = canvas
         return encode_corners(
             boxes,
@@ -398,6 +412,43 @@ class CornerNet(nn.Module):
     ) -> Instances:
         """Detections of one image → its instances at the size of the output."""
         return to_instances(rows, image_size, output_size)
+
+    @torch.no_grad()
+    def heatmaps(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+        """What the network sees where, at the first test scale; see :mod:`d2ext.utils.heatmaps`.
+
+        Returns:
+            for each image maps by name (``top_left``, ``bottom_right``, ...), (height, width) of the
+            output, in 0..1, the maximum over classes.
+        """
+        results = []
+        for inputs in batched_inputs:
+            size = _image_size(inputs)
+            height, width = inputs.get("height") or size[0], inputs.get("width") or size[1]
+            shown: dict[str, Tensor] = {}
+            for name, heat, scale, shift in self._shown_maps(inputs):
+                heat = heat.float().sigmoid().amax(dim=1)
+                heat = maps_on_image(heat, scale, shift, size)
+                if (height, width) != size:
+                    heat = F.interpolate(heat[None], (height, width))[0]
+                shown[name] = torch.maximum(shown.get(name, heat[0]), heat[0])
+            results.append(shown)
+        return results
+
+    def _shown_maps(
+        self, inputs: dict[str, Any]
+    ) -> list[tuple[str, Tensor, float, tuple[float, float]]]:
+        """Name, logits (1, C, h, w), pixels of the image per cell, and the map's corner (x, y) there."""
+        view = self.view(_image_size(inputs), self.scales[0])
+        predictions = self.network(self.preprocess([inputs])[:1])
+        cell = view.canvas[0] / -(-view.canvas[0] // self.stride) / view.scale
+        shift = -view.left / view.scale, -view.top / view.scale
+        return [
+            (name, maps.heat, cell, shift)
+            for name, maps in zip(
+                ("top_left", "bottom_right", "centers"), predictions, strict=False
+            )
+        ]
 
     @torch.no_grad()
     def _visualize_training(

@@ -156,20 +156,25 @@ def best_rows(rows: Tensor, limit: int) -> Tensor:
 
 
 def to_instances(
-    rows: Tensor, image_size: tuple[int, int], output_size: tuple[int, int]
+    rows: Tensor,
+    image_size: tuple[int, int],
+    output_size: tuple[int, int],
+    *,
+    clip: bool = True,
 ) -> Instances:
     """Rows in pixels of the model's image → instances at the size of the output.
 
     Args:
         rows: (N, COLUMNS).
         image_size, output_size: (height, width).
+        clip: cut boxes to the output (CornerNet's are within a rounding error).
     """
     result = Instances(output_size)
     height, width = output_size
     scale = rows.new_tensor([width / image_size[1], height / image_size[0]] * 2)
     boxes = Boxes(rows[:, :4] * scale)
-    # Rounding may lead outside by a hair.
-    boxes.clip(output_size)
+    if clip:
+        boxes.clip(output_size)
     result.pred_boxes = boxes
     result.scores = rows[:, _SCORE]
     result.pred_classes = rows[:, _CLASS].long()

@@ -375,3 +375,30 @@ def test_training_is_drawn() -> None:
         model(random_inputs(2))
         ((_, picture, _),) = storage._vis_data
     assert picture.shape == (3, 60, 160)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "names"),
+    [
+        ("CornerNet", {"top_left", "bottom_right"}),
+        ("CornerNetSaccade", {"top_left", "bottom_right", "attention"}),
+        ("CenterNetTriplets", {"top_left", "bottom_right", "centers"}),
+    ],
+)
+def test_heat_maps_lie_on_the_image(architecture: str, names: set[str]) -> None:
+    torch.manual_seed(0)
+    model = build_model(tiny_config(architecture)).eval()
+    inputs = random_inputs(1, height=50, width=70)[0]
+    inputs.update(height=100, width=140)
+    (found,) = model.heatmaps([inputs])
+    assert found.keys() == names
+    for heat in found.values():
+        assert heat.shape == (100, 140) and heat.min() >= 0 and heat.max() <= 1
+    # The best corner of the maps is where the best pair has it.
+    rows = model._decode(model.network(model.preprocess([inputs])[:1]))[0]
+    if architecture == "CornerNet":
+        view = model.view((50, 70), 1.0)
+        best = rows[0, rows[0, :, 5].argmax()]
+        cell = model.network(model.preprocess([inputs])[:1])[0].heat[0].sigmoid().amax(0)
+        assert found["top_left"].max() == pytest.approx(float(cell.max()), abs=0.02)
+        assert best[5] <= cell.max() and view.scale == 1.0
