@@ -143,6 +143,11 @@ def test_keypoints_are_in_detectron2s_convention() -> None:
     instances.gt_keypoints = Keypoints(points)
     targets = model.encode([{"instances": instances}], (64, 64))
     assert targets.joints is not None
+    # As published, the network learns coordinates of COCO, half a pixel less.
+    cell = torch.tensor([targets.index[0, 0] % 16, targets.index[0, 0] // 16])
+    torch.testing.assert_close(
+        targets.joints.position[0, 0].view(3, 2), (points[0, :, :2] - 0.5) / 4 - cell
+    )
     # Perfect maps, decoded; the image is as large as the canvas, so nothing moves.
     h, w = targets.heatmap.shape[-2:]
 
