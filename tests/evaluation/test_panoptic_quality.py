@@ -229,6 +229,20 @@ class TestEvaluator:
         evaluator.process([DatasetCatalog.get(own)[0]], [output])
         assert output["panoptic_seg"][1] == before
 
+    def test_numbers_of_any_type(self, own: str, tmp_path: Path) -> None:
+        """Detectron2's evaluator would take a NumPy ``True`` for stuff."""
+        ids, segments = paint_ids(0)
+        output = output_of(own, ids, {s["id"]: s["category_id"] for s in segments})
+        for segment in output["panoptic_seg"][1]:
+            segment["isthing"] = np.bool_(segment["isthing"])
+            segment["category_id"] = torch.tensor(segment["category_id"])
+        evaluator = COCOPanopticEvaluator(own, str(tmp_path))
+        evaluator.reset()
+        evaluator.process([DatasetCatalog.get(own)[0]], [output])
+        results = evaluator.evaluate()
+        # One of eight images is perfect.
+        assert results["panoptic_seg"]["PQ"] == pytest.approx(100 / (1 + 7 / 2))
+
     def test_processes_of_panopticapi(
         self, own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
