@@ -5,8 +5,14 @@ Shapes: n instances with M×M mask logits, S stuff and T thing classes, h×w sem
 - :func:`prune_masks`: which instances stay, by score, when those of a class overlap.
 - :func:`fuse_panoptic`: arg max over stuff, instances and "unknown", without their logits in memory.
 
+Both run compiled kernels (``csrc/``) where these are available and the plain PyTorch functions
+``*_reference`` elsewhere; the results agree but for pixels whose two best logits agree up to rounding.
+
 **Boxes** are (x1, y1, x2, y2) in pixels of the map, x2 and y2 *included*; :func:`whole_boxes` says which
 pixels they cover.
+
+**Precision.** Everything is computed in float32, or in float64 for float64 logits, whatever the dtype of
+the arguments. Autocast leaves the operators alone. There are no gradients: the results are integers.
 """
 
 from __future__ import annotations
@@ -17,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from d2ext.layers._extension import compiled_for, has_extension
+
 __all__ = [
     "WholeBoxes",
     "fuse_panoptic",
@@ -26,6 +34,9 @@ __all__ = [
     "prune_masks_reference",
     "whole_boxes",
 ]
+
+# Whether the extension that was found has these operators: it may be older than this file.
+_COMPILED = has_extension() and hasattr(torch.ops.d2ext, "fuse_panoptic")
 
 # Semantic channels that the plain PyTorch path interpolates at a time.
 _CHUNK_CHANNELS = 16
@@ -92,8 +103,16 @@ def prune_masks(
 
     Returns:
         (n',) int64 indices of the kept, by falling score.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together.
     """
-    return prune_masks_reference(masks, boxes, classes, scores, size, overlap_fraction)
+    if not (_COMPILED and compiled_for(masks.device)):
+        return prune_masks_reference(masks, boxes, classes, scores, size, overlap_fraction)
+    order, keep = torch.ops.d2ext.prune_masks.default(
+        masks, boxes, classes, scores, size[0], size[1], overlap_fraction
+    )
+    return order[keep]
 
 
 def fuse_panoptic(
@@ -122,9 +141,18 @@ def fuse_panoptic(
     Returns:
         labels (H, W) int32, 0..S-1 stuff, S.. instances, S + n unknown; and the arg max of the semantic
         logits (H, W) int32.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together.
+        IndexError: a class outside of -1..T-1, on the CPU. A compiled operator on a GPU does not wait to
+            look: such an instance counts as one of class -1.
     """
-    return fuse_panoptic_reference(
-        score, boxes, classes, masks, size, num_stuff=num_stuff, unknown=unknown
+    if not (_COMPILED and compiled_for(score.device)):
+        return fuse_panoptic_reference(
+            score, boxes, classes, masks, size, num_stuff=num_stuff, unknown=unknown
+        )
+    return torch.ops.d2ext.fuse_panoptic.default(
+        score, boxes, classes, masks, size[0], size[1], num_stuff, unknown
     )
 
 
@@ -163,6 +191,7 @@ def prune_masks_reference(
     overlap_fraction: float = 0.3,
 ) -> Tensor:
     """:func:`prune_masks` in plain PyTorch; waits for the device at every instance."""
+    _check_prune(masks, boxes, classes, scores, size)
     order = scores.argsort(descending=True, stable=True).tolist()
     kinds = classes.tolist()
     places = whole_boxes(boxes).mask.tolist()
@@ -197,6 +226,7 @@ def fuse_panoptic_reference(
 
     Holds, beside results, a few maps of H×W and one of the classes' for each class that occurs.
     """
+    _check_fusion(score, boxes, classes, masks, size, num_stuff)
     count = len(boxes)
     best, labels = _best_channel(score[:num_stuff], size)
     thing, thing_labels = _best_channel(score[num_stuff:], size)
@@ -258,3 +288,104 @@ def _best_channel(score: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]
         best = torch.where(better, values, best)
         labels = torch.where(better, channels.to(torch.int32) + start, labels)
     return best, labels
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def _check_instances(masks: Tensor, boxes: Tensor, classes: Tensor, others: list[Tensor]) -> None:
+    """The checks of the compiled operators (csrc/panoptic_fusion.h), for the plain PyTorch path."""
+    if masks.dim() != 3 or min(masks.shape[1:]) < 1 or not masks.is_floating_point():
+        raise ValueError(
+            "masks must be floating point of shape (n, M, M) with M >= 1, "
+            f"got {masks.dtype} of shape {tuple(masks.shape)}"
+        )
+    count = len(masks)
+    if boxes.shape != (count, 4) or not boxes.is_floating_point():
+        raise ValueError(
+            f"boxes must be floating point of shape ({count}, 4), one box per mask, "
+            f"got {boxes.dtype} of shape {tuple(boxes.shape)}"
+        )
+    if classes.shape != (count,) or classes.dtype != torch.int64:
+        raise ValueError(
+            f"classes must be int64 of shape ({count},), "
+            f"got {classes.dtype} of shape {tuple(classes.shape)}"
+        )
+    devices = {str(x.device) for x in (masks, boxes, classes, *others)}
+    if len(devices) > 1:
+        raise ValueError(f"all tensors must be on one device, got {', '.join(sorted(devices))}")
+
+
+def _check_prune(
+    masks: Tensor, boxes: Tensor, classes: Tensor, scores: Tensor, size: tuple[int, int]
+) -> None:
+    _check_instances(masks, boxes, classes, [scores])
+    if scores.shape != (len(masks),):
+        raise ValueError(f"scores must have shape ({len(masks)},), got {tuple(scores.shape)}")
+    _check_size(size)
+
+
+def _check_fusion(
+    score: Tensor,
+    boxes: Tensor,
+    classes: Tensor,
+    masks: Tensor,
+    size: tuple[int, int],
+    num_stuff: int,
+) -> None:
+    _check_instances(masks, boxes, classes, [score])
+    if score.dim() != 3 or min(score.shape[1:]) < 1 or not score.is_floating_point():
+        raise ValueError(
+            "score must be floating point of shape (S + T, h, w) with h, w >= 1, "
+            f"got {score.dtype} of shape {tuple(score.shape)}"
+        )
+    if not 0 < num_stuff < len(score):
+        raise ValueError(
+            f"num_stuff must leave stuff and things, so lie in 1..{len(score) - 1}, got {num_stuff}"
+        )
+    _check_size(size)
+    things = len(score) - num_stuff
+    if len(classes) > 0 and not bool(((classes >= -1) & (classes < things)).all()):
+        raise IndexError(f"classes must be in 0..{things - 1}, or -1, got {classes.tolist()}")
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    if min(size) < 1:
+        raise ValueError(f"size must be (height, width), both >= 1, got {tuple(size)}")
+
+
+# ---------------------------------------------------------------- shapes, for compile and export
+
+if _COMPILED:
+
+    @torch.library.register_fake("d2ext::prune_masks")
+    def _prune_masks_fake(
+        masks: Tensor,
+        boxes: Tensor,
+        classes: Tensor,
+        scores: Tensor,
+        height: int,
+        width: int,
+        overlap_fraction: float,
+    ) -> tuple[Tensor, Tensor]:
+        count = masks.shape[0]
+        return (
+            masks.new_empty((count,), dtype=torch.int64),
+            masks.new_empty((count,), dtype=torch.bool),
+        )
+
+    @torch.library.register_fake("d2ext::fuse_panoptic")
+    def _fuse_panoptic_fake(
+        score: Tensor,
+        boxes: Tensor,
+        classes: Tensor,
+        masks: Tensor,
+        height: int,
+        width: int,
+        num_stuff: int,
+        unknown: bool,
+    ) -> tuple[Tensor, Tensor]:
+        return (
+            score.new_empty((height, width), dtype=torch.int32),
+            score.new_empty((height, width), dtype=torch.int32),
+        )

@@ -7,20 +7,26 @@ What Detectron2 has a key for is set there, by the files in ``configs/upsnet``: 
 
 from detectron2.config import CfgNode
 
+from d2ext.data.class_counts import DatasetClasses, counts_classes
+
+
+@counts_classes("UPSNet")
+def _class_counts(classes: DatasetClasses) -> dict[str, list[str] | None]:
+    return {
+        "MODEL.ROI_HEADS.NUM_CLASSES": classes.things,
+        "MODEL.UPSNET.NUM_STUFF": classes.stuff,
+    }
+
 
 def add_upsnet_config(cfg: CfgNode) -> None:
     """Add UPSNet's keys to ``cfg``, in place."""
-    # The sample's `sem_seg` holds UPSNet's full labels (stuff 0..S-1, things S.., 255 no label), read
-    # from the panoptic PNG, instead of Detectron2's "separated" ones (0 things, stuff 1..S).
-    if "SEM_SEG_WITH_THINGS" not in cfg.INPUT:
-        cfg.INPUT.SEM_SEG_WITH_THINGS = False
-
     upsnet = cfg.MODEL.UPSNET = CfgNode()
     # S, stuff classes. (Thing classes: MODEL.ROI_HEADS.NUM_CLASSES.)
     upsnet.NUM_STUFF = 53
     # Category ids of `panoptic_seg` and channels of `sem_seg`.
-    #   "separated"  Detectron2's *_panoptic_separated sets: things 0..T-1; stuff 1..S, 0 = all things
-    #   "joint"      one numbering, Detectron2's Cityscapes: stuff 0..S-1, things S..S+T-1
+    #   "separated"  the sets *_panoptic_separated: things 0..T-1; stuff 1..S, 0 = all things
+    #   "joint"      one numbering, as of Detectron2's cityscapes_fine_panoptic_val and of UPSNet itself:
+    #                stuff 0..S-1, things S..S+T-1
     upsnet.CATEGORY_IDS = "separated"
     # Add the globally pooled res5 to the pyramid's coarsest level (published: COCO models).
     upsnet.GLOBAL_CONTEXT = True
