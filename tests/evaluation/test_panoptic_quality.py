@@ -366,6 +366,7 @@ class TestAnalysis:
         assert pear["PQ"] == 0 and pear["missed"] == 16 and pear["as_other_class"] == 16
         assert (pear["most_as"], pear["most_as_count"]) == ("apple", 16)
         assert (apple["matched"], apple["missed"], apple["wrong"]) == (7, 1, 16)
+        assert (apple["as_other_class"], apple["most_as"]) == (0, "")
         assert content["images"][0]["image_id"] == 15
         assert content["images"][0]["predicted_void"] > 0 == content["images"][1]["predicted_void"]
         assert len(list((tmp_path / "worst").glob("*.png"))) == 2
@@ -415,8 +416,11 @@ def test_quality_of_counts() -> None:
     assert counts.mean_quality(slice(2, 3))[3] == 0
 
 
-def test_a_second_analysis_replaces_the_pictures(own: str, tmp_path: Path) -> None:
-    data = Truth(own, 3)
-    evaluate(own, data, PanopticAnalysis(own, str(tmp_path), num_pictures=2))
-    evaluate(own, data, PanopticAnalysis(own, str(tmp_path), num_pictures=1))
-    assert len(list((tmp_path / "worst").glob("*.png"))) == 1
+def test_only_the_worst_are_drawn_and_replace_older_pictures(own: str, tmp_path: Path) -> None:
+    data = Truth(own, 7)
+    for count in (2, 1):
+        evaluate(own, data, PanopticAnalysis(own, str(tmp_path), num_pictures=count))
+        images = json.loads((tmp_path / "analysis.json").read_text())["images"]
+        quality = {i["image_id"]: i["PQ"] for i in images}
+        drawn = [int(p.stem.split("_")[1]) for p in sorted((tmp_path / "worst").glob("*.png"))]
+        assert [quality[i] for i in drawn] == sorted(quality.values())[:count]
