@@ -146,9 +146,7 @@ class UPSNetROIHeads(StandardROIHeads):
         return masks[nearest].crop_and_resize(regions, size).to(boxes.device).float()
 
 
-def _pooler(
-    head: CfgNode, cfg: CfgNode, input_shape: dict[str, ShapeSpec]
-) -> PyramidRoIAlign:
+def _pooler(head: CfgNode, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> PyramidRoIAlign:
     if head.POOLER_TYPE != "ROIAlign":
         raise ValueError(f'UPSNet pools with "ROIAlign", not "{head.POOLER_TYPE}".')
     strides = [input_shape[name].stride for name in cfg.MODEL.ROI_HEADS.IN_FEATURES]

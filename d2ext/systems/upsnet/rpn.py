@@ -45,7 +45,9 @@ class UPSNetRPN(RPN):
         training."""
         maps = [features[name] for name in self.in_features]
         logits, deltas = self.predict(maps)
-        return self.propose(images.image_sizes, self.anchor_generator(maps), logits, deltas, gt_instances)
+        return self.propose(
+            images.image_sizes, self.anchor_generator(maps), logits, deltas, gt_instances
+        )
 
     def predict(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """L maps (N, C, h, w) → logits L × (N, h·w·a), deltas L × (N, h·w·a, 4)."""
@@ -157,7 +159,7 @@ class UPSNetRPN(RPN):
         pred_anchor_deltas: list[Tensor],
         image_sizes: list[tuple[int, int]],
     ) -> list[Instances]:
-        """The best ``pre_nms_topk`` of each level, NMS within it, then the best ``post_nms_topk`` of all.
+        """The best ``pre_nms_topk`` of each level, NMS within it, the best ``post_nms_topk`` of all.
 
         Raises:
             FloatingPointError: predictions are not finite while training.
@@ -175,7 +177,11 @@ class UPSNetRPN(RPN):
             scores.append(best)
             boxes.append(decoded.unflatten(0, order.shape))
             levels.append(order.new_full((order.shape[1],), level))
-        all_scores, all_boxes, level_of = torch.cat(scores, 1), torch.cat(boxes, 1), torch.cat(levels)
+        all_scores, all_boxes, level_of = (
+            torch.cat(scores, 1),
+            torch.cat(boxes, 1),
+            torch.cat(levels),
+        )
         finite = bool(torch.isfinite(all_scores).all() & torch.isfinite(all_boxes).all())
         if self.training and not finite:
             raise FloatingPointError("The RPN's predictions are not finite: training has diverged.")
