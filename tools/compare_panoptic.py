@@ -45,6 +45,8 @@ METRICS = tuple(m + group for group in ("", "_th", "_st") for m in ("PQ", "SQ", 
 # Which of UPSNet's ways to merge is evaluated, see d2ext/systems/upsnet/config.py.
 MERGE = "MODEL__UPSNET__TEST__PANOPTIC"
 RULES_AREA_LIMIT = "MODEL__PANOPTIC_FPN__COMBINE__STUFF_AREA_LIMIT"
+# What must be the same for a comparison to say something.
+BUDGET = ("DATASETS.TRAIN", "DATASETS.TEST", "SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -76,6 +78,18 @@ def build_config(config_file: str, output: Path, options: Sequence[str]) -> CfgN
         raise ConfigError(f"There is nothing to compare on: {config_file} has no DATASETS.TEST.")
     cfg.freeze()
     return cfg
+
+
+def check_budgets(one: CfgNode, other: CfgNode) -> None:
+    """Raise :class:`ConfigError` if two configs train on other data or longer than each other."""
+    for key in BUDGET:
+        section, leaf = key.split(".")
+        a, b = one[section][leaf], other[section][leaf]
+        if a != b:
+            raise ConfigError(
+                f"The models cannot be compared: {key} is {a} for one and {b} for the other. Give "
+                f"one value for both: --opts {key} VALUE."
+            )
 
 
 def changed(cfg: CfgNode, **values: Any) -> CfgNode:
@@ -138,6 +152,7 @@ def compare(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         "panoptic_fpn": build_config(args.baseline, output / "panoptic_fpn", args.opts),
         "upsnet": build_config(args.upsnet, output / "upsnet", args.opts),
     }
+    check_budgets(*configs.values())
     # Title of the row: which model, and how its heads' results are merged.
     evaluations = {
         "Panoptic FPN": ("panoptic_fpn", None),

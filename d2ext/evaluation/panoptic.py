@@ -1,7 +1,6 @@
 """Detectron2's panoptic evaluator, made to survive what happens in practice."""
 
 import contextlib
-import copy
 import io
 import itertools
 import json
@@ -63,7 +62,9 @@ class COCOPanopticEvaluator(_COCOPanopticEvaluator):
         """Take the predictions of some images: ``panoptic_seg``, a map and its segments."""
         for one_input, output in zip(inputs, outputs, strict=True):
             segments, info = output["panoptic_seg"]
-            super().process([one_input], [{"panoptic_seg": (segments, copy.deepcopy(info))}])
+            # The base class changes them in place, and takes only True itself for true.
+            info = None if info is None else [_plain(segment) for segment in info]
+            super().process([one_input], [{"panoptic_seg": (segments.cpu().clone(), info)}])
             self._predictions[-1]["file_name"] = f"{one_input['image_id']}.png".replace("/", "_")
 
     def evaluate(self) -> OrderedDict[str, dict[str, float]] | None:
@@ -126,6 +127,14 @@ class COCOPanopticEvaluator(_COCOPanopticEvaluator):
                 f"{', '.join(map(str, absent[:5]))}."
             )
         return entries
+
+
+def _plain(segment: dict[str, Any]) -> dict[str, Any]:
+    """What is scored of a segment, in Python's own types."""
+    result: dict[str, Any] = {key: int(segment[key]) for key in ("id", "category_id")}
+    if segment.get("isthing") is not None:
+        result["isthing"] = bool(segment["isthing"])
+    return result
 
 
 def _score_panopticapi(

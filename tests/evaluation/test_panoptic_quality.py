@@ -229,6 +229,20 @@ class TestEvaluator:
         evaluator.process([DatasetCatalog.get(own)[0]], [output])
         assert output["panoptic_seg"][1] == before
 
+    def test_numbers_of_any_type(self, own: str, tmp_path: Path) -> None:
+        """Detectron2's evaluator would take a NumPy ``True`` for stuff."""
+        ids, segments = paint_ids(0)
+        output = output_of(own, ids, {s["id"]: s["category_id"] for s in segments})
+        for segment in output["panoptic_seg"][1]:
+            segment["isthing"] = np.bool_(segment["isthing"])
+            segment["category_id"] = torch.tensor(segment["category_id"])
+        evaluator = COCOPanopticEvaluator(own, str(tmp_path))
+        evaluator.reset()
+        evaluator.process([DatasetCatalog.get(own)[0]], [output])
+        results = evaluator.evaluate()
+        # One of eight images is perfect.
+        assert results["panoptic_seg"]["PQ"] == pytest.approx(100 / (1 + 7 / 2))
+
     def test_processes_of_panopticapi(
         self, own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -352,6 +366,7 @@ class TestAnalysis:
         assert pear["PQ"] == 0 and pear["missed"] == 16 and pear["as_other_class"] == 16
         assert (pear["most_as"], pear["most_as_count"]) == ("apple", 16)
         assert (apple["matched"], apple["missed"], apple["wrong"]) == (7, 1, 16)
+        assert (apple["as_other_class"], apple["most_as"]) == (0, "")
         assert content["images"][0]["image_id"] == 15
         assert content["images"][0]["predicted_void"] > 0 == content["images"][1]["predicted_void"]
         assert len(list((tmp_path / "worst").glob("*.png"))) == 2
@@ -401,8 +416,11 @@ def test_quality_of_counts() -> None:
     assert counts.mean_quality(slice(2, 3))[3] == 0
 
 
-def test_a_second_analysis_replaces_the_pictures(own: str, tmp_path: Path) -> None:
-    data = Truth(own, 3)
-    evaluate(own, data, PanopticAnalysis(own, str(tmp_path), num_pictures=2))
-    evaluate(own, data, PanopticAnalysis(own, str(tmp_path), num_pictures=1))
-    assert len(list((tmp_path / "worst").glob("*.png"))) == 1
+def test_only_the_worst_are_drawn_and_replace_older_pictures(own: str, tmp_path: Path) -> None:
+    data = Truth(own, 7)
+    for count in (2, 1):
+        evaluate(own, data, PanopticAnalysis(own, str(tmp_path), num_pictures=count))
+        images = json.loads((tmp_path / "analysis.json").read_text())["images"]
+        quality = {i["image_id"]: i["PQ"] for i in images}
+        drawn = [int(p.stem.split("_")[1]) for p in sorted((tmp_path / "worst").glob("*.png"))]
+        assert [quality[i] for i in drawn] == sorted(quality.values())[:count]

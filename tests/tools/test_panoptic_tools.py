@@ -133,3 +133,14 @@ def test_comparison(prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture) 
 
     assert compare.main(["--output", str(tmp_path), "--baseline", "no_such.yaml"]) == 2
     assert "no config file" in capsys.readouterr().err
+
+
+def test_unequal_budgets_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    compare = load_tool("compare_panoptic")
+    base = TOOLS.parent / "configs" / BASELINE
+    longer = tmp_path / "longer.yaml"
+    longer.write_text(f'_BASE_: "{base}"\nSOLVER:\n  MAX_ITER: 100000\n')
+    arguments = ["--output", str(tmp_path / "out"), "--baseline", str(longer)]
+    assert compare.main(arguments) == 2
+    assert "SOLVER.MAX_ITER is 100000 for one" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.pth"))

@@ -57,9 +57,8 @@ _RULES = (
 # Entries whose rows are classes, with the background first, and the rows of each class.
 _CLASS_ROWS = {"rcnn.cls_score": 1, "rcnn.bbox_pred": 4, "mask_branch.mask_score": 1}
 
-# How the published code starts on Cityscapes from COCO: for each Cityscapes class (background first; then
-# person, rider, car, truck, bus, train, motorcycle, bicycle) the row of COCO that it begins with; None:
-# random.
+# How the published code starts on Cityscapes from COCO: for each Cityscapes class (background, person,
+# rider, car, truck, bus, train, motorcycle, bicycle) the row of COCO that it begins with; None: random.
 _CITYSCAPES_CLASSES = (0, 1, None, 3, 8, 6, 7, 4, 2)
 # The same for the 19 semantic classes, in the order of the train ids.
 _CITYSCAPES_SEMANTIC = (
@@ -83,8 +82,8 @@ def convert_upsnet(state_dict: StateDict) -> dict[str, Tensor]:
     if "fcn_head.score.weight" not in state_dict:
         raise ConversionError(
             'An UPSNet checkpoint has "fcn_head.score.weight" and this one has not: it belongs to '
-            "another system, or is already converted. (ImageNet weights of a caffe-style ResNet need no "
-            "conversion: set MODEL.WEIGHTS to them.)"
+            "another system, or is already converted. (ImageNet weights of a caffe-style ResNet "
+            "need no conversion: set MODEL.WEIGHTS to them.)"
         )
     reordered = dict(state_dict)
     for name, rows in _CLASS_ROWS.items():
@@ -106,7 +105,9 @@ def start_cityscapes(state_dict: StateDict) -> dict[str, Tensor]:
     """
     generator = torch.Generator().manual_seed(0)
     changed = dict(state_dict)
-    layers = {name: (_CITYSCAPES_CLASSES, rows) for name, rows in _CLASS_ROWS.items()}
+    layers: dict[str, tuple[tuple[int | None, ...], int]] = {
+        name: (_CITYSCAPES_CLASSES, rows) for name, rows in _CLASS_ROWS.items()
+    }
     layers["fcn_head.score"] = (_CITYSCAPES_SEMANTIC, 1)
     for name, (classes, rows) in layers.items():
         weight = state_dict.get(f"{name}.weight")

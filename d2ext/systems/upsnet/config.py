@@ -70,8 +70,8 @@ def add_upsnet_config(cfg: CfgNode) -> None:
     aug = upsnet.TEST.AUG = CfgNode()
     # Test-time augmentation of the semantic logits, boxes and masks; see tta.py.
     aug.ENABLED = False
-    # Short sides in pixels; empty: only INPUT.MIN_SIZE_TEST. The published code has no
-    # multi-scale testing.
+    # Short sides in pixels, in place of the image's as it comes (INPUT.MIN_SIZE_TEST); empty: as it
+    # comes. The published code has no multi-scale testing.
     aug.MIN_SIZES = []
     # Longest side in pixels.
     aug.MAX_SIZE = 4000

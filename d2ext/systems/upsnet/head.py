@@ -6,6 +6,7 @@ Shapes: B images, K semantic classes (stuff first, then things), h×w cells of s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ class UPSNetSemanticHead(nn.Module):
         """
         super().__init__()
         strides = [input_shape[name].stride for name in in_features]
-        if any(b != 2 * a for a, b in zip(strides, strides[1:], strict=False)):
+        if any(b != 2 * a for a, b in pairwise(strides)):
             raise ValueError(f"The strides of {list(in_features)} must double, not be {strides}.")
         self.in_features = list(in_features)
         self.stride = strides[0]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2ext.systems.upsnet.targets import IGNORE
+from d2ext.systems.upsnet.targets import IGNORE, NO_TARGET
 
 
 def region_weights(counts: Sequence[int], device: torch.device) -> Tensor:
@@ -91,6 +91,6 @@ def panoptic_loss(logits: Tensor, target: Tensor) -> Tensor:
         target: (h, w).
     """
     cells = F.cross_entropy(
-        logits[None].float(), target[None], ignore_index=IGNORE, reduction="sum"
+        logits[None].float(), target[None], ignore_index=NO_TARGET, reduction="sum"
     )
     return cells / target.numel()

@@ -3,7 +3,7 @@
 An image goes through backbone and pyramid (``backbone.py``), RPN (``rpn.py``) and semantic head
 (``head.py``), then through box and mask heads (``roi_heads.py``) and the panoptic head
 (``panoptic_head.py``). Training takes its targets from ``targets.py`` and its losses from
-``losses.py``; inference chooses boxes and cleans the map with ``postprocess.py``.
+``losses.py``; inference chooses boxes with ``postprocess.py`` and makes its results in ``outputs.py``.
 
 Letters: N images, S stuff classes, T thing classes, R regions.
 """
@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import paste_masks_in_image
 from detectron2.modeling import (
     META_ARCH_REGISTRY,
     Backbone,
@@ -24,8 +23,7 @@ from detectron2.modeling import (
     build_roi_heads,
     build_sem_seg_head,
 )
-from detectron2.modeling.meta_arch.panoptic_fpn import combine_semantic_and_instance_outputs
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import Boxes, ImageList
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,13 +32,13 @@ from d2ext.systems.upsnet import losses as L
 from d2ext.systems.upsnet import targets as T
 from d2ext.systems.upsnet.boxes import PyramidRoIAlign, end_behind, inclusive
 from d2ext.systems.upsnet.head import SemanticPrediction, UPSNetSemanticHead
-from d2ext.systems.upsnet.panoptic_head import PanopticHead, PanopticPrediction, panoptic_logits
-from d2ext.systems.upsnet.postprocess import Candidates, clean, nearest, segments, select
+from d2ext.systems.upsnet.outputs import Outputs
+from d2ext.systems.upsnet.panoptic_head import PanopticHead, panoptic_logits
+from d2ext.systems.upsnet.postprocess import Candidates, Detections, select
 from d2ext.systems.upsnet.roi_heads import UPSNetROIHeads
 from d2ext.systems.upsnet.rpn import UPSNetRPN
+from d2ext.systems.upsnet.tta import TestTimeAugmentation
 
-CATEGORY_IDS = ("separated", "joint")
-PANOPTIC = ("head", "heuristic")
 # Side of the grid on which the semantic loss looks at a region (published).
 SEMANTIC_ROI_SIZE = 28
 
@@ -71,13 +69,6 @@ class _Dense(nn.Module):
         return Raw(features, logits, deltas, self.semantic(features))
 
 
-class Detections(NamedTuple):
-    """One image's boxes with their mask logits (n, M, M), in pixels of the network input."""
-
-    boxes: Candidates
-    masks: Tensor
-
-
 @META_ARCH_REGISTRY.register()
 class UPSNet(nn.Module):
     """UPSNet."""
@@ -90,53 +81,40 @@ class UPSNet(nn.Module):
         proposal_generator: UPSNetRPN,
         roi_heads: UPSNetROIHeads,
         sem_seg_head: UPSNetSemanticHead,
-        panoptic_head: PanopticHead,
+        outputs: Outputs,
         num_stuff: int,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
-        category_ids: str = "separated",
         labels_with_things: bool = False,
         semantic_weight: float = 0.2,
         semantic_roi_weight: float = 0.2,
         panoptic_weight: float = 0.1,
         keep_fraction: float = 0.7,
-        panoptic: str = "head",
         candidate_score_threshold: float = 0.6,
         candidate_nms_threshold: float = 0.5,
         max_candidates: int = 100,
-        stuff_area_limit: int = 4096,
-        combine_overlap_threshold: float = 0.5,
-        combine_stuff_area_limit: int = 4096,
-        combine_score_threshold: float = 0.5,
+        augmentation: TestTimeAugmentation | None = None,
         inference_mode: str = "eager",
         inference_dtype: str = "float32",
         channels_last: bool = False,
     ) -> None:
         """Args:
         backbone: pyramid with levels of strides 4 to 64.
-        proposal_generator, roi_heads, sem_seg_head, panoptic_head: the heads.
+        proposal_generator, roi_heads, sem_seg_head: the heads.
+        outputs: makes the results of what the heads say.
         num_stuff: S.
         pixel_mean, pixel_std: per channel of the input format, in 0..255.
-        category_ids: "separated" or "joint", see :func:`postprocess.segments`.
         labels_with_things: training labels are UPSNet's, see :func:`targets.read_targets`.
         semantic_weight, semantic_roi_weight, panoptic_weight: of the losses; that of the regions
             multiplies the semantic one, and 0 switches it off.
         keep_fraction: of the instances that keep their panoptic channel in training.
-        panoptic: "head", or "heuristic" for Detectron2's merge of the same heads' results.
         candidate_score_threshold, candidate_nms_threshold, max_candidates: which boxes enter the
             panoptic head.
-        stuff_area_limit: see :func:`postprocess.clean`.
-        combine_overlap_threshold, combine_stuff_area_limit, combine_score_threshold: of the heuristic.
+        augmentation: at test time, see ``tta.py``.
         inference_mode, inference_dtype, channels_last: see :class:`InferenceNetwork`; they govern
             backbone, RPN and semantic head. Box and mask heads take the dtype only.
         """
         super().__init__()
-        if category_ids not in CATEGORY_IDS:
-            raise ValueError(
-                f'MODEL.UPSNET.CATEGORY_IDS is one of {CATEGORY_IDS}, not "{category_ids}".'
-            )
-        if panoptic not in PANOPTIC:
-            raise ValueError(f'MODEL.UPSNET.TEST.PANOPTIC is one of {PANOPTIC}, not "{panoptic}".')
         if not 0 < keep_fraction <= 1:
             raise ValueError(
                 f"MODEL.UPSNET.LOSS.KEEP_FRACTION lies in (0, 1], {keep_fraction} does not."
@@ -145,26 +123,21 @@ class UPSNet(nn.Module):
         self.proposal_generator = proposal_generator
         self.roi_heads = roi_heads
         self.sem_seg_head = sem_seg_head
-        self.panoptic_head = panoptic_head
+        self.outputs = outputs
         self.region_pooler = PyramidRoIAlign(SEMANTIC_ROI_SIZE, [sem_seg_head.stride])
         self.num_stuff = num_stuff
         self.num_classes = num_stuff + roi_heads.num_classes
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
-        self.category_ids = category_ids
         self.labels_with_things = labels_with_things
         self.semantic_weight = semantic_weight
         self.semantic_roi_weight = semantic_roi_weight
         self.panoptic_weight = panoptic_weight
         self.keep_fraction = keep_fraction
-        self.panoptic = panoptic
         self.candidate_score_threshold = candidate_score_threshold
         self.candidate_nms_threshold = candidate_nms_threshold
         self.max_candidates = max_candidates
-        self.stuff_area_limit = stuff_area_limit
-        self.combine_overlap_threshold = combine_overlap_threshold
-        self.combine_stuff_area_limit = combine_stuff_area_limit
-        self.combine_score_threshold = combine_score_threshold
+        self.augmentation = augmentation
         # In a tuple, so that the copy of the weights which it keeps is no submodule.
         dense = _Dense(backbone, proposal_generator, sem_seg_head)
         self._inference = (
@@ -189,28 +162,38 @@ class UPSNet(nn.Module):
             "proposal_generator": build_proposal_generator(cfg, shapes),
             "roi_heads": build_roi_heads(cfg, shapes),
             "sem_seg_head": build_sem_seg_head(cfg, shapes),
-            "panoptic_head": PanopticHead(
-                num_stuff=upsnet.NUM_STUFF,
-                overlap_fraction=upsnet.TEST.OVERLAP_FRACTION,
-                unknown=upsnet.TEST.UNKNOWN,
+            "outputs": Outputs(
+                PanopticHead(
+                    num_stuff=upsnet.NUM_STUFF,
+                    overlap_fraction=upsnet.TEST.OVERLAP_FRACTION,
+                    unknown=upsnet.TEST.UNKNOWN,
+                ),
+                num_things=cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+                category_ids=upsnet.CATEGORY_IDS,
+                panoptic=upsnet.TEST.PANOPTIC,
+                stuff_area_limit=upsnet.TEST.STUFF_AREA_LIMIT,
+                combine_overlap_threshold=combine.OVERLAP_THRESH,
+                combine_stuff_area_limit=combine.STUFF_AREA_LIMIT,
+                combine_score_threshold=combine.INSTANCES_CONFIDENCE_THRESH,
             ),
             "num_stuff": upsnet.NUM_STUFF,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
-            "category_ids": upsnet.CATEGORY_IDS,
             "labels_with_things": cfg.INPUT.SEM_SEG_WITH_THINGS,
             "semantic_weight": upsnet.LOSS.SEMANTIC_WEIGHT,
             "semantic_roi_weight": upsnet.LOSS.SEMANTIC_ROI_WEIGHT,
             "panoptic_weight": upsnet.LOSS.PANOPTIC_WEIGHT,
             "keep_fraction": upsnet.LOSS.KEEP_FRACTION,
-            "panoptic": upsnet.TEST.PANOPTIC,
             "candidate_score_threshold": upsnet.TEST.SCORE_THRESH,
             "candidate_nms_threshold": upsnet.TEST.NMS_THRESH,
             "max_candidates": upsnet.TEST.MAX_INSTANCES,
-            "stuff_area_limit": upsnet.TEST.STUFF_AREA_LIMIT,
-            "combine_overlap_threshold": combine.OVERLAP_THRESH,
-            "combine_stuff_area_limit": combine.STUFF_AREA_LIMIT,
-            "combine_score_threshold": combine.INSTANCES_CONFIDENCE_THRESH,
+            "augmentation": TestTimeAugmentation(
+                min_sizes=upsnet.TEST.AUG.MIN_SIZES,
+                max_size=upsnet.TEST.AUG.MAX_SIZE,
+                flip=upsnet.TEST.AUG.FLIP,
+            )
+            if upsnet.TEST.AUG.ENABLED
+            else None,
             "inference_mode": cfg.MODEL.INFERENCE.MODE,
             "inference_dtype": cfg.MODEL.INFERENCE.DTYPE,
             "channels_last": cfg.MODEL.INFERENCE.CHANNELS_LAST,
@@ -383,27 +366,21 @@ class UPSNet(nn.Module):
         self, images: ImageList, batched_inputs: list[dict[str, Any]]
     ) -> list[dict[str, Any]]:
         """Predict on preprocessed images; see :meth:`forward`."""
-        raw = self.predict(images.tensor)
-        detections, candidates = self.detect(images, raw)
+        if self.augmentation is None:
+            raw = self.predict(images.tensor)
+            detections, candidates = self.detect(images, raw)
+            scores = raw.semantic.score
         results = []
         for i, (inputs, image_size) in enumerate(
             zip(batched_inputs, images.image_sizes, strict=True)
         ):
             size = (inputs.get("height", image_size[0]), inputs.get("width", image_size[1]))
             padded = (images.tensor.shape[-2], images.tensor.shape[-1])
-            score = raw.semantic.score[i]
-            result: dict[str, Any] = {
-                "instances": self.instances(detections[i], image_size, size),
-                "sem_seg": self.semantic_map(score, image_size, size),
-            }
-            if self.panoptic == "head":
-                prediction = self.unify(score, candidates[i], padded)
-                result["panoptic_seg"] = self.segments(
-                    prediction, candidates[i].boxes, image_size, size
-                )
+            if self.augmentation is None:
+                score, found, entering = scores[i], detections[i], candidates[i]
             else:
-                result["panoptic_seg"] = self.merge(result["instances"], result["sem_seg"])
-            results.append(result)
+                score, found, entering = self.augmentation(self, inputs["image"], padded)
+            results.append(self.outputs(score, found, entering, padded, image_size, size))
         return results
 
     def predict(self, images: Tensor) -> Raw:
@@ -425,27 +402,32 @@ class UPSNet(nn.Module):
 
     def detect(self, images: ImageList, raw: Raw) -> tuple[list[Detections], list[Detections]]:
         """Detections, and the panoptic head's candidates, of each image."""
+        regions = self.regions(images, raw)
+        chosen = list(zip(*(self.choose(*pair) for pair in regions), strict=True))
+        lists = [*chosen[0], *chosen[1]]
+        pairs = [Detections(*pair) for pair in zip(lists, self.masks(raw, lists), strict=True)]
+        return pairs[: len(regions)], pairs[len(regions) :]
+
+    def regions(self, images: ImageList, raw: Raw) -> list[tuple[Tensor, Tensor]]:
+        """What the box head says of each image's proposals: boxes (R, T, 4), probabilities (R, T)."""
         rpn, heads = self.proposal_generator, self.roi_heads
         anchors = rpn.anchor_generator([raw.features[name] for name in rpn.in_features])
         proposals, _ = rpn.propose(images.image_sizes, anchors, raw.logits, raw.deltas, None)
         boxes = [x.proposal_boxes.tensor for x in proposals]
-        dtype = self.inference_network.dtype
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+        with self._inference_precision():
             logits, deltas = heads.predict_boxes(raw.features, boxes)
         counts = [len(x) for x in boxes]
-        detections, candidates = [], []
-        for own, own_logits, own_deltas, image_size in zip(
-            boxes, logits.split(counts), deltas.split(counts), images.image_sizes, strict=True
-        ):
-            decoded = heads.decode(own_deltas, own, image_size)
-            probabilities = own_logits.softmax(dim=1)[:, :-1]
-            found, entering = self.choose(decoded, probabilities)
-            detections.append(found)
-            candidates.append(entering)
-        chosen = [*detections, *candidates]
-        masks = self.masks(raw, chosen)
-        pairs = [Detections(*pair) for pair in zip(chosen, masks, strict=True)]
-        return pairs[: len(boxes)], pairs[len(boxes) :]
+        probabilities = logits.softmax(dim=1)[:, :-1].split(counts)
+        decoded = [
+            heads.decode(*parts)
+            for parts in zip(deltas.split(counts), boxes, images.image_sizes, strict=True)
+        ]
+        return list(zip(decoded, probabilities, strict=True))
+
+    def _inference_precision(self) -> torch.autocast:
+        """Autocast for the heads on regions, as configured for inference."""
+        dtype = self.inference_network.dtype
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     def choose(self, decoded: Tensor, probabilities: Tensor) -> tuple[Candidates, Candidates]:
         """Boxes (R, T, 4) and class probabilities (R, T) of an image → detections, candidates."""
@@ -479,96 +461,10 @@ class UPSNet(nn.Module):
             for image in range(images)
         ]
         classes = torch.cat([chosen[k].classes for k in order])
-        dtype = self.inference_network.dtype
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+        with self._inference_precision():
             logits = self.roi_heads.predict_masks(raw.features, boxes, classes)
         parts = logits.split([len(chosen[k].classes) for k in order])
         return [parts[order.index(k)] for k in lists]
-
-    def unify(
-        self, score: Tensor, candidates: Detections, padded: tuple[int, int]
-    ) -> PanopticPrediction:
-        """The panoptic head on one image's semantic score (S + T, h, w) and candidates."""
-        boxes, classes, scores = candidates.boxes
-        return self.panoptic_head(
-            score.float(), inclusive(boxes), classes, scores, candidates.masks, padded
-        )
-
-    def segments(
-        self,
-        prediction: PanopticPrediction,
-        candidates: Candidates,
-        image_size: tuple[int, int],
-        size: tuple[int, int],
-    ) -> tuple[Tensor, list[dict[str, Any]]]:
-        """A panoptic prediction at the network's size → ``panoptic_seg`` at the output's."""
-        if len(candidates.classes) > 0:
-            classes = candidates.classes[prediction.kept]
-            scores = candidates.scores[prediction.kept]
-        else:
-            classes = candidates.classes.new_full((1,), -1)
-            scores = candidates.scores.new_ones(1)
-        cleaned = clean(
-            nearest(prediction.labels, image_size, size),
-            nearest(prediction.semantic, image_size, size),
-            classes,
-            num_stuff=self.num_stuff,
-            num_classes=self.num_classes,
-            stuff_area_limit=self.stuff_area_limit,
-        )
-        return segments(
-            cleaned, classes, scores, num_stuff=self.num_stuff, category_ids=self.category_ids
-        )
-
-    def instances(
-        self, found: Detections, image_size: tuple[int, int], size: tuple[int, int]
-    ) -> Instances:
-        """Detections of one image at the size of the output."""
-        height, width = size
-        scale = found.masks.new_tensor([width / image_size[1], height / image_size[0]] * 2)
-        boxes = end_behind(inclusive(found.boxes.boxes) * scale)
-        boxes = torch.minimum(boxes, boxes.new_tensor([width, height, width, height]))
-        result = Instances(size)
-        result.pred_boxes = Boxes(boxes)
-        result.scores = found.boxes.scores
-        result.pred_classes = found.boxes.classes
-        result.pred_masks = paste_masks_in_image(
-            found.masks.sigmoid(), result.pred_boxes, size, threshold=0.5
-        ).to(torch.bool)
-        return result
-
-    def semantic_map(
-        self, score: Tensor, image_size: tuple[int, int], size: tuple[int, int]
-    ) -> Tensor:
-        """(S + T, h, w) score of the padded image → ``sem_seg`` logits at the size of the output."""
-        stride = self.sem_seg_head.stride
-        factors = (stride * size[0] / image_size[0], stride * size[1] / image_size[1])
-        logits = F.interpolate(
-            score[None].float(), scale_factor=factors, mode="bilinear", align_corners=False
-        )[0, :, : size[0], : size[1]]
-        if self.category_ids == "joint":
-            return logits
-        things = logits[self.num_stuff :].amax(dim=0, keepdim=True)
-        return torch.cat([things, logits[: self.num_stuff]])
-
-    def merge(self, instances: Instances, semantic: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-        """``panoptic_seg`` by Detectron2's heuristic, from ``instances`` and ``sem_seg``."""
-        labels = semantic.argmax(dim=0)
-        joint = self.category_ids == "joint"
-        if joint:
-            labels = torch.where(labels < self.num_stuff, labels + 1, 0)
-        panoptic, infos = combine_semantic_and_instance_outputs(
-            instances,
-            labels,
-            self.combine_overlap_threshold,
-            self.combine_stuff_area_limit,
-            self.combine_score_threshold,
-        )
-        for info in infos:
-            info.setdefault("score", 1.0)
-            if joint:
-                info["category_id"] += self.num_stuff if info["isthing"] else -1
-        return panoptic, infos
 
 
 def _flat(raw: Raw) -> tuple[Tensor, ...]:

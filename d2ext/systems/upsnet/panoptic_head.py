@@ -20,8 +20,8 @@ pixel's class is the arg max of Z; the last channel becomes void.
 
 Conventions of the published code: X_mask's box has columns int(x1)..round(x2) and rows alike, both ends
 included, rounded half to even; Y_mask's box is cut to whole numbers and int(x2) - int(x1) + 1 wide. The
-two may differ by a column or row. **An instance's channel is 0, not minus infinity, outside its box**: it
-can win where everything else is negative.
+two may differ by a column or row. **An instance's channel is 0, not minus infinity, outside its
+box**: it can win where everything else is negative.
 
 :func:`panoptic_logits` is that definition, differentiable, for training at stride 4.
 :class:`PanopticHead` is the inference: masks are pruned, then the arg max is taken without writing Z

@@ -1,8 +1,8 @@
 """From UPSNet's raw predictions to detections, candidates of the panoptic head and segments.
 
-Fields of the resulting ``Instances``: ``pred_boxes``, ``scores``, ``pred_classes``, ``pred_masks``. Boxes
-have their end behind the last pixel, which is what Detectron2's evaluators and the COCO format count in
-(the published x2, y2 are one less).
+Fields of the resulting ``Instances``: ``pred_boxes``, ``scores``, ``pred_classes``, ``pred_masks``.
+Boxes have their end behind the last pixel, as Detectron2's evaluators and the COCO format count (the
+published x2, y2 are one less).
 
 Letters: R regions, T thing classes, S stuff classes, n instances, h×w output.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from torchvision.ops import batched_nms, nms
 
@@ -29,14 +28,13 @@ class Candidates(NamedTuple):
     scores: Tensor
     """(n,) in 0..1."""
 
-    def instances(self, image_size: tuple[int, int]) -> Instances:
-        """As Detectron2's ``Instances``."""
-        return Instances(
-            image_size,
-            pred_boxes=Boxes(self.boxes),
-            pred_classes=self.classes,
-            scores=self.scores,
-        )
+
+class Detections(NamedTuple):
+    """One image's boxes, in pixels of the network input, with their mask logits."""
+
+    boxes: Candidates
+    masks: Tensor
+    """(n, M, M)."""
 
 
 def select(

@@ -159,7 +159,7 @@ class UPSNetRPN(RPN):
         pred_anchor_deltas: list[Tensor],
         image_sizes: list[tuple[int, int]],
     ) -> list[Instances]:
-        """The best ``pre_nms_topk`` of each level, NMS within it, then the best ``post_nms_topk`` of all.
+        """The best ``pre_nms_topk`` of each level, NMS within it, the best ``post_nms_topk`` of all.
 
         Raises:
             FloatingPointError: predictions are not finite while training.

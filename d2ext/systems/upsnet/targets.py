@@ -20,6 +20,8 @@ from d2ext.systems.upsnet.boxes import end_behind, image_scale, inclusive
 
 # Label of pixels and anchors that are not trained on.
 IGNORE = 255
+# Panoptic channel of cells that are not trained on.
+NO_TARGET = -1
 
 
 class Targets(NamedTuple):
@@ -205,19 +207,13 @@ def panoptic_target(semantic: Tensor, masks: Tensor, num_stuff: int, *, unknown:
 
     Returns:
         (h, w) int64: a kept instance's channel where its mask is set (of overlapping ones the last),
-        labelled or not; elsewhere stuff as labelled, IGNORE without label, and the unknown channel, or
-        IGNORE without one, for everything else.
-
-    Raises:
-        ValueError: more channels than ids below IGNORE.
+        labelled or not; elsewhere stuff as labelled, NO_TARGET without label, and the unknown channel,
+        or NO_TARGET without one, for everything else. (Published: 255 for NO_TARGET, which an image
+        of more than 255 - S instances would collide with.)
     """
-    rest = num_stuff + len(masks) if unknown else IGNORE
-    if num_stuff + len(masks) >= IGNORE:
-        raise ValueError(
-            f"{len(masks)} instances and {num_stuff} stuff classes need more channels than the "
-            f"{IGNORE} that targets can name: lower MODEL.UPSNET.LOSS.KEEP_FRACTION or leave objects out."
-        )
-    target = torch.where((semantic < num_stuff) | (semantic == IGNORE), semantic, rest)
+    rest = num_stuff + len(masks) if unknown else NO_TARGET
+    target = torch.where(semantic < num_stuff, semantic, rest)
+    target = torch.where(semantic == IGNORE, NO_TARGET, target)
     if len(masks) > 0:
         set_ = (masks != 0) & (masks != IGNORE)
         last = len(masks) - 1 - set_.flip(0).to(torch.uint8).argmax(dim=0)
