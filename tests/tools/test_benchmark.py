@@ -183,3 +183,22 @@ def test_wrong_commands(tool: ModuleType, arguments: list[str]) -> None:
 def test_wrong_config(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert tool.main(["model", "--config-file", "no/such.yaml"]) == 2
     assert "no/such.yaml" in capsys.readouterr().err
+
+
+def test_models_that_look_into_boxes(tool: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(tiny_config("LandmarkNet").dump())
+    arguments = [
+        *("model", "--config-file", str(tmp_path / "config.yaml"), "--batch-size", "2"),
+        *("--iters", "2", "--warmup", "1", "--image-size", "50", "70", "--device", "cpu"),
+        *("--output", str(tmp_path / "report.json")),
+    ]
+    found = {}
+    for boxes in ((), ("--boxes", "3")):
+        assert tool.main([*arguments, *boxes]) == 0
+        batch = json.loads((tmp_path / "report.json").read_text())["batches"][0]
+        assert set(batch["stages_ms"]) >= {"upload", "preprocess", "network", "choice", "results"}
+        found[len(boxes)] = batch["output"]
+    assert found[0]["detections_per_image"] == 1 and found[0]["mean_box_share"] == 1
+    assert found[2]["detections_per_image"] == 3
+    # between a quarter and three quarters of the sides
+    assert 0.06 < found[2]["mean_box_share"] < 0.57
