@@ -37,6 +37,7 @@ import numpy as np
 import torch
 import torchvision
 from detectron2.config import CfgNode
+from detectron2.structures import Boxes, Instances
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -235,6 +236,31 @@ def _deform_conv_flops(
 # The benchmark of a model
 
 
+class BoxPredictor(BatchPredictor):
+    """Gives a model that looks into boxes the same number of drawn ones in each image."""
+
+    def __init__(self, cfg: CfgNode, count: int) -> None:
+        super().__init__(cfg)
+        self.count = count
+
+    def upload(
+        self, images: Sequence[np.ndarray], boxes: Sequence[Instances] | None = None
+    ) -> list[dict[str, Any]]:
+        """As the base class; boxes of a quarter to three quarters of the image's sides."""
+        rng = np.random.default_rng(0)
+        drawn = []
+        for image in images:
+            sides = rng.uniform(0.25, 0.75, (self.count, 2))
+            corners = rng.uniform(0, 1, (self.count, 2)) * (1 - sides)
+            shares = np.concatenate([corners, corners + sides], axis=1)
+            height, width = image.shape[:2]
+            instances = Instances((height, width))
+            pixels = shares * [width, height, width, height]
+            instances.pred_boxes = Boxes(torch.from_numpy(pixels))
+            drawn.append(instances)
+        return super().upload(images, drawn)
+
+
 def measure_batch(
     predictor: BatchPredictor, images: list[np.ndarray], clock: Clock
 ) -> dict[str, Any]:
@@ -389,7 +415,7 @@ def run_model(chosen: argparse.Namespace) -> dict[str, Any]:
         torch.backends.cudnn.benchmark = not chosen.no_cudnn_benchmark
     image, described = example_image(chosen)
     torch.manual_seed(0)
-    predictor = BatchPredictor(cfg)
+    predictor = BoxPredictor(cfg, chosen.boxes) if chosen.boxes else BatchPredictor(cfg)
     inputs = predictor.upload([image, np.ascontiguousarray(image[:, ::-1])])
     if not cfg.MODEL.WEIGHTS:
         settle_norms(predictor.model, inputs)
@@ -577,6 +603,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     model.add_argument("--channels-last", action="store_true")
     model.add_argument("--batch-size", nargs="+", type=_positive, default=[1], metavar="N")
+    model.add_argument(
+        "--boxes",
+        type=_positive,
+        metavar="N",
+        help="boxes in each image, for models that look into boxes (default: the whole image)",
+    )
     model.add_argument("--image", metavar="FILE", help="image to measure on (default: drawn)")
     model.add_argument(
         "--image-size",

@@ -66,6 +66,30 @@ def read_image(file_name: str, format: str | None = "BGR") -> np.ndarray:
     return array
 
 
+class ImageCache:
+    """:func:`read_image` that keeps images in memory, the first that come, until a limit is reached.
+
+    For small sets that are read many times, and for images that are drawn when they are opened. Each
+    worker of a loader has its own.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.free = max_bytes
+        self._images: dict[tuple[str, str | None], np.ndarray] = {}
+
+    def __call__(self, file_name: str, format: str | None = "BGR") -> np.ndarray:
+        """As :func:`read_image`; the array may not be changed."""
+        key = file_name, format
+        image = self._images.get(key)
+        if image is None:
+            image = read_image(file_name, format)
+            image.setflags(write=False)
+            if image.nbytes <= self.free:
+                self._images[key] = image
+                self.free -= image.nbytes
+        return image
+
+
 def read_label_map(file_name: str) -> np.ndarray:
     """Read a single-channel image whose pixel values are labels (for example a ``sem_seg`` file).
 

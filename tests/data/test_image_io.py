@@ -1,6 +1,7 @@
 """Images of every kind are read; broken ones give one kind of error that names the file."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from detectron2.data import detection_utils
 from PIL import Image
 
 from d2ext.data import ImageReadError, read_image
-from d2ext.data.image_io import read_label_map
+from d2ext.data.image_io import ImageCache, read_label_map
 
 COLORS = np.array([[[200, 100, 50], [0, 255, 10]]], np.uint8)  # 1×2, RGB
 
@@ -170,3 +171,22 @@ class TestLabelMap:
             read_label_map(file)
         with pytest.raises(ImageReadError, match="no such file"):
             read_label_map(str(tmp_path / "none.png"))
+
+
+def test_cache_keeps_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = []
+    for i in range(3):
+        files.append(str(tmp_path / f"{i}.png"))
+        Image.fromarray(np.full((10, 20, 3), 10 * i, dtype=np.uint8)).save(files[-1])
+    read = []
+    monkeypatch.setattr(
+        "d2ext.data.image_io.read_image", lambda *a: (read.append(a[0]), read_image(*a))[1]
+    )
+    cache = ImageCache(1300)  # two images of 600 bytes
+    for _ in range(2):
+        for i, file in enumerate(files):
+            image = cache(file, format="RGB")
+            assert image.shape == (10, 20, 3) and (image == 10 * i).all()
+            assert not image.flags.writeable
+    assert read == [*files, files[2]]
+    assert cache(files[0], format="L").shape[:2] == (10, 20)

@@ -210,3 +210,22 @@ def test_keypoint_detectors_have_the_same_stages(
     (batch,) = json.loads(report_file.read_text())["batches"]
     assert set(batch["stages_ms"]) == {*tool._STAGES, "decode", "download"}
     assert batch["stages_ms"]["network"] > 0 and batch["images_per_second"] > 0
+
+
+def test_models_that_look_into_boxes(tool: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(tiny_config("LandmarkNet").dump())
+    arguments = [
+        *("model", "--config-file", str(tmp_path / "config.yaml"), "--batch-size", "2"),
+        *("--iters", "2", "--warmup", "1", "--image-size", "50", "70", "--device", "cpu"),
+        *("--output", str(tmp_path / "report.json")),
+    ]
+    found = {}
+    for boxes in ((), ("--boxes", "3")):
+        assert tool.main([*arguments, *boxes]) == 0
+        batch = json.loads((tmp_path / "report.json").read_text())["batches"][0]
+        assert set(batch["stages_ms"]) >= {"upload", "preprocess", "network", "choice", "results"}
+        found[len(boxes)] = batch["output"]
+    assert found[0]["detections_per_image"] == 1 and found[0]["mean_box_share"] == 1
+    assert found[2]["detections_per_image"] == 3
+    # between a quarter and three quarters of the sides
+    assert 0.06 < found[2]["mean_box_share"] < 0.57

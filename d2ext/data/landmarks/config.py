@@ -13,6 +13,8 @@ def add_landmark_data_config(cfg: CfgNode) -> None:
     # test images), "index" or "udp". The crop's size and padding are the model's:
     # MODEL.LANDMARKS.INPUT_SIZE and CROP.PADDING.
     c.GEOMETRY = "continuous"
+    # Memory in MiB in which each worker of the training loader keeps images once it has read them
+    c.CACHE_MB = 0
     # Boxes of test images: "annotations", "image" (the whole image is the crop), or the path of a
     # JSON list of detections in COCO's result format
     c.TEST_BOXES = "annotations"

@@ -13,7 +13,7 @@ from detectron2.structures import Boxes, Instances, Keypoints
 
 from d2ext.data.augmentations.photometric import RandomPhotometricDistortion
 from d2ext.data.errors import AnnotationError
-from d2ext.data.image_io import read_image
+from d2ext.data.image_io import ImageCache, read_image
 from d2ext.data.landmarks.geometry import GEOMETRIES, pad_box
 from d2ext.data.landmarks.hourglass import draw_hourglass, hourglass_sample
 from d2ext.data.landmarks.samples import (
@@ -142,6 +142,7 @@ class TopDownMapper:
         return {
             "size": size,
             "flip_indices": flip_indices(dataset),
+            "reader": ImageCache(c.CACHE_MB << 20) if c.CACHE_MB > 0 else read_image,
             "image_format": cfg.INPUT.FORMAT,
             "padding": model.CROP.PADDING,
             "plain_geometry": c.GEOMETRY,
