@@ -335,6 +335,10 @@ def test_mpii_without_head_boxes_says_what_it_does(caplog):
         output.pred_keypoints = moved[None]
         found = run(evaluator, ({"image_id": 0}, output))
         assert found["PCKh@0.5"] == pytest.approx(100 * 13 / 14)
+        # Other metrics of the same data need no head.
+        assert "PCKh@0.5" not in run(LandmarkEvaluator(name, ["pck"]), ({"image_id": 0}, output))
+        found_nme = run(LandmarkEvaluator(name, ["nme"]), ({"image_id": 0}, output))
+        assert found_nme["NME"] == pytest.approx(100 * (1.1 + 1.2 + 50) / 16 / math.sqrt(5))
         assert "NME" not in found and found["PCK@0.2"] == pytest.approx(100 * 15 / 16)
     finally:
         DatasetCatalog.remove(name)
