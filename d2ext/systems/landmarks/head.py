@@ -215,6 +215,10 @@ class HeatmapHead(MapHead):
         self.codec: HeatmapCodec = codec
         self.loss = loss
         self.weight = weight
+        # What the target of one landmark sums to, in the middle of the map.
+        middle = torch.tensor([[codec.input_size]]) / 2
+        (target,), _ = codec.encode(middle, torch.ones(1, 1, dtype=torch.bool))
+        self.mass = float(target.sum())
         if loss == "focal" and isinstance(self.predictor, nn.Conv2d):
             # A first probability of 0.1 for every cell (arXiv 1904.07850).
             nn.init.constant_(self.predictor.bias, -2.19)
@@ -248,13 +252,17 @@ class HeatmapHead(MapHead):
         return {"loss_heatmap": torch.stack(stacks).mean() * self.weight}
 
     def prediction(self, raw: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The last stack's maps; with a loss on logits, as probabilities."""
+        """The last stack's maps; with a loss on logits, as the targets that they stand for.
+
+        After a classification over all cells these are the probabilities times the sum of a target:
+        1 at the peak where the network is as sure as the target, more where it is surer.
+        """
         maps = raw[-1].float()
         activation = MAP_ACTIVATIONS.get(self.loss)
         if activation == "sigmoid":
             maps = maps.sigmoid()
         elif activation == "softmax":
-            maps = maps.flatten(2).softmax(dim=-1).view_as(maps)
+            maps = maps.flatten(2).softmax(dim=-1).view_as(maps) * self.mass
         return (maps,)
 
 

@@ -95,7 +95,7 @@ MAP_LOSSES: dict[str, MapLoss] = {
     "focal": focal_loss,
     "cross_entropy": cross_entropy_loss,
 }
-# What turns the maps of a network trained with a loss into values of 0..1.
+# What turns the maps of a network trained with a loss into probabilities; others are values already.
 MAP_ACTIVATIONS: dict[str, str] = {"focal": "sigmoid", "cross_entropy": "softmax"}
 
 

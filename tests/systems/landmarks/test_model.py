@@ -316,8 +316,27 @@ def test_losses_of_maps_train(loss: str) -> None:
         values.append(float(value.detach()))
     assert values[-1] < 0.8 * values[0]
     scores = net.eval()(random_inputs())[0]["instances"].pred_keypoints[..., 2]
-    if loss != "adaptive_wing":  # probabilities
+    if loss == "focal":  # probabilities
         assert (scores > 0).all() and (scores <= 1).all()
+
+
+@pytest.mark.parametrize("shape", ["gaussian", "cauchy"])
+def test_classified_maps_are_scored_by_their_target(shape: str) -> None:
+    """Logits that are the logarithm of a target give the target back, peak 1 and not 1 / sum."""
+    net = model(
+        **{
+            "MODEL.LANDMARKS.LOSS.MAPS": "cross_entropy",
+            "MODEL.LANDMARKS.TARGET.SHAPE": shape,
+            "MODEL.LANDMARKS.TARGET.WINDOW": 3.0,
+        }
+    )
+    points = torch.tensor([[[20.3, 15.1], [24.0, 18.0], [22.0, 14.0]]])
+    (target,), _ = net.head.codec.encode(points, torch.ones(1, 3, dtype=torch.bool))
+    (maps,) = net.head.prediction((target.clamp(min=1e-12).log(),))
+    torch.testing.assert_close(maps, target, atol=0.1, rtol=0)
+    found = net.head.codec.decode((maps,))
+    torch.testing.assert_close(found.points, points, atol=0.05, rtol=0)
+    assert (found.scores > 0.6).all() and (found.scores < 1.1).all()
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -439,9 +458,9 @@ def test_landmarks_that_cannot_be_seen(head: str, case: str) -> None:
     gradients = [p.grad for p in net.parameters()]
     assert all(g is not None and g.isfinite().all() for g in gradients)
     if case == "invisible" or (case == "outside" and head != "RegressionHead"):
-        assert float(loss) == 0
+        assert float(loss.detach()) == 0
     else:
-        assert float(loss) > 0
+        assert float(loss.detach()) > 0
 
 
 @pytest.mark.parametrize(
