@@ -110,6 +110,10 @@ class LandmarkEvaluator(DatasetEvaluator):
         self._truth = np.stack([instance_points(a, count) for a in every])
         self._every = every
         self._norms = self._choose_norms(norm)
+        self._heads: np.ndarray | None = None
+        if "pckh" in self._metrics:
+            point_norms = metadata.get("landmark_norms") or {}
+            self._heads = instance_norm(self._head_norm(), every, self._truth, point_norms)
         self._predictions: list[tuple[Any, int, np.ndarray]] = []
         # Of the last evaluation: (N,) NME of each instance, as a fraction of the data set's norm, in
         # the order of `annotations`.
@@ -121,37 +125,30 @@ class LandmarkEvaluator(DatasetEvaluator):
         return self._every
 
     def _choose_norms(self, norm: str | None) -> dict[str, np.ndarray]:
-        """(N,) norms by name, the chosen one of NME first; raises for what cannot be computed."""
-        metadata = self._metadata
-        point_norms = metadata.get("landmark_norms") or {}
+        """(N,) norms of NME by name, the chosen one first; raises for what cannot be computed."""
+        if "nme" not in self._metrics:
+            return {}
+        point_norms = self._metadata.get("landmark_norms") or {}
+        chosen = norm or self._metadata.get("landmark_norm") or "box"
+        if chosen == "head":
+            chosen = self._head_norm()
+        names = dict.fromkeys([chosen, "box", "diagonal", *point_norms])
+        return {n: instance_norm(n, self._every, self._truth, point_norms) for n in names}
 
-        def compute(name: str) -> np.ndarray:
-            return instance_norm(name, self._every, self._truth, point_norms)
-
-        chosen = norm or metadata.get("landmark_norm") or "box"
-        result = {}
-        if "pckh" in self._metrics:
-            head = "head" if all("head_box" in a for a in self._every) else "head_points"
-            if head == "head_points":
-                if head not in point_norms:
-                    raise DatasetError(
-                        f"PCKh of '{self._name}' needs head boxes: register it with head_boxes=."
-                    )
-                logger.warning(
-                    "Data set '%s' has no head boxes; PCKh is relative to the distance from neck to "
-                    "head top, which is not the official head size.",
-                    self._name,
-                )
-            result[head] = compute(head)
-            chosen = head if chosen == "head" else chosen
-        if chosen not in result:
-            result[chosen] = compute(chosen)
-        others = ["box", "diagonal", *point_norms]
-        result = {chosen: result.pop(chosen), **result}
-        for name in others:
-            if name not in result and name != "head_points":
-                result[name] = compute(name)
-        return result
+    def _head_norm(self) -> str:
+        """The norm of PCKh; raises if there is none."""
+        if all("head_box" in a for a in self._every):
+            return "head"
+        if "head_points" not in (self._metadata.get("landmark_norms") or {}):
+            raise DatasetError(
+                f"PCKh of '{self._name}' needs head boxes: register it with head_boxes=."
+            )
+        logger.warning(
+            "Data set '%s' has no head boxes; PCKh is relative to the distance from neck to head "
+            "top, which is not the official head size.",
+            self._name,
+        )
+        return "head_points"
 
     def reset(self) -> None:
         """Forget all predictions."""
@@ -220,11 +217,9 @@ class LandmarkEvaluator(DatasetEvaluator):
         if "pck" in self._metrics:
             sides = instance_norm("side", self._every, self._truth, {})
             results.update(self._pck("PCK", errors, sides, _PCK_THRESHOLDS, (), table))
-        if "pckh" in self._metrics:
-            head = next(name for name in ("head", "head_points") if name in self._norms)
+        if self._heads is not None:
             skipped = self._metadata.get("landmark_not_scored") or ()
-            norms = self._norms[head]
-            results.update(self._pck("PCKh", errors, norms, _PCKH_THRESHOLDS, skipped, table))
+            results.update(self._pck("PCKh", errors, self._heads, _PCKH_THRESHOLDS, skipped, table))
         self._report(results, table)
         return OrderedDict(landmarks=results)
 

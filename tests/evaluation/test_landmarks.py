@@ -15,6 +15,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from d2ext.config import get_cfg
 from d2ext.data.errors import DatasetError
 from d2ext.data.landmarks import KINDS, kind_metadata
+from d2ext.engine import launch
 from d2ext.evaluation import COCOEvaluator, LandmarkEvaluator, build_evaluator
 from d2ext.evaluation.landmark_metrics import (
     area_under_curve,
@@ -26,6 +27,7 @@ from d2ext.evaluation.landmark_metrics import (
     point_distance,
 )
 from d2ext.evaluation.landmarks import instance_norm
+from tests.evaluation.landmark_processes import evaluate_a_part
 from tests.reference.fixture import Fixture, draw_tensor
 
 NAN, INF = math.nan, math.inf
@@ -335,30 +337,22 @@ def test_mpii_without_head_boxes_says_what_it_does(caplog):
         output.pred_keypoints = moved[None]
         found = run(evaluator, ({"image_id": 0}, output))
         assert found["PCKh@0.5"] == pytest.approx(100 * 13 / 14)
+        # Other metrics of the same data need no head.
+        assert "PCKh@0.5" not in run(LandmarkEvaluator(name, ["pck"]), ({"image_id": 0}, output))
+        found_nme = run(LandmarkEvaluator(name, ["nme"]), ({"image_id": 0}, output))
+        assert found_nme["NME"] == pytest.approx(100 * (1.1 + 1.2 + 50) / 16 / math.sqrt(5))
         assert "NME" not in found and found["PCK@0.2"] == pytest.approx(100 * 15 / 16)
     finally:
         DatasetCatalog.remove(name)
         MetadataCatalog.pop(name)
 
 
-def test_several_processes(faces, monkeypatch):
+def test_several_processes(tmp_path):
     """What the processes saw is joined in the main one; the others return nothing."""
-    name, _ = faces
-    parts = [LandmarkEvaluator(name), LandmarkEvaluator(name)]
-    inputs = [
-        ({"image_id": 0}, instances([A, B], ids=[5, 6])),
-        ({"image_id": 1}, instances([[(10, 10), (20, 10), (15, 15), (15, 20)]])),
-    ]
-    for part, (one_input, output) in zip(parts, inputs, strict=True):
-        part.reset()
-        part.process([one_input], [{"instances": output}])
-    gathered = [part._predictions for part in parts]
-    module = "d2ext.evaluation.landmarks.comm"
-    monkeypatch.setattr(f"{module}.gather", lambda data, dst: gathered)
-    found = parts[0].evaluate()["landmarks"]
-    assert found["missing"] == 0 and found["NME"] == pytest.approx((10 / 3 + 10 / 4) / 3)
-    monkeypatch.setattr(f"{module}.is_main_process", lambda: False)
-    assert parts[1].evaluate() is None
+    launch(evaluate_a_part, 2, device="cpu", args=(str(tmp_path),))
+    found = json.loads((tmp_path / "0.json").read_text())["landmarks"]
+    assert found["missing"] == 0 and found["NME"] == pytest.approx((0 + 1 + 2 + 3 + 4) / 5)
+    assert json.loads((tmp_path / "1.json").read_text()) is None
 
 
 def test_build_evaluator_chooses_by_metadata(faces, tmp_path):

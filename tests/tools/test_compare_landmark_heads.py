@@ -98,7 +98,7 @@ def test_errors_fall_where_a_model_is_right(tool, small_data):
     """A model that returns the truth has error 0, one that is off by a pixel has a known error."""
     cfg = tool.head_config("regression", tool.build_parser().parse_args([]))
     cfg.DATASETS.TEST = ("few_val_landmarks",)
-    validation = tool.Validation(cfg, tool.Images(), 4)
+    validation = tool.Validation(cfg, tool.ImageCache(1 << 30), 4)
     truth = iter(validation.evaluator.annotations)
 
     class Answer(torch.nn.Module):
