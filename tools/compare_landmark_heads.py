@@ -289,6 +289,7 @@ def draw_plots(folder: Path, results: Sequence[dict[str, Any]]) -> list[Path]:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
 
     colors = dict(zip(HEADS, plt.get_cmap("tab10").colors, strict=False))
     written = []
@@ -313,6 +314,10 @@ def draw_plots(folder: Path, results: Sequence[dict[str, Any]]) -> list[Path]:
     def label(axes: Any, x: str, y: str = "NME, % of the box") -> None:
         axes.set_xlabel(x)
         axes.set_ylabel(y)
+        if axes.get_yscale() == "log":
+            plain = ticker.FormatStrFormatter("%g")
+            axes.yaxis.set_major_formatter(plain)
+            axes.yaxis.set_minor_formatter(plain)
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
 

@@ -216,8 +216,8 @@ class HeatmapHead(MapHead):
         self.loss = loss
         self.weight = weight
         # What the target of one landmark sums to, in the middle of the map.
-        middle = torch.tensor([[codec.input_size]]) / 2
-        (target,), _ = codec.encode(middle, torch.ones(1, 1, dtype=torch.bool))
+        middle = torch.tensor([[codec.input_size]], device="cpu") / 2
+        (target,), _ = codec.encode(middle, torch.ones_like(middle[..., 0], dtype=torch.bool))
         self.mass = float(target.sum())
         if loss == "focal" and isinstance(self.predictor, nn.Conv2d):
             # A first probability of 0.1 for every cell (arXiv 1904.07850).
