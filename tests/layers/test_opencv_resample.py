@@ -49,7 +49,7 @@ def test_resize_to_the_same_size_changes_nothing() -> None:
 def test_warp(angle: float, scale: float, dtype: torch.dtype) -> None:
     image = _noise(50, 70)
     matrix = cv2.getRotationMatrix2D((30.5, 22.0), angle, scale)
-    matrix[:, 2] += (11.3, -4.7)  # parts of the result lie outside
+    matrix[:, 2] += (44.3, 11.3)  # parts of the result lie outside
     expected = cv2.warpAffine(image, matrix, (80, 60), flags=cv2.INTER_LINEAR)
     inverse = cv2.invertAffineTransform(matrix).tolist()
     actual = warp_like_opencv(_tensor(image).to(dtype), inverse, 60, 80)

@@ -29,10 +29,9 @@ def add_centernet_config(cfg: CfgNode) -> None:
     # Gaussian; "class_specific": at the centre, in channels of the object's class.
     centernet.SIZE_TARGET = "center"
 
+    # With MODEL.KEYPOINT_ON the model also finds MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS joints of each
+    # object, as offsets from its centre and as peaks of their own.
     pose = centernet.POSE = CfgNode()
-    # Joints as offsets from the centre, and as peaks of their own.
-    pose.ENABLED = False
-    pose.NUM_JOINTS = 17
     # Joints that change places in a mirror image.
     pose.FLIP_PAIRS = [[1, 2], [3, 4], [5, 6], [7, 8], [9, 10], [11, 12], [13, 14], [15, 16]]
     # Where joint offsets are learnt: "center" or "dense".

@@ -113,7 +113,7 @@ class CenterNet(nn.Module):
             )
         if any(not 0 <= joint < num_joints for pair in flip_pairs for joint in pair):
             raise ValueError(
-                f"MODEL.CENTERNET.POSE.FLIP_PAIRS names joints beyond NUM_JOINTS {num_joints}: "
+                f"MODEL.CENTERNET.POSE.FLIP_PAIRS names joints beyond the model's {num_joints}: "
                 f"{[list(pair) for pair in flip_pairs]}."
             )
         self.backbone = backbone
@@ -160,7 +160,7 @@ class CenterNet(nn.Module):
                 f"MODEL.CENTERNET.IN_FEATURES is {list(centernet.IN_FEATURES)}, but the backbone has "
                 f"{sorted(shapes)}."
             )
-        num_joints = pose.NUM_JOINTS if pose.ENABLED else 0
+        num_joints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0
         head = CenterNetHead(
             [shapes[name] for name in centernet.IN_FEATURES],
             channels=head_channels(
@@ -186,7 +186,7 @@ class CenterNet(nn.Module):
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "input_format": cfg.INPUT.FORMAT,
             "num_joints": num_joints,
-            "flip_pairs": pose.FLIP_PAIRS if pose.ENABLED else (),
+            "flip_pairs": pose.FLIP_PAIRS if num_joints else (),
             "max_objects": centernet.MAX_OBJECTS,
             "min_overlap": centernet.MIN_OVERLAP,
             "top_k": test.TOP_K,
@@ -262,6 +262,7 @@ class CenterNet(nn.Module):
             self.num_classes,
             max_objects=self.max_objects,
             min_overlap=self.min_overlap,
+            device=self.device,
         )
 
     def _annotations(self, inputs: dict[str, Any]) -> ObjectAnnotations:
@@ -270,8 +271,7 @@ class CenterNet(nn.Module):
                 "Training needs `instances` for each image: the data mapper did not provide them "
                 "(is it built with is_train=True, and has the data set annotations?)."
             )
-        # Copied to the device as they are; nothing here waits for it.
-        instances = inputs["instances"].to(self.device)
+        instances = inputs["instances"]
         stride = self.head.stride
         boxes = instances.gt_boxes.tensor.float() / stride
         if self.num_joints == 0:
@@ -284,8 +284,8 @@ class CenterNet(nn.Module):
         joints = instances.gt_keypoints.tensor.float().clone()
         if joints.shape[1] != self.num_joints:
             raise ValueError(
-                f"MODEL.CENTERNET.POSE.NUM_JOINTS is {self.num_joints}, and the annotations have "
-                f"{joints.shape[1]} keypoints."
+                f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {self.num_joints}, and the annotations "
+                f"have {joints.shape[1]} keypoints."
             )
         joints[..., :2] = (joints[..., :2] - _KEYPOINT_SHIFT) / stride
         return ObjectAnnotations(boxes, instances.gt_classes, joints)

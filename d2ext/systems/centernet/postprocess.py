@@ -22,13 +22,16 @@ import torch
 from torch import Tensor
 
 from d2ext.codecs.heatmaps import gather_at, local_peaks, top_k, top_k_per_class
-from d2ext.layers import soft_nms_rows
+from d2ext.layers import SoftNMSRows, soft_nms_rows
 from d2ext.systems.centernet.head import Predictions
 
 # A joint's own peak counts from this score on, and replaces the regressed place up to this share of
 # the box's longer side away (published code).
 _JOINT_THRESHOLD = 0.1
 _JOINT_DISTANCE = 0.3
+# Of soft-NMS over scales.
+_SIGMA = 0.5
+_DISCARD = 0.001
 # Where peaks below the threshold are put.
 _FAR_AWAY = -10000.0
 
@@ -147,7 +150,9 @@ def _refine_joints(joints: Tensor, boxes: Tensor, predictions: Predictions, k: i
 def merge_scales(scales: Sequence[Detections], limit: int | None) -> Detections:
     """Detections of one image at several scales, in pixels, merged by Gaussian soft-NMS in each class.
 
-    Published quirk: rows that soft-NMS discards stay, see :mod:`d2ext.layers.soft_nms`.
+    Published quirks: rows that soft-NMS discards stay, see :mod:`d2ext.layers.soft_nms`; and where a
+    discarded pose is overwritten by the last one, the joints of the two change places instead, so that
+    the stale row has the box of the one and the joints of the other.
 
     Args:
         limit: keep those from the score of this rank on, ties included; None: all.
@@ -156,18 +161,79 @@ def merge_scales(scales: Sequence[Detections], limit: int | None) -> Detections:
     scores = torch.cat([x.scores for x in scales])
     classes = torch.cat([x.classes for x in scales])
     centers = torch.cat([x.centers for x in scales])
-    rows = soft_nms_rows(boxes, scores, classes, method="gaussian", sigma=0.5)
+    rows = soft_nms_rows(
+        boxes, scores, classes, method="gaussian", sigma=_SIGMA, score_threshold=_DISCARD
+    )
+    original_scores = scores
     scores, order = rows.scores.sort(descending=True, stable=True)
     index = rows.indices[order]
     joints = [x.joints for x in scales if x.joints is not None]
+    if joints:
+        owners = _joint_owners(boxes, original_scores, classes, rows)[order]
     merged = Detections(
         rows.boxes[order],
         scores,
         classes[index],
         centers[index],
-        torch.cat(joints)[index] if joints else None,
+        torch.cat(joints)[owners] if joints else None,
     )
     if limit is None or len(scores) <= limit:
         return merged
     count = int((scores >= scores[limit - 1]).sum())
     return Detections(*(None if field is None else field[:count] for field in merged))
+
+
+def _joint_owners(boxes: Tensor, scores: Tensor, classes: Tensor, rows: SoftNMSRows) -> Tensor:
+    """(N,) int64: whose joints lie in each row after soft-NMS, see :func:`merge_scales`."""
+    if bool(rows.kept.all()):
+        return rows.indices
+    owners = rows.indices.clone()
+    row_classes = classes[rows.indices]
+    for label in row_classes.unique():
+        mine = row_classes == label
+        members = (classes == label).nonzero()[:, 0]
+        chosen = rows.indices[mine & rows.kept]
+        discarded = members[~torch.isin(members, chosen)]
+        rounds = _discard_rounds(boxes, scores, chosen, discarded)
+        owners[mine] = owners.new_tensor(_replay(members.tolist(), chosen.tolist(), rounds))
+    return owners
+
+
+def _discard_rounds(
+    boxes: Tensor, scores: Tensor, chosen: Tensor, discarded: Tensor
+) -> dict[int, int]:
+    """In which round each of ``discarded`` falls below the threshold, given the box of each round."""
+    low = torch.maximum(boxes[chosen, None, :2], boxes[None, discarded, :2])
+    high = torch.minimum(boxes[chosen, None, 2:], boxes[None, discarded, 2:])
+    sides = (high - low + 1).clamp(min=0)  # a box counts its last pixel, as in soft-NMS
+    common = sides.prod(dim=-1)
+    area = (boxes[:, 2:] - boxes[:, :2] + 1).prod(dim=-1)
+    overlap = common / (area[chosen, None] + area[None, discarded] - common)
+    weighed = scores[discarded] * torch.exp(-(overlap**2) / _SIGMA).cumprod(dim=0)
+    falls = (weighed < _DISCARD) & (overlap > 0)
+    first = falls.int().argmax(dim=0)
+    return dict(zip(discarded.tolist(), first.tolist(), strict=True))
+
+
+def _replay(members: list[int], chosen: list[int], rounds: dict[int, int]) -> list[int]:
+    """Where the joints of ``members`` end when the rounds of soft-NMS move them.
+
+    Args:
+        members: detections in the order in which they came.
+        chosen: the one that each round chooses.
+        rounds: the round that discards each of the others.
+    """
+    array, owners, count = list(members), list(members), len(members)
+    for number, best in enumerate(chosen):
+        place = array.index(best, number, count)
+        for column in (array, owners):
+            column[number], column[place] = column[place], column[number]
+        place = number + 1
+        while place < count:
+            if rounds.get(array[place]) != number:
+                place += 1
+                continue
+            count -= 1
+            array[place] = array[count]
+            owners[place], owners[count] = owners[count], owners[place]
+    return owners

@@ -69,6 +69,7 @@ def encode_targets(
     *,
     max_objects: int = 128,
     min_overlap: float = 0.7,
+    device: torch.device | None = None,
 ) -> CenterNetTargets:
     """Targets of a batch; does not wait for the device.
 
@@ -83,13 +84,14 @@ def encode_targets(
         num_classes: C.
         max_objects: only the first ones of an image are used, the published codes' limit.
         min_overlap: see :func:`gaussian_radius`.
+        device: of the targets; None: that of the annotations. Those of a batch are copied at once.
     """
     height, width = map_size
     count = min(max_objects, max((len(image.boxes) for image in images), default=0))
-    boxes = _stack([image.boxes.float() for image in images], count)
-    classes = _stack([image.classes for image in images], count)
-    limit = boxes.new_tensor([width - 1, height - 1, width - 1, height - 1])
-    boxes = boxes.clamp(min=0).minimum(limit)
+    boxes = _stack([image.boxes.float() for image in images], count, device)
+    classes = _stack([image.classes for image in images], count, device)
+    x, y = boxes[..., 0::2].clamp(0, width - 1), boxes[..., 1::2].clamp(0, height - 1)
+    boxes = torch.stack([x, y], dim=-1).flatten(2)
     size = boxes[..., 2:] - boxes[..., :2]
     present = (size > 0).all(dim=-1)
     center = (boxes[..., :2] + boxes[..., 2:]) / 2
@@ -111,7 +113,7 @@ def encode_targets(
     )
     joints, mask = None, present
     if images and images[0].joints is not None:
-        raw = _stack([image.joints for image in images if image.joints is not None], count)
+        raw = _stack([x.joints for x in images if x.joints is not None], count, device)
         joints = _encode_joints(raw, cells, radii, present, map_size)
         mask = present & (raw[..., 2] > 0).any(dim=-1)
     return CenterNetTargets(
@@ -126,14 +128,14 @@ def encode_targets(
     )
 
 
-def _stack(parts: Sequence[Tensor], count: int) -> Tensor:
-    """Tensors (n_i, ...) → (B, count, ...), cut or filled with zeros."""
+def _stack(parts: Sequence[Tensor], count: int, device: torch.device | None) -> Tensor:
+    """Tensors (n_i, ...) → (B, count, ...) on ``device``, cut or filled with zeros."""
     if not parts:
         raise ValueError("Targets need at least one image.")
     stacked = parts[0].new_zeros((len(parts), count, *parts[0].shape[1:]))
     for row, part in zip(stacked, parts, strict=True):
         row[: len(part)] = part[:count]
-    return stacked
+    return stacked.to(device, non_blocking=True)
 
 
 def _encode_joints(

@@ -382,3 +382,58 @@ def test_whole_runs(case: str, scales: tuple[float, ...], soft_nms: bool) -> Non
     else:
         listed = np.concatenate([expected[:, 1:6], expected[:, :1]], axis=1)
         _assert_close(rows, listed[np.argsort(-listed[:, 4], kind="stable")])
+
+
+def _published_soft_nms(rows: np.ndarray) -> np.ndarray:
+    """The rounds on an array of poses, in place, as the notes describe them: boxes and scores are
+    copied over what is discarded, joints (the columns from 5 on) change places with it."""
+    count, i = len(rows), 0
+    while i < count:
+        best = i + int(rows[i:count, 4].argmax())
+        rows[[i, best]] = rows[[best, i]]
+        x1, y1, x2, y2 = rows[i, :4]
+        place = i + 1
+        while place < count:
+            b = rows[place]
+            w, h = min(x2, b[2]) - max(x1, b[0]) + 1, min(y2, b[3]) - max(y1, b[1]) + 1
+            if w > 0 and h > 0:
+                areas = (x2 - x1 + 1) * (y2 - y1 + 1) + (b[2] - b[0] + 1) * (b[3] - b[1] + 1)
+                b[4] *= np.exp(-((w * h / (areas - w * h)) ** 2) / 0.5)
+                if b[4] < 0.001:
+                    last = rows[count - 1].copy()
+                    rows[count - 1, 5:] = b[5:]
+                    b[:] = last
+                    count -= 1
+                    continue
+            place += 1
+        i += 1
+    return rows
+
+
+def test_stale_poses_have_foreign_joints() -> None:
+    generator = np.random.default_rng(0)
+    low = generator.uniform(0, 30, (60, 2))
+    boxes = np.concatenate([low, low + generator.uniform(30, 50, (60, 2))], axis=1)
+    scores = np.linspace(0.3, 0.002, 60)[:, None]
+    # joints that say whose they are
+    joints = np.repeat(np.arange(60.0)[:, None], 4, axis=1)
+    rows = np.concatenate([boxes, scores, joints], axis=1)
+    expected = _published_soft_nms(rows.copy())
+    owners = expected[:, 5]
+    assert len(np.unique(owners)) == 60 > len(np.unique(expected[:, 0]))  # some rows are stale
+    tensor = torch.from_numpy(rows).float()
+    found = Detections(
+        tensor[:, :4],
+        tensor[:, 4],
+        torch.zeros(60, dtype=torch.int64),
+        torch.zeros(60, 2),
+        tensor[:, 5:],
+    )
+    merged = merge_scales(
+        [Detections(*(x[:25] for x in found)), Detections(*(x[25:] for x in found))], None
+    )
+    order = np.argsort(-expected[:, 4], kind="stable")
+    assert merged.joints is not None
+    np.testing.assert_array_equal(merged.joints[:, 0], owners[order])
+    np.testing.assert_allclose(merged.boxes, expected[order, :4], rtol=1e-5)
+    np.testing.assert_allclose(merged.scores, expected[order, 4], rtol=1e-4)

@@ -29,7 +29,7 @@ ENTRIES = {
 def _detector(**options: object) -> nn.Module:
     """The tiny CenterNet without poses."""
     cfg = tiny_config("CenterNet")
-    cfg.MODEL.CENTERNET.POSE.ENABLED = False
+    cfg.MODEL.KEYPOINT_ON = False
     for key, value in options.items():
         cfg.merge_from_list([f"MODEL.CENTERNET.{key.replace('__', '.')}", value])
     torch.manual_seed(0)
@@ -78,7 +78,7 @@ def test_dense_poses_train() -> None:
 @pytest.mark.parametrize("pose", [False, True])
 def test_several_scales_and_mirror(pose: bool) -> None:
     cfg = tiny_config("CenterNet")
-    cfg.MODEL.CENTERNET.POSE.ENABLED = pose
+    cfg.MODEL.KEYPOINT_ON = pose
     cfg.MODEL.CENTERNET.TEST.FLIP = True
     cfg.MODEL.CENTERNET.TEST.SCALES = [0.5, 1.0, 1.5]
     cfg.MODEL.CENTERNET.TEST.MAX_DETECTIONS = 12
@@ -143,6 +143,11 @@ def test_keypoints_are_in_detectron2s_convention() -> None:
     instances.gt_keypoints = Keypoints(points)
     targets = model.encode([{"instances": instances}], (64, 64))
     assert targets.joints is not None
+    # As published, the network learns coordinates of COCO, half a pixel less.
+    cell = torch.tensor([targets.index[0, 0] % 16, targets.index[0, 0] // 16])
+    torch.testing.assert_close(
+        targets.joints.position[0, 0].view(3, 2), (points[0, :, :2] - 0.5) / 4 - cell
+    )
     # Perfect maps, decoded; the image is as large as the canvas, so nothing moves.
     h, w = targets.heatmap.shape[-2:]
 
@@ -264,7 +269,7 @@ def test_missing_annotations_are_explained() -> None:
         model(wrong)
     wrong = copy.deepcopy(inputs)
     wrong[0]["instances"].gt_keypoints = Keypoints(torch.zeros(3, 5, 3))
-    with pytest.raises(ValueError, match="NUM_JOINTS"):
+    with pytest.raises(ValueError, match="NUM_KEYPOINTS"):
         model(wrong)
     del wrong[0]["instances"]
     with pytest.raises(KeyError, match="instances"):
