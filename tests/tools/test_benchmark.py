@@ -210,3 +210,13 @@ def test_keypoint_detectors_have_the_same_stages(
     (batch,) = json.loads(report_file.read_text())["batches"]
     assert set(batch["stages_ms"]) == {*tool._STAGES, "decode", "download"}
     assert batch["stages_ms"]["network"] > 0 and batch["images_per_second"] > 0
+
+
+def test_network_alone_keeps_nested_outputs(tool: ModuleType) -> None:
+    """CornerNet's network gives tuples of tuples; without them nothing would be left to compute."""
+    model = build_model(tiny_config("CenterNetTriplets")).eval()
+    alone = tool.network_only(model.inference_network)
+    with torch.no_grad():
+        outputs = alone(torch.zeros(1, 3, 63, 63))
+    # Heat map and offset of three kinds of points, embeddings of two.
+    assert sorted(x.shape[1] for x in outputs) == [1, 1, 2, 2, 2, 3, 3, 3]

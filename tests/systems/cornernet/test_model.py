@@ -367,8 +367,9 @@ def test_inference_in_low_precision_is_close() -> None:
     )
 
 
-def test_training_is_drawn() -> None:
-    cfg = tiny_config("CornerNet")
+@pytest.mark.parametrize("architecture", ["CornerNet", "CornerNetSaccade", "CenterNetTriplets"])
+def test_training_is_drawn(architecture: str) -> None:
+    cfg = tiny_config(architecture)
     cfg.VIS_PERIOD = 1
     model = build_model(cfg).train()
     with EventStorage() as storage:
