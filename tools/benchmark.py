@@ -194,8 +194,11 @@ def network_only(faster: InferenceNetwork) -> InferenceNetwork:
     """The same network in the same mode, without the choice of detections."""
 
     def tensors(raw: Any) -> tuple[Tensor, ...]:
+        if isinstance(raw, Tensor):
+            return (raw,)
         values = raw.values() if isinstance(raw, dict) else raw
-        return tuple(x for x in values if isinstance(x, Tensor))
+        nested = (tensors(x) for x in values if isinstance(x, (Tensor, dict, tuple, list)))
+        return tuple(x for part in nested for x in part)
 
     name = str(faster.dtype).removeprefix("torch.")
     return InferenceNetwork(

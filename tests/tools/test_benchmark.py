@@ -229,3 +229,13 @@ def test_models_that_look_into_boxes(tool: ModuleType, tmp_path: Path) -> None:
     assert found[2]["detections_per_image"] == 3
     # between a quarter and three quarters of the sides
     assert 0.06 < found[2]["mean_box_share"] < 0.57
+
+
+def test_network_alone_keeps_nested_outputs(tool: ModuleType) -> None:
+    """CornerNet's network gives tuples of tuples; without them nothing would be left to compute."""
+    model = build_model(tiny_config("CenterNetTriplets")).eval()
+    alone = tool.network_only(model.inference_network)
+    with torch.no_grad():
+        outputs = alone(torch.zeros(1, 3, 63, 63))
+    # Heat map and offset of three kinds of points, embeddings of two.
+    assert sorted(x.shape[1] for x in outputs) == [1, 1, 2, 2, 2, 3, 3, 3]

@@ -6,16 +6,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, BoxMode, Instances
 from fvcore.transforms.transform import TransformList
 from torch import Tensor
 
+from d2ext.config import get_cfg
 from d2ext.data import D2extDatasetMapper
-from d2ext.data.augmentations import DetectionInput, PixelMirrorTransform, RandomObjectCrop
+from d2ext.data.augmentations import (
+    ContentCropTransform,
+    DetectionInput,
+    PixelMirrorTransform,
+    RandomObjectCrop,
+)
 from d2ext.data.dataset_mapper import _visible_shares
 from d2ext.systems.cornernet.postprocess import COLUMNS, suppress
 from d2ext.systems.cornernet.saccade import (
@@ -360,15 +367,44 @@ def test_objects_that_are_neither_positive_nor_negative() -> None:
     ]
 
 
-def test_mapper_says_how_much_of_an_object_is_left() -> None:
-    crop = RandomObjectCrop(64).get_transform(np.zeros((60, 50, 3)), None, np.zeros(0, bool))
-    scale, window = crop.transforms
-    box = np.array([[-10.0, 10, 10, 30]])
-    shares = _visible_shares([{"bbox": box[0]}], crop)
-    # Half of the box lies left of the image; the last pixel's index is the limit.
-    assert float(shares[0]) == pytest.approx(0.5, abs=0.02)
-    assert window.reports_visible_shares and scale.factor > 0
-    assert D2extDatasetMapper is not None
+def test_mapper_says_how_much_of_an_object_is_left(tmp_path: Path) -> None:
+    """Objects wider than the crop are cut; without such a crop nothing is reported."""
+    cv2.imwrite(str(tmp_path / "image.png"), np.full((100, 300, 3), 90, np.uint8))
+    boxes = [[-20, 10, 40, 20], [200, 10, 50, 80], [250, 90, 5, 5]]
+    annotations = [
+        {"bbox": box, "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0, "iscrowd": 0}
+        for box in boxes
+    ]
+    sample = {"file_name": str(tmp_path / "image.png"), "annotations": annotations}
+    cfg = get_cfg()
+    cfg.INPUT.AUGMENTATION.NAME = "cornernet_saccade"
+    cfg.INPUT.AUGMENTATION.SIZE = 127
+    cfg.INPUT.AUGMENTATION.FLIP_PROB = 0.0
+    mapper = D2extDatasetMapper(cfg, is_train=True)
+    np.random.seed(0)
+    seen = []
+    for _ in range(20):
+        instances = mapper(sample)["instances"]
+        shares = instances.gt_visible_shares
+        assert len(shares) == len(instances) and ((shares > 0) & (shares <= 1)).all()
+        seen += shares.tolist()
+    assert min(seen) < 0.6 and max(seen) > 0.99
+    sample["annotations"] = []
+    assert len(mapper(sample)["instances"].gt_visible_shares) == 0
+    cfg.INPUT.AUGMENTATION.NAME = "cornernet"
+    sample["annotations"] = annotations
+    assert not D2extDatasetMapper(cfg, is_train=True)(sample)["instances"].has("gt_visible_shares")
+
+
+def test_visible_share_by_hand() -> None:
+    window = ContentCropTransform(100, 80, 50, 40, 61, 41)
+    # The window shows columns 20 to 79 and rows 20 to 59; the last pixel's index is the limit.
+    boxes = [[20, 20, 60, 59], [0, 20, 40, 40], [70, 50, 90, 70], [0, 0, 10, 10]]
+    shares = _visible_shares([{"bbox": box} for box in boxes], TransformList([window]))
+    assert shares.tolist() == pytest.approx([1, 0.5, 9 * 9 / 400, 0])
+    mirrored = TransformList([window, PixelMirrorTransform(61)])
+    again = _visible_shares([{"bbox": box} for box in boxes], mirrored)
+    assert again.tolist() == pytest.approx(shares.tolist())
 
 
 def test_object_crops_hold_their_object() -> None:
