@@ -16,6 +16,16 @@ import torch
 SLOW_WITHOUT = ("assemble_masks", "assemble_binary_masks", "corner_pool", "soft_nms")
 """Operators whose plain PyTorch implementation is several times slower than the compiled one."""
 
+_OPERATORS = (
+    "assemble_masks",
+    "assemble_binary_masks",
+    "corner_pool",
+    "corner_pool_pair",
+    "center_pool",
+    "soft_nms",
+)
+"""What a library compiled from this csrc/ holds."""
+
 
 @dataclass(frozen=True)
 class ExtensionInfo:
@@ -65,6 +75,9 @@ def _load(folder: Path) -> ExtensionInfo:
     mismatch = None
     if _release(built["torch"]) != _release(torch.__version__):
         mismatch = f"compiled against PyTorch {built['torch']}, but this is {torch.__version__}"
+    missing = [name for name in _OPERATORS if not hasattr(torch.ops.d2ext, name)]
+    if missing:
+        mismatch = f"compiled from an older csrc/, without {', '.join(missing)}"
     return ExtensionInfo(
         path=path,
         torch=built["torch"],

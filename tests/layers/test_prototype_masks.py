@@ -689,6 +689,14 @@ def test_a_library_for_another_pytorch_is_not_used(monkeypatch):
     assert not info.usable and "compiled against PyTorch" in info.error
 
 
+@needs_extension
+def test_a_library_of_an_older_version_is_not_used(monkeypatch):
+    folder = _extension.extension_info().path.parent
+    monkeypatch.setattr(_extension, "_OPERATORS", (*_extension._OPERATORS, "operator_of_tomorrow"))
+    info = _extension._load(folder)
+    assert not info.usable and "older csrc/, without operator_of_tomorrow" in info.error
+
+
 def test_importing_d2ext_layers_warns_of_nothing():
     code = "import warnings; warnings.simplefilter('error'); import d2ext.layers._extension"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -157,10 +157,22 @@ def test_operators(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixtu
     arguments = [
         *("operators", "--device", "cpu", "--dtype", "float32", "--detections", "2"),
         *("--sizes", "20x30", "--iters", "1", "--output", str(tmp_path / "o.json")),
+        *("--pool-batches", "2", "--pool-side", "8", "--pool-channels-last"),
     ]
     assert tool.main(arguments) == 0
     assert "floor" in capsys.readouterr().out
-    rows = json.loads((tmp_path / "o.json").read_text())["rows"]
+    report = json.loads((tmp_path / "o.json").read_text())
+    pooling, rows = report["pooling"], report["rows"]
+    # 7 poolings, forward and with backward, in two layouts
+    assert len(pooling) == 28 and {row["shape"] for row in pooling} == {"2x128x8x8"}
+    assert {row["layout"] for row in pooling} == {"contiguous", "channels_last"}
+    assert all(row["fused_ms"] > 0 and row["unfused_ms"] > 0 for row in pooling)
+    copy = report["rows"][0]["copy_gb_per_s"] * 1e9
+    one = next(row for row in pooling if row["passes"] == "forward" and row["operator"] == "top")
+    assert one["floor_ms"] == pytest.approx(2 * (2 * 128 * 64) * 4 / copy * 1e3)
+    arguments += ["--only", "masks"]
+    assert tool.main(arguments) == 0
+    assert "pooling" not in json.loads((tmp_path / "o.json").read_text())
     assert {row["size"] for row in rows if "binary" in row["operator"]} == {"20x30"}
     assert all(row["detections"] == 2 and row["fused_ms"] > 0 for row in rows)
 
@@ -198,3 +210,13 @@ def test_keypoint_detectors_have_the_same_stages(
     (batch,) = json.loads(report_file.read_text())["batches"]
     assert set(batch["stages_ms"]) == {*tool._STAGES, "decode", "download"}
     assert batch["stages_ms"]["network"] > 0 and batch["images_per_second"] > 0
+
+
+def test_network_alone_keeps_nested_outputs(tool: ModuleType) -> None:
+    """CornerNet's network gives tuples of tuples; without them nothing would be left to compute."""
+    model = build_model(tiny_config("CenterNetTriplets")).eval()
+    alone = tool.network_only(model.inference_network)
+    with torch.no_grad():
+        outputs = alone(torch.zeros(1, 3, 63, 63))
+    # Heat map and offset of three kinds of points, embeddings of two.
+    assert sorted(x.shape[1] for x in outputs) == [1, 1, 2, 2, 2, 3, 3, 3]

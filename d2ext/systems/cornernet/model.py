@@ -48,6 +48,16 @@ def _image_size(inputs: dict[str, Any]) -> tuple[int, int]:
     return height, width
 
 
+def _first_of(predictions: Any) -> Any:
+    """The first image's part of predictions, nested tuples of tensors."""
+    if isinstance(predictions, Tensor):
+        return predictions[:1]
+    if isinstance(predictions, tuple):
+        parts = [_first_of(part) for part in predictions]
+        return type(predictions)(*parts) if hasattr(predictions, "_fields") else tuple(parts)
+    return predictions
+
+
 @META_ARCH_REGISTRY.register()
 class CornerNet(nn.Module):
     """CornerNet on any hourglass; CornerNet-Squeeze is a config of it."""
@@ -461,10 +471,7 @@ class CornerNet(nn.Module):
         rows, columns = image.shape[-2:]
         place = rows // 2 - height // 2, columns // 2 - width // 2
         view = View(1.0, (height, width), (rows, columns), *place)
-        first = tuple(
-            PointMaps(*(None if x is None else x[:1] for x in maps)) for maps in predictions
-        )
-        found = tuple(x.float().cpu() for x in self._decode(first))
+        found = tuple(x.float().cpu() for x in self._decode(_first_of(predictions)))
         best = suppress(self._candidates([(found, view)]), self.suppression)[:20]
         detected = self._to_instances(best, (height, width), (height, width))
         picture = convert_image_to_rgb(

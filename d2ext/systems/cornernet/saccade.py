@@ -74,9 +74,8 @@ class Crop(NamedTuple):
     """y, x of the window's corner in the image."""
 
 
-def crop_around(y: int, x: int, scale: float, size: int, height: int, width: int) -> Crop:
-    """The window around a pixel that fills an input of ``size`` pixels at ``scale``."""
-    side = max(1, int(size / scale))
+def crop_around(y: int, x: int, side: int, size: int, height: int, width: int) -> Crop:
+    """The window of ``side`` pixels around a pixel of the image, which fills an input of ``size``."""
     half, middle = side // 2, size // 2
     factor = size / side
 
@@ -267,7 +266,7 @@ class CornerNetSaccade(CornerNet):
     def _first_locations(self, height: int, width: int) -> np.ndarray:
         """(B, 3): the whole image in each of the first sizes."""
         scales = [np.float32(size / max(height, width)) for size in self.options.first_sizes]
-        return np.array([[height // 2, width // 2, scale] for scale in scales], dtype=np.float64)
+        return np.array([[height // 2, width // 2, scale] for scale in scales], dtype=np.float32)
 
     def _cut(
         self, image: Tensor, locations: np.ndarray
@@ -276,8 +275,13 @@ class CornerNetSaccade(CornerNet):
         size = self.options.input_size
         views = torch.zeros((len(locations), 3, size, size), device=self.device)
         offsets = []
-        for view, (y, x, scale) in zip(views, locations[:, :3], strict=True):
-            crop = crop_around(int(y), int(x), float(scale), size, *image.shape[-2:])
+        # As published, in the precision of the locations (float32 of the first ones): a view of the
+        # whole image is as large as the image, not a pixel less.
+        sides = np.divide(size, locations[:, 2], dtype=locations.dtype).astype(np.int64)
+        for view, (y, x), side in zip(views, locations[:, :2], sides, strict=True):
+            crop = crop_around(
+                int(y), int(x), max(1, int(side)), size, image.shape[-2], image.shape[-1]
+            )
             offsets.append(crop.offset)
             rows, columns = crop.target
             shape = rows.stop - rows.start, columns.stop - columns.start

@@ -367,8 +367,9 @@ def test_inference_in_low_precision_is_close() -> None:
     )
 
 
-def test_training_is_drawn() -> None:
-    cfg = tiny_config("CornerNet")
+@pytest.mark.parametrize("architecture", ["CornerNet", "CornerNetSaccade", "CenterNetTriplets"])
+def test_training_is_drawn(architecture: str) -> None:
+    cfg = tiny_config(architecture)
     cfg.VIS_PERIOD = 1
     model = build_model(cfg).train()
     with EventStorage() as storage:
@@ -402,3 +403,14 @@ def test_heat_maps_lie_on_the_image(architecture: str, names: set[str]) -> None:
         cell = model.network(model.preprocess([inputs])[:1])[0].heat[0].sigmoid().amax(0)
         assert found["top_left"].max() == pytest.approx(float(cell.max()), abs=0.02)
         assert best[5] <= cell.max() and view.scale == 1.0
+
+
+@pytest.mark.parametrize("architecture", ["CornerNet", "CornerNetSaccade", "CenterNetTriplets"])
+def test_mixed_precision_trains(architecture: str) -> None:
+    torch.manual_seed(0)
+    model = build_model(tiny_config(architecture)).train().to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(random_inputs(2))
+    assert all(value.dtype == torch.float32 for value in losses.values())
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
