@@ -239,24 +239,28 @@ class UPSNet(nn.Module):
             )
             for x in batched_inputs
         ]
-        raw = self.inference_network.network(images.tensor)
-        return self.losses(images, raw, truth)
+        raw = self.inference_network.network(images)
+        return self.losses(raw, truth)
 
-    def preprocess(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
-        """Images as they come → normalised, padded with zeros at the bottom and right."""
+    def preprocess(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
+        """Images as they come → (N, 3, H, W), normalised, padded with zeros at the bottom and right."""
         images = [x["image"].to(self.device, non_blocking=True).float() for x in batched_inputs]
         images = [(x - self.pixel_mean) / self.pixel_std for x in images]
-        return ImageList.from_tensors(images, self.size_divisibility)
+        return ImageList.from_tensors(images, self.size_divisibility).tensor
 
     # Training
 
-    def losses(self, images: ImageList, raw: Raw, truth: list[T.Targets]) -> dict[str, Tensor]:
+    def losses(self, raw: Raw, truth: list[T.Targets]) -> dict[str, Tensor]:
         """All losses, weighted: ``loss_rpn_cls``, ``loss_rpn_loc``, ``loss_cls``, ``loss_box_reg``,
         ``loss_mask``, ``loss_sem_seg``, ``loss_sem_seg_roi``, ``loss_panoptic``."""
         rpn = self.proposal_generator
         anchors = rpn.anchor_generator([raw.features[name] for name in rpn.in_features])
         proposals, losses = rpn.propose(
-            images.image_sizes, anchors, raw.logits, raw.deltas, [x.rpn_instances for x in truth]
+            [x.instances.image_size for x in truth],
+            anchors,
+            raw.logits,
+            raw.deltas,
+            [x.rpn_instances for x in truth],
         )
         regions = [self.roi_heads.sample(*pair) for pair in zip(proposals, truth, strict=True)]
         losses.update(self.region_losses(raw.features, regions, truth))
@@ -363,19 +367,18 @@ class UPSNet(nn.Module):
 
     @torch.no_grad()
     def inference(
-        self, images: ImageList, batched_inputs: list[dict[str, Any]]
+        self, images: Tensor, batched_inputs: list[dict[str, Any]]
     ) -> list[dict[str, Any]]:
         """Predict on preprocessed images; see :meth:`forward`."""
+        sizes = [_size(x["image"]) for x in batched_inputs]
         if self.augmentation is None:
-            raw = self.predict(images.tensor)
-            detections, candidates = self.detect(images, raw)
+            raw = self.predict(images)
+            detections, candidates = self.detect(raw, sizes)
             scores = raw.semantic.score
         results = []
-        for i, (inputs, image_size) in enumerate(
-            zip(batched_inputs, images.image_sizes, strict=True)
-        ):
+        for i, (inputs, image_size) in enumerate(zip(batched_inputs, sizes, strict=True)):
             size = (inputs.get("height", image_size[0]), inputs.get("width", image_size[1]))
-            padded = (images.tensor.shape[-2], images.tensor.shape[-1])
+            padded = _size(images)
             if self.augmentation is None:
                 score, found, entering = scores[i], detections[i], candidates[i]
             else:
@@ -400,27 +403,28 @@ class UPSNet(nn.Module):
             SemanticPrediction(*semantic),
         )
 
-    def detect(self, images: ImageList, raw: Raw) -> tuple[list[Detections], list[Detections]]:
-        """Detections, and the panoptic head's candidates, of each image."""
-        regions = self.regions(images, raw)
+    def detect(
+        self, raw: Raw, sizes: Sequence[tuple[int, int]]
+    ) -> tuple[list[Detections], list[Detections]]:
+        """Detections, and the panoptic head's candidates, of each image of the given size."""
+        regions = self.regions(raw, sizes)
         chosen = list(zip(*(self.choose(*pair) for pair in regions), strict=True))
         lists = [*chosen[0], *chosen[1]]
         pairs = [Detections(*pair) for pair in zip(lists, self.masks(raw, lists), strict=True)]
         return pairs[: len(regions)], pairs[len(regions) :]
 
-    def regions(self, images: ImageList, raw: Raw) -> list[tuple[Tensor, Tensor]]:
+    def regions(self, raw: Raw, sizes: Sequence[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
         """What the box head says of each image's proposals: boxes (R, T, 4), probabilities (R, T)."""
         rpn, heads = self.proposal_generator, self.roi_heads
         anchors = rpn.anchor_generator([raw.features[name] for name in rpn.in_features])
-        proposals, _ = rpn.propose(images.image_sizes, anchors, raw.logits, raw.deltas, None)
+        proposals, _ = rpn.propose(sizes, anchors, raw.logits, raw.deltas, None)
         boxes = [x.proposal_boxes.tensor for x in proposals]
         with self._inference_precision():
             logits, deltas = heads.predict_boxes(raw.features, boxes)
         counts = [len(x) for x in boxes]
         probabilities = logits.softmax(dim=1)[:, :-1].split(counts)
         decoded = [
-            heads.decode(*parts)
-            for parts in zip(deltas.split(counts), boxes, images.image_sizes, strict=True)
+            heads.decode(*parts) for parts in zip(deltas.split(counts), boxes, sizes, strict=True)
         ]
         return list(zip(decoded, probabilities, strict=True))
 
@@ -465,6 +469,11 @@ class UPSNet(nn.Module):
             logits = self.roi_heads.predict_masks(raw.features, boxes, classes)
         parts = logits.split([len(chosen[k].classes) for k in order])
         return [parts[order.index(k)] for k in lists]
+
+
+def _size(image: Tensor) -> tuple[int, int]:
+    """Height and width of images (..., H, W)."""
+    return image.shape[-2], image.shape[-1]
 
 
 def _flat(raw: Raw) -> tuple[Tensor, ...]:

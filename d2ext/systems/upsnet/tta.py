@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from detectron2.structures import ImageList
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,14 +31,10 @@ if TYPE_CHECKING:
 class View(NamedTuple):
     """A view of an image, and what the network says of it."""
 
-    images: ImageList
+    size: tuple[int, int]
+    """(height, width) without padding."""
     raw: Raw
     flipped: bool
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) without padding."""
-        return self.images.image_sizes[0]
 
     def to_view(self, boxes: Tensor, frame: tuple[int, int]) -> Tensor:
         """Boxes (..., 4), end behind, of an image of size ``frame`` → this view's."""
@@ -109,7 +104,7 @@ class TestTimeAugmentation:
         score = torch.stack([view.score(padded, frame, stride) for view in views]).mean(dim=0)
         boxes, probabilities = [], []
         for view in views:
-            decoded, own = model.regions(view.images, view.raw)[0]
+            decoded, own = model.regions(view.raw, [view.size])[0]
             boxes.append(view.from_view(decoded, frame))
             probabilities.append(own)
         found, entering = model.choose(torch.cat(boxes), torch.cat(probabilities))
@@ -134,8 +129,8 @@ class TestTimeAugmentation:
                 )[0]
             for flipped in (False, True) if self.flip else (False,):
                 own = scaled.flip(-1) if flipped else scaled
-                images = model.preprocess([{"image": own}])
-                views.append(View(images, model.predict(images.tensor), flipped))
+                raw = model.predict(model.preprocess([{"image": own}]))
+                views.append(View(size, raw, flipped))
         return views
 
 

@@ -248,10 +248,10 @@ class InferenceCase:
         ]
         with torch.no_grad():
             self.images = self.model.preprocess(self.inputs)
-            self.raw = self.model.predict(self.images.tensor)
-            self.detections, self.candidates = self.model.detect(self.images, self.raw)
+            self.raw = self.model.predict(self.images)
+            self.detections, self.candidates = self.model.detect(self.raw, [(height, width)])
             self.score = self.raw.semantic.score[0]
-            padded = (self.images.tensor.shape[-2], self.images.tensor.shape[-1])
+            padded = (self.images.shape[-2], self.images.shape[-1])
             self.prediction = self.model.outputs.unify(self.score, self.candidates[0], padded)
 
 
@@ -263,7 +263,7 @@ def inference() -> Iterator[InferenceCase]:
 def test_dense_outputs(inference: InferenceCase) -> None:
     model, raw = inference.model, inference.raw
     with torch.no_grad():
-        x = inference.images.tensor
+        x = inference.images
         stages = model.backbone.bottom_up(x)
         features = [raw.features[n] for n in model.proposal_generator.in_features]
         logits, deltas = model.proposal_generator.rpn_head(features)
@@ -288,9 +288,7 @@ def test_proposals(inference: InferenceCase) -> None:
     rpn, raw = inference.model.proposal_generator, inference.raw
     anchors = rpn.anchor_generator([raw.features[name] for name in rpn.in_features])
     with torch.no_grad():
-        proposals, _ = rpn.propose(
-            inference.images.image_sizes, anchors, raw.logits, raw.deltas, None
-        )
+        proposals, _ = rpn.propose([(250, 310)], anchors, raw.logits, raw.deltas, None)
     ours = inclusive(proposals[0].proposal_boxes.tensor)
     np.testing.assert_allclose(ours, inference.expected["rois"][:, 1:], atol=0.05)
 
@@ -428,7 +426,7 @@ class TrainingCase:
             self.batch[0], num_stuff=53, with_things=True, device=torch.device("cpu")
         )
         self.images = self.model.preprocess(self.batch)
-        self.raw = self.model.inference_network.network(self.images.tensor)
+        self.raw = self.model.inference_network.network(self.images)
 
 
 @pytest.fixture(scope="module")
@@ -438,8 +436,8 @@ def training() -> Iterator[TrainingCase]:
 
 def test_training_targets(training: TrainingCase) -> None:
     expected, truth = training.expected, training.truth
-    check(training.fixture, {"input.data": training.images.tensor})
-    padded = training.images.tensor.shape[-2:]
+    check(training.fixture, {"input.data": training.images})
+    padded = training.images.shape[-2:]
     labels = F.pad(truth.semantic, (0, padded[1] - truth.semantic.shape[1]), value=T.IGNORE)
     np.testing.assert_array_equal(labels, expected["target.semantic"][0])
     quarter = T.quarter(truth.semantic, padded)
@@ -543,7 +541,7 @@ def test_losses_and_gradients(training: TrainingCase, monkeypatch: pytest.Monkey
     monkeypatch.setattr(heads, "sample", lambda *_: regions)
     monkeypatch.setattr(model, "draw_kept", lambda _: kept)
     model.zero_grad()
-    losses = model.losses(training.images, training.raw, [training.truth])
+    losses = model.losses(training.raw, [training.truth])
 
     names = training.fixture.manifest["inputs"]["losses"]
     published = dict(zip(names, expected["losses"].tolist(), strict=True))
