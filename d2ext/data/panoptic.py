@@ -309,7 +309,7 @@ def read_panoptic_json(json_file: str) -> dict[str, Any]:
         DatasetError: no such file, not JSON, or not in the panoptic form
     """
     try:
-        with PathManager.open(json_file, "r", encoding="utf-8") as f:
+        with PathManager.open(json_file, "rb") as f:
             content = json.load(f)
     except FileNotFoundError as e:
         raise DatasetError(f"Panoptic file '{json_file}' does not exist.") from e

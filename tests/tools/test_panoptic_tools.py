@@ -105,7 +105,7 @@ def test_comparison(prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture) 
     compare = load_tool("compare_panoptic")
     for split, count in (("train", 6), ("val", 3)):
         register_shapes(ShapesSet(split, count, 64, 64), prefix)
-    arguments = ["--output", str(tmp_path), "--opts", *QUICK]
+    arguments = ["--output", str(tmp_path), "--opts", *QUICK, "TEST.ANALYZE", "True"]
     for key, split in (("TRAIN", "train"), ("TEST", "val")):
         arguments += [f"DATASETS.{key}", f"('{prefix}_{split}_panoptic',)"]
     assert compare.main(arguments) == 0
