@@ -258,6 +258,47 @@ class LandmarkNet(nn.Module):
         chunks = iter(images.split(self.max_crops)) if len(images) else iter(())
         return self._predict(chunks, self.find_regions(batched_inputs), batched_inputs)
 
+    @torch.no_grad()
+    def heatmaps(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+        """What the network sees, for pictures (see :mod:`d2ext.utils.heatmaps`).
+
+        Args:
+            batched_inputs: see :meth:`forward`.
+
+        Returns:
+            for each image ``joints`` (height, width) of the output in 0..1: the maximum over landmarks
+            and boxes, without a flip test. Nothing with heads that learn no maps.
+        """
+        regions = self.find_regions(batched_inputs)
+        if not isinstance(self.head, MapHead):
+            return [{} for _ in batched_inputs]
+        images = self.crop(batched_inputs, regions, 0, sum(regions.counts))
+        parts = [
+            self.head.strength(self.head(self.backbone(x))).amax(dim=1, keepdim=True)
+            for x in images.split(self.max_crops)
+            if len(x)
+        ]
+        width, height = self.head.codec.map_size
+        cells_to_crop = torch.tensor([self.input_size[1] / width, self.input_size[0] / height, 1])
+        to_cells = invert_affine(regions.matrices * cells_to_crop)
+        maps = torch.cat(parts) if parts else images.new_zeros(0, 1, height, width)
+        results = []
+        first = 0
+        for inputs, count in zip(batched_inputs, regions.counts, strict=True):
+            size = inputs["image"].shape[-2:]
+            output = (inputs.get("height") or size[0], inputs.get("width") or size[1])
+            seen = torch.zeros(output, device=self.device)
+            shrink = torch.tensor([size[1] / output[1], size[0] / output[0], 1])
+            for i in range(first, first + count):  # one by one: each is as large as the image
+                if regions.valid[i]:
+                    matrix = (to_cells[i] * shrink).to(self.device)
+                    seen = torch.maximum(
+                        seen, affine_crops(maps[i][None], matrix[None, None], output)[0, 0, 0]
+                    )
+            results.append({"joints": seen})
+            first += count
+        return results
+
     def _decode(self, raw: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Raw predictions → points (N, K, 2) in the crop, scores (N, K) and, if wanted, the maps."""
         if self.partners is None:

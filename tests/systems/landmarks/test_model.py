@@ -414,6 +414,29 @@ def test_parts_that_benchmarks_time(image: Tensor) -> None:
         net.inference(net.preprocess(inputs)[:1], inputs)
 
 
+@pytest.mark.parametrize("head", ["HeatmapHead", "IntegralHead"])
+def test_heatmaps_lie_where_the_landmarks_are(image: Tensor, head: str) -> None:
+    net = model(head, **{"MODEL.LANDMARKS.DECODER": "argmax"})
+    box = [[10.0, 12.0, 50.0, 33.0]]
+
+    def one_bright_cell(raw: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        maps = torch.full_like(raw[-1], -20.0 if head == "IntegralHead" else 0.0)
+        maps[:, :, 5, 7] = 20.0 if head == "IntegralHead" else 1.0
+        return (maps,)
+
+    hook = net.head.register_forward_hook(lambda module, inputs, output: one_bright_cell(output))
+    for size in ({}, {"height": 120, "width": 240}):
+        inputs = [{**with_boxes(image, box), **size}, with_boxes(image, [])]
+        maps = [x["joints"] for x in net.heatmaps(inputs)]
+        found = net(inputs)[0]["instances"].pred_keypoints[0, 1, :2]
+        assert maps[0].shape == (size.get("height", 60), size.get("width", 80))
+        assert maps[0].max() <= 1 and maps[1].eq(0).all()
+        bright = (maps[0] > 0.9 * maps[0].max()).nonzero().float() + 0.5
+        assert (bright.mean(dim=0).flip(0) - found).abs().max() < 1.5
+    hook.remove()
+    assert model("SimCCHead").heatmaps([{"image": image}]) == [{}]
+
+
 # Mistakes
 
 
