@@ -234,16 +234,19 @@ class LandmarkNet(nn.Module):
         places = regions.padded if truncated else regions.matrices
         places = places[start:stop].to(self.device, non_blocking=True)
         function = truncated_crops if truncated else affine_crops
-        images = [x["image"] for x in batched_inputs]
-        parts = []
-        first = 0
-        for image, count in zip(images, counts_between(regions.counts, start, stop), strict=True):
-            if count:
-                image = image.to(self.device, non_blocking=True)
-                mine = places[first : first + count]
-                parts.append(function(image[None], mine[None], self.input_size)[0])
-                first += count
-        crops = torch.cat(parts) if parts else places.new_zeros(0, 3, *self.input_size).float()
+        counts = counts_between(regions.counts, start, stop)
+        used = [(x["image"], n) for x, n in zip(batched_inputs, counts, strict=True) if n]
+        if not used:
+            return torch.zeros((0, 3, *self.input_size), device=self.device)
+        images = [image.to(self.device, non_blocking=True) for image, _ in used]
+        if len({(image.shape, image.dtype, n) for image, n in used}) == 1:
+            # Images alike are sampled in one call; launching one for each takes longer.
+            alike = places.view(len(used), -1, *places.shape[1:])
+            crops = function(torch.stack(images), alike, self.input_size).flatten(0, 1)
+        else:
+            own = places.split([n for _, n in used])
+            parts = zip(images, own, strict=True)
+            crops = torch.cat([function(x[None], p[None], self.input_size)[0] for x, p in parts])
         return (crops - self.pixel_mean) / self.pixel_std
 
     def preprocess(self, batched_inputs: list[dict[str, Any]]) -> Tensor:

@@ -79,6 +79,21 @@ def test_crops_are_warps_of_the_padded_box(image: Tensor) -> None:
         assert np.abs(crop.permute(1, 2, 0).numpy() - expected).max() < 0.1
 
 
+def test_images_alike_are_cropped_together_to_the_same() -> None:
+    net = model()
+    images = [x["image"] for x in random_inputs(3)]
+    boxes = [[[10.0, 12.0, 50.0, 33.0], [5.0, 5.0, 30.0, 30.0 + i]] for i in range(3)]
+    inputs = [with_boxes(x, b) for x, b in zip(images, boxes, strict=True)]
+    alone = torch.cat([net.preprocess([x]) for x in inputs])
+    torch.testing.assert_close(net.preprocess(inputs), alone)
+    # different images, counts and sizes take the other way
+    nobody, small = with_boxes(images[0], []), with_boxes(images[1][:, :40], boxes[1])
+    mixed = [inputs[0], nobody, small, {"image": images[2]}]
+    expected = torch.cat([net.preprocess([x]) for x in mixed])
+    torch.testing.assert_close(net.preprocess(mixed), expected)
+    assert len(expected) == 5
+
+
 def test_training_crops_carry_their_landmarks(image: Tensor) -> None:
     """A bright dot at a landmark is at the landmark's place in the crop."""
     net = model()
