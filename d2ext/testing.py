@@ -157,7 +157,7 @@ def _tiny_landmarks(cfg: CfgNode) -> None:
     cfg.MODEL.KEYPOINT_ON = True
     cfg.MODEL.PIXEL_MEAN = [0.0, 0.0, 0.0]
     cfg.MODEL.PIXEL_STD = [255.0, 255.0, 255.0]
-    cfg.MODEL.BACKBONE.NAME = "StackedHourglass"
+    cfg.MODEL.BACKBONE.NAME = "NewellHourglass"
     cfg.MODEL.STACKED_HOURGLASS.CHANNELS = 16
     cfg.MODEL.STACKED_HOURGLASS.STEM_CHANNELS = [8, 16, 16]
     cfg.MODEL.STACKED_HOURGLASS.DEPTH = 2

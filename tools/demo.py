@@ -259,7 +259,7 @@ def predict(
         found = None if boxes is None else boxes(image_ids, images)
         outputs = predictor(images) if found is None else predictor(images, found)
         if options.heatmaps and images:
-            maps = predictor.model.heatmaps(predictor.upload(images))
+            maps = predictor.model.heatmaps(predictor.upload(images, found))
             outputs = [o | {"heatmaps": m} for o, m in zip(outputs, maps, strict=True)]
     except torch.cuda.OutOfMemoryError:
         if len(images) == 1:

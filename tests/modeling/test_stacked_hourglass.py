@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from d2ext.modeling.inference import fold_norms
-from d2ext.modeling.stacked_hourglass import StackedHourglass
+from d2ext.modeling.stacked_hourglass import NewellHourglass
 
 
-def small(**kwargs: object) -> StackedHourglass:
+def small(**kwargs: object) -> NewellHourglass:
     torch.manual_seed(0)
     options = {
         "num_stacks": 3,
@@ -18,7 +18,7 @@ def small(**kwargs: object) -> StackedHourglass:
         "stem_channels": (4, 6, 8),
         "depth": 2,
     }
-    return StackedHourglass(**{**options, **kwargs})  # type: ignore[arg-type]
+    return NewellHourglass(**{**options, **kwargs})  # type: ignore[arg-type]
 
 
 def test_outputs_are_those_announced() -> None:
