@@ -1,7 +1,7 @@
 """Pictures of landmark predictions beside the ground truth, in one file.
 
-docs/images/landmarks.jpg shows models that learned a few images by heart, on these same images. It was
-made by::
+docs/images/landmarks.png shows models that learned a few images by heart, on these same images, whose
+photos it leaves out (--points-only): most may not be redistributed. It was made by::
 
     D=../shared/data/landmarks
     for SET in mpii coco 300w wflw; do
@@ -11,7 +11,7 @@ made by::
             --val-json $D/$SET/${SET}_keypoints.json --val-images $D/$SET/images \\
             OUTPUT_DIR output/landmarks_$SET
     done
-    python scripts/landmark_gallery.py docs/images/landmarks.jpg --data $D \\
+    python scripts/landmark_gallery.py docs/images/landmarks.png --points-only --data $D \\
         --model mpii output/landmarks_mpii --model coco output/landmarks_coco \\
         --model 300w output/landmarks_300w --model wflw output/landmarks_wflw
 
@@ -82,8 +82,14 @@ def draw_landmarks(
     return np.asarray(visualizer.output.get_image())
 
 
-def draw_model(cfg: CfgNode, name: str, title: str, count: int) -> list[np.ndarray]:
-    """Pairs of pictures, truth and prediction, of up to ``count`` instances of a data set."""
+def draw_model(
+    cfg: CfgNode, name: str, title: str, count: int, points_only: bool = False
+) -> list[np.ndarray]:
+    """Pairs of pictures, truth and prediction, of up to ``count`` instances of a data set.
+
+    Args:
+        points_only: on plain grey in place of the image.
+    """
     gallery = load_gallery()
     predictor = BatchPredictor(cfg)
     mapper = TopDownTestMapper(cfg)
@@ -98,6 +104,8 @@ def draw_model(cfg: CfgNode, name: str, title: str, count: int) -> list[np.ndarr
         evaluator.process([one_input], [output])
         found = output["instances"].pred_keypoints.cpu().double().numpy()
         image = read_image(record["file_name"], "RGB")
+        if points_only:
+            image = np.full_like(image, 225)
         for annotation, points in zip(usable_annotations(record), found, strict=True):
             box = pad_box(np.array(annotation["bbox"]), (SIDE, SIDE), MARGIN)
             transform = crop_transform(box, (SIDE, SIDE))
@@ -130,6 +138,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="kind of landmarks, and the folder of a training with them; may be repeated",
     )
     parser.add_argument("--count", type=int, default=2, help="instances of each model (2)")
+    parser.add_argument(
+        "--points-only", action="store_true", help="without the photos, which have their own terms"
+    )
     parser.add_argument("--width", type=int, default=1500, help="of the picture, pixels")
     parser.add_argument(
         "--device", default="", help="default: that of the training, if it is there"
@@ -153,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
                 name, kind, str(root / f"{kind}_keypoints.json"), str(root / "images")
             )
             cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (name,)
-            pictures += draw_model(cfg, name, kind, args.count)
+            pictures += draw_model(cfg, name, kind, args.count, args.points_only)
     except (DataError, FileNotFoundError, ValueError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -72,6 +72,12 @@ def test_gallery(script, data, tmp_path, capsys):
     assert "custom: 2 instances, PCK@0.1" in capsys.readouterr().out
     # Landmarks are coloured on a grey image.
     assert (np.ptp(picture.astype(int), axis=2) > 60).sum() > 50
+    # The photo is of grey level 128; without it the background is lighter, and the landmarks stay.
+    assert (picture == 128).all(axis=2).mean() > 0.2
+    assert script.main([*arguments, "--points-only", "--device", "cpu"]) == 0
+    picture = cv2.imread(str(output))
+    assert (picture == 128).all(axis=2).mean() < 0.01
+    assert (np.ptp(picture.astype(int), axis=2) > 60).sum() > 50
     assert script.main([str(output), "--data", str(tmp_path), "--model", "coco", str(folder)]) == 2
 
 
