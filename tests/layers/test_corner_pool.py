@@ -56,6 +56,7 @@ SHAPES = [
     (1, 1, 24, 300),
     (1, 1, 9, 1100),
     (1, 1, 1100, 9),
+    (1, 1, 1100, 8),
 ]
 
 
@@ -480,7 +481,14 @@ def test_without_the_extension_the_reference_runs_and_warns(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "shape",
-    [(2, 5, 128, 128), (1, 3, 64, 64), (300, 1, 128, 192), (1, 2, 513, 255), (3, 90, 160, 96)],
+    [
+        (2, 5, 128, 128),
+        (1, 3, 64, 64),
+        (260, 1, 128, 128),
+        (300, 1, 128, 192),
+        (1, 2, 513, 255),
+        (3, 90, 160, 96),
+    ],
 )
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_gpu_equals_cpu(name, dtype, shape, memory_format):
