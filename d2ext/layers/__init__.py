@@ -11,6 +11,12 @@ from d2ext.layers.corner_pool import (
     corner_pool_pair_reference,
     corner_pool_reference,
 )
+from d2ext.layers.panoptic_fusion import (
+    fuse_panoptic,
+    fuse_panoptic_reference,
+    prune_masks,
+    prune_masks_reference,
+)
 from d2ext.layers.prototype_masks import (
     assemble_binary_masks,
     assemble_binary_masks_reference,
@@ -34,8 +40,12 @@ __all__ = [
     "corner_pool_pair_reference",
     "corner_pool_reference",
     "extension_info",
+    "fuse_panoptic",
+    "fuse_panoptic_reference",
     "has_cuda_extension",
     "has_extension",
+    "prune_masks",
+    "prune_masks_reference",
     "soft_nms",
     "soft_nms_merge",
     "soft_nms_rows",

@@ -147,9 +147,11 @@ class Outputs:
     ) -> Tensor:
         """(S + T, h, w) score of the padded image → ``sem_seg`` logits at the size of the output."""
         factors = (STRIDE * size[0] / image_size[0], STRIDE * size[1] / image_size[1])
-        logits = F.interpolate(
-            score[None].float(), scale_factor=factors, mode="bilinear", align_corners=False
-        )[0, :, : size[0], : size[1]]
+        # A cell more at either end, so that rounding of the factors leaves no line out; the
+        # interpolation repeats the border there as well.
+        cells = F.pad(score[None].float(), (0, 1, 0, 1), mode="replicate")
+        logits = F.interpolate(cells, scale_factor=factors, mode="bilinear", align_corners=False)
+        logits = logits[0, :, : size[0], : size[1]]
         if self.category_ids == "joint":
             return logits
         things = logits[self.num_stuff :].amax(dim=0, keepdim=True)

@@ -267,6 +267,19 @@ def test_nearest_crops_the_padding() -> None:
     assert nearest(maps, (4, 6), (2, 3)).tolist() == [[0, 2, 4], [16, 18, 20]]
 
 
+def test_semantic_logits_at_any_size(model: UPSNet) -> None:
+    score = torch.randn(NUM_STUFF + NUM_CLASSES, 10, 15)
+    for image_size in ((40, 60), (33, 60), (40, 59)):
+        for height in range(1, 90, 4):
+            size = (height, height * 3 // 2 + 1)
+            assert model.outputs.semantic_map(score, image_size, size).shape[1:] == size
+    # At the network's own size, the logits are those of the network.
+    own = model.outputs.semantic_map(score, (37, 58), (37, 58))
+    full = torch.nn.functional.interpolate(score[None], scale_factor=4, mode="bilinear")[0]
+    torch.testing.assert_close(own[1:], full[:NUM_STUFF, :37, :58])
+    torch.testing.assert_close(own[0], full[NUM_STUFF:, :37, :58].amax(dim=0))
+
+
 # ---------------------------------------------------------------- test-time augmentation
 
 
