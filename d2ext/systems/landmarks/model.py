@@ -467,7 +467,10 @@ class LandmarkNet(nn.Module):
             )
         keypoints = self._keypoints(instances)
         boxes = instances.gt_boxes.tensor.detach().double().cpu()
-        keep = boxes.isfinite().all(dim=1) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        usable = boxes.isfinite().all(dim=1) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        keep = usable.nonzero()[:, 0]
+        if len(keep) > self.max_trained:  # no more crops than could be chosen
+            keep = keep[torch.randperm(len(keep))[: self.max_trained]]
         boxes, keypoints = boxes[keep], keypoints[keep.to(keypoints.device)]
         padded = pad_boxes(boxes, self.input_size, self.padding)
         matrices = crop_to_image(padded, self.input_size).to(self.device)

@@ -133,6 +133,10 @@ def test_no_more_than_the_wanted_instances_are_trained_on() -> None:
     net = model(**{"MODEL.LANDMARKS.CROP.MAX_TRAINED": 4})
     assert len(net.training_crops(random_inputs(3))[0]) == 4
     assert len(net.training_crops(random_inputs(1))[0]) == 3
+    crowd = random_inputs(1)[0]
+    crowd["instances"] = Instances.cat([crowd["instances"]] * 100)
+    crops, keypoints = net._own_crops(crowd)
+    assert len(crops) == len(keypoints) == 4
 
 
 # Boxes in, instances out
