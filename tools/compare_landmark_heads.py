@@ -434,7 +434,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--heads", nargs="+", choices=list(HEADS), default=list(HEADS))
-    parser.add_argument("--iterations", type=int, default=600, help="of each head (600)")
+    parser.add_argument("--iterations", type=int, default=800, help="of each head (800)")
     parser.add_argument("--evaluations", type=int, default=8, help="points of a curve (8)")
     parser.add_argument("--images", type=int, default=200, help="validation images (200)")
     parser.add_argument("--seed", type=int, default=1)
@@ -452,6 +452,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     setup_logger(name="d2ext")
+    # The table of each evaluation would hide what happens.
+    logging.getLogger("d2ext.evaluation.landmarks").setLevel(logging.WARNING)
     if min(args.iterations, args.evaluations, args.images, args.threads) < 1:
         logger.error("--iterations, --evaluations, --images and --threads must be at least 1.")
         return 2
