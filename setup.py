@@ -34,7 +34,7 @@ CHOICES = ("auto", "0", "cpu", "cuda")
 # as well, and its PTX, which the driver of a later GPU compiles at load. An older GPU (Turing) needs
 # TORCH_CUDA_ARCH_LIST.
 DEFAULT_CUDA_ARCHS = "8.0+PTX"
-SLOW_OPERATORS = "assemble_masks, assemble_binary_masks"
+SLOW_OPERATORS = "assemble_masks, assemble_binary_masks, corner_pool, soft_nms"
 
 
 def say(message: str) -> None:
@@ -193,7 +193,7 @@ def extension_arguments() -> dict[str, object]:
         define_macros=macros,
         include_dirs=includes,
         extra_compile_args=compile_args,
-        depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("**/*.h")],
+        depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("**/*.*h")],
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 

@@ -36,6 +36,20 @@ TORCH_LIBRARY(d2ext, m) {
       "assemble_binary_masks(Tensor prototypes, Tensor coefficients, Tensor boxes, "
       "Tensor? batch_index, SymInt height, SymInt width, float threshold, bool crop_after, "
       "float padding) -> Tensor");
+  // axis: 2 (H) or 3 (W); reverse: the scan begins at the axis' end.
+  m.def("corner_pool(Tensor x, int axis, bool reverse) -> Tensor");
+  m.def("corner_pool_backward(Tensor grad, Tensor x, int axis, bool reverse) -> Tensor");
+  m.def("corner_pool_pair(Tensor vertical, Tensor horizontal, bool reverse) -> Tensor");
+  m.def(
+      "corner_pool_pair_backward(Tensor grad, Tensor vertical, Tensor horizontal, bool reverse) "
+      "-> (Tensor, Tensor)");
+  m.def("center_pool(Tensor vertical, Tensor horizontal) -> Tensor");
+  m.def(
+      "center_pool_backward(Tensor grad, Tensor vertical, Tensor horizontal) -> (Tensor, Tensor)");
+  m.def(
+      "soft_nms(Tensor boxes, Tensor scores, Tensor? corner_scores, Tensor sizes, int method, "
+      "float sigma, float iou_threshold, float score_threshold, float weight_exp) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 }  // namespace d2ext

@@ -6,8 +6,13 @@ from detectron2.config import get_cfg as get_detectron2_cfg
 
 from d2ext.data.config import add_data_config
 from d2ext.engine.config import add_engine_config
+from d2ext.modeling.hourglass import add_hourglass_config
 from d2ext.modeling.inference import add_inference_config
+from d2ext.systems.centernet.config import add_centernet_config
+from d2ext.systems.centernet_triplets.config import add_centernet_triplets_config
+from d2ext.systems.cornernet.config import add_cornernet_config
 from d2ext.systems.landmarks.config import add_landmarks_config
+from d2ext.systems.upsnet.config import add_upsnet_config
 from d2ext.systems.yolact.config import add_yolact_config
 
 
@@ -16,8 +21,13 @@ def add_d2ext_config(cfg: CfgNode) -> None:
     add_data_config(cfg)
     add_engine_config(cfg)
     add_inference_config(cfg)
-    add_landmarks_config(cfg)
+    add_hourglass_config(cfg)
+    add_centernet_config(cfg)
     add_yolact_config(cfg)
+    add_cornernet_config(cfg)
+    add_centernet_triplets_config(cfg)
+    add_upsnet_config(cfg)
+    add_landmarks_config(cfg)
 
 
 def get_cfg() -> CfgNode:

@@ -56,12 +56,108 @@ def _tiny_yolact(cfg: CfgNode) -> None:
     cfg.INPUT.MIN_SIZE_TEST = 0
 
 
+def _tiny_hourglass(cfg: CfgNode) -> None:
+    cfg.MODEL.BACKBONE.NAME = "build_stacked_hourglass_backbone"
+    cfg.MODEL.HOURGLASS.CHANNELS = [16, 16, 24]
+    cfg.MODEL.HOURGLASS.BLOCKS = [1, 1, 1]
+    cfg.MODEL.HOURGLASS.STEM_CHANNELS = 16
+    cfg.MODEL.HOURGLASS.OUT_CHANNELS = 16
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.INPUT.MIN_SIZE_TEST = 0
+
+
+def _tiny_cornernet(cfg: CfgNode) -> None:
+    cfg.MODEL.META_ARCHITECTURE = "CornerNet"
+    _tiny_hourglass(cfg)
+    cfg.MODEL.CORNERNET.NUM_CLASSES = NUM_CLASSES
+    cfg.MODEL.CORNERNET.POOL_CHANNELS = 8
+    cfg.MODEL.CORNERNET.HEAD_CHANNELS = 16
+    cfg.MODEL.CORNERNET.TEST.TOP_K = 20
+
+
+def _tiny_centernet_triplets(cfg: CfgNode) -> None:
+    cfg.MODEL.META_ARCHITECTURE = "CenterNetTriplets"
+    _tiny_hourglass(cfg)
+    cfg.MODEL.CENTERNET_TRIPLETS.NUM_CLASSES = NUM_CLASSES
+    cfg.MODEL.CENTERNET_TRIPLETS.POOL_CHANNELS = 8
+    cfg.MODEL.CENTERNET_TRIPLETS.HEAD_CHANNELS = 16
+
+
+def _tiny_centernet(cfg: CfgNode) -> None:
+    cfg.MODEL.META_ARCHITECTURE = "CenterNet"
+    cfg.MODEL.KEYPOINT_ON = True
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_deconv_backbone"
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    cfg.MODEL.RESNETS.DEPTH = 18
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    cfg.MODEL.RESNETS.NORM = "BN"
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res5"]
+    cfg.MODEL.DECONV.CHANNELS = [32, 32, 16]
+    cfg.MODEL.CENTERNET.NUM_CLASSES = NUM_CLASSES
+    cfg.MODEL.CENTERNET.HEAD_CHANNELS = 16
+    cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = NUM_KEYPOINTS
+    cfg.MODEL.CENTERNET.POSE.FLIP_PAIRS = [list(pair) for pair in KEYPOINT_FLIP_PAIRS]
+    cfg.MODEL.CENTERNET.TEST.TOP_K = 10
+    cfg.MODEL.CENTERNET.TEST.CLIP_BOXES = True
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.INPUT.MIN_SIZE_TEST = 0
+
+
+def _tiny_upsnet(cfg: CfgNode) -> None:
+    cfg.MODEL.META_ARCHITECTURE = "UPSNet"
+    cfg.MODEL.MASK_ON = True
+    cfg.MODEL.PIXEL_STD = [58.0, 58.0, 58.0]
+    cfg.MODEL.BACKBONE.NAME = "build_upsnet_fpn_backbone"
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    cfg.MODEL.RESNETS.DEPTH = 18
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    cfg.MODEL.RESNETS.NORM = "BN"
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4"]
+    cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4"]
+    cfg.MODEL.FPN.OUT_CHANNELS = 16
+    cfg.MODEL.ANCHOR_GENERATOR.NAME = "DetectronAnchorGenerator"
+    cfg.MODEL.ANCHOR_GENERATOR.OFFSET = 0.0
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16], [32], [64], [128]]
+    cfg.MODEL.PROPOSAL_GENERATOR.NAME = "UPSNetRPN"
+    cfg.MODEL.RPN.IN_FEATURES = ["p2", "p3", "p4", "p5"]
+    cfg.MODEL.RPN.CONV_DIMS = [16]
+    cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE = 32
+    cfg.MODEL.RPN.PRE_NMS_TOPK_TRAIN = cfg.MODEL.RPN.PRE_NMS_TOPK_TEST = 50
+    cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 30
+    cfg.MODEL.ROI_HEADS.NAME = "UPSNetROIHeads"
+    cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p2", "p3", "p4"]
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = NUM_CLASSES
+    cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 16
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
+    cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 1
+    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 32
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE = "ROIAlign"
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 7
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO = 2
+    cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
+    cfg.MODEL.ROI_MASK_HEAD.NUM_CONV = 1
+    cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 16
+    cfg.MODEL.ROI_MASK_HEAD.POOLER_TYPE = "ROIAlign"
+    cfg.MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO = 2
+    cfg.MODEL.SEM_SEG_HEAD.NAME = "UPSNetSemanticHead"
+    cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = ["p2", "p3", "p4"]
+    cfg.MODEL.UPSNET.NUM_STUFF = NUM_STUFF
+    cfg.MODEL.UPSNET.SEMANTIC_HEAD.CHANNELS = [16, 16]
+    cfg.MODEL.UPSNET.TEST.SCORE_THRESH = 0.2
+    cfg.MODEL.UPSNET.TEST.STUFF_AREA_LIMIT = 0
+    cfg.TEST.DETECTIONS_PER_IMAGE = 10
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.INPUT.MASK_FORMAT = "bitmask"
+    cfg.INPUT.MIN_SIZE_TEST = 0
+
+
 def _tiny_landmarks(cfg: CfgNode) -> None:
     cfg.MODEL.META_ARCHITECTURE = "LandmarkNet"
     cfg.MODEL.KEYPOINT_ON = True
     cfg.MODEL.PIXEL_MEAN = [0.0, 0.0, 0.0]
     cfg.MODEL.PIXEL_STD = [255.0, 255.0, 255.0]
-    cfg.MODEL.BACKBONE.NAME = "StackedHourglass"
+    cfg.MODEL.BACKBONE.NAME = "NewellHourglass"
     cfg.MODEL.STACKED_HOURGLASS.CHANNELS = 16
     cfg.MODEL.STACKED_HOURGLASS.STEM_CHANNELS = [8, 16, 16]
     cfg.MODEL.STACKED_HOURGLASS.DEPTH = 2
@@ -73,8 +169,26 @@ def _tiny_landmarks(cfg: CfgNode) -> None:
     cfg.INPUT.MIN_SIZE_TEST = 0
 
 
+def _tiny_cornernet_saccade(cfg: CfgNode) -> None:
+    _tiny_cornernet(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "CornerNetSaccade"
+    cfg.MODEL.HOURGLASS.OUT_LEVELS = True
+    cfg.MODEL.CORNERNET.TEST.KEEP_STALE = False
+    cfg.MODEL.CORNERNET.SACCADE.INPUT_SIZE = 63
+    cfg.MODEL.CORNERNET.SACCADE.FIRST_SIZES = [48, 63]
+    cfg.MODEL.CORNERNET.SACCADE.ATTENTION_SCALES = [1, 2]
+    cfg.MODEL.CORNERNET.SACCADE.ATTENTION_RANGES = [[32, 64], [0, 32]]
+    cfg.MODEL.CORNERNET.SACCADE.FIRST_SCORE = -1.0
+    cfg.MODEL.CORNERNET.SACCADE.CLIP_BOXES = True
+
+
 _TINY: dict[str, TinyModel] = {
+    "CenterNet": TinyModel(_tiny_centernet, ("bbox", "keypoints")),
+    "CenterNetTriplets": TinyModel(_tiny_centernet_triplets, ("bbox",)),
+    "CornerNet": TinyModel(_tiny_cornernet, ("bbox",)),
+    "CornerNetSaccade": TinyModel(_tiny_cornernet_saccade, ("bbox",)),
     "LandmarkNet": TinyModel(_tiny_landmarks, ("keypoints",)),
+    "UPSNet": TinyModel(_tiny_upsnet, ("bbox", "segm", "panoptic")),
     "YOLACT": TinyModel(_tiny_yolact, ("bbox", "segm")),
 }
 

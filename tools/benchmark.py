@@ -496,23 +496,41 @@ def print_batches(batches: list[dict[str, Any]]) -> None:
 
 def run_operators(chosen: argparse.Namespace) -> dict[str, Any]:
     """Carry ``benchmark.py operators`` out."""
-    from d2ext.layers.benchmark import benchmark_operators, format_rows
+    from d2ext.layers import benchmark
 
     device = torch.device(chosen.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    rows = benchmark_operators(
-        device,
-        [getattr(torch, name) for name in chosen.dtype],
-        detections=chosen.detections,
-        sizes=[tuple(int(x) for x in size.lower().split("x")) for size in chosen.sizes],
-        repeats=chosen.iters,
-    )
-    env = environment(device)
-    print(", ".join(f"{key} {value}" for key, value in env.items()))
-    if not all(row["compiled"] for row in rows):
+    dtypes = [getattr(torch, name) for name in chosen.dtype]
+    bandwidth = benchmark.copy_bandwidth(device)
+    report: dict[str, Any] = {"environment": environment(device)}
+    print(", ".join(f"{key} {value}" for key, value in report["environment"].items()))
+    print(f"copy: {bandwidth / 1e9:.0f} GB/s (read + written); floor: bytes / copy")
+    if "masks" in chosen.only:
+        report["rows"] = benchmark.benchmark_masks(
+            device,
+            dtypes,
+            detections=chosen.detections,
+            sizes=[tuple(int(x) for x in size.lower().split("x")) for size in chosen.sizes],
+            repeats=chosen.iters,
+            bandwidth=bandwidth,
+        )
+        print("\nMask assembly")
+        print(benchmark.format_rows(report["rows"], benchmark.MASK_COLUMNS))
+    if "pooling" in chosen.only:
+        batches = chosen.pool_batches or ([8, 1] if device.type == "cuda" else [1])
+        report["pooling"] = benchmark.benchmark_pooling(
+            device,
+            dtypes,
+            batches=batches,
+            side=chosen.pool_side,
+            channels_last=[False, True] if chosen.pool_channels_last else [False],
+            repeats=chosen.iters,
+            bandwidth=bandwidth,
+        )
+        print("\nCorner pooling (plain PyTorch: cummax with flips) and center pooling (amax)")
+        print(benchmark.format_rows(report["pooling"], benchmark.POOL_COLUMNS))
+    if not all(row["compiled"] for name in ("rows", "pooling") for row in report.get(name, [])):
         print("The compiled operators are not available: both columns are plain PyTorch.")
-    print(f"copy: {rows[0]['copy_gb_per_s']:.0f} GB/s (read + written); floor: bytes / copy")
-    print(format_rows(rows))
-    return {"environment": env, "rows": rows}
+    return report
 
 
 # Command line
@@ -550,6 +568,26 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=["550x550", "1080x1920"],
         metavar="HxW",
         help="of the binary masks (default: 550x550 1080x1920)",
+    )
+    operators.add_argument(
+        "--only",
+        nargs="+",
+        choices=("masks", "pooling"),
+        default=["masks", "pooling"],
+        help="operators to measure (default: all)",
+    )
+    operators.add_argument(
+        "--pool-batches",
+        nargs="+",
+        type=_positive,
+        metavar="B",
+        help="of the maps that are pooled, B x 128 x side x side (default: GPU 8 1, CPU 1)",
+    )
+    operators.add_argument(
+        "--pool-side", type=_positive, default=128, metavar="N", help="their side (default: 128)"
+    )
+    operators.add_argument(
+        "--pool-channels-last", action="store_true", help="pool channels_last maps too"
     )
     operators.add_argument("--iters", type=_positive, default=20, help="samples (default: 20)")
 

@@ -5,6 +5,7 @@
         --input photo.jpg holiday/ "frames/*.png" --opts MODEL.WEIGHTS model_final.pth
     python tools/demo.py --config-file ... --video-input clip.mp4 --output clip_out.mp4
     python tools/demo.py --config-file ... --webcam 0 --output camera.mp4
+    python tools/demo.py --config-file centernet/centernet_dla34_512.yaml --draw heatmaps ...
     python tools/demo.py --config-file landmarks/hourglass_2stack_coco_256x192.yaml --input a.jpg \\
         --output out/ --detector faster_rcnn.yaml --detector-weights detector.pth --opts ...
 
@@ -53,6 +54,7 @@ from d2ext.engine.setup import add_options_argument, find_config_file, load_conf
 from d2ext.engine.top_down import BoxFile, BoxSource, Detector
 from d2ext.files import atomic_write, json_list
 from d2ext.utils.drawing import PictureDrawer, VideoDrawer, class_metadata, name_classes, select
+from d2ext.utils.heatmaps import SeesHeatmaps
 from d2ext.utils.video import (
     VIDEO_SUFFIXES,
     VideoError,
@@ -96,6 +98,8 @@ class Options(NamedTuple):
     max_drawn: int
     max_frames: int | None
     pictures: bool
+    heatmaps: bool = False
+    """Draw the model's heat maps, corners and centres as well."""
 
 
 # Which files
@@ -242,7 +246,7 @@ def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 def predict(
     predictor: BatchPredictor,
     images: list[np.ndarray],
-    threshold: float,
+    options: Options,
     image_ids: Sequence[int] = (),
     boxes: BoxSource | None = None,
 ) -> list[dict[str, Any] | str]:
@@ -254,6 +258,9 @@ def predict(
     try:
         found = None if boxes is None else boxes(image_ids, images)
         outputs = predictor(images) if found is None else predictor(images, found)
+        if options.heatmaps and images:
+            maps = predictor.model.heatmaps(predictor.upload(images, found))
+            outputs = [o | {"heatmaps": m} for o, m in zip(outputs, maps, strict=True)]
     except torch.cuda.OutOfMemoryError:
         if len(images) == 1:
             height, width = images[0].shape[:2]
@@ -261,11 +268,11 @@ def predict(
         return [
             output
             for i, image in enumerate(images)
-            for output in predict(predictor, [image], threshold, image_ids[i : i + 1], boxes)
+            for output in predict(predictor, [image], options, image_ids[i : i + 1], boxes)
         ]
     for output in outputs:
         if "instances" in output:
-            output["instances"] = select(output["instances"], threshold)
+            output["instances"] = select(output["instances"], options.threshold)
     return list(outputs)
 
 
@@ -305,7 +312,7 @@ def run_on_images(
                 except ImageReadError as error:
                     problems.append(str(error))
             images, ids = [image for _, image in read], [job.image_id for job, _ in read]
-            outputs = predict(predictor, images, options.threshold, ids, boxes)
+            outputs = predict(predictor, images, options, ids, boxes)
             for (job, image), output in zip(read, outputs, strict=True):
                 if isinstance(output, str):
                     problems.append(f"'{job.source}': {output}")
@@ -353,7 +360,7 @@ def run_on_video(
         try:
             for frames in batches(itertools.islice(reader, wanted), options.batch_size):
                 ids = range(number + 1, number + 1 + len(frames))
-                outputs = predict(predictor, frames, options.threshold, ids, boxes)
+                outputs = predict(predictor, frames, options, ids, boxes)
                 for frame, output in zip(frames, outputs, strict=True):
                     number += 1
                     if isinstance(output, str):
@@ -428,6 +435,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="draw only the best N instances of a picture; all are written (default: %(default)s)",
     )
     parser.add_argument("--max-frames", type=int, metavar="N", help="stop a video after N frames")
+    parser.add_argument(
+        "--draw",
+        choices=("results", "heatmaps"),
+        default="results",
+        help="heatmaps: also the heat maps, corners and centres that CornerNet, CenterNet and their "
+        "like read their results from",
+    )
     parser.add_argument("--no-pictures", action="store_true", help="write COCO results only")
     parser.add_argument(
         "--class-names",
@@ -547,6 +561,7 @@ def prepare(chosen: argparse.Namespace) -> Callable[[], list[str]]:
         max_drawn=chosen.max_drawn,
         max_frames=chosen.max_frames,
         pictures=not chosen.no_pictures,
+        heatmaps=chosen.draw == "heatmaps" and not chosen.no_pictures,
     )
     names = read_class_names(chosen.class_names) if chosen.class_names else None
     # Wrong paths are found before the model is built, which takes long.
@@ -562,6 +577,11 @@ def prepare(chosen: argparse.Namespace) -> Callable[[], list[str]]:
     if not cfg.MODEL.WEIGHTS:
         logger.warning("MODEL.WEIGHTS is empty: predicting with random weights.")
     predictor = BatchPredictor(cfg)
+    if options.heatmaps and not isinstance(predictor.model, SeesHeatmaps):
+        raise DemoError(
+            f"--draw heatmaps: {cfg.MODEL.META_ARCHITECTURE} has no heat maps; CornerNet, CenterNet and "
+            "others that find objects as points have."
+        )
     metadata = class_metadata(cfg, names)
     boxes = build_box_source(chosen, metadata)
     if chosen.input:

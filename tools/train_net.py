@@ -6,8 +6,11 @@ Examples:
     tools/train_net.py --config-file configs/yolact/yolact_R_18_shapes.yaml MODEL.DEVICE cpu
     tools/train_net.py --config-file CONFIG --dataset fruits --train-json train.json \\
         --train-images train/ --val-json val.json --val-images val/
+    tools/train_net.py --config-file CONFIG --dataset streets --train-panoptic-json train.json \\
+        --train-panoptic-root train_png/ --train-images train/
     tools/train_net.py --config-file CONFIG --resume
     tools/train_net.py --config-file CONFIG --eval-only MODEL.WEIGHTS output/model_final.pth
+    tools/train_net.py --config-file CONFIG --eval-only --analyze MODEL.WEIGHTS model_final.pth
 """
 
 import argparse
@@ -44,12 +47,19 @@ from d2ext.engine import (
     load_config,
     merge_options,
 )
+from d2ext.evaluation import check_analysis
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Detectron2's arguments and those that register data sets."""
     parser = default_argument_parser(epilog=__doc__)
     add_dataset_arguments(parser)
+    parser.add_argument(
+        "--analyze",
+        action="store_true",
+        help="also write where panoptic quality is lost: per class, per image, between classes, as "
+        "tables and pictures (in OUTPUT_DIR/inference/analysis)",
+    )
     parser.set_defaults(dist_url="auto")
     for action in parser._actions:
         if action.dest == "num_gpus":
@@ -71,6 +81,11 @@ def setup(args: argparse.Namespace) -> CfgNode:
         apply_dataset_to_config(cfg, name)
     merge_options(cfg, args.opts)  # they win over what --dataset sets
     check_config_against_data(cfg, train=not args.eval_only)
+    if args.analyze:
+        cfg.TEST.ANALYZE = True
+    if cfg.TEST.ANALYZE:
+        for dataset in cfg.DATASETS.TEST:
+            check_analysis(dataset)
     cfg.freeze()
     return cfg
 

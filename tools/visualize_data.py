@@ -43,6 +43,7 @@ from d2ext.data.custom import (
     register_from_arguments,
 )
 from d2ext.data.dataset_dicts import load_dataset
+from d2ext.data.panoptic import panoptic_classes
 from d2ext.engine import ConfigError, load_config, merge_options
 
 logger = logging.getLogger("d2ext.tools.visualize_data")
@@ -130,6 +131,19 @@ class Samples:
             except SampleError as e:
                 logger.error(f"Skipped: {e}")
                 self.bad += 1
+
+
+def metadata_of(cfg: CfgNode, source: str) -> Metadata:
+    """Names and colours of the classes that samples have."""
+    metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0] if cfg.DATASETS.TRAIN else "__none")
+    if not (cfg.INPUT.SEM_SEG_WITH_THINGS and source == "loader"):
+        return metadata
+    classes = panoptic_classes(cfg.DATASETS.TRAIN[0])
+    full: dict[str, Any] = {"stuff_classes": classes.full}
+    if classes.full_colors:
+        full["stuff_colors"] = classes.full_colors
+    others = {k: v for k, v in metadata.as_dict().items() if not k.startswith(("stuff_", "name"))}
+    return Metadata(name="full label maps", **others, **full)
 
 
 def draw(sample: dict[str, Any], metadata: Metadata, image_format: str) -> np.ndarray:
@@ -233,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cfg = setup(args)
         samples = Samples(cfg, args.source, args.num)
         folder.mkdir(parents=True, exist_ok=True)
-        metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0] if cfg.DATASETS.TRAIN else "__none")
+        metadata = metadata_of(cfg, args.source)
         cells = []
         for i, sample in enumerate(tqdm(samples, total=samples.num, unit="image")):
             picture = draw(sample, metadata, cfg.INPUT.FORMAT)

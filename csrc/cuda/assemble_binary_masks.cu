@@ -22,12 +22,12 @@ constexpr int32_t kWarps = kThreads / 32;
 constexpr int32_t kBlockRows = 32;
 // Output columns of a block, at most.
 constexpr int32_t kBlockColumns = 640;
-// Shared memory for the interpolated grid rows, at most: room for one segment of any of them.
-constexpr int64_t kLineBytes = 2 * kBlockRows * 128 * sizeof(double);
-// What a block gets without being asked for, less than 48 KiB by what the kernel declares itself.
-constexpr size_t kUnaskedBytes = 40 * 1024;
 // Pixels that a warp finishes at a time, one word of 4 for each lane.
 constexpr int32_t kSegment = 128;
+// Shared memory for the interpolated grid rows, at most: room for one segment of any of them.
+constexpr int64_t kLineBytes = 2 * kBlockRows * kSegment * sizeof(double);
+// What a block gets without being asked for, less than 48 KiB by what the kernel declares itself.
+constexpr size_t kUnaskedBytes = 40 * 1024;
 constexpr uint32_t kVectorBytes = sizeof(uint4);
 
 // A warp writes `length` times the byte that `vector` repeats.

@@ -177,3 +177,25 @@ def gather_at(maps: Tensor, index: Tensor) -> Tensor:
     """Values of all channels at places: maps (B, C, H, W), index (B, k) → (B, k, C)."""
     flat = maps.flatten(2)
     return flat.gather(2, index[:, None].expand(-1, flat.shape[1], -1)).transpose(1, 2)
+
+
+def maps_on_image(
+    maps: Tensor, scale: float, shift: tuple[float, float], size: tuple[int, int]
+) -> Tensor:
+    """Show maps at the place of the image that they were computed from, for pictures.
+
+    Args:
+        maps: (C, h, w); cell (i, j) covers [j, j + 1) x [i, i + 1).
+        scale: pixels of the image in a cell.
+        shift: (x, y) of the map's corner in the image, pixels.
+        size: (height, width) of the image.
+
+    Returns:
+        (C, height, width), bilinear, 0 outside the maps.
+    """
+    height, width = size
+    device = maps.device
+    x = (torch.arange(width, device=device) + 0.5 - shift[0]) / (scale * maps.shape[2]) * 2 - 1
+    y = (torch.arange(height, device=device) + 0.5 - shift[1]) / (scale * maps.shape[1]) * 2 - 1
+    grid = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1)
+    return F.grid_sample(maps[None].float(), grid[None].float(), align_corners=False)[0]

@@ -12,6 +12,9 @@ from d2ext.data.errors import (
     SampleError,
 )
 from d2ext.data.image_io import read_image
+from d2ext.data.register_panoptic import register_cityscapes_separated
+
+register_cityscapes_separated()
 
 __all__ = [
     "AUGMENTATION_REGISTRY",

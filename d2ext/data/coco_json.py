@@ -60,13 +60,13 @@ def check_coco_json(json_file: str, image_root: str) -> CocoSummary:
     )
     problems = [
         *_check_categories(categories),
-        *_check_images(images),
+        *check_image_entries(images),
         *_check_annotations(annotations, images, categories),
     ]
     if not problems:
-        problems = _check_files(images, image_root)
+        problems = check_image_files(images, image_root)
     if problems:
-        listed = "".join(f"\n  - {problem}" for problem in problems)
+        listed = "".join(f"\n  - {text}" for text in problems)
         raise DatasetError(f"'{json_file}' cannot be used as a COCO-format data set:{listed}")
     categories = sorted(categories, key=lambda c: c["id"])
     keypoints = next((c for c in categories if c.get("keypoints")), {})
@@ -110,58 +110,59 @@ def _read(json_file: str) -> dict[str, list[Entry]]:
 
 
 def _check_categories(categories: list[Entry]) -> Iterable[str]:
-    yield from _missing_keys("categories", categories, ("id", "name"))
-    yield from _duplicates("categories", "id", categories)
-    yield from _duplicates("categories", "name", categories)
+    yield from missing_keys("categories", categories, ("id", "name"))
+    yield from duplicates("categories", "id", categories)
+    yield from duplicates("categories", "name", categories)
     with_keypoints = [c["keypoints"] for c in categories if c.get("keypoints")]
     if any(keypoints != with_keypoints[0] for keypoints in with_keypoints):
         yield "categories have different 'keypoints'; Detectron2 supports one list for all"
 
 
-def _check_images(images: list[Entry]) -> Iterable[str]:
-    yield from _missing_keys("images", images, ("id", "file_name", "height", "width"))
-    yield from _duplicates("images", "id", images)
+def check_image_entries(images: list[Entry]) -> Iterable[str]:
+    """Problems of the list 'images'."""
+    yield from missing_keys("images", images, ("id", "file_name", "height", "width"))
+    yield from duplicates("images", "id", images)
 
 
 def _check_annotations(
     annotations: list[Entry], images: list[Entry], categories: list[Entry]
 ) -> Iterable[str]:
-    yield from _missing_keys("annotations", annotations, ("id", "image_id", "category_id"))
-    yield from _duplicates("annotations", "id", annotations)
+    yield from missing_keys("annotations", annotations, ("id", "image_id", "category_id"))
+    yield from duplicates("annotations", "id", annotations)
     for key, what, owners in (
         ("image_id", "images", images),
         ("category_id", "categories", categories),
     ):
         known = {owner.get("id") for owner in owners}
         found = [a for a in annotations if key in a and a[key] not in known]
-        yield from _problem(
+        yield from problem(
             len(found),
             f"annotations have a {key} that is not in '{what}'",
             [f"annotation {a.get('id')} ({key} {a[key]!r})" for a in found[:5]],
         )
     found = [a for a in annotations if "bbox" in a and not _is_box(a["bbox"])]
-    yield from _problem(
+    yield from problem(
         len(found),
         "annotations have a 'bbox' that is not four numbers (x, y, width, height)",
         [f"annotation {a.get('id')} ({a['bbox']!r})" for a in found[:5]],
     )
     expected = max((3 * len(c.get("keypoints") or ()) for c in categories), default=0)
     found = [a for a in annotations if a.get("keypoints") and len(a["keypoints"]) != expected]
-    yield from _problem(
+    yield from problem(
         len(found),
         f"annotations have 'keypoints' of other than {expected} numbers (x, y, visibility for each "
         "keypoint of the category)",
         [f"annotation {a.get('id')} ({len(a['keypoints'])} numbers)" for a in found[:5]],
     )
     found = [a for a in annotations if a.get("ignore", 0)]
-    yield from _problem(
+    yield from problem(
         len(found),
         "annotations are marked 'ignore', which Detectron2 does not support; use 'iscrowd'",
         [f"annotation {a.get('id')}" for a in found[:5]],
     )
 
 
-def _check_files(images: list[Entry], image_root: str) -> list[str]:
+def check_image_files(images: list[Entry], image_root: str) -> list[str]:
     """Look for some of the images on disk."""
     if not PathManager.isdir(image_root):
         return [f"the image folder '{image_root}' does not exist"]
@@ -180,24 +181,26 @@ def _check_files(images: list[Entry], image_root: str) -> list[str]:
     return []
 
 
-def _missing_keys(what: str, entries: list[Entry], keys: Sequence[str]) -> Iterable[str]:
+def missing_keys(what: str, entries: list[Entry], keys: Sequence[str]) -> Iterable[str]:
+    """A line for each key that entries lack."""
     for key in keys:
         found = [e for e in entries if key not in e]
         examples = [shorten([f"{k}: {e[k]!r}" for k in list(e)[:2]]) for e in found[:5]]
-        yield from _problem(
+        yield from problem(
             len(found), f"{what} have no '{key}'", [f"the one with {e}" for e in examples]
         )
 
 
-def _duplicates(what: str, key: str, entries: list[Entry]) -> Iterable[str]:
+def duplicates(what: str, key: str, entries: list[Entry]) -> Iterable[str]:
+    """A line if a value of ``key`` occurs more than once."""
     counts = Counter(str(e[key]) for e in entries if key in e)
     repeated = [f"{value} ({count} times)" for value, count in counts.items() if count > 1]
-    yield from _problem(
+    yield from problem(
         len(repeated), f"values of '{key}' occur repeatedly in '{what}'", repeated[:5]
     )
 
 
-def _problem(count: int, text: str, examples: list[str]) -> Iterable[str]:
+def problem(count: int, text: str, examples: list[str]) -> Iterable[str]:
     """Nothing if ``count`` is 0, otherwise one line."""
     if count:
         more = f", ... ({count - len(examples)} more)" if count > len(examples) else ""

@@ -14,6 +14,11 @@ def add_data_config(cfg: CfgNode) -> None:
     # How many unusable samples in a row are replaced before the run ends with an error
     cfg.INPUT.MAX_BAD_SAMPLES = 10
 
+    # True: sem_seg of a training sample has a label for every class, stuff 0..S-1 and then things
+    # S..S+T-1, and 255 for none, read from the panoptic annotation (see d2ext.data.panoptic).
+    # False: the file that sem_seg_file_name names, as in Detectron2.
+    cfg.INPUT.SEM_SEG_WITH_THINGS = False
+
     add_landmark_data_config(cfg)
 
     # Training augmentation
@@ -21,6 +26,9 @@ def add_data_config(cfg: CfgNode) -> None:
     # A recipe of d2ext.data.AUGMENTATION_REGISTRY:
     #   "default"  Detectron2's own (INPUT.MIN_SIZE_TRAIN, CROP, RANDOM_FLIP, ...)
     #   "ssd"      SSD's as published for YOLACT, by the keys below
+    #   "centernet"  CenterNet's as published: mirror, affine crop to SIZE x SIZE, colours
+    #   "cornernet"  CornerNet's as published: random window, resize to SIZE x SIZE, mirror, colours
+    #   "cornernet_saccade"  the same with a crop around an object, to SIZE x SIZE
     #   "none"     images as they are
     c.NAME = "default"
 
@@ -58,3 +66,29 @@ def add_data_config(cfg: CfgNode) -> None:
     c.CROP_TRIALS = 50
     # Probability of a horizontal flip
     c.FLIP_PROB = 0.5
+
+    # The keys below belong to "centernet", which also takes SIZE and FLIP_PROB; their defaults are the
+    # published values.
+    # Factors on brightness, contrast and saturation are uniform in 1 -+ this
+    c.COLOR_JITTER = 0.4
+    # Standard deviation of the lighting noise along the principal components of ImageNet's colours
+    c.LIGHTING = 0.1
+    c.AFFINE = CfgNode()
+    # "crop": a random window; "shift": the whole image, moved and zoomed; "letterbox": the whole image
+    c.AFFINE.MODE = "crop"
+    # Sides of the window of "crop" over the image's longer side, one of them is drawn
+    c.AFFINE.SCALES = [0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3]
+    # Least distance of the window's centre from the image's edges, pixels; halved until it fits
+    c.AFFINE.BORDER = 128
+    # Standard deviations of "shift": of the centre over the longer side, of the window's factor
+    c.AFFINE.SHIFT = 0.1
+    c.AFFINE.ZOOM = 0.4
+
+    # The keys below belong to "cornernet", which also takes SIZE, CROP_ENABLED (off: the whole image,
+    # padded to a square), FLIP_PROB, COLOR_JITTER and LIGHTING.
+    c.CENTER_CROP = CfgNode()
+    # Side of the window over SIZE, one of them is drawn ("cornernet_saccade": factor on images
+    # without objects)
+    c.CENTER_CROP.SCALES = [0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3]
+    # Least distance of the window's centre from the image's edges, pixels; halved until it fits
+    c.CENTER_CROP.BORDER = 128

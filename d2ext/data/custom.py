@@ -1,10 +1,17 @@
-"""Own data in COCO format: registered, checked and written into a config with one call each.
+"""Own data: registered, checked and written into a config with one call each.
 
 From Python::
 
     register_own_dataset("fruits", "train.json", "train/", "val.json", "val/")
     apply_dataset_to_config(cfg, "fruits")     # data sets fruits_train and fruits_val, class counts
     check_config_against_data(cfg)
+
+Three kinds of annotation:
+
+- instances in COCO's form (``json``);
+- COCO's panoptic form (``panoptic_json``, ``panoptic_root``): instances and stuff maps, which panoptic
+  models read beside it, are made of it once, unless given (``json``, ``sem_seg``);
+- label maps (``sem_seg``), with the names of the classes.
 
 A program takes the same from its command line by :func:`add_dataset_arguments` and
 :func:`register_from_arguments`. As a file::
@@ -13,17 +20,27 @@ A program takes the same from its command line by :func:`add_dataset_arguments` 
     name: fruits
     train: {json: train.json, images: train/}
     val: {json: val.json, images: val/}
+
+    # streets.yaml
+    name: streets
+    train: {panoptic_json: train.json, panoptic_root: train_png/, images: train/}
+
+    # fields.yaml
+    name: fields
+    classes: [soil, crop, weed]
+    train: {sem_seg: train_labels/, images: train/}
 """
 
 import argparse
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import yaml
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
@@ -32,6 +49,9 @@ from d2ext.data.coco_json import CocoSummary, check_coco_json
 from d2ext.data.dataset_dicts import shorten
 from d2ext.data.errors import DatasetError
 from d2ext.data.landmarks.own import add_landmark_arguments, register_landmark_arguments
+from d2ext.data.panoptic_json import default_panoptic_root
+from d2ext.data.register_panoptic import PanopticFiles, check_instances_match, register_panoptic
+from d2ext.data.register_semantic import check_classes, parse_classes, register_semantic
 
 logger = logging.getLogger(__name__)
 
@@ -40,15 +60,35 @@ _SPLITS = ("train", "val")
 
 @dataclass(frozen=True)
 class Split:
-    """One part of a data set. Further kinds of ground truth (panoptic, semantic) become further
-    fields here and further keys of the YAML form."""
+    """Files of one part of a data set; which are given decides what it is for (:attr:`kind`).
 
-    json: str
-    images: str
+    Attributes:
+        images: folder of the images
+        json: instances in COCO's form
+        panoptic_json, panoptic_root: COCO's panoptic form and the folder of its PNGs
+        sem_seg: folder of label maps
+    """
 
+    images: str | None = None
+    json: str | None = None
+    panoptic_json: str | None = None
+    panoptic_root: str | None = None
+    sem_seg: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """ "panoptic", "instances" or "semantic"; "none" without annotations."""
+        if self.panoptic_json is not None:
+            return "panoptic"
+        if self.json is not None:
+            return "instances"
+        return "none" if self.sem_seg is None else "semantic"
+
+
+_FILES = tuple(f.name for f in fields(Split))
 
 # What register_own_dataset has registered, by name of the data set.
-_registered: dict[str, dict[str, Split]] = {}
+_registered: dict[str, tuple[dict[str, Split], list[str] | None]] = {}
 
 
 def register_own_dataset(
@@ -57,15 +97,30 @@ def register_own_dataset(
     train_images: str | None = None,
     val_json: str | None = None,
     val_images: str | None = None,
+    *,
+    train_panoptic_json: str | None = None,
+    train_panoptic_root: str | None = None,
+    train_sem_seg: str | None = None,
+    val_panoptic_json: str | None = None,
+    val_panoptic_root: str | None = None,
+    val_sem_seg: str | None = None,
+    semantic_classes: Sequence[str] | None = None,
 ) -> list[str]:
-    """Check COCO-format data and register it as ``<name>_train`` and ``<name>_val``.
+    """Check data and register them as ``<name>_train`` and ``<name>_val``.
 
     Either part may be left out. Registering the same again is harmless.
 
     Args:
         name: of the data set
-        train_json, val_json: annotation files in COCO format
+        train_json, val_json: instances in COCO's form
         train_images, val_images: folders of the images
+        train_panoptic_json, val_panoptic_json: annotations in COCO's panoptic form; instances and
+            stuff maps are made of them unless given, too
+        train_panoptic_root, val_panoptic_root: folders of their PNGs; default: the JSON file's name
+            without ``.json``
+        train_sem_seg, val_sem_seg: folders of label maps
+        semantic_classes: names of their classes, in the order of the labels; only for data that
+            have nothing but label maps
 
     Returns:
         the registered names
@@ -74,24 +129,21 @@ def register_own_dataset(
         DatasetError: files that cannot be used, different classes in the two parts, or a name that
             is taken
     """
-    splits = {}
-    for split, json_file, images in (
-        ("train", train_json, train_images),
-        ("val", val_json, val_images),
-    ):
-        if (json_file is None) != (images is None):
-            raise DatasetError(
-                f"Data set '{name}' needs both the JSON file and the image folder of its {split} "
-                f"part; got {json_file!r} and {images!r}."
-            )
-        if json_file is not None and images is not None:
-            splits[split] = Split(json_file, images)
+    given = {
+        "train": Split(
+            train_images, train_json, train_panoptic_json, train_panoptic_root, train_sem_seg
+        ),
+        "val": Split(val_images, val_json, val_panoptic_json, val_panoptic_root, val_sem_seg),
+    }
+    splits = {key: split for key, split in given.items() if split != Split()}
     if not name or not splits:
         raise DatasetError(
             f"Data set '{name}' needs a name and the JSON file and image folder of at least one "
             "part, train or val."
         )
-    if _registered.get(name) != splits:
+    classes = None if semantic_classes is None else check_classes(semantic_classes)
+    _check_complete(name, splits, classes)
+    if _registered.get(name) != (splits, classes):
         names = [f"{name}_{split}" for split in splits]
         taken = [n for n in names if n in DatasetCatalog.list()]
         if taken:
@@ -99,21 +151,112 @@ def register_own_dataset(
                 f"Data set '{taken[0]}' is already registered with other files. Choose another "
                 f"name than '{name}'."
             )
-        summaries = {key: check_coco_json(s.json, s.images) for key, s in splits.items()}
-        _check_same_categories(name, summaries)
-        for key, part in splits.items():
-            metadata = _metadata(summaries[key])
-            register_coco_instances(f"{name}_{key}", metadata, part.json, part.images)
-            logger.info(
-                f"Data set '{name}_{key}': {summaries[key].num_images} images, "
-                f"{summaries[key].num_annotations} annotations, {len(summaries[key].classes)} "
-                f"classes ({shorten(summaries[key].classes)})."
-            )
-        _registered[name] = splits
+        register = {
+            "instances": _register_instances,
+            "panoptic": _register_panoptic,
+            "semantic": _register_semantic,
+        }[next(iter(splits.values())).kind]
+        try:
+            register(name, splits, classes)
+        except DatasetError:
+            for n in names:  # of two parts both or none
+                if n in DatasetCatalog.list():
+                    DatasetCatalog.remove(n)
+                MetadataCatalog.pop(n, None)
+            raise
+        _registered[name] = (splits, classes)
     return [f"{name}_{split}" for split in splits]
 
 
-def load_dataset_yaml(path: str) -> dict[str, str]:
+def _check_complete(name: str, splits: dict[str, Split], classes: list[str] | None) -> None:
+    for key, split in splits.items():
+        flag = f"--{key}"
+        if split.kind == "none" or split.images is None:
+            raise DatasetError(
+                f"Data set '{name}' needs both the JSON file and the image folder of its {key} "
+                f"part; got {split.json!r} and {split.images!r}. (Panoptic data: {flag}-panoptic-"
+                f"json, {flag}-panoptic-root and {flag}-images; semantic data: {flag}-sem-seg and "
+                f"{flag}-images.)"
+            )
+        if split.kind == "instances" and split.sem_seg is not None:
+            raise DatasetError(
+                f"The {key} part of data set '{name}' has instances and label maps, but no panoptic "
+                f"file that says which belong together: give {flag}-panoptic-json and {flag}-"
+                "panoptic-root."
+            )
+        if split.panoptic_root is not None and split.panoptic_json is None:
+            raise DatasetError(
+                f"{flag}-panoptic-root needs {flag}-panoptic-json, the JSON file of its PNGs."
+            )
+    kinds = {key: split.kind for key, split in splits.items()}
+    if len(set(kinds.values())) > 1:
+        raise DatasetError(
+            f"The train part of data set '{name}' is for {kinds['train']}, the val part for "
+            f"{kinds['val']}: give both the same kind of annotation."
+        )
+    semantic = "semantic" in kinds.values()
+    if semantic and classes is None:
+        raise DatasetError(
+            f"The label maps of data set '{name}' need the names of their classes, in the order of "
+            "the labels: --semantic-classes a,b,c or a file with one name per line."
+        )
+    if classes is not None and not semantic:
+        raise DatasetError(
+            f"Data set '{name}' takes its classes from the JSON file: leave out the semantic classes."
+        )
+
+
+def _register_instances(name: str, splits: dict[str, Split], classes: list[str] | None) -> None:
+    summaries = {
+        key: check_coco_json(s.json, s.images) for key, s in splits.items() if s.json and s.images
+    }
+    _check_same_categories(
+        name,
+        {key: dict(zip(s.category_ids, s.classes, strict=True)) for key, s in summaries.items()},
+    )
+    for key, summary in summaries.items():
+        register_coco_instances(
+            f"{name}_{key}", _metadata(summary), splits[key].json, splits[key].images
+        )
+        logger.info(
+            f"Data set '{name}_{key}': {summary.num_images} images, "
+            f"{summary.num_annotations} annotations, {len(summary.classes)} "
+            f"classes ({shorten(summary.classes)})."
+        )
+
+
+def _register_panoptic(name: str, splits: dict[str, Split], classes: list[str] | None) -> None:
+    categories = {}
+    for key, split in splits.items():
+        assert split.images is not None and split.panoptic_json is not None  # _check_complete
+        root = split.panoptic_root or default_panoptic_root(split.panoptic_json)
+        files = PanopticFiles(split.images, split.panoptic_json, root, split.json, split.sem_seg)
+        summary = register_panoptic(f"{name}_{key}", files)
+        if split.json is not None:
+            check_instances_match(name, check_coco_json(split.json, split.images), summary)
+        categories[key] = {
+            i: f"{n} ({'thing' if i in summary.things else 'stuff'})"
+            for i, n in {**summary.things, **summary.stuff}.items()
+        }
+        logger.info(
+            f"Data set '{name}_{key}': {len(summary.annotations)} images, {summary.num_segments} "
+            f"segments, {len(summary.things)} classes of things "
+            f"({shorten(list(summary.things.values()))}) and {len(summary.stuff)} of stuff "
+            f"({shorten(list(summary.stuff.values()))})."
+        )
+    _check_same_categories(name, categories)
+
+
+def _register_semantic(name: str, splits: dict[str, Split], classes: list[str] | None) -> None:
+    for key, split in splits.items():
+        assert split.images is not None and split.sem_seg is not None and classes is not None
+        count = register_semantic(f"{name}_{key}", split.images, split.sem_seg, classes)
+        logger.info(
+            f"Data set '{name}_{key}': {count} images, {len(classes)} classes ({shorten(classes)})."
+        )
+
+
+def load_dataset_yaml(path: str) -> dict[str, Any]:
     """Read the YAML form of a data set (see the top of this file).
 
     Returns:
@@ -133,17 +276,21 @@ def load_dataset_yaml(path: str) -> dict[str, str]:
     example = "Expected: name: NAME, train: {json: FILE, images: FOLDER}, val: likewise."
     if not isinstance(content, dict) or not isinstance(content.get("name"), str):
         raise DatasetError(f"Data set file '{path}' has no 'name'. {example}")
-    _refuse_unknown_keys(path, content, ("name", *_SPLITS))
-    result = {"name": content["name"]}
+    _refuse_unknown_keys(path, content, ("name", "classes", *_SPLITS))
+    result: dict[str, Any] = {"name": content["name"]}
     for split in _SPLITS:
         if split not in content:
             continue
         part = content[split]
-        if not isinstance(part, dict) or not {"json", "images"} <= set(part):
+        if not isinstance(part, dict) or "images" not in part or len(part) < 2:
             raise DatasetError(f"Data set file '{path}': '{split}' is incomplete. {example}")
-        _refuse_unknown_keys(path, part, ("json", "images"))
-        for key in ("json", "images"):
-            result[f"{split}_{key}"] = os.path.join(os.path.dirname(path), str(part[key]))
+        _refuse_unknown_keys(path, part, _FILES)
+        for key, value in part.items():
+            result[f"{split}_{key}"] = os.path.join(os.path.dirname(path), str(value))
+    if "classes" in content:
+        if not isinstance(content["classes"], list):
+            raise DatasetError(f"Data set file '{path}': 'classes' is not a list of names.")
+        result["semantic_classes"] = [str(c) for c in content["classes"]]
     return result
 
 
@@ -151,34 +298,60 @@ def apply_dataset_to_config(cfg: CfgNode, name: str) -> None:
     """Make a config train and evaluate on a registered data set, in place.
 
     Sets ``DATASETS.TRAIN`` and ``TEST`` to ``<name>_train`` and ``<name>_val`` (as far as they
-    exist; built-in sets such as ``shapes`` or ``coco_2017`` work, too) and every class count.
+    exist; built-in sets such as ``shapes``, ``coco_2017`` or ``coco_2017_panoptic_separated`` work,
+    too), every class count and, where masks are RLE, ``INPUT.MASK_FORMAT``.
 
     Raises:
         DatasetError: neither is registered
     """
-    known = {split: f"{name}_{split}" in DatasetCatalog.list() for split in _SPLITS}
-    if not any(known.values()):
+    found = {split: _find(name, split) for split in _SPLITS}
+    if not any(found.values()):
         raise DatasetError(
             f"There is no data set '{name}': neither '{name}_train' nor '{name}_val' is "
             "registered. Give its files: --train-json, --train-images, --val-json, --val-images."
         )
-    cfg.DATASETS.TRAIN = (f"{name}_train",) if known["train"] else ()
-    cfg.DATASETS.TEST = (f"{name}_val",) if known["val"] else ()
-    set_class_counts(cfg, f"{name}_train" if known["train"] else f"{name}_val")
+    cfg.DATASETS.TRAIN = (found["train"],) if found["train"] else ()
+    cfg.DATASETS.TEST = (found["val"],) if found["val"] else ()
+    name = found["train"] or found["val"] or name
+    set_class_counts(cfg, name)
+    if MetadataCatalog.get(name).get("mask_format") == "bitmask":
+        cfg.INPUT.MASK_FORMAT = "bitmask"
+
+
+def _find(name: str, split: str) -> str | None:
+    """``shapes_panoptic``, ``train`` → ``shapes_train_panoptic``: the registered name, if any."""
+    words = name.split("_")
+    for end in range(len(words), 0, -1):
+        candidate = "_".join([*words[:end], split, *words[end:]])
+        if candidate in DatasetCatalog.list():
+            return candidate
+    return None
 
 
 def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--dataset`` and what belongs to it; see :func:`register_from_arguments`."""
     group = parser.add_argument_group(
-        "own data", "COCO-format data to train and evaluate on instead of the config's data sets"
+        "own data",
+        "data to train and evaluate on instead of the config's data sets: instances (json), panoptic "
+        "annotations (panoptic-json, panoptic-root) or label maps (sem-seg, semantic-classes)",
     )
     group.add_argument(
         "--dataset", metavar="NAME", help="name for the data below, or a known one such as 'shapes'"
     )
-    group.add_argument("--train-json", metavar="FILE", help="annotations to train on")
-    group.add_argument("--train-images", metavar="DIR", help="their images")
-    group.add_argument("--val-json", metavar="FILE", help="annotations to evaluate on")
-    group.add_argument("--val-images", metavar="DIR", help="their images")
+    for split, purpose in (("train", "train on"), ("val", "evaluate on")):
+        for key, metavar, text in (
+            ("images", "DIR", f"images to {purpose}"),
+            ("json", "FILE", "their instances in COCO's form"),
+            ("panoptic-json", "FILE", "their annotations in COCO's panoptic form"),
+            ("panoptic-root", "DIR", "PNGs of the panoptic form (default: FILE without .json)"),
+            ("sem-seg", "DIR", "their label maps"),
+        ):
+            group.add_argument(f"--{split}-{key}", metavar=metavar, help=text)
+    group.add_argument(
+        "--semantic-classes",
+        metavar="NAMES",
+        help="classes of label maps: a,b,c or a file with one name per line",
+    )
     group.add_argument(
         "--dataset-yaml", metavar="FILE", help="a YAML file with all of this (name, train, val)"
     )
@@ -200,8 +373,9 @@ def register_from_arguments(args: argparse.Namespace) -> str | None:
         DatasetError: contradictory arguments or unusable data
     """
     files = {
-        key: getattr(args, key) for key in ("train_json", "train_images", "val_json", "val_images")
+        f"{split}_{key}": getattr(args, f"{split}_{key}") for split in _SPLITS for key in _FILES
     }
+    files["semantic_classes"] = args.semantic_classes
     given = [f"--{key.replace('_', '-')}" for key, value in files.items() if value is not None]
     landmarks = register_landmark_arguments(args)
     if landmarks is not None:
@@ -217,16 +391,17 @@ def register_from_arguments(args: argparse.Namespace) -> str | None:
             raise DatasetError(f"{', '.join(given)} need a name for the data: add --dataset NAME.")
         return None
     if given:
+        if args.semantic_classes is not None:
+            files["semantic_classes"] = parse_classes(args.semantic_classes)
         register_own_dataset(args.dataset, **files)
     return args.dataset
 
 
-def _check_same_categories(name: str, summaries: dict[str, CocoSummary]) -> None:
-    if len(summaries) < 2:
+def _check_same_categories(name: str, categories: dict[str, dict[int, str]]) -> None:
+    """``categories``: part → category id → name."""
+    if len(categories) < 2:
         return
-    train, val = summaries["train"], summaries["val"]
-    a = dict(zip(train.category_ids, train.classes, strict=True))
-    b = dict(zip(val.category_ids, val.classes, strict=True))
+    a, b = categories["train"], categories["val"]
     if a != b:
         differing = [
             f"id {i}: {a.get(i, 'none')} / {b.get(i, 'none')}"

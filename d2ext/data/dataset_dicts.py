@@ -17,6 +17,7 @@ from detectron2.data.build import (
 
 from d2ext.data.annotations import describe_dropped, obvious_flaw
 from d2ext.data.errors import DatasetError
+from d2ext.data.panoptic import attach_panoptic
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ def get_dataset_dicts(cfg: CfgNode, names: Sequence[str], *, is_train: bool) -> 
 
     Args:
         cfg: reads ``DATALOADER.FILTER_EMPTY_ANNOTATIONS``, ``INPUT.MASK_FORMAT``,
+            ``INPUT.SEM_SEG_WITH_THINGS`` (adds the panoptic annotation to dicts that lack it),
             ``MODEL.MASK_ON``, ``MODEL.KEYPOINT_ON``
         names: registered data sets; training joins them
         is_train: whether to check and filter annotations
@@ -55,6 +57,9 @@ def get_dataset_dicts(cfg: CfgNode, names: Sequence[str], *, is_train: bool) -> 
         ]
     if is_train:
         check_same_classes(names)
+        if cfg.INPUT.SEM_SEG_WITH_THINGS:
+            check_same_classes(names, "stuff_classes")
+            dicts = [attach_panoptic(name, d) for name, d in zip(names, dicts, strict=True)]
         dicts = [_checked(cfg, name, d) for name, d in zip(names, dicts, strict=True)]
     records = list(itertools.chain.from_iterable(dicts))
     has_instances = any("annotations" in record for record in records)
@@ -71,9 +76,9 @@ def get_dataset_dicts(cfg: CfgNode, names: Sequence[str], *, is_train: bool) -> 
     return records
 
 
-def check_same_classes(names: Sequence[str]) -> None:
+def check_same_classes(names: Sequence[str], kind: str = "thing_classes") -> None:
     """Raise :class:`DatasetError` unless the data sets have the same classes in the same order."""
-    known = {name: MetadataCatalog.get(name).get("thing_classes") for name in names}
+    known = {name: MetadataCatalog.get(name).get(kind) for name in names}
     first = known[names[0]]
     for name, classes in known.items():
         if classes != first:

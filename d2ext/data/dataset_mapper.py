@@ -6,15 +6,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks
 from fvcore.transforms.transform import TransformList
 
 from d2ext.data.annotations import describe_dropped, normalize_annotations
-from d2ext.data.augmentations import DetectionInput, build_augmentations
+from d2ext.data.augmentations import (
+    DetectionInput,
+    ReportsVisibleShares,
+    build_augmentations,
+)
 from d2ext.data.errors import AnnotationError
 from d2ext.data.image_io import read_image, read_label_map
+from d2ext.data.panoptic import PanopticClasses, full_label_map, panoptic_classes
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +33,25 @@ class D2extDatasetMapper(DatasetMapper):
     - drops annotations that describe nothing (zero-area boxes, polygons with two points, empty
       masks) and computes boxes that are missing;
     - reads any kind of image (:mod:`d2ext.data.image_io`);
+    - can make ``sem_seg`` hold things as well as stuff (``cfg.INPUT.SEM_SEG_WITH_THINGS``);
     - gives ``instances`` the same fields on every image, also on one without objects;
     - raises :class:`~d2ext.data.errors.SampleError`, which names the file, for unusable samples.
 
     Random numbers come from ``numpy.random``, so a caller that seeds it gets the same sample again.
     """
+
+    @configurable
+    def __init__(
+        self, *args: Any, sem_seg_with_things: PanopticClasses | None = None, **kwargs: Any
+    ) -> None:
+        """
+        Args:
+            args, kwargs: of Detectron2's ``DatasetMapper``
+            sem_seg_with_things: classes of the data, to make ``sem_seg`` of the panoptic
+                annotation; None reads the file that ``sem_seg_file_name`` names
+        """
+        super().__init__(*args, **kwargs)
+        self.sem_seg_with_things = sem_seg_with_things
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -41,6 +60,8 @@ class D2extDatasetMapper(DatasetMapper):
         arguments["augmentations"] = build_augmentations(cfg, is_train)
         if cfg.INPUT.AUGMENTATION.NAME != "default":
             arguments["recompute_boxes"] = False
+        if cfg.INPUT.SEM_SEG_WITH_THINGS and is_train:
+            arguments["sem_seg_with_things"] = panoptic_classes(cfg.DATASETS.TRAIN[0])
         return arguments
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
@@ -52,7 +73,9 @@ class D2extDatasetMapper(DatasetMapper):
             ``image`` (C, H, W), uint8 or float32, in ``image_format``; ``height``, ``width`` of the
             original image; the other entries of the input; and, when training, as far as
             annotated, ``instances`` (``gt_boxes``, ``gt_classes``, with masks ``gt_masks``, with
-            keypoints ``gt_keypoints``), ``crowd_instances`` and ``sem_seg`` (H, W) int64
+            keypoints ``gt_keypoints``), ``crowd_instances`` and ``sem_seg`` (H, W) int64;
+            ``instances`` also has ``gt_visible_shares`` (how much of each box the crop leaves,
+            0..1) where a transform is :class:`ReportsVisibleShares`
 
         Raises:
             SampleError: the image cannot be read or the annotations do not belong to it
@@ -63,14 +86,13 @@ class D2extDatasetMapper(DatasetMapper):
             detection_utils.check_image_size(dataset_dict, image)
         except detection_utils.SizeMismatchError as e:
             raise AnnotationError(str(e)) from e
-        sem_seg = None
-        if "sem_seg_file_name" in dataset_dict:
-            sem_seg = read_label_map(dataset_dict.pop("sem_seg_file_name"))
-            if sem_seg.shape != image.shape[:2]:
-                raise AnnotationError(
-                    f"The label map of '{dataset_dict['file_name']}' has height and width "
-                    f"{sem_seg.shape}, the image {image.shape[:2]}."
-                )
+        sem_seg = self._read_sem_seg(dataset_dict)
+        dataset_dict.pop("sem_seg_file_name", None)
+        if sem_seg is not None and sem_seg.shape != image.shape[:2]:
+            raise AnnotationError(
+                f"The label map of '{dataset_dict['file_name']}' has height and width "
+                f"{sem_seg.shape}, the image {image.shape[:2]}."
+            )
         annotations = dataset_dict.pop("annotations", None) if self.is_train else None
         if annotations is not None:
             annotations = self._prepare_annotations(annotations, dataset_dict["file_name"], image)
@@ -93,6 +115,14 @@ class D2extDatasetMapper(DatasetMapper):
             kept = [a for a, keep in zip(annotations, aug_input.keep, strict=True) if keep]
             self._set_instances(dataset_dict, kept, transforms, image_shape)
         return dataset_dict
+
+    def _read_sem_seg(self, dataset_dict: dict[str, Any]) -> np.ndarray | None:
+        """H×W labels in the image's original size, or None if there are none."""
+        if self.is_train and self.sem_seg_with_things is not None:
+            return full_label_map(dataset_dict, self.sem_seg_with_things)
+        if "sem_seg_file_name" in dataset_dict:
+            return read_label_map(dataset_dict["sem_seg_file_name"])
+        return None
 
     def _prepare_annotations(
         self, annotations: list[dict[str, Any]], file_name: str, image: np.ndarray
@@ -141,6 +171,11 @@ class D2extDatasetMapper(DatasetMapper):
         image_shape: tuple[int, int],
     ) -> None:
         """Transform the annotations; set ``instances`` and ``crowd_instances``."""
+        shares = None
+        if any(isinstance(t, ReportsVisibleShares) for t in transforms.transforms):
+            shares = _visible_shares(
+                [a for a in annotations if not a.get("iscrowd", 0)], transforms
+            )
         annotations = [
             detection_utils.transform_instance_annotations(
                 annotation,
@@ -161,9 +196,13 @@ class D2extDatasetMapper(DatasetMapper):
             )
             if self.recompute_boxes:
                 instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
+            if shares is not None:
+                instances.gt_visible_shares = shares
             instances = detection_utils.filter_empty_instances(instances)
         else:
             instances = self._no_instances(image_shape)
+            if shares is not None:
+                instances.gt_visible_shares = shares
         dataset_dict["instances"] = instances
         crowd_instances = detection_utils.annotations_to_instances(crowds, image_shape)
         dataset_dict["crowd_instances"] = detection_utils.filter_empty_instances(crowd_instances)
@@ -192,6 +231,19 @@ def _boxes_and_crowd(annotations: list[dict[str, Any]] | None) -> dict[str, np.n
     boxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
     crowd = np.array([bool(a.get("iscrowd", 0)) for a in annotations], dtype=bool)
     return {"boxes": boxes, "crowd": crowd}
+
+
+def _visible_shares(annotations: list[dict[str, Any]], transforms: TransformList) -> torch.Tensor:
+    """(N,) float32: the share of each box's area that the transforms leave."""
+    if not annotations:
+        return torch.zeros(0)
+    boxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
+    # Coordinates are not cut; all transforms keep sides parallel to the axes.
+    whole = transforms.apply_coords(boxes.reshape(-1, 2)).reshape(-1, 2, 2)
+    area = np.abs(whole[:, 1] - whole[:, 0]).prod(axis=1)
+    cut = transforms.apply_box(boxes).reshape(-1, 2, 2)
+    visible = (cut[:, 1] - cut[:, 0]).clip(min=0).prod(axis=1)
+    return torch.from_numpy(visible / np.maximum(area, 1e-9)).float()
 
 
 _dropped_logged = False

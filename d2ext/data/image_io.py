@@ -120,6 +120,31 @@ def read_label_map(file_name: str) -> np.ndarray:
     return labels.astype(np.uint8 if labels.max() < 256 else np.float32)
 
 
+def read_color_map(file_name: str) -> np.ndarray:
+    """Read an image whose three 8-bit channels are one value (a panoptic PNG), as they are stored.
+
+    Returns:
+        H×W×3 uint8, R, G, B
+
+    Raises:
+        ImageReadError: unreadable file, or a file of another mode than RGB
+    """
+    try:
+        with PathManager.open(file_name, "rb") as f:
+            image = Image.open(f)
+            image.load()
+    except FileNotFoundError as e:
+        raise ImageReadError(f"Cannot read panoptic map '{file_name}': no such file.") from e
+    except _DECODER_ERRORS as e:
+        raise ImageReadError(f"Cannot read panoptic map '{file_name}': {e}") from e
+    if image.mode != "RGB" or 0 in image.size:
+        raise ImageReadError(
+            f"Panoptic map '{file_name}' has mode {image.mode} and size {image.size}; expected an "
+            "RGB image whose pixels are segment ids R + 256 G + 65536 B."
+        )
+    return np.asarray(image)
+
+
 def _upright(image: Image.Image) -> Image.Image:
     """Apply the EXIF orientation, if the file has a readable one."""
     try:

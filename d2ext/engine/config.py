@@ -56,6 +56,12 @@ def add_engine_config(cfg: CfgNode) -> None:
     _default(cfg.TEST, "BEST_METRIC", "")
     # "max" or "min": which value of BEST_METRIC is best.
     _default(cfg.TEST, "BEST_MODE", "max")
+    # True: evaluation also writes where panoptic quality is lost, per class, per image and between
+    # classes, as tables and pictures (tools/train_net.py --analyze).
+    _default(cfg.TEST, "ANALYZE", False)
+    # What computes panoptic quality: "panopticapi", or the faster "hotcoco" (pip install hotcoco),
+    # which gives the same numbers.
+    _default(cfg.TEST, "PANOPTIC_BACKEND", "panopticapi")
 
 
 def _default(node: CfgNode, key: str, value: Any) -> None:

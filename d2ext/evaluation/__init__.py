@@ -1,7 +1,16 @@
 """Evaluators: Detectron2's and those that it lacks, chosen by data set."""
 
-from d2ext.evaluation.build import build_evaluator
+from d2ext.evaluation.build import build_evaluator, check_analysis
 from d2ext.evaluation.coco import COCOEvaluator
 from d2ext.evaluation.landmarks import LandmarkEvaluator
+from d2ext.evaluation.panoptic import COCOPanopticEvaluator
+from d2ext.evaluation.panoptic_analysis import PanopticAnalysis
 
-__all__ = ["COCOEvaluator", "LandmarkEvaluator", "build_evaluator"]
+__all__ = [
+    "COCOEvaluator",
+    "COCOPanopticEvaluator",
+    "LandmarkEvaluator",
+    "PanopticAnalysis",
+    "build_evaluator",
+    "check_analysis",
+]

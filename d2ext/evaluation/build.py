@@ -1,5 +1,6 @@
 """The evaluator that fits a data set."""
 
+import os
 from collections import OrderedDict
 from typing import Any
 
@@ -9,20 +10,22 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
-    COCOPanopticEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
     LVISEvaluator,
     PascalVOCDetectionEvaluator,
-    SemSegEvaluator,
 )
+from detectron2.evaluation import SemSegEvaluator as _SemSegEvaluator
 from detectron2.utils import comm
 
+from d2ext.data.errors import DatasetError
 from d2ext.data.image_io import read_label_map
 from d2ext.evaluation.coco import COCOEvaluator
 from d2ext.evaluation.landmarks import LandmarkEvaluator
+from d2ext.evaluation.panoptic import COCOPanopticEvaluator
+from d2ext.evaluation.panoptic_analysis import PanopticAnalysis
 
-__all__ = ["IfPredicted", "build_evaluator"]
+__all__ = ["IfPredicted", "build_evaluator", "check_analysis"]
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluator:
@@ -45,11 +48,14 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
         cfg: ``TEST.DETECTIONS_PER_IMAGE`` does not limit the evaluation; COCO's limit of 100 does.
             ``TEST.KEYPOINT_OKS_SIGMAS`` is passed on; if empty, the metadata's
             ``keypoint_oks_sigmas`` are.
+            ``TEST.PANOPTIC_BACKEND`` computes panoptic
+            quality; with ``TEST.ANALYZE`` the folder ``analysis`` says where it is lost.
         dataset_name: registered data set.
         output_folder: where results are written; made when needed.
 
     Raises:
         ValueError: unregistered data set, or one without an ``evaluator_type`` known here.
+        DatasetError: ``TEST.ANALYZE`` for a data set that is not panoptic.
     """
     if dataset_name not in DatasetCatalog.list():
         raise ValueError(
@@ -74,17 +80,26 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
             dataset_name, output_dir=output_folder, sem_seg_loading_fn=_load_labels
         )
 
-    def panoptic() -> DatasetEvaluator:
-        return COCOPanopticEvaluator(dataset_name, output_folder)
+    def panoptic() -> list[DatasetEvaluator]:
+        evaluators: list[DatasetEvaluator] = [
+            COCOPanopticEvaluator(dataset_name, output_folder, backend=cfg.TEST.PANOPTIC_BACKEND)
+        ]
+        if cfg.TEST.ANALYZE:
+            folder = os.path.join(output_folder, "analysis")
+            evaluators.append(PanopticAnalysis(dataset_name, folder))
+        return [IfPredicted("panoptic_seg", evaluator) for evaluator in evaluators]
 
+    if cfg.TEST.ANALYZE:
+        check_analysis(dataset_name)
     if kind == "coco":
         return coco()
     if kind == "coco_panoptic_seg":
+        # Loading a data set may be what names its files.
+        records = DatasetCatalog.get(dataset_name)
         evaluators = [IfPredicted("instances", coco())]
-        if all("sem_seg_file_name" in record for record in DatasetCatalog.get(dataset_name)):
+        if all("sem_seg_file_name" in record for record in records):
             evaluators.append(IfPredicted("sem_seg", semantic()))
-        evaluators.append(IfPredicted("panoptic_seg", panoptic()))
-        return DatasetEvaluators(evaluators)
+        return DatasetEvaluators([*evaluators, *panoptic()])
     if kind == "landmarks":
         evaluators = [LandmarkEvaluator(dataset_name, output_dir=output_folder)]
         if "oks" in (metadata.get("landmark_metrics") or ()):
@@ -101,7 +116,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
             [
                 IfPredicted("sem_seg", CityscapesSemSegEvaluator(dataset_name)),
                 IfPredicted("instances", CityscapesInstanceEvaluator(dataset_name)),
-                IfPredicted("panoptic_seg", panoptic()),
+                *panoptic(),
             ]
         )
     if kind == "lvis":
@@ -115,6 +130,32 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
         "coco_panoptic_seg, landmarks, sem_seg, cityscapes_instance, cityscapes_sem_seg, "
         "cityscapes_panoptic_seg, lvis, pascal_voc."
     )
+
+
+def check_analysis(dataset_name: str) -> None:
+    """Raise :class:`DatasetError` unless ``TEST.ANALYZE`` has something to say on a data set."""
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if kind not in ("coco_panoptic_seg", "cityscapes_panoptic_seg"):
+        raise DatasetError(
+            f"There is no analysis of data set '{dataset_name}': --analyze (TEST.ANALYZE) is for "
+            f"panoptic data, this one is of type {kind!r}. Leave it out, or evaluate on a panoptic "
+            "data set."
+        )
+
+
+class SemSegEvaluator(_SemSegEvaluator):
+    """Detectron2's, which would count classes of a model with too few or too many as others."""
+
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        for output in outputs:
+            if len(output["sem_seg"]) != self._num_classes:
+                raise ValueError(
+                    f"The model's sem_seg has {len(output['sem_seg'])} channels, data set "
+                    f"'{self._dataset_name}' has {self._num_classes} semantic classes "
+                    f"({', '.join(self._class_names[:3])}, ...). The class counts of the config "
+                    "must be those of the data set."
+                )
+        super().process(inputs, outputs)
 
 
 def _load_labels(file_name: str, dtype: type = int) -> np.ndarray:

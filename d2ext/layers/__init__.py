@@ -2,21 +2,42 @@
 
 from d2ext.layers._extension import extension_info, has_cuda_extension, has_extension
 from d2ext.layers.affine_crops import affine_crops, truncated_crops
+from d2ext.layers.corner_pool import (
+    CornerPool,
+    center_pool,
+    center_pool_reference,
+    corner_pool,
+    corner_pool_pair,
+    corner_pool_pair_reference,
+    corner_pool_reference,
+)
 from d2ext.layers.prototype_masks import (
     assemble_binary_masks,
     assemble_binary_masks_reference,
     assemble_masks,
     assemble_masks_reference,
 )
+from d2ext.layers.soft_nms import SoftNMSRows, soft_nms, soft_nms_merge, soft_nms_rows
 
 __all__ = [
+    "CornerPool",
+    "SoftNMSRows",
     "affine_crops",
     "assemble_binary_masks",
     "assemble_binary_masks_reference",
     "assemble_masks",
     "assemble_masks_reference",
+    "center_pool",
+    "center_pool_reference",
+    "corner_pool",
+    "corner_pool_pair",
+    "corner_pool_pair_reference",
+    "corner_pool_reference",
     "extension_info",
     "has_cuda_extension",
     "has_extension",
+    "soft_nms",
+    "soft_nms_merge",
+    "soft_nms_rows",
     "truncated_crops",
 ]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-SLOW_WITHOUT = ("assemble_masks", "assemble_binary_masks")
+SLOW_WITHOUT = ("assemble_masks", "assemble_binary_masks", "corner_pool", "soft_nms")
 """Operators whose plain PyTorch implementation is several times slower than the compiled one."""
 
 

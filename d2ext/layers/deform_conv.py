@@ -1,4 +1,5 @@
-"""Modulated deformable convolution (DCNv2, arXiv 1811.11168) on torchvision's operator.
+"""Deformable convolution on torchvision's operator: v1 (arXiv 1703.06211) and, with weights for its
+taps, v2 (DCNv2, arXiv 1811.11168).
 
 Shapes: B images, C channels, H×W input cells, h×w output cells, K = kernel_h·kernel_w taps.
 """
@@ -8,6 +9,75 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
+
+
+def _supported(predicted: Tensor) -> torch.dtype:
+    """The dtype to run the operator in.
+
+    It wants one dtype for all its arguments, and has no kernels for bfloat16, nor for float16 on the
+    CPU; it runs in float32 there and the caller casts the result back.
+    """
+    dtype = predicted.dtype
+    if dtype == torch.bfloat16 or (dtype == torch.float16 and not predicted.is_cuda):
+        return torch.float32
+    return dtype
+
+
+class DeformConv(nn.Module):
+    """3x3-style convolution whose taps move by what an inner convolution predicts.
+
+    The inner convolution ``offset`` has 2K output channels: offsets in cells, interleaved (y, x) per
+    tap in row-major tap order. It starts at zero, so that a new layer is a plain convolution.
+
+    Args:
+        in_channels, out_channels: channels of the input and of the output.
+        kernel_size, stride, padding: as in :class:`torch.nn.Conv2d`, square only.
+        bias: adds one learnable value to each output channel.
+        norm: module applied to the output, or None.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        *,
+        stride: int = 1,
+        padding: int = 1,
+        bias: bool = True,
+        norm: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.stride = stride
+        self.padding = padding
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        self.offset = nn.Conv2d(
+            in_channels, 2 * kernel_size**2, kernel_size, stride=stride, padding=padding
+        )
+        self.norm = norm
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.offset.weight)
+        nn.init.zeros_(self.offset.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) → (B, out_channels, h, w)."""
+        offsets = self.offset(x)
+        dtype = _supported(offsets)
+        output = deform_conv2d(
+            x.to(dtype),
+            offsets.to(dtype),
+            self.weight.to(dtype),
+            None if self.bias is None else self.bias.to(dtype),
+            stride=self.stride,
+            padding=self.padding,
+        ).to(offsets.dtype)
+        return output if self.norm is None else self.norm(output)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, stride={self.stride}"
 
 
 class ModulatedDeformConv(nn.Module):
@@ -63,11 +133,10 @@ class ModulatedDeformConv(nn.Module):
         """(B, in_channels, H, W) → (B, out_channels, h, w)."""
         predicted = self.offset_mask(x)
         offsets, logits = predicted.split([2 * self.taps, self.taps], dim=1)
-        # The operator wants one dtype for all its arguments, and has no kernels for bfloat16, nor for
-        # float16 on the CPU; it runs in float32 there and the result is cast back.
-        dtype = predicted.dtype
-        if dtype == torch.bfloat16 or (dtype == torch.float16 and not x.is_cuda):
-            dtype = torch.float32
+        # The operator reads outside the image where an offset is NaN (and may crash); the result is NaN
+        # all the same, by the tap weights.
+        offsets = offsets.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+        dtype = _supported(predicted)
         output = deform_conv2d(
             x.to(dtype),
             offsets.to(dtype),

@@ -29,6 +29,13 @@ def _conv_add_relu(conv: nn.Conv2d, x: Tensor, other: Tensor) -> Tensor:
     )
 
 
+def conv_add_relu(conv: nn.Conv2d, x: Tensor, other: Tensor) -> Tensor:
+    """relu(conv(x) + other), in one kernel if :func:`fuse_activations` marked the convolution."""
+    if getattr(conv, "fuse_relu", False):
+        return _conv_add_relu(conv, x, other)
+    return F.relu(conv(x) + other)
+
+
 class _FusedStem(nn.Module):
     """Detectron2's ``BasicStem``."""
 
@@ -75,7 +82,8 @@ def fuse_activations(module: nn.Module) -> None:
     """Prepare a module whose norms are folded, in place, for inference on an NVIDIA GPU.
 
     Detectron2's residual blocks and stem are replaced by fused ones, and convolutions that are
-    followed by a ReLU through :func:`conv_relu` are marked. What does not qualify stays as it is.
+    followed by a ReLU through :func:`conv_relu` or :func:`conv_add_relu` are marked. What does not
+    qualify stays as it is.
     """
     for child in module.modules():
         if _is_plain(child):

@@ -23,7 +23,7 @@ from d2ext.modeling.fusion import conv_relu
 
 
 def add_stacked_hourglass_config(cfg: CfgNode) -> None:
-    """Add the keys of :class:`StackedHourglass` to ``cfg``, in place; defaults as published."""
+    """Add the keys of :class:`NewellHourglass` to ``cfg``, in place; defaults as published."""
     hourglass = cfg.MODEL.STACKED_HOURGLASS = CfgNode()
     # Hourglasses in a row; published models have 8 and 2.
     hourglass.NUM_STACKS = 2
@@ -125,7 +125,7 @@ class Stack(nn.Module):
 
 
 @BACKBONE_REGISTRY.register()
-class StackedHourglass(Backbone):
+class NewellHourglass(Backbone):
     """Newell's stacked hourglass.
 
     Outputs, all of stride 4: ``stack{i}`` (B, C, H/4, W/4), the features of stack i = 1..n; and with

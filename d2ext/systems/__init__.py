@@ -1,3 +1,10 @@
 """The systems, one room each. Importing this package registers all of them with Detectron2."""
 
-from d2ext.systems import landmarks, yolact  # noqa: F401
+from d2ext.systems import (  # noqa: F401
+    centernet,
+    centernet_triplets,
+    cornernet,
+    landmarks,
+    upsnet,
+    yolact,
+)

@@ -14,6 +14,8 @@ from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Instances
 
+from d2ext.utils.heatmaps import draw_points, overlay_heatmaps
+
 
 def class_metadata(cfg: CfgNode, class_names: Sequence[str] | None = None) -> Metadata:
     """Names and colours of the classes that a config's model predicts.
@@ -87,10 +89,21 @@ class PictureDrawer:
         """Draw on an image (H×W×3, BGR, uint8); a new one of the same kind.
 
         Args:
-            output: as Detectron2's models return it, instances as :func:`select` leaves them.
+            output: as Detectron2's models return it, instances as :func:`select` leaves them. With
+                ``heatmaps`` (see :mod:`d2ext.utils.heatmaps`) these and the instances' points are
+                drawn, too.
         """
         with _fixed_colors(0):
-            return self._draw(image[:, :, ::-1], output)[:, :, ::-1]
+            return self._draw_all(image[:, :, ::-1], output)[:, :, ::-1]
+
+    def _draw_all(self, image: np.ndarray, output: dict[str, Any]) -> np.ndarray:
+        """On RGB: heat maps below and points above what :meth:`_draw` draws."""
+        if "heatmaps" not in output:
+            return self._draw(image, output)
+        image = self._draw(overlay_heatmaps(image, output["heatmaps"]), output)
+        if "instances" in output:
+            image = draw_points(image, output["instances"][: self.max_drawn])
+        return image
 
     def _draw(self, image: np.ndarray, output: dict[str, Any]) -> np.ndarray:
         """On RGB."""
@@ -127,7 +140,7 @@ class VideoDrawer(PictureDrawer):
         self._frame += 1
         # another seed for each frame, or new objects would take the colours of the last ones
         with _fixed_colors(zlib.crc32(b"frame %d" % self._frame)):
-            return self._draw(image[:, :, ::-1], output)[:, :, ::-1]
+            return self._draw_all(image[:, :, ::-1], output)[:, :, ::-1]
 
     def _draw(self, image: np.ndarray, output: dict[str, Any]) -> np.ndarray:
         if "panoptic_seg" in output:

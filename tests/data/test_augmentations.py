@@ -17,6 +17,7 @@ from d2ext.data.augmentations import (
     DetectionInput,
     ExpandTransform,
     PhotometricTransform,
+    RandomAffineWarp,
     RandomCrop,
     RandomExpand,
     RandomIoUCrop,
@@ -35,6 +36,8 @@ AUGMENTATIONS = {
     "crop": RandomCrop("relative_range", (0.5, 0.5)),
     "flip": T.RandomFlip(),
     "square": ResizeToSquare(150),
+    "affine_crop": RandomAffineWarp((150, 170), scales=(0.8, 1.3)),
+    "affine_shift": RandomAffineWarp((150, 170), "shift"),
     "shortest_edge": ResizeShortestEdge(100, 200, "choice"),
     "everything": [
         RandomExpand(fill=FILL),
@@ -403,7 +406,7 @@ class TestRecipes:
         assert build_augmentations(self.cfg("none"), True) == []
 
     def test_unknown_name_lists_the_known(self):
-        with pytest.raises(ValueError, match="default, none, ssd"):
+        with pytest.raises(ValueError, match="default, none"):
             build_augmentations(self.cfg("nonsense"), True)
 
     def test_own_recipe(self):

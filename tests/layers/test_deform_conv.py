@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -61,3 +62,15 @@ def test_runs_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = layer(torch.rand(1, 2, 6, 6))
     assert output.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_infinite_offsets_do_not_crash(value: float) -> None:
+    """torchvision's kernel reads outside the image where an offset is NaN."""
+    conv = ModulatedDeformConv(3, 4)
+    with torch.no_grad():
+        conv.offset_mask.bias[:] = value
+    output = conv(torch.rand(1, 3, 40, 50))
+    assert output.shape == (1, 4, 40, 50)
+    if value != value:
+        assert output.isnan().all()

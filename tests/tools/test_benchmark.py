@@ -157,10 +157,22 @@ def test_operators(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixtu
     arguments = [
         *("operators", "--device", "cpu", "--dtype", "float32", "--detections", "2"),
         *("--sizes", "20x30", "--iters", "1", "--output", str(tmp_path / "o.json")),
+        *("--pool-batches", "2", "--pool-side", "8", "--pool-channels-last"),
     ]
     assert tool.main(arguments) == 0
     assert "floor" in capsys.readouterr().out
-    rows = json.loads((tmp_path / "o.json").read_text())["rows"]
+    report = json.loads((tmp_path / "o.json").read_text())
+    pooling, rows = report["pooling"], report["rows"]
+    # 7 poolings, forward and with backward, in two layouts
+    assert len(pooling) == 28 and {row["shape"] for row in pooling} == {"2x128x8x8"}
+    assert {row["layout"] for row in pooling} == {"contiguous", "channels_last"}
+    assert all(row["fused_ms"] > 0 and row["unfused_ms"] > 0 for row in pooling)
+    copy = report["rows"][0]["copy_gb_per_s"] * 1e9
+    one = next(row for row in pooling if row["passes"] == "forward" and row["operator"] == "top")
+    assert one["floor_ms"] == pytest.approx(2 * (2 * 128 * 64) * 4 / copy * 1e3)
+    arguments += ["--only", "masks"]
+    assert tool.main(arguments) == 0
+    assert "pooling" not in json.loads((tmp_path / "o.json").read_text())
     assert {row["size"] for row in rows if "binary" in row["operator"]} == {"20x30"}
     assert all(row["detections"] == 2 and row["fused_ms"] > 0 for row in rows)
 
@@ -183,6 +195,21 @@ def test_wrong_commands(tool: ModuleType, arguments: list[str]) -> None:
 def test_wrong_config(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert tool.main(["model", "--config-file", "no/such.yaml"]) == 2
     assert "no/such.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("architecture", ["CenterNet", "CornerNet"])
+def test_keypoint_detectors_have_the_same_stages(
+    tool: ModuleType, architecture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(tiny_config(architecture).dump())
+    report_file = tmp_path / "report.json"
+    arguments = ["model", "--config-file", str(tmp_path / "config.yaml"), "--iters", "1"]
+    arguments += ["--warmup", "1", "--device", "cpu", "--output", str(report_file)]
+    assert tool.main([*arguments, "--batch-size", "2", "--image-size", "64", "90"]) == 0
+    capsys.readouterr()
+    (batch,) = json.loads(report_file.read_text())["batches"]
+    assert set(batch["stages_ms"]) == {*tool._STAGES, "decode", "download"}
+    assert batch["stages_ms"]["network"] > 0 and batch["images_per_second"] > 0
 
 
 def test_models_that_look_into_boxes(tool: ModuleType, tmp_path: Path) -> None:

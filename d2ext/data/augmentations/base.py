@@ -15,6 +15,13 @@ class DropsInstances(Protocol):
         """(N,) bool: which of the (N, 4) XYXY boxes, in pixels *before* the transform, stay."""
 
 
+@runtime_checkable
+class ReportsVisibleShares(Protocol):
+    """A transform after which training wants to know how much of each box is left."""
+
+    reports_visible_shares: bool
+
+
 class DetectionInput(T.AugInput):
     """Detectron2's ``AugInput`` that also knows which annotations are crowds and which are left.
 

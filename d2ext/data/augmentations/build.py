@@ -7,10 +7,14 @@ from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from fvcore.common.registry import Registry
 
+from d2ext.data.augmentations.affine import RandomAffineWarp
+from d2ext.data.augmentations.canvas import RandomCanvasCrop, RandomPixelMirror, SquareCanvas
 from d2ext.data.augmentations.crop import RandomCrop, RandomIoUCrop
 from d2ext.data.augmentations.expand import RandomExpand
+from d2ext.data.augmentations.lighting import RandomColorLighting
 from d2ext.data.augmentations.photometric import RandomPhotometricDistortion
 from d2ext.data.augmentations.resize import ResizeShortestEdge, ResizeToSquare
+from d2ext.data.augmentations.saccade import RandomObjectCrop
 
 Recipe = Callable[[CfgNode, bool], list[T.Augmentation]]
 
@@ -99,6 +103,74 @@ def build_ssd_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]
         )
     # Published: flip, then resize. The two commute, and the small image is cheaper to flip.
     return [*augmentations, ResizeToSquare(c.SIZE), T.RandomFlip(prob=c.FLIP_PROB)]
+
+
+@AUGMENTATION_REGISTRY.register_as("centernet")
+def build_centernet_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
+    """The published CenterNet recipe: mirror, random affine crop to a square, colours, lighting.
+
+    Images stay float32 in [0, 255] from the colours on, unclipped, as published. Test images are
+    resized as with ``"default"`` (with ``INPUT.MIN_SIZE_TEST: 0``, not at all: the model does what is
+    published).
+    """
+    if not is_train:
+        return build_default_augmentation(cfg, False)
+    c = cfg.INPUT.AUGMENTATION
+    augmentations: list[T.Augmentation] = [
+        RandomAffineWarp(
+            size=(c.SIZE, c.SIZE),
+            mode=c.AFFINE.MODE,
+            scales=c.AFFINE.SCALES,
+            border=c.AFFINE.BORDER,
+            shift=c.AFFINE.SHIFT,
+            zoom=c.AFFINE.ZOOM,
+            flip_prob=c.FLIP_PROB,
+        )
+    ]
+    if c.COLOR_JITTER > 0 or c.LIGHTING > 0:
+        augmentations.append(RandomColorLighting(c.COLOR_JITTER, c.LIGHTING, cfg.INPUT.FORMAT))
+    return augmentations
+
+
+@AUGMENTATION_REGISTRY.register_as("cornernet")
+def build_cornernet_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
+    """The published CornerNet recipe: random window, resize to a square, mirror, colours, lighting.
+
+    Without the random window (``CROP_ENABLED``) the image is padded to a square. Images stay float32 in
+    [0, 255] from the colours on, unclipped, as published. Test images are resized as with
+    ``"default"`` (with ``INPUT.MIN_SIZE_TEST: 0``, not at all, as published).
+    """
+    if not is_train:
+        return build_default_augmentation(cfg, False)
+    c = cfg.INPUT.AUGMENTATION
+    window = (
+        RandomCanvasCrop(c.SIZE, c.CENTER_CROP.SCALES, c.CENTER_CROP.BORDER)
+        if c.CROP_ENABLED
+        else SquareCanvas()
+    )
+    augmentations = [window, ResizeToSquare(c.SIZE), RandomPixelMirror(c.FLIP_PROB)]
+    return augmentations + _colors(cfg)
+
+
+@AUGMENTATION_REGISTRY.register_as("cornernet_saccade")
+def build_cornernet_saccade_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
+    """The published CornerNet-Saccade recipe: crop around an object, mirror, colours, lighting.
+
+    Otherwise as ``"cornernet"``.
+    """
+    if not is_train:
+        return build_default_augmentation(cfg, False)
+    c = cfg.INPUT.AUGMENTATION
+    crop = RandomObjectCrop(c.SIZE, c.CENTER_CROP.SCALES)
+    return [crop, RandomPixelMirror(c.FLIP_PROB), *_colors(cfg)]
+
+
+def _colors(cfg: CfgNode) -> list[T.Augmentation]:
+    """Colour jitter and lighting, if wanted."""
+    c = cfg.INPUT.AUGMENTATION
+    if c.COLOR_JITTER > 0 or c.LIGHTING > 0:
+        return [RandomColorLighting(c.COLOR_JITTER, c.LIGHTING, cfg.INPUT.FORMAT)]
+    return []
 
 
 def _safe(augmentation: T.Augmentation) -> T.Augmentation:

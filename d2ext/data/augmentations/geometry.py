@@ -53,3 +53,15 @@ def _clip_half_plane(
     # Every edge contributes its start point, if inside, and then its crossing, if it has one.
     candidates = np.stack([points, crossing], axis=1).reshape(-1, 2)
     return candidates[np.stack([inside, crosses], axis=1).reshape(-1)]
+
+
+def random_center(length: int, border: int) -> int:
+    """A uniform pixel of ``length``, at least ``border`` from both ends (halved until that is possible).
+
+    How CornerNet and CenterNet place their random windows (published code).
+    """
+    parts = 1
+    while length - border // parts <= border // parts:
+        parts *= 2
+    margin = border // parts
+    return int(np.random.randint(margin, length - margin))

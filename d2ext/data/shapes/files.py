@@ -5,7 +5,6 @@ reads every image and annotation, so its mappers, evaluators and visualizers wor
 files.
 """
 
-import contextlib
 import hashlib
 import io
 import json
@@ -21,6 +20,7 @@ import cv2
 import numpy as np
 from detectron2.utils.file_io import PathHandler, PathManager
 
+from d2ext.data.cache import cache_folder
 from d2ext.data.shapes.coco import (
     id_to_rgb,
     instances_json,
@@ -221,26 +221,8 @@ def _version() -> str:
 
 
 def _cache_folder() -> Path:
-    """This version's folder in the user's cache, or a temporary one if that cannot be written."""
-    chosen = os.environ.get("D2EXT_CACHE")
-    if chosen:
-        folder = Path(chosen, _version())
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    folder = cache / "d2ext" / "shapes" / _version()
-    if cache.is_absolute():  # else the user has no home
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    return Path(_temporary_folder().name)
-
-
-@lru_cache(maxsize=1)
-def _temporary_folder() -> tempfile.TemporaryDirectory:
-    """A private folder that is removed when the process ends."""
-    return tempfile.TemporaryDirectory(prefix="d2ext-shapes-")
+    """This version's folder in the cache."""
+    return cache_folder(f"shapes/{_version()}")
 
 
 def _write_atomically(target: Path, data: bytes) -> None:

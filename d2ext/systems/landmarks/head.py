@@ -140,6 +140,10 @@ class MapHead(LandmarkHead):
             return tuple(features[name] for name in self.in_features)
         return (self.predictor(self.upsampling(features[self.in_features[0]])),)
 
+    def strength(self, raw: tuple[Tensor, ...]) -> Tensor:
+        """The last stack's maps for pictures: (N, K, h, w) in 0..1."""
+        return self.prediction(raw)[0].clamp(0, 1)
+
     @staticmethod
     def arguments(cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> tuple[dict[str, Any], Size]:
         """Arguments of the constructor and (w, h).
@@ -216,8 +220,8 @@ class HeatmapHead(MapHead):
         self.loss = loss
         self.weight = weight
         # What the target of one landmark sums to, in the middle of the map.
-        middle = torch.tensor([[codec.input_size]]) / 2
-        (target,), _ = codec.encode(middle, torch.ones(1, 1, dtype=torch.bool))
+        middle = torch.tensor([[codec.input_size]], device="cpu") / 2
+        (target,), _ = codec.encode(middle, torch.ones_like(middle[..., 0], dtype=torch.bool))
         self.mass = float(target.sum())
         if loss == "focal" and isinstance(self.predictor, nn.Conv2d):
             # A first probability of 0.1 for every cell (arXiv 1904.07850).
@@ -342,6 +346,11 @@ class IntegralHead(MapHead):
 
     def prediction(self, raw: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (raw[-1].float(),)
+
+    def strength(self, raw: tuple[Tensor, ...]) -> Tensor:
+        """Probabilities over the largest of each landmark."""
+        maps = self.codec.probabilities(raw[-1])
+        return maps / maps.amax(dim=(-2, -1), keepdim=True)
 
     def average(self, one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The mean of the probabilities, as a map again."""

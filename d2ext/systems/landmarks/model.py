@@ -234,16 +234,19 @@ class LandmarkNet(nn.Module):
         places = regions.padded if truncated else regions.matrices
         places = places[start:stop].to(self.device, non_blocking=True)
         function = truncated_crops if truncated else affine_crops
-        images = [x["image"] for x in batched_inputs]
-        parts = []
-        first = 0
-        for image, count in zip(images, counts_between(regions.counts, start, stop), strict=True):
-            if count:
-                image = image.to(self.device, non_blocking=True)
-                mine = places[first : first + count]
-                parts.append(function(image[None], mine[None], self.input_size)[0])
-                first += count
-        crops = torch.cat(parts) if parts else places.new_zeros(0, 3, *self.input_size).float()
+        counts = counts_between(regions.counts, start, stop)
+        used = [(x["image"], n) for x, n in zip(batched_inputs, counts, strict=True) if n]
+        if not used:
+            return torch.zeros((0, 3, *self.input_size), device=self.device)
+        images = [image.to(self.device, non_blocking=True) for image, _ in used]
+        if len({(image.shape, image.dtype, n) for image, n in used}) == 1:
+            # Images alike are sampled in one call; launching one for each takes longer.
+            alike = places.view(len(used), -1, *places.shape[1:])
+            crops = function(torch.stack(images), alike, self.input_size).flatten(0, 1)
+        else:
+            own = places.split([n for _, n in used])
+            parts = zip(images, own, strict=True)
+            crops = torch.cat([function(x[None], p[None], self.input_size)[0] for x, p in parts])
         return (crops - self.pixel_mean) / self.pixel_std
 
     def preprocess(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
@@ -257,6 +260,47 @@ class LandmarkNet(nn.Module):
         """Predict on crops (N, 3, H, W) that :meth:`preprocess` made; see :meth:`forward`."""
         chunks = iter(images.split(self.max_crops)) if len(images) else iter(())
         return self._predict(chunks, self.find_regions(batched_inputs), batched_inputs)
+
+    @torch.no_grad()
+    def heatmaps(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+        """What the network sees, for pictures (see :mod:`d2ext.utils.heatmaps`).
+
+        Args:
+            batched_inputs: see :meth:`forward`.
+
+        Returns:
+            for each image ``joints`` (height, width) of the output in 0..1: the maximum over landmarks
+            and boxes, without a flip test. Nothing with heads that learn no maps.
+        """
+        regions = self.find_regions(batched_inputs)
+        if not isinstance(self.head, MapHead):
+            return [{} for _ in batched_inputs]
+        images = self.crop(batched_inputs, regions, 0, sum(regions.counts))
+        parts = [
+            self.head.strength(self.head(self.backbone(x))).amax(dim=1, keepdim=True)
+            for x in images.split(self.max_crops)
+            if len(x)
+        ]
+        width, height = self.head.codec.map_size
+        cells_to_crop = torch.tensor([self.input_size[1] / width, self.input_size[0] / height, 1])
+        to_cells = invert_affine(regions.matrices * cells_to_crop)
+        maps = torch.cat(parts) if parts else images.new_zeros(0, 1, height, width)
+        results = []
+        first = 0
+        for inputs, count in zip(batched_inputs, regions.counts, strict=True):
+            size = inputs["image"].shape[-2:]
+            output = (inputs.get("height") or size[0], inputs.get("width") or size[1])
+            seen = torch.zeros(output, device=self.device)
+            shrink = torch.tensor([size[1] / output[1], size[0] / output[0], 1])
+            for i in range(first, first + count):  # one by one: each is as large as the image
+                if regions.valid[i]:
+                    matrix = (to_cells[i] * shrink).to(self.device)
+                    seen = torch.maximum(
+                        seen, affine_crops(maps[i][None], matrix[None, None], output)[0, 0, 0]
+                    )
+            results.append({"joints": seen})
+            first += count
+        return results
 
     def _decode(self, raw: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Raw predictions → points (N, K, 2) in the crop, scores (N, K) and, if wanted, the maps."""
@@ -423,7 +467,10 @@ class LandmarkNet(nn.Module):
             )
         keypoints = self._keypoints(instances)
         boxes = instances.gt_boxes.tensor.detach().double().cpu()
-        keep = boxes.isfinite().all(dim=1) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        usable = boxes.isfinite().all(dim=1) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        keep = usable.nonzero()[:, 0]
+        if len(keep) > self.max_trained:  # no more crops than could be chosen
+            keep = keep[torch.randperm(len(keep))[: self.max_trained]]
         boxes, keypoints = boxes[keep], keypoints[keep.to(keypoints.device)]
         padded = pad_boxes(boxes, self.input_size, self.padding)
         matrices = crop_to_image(padded, self.input_size).to(self.device)

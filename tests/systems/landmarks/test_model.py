@@ -79,6 +79,21 @@ def test_crops_are_warps_of_the_padded_box(image: Tensor) -> None:
         assert np.abs(crop.permute(1, 2, 0).numpy() - expected).max() < 0.1
 
 
+def test_images_alike_are_cropped_together_to_the_same() -> None:
+    net = model()
+    images = [x["image"] for x in random_inputs(3)]
+    boxes = [[[10.0, 12.0, 50.0, 33.0], [5.0, 5.0, 30.0, 30.0 + i]] for i in range(3)]
+    inputs = [with_boxes(x, b) for x, b in zip(images, boxes, strict=True)]
+    alone = torch.cat([net.preprocess([x]) for x in inputs])
+    torch.testing.assert_close(net.preprocess(inputs), alone)
+    # different images, counts and sizes take the other way
+    nobody, small = with_boxes(images[0], []), with_boxes(images[1][:, :40], boxes[1])
+    mixed = [inputs[0], nobody, small, {"image": images[2]}]
+    expected = torch.cat([net.preprocess([x]) for x in mixed])
+    torch.testing.assert_close(net.preprocess(mixed), expected)
+    assert len(expected) == 5
+
+
 def test_training_crops_carry_their_landmarks(image: Tensor) -> None:
     """A bright dot at a landmark is at the landmark's place in the crop."""
     net = model()
@@ -118,6 +133,10 @@ def test_no_more_than_the_wanted_instances_are_trained_on() -> None:
     net = model(**{"MODEL.LANDMARKS.CROP.MAX_TRAINED": 4})
     assert len(net.training_crops(random_inputs(3))[0]) == 4
     assert len(net.training_crops(random_inputs(1))[0]) == 3
+    crowd = random_inputs(1)[0]
+    crowd["instances"] = Instances.cat([crowd["instances"]] * 100)
+    crops, keypoints = net._own_crops(crowd)
+    assert len(crops) == len(keypoints) == 4
 
 
 # Boxes in, instances out
@@ -412,6 +431,29 @@ def test_parts_that_benchmarks_time(image: Tensor) -> None:
     torch.testing.assert_close(found, expected)
     with pytest.raises(ValueError, match="1 crops for 2 boxes"):
         net.inference(net.preprocess(inputs)[:1], inputs)
+
+
+@pytest.mark.parametrize("head", ["HeatmapHead", "IntegralHead"])
+def test_heatmaps_lie_where_the_landmarks_are(image: Tensor, head: str) -> None:
+    net = model(head, **{"MODEL.LANDMARKS.DECODER": "argmax"})
+    box = [[10.0, 12.0, 50.0, 33.0]]
+
+    def one_bright_cell(raw: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        maps = torch.full_like(raw[-1], -20.0 if head == "IntegralHead" else 0.0)
+        maps[:, :, 5, 7] = 20.0 if head == "IntegralHead" else 1.0
+        return (maps,)
+
+    hook = net.head.register_forward_hook(lambda module, inputs, output: one_bright_cell(output))
+    for size in ({}, {"height": 120, "width": 240}):
+        inputs = [{**with_boxes(image, box), **size}, with_boxes(image, [])]
+        maps = [x["joints"] for x in net.heatmaps(inputs)]
+        found = net(inputs)[0]["instances"].pred_keypoints[0, 1, :2]
+        assert maps[0].shape == (size.get("height", 60), size.get("width", 80))
+        assert maps[0].max() <= 1 and maps[1].eq(0).all()
+        bright = (maps[0] > 0.9 * maps[0].max()).nonzero().float() + 0.5
+        assert (bright.mean(dim=0).flip(0) - found).abs().max() < 1.5
+    hook.remove()
+    assert model("SimCCHead").heatmaps([{"image": image}]) == [{}]
 
 
 # Mistakes

@@ -1,0 +1,280 @@
+// Soft non-maximum suppression as CornerNet publishes it (d2ext/layers/soft_nms.py describes it): a
+// round weighs all boxes left, a vector at a time; only where boxes are discarded are they moved
+// one by one.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "../message.h"
+#include "simd.h"
+
+namespace d2ext {
+namespace {
+
+using at::Tensor;
+
+enum class Method : int64_t { kHard = 0, kLinear = 1, kGaussian = 2 };
+
+struct Settings {
+  Method method;
+  float sigma;
+  float iou_threshold;
+  float score_threshold;
+  float weight_exp;
+};
+
+// What a round computes of the boxes left: arrays of one value for each box, padded to whole
+// vectors.
+struct RoundArrays {
+  const float* x1;
+  const float* y1;
+  const float* x2;
+  const float* y2;
+  const float* scores;
+  float* overlaps;
+  float* weights;
+  float* weighed;
+};
+
+struct RoundKernels {
+  bool (*weigh)(const RoundArrays& in, int64_t best, int64_t begin, int64_t end,
+                const Settings& settings);
+  int64_t (*first_maximum)(const float* values, int64_t begin, int64_t end);
+};
+
+namespace rounds {
+#define D2EXT_LOOPS "soft_nms_loops.h"
+#include "each_target.h"
+}  // namespace rounds
+
+const RoundKernels& round_kernels() {
+  static const RoundKernels kernels = [] {
+#ifdef D2EXT_X86_TARGETS
+    if (has_avx512()) {
+      return rounds::avx512::round_kernels();
+    }
+    if (has_avx2()) {
+      return rounds::avx2::round_kernels();
+    }
+#endif
+    return rounds::baseline::round_kernels();
+  }();
+  return kernels;
+}
+
+// base^exponent; by squaring where the exponent is a small whole number, as the published one is.
+inline float power(float base, float exponent) {
+  if (!(exponent >= 0 && exponent <= 64 && exponent == std::floor(exponent))) {
+    return std::pow(base, exponent);
+  }
+  float result = 1;
+  for (int bits = static_cast<int>(exponent); bits > 0; bits /= 2, base *= base) {
+    result *= bits % 2 == 1 ? base : 1;
+  }
+  return result;
+}
+
+// The boxes of one class in an array from which boxes disappear.
+class Suppression {
+ public:
+  Suppression(const float* boxes, const float* scores, const float* corner_scores, int64_t count,
+              const Settings& settings)
+      : settings_(settings), corner_scores_(corner_scores), count_(count) {
+    const int64_t padded = count + Simd<float>::kLanes;
+    for (auto* column : {&x1_, &y1_, &x2_, &y2_, &scores_, &overlaps_, &weights_, &weighed_}) {
+      column->resize(padded);
+    }
+    indices_.resize(count);
+    std::iota(indices_.begin(), indices_.end(), int64_t(0));
+    std::copy(scores, scores + count, scores_.begin());
+    for (int64_t i = 0; i < count; ++i) {
+      x1_[i] = boxes[4 * i];
+      y1_[i] = boxes[4 * i + 1];
+      x2_[i] = boxes[4 * i + 2];
+      y2_[i] = boxes[4 * i + 3];
+    }
+  }
+
+  // The number of rows kept.
+  int64_t run() {
+    const RoundArrays arrays = {x1_.data(),     y1_.data(),       x2_.data(),      y2_.data(),
+                                scores_.data(), overlaps_.data(), weights_.data(), weighed_.data()};
+    for (int64_t row = 0; row < count_; ++row) {
+      swap(row, round_kernels().first_maximum(scores_.data(), row, count_));
+      const bool dropped = round_kernels().weigh(arrays, row, row + 1, count_, settings_);
+      if (dropped || corner_scores_ != nullptr) {
+        settle(row);
+      } else {
+        std::copy(weighed_.begin() + row + 1, weighed_.begin() + count_, scores_.begin() + row + 1);
+      }
+    }
+    return count_;
+  }
+
+  void write(float* boxes, float* scores, int64_t* indices, int64_t first_index) const {
+    for (size_t i = 0; i < indices_.size(); ++i) {
+      boxes[4 * i] = x1_[i];
+      boxes[4 * i + 1] = y1_[i];
+      boxes[4 * i + 2] = x2_[i];
+      boxes[4 * i + 3] = y2_[i];
+      scores[i] = scores_[i];
+      indices[i] = first_index + indices_[i];
+    }
+  }
+
+ private:
+  void swap(int64_t a, int64_t b) {
+    for (auto* column : {&x1_, &y1_, &x2_, &y2_, &scores_}) {
+      std::swap((*column)[a], (*column)[b]);
+    }
+    std::swap(indices_[a], indices_[b]);
+  }
+
+  // Goes through the boxes left in order: takes scores over, overwrites a box below the threshold
+  // by the array's last one (which keeps its former score where it was), and merges into box `row`.
+  void settle(int64_t row) {
+    const float* corners = corner_scores_;
+    float share1 = corners == nullptr ? 0 : corners[2 * row];
+    float share2 = corners == nullptr ? 0 : corners[2 * row + 1];
+    float x1 = x1_[row] * share1;
+    float y1 = y1_[row] * share1;
+    float x2 = x2_[row] * share2;
+    float y2 = y2_[row] * share2;
+    for (int64_t i = row + 1; i < count_;) {
+      if (corners != nullptr && overlaps_[i] > 0) {
+        // Corner scores stay where they are while boxes move.
+        const float share = power(1 - weights_[i], settings_.weight_exp);
+        const float first = corners[2 * i] * share;
+        const float second = corners[2 * i + 1] * share;
+        x1 += x1_[i] * first;
+        y1 += y1_[i] * first;
+        x2 += x2_[i] * second;
+        y2 += y2_[i] * second;
+        share1 += first;
+        share2 += second;
+      }
+      if (overlaps_[i] > 0 && weighed_[i] < settings_.score_threshold) {
+        --count_;
+        if (i == count_) {
+          scores_[i] = weighed_[i];
+        }
+        for (auto* column : {&x1_, &y1_, &x2_, &y2_, &overlaps_, &weights_, &weighed_}) {
+          (*column)[i] = (*column)[count_];
+        }
+        indices_[i] = indices_[count_];
+      } else {
+        scores_[i] = weighed_[i];
+        ++i;
+      }
+    }
+    if (corners != nullptr) {
+      x1_[row] = x1 / share1;
+      y1_[row] = y1 / share1;
+      x2_[row] = x2 / share2;
+      y2_[row] = y2 / share2;
+    }
+  }
+
+  Settings settings_;
+  const float* corner_scores_;
+  int64_t count_;
+  std::vector<float> x1_;
+  std::vector<float> y1_;
+  std::vector<float> x2_;
+  std::vector<float> y2_;
+  std::vector<float> scores_;
+  std::vector<float> overlaps_;
+  std::vector<float> weights_;
+  std::vector<float> weighed_;
+  std::vector<int64_t> indices_;
+};
+
+void check_rows(const char* argument, const Tensor& tensor, at::IntArrayRef sizes) {
+  D2EXT_CHECK_VALUE(tensor.sizes() == sizes && tensor.scalar_type() == at::kFloat,
+                    "soft_nms: ", argument, " must be float32 of shape ", sizes, ", got ",
+                    tensor.scalar_type(), " of shape ", tensor.sizes());
+}
+
+// boxes (N, 4), scores (N,), corner_scores (N, 2) or none: class by class; sizes: boxes of each
+// class. Returns boxes, scores, indices and kept, as d2ext.layers.SoftNMSRows.
+std::tuple<Tensor, Tensor, Tensor, Tensor> soft_nms_cpu(const Tensor& boxes, const Tensor& scores,
+                                                        const std::optional<Tensor>& corner_scores,
+                                                        const Tensor& sizes, int64_t method,
+                                                        double sigma, double iou_threshold,
+                                                        double score_threshold, double weight_exp) {
+  D2EXT_CHECK_VALUE(boxes.dim() == 2, "soft_nms: boxes must have shape (N, 4), got ",
+                    boxes.sizes());
+  const int64_t count = boxes.size(0);
+  check_rows("boxes", boxes, {count, 4});
+  check_rows("scores", scores, {count});
+  if (corner_scores.has_value()) {
+    check_rows("corner_scores", *corner_scores, {count, 2});
+  }
+  D2EXT_CHECK_VALUE(sizes.dim() == 1 && sizes.scalar_type() == at::kLong,
+                    "soft_nms: sizes must be int64 of shape (classes,), got ", sizes.scalar_type(),
+                    " of shape ", sizes.sizes());
+  D2EXT_CHECK_VALUE(method >= 0 && method <= 2,
+                    "soft_nms: method must be 0 (hard), 1 (linear) or 2 ", "(gaussian), got ",
+                    method);
+  D2EXT_CHECK_VALUE(sigma > 0, "soft_nms: sigma must be > 0, got ", sigma);
+  const Settings settings = {static_cast<Method>(method), static_cast<float>(sigma),
+                             static_cast<float>(iou_threshold), static_cast<float>(score_threshold),
+                             static_cast<float>(weight_exp)};
+  const Tensor dense_sizes = sizes.contiguous();
+  const int64_t* size = dense_sizes.const_data_ptr<int64_t>();
+  const int64_t classes = sizes.size(0);
+  std::vector<int64_t> begins(classes + 1, 0);
+  for (int64_t c = 0; c < classes; ++c) {
+    D2EXT_CHECK_VALUE(size[c] >= 0, "soft_nms: sizes must be >= 0, got ", size[c]);
+    begins[c + 1] = begins[c] + size[c];
+  }
+  D2EXT_CHECK_VALUE(begins[classes] == count, "soft_nms: sizes must add up to the number of boxes ",
+                    count, ", got ", begins[classes]);
+
+  const Tensor dense_boxes = boxes.contiguous();
+  const Tensor dense_scores = scores.contiguous();
+  const Tensor dense_corners = corner_scores.has_value() ? corner_scores->contiguous() : Tensor();
+  Tensor out_boxes = at::empty({count, 4}, boxes.options());
+  Tensor out_scores = at::empty({count}, boxes.options());
+  Tensor indices = at::empty({count}, boxes.options().dtype(at::kLong));
+  Tensor kept = at::zeros({count}, boxes.options().dtype(at::kBool));
+  const float* from_boxes = dense_boxes.const_data_ptr<float>();
+  const float* from_scores = dense_scores.const_data_ptr<float>();
+  const float* from_corners =
+      dense_corners.defined() ? dense_corners.const_data_ptr<float>() : nullptr;
+  float* to_boxes = out_boxes.mutable_data_ptr<float>();
+  float* to_scores = out_scores.mutable_data_ptr<float>();
+  int64_t* to_indices = indices.mutable_data_ptr<int64_t>();
+  bool* to_kept = kept.mutable_data_ptr<bool>();
+  // Few boxes are not worth waking another thread.
+  const int64_t grain = count < 256 ? std::max<int64_t>(classes, 1) : 1;
+  at::parallel_for(0, classes, grain, [&](int64_t first, int64_t last) {
+    for (int64_t c = first; c < last; ++c) {
+      const int64_t begin = begins[c];
+      Suppression suppression(from_boxes + 4 * begin, from_scores + begin,
+                              from_corners == nullptr ? nullptr : from_corners + 2 * begin, size[c],
+                              settings);
+      std::fill_n(to_kept + begin, suppression.run(), true);
+      suppression.write(to_boxes + 4 * begin, to_scores + begin, to_indices + begin, begin);
+    }
+  });
+  return {out_boxes, out_scores, indices, kept};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(d2ext, CPU, m) { m.impl("soft_nms", soft_nms_cpu); }
+
+}  // namespace d2ext

@@ -1,0 +1,42 @@
+"""Affine maps between images, network inputs and output maps of CenterNet (arXiv 1904.07850)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def affine_matrix(
+    center: Sequence[float] | np.ndarray,
+    side: float,
+    size: tuple[int, int],
+    rotation: float = 0.0,
+) -> np.ndarray:
+    """Map that takes a window of the image to a whole result, with one scale for both axes.
+
+    Args:
+        center: (x, y) of the window in the image, pixels.
+        side: its width in pixels, positive. (Published code that gives width and height uses the
+            width only.)
+        size: (width, height) of the result in pixels; ``center`` goes to its middle.
+        rotation: of the window, in degrees, clockwise where y points down.
+
+    Returns:
+        (2, 3) float64, image to result: (x, y, 1) → (x', y').
+    """
+    width, height = size
+    angle = np.deg2rad(rotation)
+    scale = width / side
+    cosine, sine = scale * np.cos(angle), scale * np.sin(angle)
+    linear = np.array([[cosine, sine], [-sine, cosine]])
+    shift: np.ndarray = np.array([width / 2, height / 2]) - linear @ np.asarray(
+        center, dtype=np.float64
+    )
+    return np.concatenate([linear, shift[:, None]], axis=1)
+
+
+def invert_affine(matrix: np.ndarray) -> np.ndarray:
+    """(2, 3) map → the (2, 3) map back."""
+    linear = np.linalg.inv(matrix[:, :2])
+    return np.concatenate([linear, -linear @ matrix[:, 2:]], axis=1)

@@ -1,0 +1,41 @@
+"""Where files lie that d2ext computes and can compute again."""
+
+import contextlib
+import os
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+__all__ = ["cache_folder"]
+
+
+def cache_folder(part: str) -> Path:
+    """A folder in the cache, made if necessary.
+
+    The cache is ``$D2EXT_CACHE``, else ``d2ext`` in the user's cache folder; where that cannot be
+    written, a temporary folder of this process.
+
+    Args:
+        part: path of the folder in the cache
+    """
+    chosen = os.environ.get("D2EXT_CACHE")
+    if chosen:
+        folder = Path(chosen, part)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    folder = cache / "d2ext" / part
+    if cache.is_absolute():  # else the user has no home
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    folder = Path(_temporary_folder().name, part)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@lru_cache(maxsize=1)
+def _temporary_folder() -> tempfile.TemporaryDirectory:
+    """A private folder that is removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="d2ext-")

@@ -1,0 +1,188 @@
+"""Checking files in COCO's panoptic form before anything depends on them."""
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from detectron2.utils.file_io import PathManager
+
+from d2ext.data.coco_json import (
+    Entry,
+    check_image_entries,
+    check_image_files,
+    duplicates,
+    missing_keys,
+    problem,
+)
+from d2ext.data.dataset_dicts import shorten
+from d2ext.data.errors import DatasetError
+from d2ext.data.panoptic import MAX_CLASSES, read_panoptic_json
+
+__all__ = ["PanopticSummary", "check_panoptic_json", "default_panoptic_root"]
+
+
+@dataclass(frozen=True)
+class PanopticSummary:
+    """What is in a panoptic JSON file.
+
+    Attributes:
+        things, stuff: category id → name, ascending ids, which is the order of contiguous ids
+        colors: category id → (R, G, B), of those categories that have one
+        images: image id → the file's entry, of images that have an annotation
+        annotations: image id → the file's entry
+        left_out: images without annotation
+    """
+
+    things: dict[int, str]
+    stuff: dict[int, str]
+    colors: dict[int, tuple[int, int, int]]
+    images: dict[Any, Entry]
+    annotations: dict[Any, Entry]
+    left_out: list[Any] = field(default_factory=list)
+
+    @property
+    def num_segments(self) -> int:
+        """Of all images."""
+        return sum(len(a["segments_info"]) for a in self.annotations.values())
+
+    def metadata(self) -> dict[str, Any]:
+        """Class names, ids and colours of Detectron2's separated form."""
+        # 0 stands for all things, unless a category has that id.
+        used = {*self.things, *self.stuff}
+        all_things = 0 if 0 not in used else -1
+        metadata: dict[str, Any] = {
+            "thing_classes": list(self.things.values()),
+            "thing_dataset_id_to_contiguous_id": {c: i for i, c in enumerate(self.things)},
+            "stuff_classes": ["things", *self.stuff.values()],
+            "stuff_dataset_id_to_contiguous_id": {
+                all_things: 0,
+                **{c: i + 1 for i, c in enumerate(self.stuff)},
+            },
+        }
+        if used <= set(self.colors):
+            metadata["thing_colors"] = [self.colors[c] for c in self.things]
+            metadata["stuff_colors"] = [(82, 18, 128), *(self.colors[c] for c in self.stuff)]
+        return metadata
+
+
+def default_panoptic_root(json_file: str) -> str:
+    """Where the PNGs are by panopticapi's convention: the JSON file's name without ``.json``."""
+    return os.path.splitext(json_file)[0]
+
+
+def check_panoptic_json(json_file: str, panoptic_root: str, image_root: str) -> PanopticSummary:
+    """Read a panoptic JSON file and check that it is consistent and its files exist.
+
+    The contents of the PNGs are not looked at; :func:`d2ext.data.separate.separate` does that.
+
+    Args:
+        json_file: with ``images``, ``annotations`` and ``categories``
+        panoptic_root: folder of the PNGs
+        image_root: folder that ``file_name`` of an image is relative to
+
+    Raises:
+        DatasetError: all problems in one message, with the first few examples of each
+    """
+    content = read_panoptic_json(json_file)
+    for key in ("images", "categories"):
+        entries = content.get(key)
+        if not isinstance(entries, list) or not entries or not isinstance(entries[0], dict):
+            raise DatasetError(
+                f"Panoptic file '{json_file}' has no '{key}', or not a list of objects."
+            )
+    images, annotations, categories = (
+        content[key] for key in ("images", "annotations", "categories")
+    )
+    problems = [
+        *_check_categories(categories),
+        *check_image_entries(images),
+        *_check_annotations(annotations, images, categories),
+    ]
+    if not problems:
+        problems = [
+            *check_image_files(images, image_root),
+            *_check_pngs(annotations, panoptic_root),
+        ]
+    if problems:
+        listed = "".join(f"\n  - {text}" for text in problems)
+        raise DatasetError(f"'{json_file}' cannot be used as a panoptic data set:{listed}")
+    annotated = {a["image_id"]: a for a in annotations}
+    categories = sorted(categories, key=lambda c: c["id"])
+    return PanopticSummary(
+        things={c["id"]: c["name"] for c in categories if c["isthing"]},
+        stuff={c["id"]: c["name"] for c in categories if not c["isthing"]},
+        colors={c["id"]: tuple(c["color"]) for c in categories if c.get("color")},
+        images={i["id"]: i for i in images if i["id"] in annotated},
+        annotations=annotated,
+        left_out=[i["id"] for i in images if i["id"] not in annotated],
+    )
+
+
+def _check_categories(categories: list[Entry]) -> Iterable[str]:
+    yield from missing_keys("categories", categories, ("id", "name", "isthing"))
+    yield from duplicates("categories", "id", categories)
+    wrong = [c for c in categories if c.get("isthing", 0) not in (0, 1)]
+    yield from problem(
+        len(wrong),
+        "categories have an 'isthing' other than 0 and 1",
+        [str(c.get("name")) for c in wrong[:5]],
+    )
+    if len(categories) > MAX_CLASSES:
+        yield f"there are {len(categories)} categories; label maps hold at most {MAX_CLASSES}"
+    for isthing in (1, 0):
+        kind = [c for c in categories if c.get("isthing") == isthing]
+        yield from duplicates("things" if isthing else "stuff", "name", kind)
+    if not any(c.get("isthing") == 1 for c in categories):
+        yield (
+            "no category is a thing ('isthing': 1). Data without things are semantic: give label "
+            "maps by --train-sem-seg and --val-sem-seg instead"
+        )
+
+
+def _check_annotations(
+    annotations: list[Entry], images: list[Entry], categories: list[Entry]
+) -> Iterable[str]:
+    if not annotations:
+        yield "there are no annotations"
+    yield from duplicates("annotations", "image_id", annotations)
+    known = {i.get("id") for i in images}
+    found = [a for a in annotations if a["image_id"] not in known]
+    yield from problem(
+        len(found),
+        "annotations have an image_id that is not in 'images'",
+        [f"{a['image_id']!r} ('{a['file_name']}')" for a in found[:5]],
+    )
+    segments = [(a, s) for a in annotations for s in a["segments_info"]]
+    yield from missing_keys("segments", [s for _, s in segments], ("id", "category_id"))
+    ids = {c.get("id") for c in categories}
+    wrong = [(a, s) for a, s in segments if "category_id" in s and s["category_id"] not in ids]
+    yield from problem(
+        len(wrong),
+        "segments have a category_id that is not in 'categories'",
+        [f"segment {s.get('id')} of '{a['file_name']}' ({s['category_id']})" for a, s in wrong[:5]],
+    )
+    repeated = [
+        f"segment {segment_id} of '{a['file_name']}'"
+        for a in annotations
+        for segment_id, count in Counter(s.get("id") for s in a["segments_info"]).items()
+        if count > 1
+    ]
+    yield from problem(len(repeated), "segment ids occur more than once in an image", repeated[:5])
+
+
+def _check_pngs(annotations: list[Entry], root: str) -> list[str]:
+    """All of them must be there: evaluation stops at the first one that is missing."""
+    if not PathManager.isdir(root):
+        return [f"the folder of panoptic PNGs '{root}' does not exist"]
+    there = set(PathManager.ls(root))
+    missing = [
+        a["file_name"]
+        for a in annotations
+        if a["file_name"] not in there
+        and not PathManager.isfile(os.path.join(root, a["file_name"]))
+    ]
+    if not missing:
+        return []
+    return [f"{len(missing)} of {len(annotations)} PNGs are not in '{root}': {shorten(missing)}"]

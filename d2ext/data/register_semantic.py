@@ -1,0 +1,122 @@
+"""Semantic data sets of one's own: pictures and label maps in two folders, names of the classes."""
+
+import logging
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.file_io import PathManager
+
+from d2ext.data.dataset_dicts import shorten
+from d2ext.data.errors import DatasetError
+from d2ext.data.image_io import read_label_map
+from d2ext.data.panoptic import IGNORE_LABEL
+
+__all__ = ["parse_classes", "register_semantic"]
+
+logger = logging.getLogger(__name__)
+
+# How many label maps are read at registration, evenly spread over the folder.
+_CHECKED_MAPS = 20
+
+
+def parse_classes(text: str) -> list[str]:
+    """Names of classes: separated by commas, or a text file with one name per line.
+
+    Raises:
+        DatasetError: no names, or a name twice
+    """
+    if PathManager.isfile(text):
+        with PathManager.open(text, "r", encoding="utf-8") as f:
+            names = [line.strip() for line in f.read().splitlines()]
+    else:
+        names = [name.strip() for name in text.split(",")]
+    return check_classes([name for name in names if name])
+
+
+def check_classes(names: Sequence[str]) -> list[str]:
+    """The names as a list; raises :class:`DatasetError` if there are none or a name repeats."""
+    repeated = sorted({name for name in names if list(names).count(name) > 1})
+    if not names or repeated:
+        raise DatasetError(
+            "Semantic classes need names, each once, in the order of the labels 0, 1, ...; got "
+            + (f"{shorten(repeated)} repeatedly." if repeated else "none.")
+        )
+    return list(names)
+
+
+def register_semantic(name: str, images: str, sem_seg: str, classes: Sequence[str]) -> int:
+    """Check and register a semantic data set.
+
+    Args:
+        name: for the catalogs
+        images: folder of the pictures
+        sem_seg: folder of single-channel PNGs with the pictures' names: a pixel's value is its class
+            index, 255 is no label
+        classes: names in the order of the labels
+
+    Returns:
+        number of pictures
+
+    Raises:
+        DatasetError: missing folders, pictures without label map or the reverse, labels that are no
+            class
+    """
+    classes = check_classes(classes)
+    if len(classes) > IGNORE_LABEL:
+        raise DatasetError(
+            f"Data set '{name}' has {len(classes)} classes; label maps hold {IGNORE_LABEL}."
+        )
+    pairs = _pairs(name, images, sem_seg)
+    for _, labels in pairs[:: max(1, len(pairs) // _CHECKED_MAPS)]:
+        values = np.unique(read_label_map(labels)).astype(int)
+        wrong = [int(v) for v in values if v >= len(classes) and v != IGNORE_LABEL]
+        if wrong:
+            raise DatasetError(
+                f"'{labels}' has labels {shorten(wrong)}, but data set '{name}' has the "
+                f"{len(classes)} classes 0 to {len(classes) - 1} ({shorten(classes)}); "
+                f"{IGNORE_LABEL} means no label."
+            )
+    DatasetCatalog.register(name, partial(_load, pairs))
+    MetadataCatalog.get(name).set(
+        stuff_classes=classes,
+        stuff_dataset_id_to_contiguous_id={i: i for i in range(len(classes))},
+        image_root=images,
+        sem_seg_root=sem_seg,
+        evaluator_type="sem_seg",
+        ignore_label=IGNORE_LABEL,
+    )
+    return len(pairs)
+
+
+def _pairs(name: str, images: str, sem_seg: str) -> list[tuple[str, str]]:
+    """(picture, label map) of equal names without extension, sorted."""
+    found = []
+    for folder in (images, sem_seg):
+        if not PathManager.isdir(folder):
+            raise DatasetError(f"Data set '{name}': there is no folder '{folder}'.")
+        files = [f for f in sorted(PathManager.ls(folder)) if not f.startswith(".")]
+        found.append({os.path.splitext(f)[0]: os.path.join(folder, f) for f in files})
+    pictures, maps = found
+    for what, of, missing in (
+        ("pictures", "label map", sorted(set(pictures) - set(maps))),
+        ("label maps", "picture", sorted(set(maps) - set(pictures))),
+    ):
+        if missing:
+            raise DatasetError(
+                f"Data set '{name}': {len(missing)} {what} have no {of} of the same name: "
+                f"{shorten(missing)}. ('{images}' and '{sem_seg}')"
+            )
+    if not pictures:
+        raise DatasetError(f"Data set '{name}': there are no files in '{images}'.")
+    return [(pictures[stem], maps[stem]) for stem in sorted(pictures)]
+
+
+def _load(pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    return [
+        {"file_name": picture, "image_id": number, "sem_seg_file_name": labels}
+        for number, (picture, labels) in enumerate(pairs)
+    ]

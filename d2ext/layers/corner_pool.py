@@ -1,0 +1,267 @@
+"""Corner pooling (CornerNet, https://arxiv.org/abs/1808.01244, section 3.3) and center pooling
+(CenterNet with triplets, https://arxiv.org/abs/1904.08189, section 3.2).
+
+Shapes: B images, C channels, H x W cells.
+
+- :func:`corner_pool`: running maximum towards one side of the map.
+- :func:`corner_pool_pair`: the two poolings of a corner, of two maps, added.
+- :func:`center_pool`: maximum of the whole column of one map plus maximum of the whole row of another.
+
+**Gradient.** It goes wholly to the element that holds the maximum. Among equal ones that is the one
+that the published operator meets first in its scan (only a strictly greater one replaces it): the
+nearest to the side where the scan begins, for :func:`center_pool` the lowest of a column and the
+rightmost of a row. (``torch.cummax`` takes the last one met.)
+
+**Not finite.** NaN counts as greater than every number, as in ``torch.cummax``: from a NaN on, the
+running maximum is NaN, and the first NaN met holds it.
+
+**Memory.** Forward keeps nothing but its input, which a ReLU before it keeps anyway; backward finds the
+maxima again. In float32 that moves 8 bytes an element forward and 12 backward; an index of one byte
+would move 9 and 9, and keep one byte more for each element.
+
+**Precision.** Maxima are exact in every dtype. Sums (of gradients; of the two poolings) are formed in
+float32, float64 for float64, and rounded once. Autocast leaves the operators alone: they take their
+input as it comes, and two inputs that differ in dtype are promoted to their common one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from d2ext.layers._extension import compiled_for, has_extension
+
+__all__ = [
+    "CornerPool",
+    "center_pool",
+    "center_pool_reference",
+    "corner_pool",
+    "corner_pool_pair",
+    "corner_pool_pair_reference",
+    "corner_pool_reference",
+]
+
+_SCANS = {"top": (2, True), "bottom": (2, False), "left": (3, True), "right": (3, False)}
+"""Direction -> (axis of the scan, whether it begins at the axis' end)."""
+_CORNERS = {"top_left": ("top", "left"), "bottom_right": ("bottom", "right")}
+
+
+def corner_pool(x: Tensor, direction: str) -> Tensor:
+    """Running maximum towards the side ``direction``.
+
+    Args:
+        x: (B, C, H, W), floating point, any strides.
+        direction: "top": from the bottom row up, so that a cell gets the maximum of itself and all
+            cells below; "bottom": from the top row down; "left": from the right column to the left;
+            "right": from the left column to the right.
+
+    Returns:
+        (B, C, H, W) in x's dtype; channels_last if x is, else contiguous.
+
+    Raises:
+        ValueError: a wrong direction, shape or dtype.
+    """
+    if not compiled_for(x.device):
+        return corner_pool_reference(x, direction)
+    axis, reverse = _scan_of(direction)
+    return torch.ops.d2ext.corner_pool.default(x, axis, reverse)
+
+
+def corner_pool_pair(vertical: Tensor, horizontal: Tensor, corner: str) -> Tensor:
+    """The two poolings that find a corner, added, in one pass over memory.
+
+    Args:
+        vertical: (B, C, H, W), floating point, any strides; pooled to the top or bottom.
+        horizontal: the same shape; pooled to the left or right.
+        corner: "top_left": ``corner_pool(vertical, "top") + corner_pool(horizontal, "left")``;
+            "bottom_right": ``corner_pool(vertical, "bottom") + corner_pool(horizontal, "right")``.
+
+    Returns:
+        (B, C, H, W); channels_last if ``vertical`` is, else contiguous.
+
+    Raises:
+        ValueError: a wrong corner, shapes, dtypes or devices that do not fit together.
+    """
+    if not compiled_for(vertical.device):
+        return corner_pool_pair_reference(vertical, horizontal, corner)
+    vertical, horizontal = _promote(vertical, horizontal)
+    _, reverse = _scan_of(_directions_of(corner)[0])
+    return torch.ops.d2ext.corner_pool_pair.default(vertical, horizontal, reverse)
+
+
+def center_pool(vertical: Tensor, horizontal: Tensor) -> Tensor:
+    """Maximum of the cell's column of ``vertical`` plus maximum of its row of ``horizontal``.
+
+    Equal to ``corner_pool(corner_pool(vertical, "top"), "bottom") +
+    corner_pool(corner_pool(horizontal, "left"), "right")``, gradient included.
+
+    Args:
+        vertical, horizontal: (B, C, H, W), floating point, any strides.
+
+    Returns:
+        (B, C, H, W); channels_last if ``vertical`` is, else contiguous.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together.
+    """
+    if not compiled_for(vertical.device):
+        return center_pool_reference(vertical, horizontal)
+    vertical, horizontal = _promote(vertical, horizontal)
+    return torch.ops.d2ext.center_pool.default(vertical, horizontal)
+
+
+class CornerPool(nn.Module):
+    """:func:`corner_pool` as a layer."""
+
+    def __init__(self, direction: str) -> None:
+        super().__init__()
+        _scan_of(direction)
+        self.direction = direction
+
+    def forward(self, x: Tensor) -> Tensor:
+        return corner_pool(x, self.direction)
+
+    def extra_repr(self) -> str:
+        return self.direction
+
+
+# ---------------------------------------------------------------- plain PyTorch
+
+
+def corner_pool_reference(x: Tensor, direction: str) -> Tensor:
+    """:func:`corner_pool` in plain PyTorch; differentiable to any order."""
+    axis, reverse = _scan_of(direction)
+    _check_map("corner_pool", x)
+    if x.numel() == 0:
+        return x.clone()
+    scanned = x.flip(axis) if reverse else x
+    pooled = scanned.gather(axis, _holders(scanned, axis))
+    return pooled.flip(axis) if reverse else pooled
+
+
+def corner_pool_pair_reference(vertical: Tensor, horizontal: Tensor, corner: str) -> Tensor:
+    """:func:`corner_pool_pair` in plain PyTorch; differentiable to any order."""
+    vertical_direction, horizontal_direction = _directions_of(corner)
+    vertical, horizontal = _promote(vertical, horizontal)
+    _check_pair("corner_pool_pair", vertical, horizontal)
+    pooled = corner_pool_reference(vertical, vertical_direction)
+    return pooled + corner_pool_reference(horizontal, horizontal_direction)
+
+
+def center_pool_reference(vertical: Tensor, horizontal: Tensor) -> Tensor:
+    """:func:`center_pool` in plain PyTorch; differentiable to any order."""
+    vertical, horizontal = _promote(vertical, horizontal)
+    _check_pair("center_pool", vertical, horizontal)
+    if vertical.numel() == 0:
+        return vertical + horizontal
+    columns = _last_maximum(vertical, 2)
+    rows = _last_maximum(horizontal, 3)
+    return columns + rows
+
+
+@torch.no_grad()
+def _holders(x: Tensor, axis: int) -> Tensor:
+    """int64, x's shape: where along ``axis`` the running maximum of each element comes from."""
+    # float32 holds every float16 and bfloat16, and cummax does not know these everywhere.
+    values = x.double() if x.dtype == torch.float64 else x.float()
+    running = values.cummax(axis).values
+    earlier = running.narrow(axis, 0, x.shape[axis] - 1)
+    later = running.narrow(axis, 1, x.shape[axis] - 1)
+    replaced = (later > earlier) | (later.isnan() & ~earlier.isnan())
+    shape = [1] * x.dim()
+    shape[axis] = -1
+    index = torch.arange(1, x.shape[axis], device=x.device).view(shape)
+    first = torch.zeros_like(running.narrow(axis, 0, 1), dtype=torch.int64)
+    return torch.cat([first, index * replaced], dim=axis).cummax(axis).values
+
+
+def _last_maximum(x: Tensor, axis: int) -> Tensor:
+    """Maximum along ``axis``, which is kept with size 1; among equal ones that of highest index."""
+    flipped = x.flip(axis)
+    return flipped.gather(axis, _holders(flipped, axis).narrow(axis, x.shape[axis] - 1, 1))
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def _scan_of(direction: str) -> tuple[int, bool]:
+    if direction not in _SCANS:
+        raise ValueError(f"direction must be one of {', '.join(_SCANS)}, got {direction!r}")
+    return _SCANS[direction]
+
+
+def _directions_of(corner: str) -> tuple[str, str]:
+    if corner not in _CORNERS:
+        raise ValueError(f"corner must be one of {', '.join(_CORNERS)}, got {corner!r}")
+    return _CORNERS[corner]
+
+
+def _promote(vertical: Tensor, horizontal: Tensor) -> tuple[Tensor, Tensor]:
+    if vertical.dtype == horizontal.dtype:
+        return vertical, horizontal
+    dtype = torch.promote_types(vertical.dtype, horizontal.dtype)
+    return vertical.to(dtype), horizontal.to(dtype)
+
+
+def _check_map(name: str, x: Tensor) -> None:
+    """The checks of the compiled operators (csrc/corner_pool.h), for the plain PyTorch path."""
+    if x.dim() != 4:
+        raise ValueError(f"{name}: input must have shape (B, C, H, W), got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"{name}: input must be floating point, got {x.dtype}")
+
+
+def _check_pair(name: str, vertical: Tensor, horizontal: Tensor) -> None:
+    _check_map(name, vertical)
+    _check_map(name, horizontal)
+    if vertical.shape != horizontal.shape:
+        raise ValueError(
+            f"{name}: vertical and horizontal must have one shape, "
+            f"got {tuple(vertical.shape)} and {tuple(horizontal.shape)}"
+        )
+    if vertical.device != horizontal.device:
+        raise ValueError(
+            f"{name}: vertical and horizontal must be on one device, "
+            f"got {vertical.device} and {horizontal.device}"
+        )
+
+
+# ---------------------------------------------------------------- shapes, for compile and export
+
+
+def _empty_map(x: Tensor) -> Tensor:
+    """As csrc/corner_pool.h: channels_last if x is, else contiguous."""
+    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty_like(x, memory_format=memory_format)
+
+
+if has_extension():
+
+    @torch.library.register_fake("d2ext::corner_pool")
+    def _corner_pool_fake(x: Tensor, axis: int, reverse: bool) -> Tensor:
+        return _empty_map(x)
+
+    @torch.library.register_fake("d2ext::corner_pool_backward")
+    def _corner_pool_backward_fake(grad: Tensor, x: Tensor, axis: int, reverse: bool) -> Tensor:
+        return _empty_map(x)
+
+    @torch.library.register_fake("d2ext::corner_pool_pair")
+    def _corner_pool_pair_fake(vertical: Tensor, horizontal: Tensor, reverse: bool) -> Tensor:
+        return _empty_map(vertical)
+
+    @torch.library.register_fake("d2ext::corner_pool_pair_backward")
+    def _corner_pool_pair_backward_fake(
+        grad: Tensor, vertical: Tensor, horizontal: Tensor, reverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        return _empty_map(vertical), _empty_map(horizontal)
+
+    @torch.library.register_fake("d2ext::center_pool")
+    def _center_pool_fake(vertical: Tensor, horizontal: Tensor) -> Tensor:
+        return _empty_map(vertical)
+
+    @torch.library.register_fake("d2ext::center_pool_backward")
+    def _center_pool_backward_fake(
+        grad: Tensor, vertical: Tensor, horizontal: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return _empty_map(vertical), _empty_map(horizontal)

@@ -1,0 +1,391 @@
+"""Pruning of instance masks and their fusion with semantic logits (UPSNet, arXiv 1901.03784).
+
+Shapes: n instances with M×M mask logits, S stuff and T thing classes, h×w semantic logits, H×W map.
+
+- :func:`prune_masks`: which instances stay, by score, when those of a class overlap.
+- :func:`fuse_panoptic`: arg max over stuff, instances and "unknown", without their logits in memory.
+
+Both run compiled kernels (``csrc/``) where these are available and the plain PyTorch functions
+``*_reference`` elsewhere; the results agree but for pixels whose two best logits agree up to rounding.
+
+**Boxes** are (x1, y1, x2, y2) in pixels of the map, x2 and y2 *included*; :func:`whole_boxes` says which
+pixels they cover.
+
+**Precision.** Everything is computed in float32, or in float64 for float64 logits, whatever the dtype of
+the arguments. Autocast leaves the operators alone. There are no gradients: the results are integers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from d2ext.layers._extension import compiled_for, has_extension
+
+__all__ = [
+    "WholeBoxes",
+    "fuse_panoptic",
+    "fuse_panoptic_reference",
+    "paste_weights",
+    "prune_masks",
+    "prune_masks_reference",
+    "whole_boxes",
+]
+
+# Whether the extension that was found has these operators: it may be older than this file.
+_COMPILED = has_extension() and hasattr(torch.ops.d2ext, "fuse_panoptic")
+
+# Semantic channels that the plain PyTorch path interpolates at a time.
+_CHUNK_CHANNELS = 16
+
+
+class WholeBoxes(NamedTuple):
+    """Boxes in whole pixels, both ends included, (n, 4) int64 each."""
+
+    semantic: Tensor
+    """int(x1)..round(x2), half to even: where the semantic logits of the class count."""
+    mask: Tensor
+    """int(x1)..int(x2): where the mask logits go."""
+
+
+def whole_boxes(boxes: Tensor) -> WholeBoxes:
+    """(n, 4) → the pixels that boxes cover."""
+    cut = boxes.trunc()
+    return WholeBoxes(
+        torch.cat([cut[:, :2], boxes[:, 2:].round()], dim=1).to(torch.int64), cut.to(torch.int64)
+    )
+
+
+def paste_weights(first: Tensor, last: Tensor, size: int, cells: int) -> Tensor:
+    """Matrices that resize ``cells`` values to pixels first..last of a line of ``size`` (bilinear,
+    half-pixel centres, ends repeated), 0 elsewhere.
+
+    Args:
+        first, last: (n,) int64.
+
+    Returns:
+        (n, size, cells) float32.
+    """
+    pixels = torch.arange(size, device=first.device)
+    sides = (last - first + 1)[:, None]
+    offset = pixels - first[:, None]
+    source = (offset + 0.5) * (cells / sides.float()) - 0.5
+    source = source.clamp(0, cells - 1)
+    weights = 1 - (source[..., None] - torch.arange(cells, device=first.device)).abs()
+    inside = (offset >= 0) & (pixels <= last[:, None])
+    return torch.where(inside[..., None], weights.clamp(min=0), 0.0)
+
+
+def prune_masks(
+    masks: Tensor,
+    boxes: Tensor,
+    classes: Tensor,
+    scores: Tensor,
+    size: tuple[int, int],
+    overlap_fraction: float = 0.3,
+) -> Tensor:
+    """Drop instances that better ones of their class cover.
+
+    From the best score down: the mask is the pixels of the map where the logits, resized to the box,
+    are positive. An instance is dropped if its mask is empty, or if more than ``overlap_fraction`` of it
+    is covered by the masks of kept instances of the same class.
+
+    Args:
+        masks: (n, M, M) logits.
+        boxes: (n, 4).
+        classes: (n,) int64.
+        scores: (n,); of equal ones the first comes first.
+        size: (H, W) of the map.
+        overlap_fraction: in 0..1.
+
+    Returns:
+        (n',) int64 indices of the kept, by falling score.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together.
+    """
+    if not (_COMPILED and compiled_for(masks.device)):
+        return prune_masks_reference(masks, boxes, classes, scores, size, overlap_fraction)
+    order, keep = torch.ops.d2ext.prune_masks.default(
+        masks, boxes, classes, scores, size[0], size[1], overlap_fraction
+    )
+    return order[keep]
+
+
+def fuse_panoptic(
+    score: Tensor,
+    boxes: Tensor,
+    classes: Tensor,
+    masks: Tensor,
+    size: tuple[int, int],
+    *,
+    num_stuff: int,
+    unknown: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Arg max of UPSNet's panoptic logits.
+
+    Of equal logits the first channel wins. No gradient.
+
+    Args:
+        score: (S + T, h, w) semantic logits, interpolated to (H, W) (bilinear, half-pixel centres).
+        boxes: (n, 4).
+        classes: (n,) int64 in 0..T-1; -1: an instance whose logits are 0 everywhere.
+        masks: (n, M, M) logits.
+        size: (H, W).
+        num_stuff: S.
+        unknown: whether there is a channel after the instances for things that none of them covers.
+
+    Returns:
+        labels (H, W) int32, 0..S-1 stuff, S.. instances, S + n unknown; and the arg max of the semantic
+        logits (H, W) int32.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together.
+        IndexError: a class outside of -1..T-1, on the CPU. A compiled operator on a GPU does not wait to
+            look: such an instance counts as one of class -1.
+    """
+    if not (_COMPILED and compiled_for(score.device)):
+        return fuse_panoptic_reference(
+            score, boxes, classes, masks, size, num_stuff=num_stuff, unknown=unknown
+        )
+    return torch.ops.d2ext.fuse_panoptic.default(
+        score, boxes, classes, masks, size[0], size[1], num_stuff, unknown
+    )
+
+
+# ---------------------------------------------------------------- plain PyTorch
+
+
+def _pasted(mask: Tensor, box: list[int], size: tuple[int, int]) -> tuple[Tensor, slice, slice]:
+    """Logits (M, M) resized to the box, cut to the map, and where they go."""
+    x1, y1, x2, y2 = box
+    cells_y, cells_x = mask.shape
+    first_y, last_y = mask.new_tensor([y1, y2]).to(torch.int64).split(1)
+    first_x, last_x = mask.new_tensor([x1, x2]).to(torch.int64).split(1)
+    rows, columns = _within(y1, y2, size[0]), _within(x1, x2, size[1])
+    weights_y = paste_weights(first_y - rows.start, last_y - rows.start, _length(rows), cells_y)
+    weights_x = paste_weights(
+        first_x - columns.start, last_x - columns.start, _length(columns), cells_x
+    )
+    return weights_y[0] @ mask.float() @ weights_x[0].T, rows, columns
+
+
+def _within(first: int, last: int, size: int) -> slice:
+    return slice(min(max(first, 0), size), max(min(last + 1, size), min(max(first, 0), size)))
+
+
+def _length(part: slice) -> int:
+    return part.stop - part.start
+
+
+@torch.no_grad()
+def prune_masks_reference(
+    masks: Tensor,
+    boxes: Tensor,
+    classes: Tensor,
+    scores: Tensor,
+    size: tuple[int, int],
+    overlap_fraction: float = 0.3,
+) -> Tensor:
+    """:func:`prune_masks` in plain PyTorch; waits for the device at every instance."""
+    _check_prune(masks, boxes, classes, scores, size)
+    order = scores.argsort(descending=True, stable=True).tolist()
+    kinds = classes.tolist()
+    places = whole_boxes(boxes).mask.tolist()
+    covered: dict[int, Tensor] = {}
+    kept = []
+    for i in order:
+        logits, rows, columns = _pasted(masks[i], places[i], size)
+        mask = logits > 0
+        if kinds[i] not in covered:
+            covered[kinds[i]] = torch.zeros(size, dtype=torch.bool, device=masks.device)
+        region = covered[kinds[i]][rows, columns]
+        area, both = torch.stack([mask.sum(), (mask & region).sum()]).tolist()
+        if area == 0 or both / area > overlap_fraction:
+            continue
+        region |= mask
+        kept.append(i)
+    return torch.tensor(kept, dtype=torch.int64, device=masks.device)
+
+
+@torch.no_grad()
+def fuse_panoptic_reference(
+    score: Tensor,
+    boxes: Tensor,
+    classes: Tensor,
+    masks: Tensor,
+    size: tuple[int, int],
+    *,
+    num_stuff: int,
+    unknown: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """:func:`fuse_panoptic` in plain PyTorch: one instance after the other, within its box.
+
+    Holds, beside results, a few maps of H×W and one of the classes' for each class that occurs.
+    """
+    _check_fusion(score, boxes, classes, masks, size, num_stuff)
+    count = len(boxes)
+    best, labels = _best_channel(score[:num_stuff], size)
+    thing, thing_labels = _best_channel(score[num_stuff:], size)
+    semantic = torch.where(thing > best, thing_labels + num_stuff, labels)
+    places = whole_boxes(boxes)
+    kinds = classes.tolist()
+    maps = {c: _upsampled(score[None, [num_stuff + c]], size)[0, 0] for c in set(kinds) if c >= 0}
+    # The lowest instance that covers a pixel with neither view: its logit there is 0.
+    first_outside = torch.zeros(size, dtype=torch.int32, device=score.device)
+    coverings = torch.zeros(size, dtype=torch.int32, device=score.device)
+    inside_best = torch.full(size, -torch.inf, device=score.device)
+    for i, (kind, own, place) in enumerate(
+        zip(kinds, places.semantic.tolist(), places.mask.tolist(), strict=True)
+    ):
+        if kind < 0:
+            continue
+        rows, columns = _within(own[1], own[3], size[0]), _within(own[0], own[2], size[1])
+        view = maps[kind][rows, columns]
+        inside_best[rows, columns] = inside_best[rows, columns].maximum(view)
+        coverings[rows, columns] += 1
+        pasted, mask_rows, mask_columns = _pasted(masks[i], place, size)
+        # The smallest window with both views.
+        top, left = min(rows.start, mask_rows.start), min(columns.start, mask_columns.start)
+        bottom, right = max(rows.stop, mask_rows.stop), max(columns.stop, mask_columns.stop)
+        logits = torch.zeros((bottom - top, right - left), device=score.device)
+        covered = torch.zeros_like(logits, dtype=torch.bool)
+        for part, y, x in ((view, rows, columns), (pasted, mask_rows, mask_columns)):
+            window = (slice(y.start - top, y.stop - top), slice(x.start - left, x.stop - left))
+            logits[window] += part
+            covered[window] = True
+        window = (slice(top, bottom), slice(left, right))
+        first_outside[window][covered & (first_outside[window] == i)] = i + 1
+        better = covered & (logits > best[window])
+        best[window] = torch.where(better, logits, best[window])
+        labels[window] = torch.where(better, num_stuff + i, labels[window])
+    free = num_stuff + first_outside
+    zero_wins = (first_outside < count) & ((best < 0) | ((best == 0) & (free < labels)))
+    best = torch.where(zero_wins, 0.0, best)
+    labels = torch.where(zero_wins, free, labels)
+    if unknown:
+        # X_mask is 0 outside an instance's box.
+        inside_best = torch.where(coverings < count, inside_best.clamp(min=0), inside_best)
+        rest = thing - inside_best if count > 0 else thing
+        labels = torch.where(rest > best, num_stuff + count, labels)
+    return labels.to(torch.int32), semantic.to(torch.int32)
+
+
+def _upsampled(score: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(score.float(), size, mode="bilinear", align_corners=False)
+
+
+def _best_channel(score: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """(C, h, w) → largest value over the channels at (H, W) and the first channel that has it, int32."""
+    best = torch.full(size, -torch.inf, device=score.device)
+    labels = torch.zeros(size, dtype=torch.int32, device=score.device)
+    for start in range(0, len(score), _CHUNK_CHANNELS):
+        values, channels = _upsampled(score[None, start : start + _CHUNK_CHANNELS], size)[0].max(0)
+        better = values > best
+        best = torch.where(better, values, best)
+        labels = torch.where(better, channels.to(torch.int32) + start, labels)
+    return best, labels
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def _check_instances(masks: Tensor, boxes: Tensor, classes: Tensor, others: list[Tensor]) -> None:
+    """The checks of the compiled operators (csrc/panoptic_fusion.h), for the plain PyTorch path."""
+    if masks.dim() != 3 or min(masks.shape[1:]) < 1 or not masks.is_floating_point():
+        raise ValueError(
+            "masks must be floating point of shape (n, M, M) with M >= 1, "
+            f"got {masks.dtype} of shape {tuple(masks.shape)}"
+        )
+    count = len(masks)
+    if boxes.shape != (count, 4) or not boxes.is_floating_point():
+        raise ValueError(
+            f"boxes must be floating point of shape ({count}, 4), one box per mask, "
+            f"got {boxes.dtype} of shape {tuple(boxes.shape)}"
+        )
+    if classes.shape != (count,) or classes.dtype != torch.int64:
+        raise ValueError(
+            f"classes must be int64 of shape ({count},), "
+            f"got {classes.dtype} of shape {tuple(classes.shape)}"
+        )
+    devices = {str(x.device) for x in (masks, boxes, classes, *others)}
+    if len(devices) > 1:
+        raise ValueError(f"all tensors must be on one device, got {', '.join(sorted(devices))}")
+
+
+def _check_prune(
+    masks: Tensor, boxes: Tensor, classes: Tensor, scores: Tensor, size: tuple[int, int]
+) -> None:
+    _check_instances(masks, boxes, classes, [scores])
+    if scores.shape != (len(masks),):
+        raise ValueError(f"scores must have shape ({len(masks)},), got {tuple(scores.shape)}")
+    _check_size(size)
+
+
+def _check_fusion(
+    score: Tensor,
+    boxes: Tensor,
+    classes: Tensor,
+    masks: Tensor,
+    size: tuple[int, int],
+    num_stuff: int,
+) -> None:
+    _check_instances(masks, boxes, classes, [score])
+    if score.dim() != 3 or min(score.shape[1:]) < 1 or not score.is_floating_point():
+        raise ValueError(
+            "score must be floating point of shape (S + T, h, w) with h, w >= 1, "
+            f"got {score.dtype} of shape {tuple(score.shape)}"
+        )
+    if not 0 < num_stuff < len(score):
+        raise ValueError(
+            f"num_stuff must leave stuff and things, so lie in 1..{len(score) - 1}, got {num_stuff}"
+        )
+    _check_size(size)
+    things = len(score) - num_stuff
+    if len(classes) > 0 and not bool(((classes >= -1) & (classes < things)).all()):
+        raise IndexError(f"classes must be in 0..{things - 1}, or -1, got {classes.tolist()}")
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    if min(size) < 1:
+        raise ValueError(f"size must be (height, width), both >= 1, got {tuple(size)}")
+
+
+# ---------------------------------------------------------------- shapes, for compile and export
+
+if _COMPILED:
+
+    @torch.library.register_fake("d2ext::prune_masks")
+    def _prune_masks_fake(
+        masks: Tensor,
+        boxes: Tensor,
+        classes: Tensor,
+        scores: Tensor,
+        height: int,
+        width: int,
+        overlap_fraction: float,
+    ) -> tuple[Tensor, Tensor]:
+        count = masks.shape[0]
+        return (
+            masks.new_empty((count,), dtype=torch.int64),
+            masks.new_empty((count,), dtype=torch.bool),
+        )
+
+    @torch.library.register_fake("d2ext::fuse_panoptic")
+    def _fuse_panoptic_fake(
+        score: Tensor,
+        boxes: Tensor,
+        classes: Tensor,
+        masks: Tensor,
+        height: int,
+        width: int,
+        num_stuff: int,
+        unknown: bool,
+    ) -> tuple[Tensor, Tensor]:
+        return (
+            score.new_empty((height, width), dtype=torch.int32),
+            score.new_empty((height, width), dtype=torch.int32),
+        )

@@ -1,0 +1,388 @@
+"""Soft non-maximum suppression (https://arxiv.org/abs/1704.04503) as CornerNet publishes it
+(https://arxiv.org/abs/1808.01244), and its variant that merges boxes.
+
+Shapes: N boxes.
+
+In each round the box of highest score is chosen, and the scores of those left are weighed by their
+IoU with it; a box whose score falls below the threshold is discarded. Classes do not see each other.
+
+What the published code does and changes numbers:
+
+- IoU counts pixels: a box is ``x2 - x1 + 1`` wide, on real coordinates too.
+- A discarded box is overwritten by the last one of the array, which then is one shorter. The
+  published evaluation goes on with the whole array all the same, so that what was moved counts
+  again, with the score that it had then: the *stale* rows of :func:`soft_nms_rows`.
+- Among equal scores the first of the array, as it is then, is chosen.
+- Boxes and their scores move in the array, corner scores do not: merging weighs a box with the corner
+  scores of the row in which it lies at that time.
+
+Everything is computed in float32, on the CPU: rounds depend on each other.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from d2ext.layers._extension import compiled_for, has_extension
+
+__all__ = ["SoftNMSRows", "soft_nms", "soft_nms_merge", "soft_nms_rows"]
+
+_METHODS = ("hard", "linear", "gaussian")
+
+
+class SoftNMSRows(NamedTuple):
+    """The published array, class by class in ascending order.
+
+    Attributes:
+        indices: (N,) int64, the input box that each row holds; a stale row repeats one.
+        scores: (N,) float32, weighed. Those of the rows kept descend within a class.
+        kept: (N,) bool; False: a stale row. In a class the rows kept come first.
+        boxes: (N, 4) float32, x1, y1, x2, y2; as they came in, or merged.
+    """
+
+    indices: Tensor
+    scores: Tensor
+    kept: Tensor
+    boxes: Tensor
+
+
+def soft_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    classes: Tensor | None = None,
+    *,
+    method: str = "gaussian",
+    sigma: float = 0.5,
+    iou_threshold: float = 0.5,
+    score_threshold: float = 0.001,
+) -> tuple[Tensor, Tensor]:
+    """Soft-NMS class by class: the boxes kept, best first.
+
+    Args:
+        boxes: (N, 4), x1, y1, x2, y2 in pixels, x2 and y2 counting as inside.
+        scores: (N,).
+        classes: (N,) integers; None: all boxes are of one class.
+        method: what an IoU does to a score. "gaussian": times exp(-IoU² / sigma); "linear": times
+            1 - IoU where that is above ``iou_threshold``; "hard": 0 there, as in plain NMS.
+        sigma: of "gaussian", > 0.
+        iou_threshold: of "linear" and "hard"; "gaussian" has none.
+        score_threshold: a box whose weighed score is below is discarded. A box that overlaps with
+            none chosen before is kept whatever its score is.
+
+    Returns:
+        Indices (K,) int64 of the boxes kept and their weighed scores (K,) float32, by descending
+        score (equal ones in order of class), on the boxes' device.
+
+    Raises:
+        ValueError: a wrong method, value, shape, dtype or device.
+    """
+    rows = soft_nms_rows(
+        boxes,
+        scores,
+        classes,
+        method=method,
+        sigma=sigma,
+        iou_threshold=iou_threshold,
+        score_threshold=score_threshold,
+    )
+    kept_scores, order = rows.scores[rows.kept].sort(descending=True, stable=True)
+    return rows.indices[rows.kept][order], kept_scores
+
+
+def soft_nms_rows(
+    boxes: Tensor,
+    scores: Tensor,
+    classes: Tensor | None = None,
+    *,
+    method: str = "gaussian",
+    sigma: float = 0.5,
+    iou_threshold: float = 0.5,
+    score_threshold: float = 0.001,
+) -> SoftNMSRows:
+    """As :func:`soft_nms`, but all N rows of the published array, the stale ones included."""
+    _check("soft_nms", boxes, scores, classes, method, sigma)
+    return _run(
+        boxes, scores, None, classes, method, sigma, iou_threshold, score_threshold, weight_exp=0.0
+    )
+
+
+def soft_nms_merge(
+    boxes: Tensor,
+    scores: Tensor,
+    corner_scores: Tensor,
+    classes: Tensor | None = None,
+    *,
+    weight_exp: float = 10.0,
+    method: str = "gaussian",
+    sigma: float = 0.5,
+    iou_threshold: float = 0.5,
+    score_threshold: float = 0.001,
+) -> SoftNMSRows:
+    """Soft-NMS in which a box chosen moves towards the boxes that it weighs.
+
+    Each corner becomes the mean of that corner over the box chosen (weight 1) and the boxes left that
+    overlap with it (weight (1 - w)^weight_exp, w being the factor of their score), each times the
+    corner's score.
+
+    Args:
+        boxes, scores, classes, method, sigma, iou_threshold, score_threshold: as for
+            :func:`soft_nms`.
+        corner_scores: (N, 2), of the top left and of the bottom right corner, > 0.
+        weight_exp: 10 in CornerNet's multi-scale configuration.
+
+    Returns:
+        All N rows of the published array; the rows kept are ``.kept``.
+
+    Raises:
+        ValueError: a wrong method, value, shape, dtype or device.
+    """
+    _check("soft_nms_merge", boxes, scores, classes, method, sigma)
+    if corner_scores.shape != (boxes.shape[0], 2) or not corner_scores.is_floating_point():
+        raise ValueError(
+            f"soft_nms_merge: corner_scores must be floating point of shape ({boxes.shape[0]}, 2), "
+            f"got {corner_scores.dtype} of shape {tuple(corner_scores.shape)}"
+        )
+    if corner_scores.device != boxes.device:
+        raise ValueError(
+            "soft_nms_merge: boxes and corner_scores must be on one device, "
+            f"got {boxes.device} and {corner_scores.device}"
+        )
+    return _run(
+        boxes,
+        scores,
+        corner_scores,
+        classes,
+        method,
+        sigma,
+        iou_threshold,
+        score_threshold,
+        weight_exp,
+    )
+
+
+@torch.no_grad()
+def _run(
+    boxes: Tensor,
+    scores: Tensor,
+    corner_scores: Tensor | None,
+    classes: Tensor | None,
+    method: str,
+    sigma: float,
+    iou_threshold: float,
+    score_threshold: float,
+    weight_exp: float,
+) -> SoftNMSRows:
+    device = boxes.device
+    order, sizes = _by_class(classes, boxes.shape[0])
+    own_boxes = boxes.to("cpu", torch.float32)[order]
+    own_scores = scores.to("cpu", torch.float32)[order]
+    corners = None
+    if corner_scores is not None:
+        corners = corner_scores.to("cpu", torch.float32)[order]
+    if compiled_for(own_boxes.device):
+        found = torch.ops.d2ext.soft_nms.default(
+            own_boxes,
+            own_scores,
+            corners,
+            sizes,
+            _METHODS.index(method),
+            sigma,
+            iou_threshold,
+            score_threshold,
+            weight_exp,
+        )
+        own_boxes, own_scores, indices, kept = found
+    else:
+        rounds = _Rounds(method, sigma, iou_threshold, score_threshold, weight_exp)
+        indices, kept = rounds.run(own_boxes, own_scores, corners, sizes.tolist())
+    return SoftNMSRows(
+        order[indices].to(device), own_scores.to(device), kept.to(device), own_boxes.to(device)
+    )
+
+
+def _by_class(classes: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+    """Order of the boxes by class, as they came within one, and the number of each class."""
+    if classes is None:
+        return torch.arange(count), torch.tensor([count])
+    ordered, order = classes.cpu().sort(stable=True)
+    return order, ordered.unique_consecutive(return_counts=True)[1]
+
+
+# ---------------------------------------------------------------- plain PyTorch
+
+
+class _Rounds:
+    """The rounds in plain PyTorch, a few operations on all boxes left in each."""
+
+    def __init__(
+        self,
+        method: str,
+        sigma: float,
+        iou_threshold: float,
+        score_threshold: float,
+        weight_exp: float,
+    ) -> None:
+        self.method, self.sigma, self.iou_threshold = method, sigma, iou_threshold
+        self.score_threshold, self.weight_exp = score_threshold, weight_exp
+
+    def run(
+        self, boxes: Tensor, scores: Tensor, corners: Tensor | None, sizes: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Works on boxes and scores in place; returns (indices, kept)."""
+        indices = torch.arange(len(boxes))
+        kept = torch.zeros(len(boxes), dtype=torch.bool)
+        begin = 0
+        for size in sizes:
+            part = slice(begin, begin + size)
+            own = None if corners is None else corners[part]
+            count = self._one_class(boxes[part], scores[part], indices[part], own)
+            kept[begin : begin + count] = True
+            begin += size
+        return indices, kept
+
+    def _one_class(
+        self, boxes: Tensor, scores: Tensor, indices: Tensor, corners: Tensor | None
+    ) -> int:
+        """The number of rows kept."""
+        count, row = len(boxes), 0
+        while row < count:
+            best = row + int(scores[row:count].argmax())
+            for column in (boxes, scores, indices):
+                column[[row, best]] = column[[best, row]]
+            left = slice(row + 1, count)
+            overlaps = _pixel_iou(boxes[row], boxes[left])
+            weights = self._weights(overlaps)
+            weighed = scores[left] * weights
+            dropped = (overlaps > 0) & (weighed < self.score_threshold)
+            moves = _Moves(dropped)
+            if corners is not None:
+                shares = torch.where(overlaps > 0, (1 - weights) ** self.weight_exp, 0.0)
+                boxes[row] = _merged(boxes[row:count], corners[row:count], shares, moves)
+            scores[left] = torch.where(moves.stale, scores[left], weighed[moves.sources])
+            boxes[left] = boxes[left][moves.sources]
+            indices[left] = indices[left][moves.sources]
+            count -= moves.dropped
+            row += 1
+        return count
+
+    def _weights(self, overlaps: Tensor) -> Tensor:
+        if self.method == "gaussian":
+            return torch.exp(-(overlaps * overlaps) / self.sigma)
+        reduced = 1 - overlaps if self.method == "linear" else torch.zeros_like(overlaps)
+        return torch.where(overlaps > self.iou_threshold, reduced, 1.0)
+
+
+class _Moves:
+    """How the boxes left move when those dropped are overwritten by the last one of the array.
+
+    Attributes:
+        sources: (L,) for each place, the place whose box it holds afterwards.
+        stale: (L,) bool; the place holds a copy of a box that was moved, with its former score.
+        visited, places: for each step of the loop over the array, the former place of the box that
+            is looked at, and its place then.
+        dropped: the number of boxes dropped.
+    """
+
+    def __init__(self, dropped: Tensor) -> None:
+        count = len(dropped)
+        self.stale = torch.zeros(count, dtype=torch.bool)
+        self.dropped = int(dropped.sum())
+        if self.dropped == 0:
+            self.sources = self.visited = self.places = torch.arange(count)
+            return
+        drop, sources = dropped.tolist(), list(range(count))
+        visited, places, place = [], [], 0
+        while place < count:
+            visited.append(sources[place])
+            places.append(place)
+            if drop[sources[place]]:
+                count -= 1
+                self.stale[count] = place != count
+                sources[place] = sources[count]
+            else:
+                place += 1
+        self.sources = torch.tensor(sources)
+        self.visited, self.places = torch.tensor(visited), torch.tensor(places)
+
+
+def _merged(boxes: Tensor, corners: Tensor, shares: Tensor, moves: _Moves) -> Tensor:
+    """(4,): mean corners of row 0, with share 1, and of the rows after it, weighed by corner score."""
+    shares = torch.cat([shares.new_ones(1), shares[moves.visited]])
+    visited = torch.cat([boxes[:1], boxes[1:][moves.visited]])
+    weights = shares[:, None] * torch.cat([corners[:1], corners[1:][moves.places]])
+    sums = (visited.view(-1, 2, 2) * weights[:, :, None]).sum(0)
+    return (sums / weights.sum(0)[:, None]).flatten()
+
+
+def _pixel_iou(box: Tensor, boxes: Tensor) -> Tensor:
+    """(L,): IoU of one box with L boxes in the convention of pixels; 0 where they do not overlap."""
+    low = torch.maximum(box[:2], boxes[:, :2])
+    high = torch.minimum(box[2:], boxes[:, 2:])
+    sides = high - low + 1
+    common = sides.prod(1)
+    areas = (boxes[:, 2:] - boxes[:, :2] + 1).prod(1)
+    union = (box[2:] - box[:2] + 1).prod() + areas - common
+    return torch.where((sides > 0).all(1), common / union, 0.0)
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def _check(
+    name: str, boxes: Tensor, scores: Tensor, classes: Tensor | None, method: str, sigma: float
+) -> None:
+    if method not in _METHODS:
+        raise ValueError(f"{name}: method must be one of {', '.join(_METHODS)}, got {method!r}")
+    if not sigma > 0:
+        raise ValueError(f"{name}: sigma must be > 0, got {sigma}")
+    if boxes.dim() != 2 or boxes.shape[1] != 4 or not boxes.is_floating_point():
+        raise ValueError(
+            f"{name}: boxes must be floating point of shape (N, 4), "
+            f"got {boxes.dtype} of shape {tuple(boxes.shape)}"
+        )
+    count = boxes.shape[0]
+    if scores.shape != (count,) or not scores.is_floating_point():
+        raise ValueError(
+            f"{name}: scores must be floating point of shape ({count},), "
+            f"got {scores.dtype} of shape {tuple(scores.shape)}"
+        )
+    devices = {str(boxes.device), str(scores.device)}
+    if classes is not None:
+        if classes.shape != (count,) or classes.is_floating_point() or classes.is_complex():
+            raise ValueError(
+                f"{name}: classes must be integers of shape ({count},), "
+                f"got {classes.dtype} of shape {tuple(classes.shape)}"
+            )
+        devices.add(str(classes.device))
+    if len(devices) > 1:
+        raise ValueError(
+            f"{name}: all tensors must be on one device, got {', '.join(sorted(devices))}"
+        )
+
+
+# ---------------------------------------------------------------- shapes, for compile and export
+
+if has_extension():
+
+    @torch.library.register_fake("d2ext::soft_nms")
+    def _soft_nms_fake(
+        boxes: Tensor,
+        scores: Tensor,
+        corner_scores: Tensor | None,
+        sizes: Tensor,
+        method: int,
+        sigma: float,
+        iou_threshold: float,
+        score_threshold: float,
+        weight_exp: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows = scores.shape
+        return (
+            boxes.new_empty(boxes.shape),
+            boxes.new_empty(rows),
+            boxes.new_empty(rows, dtype=torch.int64),
+            boxes.new_empty(rows, dtype=torch.bool),
+        )

@@ -1,0 +1,171 @@
+"""Published CenterNet parameter names → ours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from torch import Tensor
+
+from d2ext.checkpoint.convert import (
+    ConversionError,
+    Rule,
+    StateDict,
+    apply_rules,
+    register_converter,
+)
+from d2ext.checkpoint.hourglass import hourglass_rules
+from d2ext.checkpoint.torchvision import resnet_rules
+
+_HEADS = {
+    "hm": "heatmap",
+    "wh": "size",
+    "reg": "offset",
+    "hps": "joints",
+    "hm_hp": "joint_heatmap",
+    "hp_offset": "joint_offset",
+}
+_HEAD = rf"({'|'.join(_HEADS)})"
+
+
+def _branch(layer: str, head: int = 1, stack: int | None = None) -> Callable[[re.Match[str]], str]:
+    """Our name of a head's layer, from the groups that hold head and stack; the leaf is the last."""
+
+    def name(match: re.Match[str]) -> str:
+        number = "0" if stack is None else match[stack]
+        return f"head.stacks.{number}.{_HEADS[match[head]]}.{layer}.{match[match.re.groups]}"
+
+    return name
+
+
+_HEAD_RULES = (
+    # of ResNet and DLA: <head>.<layer>
+    Rule(rf"{_HEAD}\.0\.(weight|bias)", _branch("conv")),
+    Rule(rf"{_HEAD}\.2\.(weight|bias)", _branch("output")),
+    # of the hourglass: <head>.<stack>.<layer>
+    Rule(rf"{_HEAD}\.(\d)\.0\.conv\.(weight|bias)", _branch("conv", stack=2)),
+    Rule(rf"{_HEAD}\.(\d)\.1\.(weight|bias)", _branch("output", stack=2)),
+)
+
+
+def _deformable(match: re.Match[str], target: str) -> str:
+    """``target`` and the leaf (last group) of a modulated deformable convolution."""
+    leaf = match[match.re.groups].replace("conv_offset_mask", "offset_mask")
+    return f"{target}.{leaf}"
+
+
+_DEFORMABLE_LEAF = r"((?:conv_offset_mask\.)?(?:weight|bias))"
+
+
+def _deconv_rules(layers: int) -> tuple[Rule, ...]:
+    """Up-sampling stages of ``layers`` published layers: 6 with deformable convolutions, else 3."""
+
+    def stage(match: re.Match[str]) -> tuple[str, int]:
+        number, layer = divmod(int(match[1]), layers)
+        return f"backbone.stages.{number}", layer + 6 - layers
+
+    def rename(match: re.Match[str]) -> str:
+        ours, layer = stage(match)
+        if layer == 0:
+            return _deformable(match, f"{ours}.reduce.conv")
+        part = {1: "reduce.conv.norm", 3: "up", 4: "up_norm"}[layer]
+        return f"{ours}.{part}.{match[match.re.groups]}"
+
+    return (Rule(r"deconv_layers\.(\d+)\.((?:conv_offset_mask\.)?\w+)", rename),)
+
+
+_DLA_BASE = "backbone.bottom_up."
+_BLOCK_PART = {"conv1": "conv1", "bn1": "conv1.norm", "conv2": "conv2", "bn2": "conv2.norm"}
+_TREE = r"base\.level(\d)\.((?:tree[12]\.)?)"
+
+
+def _tree(match: re.Match[str]) -> str:
+    """What a tree is called: ``level3.tree1``, or ``level2`` where there is one level only."""
+    return f"{_DLA_BASE}level{match[1]}.{match[2]}"
+
+
+def _conv_or_norm(part: str, leaf: str) -> str:
+    """The last part of a convolution's name, 0 or ``conv``, or of its norm's, 1 or ``bn``."""
+    return leaf if part in ("0", "conv") else f"norm.{leaf}"
+
+
+def _aggregation(match: re.Match[str]) -> str:
+    """``dla_up.ida_<i>`` or ``ida_up``, and the list that a step belongs to."""
+    where = "fusion" if match[1] == "ida_up" else f"steps.{match[1][-1]}"
+    lists = {"proj": "projections", "up": "ups", "node": "nodes"}
+    return f"backbone.{where}.{lists[match[2]]}.{int(match[3]) - 1}"
+
+
+def _dla_rules(state_dict: StateDict) -> tuple[Rule, ...]:
+    two_levels = {
+        m[1] for k in state_dict if (m := re.match(r"base\.level(\d)\.tree1\.tree1\.", k))
+    }
+    dead = rf"base\.level[{''.join(sorted(two_levels)) or 'x'}]\.project\..*"
+    return (
+        # the ImageNet classifier
+        Rule(r"base\.fc\.(weight|bias)", None),
+        # projections of two-level trees: computed and never used in the published network
+        Rule(dead, None),
+        Rule(
+            r"base\.base_layer\.([01])\.(\w+)",
+            lambda m: f"{_DLA_BASE}stem.{_conv_or_norm(m[1], m[2])}",
+        ),
+        Rule(
+            r"base\.level([01])\.([01])\.(\w+)",
+            lambda m: f"{_DLA_BASE}level{m[1]}.{_conv_or_norm(m[2], m[3])}",
+        ),
+        Rule(
+            rf"{_TREE}tree([12])\.(conv1|bn1|conv2|bn2)\.(\w+)",
+            lambda m: f"{_tree(m)}block{m[3]}.{_BLOCK_PART[m[4]]}.{m[5]}",
+        ),
+        Rule(
+            rf"{_TREE}root\.(conv|bn)\.(\w+)",
+            lambda m: f"{_tree(m)}root.{_conv_or_norm(m[3], m[4])}",
+        ),
+        Rule(
+            rf"{_TREE}project\.([01])\.(\w+)",
+            lambda m: f"{_tree(m)}project.{_conv_or_norm(m[3], m[4])}",
+        ),
+        Rule(
+            r"(?:dla_up\.)?(ida_\w+?)\.(proj|node)_(\d)\.actf\.0\.(\w+)",
+            lambda m: f"{_aggregation(m)}.conv.norm.{m[4]}",
+        ),
+        Rule(
+            rf"(?:dla_up\.)?(ida_\w+?)\.(proj|node)_(\d)\.conv\.{_DEFORMABLE_LEAF}",
+            lambda m: _deformable(m, f"{_aggregation(m)}.conv"),
+        ),
+        Rule(
+            r"(?:dla_up\.)?(ida_\w+?)\.(up)_(\d)\.(weight)",
+            lambda m: f"{_aggregation(m)}.weight",
+        ),
+    )
+
+
+@register_converter("centernet")
+def convert_centernet(state_dict: StateDict) -> dict[str, Tensor]:
+    """Published CenterNet checkpoint → :class:`CenterNet`'s state dict.
+
+    Takes ctdet and multi_pose models of resdcn_N, res_N, dla_34 and hourglass. Left out are, of DLA, the
+    ImageNet classifier ``base.fc`` and the projections ``base.level3.project`` and
+    ``base.level4.project``, which the published network never uses.
+
+    Raises:
+        ConversionError: the names are not those of a CenterNet checkpoint.
+    """
+    if "hm.2.weight" not in state_dict and "hm.0.1.weight" not in state_dict:
+        raise ConversionError(
+            'A CenterNet checkpoint has "hm.2.weight" or "hm.0.1.weight" and this one has neither: it '
+            "belongs to another system, or is already converted."
+        )
+    backbone: tuple[Rule, ...]
+    if "base.base_layer.0.weight" in state_dict:
+        backbone = _dla_rules(state_dict)
+    elif "pre.0.conv.weight" in state_dict:
+        backbone = hourglass_rules()
+    else:
+        deformable = "deconv_layers.0.conv_offset_mask.weight" in state_dict
+        backbone = (
+            *resnet_rules("", "layer", "backbone.bottom_up.", first_stage=1),
+            *_deconv_rules(6 if deformable else 3),
+        )
+    return apply_rules(state_dict, (*_HEAD_RULES, *backbone))

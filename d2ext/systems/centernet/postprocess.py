@@ -1,0 +1,239 @@
+"""From CenterNet's raw maps to detections (arXiv 1904.07850, section 3; poses: section 4.2).
+
+Everything up to the detections of one scale has shapes that do not depend on the values, so that it
+can be compiled or captured into a CUDA graph.
+
+Letters: B images, C classes, h×w cells, K detections, J joints.
+
+Fields of the resulting ``Instances``, in pixels of the output image:
+
+- ``pred_boxes``, ``scores``, ``pred_classes``;
+- ``centers`` (N, 2): x, y of the peak that became the detection;
+- ``pred_keypoints`` (N, J, 3), with poses: x, y in Detectron2's convention (half a pixel more than
+  COCO's, which its evaluator takes off again) and 1: CenterNet does not score joints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from d2ext.codecs.heatmaps import gather_at, local_peaks, top_k, top_k_per_class
+from d2ext.layers import SoftNMSRows, soft_nms_rows
+from d2ext.systems.centernet.head import Predictions
+
+# A joint's own peak counts from this score on, and replaces the regressed place up to this share of
+# the box's longer side away (published code).
+_JOINT_THRESHOLD = 0.1
+_JOINT_DISTANCE = 0.3
+# Of soft-NMS over scales.
+_SIGMA = 0.5
+_DISCARD = 0.001
+# Where peaks below the threshold are put.
+_FAR_AWAY = -10000.0
+
+
+class Detections(NamedTuple):
+    """Detections of a batch, best first, in cells of the output; or of one image (without B)."""
+
+    boxes: Tensor
+    """(B, K, 4) XYXY."""
+    scores: Tensor
+    """(B, K)."""
+    classes: Tensor
+    """(B, K) int64."""
+    centers: Tensor
+    """(B, K, 2)."""
+    joints: Tensor | None = None
+    """(B, K, 2J): x, y, x, y, ..."""
+
+
+def merge_mirrored(predictions: Predictions, flip_pairs: Sequence[Sequence[int]]) -> Predictions:
+    """Average images with their mirror images.
+
+    Published: offsets are those of the plain image; the mirrored map is reversed without a shift.
+
+    Args:
+        predictions: maps (2B, ...) in which heat maps are probabilities, images first, then their
+            mirror images in the same order.
+        flip_pairs: joints that change places.
+    """
+    merged = {}
+    for name, value in predictions.items():
+        plain, mirrored = value.chunk(2)
+        if name.endswith("offset"):
+            merged[name] = plain
+            continue
+        mirrored = mirrored.flip(3)
+        if name.startswith("joint"):
+            mirrored = _swap_joints(mirrored, flip_pairs, points=name == "joints")
+        merged[name] = (plain + mirrored) / 2
+    return merged
+
+
+def _swap_joints(maps: Tensor, flip_pairs: Sequence[Sequence[int]], *, points: bool) -> Tensor:
+    """Exchange the joints of pairs; ``points``: two channels each, of which x changes its sign."""
+    count = maps.shape[1] // 2 if points else maps.shape[1]
+    order = list(range(count))
+    for left, right in flip_pairs:
+        order[left], order[right] = order[right], order[left]
+    if not points:
+        return torch.stack([maps[:, i] for i in order], dim=1)
+    swapped = torch.cat([maps[:, 2 * i : 2 * i + 2] for i in order], dim=1)
+    return torch.cat([x if i % 2 else -x for i, x in enumerate(swapped.split(1, dim=1))], dim=1)
+
+
+def decode(predictions: Predictions, k: int = 100) -> Detections:
+    """Peaks of the heat map → boxes and, where the maps have them, joints.
+
+    Args:
+        predictions: heat maps are probabilities. Without ``offset`` centres are in the middle of their
+            cell; without ``joint_heatmap`` joints are where they are regressed; without
+            ``joint_offset`` peaks of joints are in the middle of their cell.
+        k: detections at most; a smaller map gives one for each of its values.
+    """
+    heatmap = predictions["heatmap"]
+    best = top_k(local_peaks(heatmap), k)
+    cells = torch.stack([best.xs, best.ys], dim=-1).to(heatmap.dtype)
+    offset = predictions.get("offset")
+    centers = cells + (0.5 if offset is None else gather_at(offset, best.index))
+    size = gather_at(predictions["size"], best.index)
+    if size.shape[2] > 2:
+        channels = 2 * best.classes[..., None] + torch.arange(2, device=size.device)
+        size = size.gather(2, channels)
+    boxes = torch.cat([centers - size / 2, centers + size / 2], dim=-1)
+    joints = None
+    if "joints" in predictions:
+        joints = gather_at(predictions["joints"], best.index).unflatten(2, (-1, 2))
+        joints = joints + cells[:, :, None]
+        if "joint_heatmap" in predictions:
+            joints = _refine_joints(joints, boxes, predictions, k)
+        joints = joints.flatten(2)
+    return Detections(boxes, best.scores, best.classes, centers, joints)
+
+
+def _refine_joints(joints: Tensor, boxes: Tensor, predictions: Predictions, k: int) -> Tensor:
+    """Replace regressed joints (B, K, J, 2) by the nearest peak of their own heat map.
+
+    The peak must lie in the box, have a score of 0.1 at least, and be no farther than 0.3 of the box's
+    longer side; otherwise the regressed place stays.
+    """
+    best = top_k_per_class(local_peaks(predictions["joint_heatmap"]), k)  # (B, J, P)
+    peaks = torch.stack([best.xs, best.ys], dim=-1).to(boxes.dtype)
+    offset = predictions.get("joint_offset")
+    if offset is None:
+        peaks = peaks + 0.5
+    else:
+        peaks = peaks + gather_at(offset, best.index.flatten(1)).view(peaks.shape)
+    strong = best.scores > _JOINT_THRESHOLD
+    scores = torch.where(strong, best.scores, -1.0)
+    peaks = torch.where(strong[..., None], peaks, _FAR_AWAY)
+
+    regressed = joints.transpose(1, 2)  # (B, J, K, 2)
+    difference = regressed[:, :, :, None] - peaks[:, :, None]  # (B, J, K, P, 2)
+    distance, nearest = difference.square().sum(dim=-1).sqrt().min(dim=3)
+    score = scores.gather(2, nearest)
+    peak = peaks.gather(2, nearest[..., None].expand(-1, -1, -1, 2))
+    low, high = boxes[:, None, :, :2], boxes[:, None, :, 2:]
+    longer_side = (high - low).amax(dim=-1)
+    takes = (
+        ((peak >= low) & (peak <= high)).all(dim=-1)
+        & (score >= _JOINT_THRESHOLD)
+        & (distance <= _JOINT_DISTANCE * longer_side)
+    )
+    return torch.where(takes[..., None], peak, regressed).transpose(1, 2)
+
+
+def merge_scales(scales: Sequence[Detections], limit: int | None) -> Detections:
+    """Detections of one image at several scales, in pixels, merged by Gaussian soft-NMS in each class.
+
+    Published quirks: rows that soft-NMS discards stay, see :mod:`d2ext.layers.soft_nms`; and where a
+    discarded pose is overwritten by the last one, the joints of the two change places instead, so that
+    the stale row has the box of the one and the joints of the other.
+
+    Args:
+        limit: keep those from the score of this rank on, ties included; None: all.
+    """
+    boxes = torch.cat([x.boxes for x in scales])
+    scores = torch.cat([x.scores for x in scales])
+    classes = torch.cat([x.classes for x in scales])
+    centers = torch.cat([x.centers for x in scales])
+    rows = soft_nms_rows(
+        boxes, scores, classes, method="gaussian", sigma=_SIGMA, score_threshold=_DISCARD
+    )
+    original_scores = scores
+    scores, order = rows.scores.sort(descending=True, stable=True)
+    index = rows.indices[order]
+    joints = [x.joints for x in scales if x.joints is not None]
+    if joints:
+        owners = _joint_owners(boxes, original_scores, classes, rows)[order]
+    merged = Detections(
+        rows.boxes[order],
+        scores,
+        classes[index],
+        centers[index],
+        torch.cat(joints)[owners] if joints else None,
+    )
+    if limit is None or len(scores) <= limit:
+        return merged
+    count = int((scores >= scores[limit - 1]).sum())
+    return Detections(*(None if field is None else field[:count] for field in merged))
+
+
+def _joint_owners(boxes: Tensor, scores: Tensor, classes: Tensor, rows: SoftNMSRows) -> Tensor:
+    """(N,) int64: whose joints lie in each row after soft-NMS, see :func:`merge_scales`."""
+    if bool(rows.kept.all()):
+        return rows.indices
+    owners = rows.indices.clone()
+    row_classes = classes[rows.indices]
+    for label in row_classes.unique():
+        mine = row_classes == label
+        members = (classes == label).nonzero()[:, 0]
+        chosen = rows.indices[mine & rows.kept]
+        discarded = members[~torch.isin(members, chosen)]
+        rounds = _discard_rounds(boxes, scores, chosen, discarded)
+        owners[mine] = owners.new_tensor(_replay(members.tolist(), chosen.tolist(), rounds))
+    return owners
+
+
+def _discard_rounds(
+    boxes: Tensor, scores: Tensor, chosen: Tensor, discarded: Tensor
+) -> dict[int, int]:
+    """In which round each of ``discarded`` falls below the threshold, given the box of each round."""
+    low = torch.maximum(boxes[chosen, None, :2], boxes[None, discarded, :2])
+    high = torch.minimum(boxes[chosen, None, 2:], boxes[None, discarded, 2:])
+    sides = (high - low + 1).clamp(min=0)  # a box counts its last pixel, as in soft-NMS
+    common = sides.prod(dim=-1)
+    area = (boxes[:, 2:] - boxes[:, :2] + 1).prod(dim=-1)
+    overlap = common / (area[chosen, None] + area[None, discarded] - common)
+    weighed = scores[discarded] * torch.exp(-(overlap**2) / _SIGMA).cumprod(dim=0)
+    falls = (weighed < _DISCARD) & (overlap > 0)
+    first = falls.int().argmax(dim=0)
+    return dict(zip(discarded.tolist(), first.tolist(), strict=True))
+
+
+def _replay(members: list[int], chosen: list[int], rounds: dict[int, int]) -> list[int]:
+    """Where the joints of ``members`` end when the rounds of soft-NMS move them.
+
+    Args:
+        members: detections in the order in which they came.
+        chosen: the one that each round chooses.
+        rounds: the round that discards each of the others.
+    """
+    array, owners, count = list(members), list(members), len(members)
+    for number, best in enumerate(chosen):
+        place = array.index(best, number, count)
+        for column in (array, owners):
+            column[number], column[place] = column[place], column[number]
+        place = number + 1
+        while place < count:
+            if rounds.get(array[place]) != number:
+                place += 1
+                continue
+            count -= 1
+            array[place] = array[count]
+            owners[place], owners[count] = owners[count], owners[place]
+    return owners

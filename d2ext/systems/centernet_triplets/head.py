@@ -1,0 +1,86 @@
+"""Cascade corner pooling and center pooling (arXiv 1904.08189, section 3.2; published code).
+
+Shapes: B images, c channels of the backbone's output, p pooled channels, h×w cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from d2ext.codecs.corners import PointMaps
+from d2ext.layers import center_pool, corner_pool, corner_pool_pair
+from d2ext.modeling.hourglass import ConvNormReLU
+from d2ext.systems.cornernet.head import CornerNetHead, PoolingModule
+
+# Directions in which a corner looks for its sides: vertical, horizontal.
+_DIRECTIONS = {"top_left": ("top", "left"), "bottom_right": ("bottom", "right")}
+
+
+class CenterNetTripletsPredictions(NamedTuple):
+    """What the network says of a batch, from one of its stacks."""
+
+    top_left: PointMaps
+    bottom_right: PointMaps
+    center: PointMaps
+    """Without embedding."""
+
+
+def _plain_conv(channels: int) -> nn.Conv2d:
+    """3×3 without bias, norm and activation, so that what is pooled after it may be negative."""
+    return nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+
+
+class CascadeCornerPooling(PoolingModule):
+    """Corner pooling that looks along each side, and from there into the object.
+
+    Args:
+        corner: "top_left" or "bottom_right".
+    """
+
+    def __init__(self, channels: int, pool_channels: int, *, corner: str, norm: str) -> None:
+        super().__init__(channels, pool_channels, norm=norm)
+        self.corner = corner
+        # Pooled in the other direction and added before a side is looked for.
+        self.vertical_inward = ConvNormReLU(channels, pool_channels, 3, norm=norm)
+        self.horizontal_inward = ConvNormReLU(channels, pool_channels, 3, norm=norm)
+        self.vertical_side = _plain_conv(pool_channels)
+        self.horizontal_side = _plain_conv(pool_channels)
+
+    def pool(self, x: Tensor) -> Tensor:
+        up_or_down, left_or_right = _DIRECTIONS[self.corner]
+        inward = corner_pool(self.vertical_inward(x), left_or_right)
+        vertical = self.vertical_side(self.vertical(x) + inward)
+        inward = corner_pool(self.horizontal_inward(x), up_or_down)
+        horizontal = self.horizontal_side(self.horizontal(x) + inward)
+        return corner_pool_pair(vertical, horizontal, self.corner)
+
+
+class CenterPooling(PoolingModule):
+    """Maxima of the whole column and of the whole row, added."""
+
+    def pool(self, x: Tensor) -> Tensor:
+        return center_pool(self.vertical(x), self.horizontal(x))
+
+
+class CenterNetTripletsHead(CornerNetHead):
+    """CornerNet's head with cascade corner pooling, and centres."""
+
+    def _build(
+        self, heads: Callable[..., nn.ModuleList], channels: int, pool_channels: int, norm: str
+    ) -> None:
+        def cascade(corner: str) -> Callable[[], nn.Module]:
+            return lambda: CascadeCornerPooling(channels, pool_channels, corner=corner, norm=norm)
+
+        self.top_left = heads(cascade("top_left"))
+        self.bottom_right = heads(cascade("bottom_right"))
+        self.center = heads(
+            lambda: CenterPooling(channels, pool_channels, norm=norm), embedding=False
+        )
+
+    def predict(self, stack: int, x: Tensor) -> CenterNetTripletsPredictions:
+        return CenterNetTripletsPredictions(
+            self.top_left[stack](x), self.bottom_right[stack](x), self.center[stack](x)
+        )

@@ -1,0 +1,120 @@
+"""From corner pairs and centres to detections (arXiv 1904.08189, section 3.1; published code).
+
+Beside CornerNet's fields (:mod:`d2ext.systems.cornernet.postprocess`), the ``Instances`` have
+
+- ``centers`` (N, 2) float32: the centre point that confirmed the box, x and y in pixels of the output.
+- ``center_scores`` (N,) float32 in 0..1: that point's own score. ``scores`` before soft-NMS is
+  (top-left + bottom-right + centre) / 3.
+
+Rows are CornerNet's with three columns more: x, y and score of the centre.
+
+Letters: N rows of an image, M centres of an image, K best centres of a pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from detectron2.structures import Instances
+from torch import Tensor
+
+from d2ext.codecs.corners import REJECTED, Points
+from d2ext.systems.cornernet.postprocess import (
+    COLUMNS,
+    View,
+    clip_and_rescale,
+    mirror_boxes,
+    unplaced_boxes,
+)
+from d2ext.systems.cornernet.postprocess import to_instances as corner_instances
+
+_SCORE, _CLASS = 4, 7
+
+
+def rows_of_centers(points: Points) -> Tensor:
+    """(B, K, 4) float32: x, y in cells, score, class."""
+    return torch.stack([points.xs, points.ys, points.scores, points.classes.to(points.xs)], dim=-1)
+
+
+def pass_boxes(rows: Tensor, view: View, stride: int, margin: float) -> Tensor:
+    """Boxes of one pass, of the image and (if there) its mirror image, in pixels of the image.
+
+    Args:
+        rows: (1 or 2, P, COLUMNS) in cells.
+        margin: boxes that reach this many pixels or more out of the scaled image are rejected.
+
+    Returns:
+        (N, COLUMNS) of the pairs that are not rejected.
+    """
+    boxes = rows[..., :4]
+    if len(rows) == 2:
+        width = -(-view.canvas[1] // stride)
+        boxes = torch.stack([boxes[0], mirror_boxes(boxes[1], width)])
+    boxes = unplaced_boxes(boxes, view, stride)
+    height, width = view.size
+    limit = boxes.new_tensor([width, height])
+    outside = (boxes[..., :2] <= -margin).any(-1) | (boxes[..., 2:] >= limit + margin).any(-1)
+    scores = rows[..., _SCORE].masked_fill(outside, REJECTED)
+    boxes = clip_and_rescale(boxes, view)
+    result = torch.cat([boxes, scores[..., None], rows[..., 5:]], dim=-1).flatten(0, 1)
+    return result[result[:, _SCORE] > REJECTED]
+
+
+def pass_centers(centers: Tensor, view: View, stride: int) -> Tensor:
+    """Centres of one pass in pixels of the image: (1 or 2, K, 4) in cells → (M, 4).
+
+    Unlike boxes they are not clipped (the published code means to, on a copy); those outside the image
+    confirm nothing.
+    """
+    xs = centers[..., 0]
+    if len(centers) == 2:
+        xs = torch.stack([xs[0], -(-view.canvas[1] // stride) - xs[1]])
+    # A point is a box without area.
+    points = torch.stack([xs, centers[..., 1], xs, centers[..., 1]], dim=-1)
+    points = unplaced_boxes(points, view, stride) / view.scale
+    return torch.cat([points[..., :2], centers[..., 2:]], dim=-1).flatten(0, 1)
+
+
+def confirm_by_centers(rows: Tensor, centers: Tensor, small_area: float) -> Tensor:
+    """Keep the boxes that have a centre of their class in their middle.
+
+    The middle is the middle third of both sides of a box of at most ``small_area`` square pixels,
+    the middle fifth of a larger one; the centre lies strictly inside. The new score is
+    (2 * score + centre's score) / 3.
+
+    Published quirks: that is the first such centre of the list, not the best one; and boxes have been
+    clipped to the image before.
+
+    Args:
+        rows: (N, COLUMNS) in pixels of the image.
+        centers: (M, 4) x, y, score, class.
+
+    Returns:
+        (N', COLUMNS + 3), best first.
+    """
+    if len(rows) == 0 or len(centers) == 0:
+        return rows.new_zeros((0, COLUMNS + 3))
+    low, high = rows[:, :2], rows[:, 2:4]
+    small = ((high - low).prod(dim=1) <= small_area)[:, None]
+    begin = torch.where(small, (2 * low + high) / 3, (3 * low + 2 * high) / 5)
+    end = torch.where(small, (low + 2 * high) / 3, (2 * low + 3 * high) / 5)
+    places = centers[None, :, :2]
+    inside = ((places > begin[:, None]) & (places < end[:, None])).all(dim=-1)
+    inside &= centers[None, :, 3] == rows[:, None, _CLASS]
+    # Of equal values, argmax takes the first.
+    first = inside.to(torch.uint8).argmax(dim=1)
+    found = centers[first]
+    scores = (2 * rows[:, _SCORE] + found[:, 2]) / 3
+    rows = torch.cat([rows[:, :4], scores[:, None], rows[:, 5:], found[:, :3]], dim=1)
+    rows = rows[inside.any(dim=1)]
+    return rows[rows[:, _SCORE].argsort(descending=True, stable=True)]
+
+
+def to_instances(
+    rows: Tensor, image_size: tuple[int, int], output_size: tuple[int, int]
+) -> Instances:
+    """CornerNet's :func:`to_instances`, and the centres; rows (N, COLUMNS + 3)."""
+    result = corner_instances(rows, image_size, output_size)
+    scale = rows.new_tensor([output_size[1] / image_size[1], output_size[0] / image_size[0]])
+    result.centers = rows[:, COLUMNS : COLUMNS + 2] * scale
+    result.center_scores = rows[:, COLUMNS + 2]
+    return result

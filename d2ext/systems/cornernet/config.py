@@ -1,0 +1,91 @@
+"""Settings of CornerNet. Defaults are the published hourglass-104 for COCO.
+
+The backbone's are in ``MODEL.HOURGLASS`` (:mod:`d2ext.modeling.hourglass`).
+"""
+
+from detectron2.config import CfgNode
+
+from d2ext.modeling.hourglass import add_hourglass_config
+
+
+def corner_defaults() -> CfgNode:
+    """The keys that all detectors of corners have, with CornerNet's values."""
+    node = CfgNode()
+    # Thing classes, without background.
+    node.NUM_CLASSES = 80
+    # Channels of the maps that corner pooling runs over.
+    node.POOL_CHANNELS = 128
+    # Channels of the hidden layer of each prediction, and side of its kernel in cells (Squeeze: 1).
+    node.HEAD_CHANNELS = 256
+    node.HEAD_KERNEL = 3
+    # Norm after the convolutions of the pooling modules.
+    node.NORM = "BN"
+
+    loss = node.LOSS = CfgNode()
+    # IoU that a box with both corners moved by the Gaussians' radius still has.
+    loss.MIN_OVERLAP = 0.3
+    loss.HEAT_WEIGHT = 1.0
+    loss.PULL_WEIGHT = 0.1
+    loss.PUSH_WEIGHT = 0.1
+    loss.OFFSET_WEIGHT = 1.0
+
+    test = node.TEST = CfgNode()
+    # Factors on the image's sides, one pass of the network each.
+    test.SCALES = [1.0]
+    # Also detect on the mirror image.
+    test.FLIP = True
+    # Best corners of each kind that are paired.
+    test.TOP_K = 100
+    # Side of the square that a peak is the maximum of, cells.
+    test.PEAK_KERNEL = 3
+    # Pairs whose embeddings are farther apart are rejected.
+    test.MAX_DISTANCE = 0.5
+    # Pairs that leave a pass of the network.
+    test.MAX_PAIRS = 1000
+    # Soft-NMS within each class: "gaussian", "linear" or "hard".
+    test.NMS = "gaussian"
+    # Width of the Gaussian over IoU.
+    test.NMS_SIGMA = 0.5
+    # IoU from which "linear" and "hard" suppress.
+    test.NMS_THRESH = 0.5
+    # Scores below this end a box's life in soft-NMS.
+    test.SCORE_THRESH = 0.001
+    # True: boxes also move to the mean of those that they suppress, as published for several scales.
+    test.NMS_MERGE = False
+    # Exponent of the merging weights.
+    test.NMS_MERGE_EXPONENT = 10.0
+    # True: what soft-NMS leaves at the end of its array counts as detections, as published.
+    test.KEEP_STALE = True
+    # Detections per image (more if the last ones' scores are equal).
+    test.MAX_DETECTIONS = 100
+    return node
+
+
+def add_cornernet_config(cfg: CfgNode) -> None:
+    """Add CornerNet's keys to ``cfg``, in place."""
+    add_hourglass_config(cfg)
+    cfg.MODEL.CORNERNET = corner_defaults()
+
+    saccade = cfg.MODEL.CORNERNET.SACCADE = CfgNode()
+    # The keys below belong to CornerNetSaccade. Side of the network's input, pixels.
+    saccade.INPUT_SIZE = 255
+    # Longer sides at which the whole image is looked at first, pixels.
+    saccade.FIRST_SIZES = [192, 255]
+    # Attention above this says where to look.
+    saccade.ATTENTION_THRESH = 0.3
+    # For each attention map, coarsest first: how much closer to look,
+    saccade.ATTENTION_SCALES = [1, 2, 4]
+    # and the smallest and largest longer side of its objects, pixels of the input.
+    saccade.ATTENTION_RANGES = [[96, 256], [32, 96], [0, 32]]
+    # Boxes of the first looks count above this score,
+    saccade.FIRST_SCORE = 0.3
+    # and are looked at again above this one.
+    saccade.CONFIDENT_SCORE = 0.5
+    # Places of an image that are looked at.
+    saccade.MAX_CROPS = 30
+    # Training: smaller objects (longer side, pixels of the input), and those of which no larger share of
+    # the box is in the crop, are neither positive nor negative.
+    saccade.MIN_SIDE = 16
+    saccade.MIN_SHARE = 0.5
+    # Cut boxes to the image; the published code does not.
+    saccade.CLIP_BOXES = False

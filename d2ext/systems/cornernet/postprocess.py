@@ -1,0 +1,184 @@
+"""From CornerNet's corner pairs to detections (arXiv 1808.01244, section 4.2; published code).
+
+Beside ``pred_boxes``, ``scores`` and ``pred_classes``, the ``Instances`` of CornerNet have
+
+- ``top_left_scores``, ``bottom_right_scores`` (N,) float32 in 0..1: the corners' own scores. Without
+  soft-NMS, ``scores`` would be their mean.
+- ``embedding_distances`` (N,) float32, not negative: between the embeddings of the two corners.
+
+Pairs travel as *rows* of :data:`COLUMNS` numbers, so that one copy takes them from the device.
+
+Letters: B images, P pairs, N rows of an image.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.structures import Boxes, Instances
+from torch import Tensor
+
+from d2ext.codecs.corners import REJECTED, CornerPairs
+from d2ext.layers import soft_nms_merge, soft_nms_rows
+
+# x1, y1, x2, y2, score, top-left score, bottom-right score, class, embedding distance
+COLUMNS = 9
+_SCORE, _TOP_LEFT, _BOTTOM_RIGHT, _CLASS, _DISTANCE = range(4, 9)
+
+
+class View(NamedTuple):
+    """How an image lies in the network's input."""
+
+    scale: float
+    """Pixels of the scaled image per pixel of the image."""
+    size: tuple[int, int]
+    """(height, width) of the scaled image."""
+    canvas: tuple[int, int]
+    """(height, width) of the network's input."""
+    top: int
+    """Row of the input where the scaled image begins."""
+    left: int
+
+
+class SuppressionOptions(NamedTuple):
+    """Of :func:`suppress`; see ``MODEL.CORNERNET.TEST``."""
+
+    method: str = "gaussian"
+    sigma: float = 0.5
+    iou_threshold: float = 0.5
+    score_threshold: float = 0.001
+    merge: bool = False
+    merge_exponent: float = 10.0
+    keep_stale: bool = True
+    max_detections: int = 100
+
+
+def rows_of_pairs(pairs: CornerPairs) -> Tensor:
+    """(B, P, COLUMNS) float32."""
+    single = (
+        pairs.scores,
+        pairs.top_left_scores,
+        pairs.bottom_right_scores,
+        pairs.classes.to(pairs.scores),
+        pairs.distances,
+    )
+    return torch.cat([pairs.boxes, torch.stack(single, dim=-1)], dim=-1)
+
+
+def mirror_boxes(boxes: Tensor, width: float) -> Tensor:
+    """Boxes (..., 4) of the mirror image → of the image, on maps of ``width`` cells."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return torch.stack([width - x2, y1, width - x1, y2], dim=-1)
+
+
+def unplaced_boxes(boxes: Tensor, view: View, stride: int) -> Tensor:
+    """Boxes (..., 4) in cells → in pixels of the scaled image, not clipped.
+
+    Published quirk: a cell is as many pixels as the input has per cell of the maps, a little less than
+    the stride where the input's side is one less than a multiple of it.
+    """
+    height, width = view.canvas
+    # The stem rounds sizes up.
+    scale = boxes.new_tensor([width / -(-width // stride), height / -(-height // stride)] * 2)
+    border = boxes.new_tensor([view.left, view.top] * 2)
+    return boxes * scale - border
+
+
+def clip_and_rescale(boxes: Tensor, view: View) -> Tensor:
+    """Pixels of the scaled image → pixels of the image, clipped to it."""
+    height, width = view.size
+    limit = boxes.new_tensor([width, height] * 2)
+    return torch.minimum(boxes.clamp(min=0), limit) / view.scale
+
+
+def image_rows(rows: Tensor, view: View, stride: int) -> Tensor:
+    """Rows of one pass, of the image and (if there) of the mirror image, in pixels of the image.
+
+    Args:
+        rows: (1 or 2, P, COLUMNS) in cells.
+
+    Returns:
+        (N, COLUMNS) of the pairs that are not rejected.
+    """
+    boxes = rows[..., :4]
+    if len(rows) == 2:
+        mirrored = mirror_boxes(boxes[1], -(-view.canvas[1] // stride))
+        boxes = torch.stack([boxes[0], mirrored])
+    boxes = clip_and_rescale(unplaced_boxes(boxes, view, stride), view)
+    rows = torch.cat([boxes, rows[..., 4:]], dim=-1).flatten(0, 1)
+    return rows[rows[:, _SCORE] > REJECTED]
+
+
+def suppress(rows: Tensor, options: SuppressionOptions) -> Tensor:
+    """Soft-NMS within each class, and the best of what it leaves.
+
+    Published quirks, named in :mod:`d2ext.layers.soft_nms`: stale rows count, unless
+    ``keep_stale`` is off, and all rows that share the last one's score stay.
+
+    Args:
+        rows: (N, COLUMNS) on the CPU.
+
+    Returns:
+        (M, COLUMNS), best first.
+    """
+    arguments: dict[str, Any] = {
+        "method": options.method,
+        "sigma": options.sigma,
+        "iou_threshold": options.iou_threshold,
+        "score_threshold": options.score_threshold,
+    }
+    classes = rows[:, _CLASS].long()
+    if options.merge:
+        result = soft_nms_merge(
+            rows[:, :4],
+            rows[:, _SCORE],
+            rows[:, [_TOP_LEFT, _BOTTOM_RIGHT]],
+            classes,
+            weight_exp=options.merge_exponent,
+            **arguments,
+        )
+    else:
+        result = soft_nms_rows(rows[:, :4], rows[:, _SCORE], classes, **arguments)
+    rows = rows[result.indices]
+    rows = torch.cat([result.boxes, result.scores[:, None], rows[:, _TOP_LEFT:]], dim=1)
+    if not options.keep_stale:
+        rows = rows[result.kept]
+    return best_rows(rows, options.max_detections)
+
+
+def best_rows(rows: Tensor, limit: int) -> Tensor:
+    """Rows (N, COLUMNS) by descending score: ``limit`` of them, or more where the last ones tie."""
+    scores, order = rows[:, _SCORE].sort(descending=True, stable=True)
+    if len(scores) > limit > 0:
+        order = order[scores >= scores[limit - 1]]
+    return rows[order]
+
+
+def to_instances(
+    rows: Tensor,
+    image_size: tuple[int, int],
+    output_size: tuple[int, int],
+    *,
+    clip: bool = True,
+) -> Instances:
+    """Rows in pixels of the model's image → instances at the size of the output.
+
+    Args:
+        rows: (N, COLUMNS).
+        image_size, output_size: (height, width).
+        clip: cut boxes to the output (CornerNet's are within a rounding error).
+    """
+    result = Instances(output_size)
+    height, width = output_size
+    scale = rows.new_tensor([width / image_size[1], height / image_size[0]] * 2)
+    boxes = Boxes(rows[:, :4] * scale)
+    if clip:
+        boxes.clip(output_size)
+    result.pred_boxes = boxes
+    result.scores = rows[:, _SCORE]
+    result.pred_classes = rows[:, _CLASS].long()
+    result.top_left_scores = rows[:, _TOP_LEFT]
+    result.bottom_right_scores = rows[:, _BOTTOM_RIGHT]
+    result.embedding_distances = rows[:, _DISTANCE]
+    return result

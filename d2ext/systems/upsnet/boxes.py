@@ -1,0 +1,159 @@
+"""UPSNet's box conventions on Detectron2's arithmetic.
+
+The published code counts pixels: a box (x1, y1, x2, y2) includes its last column and row and is
+x2 - x1 + 1 wide, in IoU, NMS, coding, clipping and masks. Written with its end *behind* the last pixel,
+(x1, y1, x2 + 1, y2 + 1), it has Detectron2's width x2 - x1, and areas, overlaps, NMS and box coding of
+Detectron2 give the published numbers. This "end behind" form is what ``proposal_boxes`` and
+``pred_boxes`` hold; :func:`inclusive` gives the published one.
+
+Only four things differ and live here: clipping (the first pixel of a box stays inside the image),
+RoIAlign (takes the inclusive corners), the choice of the pyramid level, and the anchors' rounding.
+
+Letters: R boxes, L levels, C channels, s side of the pooled grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.modeling.anchor_generator import (
+    ANCHOR_GENERATOR_REGISTRY,
+    BufferList,
+    DefaultAnchorGenerator,
+)
+from detectron2.structures import Boxes
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+
+def inclusive(boxes: Tensor, pixel: float = 1.0) -> Tensor:
+    """Boxes (..., 4) with their end behind the last pixel → boxes that include it.
+
+    Args:
+        pixel: side of a pixel, in the boxes' unit.
+    """
+    return boxes - boxes.new_tensor([0.0, 0.0, pixel, pixel])
+
+
+def end_behind(boxes: Tensor, pixel: float = 1.0) -> Tensor:
+    """Inverse of :func:`inclusive`."""
+    return boxes + boxes.new_tensor([0.0, 0.0, pixel, pixel])
+
+
+def clip(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Clip "end behind" boxes (..., 4): first and last pixel within the image, so that none is empty."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return torch.stack(
+        [
+            x1.clamp(0, width - 1),
+            y1.clamp(0, height - 1),
+            x2.clamp(1, width),
+            y2.clamp(1, height),
+        ],
+        dim=-1,
+    )
+
+
+def image_scale(network: tuple[int, int], original: tuple[int, int]) -> float | None:
+    """The factor by which an image was resized, told by its sizes (height, width); None if no single
+    factor explains both sides (a crop, or a resize that changes the aspect ratio).
+
+    The sides are rounded to whole pixels, so the shorter one, which resizing by the short side hits
+    exactly, is tried first.
+    """
+    pairs = sorted(zip(network, original, strict=True), key=lambda pair: pair[1])
+    for after, before in pairs:
+        factor = after / before
+        if all(abs(b * factor - a) <= 0.5 + 1e-6 for a, b in pairs):
+            return factor
+    return None
+
+
+@ANCHOR_GENERATOR_REGISTRY.register()
+class DetectronAnchorGenerator(DefaultAnchorGenerator):
+    """Anchors with Detectron's rounding, which Detectron2 dropped.
+
+    ``MODEL.ANCHOR_GENERATOR.SIZES`` counts as stride times scale (published: 8 strides). Widths and
+    heights of the aspect ratios are rounded for one stride, then scaled; anchors are centred on the
+    stride's first cell of pixels and are here in "end behind" form. ``OFFSET`` must be 0.
+    """
+
+    def _calculate_anchors(
+        self, sizes: Sequence[Sequence[float]], aspect_ratios: Sequence[Sequence[float]]
+    ) -> BufferList:
+        levels = zip(self.strides, sizes, aspect_ratios, strict=True)
+        return BufferList([detectron_anchors(*level) for level in levels])
+
+
+def detectron_anchors(stride: int, sizes: Sequence[float], ratios: Sequence[float]) -> Tensor:
+    """(len(ratios) * len(sizes), 4) float32 anchors of a level's first cell; see above."""
+    centre = 0.5 * (stride - 1)
+    anchors = []
+    for ratio in ratios:
+        width = round((stride * stride / ratio) ** 0.5)
+        height = round(width * ratio)
+        for size in sizes:
+            scaled_width, scaled_height = width * size / stride, height * size / stride
+            left = centre - 0.5 * (scaled_width - 1)
+            top = centre - 0.5 * (scaled_height - 1)
+            anchors.append([left, top, left + scaled_width, top + scaled_height])
+    return torch.tensor(anchors)
+
+
+class PyramidRoIAlign(nn.Module):
+    """RoIAlign of each box on the pyramid level of its size, on the published conventions.
+
+    ``aligned=False``, two samples per cell side, corners of the inclusive box times the level's scale;
+    level = floor(2 + log2(sqrt(width · height) / 224 + 1e-6)) counted from stride 4, limited to the
+    levels that are there.
+
+    Args:
+        size: s.
+        strides: of the levels, finest (4) first.
+        sampling_ratio: samples per cell side.
+    """
+
+    def __init__(self, size: int, strides: Sequence[int], sampling_ratio: int = 2) -> None:
+        super().__init__()
+        self.size = size
+        self.strides = list(strides)
+        self.sampling_ratio = sampling_ratio
+
+    def levels(self, boxes: Tensor) -> Tensor:
+        """(R, 4) "end behind" boxes → (R,) int64 index of the level."""
+        sides = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
+        level = (2 + torch.log2(sides / 224 + 1e-6)).floor().to(torch.int64)
+        return level.clamp(0, len(self.strides) - 1)
+
+    def forward(self, features: Sequence[Tensor], box_lists: Sequence[Boxes]) -> Tensor:
+        """Pool.
+
+        Args:
+            features: L maps (B, C, h, w), finest first.
+            box_lists: boxes of each of the B images, "end behind".
+
+        Returns:
+            (R, C, s, s), images in order.
+        """
+        boxes = torch.cat([x.tensor for x in box_lists])
+        counts = torch.tensor([len(x) for x in box_lists], device=boxes.device)
+        image = torch.repeat_interleave(counts, output_size=len(boxes)).to(boxes.dtype)
+        rois = torch.cat([image[:, None], inclusive(boxes)], dim=1)
+        if len(self.strides) == 1:
+            return self._pool(features[0], rois, self.strides[0])
+        levels = self.levels(boxes)
+        pooled = features[0].new_zeros((len(boxes), features[0].shape[1], self.size, self.size))
+        for i, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
+            chosen = (levels == i).nonzero()[:, 0]
+            part = self._pool(feature, rois[chosen], stride)
+            pooled = pooled.index_put((chosen,), part.to(pooled.dtype))
+        return pooled
+
+    def _pool(self, feature: Tensor, rois: Tensor, stride: int) -> Tensor:
+        # The CPU kernel has no bfloat16; the result goes back to the feature's dtype.
+        rois = rois.to(feature.dtype) if feature.dtype == torch.float64 else rois.float()
+        values = feature if feature.dtype == rois.dtype else feature.float()
+        return roi_align(
+            values, rois, self.size, 1.0 / stride, self.sampling_ratio, aligned=False
+        ).to(feature.dtype)

@@ -1,0 +1,153 @@
+"""UPSNet's box and mask heads: Detectron2's ``StandardROIHeads`` on published conventions.
+
+Boxes are in "end behind" form (``boxes.py``), pixels of the network input. While training, the
+published code matches regions and codes their targets at the scale of the original image, so that the
+pixel which a box counts more is one of that image: ``Targets.pixel`` pixels of the network input.
+
+Letters: N images, R regions, T thing classes, M side of a mask's logits (28).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import ROI_HEADS_REGISTRY
+from detectron2.modeling.roi_heads import StandardROIHeads
+from detectron2.modeling.sampling import subsample_labels
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks, pairwise_iou
+from torch import Tensor
+
+from d2ext.systems.upsnet.boxes import PyramidRoIAlign, clip, end_behind, inclusive
+from d2ext.systems.upsnet.rpn import match
+from d2ext.systems.upsnet.targets import Targets
+
+
+class Regions(NamedTuple):
+    """Regions of one image to train on."""
+
+    boxes: Tensor
+    """(R, 4)."""
+    classes: Tensor
+    """(R,) int64, T for background."""
+    deltas: Tensor
+    """(R, 4) regression targets towards the matched object; meaningless for background."""
+
+
+@ROI_HEADS_REGISTRY.register()
+class UPSNetROIHeads(StandardROIHeads):
+    """Box and mask heads. The model calls :meth:`predict_boxes` and :meth:`predict_masks` with what
+    it wants to know; targets come from :meth:`sample` and :meth:`mask_targets`."""
+
+    @classmethod
+    def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        parts = super()._init_box_head(cfg, input_shape)
+        parts["box_pooler"] = _pooler(cfg.MODEL.ROI_BOX_HEAD, cfg, input_shape)
+        return parts
+
+    @classmethod
+    def _init_mask_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        if not cfg.MODEL.MASK_ON:
+            raise ValueError("UPSNet needs its mask head: set MODEL.MASK_ON to True.")
+        parts = super()._init_mask_head(cfg, input_shape)
+        parts["mask_pooler"] = _pooler(cfg.MODEL.ROI_MASK_HEAD, cfg, input_shape)
+        return parts
+
+    def predict_boxes(
+        self, features: dict[str, Tensor], boxes: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Boxes of N images → class logits (R, T + 1), background last, and deltas (R, T, 4)."""
+        maps = [features[name] for name in self.box_in_features]
+        pooled = self.box_pooler(maps, [Boxes(x) for x in boxes])
+        logits, deltas = self.box_predictor(self.box_head(pooled))
+        return logits.float(), deltas.float().unflatten(1, (self.num_classes, 4))
+
+    def predict_masks(
+        self, features: dict[str, Tensor], boxes: Sequence[Tensor], classes: Tensor
+    ) -> Tensor:
+        """Boxes of N images and the class of each box (R,) → its mask logits (R, M, M), float32."""
+        maps = [features[name] for name in self.mask_in_features]
+        logits = self.mask_head.layers(self.mask_pooler(maps, [Boxes(x) for x in boxes]))
+        return logits[torch.arange(len(classes), device=classes.device), classes].float()
+
+    def decode(self, deltas: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """deltas (R, T, 4) on regions (R, 4) → boxes (R, T, 4), clipped to the unpadded image."""
+        decoded = self.box_predictor.box2box_transform.apply_deltas(deltas.flatten(1), boxes)
+        return clip(decoded.unflatten(1, (-1, 4)), *image_size)
+
+    # Targets
+
+    @torch.no_grad()
+    def sample(self, proposals: Instances, truth: Targets) -> Regions:
+        """Choose regions among proposals and objects, label them and code their targets.
+
+        Proposals are matched against crowds too and may become positives of a crowd's class; the
+        crowds' own boxes are never regions.
+        """
+        pixel = truth.pixel
+        own = inclusive(truth.instances.gt_boxes.tensor, pixel)
+        boxes = torch.cat([own, inclusive(proposals.proposal_boxes.tensor)])
+        objects = Boxes(torch.cat([truth.instances.gt_boxes.tensor, truth.crowd_boxes]))
+        kinds = torch.cat([truth.instances.gt_classes, truth.crowd_classes])
+        iou, best = match(objects, Boxes(end_behind(boxes, pixel)))
+        _, matched = self.proposal_matcher(iou)
+        classes = torch.full_like(best, self.num_classes)
+        if len(kinds) > 0:
+            classes = torch.where(matched == 1, kinds[best], classes)
+            classes = torch.where(matched == -1, -1, classes)
+        chosen = torch.cat(
+            subsample_labels(
+                classes, self.batch_size_per_image, self.positive_fraction, self.num_classes
+            )
+        )
+        boxes = boxes[chosen]
+        return Regions(
+            end_behind(boxes),
+            classes[chosen],
+            self.code(boxes, objects.tensor[best[chosen]] if len(kinds) > 0 else None, pixel),
+        )
+
+    def code(self, boxes: Tensor, objects: Tensor | None, pixel: float) -> Tensor:
+        """Regression targets (R, 4) of inclusive boxes; zeros where there are no objects."""
+        if objects is None:
+            return torch.zeros_like(boxes)
+        return self.box_predictor.box2box_transform.get_deltas(end_behind(boxes, pixel), objects)
+
+    @torch.no_grad()
+    def mask_targets(self, boxes: Tensor, truth: Targets, size: int) -> Tensor:
+        """What the mask head should say of positive regions.
+
+        The mask is that of the object (not of a crowd) whose mask's extent overlaps the region
+        most, drawn within the inclusive region.
+
+        Args:
+            boxes: (R, 4) positive regions; nothing else is asked of ``truth`` than ``gt_masks``.
+            size: M.
+
+        Returns:
+            (R, M, M) float32; zeros without objects (the regions are positives of a crowd then).
+        """
+        regions = inclusive(boxes)
+        if len(truth.instances) == 0 or len(boxes) == 0:
+            return boxes.new_zeros((len(boxes), size, size))
+        masks: PolygonMasks | BitMasks = truth.instances.gt_masks
+        extents = masks.get_bounding_boxes().tensor.to(boxes.device).float()
+        pixel = truth.pixel
+        if isinstance(masks, PolygonMasks):
+            extents = end_behind(extents, pixel)
+        iou = pairwise_iou(Boxes(end_behind(regions, pixel)), Boxes(extents))
+        nearest = iou.nan_to_num(0.0).argmax(dim=1)
+        regions = torch.cat(
+            [regions[:, :2], torch.maximum(regions[:, 2:], regions[:, :2] + pixel)], dim=1
+        )
+        return masks[nearest].crop_and_resize(regions, size).to(boxes.device).float()
+
+
+def _pooler(head: CfgNode, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> PyramidRoIAlign:
+    if head.POOLER_TYPE != "ROIAlign":
+        raise ValueError(f'UPSNet pools with "ROIAlign", not "{head.POOLER_TYPE}".')
+    strides = [input_shape[name].stride for name in cfg.MODEL.ROI_HEADS.IN_FEATURES]
+    return PyramidRoIAlign(head.POOLER_RESOLUTION, strides, head.POOLER_SAMPLING_RATIO)

@@ -1,0 +1,64 @@
+"""Resampling of bytes as OpenCV does it."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from d2ext.layers.opencv_resample import resize_like_opencv, warp_like_opencv
+
+
+def _noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def _tensor(image: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(image).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ((40, 60), (20, 30)),
+        ((40, 60), (50, 75)),
+        ((33, 47), (100, 9)),
+        ((1, 1), (5, 7)),
+        ((9, 1), (3, 4)),
+    ],
+)
+def test_resize(old: tuple[int, int], new: tuple[int, int]) -> None:
+    image = _noise(*old)
+    expected = cv2.resize(image, new[::-1]).astype(int)
+    actual = resize_like_opencv(_tensor(image), *new)
+    assert actual.dtype == torch.uint8
+    difference = np.abs(actual.permute(1, 2, 0).numpy() - expected)
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.01
+
+
+def test_resize_to_the_same_size_changes_nothing() -> None:
+    image = _tensor(_noise(7, 9))
+    assert torch.equal(resize_like_opencv(image, 7, 9), image)
+    assert torch.equal(resize_like_opencv(image.float() + 0.2, 7, 9), image)
+
+
+@pytest.mark.parametrize("angle", [0.0, 20.0])
+@pytest.mark.parametrize("scale", [0.37, 1.0, 2.3])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_warp(angle: float, scale: float, dtype: torch.dtype) -> None:
+    image = _noise(50, 70)
+    matrix = cv2.getRotationMatrix2D((30.5, 22.0), angle, scale)
+    matrix[:, 2] += (44.3, 11.3)  # parts of the result lie outside
+    expected = cv2.warpAffine(image, matrix, (80, 60), flags=cv2.INTER_LINEAR)
+    inverse = cv2.invertAffineTransform(matrix).tolist()
+    actual = warp_like_opencv(_tensor(image).to(dtype), inverse, 60, 80)
+    assert actual.dtype == torch.uint8 and (expected == 0).any() and (expected > 0).any()
+    difference = np.abs(actual.permute(1, 2, 0).numpy().astype(int) - expected)
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.001
+
+
+def test_what_is_no_byte_is_made_one() -> None:
+    image = torch.tensor([[[float("nan"), 300.0, -5.0, 12.4]]])
+    identity = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
+    assert warp_like_opencv(image, identity, 1, 4)[0, 0].tolist() == [0, 255, 0, 12]

@@ -1,0 +1,67 @@
+"""Every config of configs/landmarks builds its model, and the converter tells strangers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from d2ext import model_zoo
+from d2ext.checkpoint import convert_state_dict
+from d2ext.checkpoint.convert import ConversionError
+from d2ext.systems.landmarks import (
+    HeatmapHead,
+    IntegralHead,
+    LandmarkHead,
+    LandmarkNet,
+    RegressionHead,
+    SimCCHead,
+)
+
+# Config → head, landmarks, parameters in millions.
+CONFIGS: dict[str, tuple[type[LandmarkHead], int, float]] = {
+    "hourglass_2stack_mpii_256": (HeatmapHead, 16, 6.57),
+    "hourglass_8stack_mpii_256": (HeatmapHead, 16, 25.43),
+    "hourglass_2stack_coco_256x192": (HeatmapHead, 17, 6.57),
+    "hourglass_2stack_wflw_256": (HeatmapHead, 98, 6.63),
+    "hourglass_2stack_overfit": (HeatmapHead, 16, 6.57),
+    "regression_R_18_wflw_256": (RegressionHead, 98, 11.28),
+    "simcc_R_50_coco_256x192": (SimCCHead, 17, 23.59),
+    "heatmap_gaussian_shapes": (HeatmapHead, 8, 0.23),
+    "heatmap_cauchy_shapes": (HeatmapHead, 8, 0.23),
+    "integral_shapes": (IntegralHead, 8, 0.23),
+    "regression_shapes": (RegressionHead, 8, 0.5),
+    "simcc_shapes": (SimCCHead, 8, 0.3),
+}
+
+
+def test_all_are_here() -> None:
+    names = {
+        name.removeprefix("landmarks/").removesuffix(".yaml")
+        for name in model_zoo.available()
+        if name.startswith("landmarks/") and "/Base-" not in name
+    }
+    assert names == set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_builds_its_model(name: str) -> None:
+    head, landmarks, millions = CONFIGS[name]
+    cfg = model_zoo.get_config(f"landmarks/{name}.yaml")
+    cfg.MODEL.DEVICE = "meta"
+    # The data sets of these configs are the user's to register.
+    cfg.MODEL.LANDMARKS.FLIP_INDICES = list(range(landmarks))
+    with torch.device("meta"):
+        model = build_model(cfg)
+    assert isinstance(model, LandmarkNet) and type(model.head) is head
+    assert model.num_keypoints == landmarks
+    parameters = sum(p.numel() for p in model.parameters())
+    assert parameters / 1e6 == pytest.approx(millions, abs=0.006)
+
+
+def test_strangers_are_told() -> None:
+    with pytest.raises(ConversionError, match="hgs"):
+        convert_state_dict("landmarks", {"backbone.weight": torch.zeros(1)})
+    known = {"model.module.hgs.0.0.up1.conv1.conv.weight": torch.zeros(1)}
+    with pytest.raises(ConversionError, match="tail"):
+        convert_state_dict("landmarks", {**known, "model.module.tail.weight": torch.zeros(1)})

@@ -1,0 +1,596 @@
+"""UPSNet against the published implementation: the fixtures in tests/reference/upsnet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.structures import Boxes, Instances, PolygonMasks
+from torch import Tensor
+from torch.nn import functional as F
+
+from d2ext import model_zoo
+from d2ext.checkpoint import convert_state_dict
+from d2ext.systems.upsnet import losses as L
+from d2ext.systems.upsnet import targets as T
+from d2ext.systems.upsnet.boxes import clip, end_behind, inclusive
+from d2ext.systems.upsnet.model import UPSNet
+from d2ext.systems.upsnet.panoptic_head import PanopticHead, panoptic_logits
+from d2ext.systems.upsnet.postprocess import Candidates, clean, nearest, select, two_channels
+from d2ext.systems.upsnet.roi_heads import Regions
+from tests.reference.fixture import Fixture, draw_image, draw_tensor
+
+REFERENCE = Path(__file__).parents[2] / "reference" / "upsnet"
+# DESIGN: raw outputs within 1e-4 relative.
+RAW_TOLERANCE = 1e-4
+CONFIG = "upsnet/upsnet_R_50_coco.yaml"
+
+
+def upsample(x: Tensor, factor: int) -> Tensor:
+    return F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
+
+
+def check(fixture: Fixture, outputs: dict[str, Tensor]) -> None:
+    for name, value in outputs.items():
+        assert fixture.compare(name, value.detach().numpy()) < RAW_TOLERANCE, name
+
+
+def build(fixture: Fixture, **test: Any) -> UPSNet:
+    """The published model with the fixture's weights."""
+    cfg = model_zoo.get_config(CONFIG)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.PIXEL_STD = [64.0, 64.0, 64.0]
+    cfg.MODEL.UPSNET.TEST.update(test)
+    model: UPSNet = build_model(cfg)
+    published = {k: torch.from_numpy(v) for k, v in fixture.state_dict().items()}
+    model.load_state_dict(convert_state_dict("upsnet", published), strict=True)
+    return model
+
+
+# ---------------------------------------------------------------- panoptic head alone
+
+
+class HeadCase:
+    """The inputs of the fixture ``panoptic_head``."""
+
+    def __init__(self) -> None:
+        self.fixture = Fixture(REFERENCE / "panoptic_head")
+        self.expected = self.fixture.expected
+        self.inputs = self.fixture.manifest["inputs"]
+        instances = torch.tensor(self.inputs["instances"])
+        self.boxes, self.scores = instances[:, :4], instances[:, 5]
+        self.classes = instances[:, 4].long() - 1
+        score = 3 * upsample(torch.from_numpy(draw_tensor("semantic", (1, 19, 6, 8), 0)), 4)[0]
+        for x1, y1, x2, y2, kind, *_ in self.inputs["instances"]:
+            rows = slice(round(y1 / 4), round(y2 / 4) + 1)
+            columns = slice(round(x1 / 4), round(x2 / 4) + 1)
+            score[10 + int(kind), rows, columns] += 2.5
+        self.score = score
+        noise = torch.from_numpy(draw_tensor("mask_logits", (12, 1, 7, 7), 0))
+        self.masks = 1.5 * upsample(noise, 4)[:, 0] + instances[:, 6, None, None]
+        self.size = tuple(self.inputs["image_size"])
+
+
+@pytest.fixture(scope="module")
+def head_case() -> HeadCase:
+    return HeadCase()
+
+
+def as_published(target: Tensor) -> np.ndarray:
+    return torch.where(target == T.NO_TARGET, 255, target).numpy()
+
+
+def void_as_255(labels: Tensor, channels: int) -> np.ndarray:
+    return torch.where(labels == channels, 255, labels).numpy()
+
+
+@pytest.mark.parametrize("unknown", [True, False])
+@pytest.mark.parametrize("case", ["test", "nothing_detected", "all_masks_empty"])
+def test_panoptic_map(head_case: HeadCase, case: str, unknown: bool) -> None:
+    chosen = {"test": slice(None), "nothing_detected": slice(0), "all_masks_empty": slice(3)}[case]
+    masks = torch.full_like(head_case.masks, -1.0) if case == "all_masks_empty" else head_case.masks
+    head = PanopticHead(num_stuff=11, overlap_fraction=0.3, unknown=unknown)
+    result = head(
+        head_case.score,
+        head_case.boxes[chosen],
+        head_case.classes[chosen],
+        head_case.scores[chosen],
+        masks[chosen],
+        head_case.size,
+    )
+    expected = head_case.expected
+    np.testing.assert_array_equal(result.kept, expected[f"{case}.keep"])
+    name = f"{case}.map" + ("" if unknown else "_without_void")
+    labels = void_as_255(result.labels, 11 + len(result.kept))
+    np.testing.assert_array_equal(labels, expected[name][0])
+    np.testing.assert_array_equal(result.semantic, expected["test.semantic_argmax"][0])
+
+
+def test_panoptic_logits_at_inference_and_in_training(head_case: HeadCase) -> None:
+    for case, indices, semantic, scale in (
+        ("test", "keep", upsample(head_case.score[None], 4)[0], 1),
+        ("train", "keep_inds", head_case.score, 4),
+    ):
+        kept = torch.from_numpy(head_case.expected[f"{case}.{indices}"]).long()
+        logits = panoptic_logits(
+            semantic,
+            head_case.boxes[kept] / scale,
+            head_case.classes[kept],
+            head_case.masks[kept],
+            num_stuff=11,
+        )
+        assert logits.unknown is not None
+        outputs = {
+            "logits": logits.joined,
+            "mask_energy": logits.mask,
+            "semantic_instance_logits": logits.semantic,
+            "void_logit": logits.unknown,
+        }
+        check(head_case.fixture, {f"{case}.{k}": v[None] for k, v in outputs.items()})
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_panoptic_target_and_loss(head_case: HeadCase, drop: bool) -> None:
+    expected = head_case.expected
+    labels = torch.from_numpy(expected["train.semantic_label"]).long()
+    masks = torch.from_numpy(expected["train.masks"])
+    kept = torch.from_numpy(expected["train.keep_inds"]).long() if drop else torch.arange(12)
+    target = T.panoptic_target(labels, masks[kept], 11, unknown=drop)
+    name = "train.target" if drop else "train.target_without_drop"
+    np.testing.assert_array_equal(as_published(target), expected[name][0])
+    logits = panoptic_logits(
+        head_case.score,
+        head_case.boxes[kept] / 4,
+        head_case.classes[kept],
+        head_case.masks[kept],
+        num_stuff=11,
+        unknown=drop,
+    )
+    loss = float(L.panoptic_loss(logits.joined, target))
+    name = "train.loss" if drop else "train.loss_without_drop_or_void"
+    assert loss == pytest.approx(float(expected[name]), rel=1e-5)
+
+
+@pytest.mark.parametrize("limit", [0, 150])
+def test_clean_up(head_case: HeadCase, limit: int) -> None:
+    head = PanopticHead(num_stuff=11, overlap_fraction=0.3)
+    result = head(
+        head_case.score,
+        head_case.boxes,
+        head_case.classes,
+        head_case.scores,
+        head_case.masks,
+        head_case.size,
+    )
+    classes = head_case.classes[result.kept]
+    cleaned = clean(
+        result.labels,
+        result.semantic,
+        classes,
+        num_stuff=11,
+        num_classes=19,
+        stuff_area_limit=limit,
+    )
+    ids, numbers = two_channels(result.labels, cleaned, classes, num_stuff=11)
+    expected = head_case.expected[f"test.two_channel_limit{limit}"]
+    np.testing.assert_array_equal(ids, expected[..., 0])
+    np.testing.assert_array_equal(numbers, expected[..., 1])
+
+
+@pytest.mark.parametrize("name", ["detect", "panoptic_candidates"])
+def test_boxes_and_nms(head_case: HeadCase, name: str) -> None:
+    expected = head_case.expected
+    settings = head_case.inputs["boxes_and_nms"]
+    rois = end_behind(torch.from_numpy(expected["detect.rois"][:, 1:]))
+    scores = 4 * torch.from_numpy(draw_tensor("cls_score", (60, 9), 0))
+    deltas = torch.from_numpy(draw_tensor("bbox_pred", (60, 36), 0))
+    # The published background is class 0.
+    decoded = Box2BoxTransform((10.0, 10.0, 5.0, 5.0)).apply_deltas(deltas, rois)
+    decoded = clip(decoded.unflatten(1, (9, 4))[:, 1:], *settings["clip_to"])
+    found = select(
+        decoded,
+        scores.softmax(1)[:, 1:],
+        score_threshold=settings[name]["score"],
+        nms_threshold=settings[name]["nms"],
+        limit=settings[name]["top"],
+        across_classes=name != "detect",
+    )
+    match_detections(found, expected, name)
+
+
+def match_detections(found: Candidates, expected: dict[str, np.ndarray], name: str) -> None:
+    """One to one, in the published order: by class, then score; candidates by score."""
+    stem = "panoptic.candidate_" if name == "panoptic" else f"{name}."
+    boxes, classes, scores = (x.numpy() for x in found)
+    order = np.arange(len(scores))
+    if not name.startswith("panoptic"):
+        order = np.lexsort((-scores, classes))
+    np.testing.assert_array_equal(classes[order] + 1, expected[f"{stem}classes"])
+    np.testing.assert_allclose(scores[order], expected[f"{stem}scores"], atol=1e-4)
+    published = inclusive(torch.from_numpy(boxes[order])).numpy()
+    np.testing.assert_allclose(published, expected[f"{stem}boxes"], atol=0.05)
+
+
+# ---------------------------------------------------------------- whole model, inference
+
+
+class InferenceCase:
+    """The fixture ``resnet50_coco_inference`` and what our model says of its image."""
+
+    def __init__(self) -> None:
+        self.fixture = Fixture(REFERENCE / "resnet50_coco_inference")
+        self.expected = self.fixture.expected
+        config = self.fixture.manifest["inputs"]["config"]
+        self.model = build(
+            self.fixture,
+            SCORE_THRESH=config["panoptic_score_thresh"],
+            STUFF_AREA_LIMIT=config["panoptic_stuff_area_limit"],
+        ).eval()
+        rpn = self.model.proposal_generator
+        rpn.pre_nms_topk[False] = config["rpn_pre_nms_top_n"]
+        rpn.post_nms_topk[False] = config["rpn_post_nms_top_n"]
+        image = self.fixture.manifest["inputs"]["image"]
+        height, width, seed = image["height"], image["width"], image["seed"]
+        bgr = draw_image(height, width, seed)
+        self.inputs = [
+            {
+                "image": torch.from_numpy(bgr.transpose(2, 0, 1).copy()),
+                "height": height,
+                "width": width,
+            }
+        ]
+        with torch.no_grad():
+            self.images = self.model.preprocess(self.inputs)
+            self.raw = self.model.predict(self.images)
+            self.detections, self.candidates = self.model.detect(self.raw, [(height, width)])
+            self.score = self.raw.semantic.score[0]
+            padded = (self.images.shape[-2], self.images.shape[-1])
+            self.prediction = self.model.outputs.unify(self.score, self.candidates[0], padded)
+
+
+@pytest.fixture(scope="module")
+def inference() -> Iterator[InferenceCase]:
+    yield InferenceCase()
+
+
+def test_dense_outputs(inference: InferenceCase) -> None:
+    model, raw = inference.model, inference.raw
+    with torch.no_grad():
+        x = inference.images
+        stages = model.backbone.bottom_up(x)
+        features = [raw.features[n] for n in model.proposal_generator.in_features]
+        logits, deltas = model.proposal_generator.rpn_head(features)
+        outputs = {"backbone.pool1": model.backbone.bottom_up.stem(x)}
+        head = model.sem_seg_head
+        outputs["semantic.offset_p2"] = head.layers[0].offset(raw.features["p2"])
+        for i in range(2, 6):
+            outputs[f"semantic.subnet.p{i}"] = head.level_features(raw.features[f"p{i}"])
+    for i in range(2, 6):
+        outputs[f"backbone.res{i}"] = stages[f"res{i}"]
+    for i in range(2, 7):
+        outputs[f"fpn.p{i}"] = raw.features[f"p{i}"]
+        outputs[f"rpn.cls_score.p{i}"] = logits[i - 2]
+        outputs[f"rpn.bbox_pred.p{i}"] = deltas[i - 2]
+    outputs["semantic.feat"] = raw.semantic.features
+    outputs["semantic.score"] = raw.semantic.score
+    outputs["semantic.logits"] = upsample(raw.semantic.score, 4)
+    check(inference.fixture, outputs)
+
+
+def test_proposals(inference: InferenceCase) -> None:
+    rpn, raw = inference.model.proposal_generator, inference.raw
+    anchors = rpn.anchor_generator([raw.features[name] for name in rpn.in_features])
+    with torch.no_grad():
+        proposals, _ = rpn.propose([(250, 310)], anchors, raw.logits, raw.deltas, None)
+    ours = inclusive(proposals[0].proposal_boxes.tensor)
+    np.testing.assert_allclose(ours, inference.expected["rois"][:, 1:], atol=0.05)
+
+
+def test_box_and_mask_heads(inference: InferenceCase) -> None:
+    model, raw, fixture = inference.model, inference.raw, inference.fixture
+    heads = model.roi_heads
+    boxes = end_behind(torch.from_numpy(inference.expected["rois"][:, 1:]))
+    with torch.no_grad():
+        pooled = heads.box_pooler([raw.features[f"p{i}"] for i in range(2, 6)], [Boxes(boxes)])
+        logits, deltas = heads.predict_boxes(raw.features, [boxes])
+        hidden = heads.box_head(pooled)
+    published_logits = torch.cat([logits[:, -1:], logits[:, :-1]], dim=1)
+    check(
+        fixture,
+        {"rcnn.roi_feat": pooled, "rcnn.fc7": hidden, "rcnn.cls_score": published_logits},
+    )
+    # The background's deltas are dropped.
+    expected = inference.expected["rcnn.bbox_pred"][:, 4:]
+    error = np.linalg.norm(deltas.flatten(1).numpy() - expected) / np.linalg.norm(expected)
+    assert error < RAW_TOLERANCE
+
+
+def test_detections(inference: InferenceCase) -> None:
+    match_detections(inference.detections[0].boxes, inference.expected, "det")
+    match_detections(inference.candidates[0].boxes, inference.expected, "panoptic")
+    boxes = inference.detections[0].boxes
+    order = np.lexsort((-boxes.scores.numpy(), boxes.classes.numpy()))
+    check(
+        inference.fixture,
+        {
+            "det.mask_logits": inference.detections[0].masks[order],
+            "panoptic.candidate_mask_logits": inference.candidates[0].masks,
+        },
+    )
+
+
+def test_panoptic_outputs(inference: InferenceCase) -> None:
+    expected, prediction = inference.expected, inference.prediction
+    candidates = inference.candidates[0].boxes
+    np.testing.assert_array_equal(prediction.kept, expected["panoptic.keep"])
+    classes, scores = candidates.classes[prediction.kept], candidates.scores[prediction.kept]
+    np.testing.assert_array_equal(classes + 1, expected["panoptic.classes"])
+    np.testing.assert_allclose(scores, expected["panoptic.scores"], atol=1e-4)
+    logits = panoptic_logits(
+        upsample(inference.score[None], 4)[0],
+        inclusive(candidates.boxes[prediction.kept]),
+        classes,
+        prediction.masks,
+        num_stuff=53,
+    )
+    assert logits.unknown is not None
+    outputs = {
+        "panoptic.mask_energy": logits.mask,
+        "panoptic.stuff_logits": logits.stuff,
+        "panoptic.seg_inst_logits": logits.semantic,
+        "panoptic.void_logit": logits.unknown,
+        "panoptic.logits": logits.joined,
+    }
+    check(inference.fixture, {k: v[None] for k, v in outputs.items()})
+    # The fixture's own checks: a change of 1e-6 in the weights moves 1.2e-5 of the pixels.
+    labels = void_as_255(prediction.labels, 53 + len(prediction.kept))
+    assert (labels != expected["panoptic.map"][0]).mean() < 1e-4
+    assert (prediction.semantic.numpy() != expected["semantic.argmax"][0]).mean() < 1e-4
+    # Exactly: the arg max of the logits that were just compared.
+    np.testing.assert_array_equal(prediction.labels, logits.joined.argmax(dim=0))
+
+
+def test_cleaned_result_and_segments(inference: InferenceCase) -> None:
+    prediction, size = inference.prediction, (250, 310)
+    classes = inference.candidates[0].boxes.classes[prediction.kept]
+    labels = nearest(prediction.labels, size, size)
+    cleaned = clean(
+        labels,
+        nearest(prediction.semantic, size, size),
+        classes,
+        num_stuff=53,
+        num_classes=133,
+        stuff_area_limit=500,
+    )
+    ids, numbers = two_channels(labels, cleaned, classes, num_stuff=53)
+    expected = inference.expected["panoptic.two_channel"]
+    assert (ids.numpy() != expected[..., 0]).mean() < 1e-4
+    assert (numbers.numpy() != expected[..., 1]).mean() < 1e-4
+    # The model's output says the same in Detectron2's terms.
+    panoptic, infos = inference.model(inference.inputs)[0]["panoptic_seg"]
+    semantic = torch.full(size, 255)
+    for info in infos:
+        kind = info["category_id"] + 53 if info["isthing"] else info["category_id"] - 1
+        semantic[panoptic == info["id"]] = kind
+    np.testing.assert_array_equal(semantic, ids)
+    assert {i["id"] for i in infos if i["isthing"]} == set(panoptic[numbers > 0].unique().tolist())
+
+
+# ---------------------------------------------------------------- whole model, training
+
+
+class TrainingCase:
+    """The fixture ``resnet50_coco_training``: one image with annotations, our raw outputs."""
+
+    def __init__(self) -> None:
+        self.fixture = Fixture(REFERENCE / "resnet50_coco_training")
+        self.expected = self.fixture.expected
+        inputs = self.fixture.manifest["inputs"]
+        self.model = build(self.fixture).train()
+        image = inputs["image"]
+        bgr = draw_image(image["height"], image["width"], image["seed"]).astype(np.float32)
+        mean = self.model.pixel_mean.flatten().numpy()
+        resized = cv2.resize(bgr - mean, None, fx=1.6, fy=1.6, interpolation=cv2.INTER_LINEAR)
+        size = resized.shape[:2]
+        tensor = torch.from_numpy((resized + mean).transpose(2, 0, 1).copy())
+        labels = torch.from_numpy(self.expected["semantic_label"]).long()
+        self.batch = [
+            {
+                "image": tensor,
+                "height": image["height"],
+                "width": image["width"],
+                "sem_seg": T.scaled_nearest(labels, size, 1.6),
+            }
+        ]
+        for key, crowd in (("instances", 0), ("crowd_instances", 1)):
+            chosen = [a for a in inputs["annotations"] if a["iscrowd"] == crowd]
+            instances = Instances(size)
+            boxes = torch.tensor([a["bbox"] for a in chosen])
+            instances.gt_boxes = Boxes(
+                torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1) * 1.6
+            )
+            instances.gt_classes = torch.tensor([a["category_id"] - 1 for a in chosen])
+            if not crowd:
+                instances.gt_masks = PolygonMasks(
+                    [[np.array(p) * 1.6 for p in a["segmentation"]] for a in chosen]
+                )
+            self.batch[0][key] = instances
+        self.truth = T.read_targets(
+            self.batch[0], num_stuff=53, with_things=True, device=torch.device("cpu")
+        )
+        self.images = self.model.preprocess(self.batch)
+        self.raw = self.model.inference_network.network(self.images)
+
+
+@pytest.fixture(scope="module")
+def training() -> Iterator[TrainingCase]:
+    yield TrainingCase()
+
+
+def test_training_targets(training: TrainingCase) -> None:
+    expected, truth = training.expected, training.truth
+    check(training.fixture, {"input.data": training.images})
+    padded = training.images.shape[-2:]
+    labels = F.pad(truth.semantic, (0, padded[1] - truth.semantic.shape[1]), value=T.IGNORE)
+    np.testing.assert_array_equal(labels, expected["target.semantic"][0])
+    quarter = T.quarter(truth.semantic, padded)
+    np.testing.assert_array_equal(quarter, expected["target.semantic_quarter"][0])
+    masks = T.quarter(truth.masks.to(torch.uint8), padded)
+    np.testing.assert_array_equal(masks, expected["target.masks_quarter"])
+    boxes = inclusive(truth.instances.gt_boxes.tensor, truth.pixel)
+    np.testing.assert_array_equal(T.crop_labels(labels, boxes, 28), expected["target.semantic_roi"])
+    kept = torch.from_numpy(expected["panoptic.keep_inds"]).long()
+    np.testing.assert_allclose(boxes[kept], expected["panoptic.gt_rois"][:, 1:], rtol=1e-5)
+    target = T.panoptic_target(quarter, masks[kept], 53, unknown=True)
+    np.testing.assert_array_equal(as_published(target), expected["panoptic.target"][0])
+    rois = end_behind(torch.from_numpy(expected["mask.rois"][:, 1:]))
+    mask_targets = training.model.roi_heads.mask_targets(rois, truth, 28)
+    np.testing.assert_array_equal(mask_targets, expected["mask.targets"])
+
+
+def _stored_rpn(training: TrainingCase) -> tuple[Tensor, Tensor]:
+    """Labels (A,) and box targets (A, 4) of the fixture, in our order of the anchors."""
+    labels, boxes = [], []
+    for stride in (4, 8, 16, 32, 64):
+        label = training.expected[f"rpn.labels.s{stride}"][0]
+        box = training.expected[f"rpn.bbox_targets.s{stride}"][0]
+        labels.append(label.transpose(1, 2, 0).reshape(-1))
+        boxes.append(box.reshape(3, 4, *box.shape[1:]).transpose(2, 3, 0, 1).reshape(-1, 4))
+    return (
+        torch.from_numpy(np.concatenate(labels)).long(),
+        torch.from_numpy(np.concatenate(boxes)),
+    )
+
+
+def test_anchor_labels(training: TrainingCase) -> None:
+    """Our drawing differs; what may be drawn, and the targets, do not."""
+    rpn = training.model.proposal_generator
+    anchors = rpn.anchor_generator([training.raw.features[f"p{i}"] for i in range(2, 7)])
+    stored, targets = _stored_rpn(training)
+    rpn.batch_size_per_image, size = 10**6, rpn.batch_size_per_image
+    try:
+        labels, _ = rpn.label_and_sample_anchors(anchors, [training.truth.rpn_instances])
+        every = labels[0]
+        rpn.batch_size_per_image = 256
+        labels, boxes = rpn.label_and_sample_anchors(anchors, [training.truth.rpn_instances])
+    finally:
+        rpn.batch_size_per_image = size
+    # Too few candidates for a million: no negatives, all positives.
+    assert set(every.unique().tolist()) == {-1, 1}
+    positive = stored == 1
+    # A positive that the published drawing made negative is missing there.
+    assert positive[every != 1].sum() == 0
+    assert ((every == 1) & (stored == -1)).sum() == 0
+    assert int((labels[0] >= 0).sum()) == int((stored >= 0).sum()) == 256
+    deltas = rpn.box2box_transform.get_deltas(
+        torch.cat([x.tensor for x in anchors])[positive], boxes[0][positive]
+    )
+    np.testing.assert_allclose(deltas, targets[positive], atol=1e-5)
+
+
+def test_region_sampling(training: TrainingCase) -> None:
+    """The stored regions, offered as proposals, get the stored classes and targets."""
+    expected = training.expected
+    rois = torch.from_numpy(expected["rcnn.rois"][:, 1:])
+    heads = training.model.roi_heads
+    proposals = Instances((256, 333), proposal_boxes=Boxes(end_behind(rois)))
+    found = heads.sample(proposals, training.truth)
+    ours = {tuple(np.round(b, 2)): i for i, b in enumerate(inclusive(found.boxes).tolist())}
+    published = (expected["rcnn.labels"] - 1) % 81
+    published[published == 80] = 80
+    compared = 0
+    for i, box in enumerate(rois.tolist()):
+        j = ours.get(tuple(np.round(box, 2)))
+        if j is None:
+            continue
+        compared += 1
+        assert int(found.classes[j]) == int(published[i])
+        if published[i] < 80:
+            target = expected["rcnn.bbox_targets"][i]
+            np.testing.assert_allclose(found.deltas[j], target, atol=1e-4)
+    assert compared > 400
+    # Positives: the objects, and a proposal matched to the crowd, whose own box is not among them.
+    crowd = training.truth.crowd_boxes[0]
+    assert not (inclusive(found.boxes) - inclusive(crowd, 1.6)).abs().amax(1).lt(0.1).any()
+
+
+def test_losses_and_gradients(training: TrainingCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, model = training.expected, training.model
+    labels, targets = _stored_rpn(training)
+    rpn, heads = model.proposal_generator, model.roi_heads
+    anchors = rpn.anchor_generator([training.raw.features[f"p{i}"] for i in range(2, 7)])
+    every = torch.cat([x.tensor for x in anchors])
+    boxes = rpn.box2box_transform.apply_deltas(targets, every)
+    rois = end_behind(torch.from_numpy(expected["rcnn.rois"][:, 1:]))
+    classes = torch.from_numpy(expected["rcnn.labels"]).long()
+    regions = Regions(
+        rois,
+        torch.where(classes == 0, 80, classes - 1),
+        torch.from_numpy(expected["rcnn.bbox_targets"]),
+    )
+    kept = torch.from_numpy(expected["panoptic.keep_inds"]).long()
+    # What the published code drew at random.
+    monkeypatch.setattr(rpn, "label_and_sample_anchors", lambda *_: ([labels], [boxes]))
+    monkeypatch.setattr(heads, "sample", lambda *_: regions)
+    monkeypatch.setattr(model, "draw_kept", lambda _: kept)
+    model.zero_grad()
+    losses = model.losses(training.raw, [training.truth])
+
+    names = training.fixture.manifest["inputs"]["losses"]
+    published = dict(zip(names, expected["losses"].tolist(), strict=True))
+    ours = {
+        "loss_rpn_cls": published["rpn_cls_loss"],
+        "loss_rpn_loc": published["rpn_bbox_loss"],
+        "loss_cls": published["cls_loss"],
+        "loss_box_reg": published["bbox_loss"],
+        "loss_mask": published["mask_loss"],
+        "loss_sem_seg": 0.2 * published["fcn_loss"],
+        "loss_sem_seg_roi": 0.04 * published["fcn_roi_loss"],
+        "loss_panoptic": 0.1 * published["panoptic_loss"],
+    }
+    assert {k: float(v) for k, v in losses.items()} == pytest.approx(ours, rel=1e-4)
+    total = sum(losses.values())
+    assert float(total) == pytest.approx(published["total"], rel=1e-4)
+
+    total.backward()
+    renamed = _published_to_ours(training.fixture)
+    parameters = dict(model.named_parameters())
+    for name, norm in zip(
+        training.fixture.manifest["inputs"]["grad_norms_of"], expected["grad_norms"], strict=True
+    ):
+        parameter = parameters.get(renamed[name])
+        if norm < 0:  # frozen
+            assert parameter is None or parameter.grad is None, name
+            continue
+        assert parameter is not None and parameter.grad is not None, name
+        assert float(parameter.grad.norm()) == pytest.approx(float(norm), rel=1e-3), name
+
+
+def _published_to_ours(fixture: Fixture) -> dict[str, str]:
+    """Which published name became which of ours, told by values that differ."""
+    tagged = {}
+    for i, (name, shape) in enumerate(fixture.manifest["parameters"]):
+        tagged[name] = torch.full((shape[0] if shape else 1,), float(i))
+    converted = convert_state_dict("upsnet", tagged)
+    by_value = {float(v[0]): k for k, v in converted.items()}
+    return {n: by_value[float(v[0])] for n, v in tagged.items() if float(v[0]) in by_value}
+
+
+def test_raw_outputs_in_training(training: TrainingCase) -> None:
+    """Raw outputs of the training pass."""
+    raw, fixture, model = training.raw, training.fixture, training.model
+    logits, deltas = model.proposal_generator.rpn_head(
+        [raw.features[n] for n in model.proposal_generator.in_features]
+    )
+    outputs = {"semantic.score": raw.semantic.score}
+    for i, stride in enumerate((4, 8, 16, 32, 64)):
+        outputs[f"rpn.cls_score.s{stride}"] = logits[i]
+        outputs[f"rpn.bbox_pred.s{stride}"] = deltas[i]
+    check(fixture, outputs)
