@@ -109,7 +109,13 @@ class Validation:
                     batch = [paint_over(one, cutout) for one in batch]
                 self.evaluator.process(batch, model(batch))
         model.train(was_training)
-        self.evaluator.evaluate()
+        log = logging.getLogger("d2ext.evaluation.landmarks")
+        level = log.level
+        log.setLevel(logging.WARNING)  # the table of each evaluation would hide the rest
+        try:
+            self.evaluator.evaluate()
+        finally:
+            log.setLevel(level)
         assert self.evaluator.instance_nme is not None
         return 100 * self.evaluator.instance_nme[self.used]
 
@@ -452,8 +458,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     setup_logger(name="d2ext")
-    # The table of each evaluation would hide what happens.
-    logging.getLogger("d2ext.evaluation.landmarks").setLevel(logging.WARNING)
     if min(args.iterations, args.evaluations, args.images, args.threads) < 1:
         logger.error("--iterations, --evaluations, --images and --threads must be at least 1.")
         return 2
