@@ -34,7 +34,9 @@ CHOICES = ("auto", "0", "cpu", "cuda")
 # as well, and its PTX, which the driver of a later GPU compiles at load. An older GPU (Turing) needs
 # TORCH_CUDA_ARCH_LIST.
 DEFAULT_CUDA_ARCHS = "8.0+PTX"
-SLOW_OPERATORS = "assemble_masks, assemble_binary_masks, corner_pool, soft_nms"
+SLOW_OPERATORS = (
+    "assemble_masks, assemble_binary_masks, corner_pool, prune_masks, fuse_panoptic, soft_nms"
+)
 
 
 def say(message: str) -> None:

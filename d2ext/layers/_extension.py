@@ -13,7 +13,14 @@ from pathlib import Path
 
 import torch
 
-SLOW_WITHOUT = ("assemble_masks", "assemble_binary_masks", "corner_pool", "soft_nms")
+SLOW_WITHOUT = (
+    "assemble_masks",
+    "assemble_binary_masks",
+    "corner_pool",
+    "prune_masks",
+    "fuse_panoptic",
+    "soft_nms",
+)
 """Operators whose plain PyTorch implementation is several times slower than the compiled one."""
 
 _OPERATORS = (
@@ -23,6 +30,8 @@ _OPERATORS = (
     "corner_pool_pair",
     "center_pool",
     "soft_nms",
+    "prune_masks",
+    "fuse_panoptic",
 )
 """What a library compiled from this csrc/ holds."""
 
