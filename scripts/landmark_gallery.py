@@ -9,9 +9,9 @@ photos it leaves out (--points-only): most may not be redistributed. It was made
             --dataset $SET --landmarks $SET \\
             --train-json $D/$SET/${SET}_keypoints.json --train-images $D/$SET/images \\
             --val-json $D/$SET/${SET}_keypoints.json --val-images $D/$SET/images \\
-            OUTPUT_DIR output/landmarks_$SET
+            OUTPUT_DIR output/landmarks_$SET SOLVER.MAX_ITER 250
     done
-    python scripts/landmark_gallery.py docs/images/landmarks.png --points-only --data $D \\
+    python scripts/landmark_gallery.py docs/images/landmarks.png --points-only --width 1000 --data $D \\
         --model mpii output/landmarks_mpii --model coco output/landmarks_coco \\
         --model 300w output/landmarks_300w --model wflw output/landmarks_wflw
 
