@@ -65,6 +65,10 @@ class DeformConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) → (B, out_channels, h, w)."""
         offsets = self.offset(x)
+        # The operator reads outside the image where an offset is NaN (and may crash): it gets a finite
+        # one, and the result is made NaN afterwards.
+        broken = offsets.isnan().any(dim=1, keepdim=True)
+        offsets = offsets.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
         dtype = _supported(offsets)
         output = deform_conv2d(
             x.to(dtype),
@@ -74,6 +78,7 @@ class DeformConv(nn.Module):
             stride=self.stride,
             padding=self.padding,
         ).to(offsets.dtype)
+        output = output.masked_fill(broken, torch.nan)
         return output if self.norm is None else self.norm(output)
 
     def extra_repr(self) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from d2ext.layers.deform_conv import ModulatedDeformConv
+from d2ext.layers.deform_conv import DeformConv, ModulatedDeformConv
 
 
 def _bilinear(plane: torch.Tensor, y: float, x: float) -> torch.Tensor:
@@ -74,3 +74,21 @@ def test_infinite_offsets_do_not_crash(value: float) -> None:
     assert output.shape == (1, 4, 40, 50)
     if value != value:
         assert output.isnan().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_infinite_offsets_of_one_place_stay_there(value: float) -> None:
+    """Without tap weights too, and what is far from a broken place of the input stays finite."""
+    conv = DeformConv(2, 3)
+    conv.offset.weight.data[:] = 0.01
+    x = torch.rand(1, 2, 12, 14)
+    x[0, 0, 5, 6] = value
+    output = conv(x)
+    assert output.shape == (1, 3, 12, 14)
+    near, far = torch.zeros(12, 14, dtype=torch.bool), torch.ones(12, 14, dtype=torch.bool)
+    near[4:7, 5:8] = True
+    # Taps lie between cells: they interpolate with the next but one neighbour.
+    far[3:8, 4:9] = False
+    if value != value:
+        assert output[0, :, near].isnan().all()
+    assert output[0, :, far].isfinite().all()
