@@ -97,5 +97,7 @@ def _worker(
     comm.synchronize()
     try:
         main_func(*args)
+        # All leave together: a process whose peer is gone may abort while it takes its group down.
+        comm.synchronize()
     finally:
         dist.destroy_process_group()
