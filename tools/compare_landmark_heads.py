@@ -440,7 +440,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--heads", nargs="+", choices=list(HEADS), default=list(HEADS))
-    parser.add_argument("--iterations", type=int, default=600, help="of each head (600)")
+    parser.add_argument("--iterations", type=int, default=550, help="of each head (550)")
     parser.add_argument("--evaluations", type=int, default=8, help="points of a curve (8)")
     parser.add_argument("--images", type=int, default=200, help="validation images (200)")
     parser.add_argument("--seed", type=int, default=1)
