@@ -23,7 +23,67 @@ def _supported(predicted: Tensor) -> torch.dtype:
     return dtype
 
 
-class DeformConv(nn.Module):
+class _Deformable(nn.Module):
+    """What both versions are made of: the weights, and the inner convolution under the name it has in
+    checkpoints. It starts at zero."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        inner: str,
+        channels_per_tap: int,
+        stride: int,
+        padding: int,
+        dilation: int,
+        bias: bool,
+        norm: nn.Module | None,
+    ) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.stride = stride
+        self.padding = padding
+        self.dilation = dilation
+        self.taps = kernel_size**2
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        predictor = nn.Conv2d(
+            in_channels,
+            channels_per_tap * self.taps,
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+        )
+        self.add_module(inner, predictor)
+        self.norm = norm
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(predictor.weight)
+        nn.init.zeros_(predictor.bias)
+
+    def _convolve(self, x: Tensor, offsets: Tensor, logits: Tensor | None) -> Tensor:
+        """The operator, in a dtype that it has; it reads outside the image where an offset is NaN (and
+        may crash), and gets a finite one there. The caller sees to it that the result is NaN."""
+        dtype = _supported(offsets)
+        return deform_conv2d(
+            x.to(dtype),
+            offsets.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf).to(dtype),
+            self.weight.to(dtype),
+            None if self.bias is None else self.bias.to(dtype),
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            mask=None if logits is None else logits.to(dtype).sigmoid(),
+        ).to(offsets.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, taps={self.taps}, stride={self.stride}"
+
+
+class DeformConv(_Deformable):
     """3x3-style convolution whose taps move by what an inner convolution predicts.
 
     The inner convolution ``offset`` has 2K output channels: offsets in cells, interleaved (y, x) per
@@ -47,45 +107,28 @@ class DeformConv(nn.Module):
         bias: bool = True,
         norm: nn.Module | None = None,
     ) -> None:
-        super().__init__()
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.stride = stride
-        self.padding = padding
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size, kernel_size))
-        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
-        self.offset = nn.Conv2d(
-            in_channels, 2 * kernel_size**2, kernel_size, stride=stride, padding=padding
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            inner="offset",
+            channels_per_tap=2,
+            stride=stride,
+            padding=padding,
+            dilation=1,
+            bias=bias,
+            norm=norm,
         )
-        self.norm = norm
-        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.zeros_(self.offset.weight)
-        nn.init.zeros_(self.offset.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) → (B, out_channels, h, w)."""
         offsets = self.offset(x)
-        # The operator reads outside the image where an offset is NaN (and may crash): it gets a finite
-        # one, and the result is made NaN afterwards.
         broken = offsets.isnan().any(dim=1, keepdim=True)
-        offsets = offsets.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
-        dtype = _supported(offsets)
-        output = deform_conv2d(
-            x.to(dtype),
-            offsets.to(dtype),
-            self.weight.to(dtype),
-            None if self.bias is None else self.bias.to(dtype),
-            stride=self.stride,
-            padding=self.padding,
-        ).to(offsets.dtype)
-        output = output.masked_fill(broken, torch.nan)
+        output = self._convolve(x, offsets, None).masked_fill(broken, torch.nan)
         return output if self.norm is None else self.norm(output)
 
-    def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, stride={self.stride}"
 
-
-class ModulatedDeformConv(nn.Module):
+class ModulatedDeformConv(_Deformable):
     """3x3-style convolution whose taps move and are weighted by what an inner convolution predicts.
 
     The inner convolution ``offset_mask`` has 3K output channels. The first 2K are offsets in cells,
@@ -112,47 +155,22 @@ class ModulatedDeformConv(nn.Module):
         bias: bool = True,
         norm: nn.Module | None = None,
     ) -> None:
-        super().__init__()
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.stride = stride
-        self.padding = padding
-        self.dilation = dilation
-        self.taps = kernel_size**2
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size, kernel_size))
-        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
-        self.offset_mask = nn.Conv2d(
+        super().__init__(
             in_channels,
-            3 * self.taps,
+            out_channels,
             kernel_size,
+            inner="offset_mask",
+            channels_per_tap=3,
             stride=stride,
             padding=padding,
             dilation=dilation,
+            bias=bias,
+            norm=norm,
         )
-        self.norm = norm
-        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.zeros_(self.offset_mask.weight)
-        nn.init.zeros_(self.offset_mask.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) → (B, out_channels, h, w)."""
-        predicted = self.offset_mask(x)
-        offsets, logits = predicted.split([2 * self.taps, self.taps], dim=1)
-        # The operator reads outside the image where an offset is NaN (and may crash); the result is NaN
-        # all the same, by the tap weights.
-        offsets = offsets.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
-        dtype = _supported(predicted)
-        output = deform_conv2d(
-            x.to(dtype),
-            offsets.to(dtype),
-            self.weight.to(dtype),
-            None if self.bias is None else self.bias.to(dtype),
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            mask=logits.to(dtype).sigmoid(),
-        ).to(predicted.dtype)
+        offsets, logits = self.offset_mask(x).split([2 * self.taps, self.taps], dim=1)
+        # Where an offset is NaN, so are the tap weights of the same place, and with them the result.
+        output = self._convolve(x, offsets, logits)
         return output if self.norm is None else self.norm(output)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, taps={self.taps}, stride={self.stride}"
