@@ -14,6 +14,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from d2ext.checkpoint.checkpointer import Checkpointer
+from d2ext.modeling.transfer import upload_alike
 
 
 class BatchPredictor:
@@ -60,25 +61,34 @@ class BatchPredictor:
             for each image ``image`` (3, h, w) uint8 in the model's channel order, ``height``, ``width``,
             and with ``boxes`` the ``instances``, in pixels of ``image``.
         """
-        inputs = [self._upload(image) for image in images]
+        arrays = [self._prepare(image) for image in images]
+        if len({array.shape for array in arrays}) == 1:  # one copy for all
+            tensors = list(self._upload(arrays))
+        else:
+            tensors = [self._upload([array])[0] for array in arrays]
+        inputs: list[dict[str, Any]] = [
+            {"image": tensor, "height": image.shape[0], "width": image.shape[1]}
+            for tensor, image in zip(tensors, images, strict=True)
+        ]
         for x, found in zip(inputs, boxes or (), strict=boxes is not None):
             x["instances"] = _resized(found, tuple(x["image"].shape[-2:]))
         return inputs
 
-    def _upload(self, image: np.ndarray) -> dict[str, Any]:
+    def _prepare(self, image: np.ndarray) -> np.ndarray:
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
             raise ValueError(
                 f"Expected an image of height x width x 3 bytes, not {image.shape} {image.dtype}."
             )
-        height, width = image.shape[:2]
         if self.cfg.INPUT.MIN_SIZE_TEST > 0:
             image = self._resize.get_transform(image).apply_image(image)
-        # The view (3, H, W) of H x W x 3 bytes is copied as it lies in memory, and turned there.
-        tensor: Tensor = torch.from_numpy(np.require(image, requirements=["C", "W"]))
-        tensor = tensor.permute(2, 0, 1).to(self.device, non_blocking=True)
-        if self.cfg.INPUT.FORMAT == "RGB":
-            tensor = tensor.flip(0)
-        return {"image": tensor, "height": height, "width": width}
+        return np.require(image, requirements=["C", "W"])
+
+    def _upload(self, arrays: list[np.ndarray]) -> Tensor:
+        """n x (h, w, 3) bytes → (n, 3, h, w) in the model's channel order, on its device."""
+        # Bytes are copied as they lie in memory, and turned there.
+        tensor = upload_alike([torch.from_numpy(array) for array in arrays], self.device)
+        tensor = tensor.permute(0, 3, 1, 2)
+        return tensor.flip(1) if self.cfg.INPUT.FORMAT == "RGB" else tensor
 
     @torch.no_grad()
     def __call__(

@@ -36,6 +36,12 @@ def conv_add_relu(conv: nn.Conv2d, x: Tensor, other: Tensor) -> Tensor:
     return F.relu(conv(x) + other)
 
 
+def take_bias(conv: nn.Conv2d) -> Tensor:
+    """Remove the bias (out,) of a convolution and return it; 0 for one that has none."""
+    bias, conv.bias = conv.bias, None
+    return conv.weight.new_zeros(len(conv.weight)) if bias is None else bias.data
+
+
 class _FusedStem(nn.Module):
     """Detectron2's ``BasicStem``."""
 

@@ -60,7 +60,8 @@ def fold_norms(module: nn.Module) -> None:
 class InferenceNetwork:
     """Runs ``decode(network(images))``, on a prepared copy of the network where that is faster.
 
-    The copy has its batch norms folded, the wanted dtype and memory format; it is made at the first
+    The copy has its batch norms folded, the wanted dtype and memory format; modules with a method
+    ``prepare_inference()`` may change themselves in it, with folded norms. It is made at the first
     call. When weights have changed (as training and ``load_state_dict`` change them, in place; writing
     through ``parameter.data`` is not seen) the new values are written into the copy, so that graphs
     and compiled code live on. Replacing modules of the network after the first call is not seen.
@@ -155,6 +156,9 @@ class InferenceNetwork:
             return
         prepared = copy.deepcopy(self.network).eval().requires_grad_(False)
         fold_norms(prepared)
+        for module in list(prepared.modules()):
+            if hasattr(module, "prepare_inference"):
+                module.prepare_inference()
         if not self.mode.startswith("compile") and next(self.network.parameters()).is_cuda:
             fuse_activations(prepared)  # the compiler fuses by itself
         prepared = prepared.to(dtype=self.dtype, memory_format=self.memory_format)

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2ext.modeling.fusion import conv_relu
+from d2ext.modeling.fusion import conv_relu, take_bias
 
 
 def add_stacked_hourglass_config(cfg: CfgNode) -> None:
@@ -65,6 +66,22 @@ class PreActivationResidual(nn.Module):
         inner = conv_relu(self.conv1, F.relu(self.pre_norm(x)))
         return self.shortcut(x) + self.conv3(conv_relu(self.conv2, inner))
 
+    def fold_biases(self, offset: Tensor) -> Tensor:
+        """Take ``x - offset`` for x from now on, and leave the biases of the sum out of the output.
+
+        Args:
+            offset: (in,), the same at every place.
+
+        Returns:
+            (out,), what the output lacks.
+        """
+        self.pre_norm.running_mean.sub_(offset)
+        missing = take_bias(self.conv3)
+        if isinstance(self.shortcut, nn.Identity):
+            return missing + offset
+        passed = self.shortcut.weight[:, :, 0, 0] @ offset
+        return missing + take_bias(self.shortcut) + passed
+
 
 class Hourglass(nn.Module):
     """One recursive hourglass: a branch at full resolution plus one at half resolution.
@@ -92,6 +109,14 @@ class Hourglass(nn.Module):
         """(B, C, h, w) → the same shape."""
         low = self.low3(self.low2(self.low1(F.max_pool2d(x, 2))))
         return self.up(x) + F.interpolate(low, scale_factor=2, mode="nearest")
+
+    def fold_biases(self, offset: Tensor) -> Tensor:
+        """See :meth:`PreActivationResidual.fold_biases`; pooling and resizing move with an offset."""
+        low = offset
+        for part in (self.low1, self.low2, self.low3):
+            assert isinstance(part, PreActivationResidual | Hourglass)
+            low = part.fold_biases(low)
+        return self.up.fold_biases(offset) + low
 
 
 class Stack(nn.Module):
@@ -122,6 +147,27 @@ class Stack(nn.Module):
         if self.merge_features is not None:
             x = x + self.merge_features(features)
         return features, maps, x
+
+    def fold_biases(self, offset: Tensor) -> Tensor:
+        """See :meth:`PreActivationResidual.fold_biases`; features and maps keep their values, the
+        input of the next stack lacks what is returned.
+
+        Both ways back are linear in the features, so they become one convolution.
+        """
+        inner = self.residual.fold_biases(self.hourglass.fold_biases(offset))
+        if self.conv.bias is not None:
+            self.conv.bias.add_(self.conv.weight[:, :, 0, 0] @ inner)
+        if self.merge_features is None:
+            return offset
+        if self.merge_maps is not None and self.predictor is not None:
+            back = self.merge_maps.weight[:, :, 0, 0]
+            self.merge_features.weight[:, :, 0, 0].add_(back @ self.predictor.weight[:, :, 0, 0])
+            if self.predictor.bias is not None:
+                offset = offset + back @ self.predictor.bias
+            offset = offset + take_bias(self.merge_maps)
+            self.merge_maps = None
+        return offset + take_bias(self.merge_features)
+
 
 
 @BACKBONE_REGISTRY.register()
@@ -206,6 +252,29 @@ class NewellHourglass(Backbone):
     @property
     def size_divisibility(self) -> int:
         return 4 * 2**self.depth
+
+    @torch.no_grad()
+    def prepare_inference(self) -> None:
+        """Work without the biases of residual sums, in place, for inference, with the same outputs.
+
+        PyTorch adds the bias of a convolution that no ReLU follows in a pass of its own, which takes
+        as long as the convolution. Those that end in a residual sum only shift it, and the next norm
+        can take the shift back. Needs folded norms; where some are left, nothing is changed.
+        """
+        norms = [m for m in self.modules() if isinstance(m, PreActivationResidual)]
+        plain = all(
+            isinstance(m.pre_norm, (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d))
+            for m in norms
+        )
+        if not plain or any(getattr(m, "norm", None) is not None for m in self.modules()):
+            return
+        first = norms[0].pre_norm.running_mean
+        offset = torch.zeros_like(first)
+        for stem in (self.stem1, self.stem2, self.stem3):
+            offset = stem.fold_biases(offset)
+        for stack in self.stacks:
+            assert isinstance(stack, Stack)
+            offset = stack.fold_biases(offset)
 
     def stem(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) → (B, C, H/4, W/4)."""

@@ -85,3 +85,35 @@ def test_wrong_settings() -> None:
             small(**options)
     with pytest.raises(ValueError, match="multiples of 16"):
         small()(torch.rand(1, 3, 40, 32))
+
+
+@pytest.mark.parametrize("num_maps", [0, 5])
+def test_prepared_for_inference_says_the_same(num_maps: int) -> None:
+    net = small(num_maps=num_maps, increase=2).train()
+    with torch.no_grad():
+        for name, value in net.named_parameters():
+            if name.endswith("bias"):  # fresh ones are too small to show
+                value.uniform_(-1, 1)
+    for _ in range(3):
+        net(torch.rand(4, 3, 32, 32))
+    net.eval()
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = net(images)
+        fold_norms(net)
+        net.prepare_inference()
+        found = net(images)
+    summed = [n for n, m in net.named_modules() if n.endswith("conv3") and m.bias is not None]
+    assert not summed and net.stacks[0].merge_maps is None
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-4, rtol=1e-4)
+
+
+def test_norms_of_the_input_are_left_as_they_are() -> None:
+    net = small(norm="GN", channels=64, stem_channels=(64, 64, 64)).eval()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    fold_norms(net)
+    net.prepare_inference()
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
+    assert net.stacks[0].merge_maps is not None

@@ -417,10 +417,8 @@ def _map_box(annotation: dict[str, Any], matrix: np.ndarray, size: tuple[int, in
     """The box about the mapped corners of the instance's box, cut to the crop."""
     x0, y0, x1, y1 = instance_crop_box(annotation)
     corners = np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
-    mapped = AffineCropTransform(matrix, size).apply_coords(corners)
-    boxes = Boxes(_box_tensor([[*mapped.min(axis=0), *mapped.max(axis=0)]]))
-    boxes.clip(size)
-    return boxes
+    mapped = AffineCropTransform(matrix, size).apply_coords(corners).clip(0, [size[1], size[0]])
+    return Boxes(_box_tensor([[*mapped.min(axis=0), *mapped.max(axis=0)]]))
 
 
 def _box_tensor(boxes: list[list[float]]) -> torch.Tensor:

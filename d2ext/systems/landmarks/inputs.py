@@ -51,31 +51,28 @@ def find_regions(
         input_size: (H, W).
         padding: factor on the boxes, see :func:`~d2ext.codecs.landmark_crops.pad_boxes`.
     """
-    counts, boxes, classes, scores, valid = [], [], [], [], []
-    for inputs in batched_inputs:
-        height, width = inputs["image"].shape[-2:]
-        found, labels, confidence = _boxes(inputs, (height, width))
-        x1, y1, x2, y2 = found.unbind(dim=1)
-        seen = (x2 > x1) & (y2 > y1) & (x2 > 0) & (y2 > 0) & (x1 < width) & (y1 < height)
-        counts.append(len(found))
-        boxes.append(found)
-        classes.append(labels)
-        scores.append(confidence)
-        valid.append(seen & found.isfinite().all(dim=1))
-    joined, usable = torch.cat(boxes), torch.cat(valid)
+    # Over all boxes at once: operators on each image's few boxes would take longer than a small network.
+    found = [_boxes(inputs) for inputs in batched_inputs]
+    counts = [len(boxes) for boxes, _, _ in found]
+    joined, classes, scores = (torch.cat(parts) for parts in zip(*found, strict=True))
+    sides = [(x["image"].shape[-1], x["image"].shape[-2]) for x in batched_inputs]
+    limits = torch.tensor(sides, dtype=joined.dtype).repeat_interleave(torch.tensor(counts), dim=0)
+    low, high = joined[:, :2], joined[:, 2:]
+    usable = ((high > low) & (high > 0) & (low < limits)).all(dim=1) & joined.isfinite().all(dim=1)
     # In place of an invalid box any pixel: its result does not count.
     anywhere = joined.new_tensor([0.0, 0.0, 1.0, 1.0])
     cropped = torch.where(usable[:, None], joined, anywhere).clamp(-_FAR, _FAR)
     padded = pad_boxes(cropped, input_size, padding)
     matrices = crop_to_image(padded, input_size)
-    return Regions(counts, joined, padded, matrices, torch.cat(classes), torch.cat(scores), usable)
+    return Regions(counts, joined, padded, matrices, classes, scores, usable)
 
 
-def _boxes(inputs: dict[str, Any], size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+def _boxes(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Boxes (n, 4) float64, classes (n,) and scores (n,) of an image in inference, on the CPU."""
-    whole = torch.tensor([[0.0, 0.0, size[1], size[0]]], dtype=torch.float64)
     instances = inputs.get("instances", inputs.get("proposals"))
     if instances is None or inputs.get("crop"):
+        height, width = inputs["image"].shape[-2:]
+        whole = torch.tensor([[0.0, 0.0, width, height]], dtype=torch.float64)
         return whole, torch.zeros(1, dtype=torch.int64), torch.ones(1)
     for field in BOX_FIELDS:
         if instances.has(field):

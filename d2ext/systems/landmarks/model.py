@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from d2ext.codecs.landmark_crops import apply_affine, crop_to_image, invert_affine, pad_boxes
 from d2ext.layers import affine_crops, truncated_crops
 from d2ext.modeling.inference import InferenceNetwork
+from d2ext.modeling.transfer import upload, upload_alike
 from d2ext.systems.landmarks.drawing import draw_training
 from d2ext.systems.landmarks.head import (
     LandmarkHead,
@@ -232,18 +233,20 @@ class LandmarkNet(nn.Module):
         """Crops number ``start`` to ``stop`` of a batch, normalised: (stop - start, 3, H, W)."""
         truncated = self.crop_method == "hourglass"
         places = regions.padded if truncated else regions.matrices
-        places = places[start:stop].to(self.device, non_blocking=True)
+        places = upload(places[start:stop], self.device)
         function = truncated_crops if truncated else affine_crops
         counts = counts_between(regions.counts, start, stop)
         used = [(x["image"], n) for x, n in zip(batched_inputs, counts, strict=True) if n]
         if not used:
             return torch.zeros((0, 3, *self.input_size), device=self.device)
-        images = [image.to(self.device, non_blocking=True) for image, _ in used]
-        if len({(image.shape, image.dtype, n) for image, n in used}) == 1:
-            # Images alike are sampled in one call; launching one for each takes longer.
+        images = [image for image, _ in used]
+        if len({(image.shape, image.dtype, image.device, n) for image, n in used}) == 1:
+            # Images alike are sent and sampled in one call; launching one for each takes longer.
             alike = places.view(len(used), -1, *places.shape[1:])
-            crops = function(torch.stack(images), alike, self.input_size).flatten(0, 1)
+            together = upload_alike(images, self.device)
+            crops = function(together, alike, self.input_size).flatten(0, 1)
         else:
+            images = [upload(image, self.device) for image in images]
             own = places.split([n for _, n in used])
             parts = zip(images, own, strict=True)
             crops = torch.cat([function(x[None], p[None], self.input_size)[0] for x, p in parts])
@@ -325,7 +328,7 @@ class LandmarkNet(nn.Module):
         ]
         # Before the network starts, so that no copy waits for it.
         persons = self._persons(regions, batched_inputs, output_sizes)
-        matrices = regions.matrices.to(self.device, torch.float32)
+        matrices = upload(regions.matrices.float(), self.device)
         outputs = [self._run(images) for images in chunks] or [self._nothing()]
         points, scores, *maps = [torch.cat(parts) for parts in zip(*outputs, strict=True)]
         if len(points) != len(matrices):
@@ -368,17 +371,18 @@ class LandmarkNet(nn.Module):
                 (width / inputs["image"].shape[-1], height / inputs["image"].shape[-2])
             ] * count
 
-        def send(values: Tensor) -> Tensor:
-            return values.to(self.device, non_blocking=True)
-
-        return Persons(
-            send(regions.boxes.float()),
-            send(regions.classes),
-            send(regions.scores),
-            send(regions.valid),
-            send(torch.tensor(scales, dtype=torch.float32).view(-1, 2)),
-            send(torch.tensor(limits, dtype=torch.float32).view(-1, 2)),
-        )
+        columns = [
+            regions.boxes.float(),
+            torch.tensor(scales, dtype=torch.float32).view(-1, 2),
+            torch.tensor(limits, dtype=torch.float32).view(-1, 2),
+            regions.scores[:, None],
+            regions.valid[:, None],
+        ]
+        # One copy: each one of its own waits for the device.
+        sent = upload(torch.cat(columns, dim=1), self.device)
+        own, own_scales, own_limits, score, valid = sent.split([4, 2, 2, 1, 1], dim=1)
+        classes = upload(regions.classes, self.device)
+        return Persons(own, classes, score[:, 0], valid[:, 0] > 0, own_scales, own_limits)
 
     def _nothing(self) -> tuple[Tensor, ...]:
         """What the network gives for no crop."""

@@ -153,7 +153,10 @@ def test_one_instance_for_each_box_in_its_order(image: Tensor) -> None:
     torch.testing.assert_close(together.scores, plain.scores * scores)
     for i, box in enumerate(boxes):
         alone = net([with_boxes(image, [box])])[0]["instances"]
-        torch.testing.assert_close(alone.pred_keypoints[0], plain.pred_keypoints[i])
+        # Convolutions of one crop and of two round differently.
+        torch.testing.assert_close(
+            alone.pred_keypoints[0], plain.pred_keypoints[i], atol=1e-3, rtol=0
+        )
     assert together.pred_keypoints.shape == (2, NUM_KEYPOINTS, 3)
 
 
