@@ -199,6 +199,7 @@ def head_config(head: str, args: argparse.Namespace) -> CfgNode:
     cfg.SOLVER.CHECKPOINT_PERIOD = args.iterations
     cfg.SEED = args.seed
     cfg.TEST.EVAL_PERIOD = 0
+    cfg.SOLVER.CPU_THREADS = args.threads
     merge_options(cfg, args.opts)
     return cfg
 
@@ -440,13 +441,13 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--heads", nargs="+", choices=list(HEADS), default=list(HEADS))
-    parser.add_argument("--iterations", type=int, default=550, help="of each head (550)")
+    parser.add_argument("--iterations", type=int, default=1000, help="of each head (1000)")
     parser.add_argument("--evaluations", type=int, default=8, help="points of a curve (8)")
     parser.add_argument("--images", type=int, default=200, help="validation images (200)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
-        "--threads", type=int, default=min(2, os.cpu_count() or 1), help="of PyTorch on the CPU"
+        "--threads", type=int, default=1, help="of PyTorch on the CPU (1; the loader takes another)"
     )
     parser.add_argument("--output-dir", default="output/landmark_heads", metavar="DIR")
     parser.add_argument("--docs", metavar="FILE", help="page to put table and plots into")

@@ -46,6 +46,7 @@ from d2ext.engine import (
     launch,
     load_config,
     merge_options,
+    set_cpu_threads,
 )
 from d2ext.evaluation import check_analysis
 
@@ -106,6 +107,7 @@ def evaluate(cfg: CfgNode, *, resume: bool) -> dict[str, Any]:
     """Evaluate ``MODEL.WEIGHTS``, or with ``resume`` the last checkpoint in ``OUTPUT_DIR``."""
     if not cfg.DATASETS.TEST:
         raise ConfigError("There is nothing to evaluate: set DATASETS.TEST or pass --dataset.")
+    set_cpu_threads(cfg)
     model = Trainer.build_model(cfg)
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, fit="exact")
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)

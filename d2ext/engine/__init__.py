@@ -12,7 +12,7 @@ from d2ext.engine.config import add_engine_config
 if TYPE_CHECKING:
     from d2ext.engine.errors import ConfigError
     from d2ext.engine.optimizer import build_optimizer
-    from d2ext.engine.processes import launch
+    from d2ext.engine.processes import launch, set_cpu_threads
     from d2ext.engine.setup import find_config_file, load_config, merge_options
     from d2ext.engine.trainer import Trainer
 
@@ -24,6 +24,7 @@ _HOMES = {
     "launch": "processes",
     "load_config": "setup",
     "merge_options": "setup",
+    "set_cpu_threads": "processes",
 }
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "launch",
     "load_config",
     "merge_options",
+    "set_cpu_threads",
 ]
 
 

@@ -35,6 +35,10 @@ def add_engine_config(cfg: CfgNode) -> None:
     # For models with parameters that get no gradient in some iterations; costs some speed. Used
     # with several processes only.
     _default(solver, "FIND_UNUSED_PARAMETERS", False)
+    # Threads of PyTorch's operators in each process when MODEL.DEVICE is "cpu"; 0: as PyTorch
+    # chooses. A network of small tensors is faster with 1, since threads then wait for each other
+    # longer than they compute, and leave cores to the loader's workers.
+    _default(solver, "CPU_THREADS", 0)
 
     # Store activations and weights channels-last (NHWC); faster convolutions on tensor cores.
     _default(cfg.MODEL, "CHANNELS_LAST", False)

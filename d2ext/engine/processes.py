@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from d2ext.engine.errors import ConfigError
@@ -70,6 +71,19 @@ def launch(
             start_method="spawn",
         )
     return None
+
+
+def set_cpu_threads(cfg: CfgNode) -> None:
+    """Apply ``SOLVER.CPU_THREADS`` to this process.
+
+    Raises:
+        ConfigError: a negative number.
+    """
+    threads = cfg.SOLVER.CPU_THREADS
+    if threads < 0:
+        raise ConfigError(f"SOLVER.CPU_THREADS is {threads}; expected 0 or more.")
+    if threads > 0 and torch.device(cfg.MODEL.DEVICE).type == "cpu":
+        torch.set_num_threads(threads)
 
 
 def _worker(

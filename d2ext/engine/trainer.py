@@ -38,6 +38,7 @@ from d2ext.engine.hooks import (
     drop_metrics_from,
 )
 from d2ext.engine.optimizer import build_optimizer
+from d2ext.engine.processes import set_cpu_threads
 from d2ext.engine.train_loop import StepTrainer
 
 __all__ = ["Trainer"]
@@ -72,6 +73,7 @@ class Trainer(DefaultTrainer):
             setup_logger(name="d2ext")
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         _check_solver(cfg)
+        set_cpu_threads(cfg)
         self._seed_given = cfg.SEED >= 0
         self.cfg = cfg if self._seed_given else _with_seed(cfg, comm.shared_random_seed())
 

@@ -169,7 +169,6 @@ class Stack(nn.Module):
         return offset + take_bias(self.merge_features)
 
 
-
 @BACKBONE_REGISTRY.register()
 class NewellHourglass(Backbone):
     """Newell's stacked hourglass.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from d2ext.codecs.landmark_heatmaps import (
     HeatmapCodec,
     IntegralCodec,
     decode_argmax,
+    decode_centroid,
     decode_dark,
     decode_hourglass,
     decode_quarter,
@@ -202,6 +204,9 @@ def test_weights_of_points_that_are_not_there() -> None:
         ({"decoder": "taylor", "shape": "cauchy", "sigma": 1.0}, 0, 0.01),
         ({"decoder": "taylor", "shape": "cauchy", "unit_peak": False}, 0, 0.01),
         ({"decoder": "taylor", "geometry": "index"}, 0, 0.5),
+        ({"decoder": "centroid", "sigma": 0.5}, 2, 0.03),
+        ({"decoder": "centroid", "sigma": 1.0}, 3, 0.03),
+        ({"decoder": "centroid", "sigma": 1.0}, 0, 0.9),
     ],
 )
 def test_heatmaps_round_trip(options: dict[str, object], margin: float, bound: float) -> None:
@@ -221,6 +226,20 @@ def test_sub_cell_decoders_beat_whole_cells() -> None:
         for name in ("argmax", "quarter", "dark", "taylor")
     }
     assert means["taylor"] < means["dark"] < means["quarter"] / 3 < means["argmax"] / 5
+
+
+def test_centroid_averages_what_is_near_and_leaves_out_what_is_far() -> None:
+    maps = torch.zeros(1, 3, 12, 16)
+    maps[0, 0, 4, 5], maps[0, 0, 4, 7], maps[0, 0, 11, 15] = 0.5, 0.3, 0.4
+    maps[0, 1, 0, 15], maps[0, 1, 1, 15] = 0.75, 0.25  # in a corner
+    maps[0, 2] = -1.0
+    cells, scores = decode_centroid(maps, sigma=0.5)
+    torch.testing.assert_close(cells[0, 0], torch.tensor([(5 * 0.5 + 7 * 0.3) / 0.8, 4.0]))
+    torch.testing.assert_close(cells[0, 1], torch.tensor([15.0, 0.25]))
+    assert cells[0, 2].tolist() == [0, 0]  # no mass: the best cell
+    torch.testing.assert_close(scores[0], torch.tensor([0.5, 0.75, -1.0]))
+    # One that reaches farther sees the third place too.
+    assert decode_centroid(maps, sigma=4.0)[0][0, 0, 0] > 8
 
 
 @pytest.mark.parametrize("decoder", ["argmax", "quarter", "dark", "taylor"])
@@ -336,7 +355,8 @@ def test_published_hourglass_quirks() -> None:
 
 def test_dark_outside_its_range_and_on_flat_maps() -> None:
     flat = torch.zeros(2, 3, 16, 16)
-    for decode in (decode_dark, decode_taylor, decode_quarter, decode_hourglass):
+    centroid = partial(decode_centroid, sigma=1.0)
+    for decode in (decode_dark, decode_taylor, decode_quarter, decode_hourglass, centroid):
         cells, scores = decode(flat)
         assert cells.isfinite().all() and (cells.abs() <= 1).all() and scores.eq(0).all()
     x = torch.tensor([[[4.0, 130.0]]])
@@ -391,6 +411,7 @@ def test_empty_batches() -> None:
     labelled = torch.zeros(0, 5, dtype=torch.bool)
     codecs: list[LandmarkCodec] = [
         *(heatmap_codec(decoder=d) for d in ("argmax", "quarter", "hourglass", "dark", "taylor")),
+        heatmap_codec(decoder="centroid"),
         IntegralCodec(INPUT, MAP),
         SimCCCodec(INPUT),
         RegressionCodec(INPUT),

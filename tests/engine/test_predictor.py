@@ -26,11 +26,14 @@ def with_weights(folder: Path) -> CfgNode:
 
 @pytest.mark.parametrize("channels", ["RGB", "BGR"])
 @pytest.mark.parametrize("min_size", [0, 50])
-def test_equals_detectron2_s_predictor(tmp_path: Path, channels: str, min_size: int) -> None:
+@pytest.mark.parametrize("sizes", [((40, 60), (70, 30), (64, 64)), ((40, 60), (40, 60))])
+def test_equals_detectron2_s_predictor(
+    tmp_path: Path, channels: str, min_size: int, sizes: tuple[tuple[int, int], ...]
+) -> None:
     cfg = with_weights(tmp_path)
     cfg.INPUT.FORMAT, cfg.INPUT.MIN_SIZE_TEST = channels, min_size
     rng = np.random.default_rng(0)
-    images = [rng.integers(0, 256, (*s, 3), dtype=np.uint8) for s in ((40, 60), (70, 30), (64, 64))]
+    images = [rng.integers(0, 256, (*s, 3), dtype=np.uint8) for s in sizes]
     one, several = DefaultPredictor(cfg), BatchPredictor(cfg)
     for image, output in zip(images, several(images), strict=True):
         actual, expected = output["instances"], one(image)["instances"]

@@ -104,6 +104,20 @@ def test_step_at_the_last_iteration_is_explained(build: Train) -> None:
         build(SOLVER__STEPS="(10,)")
 
 
+def test_threads_of_a_small_network(build: Train) -> None:
+    before = torch.get_num_threads()
+    wanted = before + 1
+    try:
+        build(SOLVER__CPU_THREADS=0)
+        assert torch.get_num_threads() == before
+        build(SOLVER__CPU_THREADS=wanted)
+        assert torch.get_num_threads() == wanted
+        with pytest.raises(ConfigError, match="CPU_THREADS"):
+            build(SOLVER__CPU_THREADS=-1)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_unknown_optimizer(build: Train) -> None:
     with pytest.raises(ConfigError, match=r"'Sgd'.*'SGD', 'Adam' or 'AdamW'"):
         build(SOLVER__OPTIMIZER="Sgd")

@@ -21,6 +21,18 @@ def small(**kwargs: object) -> NewellHourglass:
     return NewellHourglass(**{**options, **kwargs})  # type: ignore[arg-type]
 
 
+def settled(**kwargs: object) -> NewellHourglass:
+    """One whose norms have seen something, and whose biases show."""
+    net = small(**kwargs).train()
+    with torch.no_grad():
+        for name, value in net.named_parameters():
+            if name.endswith("bias"):
+                value.uniform_(-1, 1)
+    for _ in range(3):
+        net(torch.rand(4, 3, 32, 32))
+    return net.eval()
+
+
 def test_outputs_are_those_announced() -> None:
     net = small()
     outputs = net(torch.rand(2, 3, 32, 48))
@@ -60,10 +72,7 @@ def test_inner_levels_may_be_wider() -> None:
 
 
 def test_folded_norms_say_the_same() -> None:
-    net = small().train()
-    for _ in range(3):
-        net(torch.rand(4, 3, 32, 32))
-    net.eval()
+    net = settled()
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         expected = net(images)
@@ -89,14 +98,7 @@ def test_wrong_settings() -> None:
 
 @pytest.mark.parametrize("num_maps", [0, 5])
 def test_prepared_for_inference_says_the_same(num_maps: int) -> None:
-    net = small(num_maps=num_maps, increase=2).train()
-    with torch.no_grad():
-        for name, value in net.named_parameters():
-            if name.endswith("bias"):  # fresh ones are too small to show
-                value.uniform_(-1, 1)
-    for _ in range(3):
-        net(torch.rand(4, 3, 32, 32))
-    net.eval()
+    net = settled(num_maps=num_maps, increase=2)
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         expected = net(images)

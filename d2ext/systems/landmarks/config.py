@@ -50,7 +50,7 @@ def add_landmarks_config(cfg: CfgNode) -> None:
     # How cells lie on pixels: "continuous", "index" (the common habit) or "udp".
     target.GEOMETRY = "continuous"
 
-    # From maps to points: "argmax", "quarter", "hourglass", "dark", "dark_udp", "taylor".
+    # From maps to points: "argmax", "quarter", "hourglass", "dark", "dark_udp", "taylor", "centroid".
     landmarks.DECODER = "hourglass"
     # Side of the blur of "dark" and "dark_udp": 11 for SIGMA 2, 17 for 3, 7 for 1.5.
     landmarks.DECODER_BLUR = 11

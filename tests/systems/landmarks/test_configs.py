@@ -27,11 +27,11 @@ CONFIGS: dict[str, tuple[type[LandmarkHead], int, float]] = {
     "hourglass_2stack_overfit": (HeatmapHead, 16, 6.57),
     "regression_R_18_wflw_256": (RegressionHead, 98, 11.28),
     "simcc_R_50_coco_256x192": (SimCCHead, 17, 23.59),
-    "heatmap_gaussian_shapes": (HeatmapHead, 8, 0.23),
-    "heatmap_cauchy_shapes": (HeatmapHead, 8, 0.23),
-    "integral_shapes": (IntegralHead, 8, 0.23),
-    "regression_shapes": (RegressionHead, 8, 0.5),
-    "simcc_shapes": (SimCCHead, 8, 0.3),
+    "heatmap_gaussian_shapes": (HeatmapHead, 8, 0.58),
+    "heatmap_cauchy_shapes": (HeatmapHead, 8, 0.58),
+    "integral_shapes": (IntegralHead, 8, 0.58),
+    "regression_shapes": (RegressionHead, 8, 0.85),
+    "simcc_shapes": (SimCCHead, 8, 0.65),
 }
 
 
