@@ -385,7 +385,7 @@ def write_docs(page: Path, folder: Path, report: dict[str, Any], plots: Sequence
     parts.append(
         f"{report['iterations']} iterations of {report['batch']} crops each, seed "
         f"{report['seed']}; {report['instances']} things of {report['images']} validation images; "
-        f"PyTorch {report['torch']}, {report['device']}, {report['threads']} threads; "
+        f"PyTorch {report['torch']}, {report['device']}, threads: {report['threads']}; "
         f"{report['minutes']:.1f} minutes in all.\n"
     )
     for plot in plots:
