@@ -14,7 +14,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from d2ext.checkpoint.checkpointer import Checkpointer
-from d2ext.modeling.transfer import upload_alike
+from d2ext.layers.transfer import upload_alike
 
 
 class BatchPredictor:

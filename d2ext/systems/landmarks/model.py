@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from d2ext.codecs.landmark_crops import apply_affine, crop_to_image, invert_affine, pad_boxes
 from d2ext.layers import affine_crops, truncated_crops
+from d2ext.layers.transfer import upload, upload_alike
 from d2ext.modeling.inference import InferenceNetwork
-from d2ext.modeling.transfer import upload, upload_alike
 from d2ext.systems.landmarks.drawing import draw_training
 from d2ext.systems.landmarks.head import (
     LandmarkHead,

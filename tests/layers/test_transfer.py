@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from d2ext.modeling.transfer import upload, upload_alike
+from d2ext.layers.transfer import upload, upload_alike
 
 
 def check(target: torch.device) -> None:
