@@ -408,7 +408,6 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(args.threads)
     cfg = head_config(args.heads[0], args)
     images = HeadTrainer.images
     validation = Validation(cfg, images, args.images)
@@ -423,7 +422,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         "images": len(validation.inputs),
         "instances": len(validation.occlusion),
         "device": args.device,
-        "threads": args.threads,
+        "threads": cfg.SOLVER.CPU_THREADS,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "heads": [],

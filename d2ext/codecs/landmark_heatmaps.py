@@ -233,6 +233,16 @@ def decode_taylor(maps: Tensor, shape: str = "gaussian") -> tuple[Tensor, Tensor
     return torch.where(concave[..., None], found, quarter), scores
 
 
+def mean_cell(probabilities: Tensor) -> Tensor:
+    """Mean position under maps (N, K, h, w) that sum to 1: cell coordinates (N, K, 2)."""
+    height, width = probabilities.shape[-2:]
+    columns = torch.arange(width, device=probabilities.device, dtype=torch.float32)
+    rows = torch.arange(height, device=probabilities.device, dtype=torch.float32)
+    x = (probabilities.sum(dim=-2) * columns).sum(dim=-1)
+    y = (probabilities.sum(dim=-1) * rows).sum(dim=-1)
+    return torch.stack([x, y], dim=-1)
+
+
 def decode_centroid(maps: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
     """The centre of mass of the best cell's surroundings, cells up to ``ceil(3 sigma)`` away.
 
@@ -243,18 +253,14 @@ def decode_centroid(maps: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
     """
     cells, scores = decode_argmax(maps)
     height, width = maps.shape[-2:]
-    offsets = []
-    for axis, side in ((-1, width), (-2, height)):
-        places = torch.arange(side, device=maps.device)
-        offsets.append(places - cells[..., 0 if axis == -1 else 1, None])
-    near_x, near_y = (offset.abs() <= math.ceil(3 * sigma) for offset in offsets)
-    mass = maps.clamp(min=0) * (near_y[..., :, None] & near_x[..., None, :])
-    total = mass.sum(dim=(-2, -1)).clamp(min=torch.finfo(maps.dtype).tiny)
-    steps = [
-        (mass.sum(dim=other) * offset).sum(dim=-1) / total
-        for other, offset in zip((-2, -1), offsets, strict=True)
-    ]
-    return cells + torch.stack(steps, dim=-1), scores
+    radius = math.ceil(3 * sigma)
+    dx = torch.arange(width, device=maps.device) - cells[..., :1]
+    dy = torch.arange(height, device=maps.device) - cells[..., 1:]
+    near = (dy.abs() <= radius)[..., :, None] & (dx.abs() <= radius)[..., None, :]
+    mass = maps.clamp(min=0) * near
+    total = mass.sum(dim=(-2, -1), keepdim=True)
+    found = mean_cell(mass / total.clamp(min=torch.finfo(maps.dtype).tiny))
+    return torch.where(total[..., 0] > 0, found, cells), scores
 
 
 def gaussian_blur(maps: Tensor, side: int) -> Tensor:
@@ -448,18 +454,9 @@ class IntegralCodec(LandmarkCodec):
         """(N, K, h, w) → the same, float32, sum 1 for each landmark."""
         return (self.beta * maps.float()).flatten(2).softmax(dim=-1).view_as(maps)
 
-    def expectation(self, probabilities: Tensor) -> Tensor:
-        """(N, K, h, w) → cell coordinates (N, K, 2); can be differentiated."""
-        width, height = self.map_size
-        columns = torch.arange(width, device=probabilities.device, dtype=torch.float32)
-        rows = torch.arange(height, device=probabilities.device, dtype=torch.float32)
-        x = (probabilities.sum(dim=-2) * columns).sum(dim=-1)
-        y = (probabilities.sum(dim=-1) * rows).sum(dim=-1)
-        return torch.stack([x, y], dim=-1)
-
     def points(self, maps: Tensor) -> Tensor:
         """(N, K, h, w) → pixel coordinates (N, K, 2); can be differentiated."""
-        cells = self.expectation(self.probabilities(maps))
+        cells = mean_cell(self.probabilities(maps))
         if self.debias:
             width, height = self.map_size
             log_sum = (self.beta * maps.float()).flatten(2).logsumexp(dim=-1)

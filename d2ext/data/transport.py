@@ -12,7 +12,6 @@ import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,7 +42,7 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, obj: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         if isinstance(obj, Tensor):
-            return torch.from_numpy, (np.ascontiguousarray(obj.numpy()).reshape(obj.shape),)
+            return torch.from_numpy, (obj.contiguous().numpy(),)
         return NotImplemented
 
 

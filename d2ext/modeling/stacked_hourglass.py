@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec, get_norm
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -260,15 +260,10 @@ class NewellHourglass(Backbone):
         as long as the convolution. Those that end in a residual sum only shift it, and the next norm
         can take the shift back. Needs folded norms; where some are left, nothing is changed.
         """
-        norms = [m for m in self.modules() if isinstance(m, PreActivationResidual)]
-        plain = all(
-            isinstance(m.pre_norm, (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d))
-            for m in norms
-        )
-        if not plain or any(getattr(m, "norm", None) is not None for m in self.modules()):
+        # All norms are of one kind: where those of convolutions were folded, the others have a mean too.
+        if any(getattr(m, "norm", None) is not None for m in self.modules()):
             return
-        first = norms[0].pre_norm.running_mean
-        offset = torch.zeros_like(first)
+        offset = torch.zeros_like(self.stem1.pre_norm.running_mean)
         for stem in (self.stem1, self.stem2, self.stem3):
             offset = stem.fold_biases(offset)
         for stack in self.stacks:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from d2ext.codecs.landmark_crops import apply_affine, crop_to_image, invert_affine, pad_boxes
 from d2ext.codecs.landmark_heatmaps import (
+    DECODERS,
     HeatmapCodec,
     IntegralCodec,
     decode_argmax,
@@ -410,8 +411,7 @@ def test_empty_batches() -> None:
     empty = torch.zeros(0, 5, 2)
     labelled = torch.zeros(0, 5, dtype=torch.bool)
     codecs: list[LandmarkCodec] = [
-        *(heatmap_codec(decoder=d) for d in ("argmax", "quarter", "hourglass", "dark", "taylor")),
-        heatmap_codec(decoder="centroid"),
+        *(heatmap_codec(decoder=d) for d in DECODERS),
         IntegralCodec(INPUT, MAP),
         SimCCCodec(INPUT),
         RegressionCodec(INPUT),

@@ -378,7 +378,7 @@ class LandmarkNet(nn.Module):
             regions.scores[:, None],
             regions.valid[:, None],
         ]
-        # One copy: each one of its own waits for the device.
+        # One copy instead of five.
         sent = upload(torch.cat(columns, dim=1), self.device)
         own, own_scales, own_limits, score, valid = sent.split([4, 2, 2, 1, 1], dim=1)
         classes = upload(regions.classes, self.device)
