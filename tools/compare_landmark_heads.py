@@ -166,7 +166,7 @@ class CurveHook(HookBase):
         errors = self.validation.errors(self.trainer.evaluated_model)
         point = {
             "iteration": done,
-            "seconds": round(self._seconds, 2),
+            "seconds": round(self._seconds, 3),
             "nme": float(np.mean(errors)),
             "median": float(np.median(errors)),
         }

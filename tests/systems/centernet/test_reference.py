@@ -17,6 +17,7 @@ from d2ext.checkpoint import convert_state_dict
 from d2ext.codecs.heatmaps import draw_gaussians
 from d2ext.layers.deform_conv import ModulatedDeformConv
 from d2ext.systems.centernet.model import CenterNet
+from tests.reference import GRADIENT_TOLERANCE
 from tests.reference.fixture import Fixture, draw_image, draw_tensor
 
 REFERENCE = Path(__file__).parents[2] / "reference" / "centernet"
@@ -210,7 +211,7 @@ def test_targets_losses_and_gradients(case: Case) -> None:
     else:
         gradients = {"grad_pre_0_conv_weight": backbone.stem[0].conv.weight}
     for name, parameter in gradients.items():
-        assert fixture.compare(name, parameter.grad) < 1e-3, name
+        assert fixture.compare(name, parameter.grad) < GRADIENT_TOLERANCE, name
 
 
 def test_deformable_convolution() -> None:

@@ -30,6 +30,7 @@ from d2ext.systems.cornernet.postprocess import (
     rows_of_pairs,
     suppress,
 )
+from tests.reference import GRADIENT_TOLERANCE
 from tests.reference.fixture import Fixture, draw_image, draw_tensor
 from tests.systems.corner_cases import assert_detections, build_with_weights, squared_inputs
 
@@ -303,4 +304,4 @@ def test_network() -> None:
     compare_terms(fixture, model.criterion, stacks, targets, prefix="loss_")
     sum(model.criterion(stacks, targets).values()).backward()
     for name, parameter in published.items():
-        assert fixture.compare(name, parameter.grad) < 1e-3, name
+        assert fixture.compare(name, parameter.grad) < GRADIENT_TOLERANCE, name

@@ -20,6 +20,7 @@ from d2ext.data.augmentations import (
 )
 from d2ext.systems.cornernet.losses import CornerNetCriterion
 from d2ext.systems.cornernet.postprocess import View, image_rows, suppress
+from tests.reference import GRADIENT_TOLERANCE
 from tests.reference.fixture import Fixture, draw_image, draw_tensor
 from tests.systems.corner_cases import (
     IMAGE_SIZES,
@@ -268,7 +269,7 @@ def test_network_losses_and_gradients(case: Case) -> None:
     assert total.item() == pytest.approx(float(fixture.expected["loss_total"]), rel=1e-4)
     total.backward()
     for name, parameter in published.items():
-        assert fixture.compare(name, parameter.grad) < 1e-3, name
+        assert fixture.compare(name, parameter.grad) < GRADIENT_TOLERANCE, name
 
 
 def test_view_of_the_largest_image() -> None:
