@@ -19,7 +19,6 @@ file, the config or the command is wrong.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,7 +26,7 @@ from pathlib import Path
 import torch
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils.logger import setup_logger
 from torch import Tensor, nn
 
@@ -63,15 +62,16 @@ def _as_tensors(data: object) -> object:
 
 
 def system_of(cfg: CfgNode) -> str:
-    """The converter's name for a config's meta-architecture: ``YolactEdge`` → ``yolact_edge``.
+    """The converter's name for a config's meta-architecture: that of the system it belongs to.
 
     Raises:
         ConversionError: there is no converter of that name.
     """
     architecture = cfg.MODEL.META_ARCHITECTURE
-    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", architecture).lower()
-    for name in (architecture.lower(), snake):
-        if name in available_converters():
+    if architecture in META_ARCH_REGISTRY:
+        module = META_ARCH_REGISTRY.get(architecture).__module__
+        own = module.startswith("d2ext.systems.")
+        if own and (name := module.split(".")[2]) in available_converters():
             return name
     raise ConversionError(
         f"There is no converter for MODEL.META_ARCHITECTURE {architecture!r}: choose one with "

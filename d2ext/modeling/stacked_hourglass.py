@@ -11,6 +11,7 @@ also those that a norm follows. Width and height must be multiples of 4 * 2^dept
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,8 +38,11 @@ def add_stacked_hourglass_config(cfg: CfgNode) -> None:
     hourglass.STEM_CHANNELS = [64, 128, 128]
     # Times that an hourglass halves its resolution.
     hourglass.DEPTH = 4
-    # Channels that an hourglass's inner level has more than the outer one.
+    # Channels that the levels inside an hourglass have more than its outermost one.
     hourglass.INCREASE = 0
+    # Whether each level has INCREASE more than the one around it. False, as published: only the
+    # second level widens, and those inside it keep that width.
+    hourglass.INCREASE_EVERY_LEVEL = False
     # Norm, a name that Detectron2's get_norm knows. "" is not possible.
     hourglass.NORM = "BN"
 
@@ -87,20 +91,20 @@ class Hourglass(nn.Module):
     """One recursive hourglass: a branch at full resolution plus one at half resolution.
 
     Args:
-        depth: levels below the first; 4 reaches 1/16 of the input.
         channels: of input and output.
-        increase: channels that each inner level has more.
+        increases: for each of the ``depth`` levels below the first, from the outside to the inside,
+            the channels that it has more than the one around it.
         norm: see :class:`PreActivationResidual`.
     """
 
-    def __init__(self, depth: int, channels: int, increase: int, norm: str) -> None:
+    def __init__(self, channels: int, increases: Sequence[int], norm: str) -> None:
         super().__init__()
-        inner = channels + increase
+        inner = channels + increases[0]
         self.up = PreActivationResidual(channels, channels, norm)
         self.low1 = PreActivationResidual(channels, inner, norm)
         self.low2: nn.Module = (
-            Hourglass(depth - 1, inner, increase, norm)
-            if depth > 1
+            Hourglass(inner, increases[1:], norm)
+            if len(increases) > 1
             else PreActivationResidual(inner, inner, norm)
         )
         self.low3 = PreActivationResidual(inner, channels, norm)
@@ -123,15 +127,16 @@ class Stack(nn.Module):
     """An hourglass, the features after it, the maps of them, and what goes on to the next stack.
 
     Args:
+        channels, increases, norm: see :class:`Hourglass`.
         maps: K; 0 for a stack without maps.
         last: nothing goes on.
     """
 
     def __init__(
-        self, depth: int, channels: int, increase: int, maps: int, norm: str, *, last: bool
+        self, channels: int, increases: Sequence[int], maps: int, norm: str, *, last: bool
     ) -> None:
         super().__init__()
-        self.hourglass = Hourglass(depth, channels, increase, norm)
+        self.hourglass = Hourglass(channels, increases, norm)
         self.residual = PreActivationResidual(channels, channels, norm)
         self.conv = Conv2d(channels, channels, 1, norm=get_norm(norm, channels))
         self.predictor = Conv2d(channels, maps, 1) if maps else None
@@ -187,6 +192,7 @@ class NewellHourglass(Backbone):
         stem_channels: tuple[int, int, int] | list[int] = (64, 128, 128),
         depth: int = 4,
         increase: int = 0,
+        increase_every_level: bool = False,
         norm: str = "BN",
         in_channels: int = 3,
     ) -> None:
@@ -195,7 +201,10 @@ class NewellHourglass(Backbone):
         num_maps: K maps of every stack, as many as landmarks; 0 leaves the maps out.
         channels: C.
         stem_channels: after the 7x7 convolution and the stem's first two residual blocks.
-        depth, increase: see :class:`Hourglass`.
+        depth: levels below the first; 4 reaches 1/16 of the hourglass's input.
+        increase: channels that the second level has more than the first.
+        increase_every_level: the levels inside it widen as well; in the published network they do
+            not.
         norm: a name that Detectron2's ``get_norm`` knows.
         in_channels: of the images.
 
@@ -222,8 +231,9 @@ class NewellHourglass(Backbone):
         self.stem1 = PreActivationResidual(first, second, norm)
         self.stem2 = PreActivationResidual(second, third, norm)
         self.stem3 = PreActivationResidual(third, channels, norm)
+        increases = [increase] + [increase if increase_every_level else 0] * (depth - 1)
         self.stacks = nn.ModuleList(
-            Stack(depth, channels, increase, num_maps, norm, last=i == num_stacks - 1)
+            Stack(channels, increases, num_maps, norm, last=i == num_stacks - 1)
             for i in range(num_stacks)
         )
         self._out_feature_channels = {}
@@ -244,6 +254,7 @@ class NewellHourglass(Backbone):
             "stem_channels": hourglass.STEM_CHANNELS,
             "depth": hourglass.DEPTH,
             "increase": hourglass.INCREASE,
+            "increase_every_level": hourglass.INCREASE_EVERY_LEVEL,
             "norm": hourglass.NORM,
             "in_channels": input_shape.channels,
         }

@@ -64,10 +64,11 @@ def test_maps_and_features_of_a_stack_reach_the_next() -> None:
     assert net.stacks[2].merge_maps is None and net.stacks[2].merge_features is None
 
 
-def test_inner_levels_may_be_wider() -> None:
-    net = small(increase=4).eval()
+@pytest.mark.parametrize(("every_level", "innermost"), [(False, 12), (True, 16)])
+def test_inner_levels_may_be_wider(every_level: bool, innermost: int) -> None:
+    net = small(increase=4, increase_every_level=every_level).eval()
     assert net.stacks[0].hourglass.low1.conv3.out_channels == 12
-    assert net.stacks[0].hourglass.low2.low1.conv3.out_channels == 16
+    assert net.stacks[0].hourglass.low2.low1.conv3.out_channels == innermost
     assert net(torch.rand(1, 3, 16, 16))["maps3"].shape == (1, 5, 4, 4)
 
 
@@ -98,7 +99,7 @@ def test_wrong_settings() -> None:
 
 @pytest.mark.parametrize("num_maps", [0, 5])
 def test_prepared_for_inference_says_the_same(num_maps: int) -> None:
-    net = settled(num_maps=num_maps, increase=2)
+    net = settled(num_maps=num_maps, increase=2, increase_every_level=True)
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         expected = net(images)

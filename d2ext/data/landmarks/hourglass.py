@@ -59,14 +59,11 @@ def hourglass_matrix(
     Args:
         rotation: degrees; positive turns the content counter-clockwise
     """
-    factor = size / (200.0 * scale)
-    matrix = np.array(
-        [
-            [factor, 0.0, size / 2 - factor * center[0]],
-            [0.0, factor, size / 2 - factor * center[1]],
-            [0.0, 0.0, 1.0],
-        ]
-    )
+    side = 200.0 * scale
+    # In the published order of operations: corners that come out whole, which those of round numbers
+    # often do, must be cut to the same pixel.
+    x, y = (size * (-value / side + 0.5) for value in center)
+    matrix = np.array([[size / side, 0.0, x], [0.0, size / side, y], [0.0, 0.0, 1.0]])
     if rotation == 0:
         return matrix
     angle = -math.radians(rotation)

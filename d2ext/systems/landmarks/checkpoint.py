@@ -45,10 +45,6 @@ _RULES = (
     Rule(
         _PREFIX + r"pre\.0\.(conv|bn)\.(\w+)", lambda m: f"backbone.stem_conv.{_leaf(m[1])}{m[2]}"
     ),
-    # Every published residual block has a skip layer; where input and output are equally wide, it
-    # is never used and never trained. In the stem that is the second block alone.
-    Rule(_PREFIX + r"pre\.3\.skip_layer\.conv\.\w+", None),
-    Rule(_PREFIX + r"features\.\d+\.0\.skip_layer\.conv\.\w+", None),
     Rule(
         _PREFIX + r"pre\.([134])\." + _BLOCK,
         lambda m: f"backbone.{_STEM_BLOCK[m[1]]}.{_RESIDUAL[m[2]]}.{m[3]}",
@@ -69,7 +65,9 @@ _RULES = (
     ),
     Rule(_PREFIX + r"merge_preds\.(\d+)\.conv\.conv\.(\w+)", r"backbone.stacks.\1.merge_maps.\2"),
 )
-_SHORTCUT = re.compile(r"backbone\.stacks\.\d+\.hourglass\..*\.shortcut\.weight")
+# Every published residual block has a skip layer; where input and output are equally wide, it is
+# never used and never trained.
+_SHORTCUT = re.compile(r"backbone\..*\.shortcut\.weight")
 
 
 @register_converter("landmarks")
@@ -77,9 +75,9 @@ def convert_landmarks(state_dict: StateDict) -> dict[str, Tensor]:
     """Published stacked hourglass of any number of stacks → :class:`LandmarkNet`'s state dict.
 
     Left out are the skip layers of blocks whose input and output are equally wide, which the published
-    network holds and never uses: ``pre.3.skip_layer``, ``features.N.0.skip_layer`` and, inside an
-    hourglass, those that have as many outputs as inputs (all of them, unless its levels differ in
-    width).
+    network holds and never uses, ``skip_layer.conv.weight`` and ``.bias`` of: ``pre.3``,
+    ``features.N.0``, in ``hgs.N.0`` all blocks unless its levels differ in width, and ``pre.4`` where
+    the network is 128 channels wide.
 
     Raises:
         ConversionError: the names are not those of a stacked hourglass.
@@ -92,5 +90,6 @@ def convert_landmarks(state_dict: StateDict) -> dict[str, Tensor]:
     converted = apply_rules(state_dict, _RULES)
     for name in [name for name in converted if _SHORTCUT.fullmatch(name)]:
         if converted[name].shape[0] == converted[name].shape[1]:
-            del converted[name], converted[name.removesuffix("weight") + "bias"]
+            del converted[name]
+            converted.pop(name.removesuffix("weight") + "bias", None)
     return converted

@@ -328,14 +328,17 @@ class LandmarkNet(nn.Module):
         ]
         # Before the network starts, so that no copy waits for it.
         persons = self._persons(regions, batched_inputs, output_sizes)
-        matrices = upload(regions.matrices.float(), self.device)
+        # In float32 a coordinate may round to the whole number that it must be cut below.
+        exact = regions.matrices if self.truncate else regions.matrices.float()
+        matrices = upload(exact, self.device)
         outputs = [self._run(images) for images in chunks] or [self._nothing()]
         points, scores, *maps = [torch.cat(parts) for parts in zip(*outputs, strict=True)]
         if len(points) != len(matrices):
             raise ValueError(f"There are {len(points)} crops for {len(matrices)} boxes.")
-        points = apply_affine(points, matrices)
+        points = apply_affine(points.to(matrices), matrices)
         if self.truncate:
-            points = points.trunc()
+            points = points.trunc().float()
+            matrices = matrices.float()
         results = make_instances(
             persons,
             points,

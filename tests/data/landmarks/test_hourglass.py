@@ -86,3 +86,24 @@ def test_mpii_pairs_are_the_published_permutation():
     for a, b in KINDS["mpii"].flip_pairs:
         permutation[a], permutation[b] = b, a
     assert permutation == FLIP
+
+
+def test_corners_that_come_out_whole_are_cut_as_published():
+    """Round centres and scales put corners on whole numbers, where the order of rounding decides."""
+    rng = np.random.default_rng(0)
+    whole = 0
+    for _ in range(500):
+        center, scale = rng.integers(20, 900, 2).tolist(), round(rng.uniform(0.3, 4), 2)
+        side = 200 * scale
+        t = np.zeros((3, 3))
+        t[0, 0] = t[1, 1] = 256.0 / side
+        t[0, 2], t[1, 2] = (256 * (-float(v) / side + 0.5) for v in center)
+        t[2, 2] = 1
+        back = np.linalg.inv(t)
+        corners = np.array([np.dot(back, (v, v, 1.0))[:2].astype(int) for v in (0, 256)])
+        own = np.linalg.inv(hourglass_matrix(center, scale, 256))
+        found = map_points(np.array([[0, 0], [256, 256]]), own, truncate=True)
+        np.testing.assert_array_equal(found, corners)
+        exact = np.array(center) - 100 * scale
+        whole += int((abs(exact - exact.round()) < 1e-9).all())
+    assert whole > 100

@@ -285,6 +285,22 @@ def test_whole_coordinates_on_request(image: Tensor) -> None:
     assert not torch.equal(exact, exact.trunc())
 
 
+def test_a_coordinate_just_below_a_whole_number_is_cut_below_it(
+    image: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1e-6 below 60 is 60 in float32."""
+    net = model(**{"MODEL.LANDMARKS.TEST.TRUNCATE": True, "MODEL.LANDMARKS.CROP.PADDING": 1.0})
+    inputs = with_boxes(image, [[0.0, 0.0, 0.0, 0.0]])
+    start = 40 - 1e-6
+    inputs["instances"].pred_boxes.tensor = torch.tensor(
+        [[start, 9.0, start + 48, 41.0]], dtype=torch.float64
+    )
+    place = torch.full((1, NUM_KEYPOINTS, 2), 20.0)
+    monkeypatch.setattr(net, "_run", lambda images: (place, torch.ones(1, NUM_KEYPOINTS)))
+    found = net([inputs])[0]["instances"].pred_keypoints[0, :, :2]
+    assert found.tolist() == [[59.0, 29.0]] * NUM_KEYPOINTS
+
+
 # Heads and backbones
 
 
