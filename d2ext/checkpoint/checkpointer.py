@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Iterable
 from typing import Any
+from urllib.error import URLError
 from urllib.parse import parse_qs
 
 import torch
@@ -122,7 +123,7 @@ class Checkpointer(DetectionCheckpointer):
             path: file name, URL or Detectron2 model-zoo address; empty: load nothing.
 
         Raises:
-            CheckpointError: unreadable, or it does not fit the model (see ``fit``).
+            CheckpointError: unreadable, out of reach, or it does not fit the model (see ``fit``).
             FileNotFoundError: there is no such file.
         """
         self._path = path
@@ -135,6 +136,11 @@ class Checkpointer(DetectionCheckpointer):
             raise FileNotFoundError(
                 f"Checkpoint {path!r} does not exist. Check MODEL.WEIGHTS; an empty value trains "
                 "from random weights."
+            ) from error
+        except URLError as error:
+            raise CheckpointError(
+                f"{path!r} could not be downloaded ({error.reason}). Fetch the file on a machine that "
+                "reaches it, and name its path instead."
             ) from error
         finally:
             self._parsed_url_during_load = None  # the base class resets it only on success

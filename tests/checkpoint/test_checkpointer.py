@@ -156,6 +156,13 @@ def test_missing_file(tmp_path: Path) -> None:
         load(Detector(), str(tmp_path / "absent.pth"), "any")
 
 
+def test_file_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    # port 9 of this machine: refused at once
+    with pytest.raises(CheckpointError, match="could not be downloaded"):
+        load(Detector(), "http://127.0.0.1:9/model.pth", "any")
+
+
 def test_a_failed_load_does_not_spoil_the_checkpointer(tmp_path: Path) -> None:
     source, target = Detector(), Detector()
     path = save(source, tmp_path)

@@ -90,6 +90,10 @@ class UPSNetROIHeads(StandardROIHeads):
         pixel = truth.pixel
         own = inclusive(truth.instances.gt_boxes.tensor, pixel)
         boxes = torch.cat([own, inclusive(proposals.proposal_boxes.tensor)])
+        # Where the image was made smaller, a proposal of less than a pixel may have no width at all in
+        # the image's own pixels.
+        measured = end_behind(boxes, pixel)
+        boxes = boxes[(measured[:, 2:] > measured[:, :2]).all(dim=1)]
         objects = Boxes(torch.cat([truth.instances.gt_boxes.tensor, truth.crowd_boxes]))
         kinds = torch.cat([truth.instances.gt_classes, truth.crowd_classes])
         iou, best = match(objects, Boxes(end_behind(boxes, pixel)))

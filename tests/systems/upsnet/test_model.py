@@ -22,6 +22,7 @@ from d2ext.systems.upsnet.backbone import DeformBottleneck
 from d2ext.systems.upsnet.boxes import PyramidRoIAlign, clip, detectron_anchors, inclusive
 from d2ext.systems.upsnet.model import UPSNet
 from d2ext.systems.upsnet.postprocess import Cleaned, clean, nearest, segments, select
+from d2ext.systems.upsnet.targets import Targets
 from d2ext.systems.upsnet.tta import TestTimeAugmentation
 from d2ext.testing import NUM_CLASSES, NUM_STUFF, random_inputs, tiny_config
 
@@ -68,6 +69,22 @@ def test_levels_and_corners_of_pooled_boxes() -> None:
     ramp = torch.arange(32.0).repeat(32, 1)[None, None]
     pooled = PyramidRoIAlign(1, [4])([ramp], [_boxes([[0.0, 0.0, 17.0, 17.0]])])
     assert float(pooled) == pytest.approx(16 / 4 / 2)
+
+
+def test_proposals_of_no_width_in_the_images_own_pixels_are_not_trained_on(model: UPSNet) -> None:
+    """An image made ten times smaller: a pixel of it is 0.1 wide, as is a half-pixel proposal less
+    the network's pixel that it includes."""
+    objects = Instances((40, 40))
+    objects.gt_boxes = _boxes([[4.0, 4.0, 20.0, 20.0]])
+    objects.gt_classes = torch.tensor([1])
+    nothing = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+    maps = torch.zeros(40, 40, dtype=torch.int64), torch.ones(1, 40, 40, dtype=torch.bool)
+    proposals = Instances((40, 40))
+    proposals.proposal_boxes = _boxes([[5.0, 5.0, 5.5, 15.0], [4.0, 5.0, 20.0, 21.0]])
+    regions = model.roi_heads.sample(proposals, Targets(objects, *nothing, *maps, pixel=0.1))
+    assert regions.deltas.isfinite().all()
+    widths = regions.boxes[:, 2] - regions.boxes[:, 0]
+    assert len(widths) == 2 and (widths > 10).all()
 
 
 def _boxes(rows: list[list[float]]) -> Any:
