@@ -190,6 +190,20 @@ def test_mpii_form(folder):
     ]
 
 
+def test_head_boxes_follow_the_file_not_the_ids(folder):
+    content = coco_file()
+    content["images"].append({**content["images"][0], "id": 8})
+    (person,) = content["annotations"]
+    content["annotations"] = [
+        {**person, "id": key, "image_id": image} for key, image in ((9, 7), (4, 8), (6, 7))
+    ]
+    head = write(folder / "heads.json", [[i, 0, i + 3, 4] for i in range(3)])
+    path = write(folder / "x.json", content)
+    records = load_landmarks(KINDS["mpii"], path, str(folder), "coco", head_boxes=head)
+    found = {a["id"]: a["head_box"] for r in records for a in r["annotations"]}
+    assert found == {9: [0, 0, 3, 4], 4: [1, 0, 4, 4], 6: [2, 0, 5, 4]}
+
+
 def test_wflw_text(folder):
     face = np.arange(196) / 3 + 5
     fields = [*face.round(3), 4, 5, 60, 70, 1, 0, 0, 0, 1, 0, "a.png"]
@@ -252,10 +266,18 @@ def test_what_is_written_is_read_again(folder, names):
     records = load_landmarks(kind, path, str(folder), "coco")
     write_coco_keypoints(records, kind, str(folder / "again.json"))
     again = load_landmarks(kind, str(folder / "again.json"), "", "coco")
-    assert again[0]["annotations"] == [
-        {**records[0]["annotations"][0], "crop_box": pytest.approx([30, 23, 70, 63])}
-    ]
+    assert again[0]["annotations"] == records[0]["annotations"]
     found = register_landmarks(names[0], "custom", str(folder / "again.json"), "")
+    # "custom" knows nothing of MPII's shift: the crop is written as it is.
+    custom = DatasetCatalog.get(names[0])[0]["annotations"][0]
+    assert custom["crop_box"] == records[0]["annotations"][0]["crop_box"]
+    assert custom["keypoints"] == records[0]["annotations"][0]["keypoints"]
+    # Center and scale alone are those of the source.
+    content = json.loads((folder / "again.json").read_text())
+    del content["annotations"][0]["crop_box"]
+    write(folder / "other.json", content)
+    (other,) = load_landmarks(kind, str(folder / "other.json"), "", "coco")
+    np.testing.assert_allclose(other["annotations"][0]["crop_box"], [30, 23, 70, 63])
     assert (found.keypoints, set(found.flip_pairs)) == (kind.keypoints, set(kind.flip_pairs))
     assert found.sigmas == kind.sigmas and found.skeleton == kind.skeleton
 
@@ -296,10 +318,33 @@ def test_registering(folder, names):
         register_landmarks(names[1], "mpii", path, str(folder), form="yaml")
 
 
+def without(part, key):
+    content = coco_file()
+    del content[part][0][key]
+    return content
+
+
+def twice():
+    content = coco_file()
+    return {**content, "annotations": content["annotations"] * 2}
+
+
 BAD = {
     "other count": ("mpii", coco_file(17), "has 17 points; 'mpii' has 16"),
     "no images": ("mpii", {"annotations": []}, "COCO-keypoint form"),
     "unknown image": ("mpii", coco_file(image_id=8), "not in 'images'"),
+    "no annotation id": ("mpii", without("annotations", "id"), r"annotation 0 .*bad.json' has no id"),
+    "no image id": (
+        "mpii",
+        without("annotations", "image_id"),
+        r"annotation 0 .*bad.json' has no image_id",
+    ),
+    "image without id": ("mpii", without("images", "id"), r"image 0 .*bad.json' has no id"),
+    "image without name": ("mpii", without("images", "file_name"), r"image 0 .* has no file_name"),
+    "same id": ("mpii", twice(), "annotation 1 .* not the only one"),
+    "no box": ("mpii", coco_file(bbox=[1, 2, 3]), "'bbox' is not four numbers"),
+    "no crop box": ("mpii", coco_file(crop_box=None), "'crop_box' is not four numbers"),
+    "no head box": ("mpii", coco_file(bbox_head=["a"] * 4), "'bbox_head' is not four numbers"),
     "not finite": ("mpii", coco_file(keypoints=[float("nan")] * 48), "not finite"),
     "no annotation": ("mpii", {**coco_file(), "annotations": []}, "no annotation"),
     "list": ("mpii", [{"image": "a.png"}], "has no center, joints"),
