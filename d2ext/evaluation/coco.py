@@ -28,7 +28,8 @@ class COCOEvaluator(Detectron2COCOEvaluator):
 
     - ``Instances`` may have ``mask_scores`` (mask re-scoring): these rank the masks, ``scores`` the
       boxes and keypoints.
-    - Detections whose box has no area are left out, as in the published YOLACT.
+    - Detections whose box has no area are left out, as in the published YOLACT; those with keypoints
+      only if it has neither width nor height, since points in a row are an object, too.
     - No detection at all gives AP 0 where there is ground truth to find (Detectron2: NaN), for each
       task whose field the model predicts.
     - A data set that is not in a JSON file is converted anew for each evaluator.
@@ -228,7 +229,10 @@ def _to_coco(instances: Instances, image_id: Any) -> list[dict[str, Any]]:
     """Detections on the CPU -> COCO results, with ``mask_score`` beside ``score`` if given."""
     boxes = instances.pred_boxes.tensor
     sides = boxes[:, 2:] - boxes[:, :2]
-    instances = instances[(torch.isfinite(sides) & (sides > 0)).all(dim=1)]
+    keep = torch.isfinite(sides).all(dim=1) & (sides >= 0).all(dim=1)
+    positive = sides > 0
+    keep &= positive.any(dim=1) if instances.has("pred_keypoints") else positive.all(dim=1)
+    instances = instances[keep]
     results = instances_to_coco_json(instances, image_id)
     if instances.has("mask_scores"):
         for result, score in zip(results, instances.mask_scores.tolist(), strict=True):

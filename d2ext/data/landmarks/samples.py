@@ -27,14 +27,14 @@ logger = logging.getLogger(__name__)
 Record = dict[str, Any]
 
 NO_POINTS = "no labelled point"
-NO_BOX = "box without area"
+NO_BOX = "box without width and height"
 
 
 def instance_records(records: Sequence[Record]) -> list[Record]:
     """One record per instance that can be trained on or evaluated.
 
-    Crowds, instances without a labelled point and those whose box has no area or is not finite are
-    left out; one line of the log counts them.
+    Crowds, instances without a labelled point and those whose box has neither width nor height or is
+    not finite are left out; one line of the log counts them.
 
     Args:
         records: of images, with ``annotations``.

@@ -38,7 +38,7 @@ class Regions(NamedTuple):
     scores: Tensor
     """(N,) float32."""
     valid: Tensor
-    """(N,) bool: finite, of some area, and not all outside the image."""
+    """(N,) bool: finite, with a side (a line has one, a dot none), and not all outside the image."""
 
 
 def find_regions(
@@ -51,6 +51,11 @@ def find_regions(
         input_size: (H, W).
         padding: factor on the boxes, see :func:`~d2ext.codecs.landmark_crops.pad_boxes`.
     """
+    if not batched_inputs:
+        nothing = torch.zeros((0, 4), dtype=torch.float64)
+        matrices = crop_to_image(nothing, input_size)
+        none = torch.zeros(0)
+        return Regions([], nothing, nothing, matrices, none.long(), none, none.bool())
     # Over all boxes at once: operators on each image's few boxes would take longer than a small network.
     found = [_boxes(inputs) for inputs in batched_inputs]
     counts = [len(boxes) for boxes, _, _ in found]
@@ -58,13 +63,27 @@ def find_regions(
     sides = [(x["image"].shape[-1], x["image"].shape[-2]) for x in batched_inputs]
     limits = torch.tensor(sides, dtype=joined.dtype).repeat_interleave(torch.tensor(counts), dim=0)
     low, high = joined[:, :2], joined[:, 2:]
-    usable = ((high > low) & (high > 0) & (low < limits)).all(dim=1) & joined.isfinite().all(dim=1)
+    usable = has_side(joined) & ((high > 0) & (low < limits)).all(dim=1)
     # In place of an invalid box any pixel: its result does not count.
     anywhere = joined.new_tensor([0.0, 0.0, 1.0, 1.0])
     cropped = torch.where(usable[:, None], joined, anywhere).clamp(-_FAR, _FAR)
     padded = pad_boxes(cropped, input_size, padding)
     matrices = crop_to_image(padded, input_size)
     return Regions(counts, joined, padded, matrices, classes, scores, usable)
+
+
+def has_side(boxes: Tensor) -> Tensor:
+    """Which boxes can be cropped: finite, corners in order, and a positive width or height. Padding
+    gives a box without height (two points in a row) the shape of the input.
+
+    Args:
+        boxes: (N, 4) XYXY.
+
+    Returns:
+        (N,) bool.
+    """
+    sides = boxes[:, 2:] - boxes[:, :2]
+    return boxes.isfinite().all(dim=1) & (sides >= 0).all(dim=1) & (sides > 0).any(dim=1)
 
 
 def _boxes(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
