@@ -5,16 +5,19 @@ Letters: N boxes of all images, H, W size of a crop.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.data.detection_utils import create_keypoint_hflip_indices
 from torch import Tensor
 
 from d2ext.codecs.landmark_crops import crop_to_image, pad_boxes
+from d2ext.data.landmarks.samples import flip_indices
+
+logger = logging.getLogger(__name__)
 
 # Fields of `instances` that hold boxes to look into, the first that is there.
 BOX_FIELDS = ("pred_boxes", "proposal_boxes", "gt_boxes")
@@ -122,23 +125,42 @@ def counts_between(counts: Sequence[int], start: int, stop: int) -> list[int]:
 
 
 def find_flip_indices(cfg: CfgNode) -> list[int]:
-    """The mirror partner of each landmark, from the config or from the metadata of its data sets.
+    """The mirror partner of each landmark, from the metadata of the config's data sets, test sets
+    first, or from ``MODEL.LANDMARKS.FLIP_INDICES``.
+
+    A data set's names and ``keypoint_flip_map`` win, for they say what its points are; the log tells
+    if ``FLIP_INDICES`` says otherwise. It serves where no data set of as many landmarks is known.
 
     Raises:
         ValueError: neither says, or the data set has another number of landmarks.
     """
     landmarks = cfg.MODEL.LANDMARKS
-    if landmarks.FLIP_INDICES:
-        return list(landmarks.FLIP_INDICES)
+    given = list(landmarks.FLIP_INDICES)
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        if name in MetadataCatalog.list() and MetadataCatalog.get(name).get("keypoint_names"):
-            indices = list(create_keypoint_hflip_indices([name]))
-            if len(indices) != landmarks.NUM_KEYPOINTS:
-                raise ValueError(
-                    f"Data set '{name}' has {len(indices)} landmarks, but "
-                    f"MODEL.LANDMARKS.NUM_KEYPOINTS is {landmarks.NUM_KEYPOINTS}."
-                )
-            return indices
+        metadata = MetadataCatalog.get(name) if name in MetadataCatalog.list() else None
+        if metadata is None or not metadata.get("keypoint_names"):
+            continue
+        if metadata.get("keypoint_flip_map") is None:
+            continue
+        indices = flip_indices(name)
+        if len(indices) != landmarks.NUM_KEYPOINTS:
+            if given:
+                continue
+            raise ValueError(
+                f"Data set '{name}' has {len(indices)} landmarks, but "
+                f"MODEL.LANDMARKS.NUM_KEYPOINTS is {landmarks.NUM_KEYPOINTS}."
+            )
+        if given and given != indices:
+            logger.warning(
+                "MODEL.LANDMARKS.FLIP_INDICES %s is not used: the landmarks of data set '%s' have "
+                "other mirror partners, %s.",
+                given,
+                name,
+                indices,
+            )
+        return indices
+    if given:
+        return given
     raise ValueError(
         "MODEL.LANDMARKS.TEST.FLIP needs to know left from right: set MODEL.LANDMARKS.FLIP_INDICES, or "
         "name a registered data set with keypoint_names and keypoint_flip_map in DATASETS.TEST."

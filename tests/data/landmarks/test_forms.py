@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
+import textwrap
 import uuid
 
 import numpy as np
@@ -11,6 +14,7 @@ from PIL import Image
 
 from d2ext.data.errors import DatasetError
 from d2ext.data.landmarks import (
+    DESCRIBED,
     KINDS,
     TopDownMapper,
     flip_indices,
@@ -55,6 +59,13 @@ def folder(tmp_path):
 def write(path, content) -> str:
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     return str(path)
+
+
+def run_apart(code: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def points_of(annotation) -> np.ndarray:
@@ -316,6 +327,47 @@ def test_registering(folder, names):
         register_landmarks(names[1], "mpi", path, str(folder))
     with pytest.raises(DatasetError, match="Form 'yaml'"):
         register_landmarks(names[1], "mpii", path, str(folder), form="yaml")
+
+
+@pytest.mark.parametrize(("name", "other"), [("mpii_val", "mpii_train"), ("wflw_test", "wflw_train")])
+def test_published_sets_are_described_before_they_are_registered(name, other, folder):
+    """In a process of its own: what is registered there is gone afterwards."""
+    kind = KINDS[DESCRIBED[name]]
+    content = coco_file(len(kind.keypoints))
+    content["annotations"][0]["category_id"] = content["categories"][0]["id"] = 5
+    write(folder / "x.json", content)
+    own = {**coco_file(3), "categories": [{"id": 1, "name": "hand", "keypoints": ["a", "b", "c"]}]}
+    write(folder / "own.json", own)
+    run_apart(
+        f"""
+        import copy, pickle
+        import pytest
+        from detectron2.data import DatasetCatalog, MetadataCatalog
+        from d2ext.config import get_cfg
+        from d2ext.data.landmarks import KINDS, flip_indices, register_landmarks
+        metadata = MetadataCatalog.get("{name}")
+        assert "{name}" not in DatasetCatalog.list() and metadata.name == "{name}"
+        assert metadata.thing_classes == ["{kind.category}"] and metadata.keypoint_connection_rules
+        assert len(metadata.keypoint_names) == {len(kind.keypoints)}
+        assert not metadata.get("evaluator_type") and "_first" not in metadata.as_dict()
+        again = pickle.loads(pickle.dumps(metadata))
+        assert again.as_dict() == copy.deepcopy(metadata).as_dict() == metadata.as_dict()
+        again.thing_classes = ["{kind.category}"]
+        before = flip_indices("{name}")
+        for _ in range(2):
+            register_landmarks("{name}", "{kind.name}", r"{folder}/x.json", r"{folder}")
+        assert MetadataCatalog.get("{name}") is metadata and flip_indices("{name}") == before
+        assert metadata.evaluator_type == "landmarks"
+        if "{kind.name}" == "mpii":
+            assert metadata.thing_dataset_id_to_contiguous_id == {{5: 0}}
+        with pytest.raises(AssertionError, match="different value"):
+            metadata.keypoint_names = ("a",)  # the real data's stay
+        # Other data by such a name.
+        assert flip_indices("{other}") == before
+        register_landmarks("{other}", "custom", r"{folder}/own.json", r"{folder}")
+        assert flip_indices("{other}") == [0, 1, 2]
+        """
+    )
 
 
 def without(part, key):

@@ -400,7 +400,7 @@ def test_flip_test_is_symmetric(image: Tensor, head: str) -> None:
     assert errors[True] < 0.02 < errors[False]
 
 
-def test_flip_indices_from_metadata() -> None:
+def test_flip_indices_from_metadata(caplog: pytest.LogCaptureFixture) -> None:
     cfg = config(**{"MODEL.LANDMARKS.TEST.FLIP": True})
     cfg.MODEL.LANDMARKS.FLIP_INDICES = []
     cfg.DATASETS.TEST = ("shapes_val_keypoints",)
@@ -409,6 +409,22 @@ def test_flip_indices_from_metadata() -> None:
     cfg.MODEL.LANDMARKS.NUM_KEYPOINTS = 8
     assert find_flip_indices(cfg) == [1, 0, 2, 3, 5, 4, 7, 6]
     assert MetadataCatalog.get("shapes_val_keypoints").keypoint_names[0] == "left_eye"
+    # The data set's partners win over the config's, and the log says so.
+    wrong = [0, 1, 2, 3, 4, 5, 6, 7]
+    for given in (wrong, [1, 0, 2, 3, 5, 4, 7, 6]):
+        cfg.MODEL.LANDMARKS.FLIP_INDICES = given
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="d2ext"):
+            assert find_flip_indices(cfg) == [1, 0, 2, 3, 5, 4, 7, 6]
+        assert ("other mirror partners" in caplog.text) == (given is wrong)
+    # A data set of other landmarks, or of landmarks without partners, says nothing of this model's.
+    cfg.MODEL.LANDMARKS.NUM_KEYPOINTS, cfg.MODEL.LANDMARKS.FLIP_INDICES = 3, [1, 0, 2]
+    assert find_flip_indices(cfg) == [1, 0, 2]
+    MetadataCatalog.get("named_points").keypoint_names = ["a", "b", "c"]
+    cfg.DATASETS.TEST = ("named_points",)
+    assert find_flip_indices(cfg) == [1, 0, 2]
+    MetadataCatalog.pop("named_points")
+    cfg.MODEL.LANDMARKS.FLIP_INDICES = []
     cfg.DATASETS.TEST, cfg.DATASETS.TRAIN = ("no_such_set",), ()
     with pytest.raises(ValueError, match="FLIP_INDICES"):
         find_flip_indices(cfg)
