@@ -80,9 +80,10 @@ def register_landmarks(
     load()  # errors belong here, not to the first epoch
     DatasetCatalog.register(name, load)
     metadata = {**kind_metadata(found), "image_root": images, "landmark_source": source}
-    if "oks" in found.metrics and form == "coco" and not origin:
-        metadata["json_file"] = annotations  # COCO's own evaluation reads it
+    if form == "coco":
         metadata["thing_dataset_id_to_contiguous_id"] = {_category_id(annotations): 0}
+        if "oks" in found.metrics and not origin:
+            metadata["json_file"] = annotations  # COCO's own evaluation reads it
     MetadataCatalog.get(name).set(**metadata)
     return found
 
@@ -275,6 +276,8 @@ def _coco_annotation(annotation: Record, image_id: Any, kind: LandmarkKind) -> R
 
 
 def _category_id(path: str) -> int:
-    """Id of the category in a COCO-keypoint file; Detectron2's evaluator wants it."""
+    """Id of the category in a COCO-keypoint file, the first one with names of points if any has;
+    Detectron2's evaluator wants it, and detections of other categories are left out."""
     categories = read_json(path).get("categories") or [{"id": 1}]
-    return int(categories[0]["id"])
+    named = [category for category in categories if category.get("keypoints")]
+    return int((named or categories)[0].get("id", 1))
