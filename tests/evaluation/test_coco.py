@@ -218,7 +218,12 @@ def test_boxes_without_area_are_left_out(dataset: str, tmp_path: Path) -> None:
 
 
 def test_keypoints_in_a_row_count(dataset: str, tmp_path: Path) -> None:
-    boxes = [[5.0, 9.0, 8.0, 9.0], [5.0, 9.0, 5.0, 12.0], [5.0, 9.0, 5.0, 9.0], [8.0, 9.0, 5.0, 9.0]]
+    boxes = [
+        [5.0, 9.0, 8.0, 9.0],
+        [5.0, 9.0, 5.0, 12.0],
+        [5.0, 9.0, 5.0, 9.0],
+        [8.0, 9.0, 5.0, 9.0],
+    ]
     found = Instances((SIZE, SIZE))
     found.pred_boxes = Boxes(torch.tensor(boxes))
     found.scores, found.pred_classes = torch.ones(4), torch.zeros(4, dtype=torch.int64)

@@ -329,7 +329,9 @@ def test_registering(folder, names):
         register_landmarks(names[1], "mpii", path, str(folder), form="yaml")
 
 
-@pytest.mark.parametrize(("name", "other"), [("mpii_val", "mpii_train"), ("wflw_test", "wflw_train")])
+@pytest.mark.parametrize(
+    ("name", "other"), [("mpii_val", "mpii_train"), ("wflw_test", "wflw_train")]
+)
 def test_published_sets_are_described_before_they_are_registered(name, other, folder):
     """In a process of its own: what is registered there is gone afterwards."""
     kind = KINDS[DESCRIBED[name]]
@@ -385,7 +387,11 @@ BAD = {
     "other count": ("mpii", coco_file(17), "has 17 points; 'mpii' has 16"),
     "no images": ("mpii", {"annotations": []}, "COCO-keypoint form"),
     "unknown image": ("mpii", coco_file(image_id=8), "not in 'images'"),
-    "no annotation id": ("mpii", without("annotations", "id"), r"annotation 0 .*bad.json' has no id"),
+    "no annotation id": (
+        "mpii",
+        without("annotations", "id"),
+        r"annotation 0 .*bad.json' has no id",
+    ),
     "no image id": (
         "mpii",
         without("annotations", "image_id"),
