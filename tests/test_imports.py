@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "codecs": {"layers"},
     "checkpoint": {"files"},
     "data": {"codecs", "files"},
-    "evaluation": {"data", "files", "utils"},
+    "evaluation": {"codecs", "data", "files", "utils"},
     "modeling": {"layers", "codecs"},
     "engine": {"checkpoint", "config", "data", "evaluation", "files", "layers"},
     "systems": {"layers", "codecs", "modeling", "checkpoint", "data", "evaluation"},

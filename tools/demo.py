@@ -11,7 +11,8 @@
 
 A model that looks into boxes (landmarks) gets them from --detector, any detector of d2ext or
 Detectron2 (a path, or a name in either model zoo), or from --boxes, a JSON list of detections in COCO's
-result form, whose image_id is that of coco_images.json below. Without them the whole image is its box.
+result form, whose image_id is that of coco_images.json below; of a list with categories, those of the
+model's own data set. Without them the whole image is its box.
 
 Pictures keep their names, and below a folder also the sub-folder; kinds other than JPEG and PNG become
 PNG. Beside them (named after the file, where the output is one file) appear
@@ -48,6 +49,7 @@ from detectron2.utils.logger import setup_logger
 
 from d2ext.data.errors import ImageReadError
 from d2ext.data.image_io import read_image
+from d2ext.data.landmarks.samples import category_ids
 from d2ext.engine.errors import ConfigError
 from d2ext.engine.predictor import BatchPredictor
 from d2ext.engine.setup import add_options_argument, find_config_file, load_config
@@ -526,7 +528,7 @@ def build_box_source(chosen: argparse.Namespace, metadata: Metadata) -> BoxSourc
         ValueError, FileNotFoundError: the detector's config or checkpoint or the file is wrong.
     """
     if chosen.boxes:
-        return BoxFile(chosen.boxes, chosen.box_threshold)
+        return BoxFile(chosen.boxes, chosen.box_threshold, category_ids(metadata))
     if not chosen.detector:
         return None
     cfg = load_config(detector_config(chosen.detector))

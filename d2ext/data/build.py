@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import cv2
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList
+from detectron2.data import DatasetFromList, MetadataCatalog
 from detectron2.data.samplers import InferenceSampler, RepeatFactorTrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -16,7 +16,7 @@ from d2ext.data.dataset_dicts import get_dataset_dicts
 from d2ext.data.dataset_mapper import D2extDatasetMapper
 from d2ext.data.errors import DatasetError, SampleError
 from d2ext.data.landmarks.mapper import TopDownMapper, TopDownTestMapper
-from d2ext.data.landmarks.samples import add_detections, instance_records
+from d2ext.data.landmarks.samples import add_detections, category_ids, instance_records
 from d2ext.data.sampler import (
     RepeatFactorStreamSampler,
     StreamSampler,
@@ -224,7 +224,10 @@ def build_test_loader(
     records = get_dataset_dicts(cfg, [dataset_name], is_train=False)
     landmarks = cfg.INPUT.LANDMARKS
     if landmarks.ENABLED and landmarks.TEST_BOXES not in ("annotations", "image"):
-        records = add_detections(records, landmarks.TEST_BOXES, landmarks.TEST_MIN_SCORE)
+        categories = category_ids(MetadataCatalog.get(dataset_name))
+        records = add_detections(
+            records, landmarks.TEST_BOXES, landmarks.TEST_MIN_SCORE, categories
+        )
     if mapper is None:
         mapper = TopDownTestMapper(cfg) if landmarks.ENABLED else D2extDatasetMapper(cfg, False)
     dataset = InferenceDataset(

@@ -299,7 +299,8 @@ def apply_dataset_to_config(cfg: CfgNode, name: str) -> None:
 
     Sets ``DATASETS.TRAIN`` and ``TEST`` to ``<name>_train`` and ``<name>_val`` (as far as they
     exist; built-in sets such as ``shapes``, ``coco_2017`` or ``coco_2017_panoptic_separated`` work,
-    too), every class count and, where masks are RLE, ``INPUT.MASK_FORMAT``.
+    too), every class count and, where masks are RLE, ``INPUT.MASK_FORMAT``. With keypoints, the
+    config's own ``MODEL.LANDMARKS.FLIP_INDICES`` is dropped: the data set says what they are.
 
     Raises:
         DatasetError: neither is registered
@@ -314,6 +315,8 @@ def apply_dataset_to_config(cfg: CfgNode, name: str) -> None:
     cfg.DATASETS.TEST = (found["val"],) if found["val"] else ()
     name = found["train"] or found["val"] or name
     set_class_counts(cfg, name)
+    if "LANDMARKS" in cfg.MODEL and MetadataCatalog.get(name).get("keypoint_names"):
+        cfg.MODEL.LANDMARKS.FLIP_INDICES = []
     if MetadataCatalog.get(name).get("mask_format") == "bitmask":
         cfg.INPUT.MASK_FORMAT = "bitmask"
 

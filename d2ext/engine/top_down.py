@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.structures import Boxes, Instances
 
+from d2ext.data.landmarks.samples import of_categories
 from d2ext.engine.errors import ConfigError
 from d2ext.engine.predictor import BatchPredictor
 
@@ -37,14 +38,18 @@ class BoxFile(BoxSource):
 
     Args:
         path: of the list; each entry has ``image_id``, ``bbox`` (x, y, width, height) and, as a rule,
-            ``score`` (1 where it is missing). Other keys are ignored.
+            ``score`` (1 where it is missing) and ``category_id``. Other keys are ignored.
         threshold: boxes of a lower score are left out.
+        categories: ids of the categories to look into, see
+            :func:`~d2ext.data.landmarks.samples.of_categories`; None: all.
 
     Raises:
         ConfigError: no such file, or not such a list.
     """
 
-    def __init__(self, path: str, threshold: float = 0.0) -> None:
+    def __init__(
+        self, path: str, threshold: float = 0.0, categories: Collection[int] | None = None
+    ) -> None:
         try:
             with open(path, encoding="utf-8") as file:
                 entries = json.load(file)
@@ -53,9 +58,10 @@ class BoxFile(BoxSource):
         if not isinstance(entries, list):
             raise ConfigError(f"'{path}' is no list of detections (COCO's result form).")
         self._found: dict[int, list[tuple[list[float], float]]] = {}
-        for entry in entries:
-            image_id, box, score = _read_entry(entry, path)
-            if score >= threshold:
+        read = [(entry, *_read_entry(entry, path)) for entry in entries]
+        kept = {id(entry) for entry in of_categories(entries, categories, path)}
+        for entry, image_id, box, score in read:
+            if id(entry) in kept and score >= threshold:
                 self._found.setdefault(image_id, []).append((box, score))
 
     def __call__(self, image_ids: Sequence[int], images: Sequence[np.ndarray]) -> list[Instances]:

@@ -47,9 +47,9 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
     Args:
         cfg: ``TEST.DETECTIONS_PER_IMAGE`` does not limit the evaluation; COCO's limit of 100 does.
             ``TEST.KEYPOINT_OKS_SIGMAS`` is passed on; if empty, the metadata's
-            ``keypoint_oks_sigmas`` are.
-            ``TEST.PANOPTIC_BACKEND`` computes panoptic
-            quality; with ``TEST.ANALYZE`` the folder ``analysis`` says where it is lost.
+            ``keypoint_oks_sigmas`` are. ``TEST.KEYPOINT_OKS_NMS`` leaves out instances whose keypoints
+            are those of a better one. ``TEST.PANOPTIC_BACKEND`` computes panoptic quality; with
+            ``TEST.ANALYZE`` the folder ``analysis`` says where it is lost.
         dataset_name: registered data set.
         output_folder: where results are written; made when needed.
 
@@ -65,6 +65,10 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
     metadata = MetadataCatalog.get(dataset_name)
     kind = metadata.get("evaluator_type")
 
+    landmarks = cfg.MODEL.LANDMARKS
+    height, width = landmarks.INPUT_SIZE
+    crop = ((height, width), landmarks.CROP.PADDING) if cfg.INPUT.LANDMARKS.ENABLED else None
+
     def coco() -> DatasetEvaluator:
         return COCOEvaluator(
             dataset_name,
@@ -73,6 +77,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
             kpt_oks_sigmas=tuple(
                 cfg.TEST.KEYPOINT_OKS_SIGMAS or metadata.get("keypoint_oks_sigmas") or ()
             ),
+            oks_nms_threshold=cfg.TEST.KEYPOINT_OKS_NMS,
+            oks_nms_crop=crop,
         )
 
     def semantic() -> DatasetEvaluator:

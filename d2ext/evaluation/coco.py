@@ -14,8 +14,10 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 from detectron2.utils import comm
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from pycocotools.cocoeval import COCOeval, Params
 
+from d2ext.codecs.landmark_crops import pad_boxes
+from d2ext.evaluation.oks_nms import oks_nms
 from d2ext.files import atomic_write
 
 __all__ = ["COCOEvaluator"]
@@ -28,10 +30,13 @@ class COCOEvaluator(Detectron2COCOEvaluator):
 
     - ``Instances`` may have ``mask_scores`` (mask re-scoring): these rank the masks, ``scores`` the
       boxes and keypoints.
-    - Detections whose box has no area are left out, as in the published YOLACT.
+    - Detections whose box has no area are left out, as in the published YOLACT; those with keypoints
+      only if it has neither width nor height, since points in a row are an object, too.
     - No detection at all gives AP 0 where there is ground truth to find (Detectron2: NaN), for each
       task whose field the model predicts.
     - A data set that is not in a JSON file is converted anew for each evaluator.
+    - With ``oks_nms_threshold``, instances whose keypoints are those of a better one are left out of
+      all results (:func:`~d2ext.evaluation.oks_nms.oks_nms`), as in the published top-down systems.
     - Results are written under a temporary name and renamed: ``coco_instances_results.json`` in
       COCO's result format and, with mask scores, ``coco_instances_results_segm.json``, the same
       with them as scores. A results file is written whether or not annotations exist.
@@ -43,6 +48,9 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         tasks: of "bbox", "segm", "keypoints"; by default what the model predicts.
         distributed: gather the predictions of all processes.
         output_dir: folder for the results; needed for data sets that are not in a JSON file.
+        oks_nms_threshold: published: 0.9; 0: keep all.
+        oks_nms_crop: (h, w) of a top-down network's crops and the padding of its boxes: the areas are
+            those of the crops, as published; None: of the boxes.
         options: further arguments of Detectron2's evaluator.
     """
 
@@ -52,6 +60,9 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         tasks: tuple[str, ...] | None = None,
         distributed: bool = True,
         output_dir: str | None = None,
+        *,
+        oks_nms_threshold: float = 0.0,
+        oks_nms_crop: tuple[tuple[int, int], float] | None = None,
         **options: Any,
     ) -> None:
         options.setdefault("allow_cached_coco", False)
@@ -65,6 +76,8 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         self._output_dir: str | None
         self._results: dict[str, dict[str, float]] = {}
         self._fields: set[str] = set()
+        self._oks_nms_threshold = oks_nms_threshold
+        self._oks_nms_crop = oks_nms_crop
 
     def reset(self) -> None:
         """Forget all predictions."""
@@ -86,10 +99,31 @@ class COCOEvaluator(Detectron2COCOEvaluator):
                 continue
             instances = output["instances"].to("cpu")
             self._fields.update(task for field, task in _FIELDS.items() if instances.has(field))
+            if self._oks_nms_threshold > 0 and instances.has("pred_keypoints"):
+                instances = instances[self._different_poses(instances)]
             image_id = one_input["image_id"]
             self._predictions.append(
                 {"image_id": image_id, "instances": _to_coco(instances, image_id)}
             )
+
+    def _different_poses(self, instances: Instances) -> torch.Tensor:
+        """Indices of the instances that :func:`oks_nms` keeps.
+
+        Raises:
+            ValueError: another number of keypoints than of constants.
+        """
+        boxes, points = instances.pred_boxes.tensor, instances.pred_keypoints[..., :2]
+        sigmas = torch.tensor(self._kpt_oks_sigmas or Params("keypoints").kpt_oks_sigmas)
+        if len(sigmas) != points.shape[1]:
+            raise ValueError(
+                f"TEST.KEYPOINT_OKS_NMS needs a constant for each of {points.shape[1]} keypoints; "
+                f"TEST.KEYPOINT_OKS_SIGMAS has {len(sigmas)}."
+            )
+        if self._oks_nms_crop is not None:
+            boxes = pad_boxes(boxes, *self._oks_nms_crop)
+        areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        threshold = self._oks_nms_threshold
+        return oks_nms(points, instances.scores, areas, sigmas, threshold, instances.pred_classes)
 
     def evaluate(self, img_ids: list[Any] | None = None) -> dict[str, Any]:
         """Gather, write and score the predictions.
@@ -228,7 +262,10 @@ def _to_coco(instances: Instances, image_id: Any) -> list[dict[str, Any]]:
     """Detections on the CPU -> COCO results, with ``mask_score`` beside ``score`` if given."""
     boxes = instances.pred_boxes.tensor
     sides = boxes[:, 2:] - boxes[:, :2]
-    instances = instances[(torch.isfinite(sides) & (sides > 0)).all(dim=1)]
+    keep = torch.isfinite(sides).all(dim=1) & (sides >= 0).all(dim=1)
+    positive = sides > 0
+    keep &= positive.any(dim=1) if instances.has("pred_keypoints") else positive.all(dim=1)
+    instances = instances[keep]
     results = instances_to_coco_json(instances, image_id)
     if instances.has("mask_scores"):
         for result, score in zip(results, instances.mask_scores.tolist(), strict=True):

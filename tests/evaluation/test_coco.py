@@ -217,6 +217,23 @@ def test_boxes_without_area_are_left_out(dataset: str, tmp_path: Path) -> None:
     assert results["bbox"]["AP50"] == pytest.approx(100 * 34 / 101 / 2, abs=0.01)
 
 
+def test_keypoints_in_a_row_count(dataset: str, tmp_path: Path) -> None:
+    boxes = [
+        [5.0, 9.0, 8.0, 9.0],
+        [5.0, 9.0, 5.0, 12.0],
+        [5.0, 9.0, 5.0, 9.0],
+        [8.0, 9.0, 5.0, 9.0],
+    ]
+    found = Instances((SIZE, SIZE))
+    found.pred_boxes = Boxes(torch.tensor(boxes))
+    found.scores, found.pred_classes = torch.ones(4), torch.zeros(4, dtype=torch.int64)
+    found.pred_keypoints = torch.ones(4, 2, 3)
+    evaluator = COCOEvaluator(dataset, ("bbox",), output_dir=str(tmp_path))
+    run(evaluator, {1: found})
+    written = json.loads((tmp_path / "coco_instances_results.json").read_text())
+    assert [r["bbox"] for r in written] == [[5.0, 9.0, 3.0, 0.0], [5.0, 9.0, 0.0, 3.0]]
+
+
 @pytest.mark.parametrize("images", [(), (1,), (1, 2, 3)])
 def test_no_detections_give_zero(dataset: str, tmp_path: Path, images: tuple[int, ...]) -> None:
     empty = instances([], [], [], [])

@@ -228,6 +228,20 @@ def test_names_of_detectron2_s_model_zoo(demo: ModuleType) -> None:
     assert demo.detector_config("yolact/yolact_R_50_550.yaml").endswith("yolact_R_50_550.yaml")
 
 
+def test_boxes_of_other_categories_are_not_looked_into(
+    demo: ModuleType, config: str, picture: Path, tmp_path: Path
+) -> None:
+    boxes = [{"image_id": 7, "bbox": [5, 6, 30, 40], "category_id": c} for c in (1, 35, 1)]
+    file = write_boxes(tmp_path / "b.json", boxes)
+    image = [np.zeros((50, 60, 3), np.uint8)]
+    assert [len(BoxFile(str(file), 0, own)([7], image)[0]) for own in ({1: 0}, None)] == [2, 3]
+    # COCO's people have category 1, as the metadata of the config's data set says.
+    options = ("--boxes", file, "--no-pictures", "--confidence-threshold", 0)
+    arguments = (demo, config, tmp_path / "out", "--input", picture, *options, "--opts")
+    assert run(*arguments, "DATASETS.TEST", "('keypoints_coco_2017_val',)") == 0
+    assert len(json.loads((tmp_path / "out/coco_results.json").read_text())) == 2
+
+
 def test_entries_without_a_score(tmp_path: Path) -> None:
     file = write_boxes(tmp_path / "b.json", [{"image_id": 3, "bbox": [5, 6, 30, 40]}])
     found = BoxFile(str(file), 0.9)([3, 4], [np.zeros((50, 60, 3), np.uint8)] * 2)

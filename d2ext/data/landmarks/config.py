@@ -16,7 +16,7 @@ def add_landmark_data_config(cfg: CfgNode) -> None:
     # Memory in MiB in which each worker of the training loader keeps images once it has read them
     c.CACHE_MB = 0
     # Boxes of test images: "annotations", "image" (the whole image is the crop), or the path of a
-    # JSON list of detections in COCO's result format
+    # JSON list of detections in COCO's result format, of which those of the data set's category count
     c.TEST_BOXES = "annotations"
     # Detections of that file with a lower score are left out
     c.TEST_MIN_SCORE = 0.0

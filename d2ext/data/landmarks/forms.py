@@ -47,10 +47,14 @@ def read_coco(kind: LandmarkKind, path: str, images: str, origin: float | None) 
     """COCO-keypoint JSON, also mmpose's, whose category may have no names.
 
     ``origin`` defaults to 0. ``center`` and ``scale`` of an annotation give its ``crop_box``; those
-    of MPII are 1-based as in the source and get the published shift.
+    of MPII are 1-based as in the source and get the published shift. A ``crop_box``
+    [x0, y0, x1, y1] in the file (:func:`~d2ext.data.landmarks.write_coco_keypoints`) is taken as it
+    is.
 
     Raises:
-        DatasetError: not such a file, or annotations with another number of points.
+        DatasetError: not such a file; images without ``id`` or ``file_name``; annotations without
+            ``id``, with one that occurred already, of no image, with another number of points, or
+            with boxes that are not four numbers.
     """
     content = read_json(path)
     if not isinstance(content, dict) or not {"images", "annotations"} <= set(content):
@@ -59,28 +63,36 @@ def read_coco(kind: LandmarkKind, path: str, images: str, origin: float | None) 
             "'categories'."
         )
     records: dict[Any, Record] = {}
-    for entry in content["images"]:
+    for number, entry in enumerate(content["images"]):
+        _require(entry, ("id", "file_name"), f"image {number} (from 0) of '{path}'")
         record = {"file_name": os.path.join(images, entry["file_name"]), "image_id": entry["id"]}
         if "height" in entry and "width" in entry:
             record.update(height=entry["height"], width=entry["width"])
         records[entry["id"]] = {**record, "annotations": []}
-    for entry in content["annotations"]:
-        where = f"annotation {entry.get('id')} of '{path}'"
-        if entry.get("image_id") not in records:
+    seen = set()
+    for number, entry in enumerate(content["annotations"]):
+        _require(entry, ("id", "image_id"), f"annotation {number} (from 0) of '{path}'")
+        where = f"annotation {entry['id']} of '{path}'"
+        if entry["id"] in seen:
+            raise DatasetError(f"{where} is not the only one with this id.")
+        seen.add(entry["id"])
+        if entry["image_id"] not in records:
             raise DatasetError(f"{where} belongs to an image that is not in 'images'.")
         points = _points(kind, entry.get("keypoints") or [0] * 3 * len(kind.keypoints), where)
         extra: Record = {"id": entry["id"], "iscrowd": int(entry.get("iscrowd", 0))}
         if "bbox" in entry:
-            x, y, w, h = (float(v) for v in entry["bbox"])
+            x, y, w, h = _four_numbers(entry, "bbox", where)
             extra["bbox"] = [x, y, x + w, y + h]
             extra["area"] = float(entry.get("area", w * h))
         if "center" in entry and "scale" in entry:
             extra.update(_centered(kind, entry["center"], float(entry["scale"])))
+        if "crop_box" in entry:
+            extra["crop_box"] = _four_numbers(entry, "crop_box", where)
         for key in ("box_size", "attributes", "track_id", "segmentation"):
             if key in entry:
                 extra[key] = entry[key]
         if "bbox_head" in entry:
-            x, y, w, h = (float(v) for v in entry["bbox_head"])
+            x, y, w, h = _four_numbers(entry, "bbox_head", where)
             extra["head_box"] = [x, y, x + w, y + h]
         annotation = _annotation(kind, points, origin or 0, extra)
         records[entry["image_id"]]["annotations"].append(annotation)
@@ -265,6 +277,20 @@ def _text(path: str) -> str:
         raise DatasetError(f"Annotation file '{path}' does not exist.") from e
     except (IsADirectoryError, UnicodeDecodeError) as e:
         raise DatasetError(f"Annotation file '{path}' is not a text file: {e}") from e
+
+
+def _require(entry: Any, keys: Iterable[str], where: str) -> None:
+    missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
+    if missing:
+        raise DatasetError(f"{where} has no {', '.join(missing)}.")
+
+
+def _four_numbers(entry: Record, key: str, where: str) -> list[float]:
+    try:
+        a, b, c, d = (float(v) for v in entry[key])
+    except (TypeError, ValueError) as e:
+        raise DatasetError(f"{where}: '{key}' is not four numbers: {entry[key]!r}.") from e
+    return [a, b, c, d]
 
 
 def _numbers(fields: Iterable[str], where: str) -> np.ndarray:

@@ -80,9 +80,10 @@ def register_landmarks(
     load()  # errors belong here, not to the first epoch
     DatasetCatalog.register(name, load)
     metadata = {**kind_metadata(found), "image_root": images, "landmark_source": source}
-    if "oks" in found.metrics and form == "coco" and not origin:
-        metadata["json_file"] = annotations  # COCO's own evaluation reads it
+    if form == "coco":
         metadata["thing_dataset_id_to_contiguous_id"] = {_category_id(annotations): 0}
+        if "oks" in found.metrics and not origin:
+            metadata["json_file"] = annotations  # COCO's own evaluation reads it
     MetadataCatalog.get(name).set(**metadata)
     return found
 
@@ -104,15 +105,23 @@ def load_landmarks(
     if not any(record["annotations"] for record in records):
         raise DatasetError(f"'{annotations}' has no annotation.")
     if head_boxes is not None:
-        found = {a["id"]: a for record in records for a in record["annotations"]}
+        found = [a for record in records for a in record["annotations"]]
         boxes = read_head_boxes(head_boxes)
         if len(boxes) != len(found):
             raise DatasetError(
                 f"'{head_boxes}' has {len(boxes)} head boxes, '{annotations}' {len(found)} people."
             )
-        for key, box in zip(sorted(found), boxes.tolist(), strict=True):
-            found[key]["head_box"] = box
+        for annotation, box in zip(_in_file_order(found, annotations, form), boxes, strict=True):
+            annotation["head_box"] = box.tolist()
     return records
+
+
+def _in_file_order(found: list[Record], path: str, form: str) -> list[Record]:
+    """Annotations, which records hold image by image, in the order of their file."""
+    if form == "coco":
+        place = {entry["id"]: i for i, entry in enumerate(read_json(path)["annotations"])}
+        return sorted(found, key=lambda annotation: place[annotation["id"]])
+    return sorted(found, key=lambda annotation: annotation["id"])  # numbered in the file's order
 
 
 def landmark_kind(kind: str, annotations: str) -> LandmarkKind:
@@ -207,6 +216,9 @@ def write_coco_keypoints(records: list[Record], kind: LandmarkKind, path: str) -
     """Write a data set in COCO-keypoint form, from which :func:`register_landmarks` reads the same
     targets (as the same kind, or as "custom"). Needs ``height`` and ``width`` of every image.
     File names are written as they stand in ``records``.
+
+    Beside ``center`` and ``scale``, which are the published ones (of MPII 1-based and without its
+    shift), an annotation has ``crop_box`` [x0, y0, x1, y1], which wins over them in every kind.
     """
     images, annotations = [], []
     for record in records:
@@ -253,7 +265,7 @@ def _coco_annotation(annotation: Record, image_id: Any, kind: LandmarkKind) -> R
         x, y, scale = (left + right) / 2, (top + bottom) / 2, (right - left) / 200
         if kind.name == "mpii":  # 1-based, without the shift, as in the source
             x, y = x + 1, y + 1 - 15.0 * scale
-        result.update(center=[x, y], scale=scale)
+        result.update(center=[x, y], scale=scale, crop_box=[left, top, right, bottom])
     if "head_box" in annotation:
         left, top, right, bottom = annotation["head_box"]
         result["bbox_head"] = [left, top, right - left, bottom - top]
@@ -264,6 +276,8 @@ def _coco_annotation(annotation: Record, image_id: Any, kind: LandmarkKind) -> R
 
 
 def _category_id(path: str) -> int:
-    """Id of the category in a COCO-keypoint file; Detectron2's evaluator wants it."""
+    """Id of the category in a COCO-keypoint file, the first one with names of points if any has;
+    Detectron2's evaluator wants it, and detections of other categories are left out."""
     categories = read_json(path).get("categories") or [{"id": 1}]
-    return int(categories[0]["id"])
+    named = [category for category in categories if category.get("keypoints")]
+    return int((named or categories)[0].get("id", 1))

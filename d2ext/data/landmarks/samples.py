@@ -4,37 +4,41 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
-from detectron2.data import MetadataCatalog
+from detectron2.data import Metadata, MetadataCatalog
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.structures import BoxMode
 
 from d2ext.data.annotations import describe_dropped
+from d2ext.data.dataset_dicts import shorten
 from d2ext.data.errors import AnnotationError, DatasetError
 from d2ext.data.landmarks.forms import read_json
 
 __all__ = [
     "add_detections",
+    "category_ids",
     "flip_indices",
     "instance_crop_box",
     "instance_points",
     "instance_records",
+    "of_categories",
 ]
 
 logger = logging.getLogger(__name__)
 Record = dict[str, Any]
 
 NO_POINTS = "no labelled point"
-NO_BOX = "box without area"
+NO_BOX = "box without width and height"
 
 
 def instance_records(records: Sequence[Record]) -> list[Record]:
     """One record per instance that can be trained on or evaluated.
 
-    Crowds, instances without a labelled point and those whose box has no area or is not finite are
-    left out; one line of the log counts them.
+    Crowds, instances without a labelled point and those whose box has neither width nor height or is
+    not finite are left out; one line of the log counts them.
 
     Args:
         records: of images, with ``annotations``.
@@ -133,18 +137,65 @@ def flip_indices(dataset: str) -> list[int]:
     return [place[partner[name]] for name in names]
 
 
-def add_detections(records: Sequence[Record], path: str, min_score: float = 0.0) -> list[Record]:
+def category_ids(metadata: Metadata) -> set[int] | None:
+    """Ids that files give to the categories of a data set, for :func:`of_categories`.
+
+    Where the metadata have no ``thing_dataset_id_to_contiguous_id`` (Detectron2 fills it in when
+    COCO's files are read), the ids that COCO has for its ``thing_classes``; None if it has none.
+    """
+    known = metadata.get("thing_dataset_id_to_contiguous_id")
+    if known:
+        return set(known)
+    names = metadata.get("thing_classes") or ()
+    return {category["id"] for category in COCO_CATEGORIES if category["name"] in names} or None
+
+
+def of_categories(
+    entries: Sequence[Record], categories: Collection[int] | None, path: str
+) -> list[Record]:
+    """Detections of the things that have landmarks: a detector of many classes finds others, too.
+
+    Args:
+        entries: detections; ``category_id`` may be missing.
+        categories: ids, as the files have them, of the categories wanted; None or empty: not known.
+        path: of the file, for the log.
+
+    Returns:
+        if any entry's ``category_id`` is among ``categories``, those entries and the ones without
+        ``category_id``, otherwise all; the log tells if the categories of a file are not used.
+    """
+    given = {entry["category_id"] for entry in entries if "category_id" in entry}
+    wanted = given & set(categories or ())
+    if wanted:
+        return [e for e in entries if "category_id" not in e or e["category_id"] in wanted]
+    if given:
+        known = f"{sorted(categories)}, of which it has none" if categories else "not known"
+        logger.warning(
+            f"All boxes of '{path}' are looked into, of categories {shorten(sorted(given, key=str))}: "
+            f"the data set's own are {known}."
+        )
+    return list(entries)
+
+
+def add_detections(
+    records: Sequence[Record],
+    path: str,
+    min_score: float = 0.0,
+    categories: Collection[int] | None = None,
+) -> list[Record]:
     """Give images the boxes of a detector.
 
     Args:
         records: of images.
         path: JSON list of detections in COCO's result format: ``image_id``, ``bbox`` (x, y, w, h),
-            ``score``; other keys are ignored.
+            ``score`` and, from a detector of several classes, ``category_id``; other keys are ignored.
         min_score: detections below are left out.
+        categories: ids of the categories with landmarks, see :func:`of_categories` and
+            :func:`category_ids`.
 
     Returns:
         copies with ``detections``: a list of (XYXY box, score), best first; empty for images in
-        which nothing was found.
+        which nothing was found. Boxes without any side are left out.
 
     Raises:
         DatasetError: no such file, or not such a list.
@@ -158,10 +209,10 @@ def add_detections(records: Sequence[Record], path: str, min_score: float = 0.0)
             "format)."
         )
     found: dict[Any, list[tuple[list[float], float]]] = {r["image_id"]: [] for r in records}
-    for entry in content:
+    for entry in of_categories(content, categories, path):
         score = float(entry["score"])
         if entry["image_id"] in found and score >= min_score:
             x, y, w, h = (float(v) for v in entry["bbox"])
-            if w > 0 and h > 0:
+            if min(w, h) >= 0 and max(w, h) > 0:
                 found[entry["image_id"]].append(([x, y, x + w, y + h], score))
     return [{**r, "detections": sorted(found[r["image_id"]], key=lambda d: -d[1])} for r in records]

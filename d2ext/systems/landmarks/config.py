@@ -20,8 +20,8 @@ def add_landmarks_config(cfg: CfgNode) -> None:
     # The backbone's feature that the head takes; "": a stacked hourglass's maps where the head learns
     # maps, otherwise the last feature.
     landmarks.IN_FEATURE = ""
-    # For each landmark the one that it becomes in a mirror image, for TEST.FLIP. Empty: taken from
-    # keypoint_names and keypoint_flip_map of the first data set that has them.
+    # For each landmark the one that it becomes in a mirror image, for TEST.FLIP, where no data set of
+    # DATASETS says it: keypoint_names and keypoint_flip_map of the first one that has them win.
     landmarks.FLIP_INDICES = []
 
     landmarks.CROP = CfgNode()

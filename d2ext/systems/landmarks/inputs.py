@@ -5,16 +5,19 @@ Letters: N boxes of all images, H, W size of a crop.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.data.detection_utils import create_keypoint_hflip_indices
 from torch import Tensor
 
 from d2ext.codecs.landmark_crops import crop_to_image, pad_boxes
+from d2ext.data.landmarks.samples import flip_indices
+
+logger = logging.getLogger(__name__)
 
 # Fields of `instances` that hold boxes to look into, the first that is there.
 BOX_FIELDS = ("pred_boxes", "proposal_boxes", "gt_boxes")
@@ -38,7 +41,7 @@ class Regions(NamedTuple):
     scores: Tensor
     """(N,) float32."""
     valid: Tensor
-    """(N,) bool: finite, of some area, and not all outside the image."""
+    """(N,) bool: finite, with a side (a line has one, a dot none), and not all outside the image."""
 
 
 def find_regions(
@@ -51,6 +54,11 @@ def find_regions(
         input_size: (H, W).
         padding: factor on the boxes, see :func:`~d2ext.codecs.landmark_crops.pad_boxes`.
     """
+    if not batched_inputs:
+        nothing = torch.zeros((0, 4), dtype=torch.float64)
+        matrices = crop_to_image(nothing, input_size)
+        none = torch.zeros(0)
+        return Regions([], nothing, nothing, matrices, none.long(), none, none.bool())
     # Over all boxes at once: operators on each image's few boxes would take longer than a small network.
     found = [_boxes(inputs) for inputs in batched_inputs]
     counts = [len(boxes) for boxes, _, _ in found]
@@ -58,13 +66,27 @@ def find_regions(
     sides = [(x["image"].shape[-1], x["image"].shape[-2]) for x in batched_inputs]
     limits = torch.tensor(sides, dtype=joined.dtype).repeat_interleave(torch.tensor(counts), dim=0)
     low, high = joined[:, :2], joined[:, 2:]
-    usable = ((high > low) & (high > 0) & (low < limits)).all(dim=1) & joined.isfinite().all(dim=1)
+    usable = has_side(joined) & ((high > 0) & (low < limits)).all(dim=1)
     # In place of an invalid box any pixel: its result does not count.
     anywhere = joined.new_tensor([0.0, 0.0, 1.0, 1.0])
     cropped = torch.where(usable[:, None], joined, anywhere).clamp(-_FAR, _FAR)
     padded = pad_boxes(cropped, input_size, padding)
     matrices = crop_to_image(padded, input_size)
     return Regions(counts, joined, padded, matrices, classes, scores, usable)
+
+
+def has_side(boxes: Tensor) -> Tensor:
+    """Which boxes can be cropped: finite, corners in order, and a positive width or height. Padding
+    gives a box without height (two points in a row) the shape of the input.
+
+    Args:
+        boxes: (N, 4) XYXY.
+
+    Returns:
+        (N,) bool.
+    """
+    sides = boxes[:, 2:] - boxes[:, :2]
+    return boxes.isfinite().all(dim=1) & (sides >= 0).all(dim=1) & (sides > 0).any(dim=1)
 
 
 def _boxes(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,23 +125,42 @@ def counts_between(counts: Sequence[int], start: int, stop: int) -> list[int]:
 
 
 def find_flip_indices(cfg: CfgNode) -> list[int]:
-    """The mirror partner of each landmark, from the config or from the metadata of its data sets.
+    """The mirror partner of each landmark, from the metadata of the config's data sets, test sets
+    first, or from ``MODEL.LANDMARKS.FLIP_INDICES``.
+
+    A data set's names and ``keypoint_flip_map`` win, for they say what its points are; the log tells
+    if ``FLIP_INDICES`` says otherwise. It serves where no data set of as many landmarks is known.
 
     Raises:
         ValueError: neither says, or the data set has another number of landmarks.
     """
     landmarks = cfg.MODEL.LANDMARKS
-    if landmarks.FLIP_INDICES:
-        return list(landmarks.FLIP_INDICES)
+    given = list(landmarks.FLIP_INDICES)
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        if name in MetadataCatalog.list() and MetadataCatalog.get(name).get("keypoint_names"):
-            indices = list(create_keypoint_hflip_indices([name]))
-            if len(indices) != landmarks.NUM_KEYPOINTS:
-                raise ValueError(
-                    f"Data set '{name}' has {len(indices)} landmarks, but "
-                    f"MODEL.LANDMARKS.NUM_KEYPOINTS is {landmarks.NUM_KEYPOINTS}."
-                )
-            return indices
+        metadata = MetadataCatalog.get(name) if name in MetadataCatalog.list() else None
+        if metadata is None or not metadata.get("keypoint_names"):
+            continue
+        if metadata.get("keypoint_flip_map") is None:
+            continue
+        indices = flip_indices(name)
+        if len(indices) != landmarks.NUM_KEYPOINTS:
+            if given:
+                continue
+            raise ValueError(
+                f"Data set '{name}' has {len(indices)} landmarks, but "
+                f"MODEL.LANDMARKS.NUM_KEYPOINTS is {landmarks.NUM_KEYPOINTS}."
+            )
+        if given and given != indices:
+            logger.warning(
+                "MODEL.LANDMARKS.FLIP_INDICES %s is not used: the landmarks of data set '%s' have "
+                "other mirror partners, %s.",
+                given,
+                name,
+                indices,
+            )
+        return indices
+    if given:
+        return given
     raise ValueError(
         "MODEL.LANDMARKS.TEST.FLIP needs to know left from right: set MODEL.LANDMARKS.FLIP_INDICES, or "
         "name a registered data set with keypoint_names and keypoint_flip_map in DATASETS.TEST."

@@ -37,6 +37,7 @@ from d2ext.systems.landmarks.inputs import (
     counts_between,
     find_flip_indices,
     find_regions,
+    has_side,
 )
 from d2ext.systems.landmarks.postprocess import Persons, make_instances
 
@@ -203,8 +204,9 @@ class LandmarkNet(nn.Module):
 
         Returns:
             In training the losses. Otherwise a list of ``{"instances": Instances}``, see
-            ``postprocess.py``: one for each box, in the order of the boxes. A box without area, of
-            numbers that are not finite, or outside the image gives an instance with scores of 0.
+            ``postprocess.py``: one for each box, in the order of the boxes. A box without a
+            side (neither width nor height), of numbers that are not finite, or outside the image gives
+            an instance with scores of 0.
 
         Raises:
             KeyError: training inputs without ``instances``.
@@ -460,7 +462,7 @@ class LandmarkNet(nn.Module):
         return image[None], self._keypoints(inputs["instances"])[:1]
 
     def _own_crops(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Crops of an image's boxes with area: images (n, 3, H, W), keypoints (n, K, 3)."""
+        """Crops of an image's boxes with a side: images (n, 3, H, W), keypoints (n, K, 3)."""
         image = inputs["image"].to(self.device, non_blocking=True)
         instances = inputs["instances"]
         if len(instances) == 0:
@@ -474,8 +476,7 @@ class LandmarkNet(nn.Module):
             )
         keypoints = self._keypoints(instances)
         boxes = instances.gt_boxes.tensor.detach().double().cpu()
-        usable = boxes.isfinite().all(dim=1) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-        keep = usable.nonzero()[:, 0]
+        keep = has_side(boxes).nonzero()[:, 0]
         if len(keep) > self.max_trained:  # no more crops than could be chosen
             keep = keep[torch.randperm(len(keep))[: self.max_trained]]
         boxes, keypoints = boxes[keep], keypoints[keep.to(keypoints.device)]

@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
+import textwrap
 import uuid
 
 import numpy as np
@@ -11,6 +14,7 @@ from PIL import Image
 
 from d2ext.data.errors import DatasetError
 from d2ext.data.landmarks import (
+    DESCRIBED,
     KINDS,
     TopDownMapper,
     flip_indices,
@@ -55,6 +59,13 @@ def folder(tmp_path):
 def write(path, content) -> str:
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     return str(path)
+
+
+def run_apart(code: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def points_of(annotation) -> np.ndarray:
@@ -190,6 +201,20 @@ def test_mpii_form(folder):
     ]
 
 
+def test_head_boxes_follow_the_file_not_the_ids(folder):
+    content = coco_file()
+    content["images"].append({**content["images"][0], "id": 8})
+    (person,) = content["annotations"]
+    content["annotations"] = [
+        {**person, "id": key, "image_id": image} for key, image in ((9, 7), (4, 8), (6, 7))
+    ]
+    head = write(folder / "heads.json", [[i, 0, i + 3, 4] for i in range(3)])
+    path = write(folder / "x.json", content)
+    records = load_landmarks(KINDS["mpii"], path, str(folder), "coco", head_boxes=head)
+    found = {a["id"]: a["head_box"] for r in records for a in r["annotations"]}
+    assert found == {9: [0, 0, 3, 4], 4: [1, 0, 4, 4], 6: [2, 0, 5, 4]}
+
+
 def test_wflw_text(folder):
     face = np.arange(196) / 3 + 5
     fields = [*face.round(3), 4, 5, 60, 70, 1, 0, 0, 0, 1, 0, "a.png"]
@@ -252,10 +277,18 @@ def test_what_is_written_is_read_again(folder, names):
     records = load_landmarks(kind, path, str(folder), "coco")
     write_coco_keypoints(records, kind, str(folder / "again.json"))
     again = load_landmarks(kind, str(folder / "again.json"), "", "coco")
-    assert again[0]["annotations"] == [
-        {**records[0]["annotations"][0], "crop_box": pytest.approx([30, 23, 70, 63])}
-    ]
+    assert again[0]["annotations"] == records[0]["annotations"]
     found = register_landmarks(names[0], "custom", str(folder / "again.json"), "")
+    # "custom" knows nothing of MPII's shift: the crop is written as it is.
+    custom = DatasetCatalog.get(names[0])[0]["annotations"][0]
+    assert custom["crop_box"] == records[0]["annotations"][0]["crop_box"]
+    assert custom["keypoints"] == records[0]["annotations"][0]["keypoints"]
+    # Center and scale alone are those of the source.
+    content = json.loads((folder / "again.json").read_text())
+    del content["annotations"][0]["crop_box"]
+    write(folder / "other.json", content)
+    (other,) = load_landmarks(kind, str(folder / "other.json"), "", "coco")
+    np.testing.assert_allclose(other["annotations"][0]["crop_box"], [30, 23, 70, 63])
     assert (found.keypoints, set(found.flip_pairs)) == (kind.keypoints, set(kind.flip_pairs))
     assert found.sigmas == kind.sigmas and found.skeleton == kind.skeleton
 
@@ -296,10 +329,80 @@ def test_registering(folder, names):
         register_landmarks(names[1], "mpii", path, str(folder), form="yaml")
 
 
+@pytest.mark.parametrize(
+    ("name", "other"), [("mpii_val", "mpii_train"), ("wflw_test", "wflw_train")]
+)
+def test_published_sets_are_described_before_they_are_registered(name, other, folder):
+    """In a process of its own: what is registered there is gone afterwards."""
+    kind = KINDS[DESCRIBED[name]]
+    content = coco_file(len(kind.keypoints))
+    content["annotations"][0]["category_id"] = content["categories"][0]["id"] = 5
+    write(folder / "x.json", content)
+    own = {**coco_file(3), "categories": [{"id": 1, "name": "hand", "keypoints": ["a", "b", "c"]}]}
+    write(folder / "own.json", own)
+    run_apart(
+        f"""
+        import copy, pickle
+        import pytest
+        from detectron2.data import DatasetCatalog, MetadataCatalog
+        from d2ext.config import get_cfg
+        from d2ext.data.landmarks import KINDS, flip_indices, register_landmarks
+        metadata = MetadataCatalog.get("{name}")
+        assert "{name}" not in DatasetCatalog.list() and metadata.name == "{name}"
+        assert metadata.thing_classes == ["{kind.category}"] and metadata.keypoint_connection_rules
+        assert len(metadata.keypoint_names) == {len(kind.keypoints)}
+        assert not metadata.get("evaluator_type") and "_first" not in metadata.as_dict()
+        again = pickle.loads(pickle.dumps(metadata))
+        assert again.as_dict() == copy.deepcopy(metadata).as_dict() == metadata.as_dict()
+        again.thing_classes = ["{kind.category}"]
+        before = flip_indices("{name}")
+        for _ in range(2):
+            register_landmarks("{name}", "{kind.name}", r"{folder}/x.json", r"{folder}")
+        assert MetadataCatalog.get("{name}") is metadata and flip_indices("{name}") == before
+        assert metadata.evaluator_type == "landmarks"
+        if "{kind.name}" == "mpii":
+            assert metadata.thing_dataset_id_to_contiguous_id == {{5: 0}}
+        with pytest.raises(AssertionError, match="different value"):
+            metadata.keypoint_names = ("a",)  # the real data's stay
+        # Other data by such a name.
+        assert flip_indices("{other}") == before
+        register_landmarks("{other}", "custom", r"{folder}/own.json", r"{folder}")
+        assert flip_indices("{other}") == [0, 1, 2]
+        """
+    )
+
+
+def without(part, key):
+    content = coco_file()
+    del content[part][0][key]
+    return content
+
+
+def twice():
+    content = coco_file()
+    return {**content, "annotations": content["annotations"] * 2}
+
+
 BAD = {
     "other count": ("mpii", coco_file(17), "has 17 points; 'mpii' has 16"),
     "no images": ("mpii", {"annotations": []}, "COCO-keypoint form"),
     "unknown image": ("mpii", coco_file(image_id=8), "not in 'images'"),
+    "no annotation id": (
+        "mpii",
+        without("annotations", "id"),
+        r"annotation 0 .*bad.json' has no id",
+    ),
+    "no image id": (
+        "mpii",
+        without("annotations", "image_id"),
+        r"annotation 0 .*bad.json' has no image_id",
+    ),
+    "image without id": ("mpii", without("images", "id"), r"image 0 .*bad.json' has no id"),
+    "image without name": ("mpii", without("images", "file_name"), r"image 0 .* has no file_name"),
+    "same id": ("mpii", twice(), "annotation 1 .* not the only one"),
+    "no box": ("mpii", coco_file(bbox=[1, 2, 3]), "'bbox' is not four numbers"),
+    "no crop box": ("mpii", coco_file(crop_box=None), "'crop_box' is not four numbers"),
+    "no head box": ("mpii", coco_file(bbox_head=["a"] * 4), "'bbox_head' is not four numbers"),
     "not finite": ("mpii", coco_file(keypoints=[float("nan")] * 48), "not finite"),
     "no annotation": ("mpii", {**coco_file(), "annotations": []}, "no annotation"),
     "list": ("mpii", [{"image": "a.png"}], "has no center, joints"),

@@ -67,9 +67,10 @@ def test_command_line(name, files):
     assert register_from_arguments(args) == name
     cfg = get_cfg()
     cfg.MODEL.META_ARCHITECTURE = "LandmarkNet"
+    cfg.MODEL.LANDMARKS.FLIP_INDICES = [1, 0]  # of the config's own data
     apply_dataset_to_config(cfg, name)
     assert (f"{name}_train",) == cfg.DATASETS.TRAIN and (f"{name}_val",) == cfg.DATASETS.TEST
-    assert cfg.MODEL.LANDMARKS.NUM_KEYPOINTS == 3
+    assert cfg.MODEL.LANDMARKS.NUM_KEYPOINTS == 3 and cfg.MODEL.LANDMARKS.FLIP_INDICES == []
     check_config_against_data(cfg)
     cfg.MODEL.LANDMARKS.NUM_KEYPOINTS = 16
     with pytest.raises(DatasetError, match=r"NUM_KEYPOINTS is 16, .* has 3 keypoints"):

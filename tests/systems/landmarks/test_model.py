@@ -114,6 +114,22 @@ def test_training_crops_carry_their_landmarks(image: Tensor) -> None:
     assert found[0, 1].tolist() == pytest.approx([(33.5 - 40) * 48 / 56.25 + 24, 16.427], abs=0.01)
 
 
+def test_points_in_a_row_are_trained_on(image: Tensor) -> None:
+    """A box without height is cropped as in a test; one that is a dot is not."""
+    net = model()
+    instances = Instances((60, 80))
+    row = [20.0, 25.0, 60.0, 25.0]
+    instances.gt_boxes = Boxes(torch.tensor([row, [9.0, 9.0, 9.0, 9.0], [50.0, 9.0, 20.0, 40.0]]))
+    instances.gt_keypoints = Keypoints(torch.full((3, NUM_KEYPOINTS, 3), 20.0))
+    crops = net.training_crops([{"image": image, "instances": instances}])[0]
+    assert len(crops) == 1
+    torch.testing.assert_close(crops, net.preprocess([with_boxes(image, [row])]))
+
+
+def test_no_image_gives_no_result() -> None:
+    assert model()([]) == [] and model(**{"MODEL.LANDMARKS.TEST.HEATMAPS": True})([]) == []
+
+
 def test_mapped_crops_are_taken_as_they_are(image: Tensor) -> None:
     net = model()
     crop = torch.rand(3, 32, 48) * 255
@@ -250,7 +266,8 @@ def test_boxes_that_hold_nothing_get_no_score(image: Tensor) -> None:
     nan, inf = float("nan"), float("inf")
     good = [10.0, 12.0, 50.0, 33.0]
     bad = [
-        [20.0, 20.0, 20.0, 40.0],  # no area
+        [20.0, 20.0, 20.0, 20.0],  # a dot
+        [20.0, 20.0, 20.0, 10.0],
         [50.0, 33.0, 10.0, 12.0],  # corners exchanged
         [-50.0, -50.0, -10.0, -10.0],  # outside
         [90.0, 10.0, 120.0, 40.0],
@@ -266,6 +283,11 @@ def test_boxes_that_hold_nothing_get_no_score(image: Tensor) -> None:
     boxes = found.pred_boxes.tensor
     assert (boxes >= 0).all() and (boxes[:, 2:] >= boxes[:, :2]).all()
     assert (boxes[:, 0::2] <= 80).all() and (boxes[:, 1::2] <= 60).all()
+    # Two points in a row are looked at in a crop about them, 50 x 50 / 1.5 after padding.
+    row = [10.0, 30.0, 50.0, 30.0]
+    found = net([with_boxes(image, [row, [10.0, 16.7, 50.0, 43.3]])])[0]["instances"]
+    assert found.scores[0] > 0
+    torch.testing.assert_close(found.pred_keypoints[0], found.pred_keypoints[1], atol=0.2, rtol=0)
     # A huge one is a place to look at.
     wide = net([with_boxes(image, [[-1e9, -1e9, 1e9, 1e9]])])[0]["instances"]
     assert wide.pred_keypoints.isfinite().all()
@@ -394,7 +416,7 @@ def test_flip_test_is_symmetric(image: Tensor, head: str) -> None:
     assert errors[True] < 0.02 < errors[False]
 
 
-def test_flip_indices_from_metadata() -> None:
+def test_flip_indices_from_metadata(caplog: pytest.LogCaptureFixture) -> None:
     cfg = config(**{"MODEL.LANDMARKS.TEST.FLIP": True})
     cfg.MODEL.LANDMARKS.FLIP_INDICES = []
     cfg.DATASETS.TEST = ("shapes_val_keypoints",)
@@ -403,6 +425,22 @@ def test_flip_indices_from_metadata() -> None:
     cfg.MODEL.LANDMARKS.NUM_KEYPOINTS = 8
     assert find_flip_indices(cfg) == [1, 0, 2, 3, 5, 4, 7, 6]
     assert MetadataCatalog.get("shapes_val_keypoints").keypoint_names[0] == "left_eye"
+    # The data set's partners win over the config's, and the log says so.
+    wrong = [0, 1, 2, 3, 4, 5, 6, 7]
+    for given in (wrong, [1, 0, 2, 3, 5, 4, 7, 6]):
+        cfg.MODEL.LANDMARKS.FLIP_INDICES = given
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="d2ext"):
+            assert find_flip_indices(cfg) == [1, 0, 2, 3, 5, 4, 7, 6]
+        assert ("other mirror partners" in caplog.text) == (given is wrong)
+    # A data set of other landmarks, or of landmarks without partners, says nothing of this model's.
+    cfg.MODEL.LANDMARKS.NUM_KEYPOINTS, cfg.MODEL.LANDMARKS.FLIP_INDICES = 3, [1, 0, 2]
+    assert find_flip_indices(cfg) == [1, 0, 2]
+    MetadataCatalog.get("named_points").keypoint_names = ["a", "b", "c"]
+    cfg.DATASETS.TEST = ("named_points",)
+    assert find_flip_indices(cfg) == [1, 0, 2]
+    MetadataCatalog.pop("named_points")
+    cfg.MODEL.LANDMARKS.FLIP_INDICES = []
     cfg.DATASETS.TEST, cfg.DATASETS.TRAIN = ("no_such_set",), ()
     with pytest.raises(ValueError, match="FLIP_INDICES"):
         find_flip_indices(cfg)
