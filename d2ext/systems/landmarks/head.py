@@ -8,6 +8,7 @@ Letters: N crops, K landmarks, W, H size of the crop, w, h of a map.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from fvcore.common.registry import Registry
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2ext.codecs.landmark_heatmaps import HeatmapCodec, IntegralCodec, draw_targets
+from d2ext.codecs.landmark_heatmaps import HeatmapCodec, draw_targets
+from d2ext.codecs.landmark_integral import IntegralCodec
 from d2ext.codecs.landmark_simcc import SimCCCodec
 from d2ext.codecs.landmarks import LandmarkCodec, RegressionCodec, Size, to_cells
 from d2ext.systems.landmarks.losses import (
@@ -208,14 +210,6 @@ class HeatmapHead(MapHead):
             raise ValueError(
                 f"MODEL.LANDMARKS.LOSS.MAPS is one of {sorted(MAP_LOSSES)}, not '{loss}'."
             )
-        if loss == "focal" and (
-            codec.center not in ("rounded", "hourglass")
-            or (codec.shape == "cauchy" and not codec.unit_peak and codec.sigma != 1)
-        ):
-            raise ValueError(
-                "The focal loss wants targets that are exactly 1 at one cell: set "
-                'MODEL.LANDMARKS.TARGET.CENTER to "rounded" and UNIT_PEAK to True.'
-            )
         self.codec: HeatmapCodec = codec
         self.loss = loss
         self.weight = weight
@@ -223,6 +217,12 @@ class HeatmapHead(MapHead):
         middle = torch.tensor([[codec.input_size]], device="cpu") / 2
         (target,), _ = codec.encode(middle, torch.ones_like(middle[..., 0], dtype=torch.bool))
         self.mass = float(target.sum())
+        whole = codec.center in ("rounded", "hourglass")
+        if loss == "focal" and not (whole and float(target.max()) == 1):
+            raise ValueError(
+                "The focal loss wants targets that are exactly 1 at one cell: set "
+                'MODEL.LANDMARKS.TARGET.CENTER to "rounded" and UNIT_PEAK to True.'
+            )
         if loss == "focal" and isinstance(self.predictor, nn.Conv2d):
             # A first probability of 0.1 for every cell (arXiv 1904.07850).
             nn.init.constant_(self.predictor.bias, -2.19)
@@ -311,6 +311,7 @@ class IntegralHead(MapHead):
             beta=c.INTEGRAL.BETA,
             debias=c.INTEGRAL.DEBIAS,
             geometry=c.TARGET.GEOMETRY,
+            formula=c.INTEGRAL.DEBIAS_FORMULA,
         )
         return {
             **arguments,
@@ -339,10 +340,7 @@ class IntegralHead(MapHead):
 
     def _points(self, maps: Tensor) -> Tensor:
         """Expectation as it is trained: without removal of the bias."""
-        codec = IntegralCodec(
-            self.codec.input_size, self.codec.map_size, self.codec.beta, False, self.codec.geometry
-        )
-        return codec.points(maps)
+        return replace(self.codec, debias=False).points(maps)
 
     def prediction(self, raw: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (raw[-1].float(),)
@@ -353,10 +351,9 @@ class IntegralHead(MapHead):
         return maps / maps.amax(dim=(-2, -1), keepdim=True)
 
     def average(self, one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The mean of the probabilities, as a map again."""
+        """A map of the mean probabilities, see the codec's ``average``."""
         (a,), (b,) = one, other
-        mean = (self.codec.probabilities(a) + self.codec.probabilities(b)) / 2
-        return (mean.clamp(min=1e-30).log() / self.codec.beta,)
+        return (self.codec.average(a, b),)
 
 
 @LANDMARK_HEAD_REGISTRY.register()
