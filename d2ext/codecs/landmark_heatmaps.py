@@ -231,7 +231,7 @@ def decode_dark_udp(maps: Tensor, blur: int = 11) -> tuple[Tensor, Tensor]:
 
 
 def decode_taylor(
-    maps: Tensor, shape: str = "gaussian", sigma: float | None = None
+    maps: Tensor, shape: str = "gaussian", sigma: float | None = None, peak: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """One Newton step in the space where the target's shape is a parabola: exact for exact targets.
 
@@ -242,8 +242,10 @@ def decode_taylor(
     instead, and the best cell where a side of the map is shorter than 3 cells.
 
     Args:
-        sigma: the target's width in cells. A Gaussian narrower than 0.8 cells has only two values that
-            tell something at a border; with a known width these suffice.
+        sigma: the target's width in cells. At a border, of a narrow target (a Gaussian below 0.8 cells,
+            a Cauchy one that is cut off) only two values may tell something; with a known curvature
+            these suffice. None: do without.
+        peak: the target's value at its centre, from which the curvature of a Cauchy target follows.
     """
     cells, scores = decode_argmax(maps)
     height, width = maps.shape[-2:]
@@ -252,7 +254,10 @@ def decode_taylor(
     x, y = cells.long().unbind(-1)
     inner_x, inner_y = x.clamp(1, width - 2), y.clamp(1, height - 2)
     floor = (_TAYLOR_FLOOR * scores).clamp(min=_DARK_FLOOR)[..., None]
-    curvature = -1 / sigma**2 if shape == "gaussian" and sigma is not None else None
+    curvature = None
+    if sigma is not None:
+        unit = torch.ones_like(floor) if shape == "gaussian" else (floor / peak) ** (2 / 3)
+        curvature = -unit[..., 0] * (1 if shape == "gaussian" else 2) / sigma**2
     around = _patch(maps, inner_x, inner_y, 1).flatten(-2)
     corners = _parabola(around, floor, shape).unflatten(-1, (3, 3))
     known = (around[..., [0, 2, 6, 8]] > floor).all(dim=-1)
@@ -279,7 +284,7 @@ def _parabola(values: Tensor, floor: Tensor, shape: str) -> Tensor:
 
 
 def _line(
-    values: Tensor, inward: Tensor, floor: Tensor, shape: str, curvature: float | None
+    values: Tensor, inward: Tensor, floor: Tensor, shape: str, curvature: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """First and second derivative at the middle of three cells, (..., 3) → (...) each.
 
@@ -299,7 +304,7 @@ def _line(
     # The slope halfway between the border's cell and the middle one.
     near = torch.where(inward > 0, middle - left, right - middle)
     slope = torch.where(lost, near + curvature * inward / 2, slope)
-    return slope, torch.where(lost, torch.full_like(second, curvature), second)
+    return slope, torch.where(lost, curvature, second)
 
 
 def decode_centroid(maps: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
@@ -395,7 +400,7 @@ DECODERS: dict[str, Callable[[HeatmapCodec, Tensor], tuple[Tensor, Tensor]]] = {
     "hourglass": lambda codec, maps: decode_hourglass(maps),
     "dark": lambda codec, maps: decode_dark(maps, codec.blur),
     "dark_udp": lambda codec, maps: decode_dark_udp(maps, codec.blur),
-    "taylor": lambda codec, maps: decode_taylor(maps, codec.shape, codec.sigma),
+    "taylor": lambda codec, maps: decode_taylor(maps, codec.shape, codec.sigma, codec.peak),
     "centroid": lambda codec, maps: decode_centroid(maps, codec.sigma),
 }
 
@@ -456,6 +461,11 @@ class HeatmapCodec(LandmarkCodec):
             raise ValueError(
                 f"MODEL.LANDMARKS.DECODER is one of {sorted(DECODERS)}, not '{self.decoder}'."
             )
+
+    @property
+    def peak(self) -> float:
+        """Value of a target at its centre."""
+        return 1.0 if self.shape == "gaussian" or self.unit_peak else self.sigma**-2
 
     def encode(self, points: Tensor, labelled: Tensor) -> Encoded:
         """One target (N, K, h, w), see :func:`draw_targets`."""
