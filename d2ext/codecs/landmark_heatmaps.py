@@ -256,8 +256,9 @@ def decode_taylor(
     floor = (_TAYLOR_FLOOR * scores).clamp(min=_DARK_FLOOR)[..., None]
     curvature = None
     if sigma is not None:
-        unit = torch.ones_like(floor) if shape == "gaussian" else (floor / peak) ** (2 / 3)
-        curvature = -unit[..., 0] * (1 if shape == "gaussian" else 2) / sigma**2
+        # Of -r^2 / (2 sigma^2), and of -(floor / peak)^(2/3) (1 + r^2 / sigma^2).
+        unit = torch.ones_like(scores) if shape == "gaussian" else 2 * (floor / peak) ** (2 / 3)
+        curvature = -unit.view_as(scores) / sigma**2
     around = _patch(maps, inner_x, inner_y, 1).flatten(-2)
     corners = _parabola(around, floor, shape).unflatten(-1, (3, 3))
     known = (around[..., [0, 2, 6, 8]] > floor).all(dim=-1)
@@ -330,7 +331,8 @@ def decode_centroid(maps: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
 def gaussian_blur(maps: Tensor, side: int) -> Tensor:
     """Blur each map (zeros outside) and scale it to its old maximum.
 
-    The kernel has OpenCV's deviation for its side, 0.3 ((side - 1) / 2 - 1) + 0.8.
+    The kernel has OpenCV's deviation for its side, 0.3 ((side - 1) / 2 - 1) + 0.8. (For sides up to 7,
+    in newer versions 9, OpenCV itself takes weights rounded to simple fractions.)
 
     Raises:
         ValueError: an even side.
@@ -410,24 +412,33 @@ class HeatmapCodec(LandmarkCodec):
     """One bump per landmark. Prediction: one tensor (N, K, h, w); the score is the peak's value.
 
     Distance of decode(encode(x)) from x in x and in y, in cells (a cell is W/w pixels), for points
-    inside the crop and geometry "continuous":
+    inside the crop, its edges included, geometry "continuous", and sigma 0.5 to 2, cut off or not:
 
-    =========  ==========================  =====================================================
-    decoder    center                      at most
-    =========  ==========================  =====================================================
-    argmax     any                         0.5
-    quarter    exact                       0.25; 0.5 within two cells of the border
-    quarter    rounded                     0.5 (the target holds nothing finer)
-    hourglass  hourglass                   0.75 (the target is one of whole cells, yet it moves)
-    hourglass  exact                       0.25; 0.75 in the outermost cells, where it moves outwards
-    dark       exact                       0.05 (sigma 2, blur 11), at least 8 cells from the border
-    taylor     exact, either shape         0.01
-    centroid   exact                       0.03 (sigma 0.5 to 1), at least 3 sigma from the border;
-                                           0.9 at it
-    =========  ==========================  =====================================================
+    =========  ===========================  ====================================================
+    decoder    targets                      at most
+    =========  ===========================  ====================================================
+    argmax     exact, rounded, window       0.5
+    quarter    exact                        0.25; 0.5 up to two cells from the border
+    quarter    rounded                      0.5 (the target holds nothing finer)
+    hourglass  exact                        0.25; 0.75 up to one cell from the border, where it may
+                                            move outwards
+    hourglass  hourglass                    0.75 (the target is one of whole cells, yet it moves)
+    dark       exact, Gaussian, blur 11     0.05 at least 8 cells from the border; 0.5
+    dark       exact, Cauchy, blur 11       0.1 at least 8 cells from the border; 0.5
+    dark_udp   exact, Gaussian, blur 11     0.05 at least 8 cells from the border; 1.01
+    dark_udp   exact, Cauchy, blur 11       0.1 at least 8 cells from the border; at it no bound
+    taylor     exact                        0.01
+    centroid   exact, Gaussian, sigma <= 1  0.03 at least 3 sigma from the border; 0.9
+    centroid   exact, Cauchy, sigma 0.5     0.1 at least 3 sigma from the border; 0.8
+    =========  ===========================  ====================================================
 
-    A point outside the crop cannot be found there: what is found is as near as the bounds say to the
-    nearest place inside, or the landmark's weight is 0.
+    A point outside the crop cannot be found there. Its weight is 0, or it is found near the nearest
+    place inside: 0.5 cells at most with argmax, quarter, dark and taylor, 0.75 with hourglass, 1 with
+    dark_udp (Gaussian), 0.9 with centroid (the targets above).
+
+    The centre "hourglass" is another matter: a point with x <= 0 or in no cell (truncated toward zero;
+    one at x = W is in none) has an empty map and, as published, a weight of 1. It is found at the
+    crop's first corner (argmax: first cell), as far away as the crop is large.
 
     Attributes:
         map_size: (w, h).
