@@ -429,16 +429,14 @@ class HeatmapCodec(LandmarkCodec):
     dark_udp   exact, Cauchy, blur 11       0.1 at least 8 cells from the border; at it no bound
     taylor     exact                        0.01
     centroid   exact, Gaussian, sigma <= 1  0.03 at least 3 sigma from the border; 0.9
-    centroid   exact, Cauchy, sigma 0.5     0.1 at least 3 sigma from the border; 0.8
+    centroid   exact, Cauchy, sigma 0.5     0.1 at least 3 sigma from the border; 0.9
     =========  ===========================  ====================================================
 
-    A point outside the crop cannot be found there. Its weight is 0, or it is found near the nearest
-    place inside: 0.5 cells at most with argmax, quarter, dark and taylor, 0.75 with hourglass, 1 with
-    dark_udp (Gaussian), 0.9 with centroid (the targets above).
-
-    The centre "hourglass" is another matter: a point with x <= 0 or in no cell (truncated toward zero;
-    one at x = W is in none) has an empty map and, as published, a weight of 1. It is found at the
-    crop's first corner (argmax: first cell), as far away as the crop is large.
+    A point outside the crop has weight 0, or is found near the nearest place inside: 0.5 cells at most
+    with argmax, quarter, dark and taylor, 0.75 with hourglass, 1 with centroid and with dark_udp and
+    Gaussian targets. Not so with the centre "hourglass": what has x <= 0 or lies in no cell, as x = W
+    does, has an empty map and, as published, a weight of 1. It is found at the crop's first corner
+    (argmax: first cell), as far away as the crop is large.
 
     Attributes:
         map_size: (w, h).

@@ -173,9 +173,9 @@ def test_support_is_the_same_between_cells(sigma: float, size: int, shape: str) 
 @pytest.mark.parametrize("shape", ["gaussian", "cauchy"])
 def test_peaks_at_cells_are_exactly_one(shape: str) -> None:
     """The focal loss's positives are cells of exactly 1."""
-    x = points(20)
+    x = points(3)
     labelled = torch.ones(x.shape[:2], dtype=torch.bool)
-    for sigma in [0.1 * i for i in range(3, 60)]:
+    for sigma in [0.1 * i for i in range(3, 41)]:
         for center in ("rounded", "hourglass"):
             for window in (0.0, 3.0):
                 codec = heatmap_codec(sigma=sigma, shape=shape, center=center, window=window)
@@ -291,7 +291,7 @@ def test_centroid_averages_what_is_near_and_leaves_out_what_is_far() -> None:
     assert decode_centroid(maps, sigma=4.0)[0][0, 0, 0] > 8
 
 
-def border_points(offset: float, count: int = 200) -> Tensor:
+def border_points(offset: float, count: int = 25) -> Tensor:
     """(1, 4 count + 8, 2): along the crop's four edges, ``offset`` cells outside (negative: inside),
     and at the corners and four places of the edges exactly there."""
     generator = torch.Generator().manual_seed(1)
@@ -317,7 +317,7 @@ _BOUNDS = {
     "dark": 0.5,
     "dark_udp": 1.01,
     "taylor": 0.5,
-    "centroid": 0.9,
+    "centroid": 1.0,
 }
 
 
@@ -328,7 +328,7 @@ def test_bounds_at_borders_and_outside(decoder: str, shape: str) -> None:
     widths and windows that configs use."""
     if (decoder, shape) == ("dark_udp", "cauchy"):
         return  # no bound is stated
-    sigmas = [0.5, 0.6, 0.7, 0.8, 1.0, 1.5, 2.0]
+    sigmas = [0.5, 0.6, 0.7, 0.8, 1.0, 1.5, 2.0] if decoder == "taylor" else [0.5, 1.0, 2.0]
     if decoder == "centroid":
         sigmas = [0.5] if shape == "cauchy" else [0.5, 0.7, 1.0]
     for sigma in sigmas:
@@ -340,7 +340,8 @@ def test_bounds_at_borders_and_outside(decoder: str, shape: str) -> None:
                 found = codec.decode(targets).points
                 nearest = torch.minimum(x.clamp(min=0), torch.tensor(INPUT).float())
                 error = ((found - nearest).abs().amax(dim=-1) * (weights > 0)).max() / CELL
-                bound = 0.01 if decoder == "taylor" and offset <= 0 else _BOUNDS[decoder]
+                inside = {"taylor": 0.01, "centroid": 0.9} if offset <= 0 else {}
+                bound = inside.get(decoder, _BOUNDS[decoder])
                 assert error <= bound + 1e-3, (sigma, window, offset)
                 assert offset > 0 or weights.all()
 
@@ -451,9 +452,9 @@ def test_debias_formulas_by_hand(beta: float) -> None:
         mass / (mass - 1) * (v / size - 1 / (2 * mass)) * size
         for v, size in zip((x, y), MAP, strict=True)
     ]
-    assert found(formula="published").tolist() == pytest.approx(published, abs=1e-4)
+    assert found(formula="published").tolist() == pytest.approx(published, abs=1e-3)
     assert found().tolist() == pytest.approx([12.0, 10.0], abs=2e-3)
-    assert abs(published[0] - x) < 0.01 < 0.05 < abs(x - 12)
+    assert 0 < abs(published[0] - x) < 0.01 < 0.1 < abs(x - 12)
     with pytest.raises(ValueError, match="DEBIAS_FORMULA"):
         found(formula="best")
 
@@ -468,7 +469,8 @@ def test_debias_survives_an_average(formula: str, beta: float) -> None:
     average = codec.average(maps, maps)
     torch.testing.assert_close(average, maps, atol=1e-4, rtol=0)
     torch.testing.assert_close(codec.points(average), codec.points(maps), atol=1e-3, rtol=0)
-    assert (codec.points(average) - plain.points(maps)).abs().max() > 1e-3
+    if formula == "exact":
+        assert (codec.points(average) - plain.points(maps)).abs().max() > 1
     # The mean probability, between two maps.
     other = maps.roll(2, dims=-1)
     mean = (codec.probabilities(maps) + codec.probabilities(other)) / 2
