@@ -109,10 +109,10 @@ def draw_targets(
         raise ValueError(f'The centre of targets is one of {CENTERS}, not "{center}".')
     cells = cells.float()
     width, height = map_size
+    limit = cells.new_tensor([width, height])
     if center == "hourglass":
         corner = cells + 0.5
         cell = corner.trunc()
-        limit = cell.new_tensor([width, height])
         drawn = labelled & (corner[..., 0] > 0) & ((cell >= 0) & (cell < limit)).all(dim=-1)
         middle, cut = cell, True
         first, last = cell - (3 * sigma + 1), cell + (3 * sigma + 1)
@@ -129,7 +129,6 @@ def draw_targets(
         else:
             radius = int(3 * sigma)
             first, last = around - radius, around + radius
-        limit = cell.new_tensor([width, height])
         drawn = labelled & ((last >= 0) & (first <= limit - 1)).all(dim=-1)
         weights = drawn.float()
     dx = torch.arange(width, device=cells.device) - middle[..., :1]
@@ -221,8 +220,7 @@ def decode_dark_udp(maps: Tensor, blur: int = 11) -> tuple[Tensor, Tensor]:
     logs = gaussian_blur(maps, blur).clamp(*_UDP_RANGE).log()
     patch = _patch(logs, x, y, 1)
     gradient, dxx, dyy = _derivatives(patch)
-    # (f(1, 1) - f(1, 0) - f(0, 1) + 2 f(0, 0) - f(-1, 0) - f(0, -1) + f(-1, -1)) / 2: with the second
-    # differences, the diagonal's second difference less those of x and y.
+    # (f(1,1) - f(1,0) - f(0,1) + 2 f(0,0) - f(-1,0) - f(0,-1) + f(-1,-1)) / 2
     diagonal = patch[..., 2, 2] - 2 * patch[..., 1, 1] + patch[..., 0, 0]
     dxy = (diagonal - dxx - dyy) / 2
     tiny = torch.finfo(torch.float32).eps

@@ -1,6 +1,7 @@
 """Heads: features → raw predictions, their losses, and what their codec decodes.
 
-Every head is a :class:`LandmarkHead`, found by its name in :data:`LANDMARK_HEAD_REGISTRY`.
+Every head is a :class:`LandmarkHead`, found by its name in :data:`LANDMARK_HEAD_REGISTRY`; both are in
+:mod:`d2ext.systems.landmarks.head_base`.
 
 Letters: N crops, K landmarks, W, H size of the crop, w, h of a map.
 """
@@ -14,14 +15,19 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
-from fvcore.common.registry import Registry
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2ext.codecs.landmark_heatmaps import HeatmapCodec, draw_targets
 from d2ext.codecs.landmark_integral import IntegralCodec
 from d2ext.codecs.landmark_simcc import SimCCCodec
-from d2ext.codecs.landmarks import LandmarkCodec, RegressionCodec, Size, to_cells
+from d2ext.codecs.landmarks import RegressionCodec, Size, to_cells
+from d2ext.systems.landmarks.head_base import (
+    LANDMARK_HEAD_REGISTRY,
+    LandmarkHead,
+    choose_feature,
+    input_size,
+)
 from d2ext.systems.landmarks.losses import (
     MAP_ACTIVATIONS,
     MAP_LOSSES,
@@ -31,63 +37,8 @@ from d2ext.systems.landmarks.losses import (
     point_loss,
 )
 
-LANDMARK_HEAD_REGISTRY = Registry("LANDMARK_HEAD")
-LANDMARK_HEAD_REGISTRY.__doc__ = """
-Heads of LandmarkNet by name: ``head(cfg, output shape of the backbone)`` gives a :class:`LandmarkHead`.
-"""
-
 # Deviation of the weights of last layers (simple baselines' published code).
 _LAST_LAYER_STD = 0.001
-
-
-class LandmarkHead(nn.Module):
-    """What :class:`~d2ext.systems.landmarks.model.LandmarkNet` wants of a head.
-
-    Attributes:
-        codec: between points and predictions.
-        learns_maps: whether a stacked hourglass predicts this head's maps itself.
-    """
-
-    codec: LandmarkCodec
-    learns_maps = False
-
-    def forward(self, features: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """The backbone's features → raw predictions, all that the loss wants; the last ones count."""
-        raise NotImplementedError
-
-    def losses(
-        self, raw: tuple[Tensor, ...], points: Tensor, labelled: Tensor
-    ) -> dict[str, Tensor]:
-        """Losses of raw predictions.
-
-        Args:
-            points: (N, K, 2), pixels of the crop.
-            labelled: (N, K) bool.
-        """
-        raise NotImplementedError
-
-    def prediction(self, raw: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Raw predictions → what the codec decodes, float32."""
-        raise NotImplementedError
-
-    def average(self, one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Mean of two predictions."""
-        return tuple((a + b) / 2 for a, b in zip(one, other, strict=True))
-
-
-def _input_size(cfg: CfgNode) -> Size:
-    height, width = cfg.MODEL.LANDMARKS.INPUT_SIZE
-    return width, height
-
-
-def _choose_feature(cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> str:
-    name = cfg.MODEL.LANDMARKS.IN_FEATURE
-    features = [key for key in shapes if not key.startswith("maps")]
-    if name and name not in features:
-        raise ValueError(
-            f'MODEL.LANDMARKS.IN_FEATURE is "{name}", but the backbone has {features}.'
-        )
-    return name or features[-1]
 
 
 class Upsampling(nn.Sequential):
@@ -154,7 +105,7 @@ class MapHead(LandmarkHead):
             ValueError: the input's size is no multiple of a cell, or the maps are of other landmarks.
         """
         c = cfg.MODEL.LANDMARKS
-        width, height = _input_size(cfg)
+        width, height = input_size(cfg)
         maps = [key for key in shapes if key.startswith("maps")] if not c.IN_FEATURE else []
         if maps:
             stride, upsampling, names = shapes[maps[0]].stride, None, maps
@@ -164,7 +115,7 @@ class MapHead(LandmarkHead):
                     f"MODEL.LANDMARKS.NUM_KEYPOINTS is {c.NUM_KEYPOINTS}."
                 )
         else:
-            names = [_choose_feature(cfg, shapes)]
+            names = [choose_feature(cfg, shapes)]
             layers = c.UPSAMPLE.NUM_LAYERS
             stride = shapes[names[0]].stride // 2**layers
             if stride < 1:
@@ -232,7 +183,7 @@ class HeatmapHead(MapHead):
         c = cfg.MODEL.LANDMARKS
         arguments, map_size = cls.arguments(cfg, shapes)
         codec = HeatmapCodec(
-            input_size=_input_size(cfg),
+            input_size=input_size(cfg),
             map_size=map_size,
             sigma=c.TARGET.SIGMA,
             shape=c.TARGET.SHAPE,
@@ -306,7 +257,7 @@ class IntegralHead(MapHead):
         c = cfg.MODEL.LANDMARKS
         arguments, map_size = cls.arguments(cfg, shapes)
         codec = IntegralCodec(
-            input_size=_input_size(cfg),
+            input_size=input_size(cfg),
             map_size=map_size,
             beta=c.INTEGRAL.BETA,
             debias=c.INTEGRAL.DEBIAS,
@@ -399,12 +350,12 @@ class RegressionHead(LandmarkHead):
     @classmethod
     def from_config(cls, cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> dict[str, Any]:
         c = cfg.MODEL.LANDMARKS
-        name = _choose_feature(cfg, shapes)
+        name = choose_feature(cfg, shapes)
         return {
             "in_feature": name,
             "in_channels": shapes[name].channels,
             "num_keypoints": c.NUM_KEYPOINTS,
-            "codec": RegressionCodec(_input_size(cfg)),
+            "codec": RegressionCodec(input_size(cfg)),
             "pool": c.REGRESSION.POOL,
             "hidden": c.REGRESSION.HIDDEN,
             "loss": c.LOSS.POINTS,
@@ -464,8 +415,8 @@ class SimCCHead(LandmarkHead):
     @classmethod
     def from_config(cls, cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> dict[str, Any]:
         c = cfg.MODEL.LANDMARKS
-        name = _choose_feature(cfg, shapes)
-        width, height = _input_size(cfg)
+        name = choose_feature(cfg, shapes)
+        width, height = input_size(cfg)
         stride = shapes[name].stride
         if width % stride or height % stride:
             raise ValueError(
