@@ -1,8 +1,8 @@
-"""Landmarks ↔ maps: Gaussian and Cauchy targets; argmax, quarter offset, DARK, Taylor, expectation.
+"""Landmarks ↔ maps: Gaussian and Cauchy targets; argmax, quarter offset, DARK, Taylor, centroid.
 
 Gaussian targets as in the stacked hourglass (arXiv 1603.06937), simple baselines (arXiv 1804.06208),
-DARK (arXiv 1910.06278) and UDP (arXiv 1911.07524); expectation: integral regression (arXiv 1711.08229).
-No landmark system with Cauchy targets is published; they are an option of our own.
+DARK (arXiv 1910.06278) and UDP (arXiv 1911.07524). No landmark system with Cauchy targets is published;
+they are an option of our own. The expectation over a map: :mod:`d2ext.codecs.landmark_integral`.
 
 Letters as in :mod:`d2ext.codecs.landmarks`. Cell coordinates count from the centre of the first cell.
 How far decode(encode(x)) may lie from x is stated at :class:`HeatmapCodec` and tested.
@@ -18,15 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2ext.codecs.landmarks import (
-    Decoded,
-    Encoded,
-    LandmarkCodec,
-    Size,
-    inside,
-    to_cells,
-    to_pixels,
-)
+from d2ext.codecs.landmark_integral import IntegralCodec as IntegralCodec
+from d2ext.codecs.landmark_integral import mean_cell
+from d2ext.codecs.landmarks import Decoded, Encoded, LandmarkCodec, Size, to_cells, to_pixels
 
 SHAPES = ("gaussian", "cauchy")
 CENTERS = ("exact", "rounded", "window", "hourglass")
@@ -36,8 +30,6 @@ _DARK_FLOOR = 1e-10
 _UDP_RANGE = (0.001, 50.0)
 # Floor of a map before the transform of the "taylor" decoder, as a share of its maximum.
 _TAYLOR_FLOOR = 1e-3
-# A flat map has no curvature to divide by.
-_FLAT = 1e-6
 
 
 def profile(squared: Tensor, sigma: float, shape: str, unit_peak: bool = True) -> Tensor:
@@ -48,7 +40,8 @@ def profile(squared: Tensor, sigma: float, shape: str, unit_peak: bool = True) -
         sigma: width in cells.
         shape: "gaussian", exp(-r^2 / (2 sigma^2)); "cauchy", sigma / (r^2 + sigma^2)^1.5, the
             two-dimensional density without its 1 / (2 pi).
-        unit_peak: scale the Cauchy profile, whose peak is 1/sigma^2, to a peak of 1.
+        unit_peak: scale the Cauchy profile, whose peak is 1/sigma^2, to a peak of 1. The peak is
+            exactly 1 then, as a Gaussian's is, whatever sigma: the focal loss looks for it.
 
     Raises:
         ValueError: another shape.
@@ -56,14 +49,24 @@ def profile(squared: Tensor, sigma: float, shape: str, unit_peak: bool = True) -
     if shape == "gaussian":
         return torch.exp(-squared / (2 * sigma**2))
     if shape == "cauchy":
-        return sigma ** (3 if unit_peak else 1) / (squared + sigma**2) ** 1.5
+        if unit_peak:
+            return (1 + squared / sigma**2) ** -1.5
+        return sigma / (squared + sigma**2) ** 1.5
     raise ValueError(f'The shape of targets is one of {SHAPES}, not "{shape}".')
 
 
+def support(sigma: float, window: float = 3.0) -> int:
+    """Cells a side of a target that is cut off: 2 window sigma + 1, so 6 sigma + 1 for the usual window.
+
+    Where that is no whole number it is rounded down: 4 for sigma 0.5, 5 for 0.7, 10 for 1.5.
+    """
+    return int(2 * window * sigma + 1 + 1e-6)
+
+
 def kernel(sigma: float, shape: str, unit_peak: bool = True) -> Tensor:
-    """(s, s) target around a cell's centre, s = 6 sigma + 1 (rounded down to whole cells a side)."""
-    radius = int(3 * sigma)
-    squared = torch.arange(-radius, radius + 1).float() ** 2
+    """(s, s) target around a cell's centre, s = :func:`support`; an even one has its centre at s/2."""
+    size = support(sigma)
+    squared = (torch.arange(size) - size // 2).float() ** 2
     return profile(squared[:, None] + squared, sigma, shape, unit_peak)
 
 
@@ -85,16 +88,19 @@ def draw_targets(
         labelled: (N, K) bool.
         sigma, shape, unit_peak: see :func:`profile`.
         center: where the bump stands. "exact": at the point. "rounded": at the cell that holds it.
-            "window": at the point, cut by a window around that cell (UDP). "hourglass": as the
+            "window": at the point, cut off around that cell (UDP). "hourglass": as the
             published stacked hourglass does: at the cell, truncated toward zero (so that -0.7 is
             cell 0), within 3 sigma + 1 cells, only if x > 0 in continuous cell coordinates; what is
             not drawn is a map of zeros that counts like the others.
-        window: the bump is cut off beyond this many sigma in x and y; 0: nowhere. 3 is the usual
-            support of 6 sigma + 1 cells.
+        window: the bump is cut off beyond this many sigma in x and y, 0: nowhere ("window": 3). Left
+            are :func:`support` cells a side, wherever the point lies between cells: those nearest to
+            it ("exact") or to its cell, so for whole sigma the same in both cases, those up to 3 sigma
+            from the point's cell. Of an even number, one more lies above and left of the cell.
 
     Returns:
-        one target (N, K, h, w), and weights: 0 where not labelled or where no cell lies within the
-        window (3 sigma if there is none) of the point.
+        one target (N, K, h, w), and weights: 0 where not labelled or where nothing is left of the bump
+        in the map. One that is not cut off counts up to 3 sigma from the outermost cells' centres (in
+        whole cells, rounded down; from the point if "exact", else from its cell).
 
     Raises:
         ValueError: another center or shape.
@@ -103,20 +109,27 @@ def draw_targets(
         raise ValueError(f'The centre of targets is one of {CENTERS}, not "{center}".')
     cells = cells.float()
     width, height = map_size
+    limit = cells.new_tensor([width, height])
     if center == "hourglass":
         corner = cells + 0.5
         cell = corner.trunc()
-        limit = cell.new_tensor([width, height])
         drawn = labelled & (corner[..., 0] > 0) & ((cell >= 0) & (cell < limit)).all(dim=-1)
-        middle, around, radius = cell, cell, 3 * sigma + 1
+        middle, cut = cell, True
+        first, last = cell - (3 * sigma + 1), cell + (3 * sigma + 1)
         weights = torch.ones_like(labelled, dtype=torch.float32)
     else:
         cell = (cells + 0.5).floor()
         middle = cell if center == "rounded" else cells
         around = cells if center == "exact" else cell
-        radius = float(int((window or 3.0) * sigma))
-        last = cell.new_tensor([width - 1, height - 1])
-        drawn = labelled & ((around >= -radius) & (around <= last + radius)).all(dim=-1)
+        cut = window > 0 or center == "window"
+        if cut:
+            size = support(sigma, window or 3.0)
+            first = (around - size / 2).ceil()
+            last = first + (size - 1)
+        else:
+            radius = int(3 * sigma)
+            first, last = around - radius, around + radius
+        drawn = labelled & ((last >= 0) & (first <= limit - 1)).all(dim=-1)
         weights = drawn.float()
     dx = torch.arange(width, device=cells.device) - middle[..., :1]
     dy = torch.arange(height, device=cells.device) - middle[..., 1:]
@@ -125,9 +138,11 @@ def draw_targets(
         maps = along_y[..., :, None] * along_x[..., None, :]
     else:
         maps = profile(dy[..., :, None] ** 2 + dx[..., None, :] ** 2, sigma, shape, unit_peak)
-    if window > 0 or center in ("window", "hourglass"):
-        near_x = (torch.arange(width, device=cells.device) - around[..., :1]).abs() <= radius
-        near_y = (torch.arange(height, device=cells.device) - around[..., 1:]).abs() <= radius
+    if cut:
+        columns = torch.arange(width, device=cells.device)
+        rows = torch.arange(height, device=cells.device)
+        near_x = (columns >= first[..., :1]) & (columns <= last[..., :1])
+        near_y = (rows >= first[..., 1:]) & (rows <= last[..., 1:])
         maps = maps * (near_y[..., :, None] & near_x[..., None, :])
     return Encoded((maps * drawn[..., None, None],), weights)
 
@@ -198,49 +213,97 @@ def decode_dark(maps: Tensor, blur: int = 11) -> tuple[Tensor, Tensor]:
 
 def decode_dark_udp(maps: Tensor, blur: int = 11) -> tuple[Tensor, Tensor]:
     """DARK in the variant of UDP (arXiv 1911.07524): clipped maps, repeated edges, differences over
-    one cell, a small number on the Hessian's diagonal; at every cell."""
+    one cell, a mixed derivative from the two corners on the main diagonal, as its published code takes
+    it, a small number on the Hessian's diagonal; at every cell."""
     cells, scores = decode_argmax(maps)
     x, y = cells.long().unbind(-1)
     logs = gaussian_blur(maps, blur).clamp(*_UDP_RANGE).log()
-    gradient, dxx, dyy, dxy = _derivatives(_patch(logs, x, y, 1))
+    patch = _patch(logs, x, y, 1)
+    gradient, dxx, dyy = _derivatives(patch)
+    # (f(1,1) - f(1,0) - f(0,1) + 2 f(0,0) - f(-1,0) - f(0,-1) + f(-1,-1)) / 2
+    diagonal = patch[..., 2, 2] - 2 * patch[..., 1, 1] + patch[..., 0, 0]
+    dxy = (diagonal - dxx - dyy) / 2
     tiny = torch.finfo(torch.float32).eps
     step, solvable = _newton(gradient, dxx + tiny, dyy + tiny, dxy)
     return torch.where(solvable[..., None], cells + step, cells), scores
 
 
-def decode_taylor(maps: Tensor, shape: str = "gaussian") -> tuple[Tensor, Tensor]:
+def decode_taylor(
+    maps: Tensor, shape: str = "gaussian", sigma: float | None = None, peak: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """One Newton step in the space where the target's shape is a parabola: exact for exact targets.
 
-    That is log(map) for Gaussian targets and map^(-2/3) for Cauchy targets. No blur. At a border the
-    differences are taken one cell further in. The step is at most one cell in x and in y; where the
-    map has no maximum in this space, the quarter offset is taken instead.
+    That is log(map) for Gaussian targets and map^(-2/3) for Cauchy targets. No blur. Values below
+    1/1000 of the maximum tell nothing: they are set to that, and without all four corners there is no
+    mixed derivative. At a border the differences are taken one cell further in. The step is at most
+    one cell in x and in y; where the map has no maximum in this space, the quarter offset is taken
+    instead, and the best cell where a side of the map is shorter than 3 cells.
+
+    Args:
+        sigma: the target's width in cells. At a border, of a narrow target (a Gaussian below 0.8 cells,
+            a Cauchy one that is cut off) only two values may tell something; with a known curvature
+            these suffice. None: do without.
+        peak: the target's value at its centre, from which the curvature of a Cauchy target follows.
     """
     cells, scores = decode_argmax(maps)
     height, width = maps.shape[-2:]
     if min(height, width) < 3:
         return cells, scores
     x, y = cells.long().unbind(-1)
-    inner = torch.stack([x.clamp(1, width - 2), y.clamp(1, height - 2)], dim=-1)
-    patch = _patch(maps, inner[..., 0], inner[..., 1], 1)
-    floor = (_TAYLOR_FLOOR * scores).clamp(min=_DARK_FLOOR)[..., None, None]
-    patch = patch.clamp(min=floor)
-    patch = patch.log() if shape == "gaussian" else -((patch / floor) ** (-2 / 3))
-    gradient, dxx, dyy, dxy = _derivatives(patch)
+    inner_x, inner_y = x.clamp(1, width - 2), y.clamp(1, height - 2)
+    floor = (_TAYLOR_FLOOR * scores).clamp(min=_DARK_FLOOR)[..., None]
+    curvature = None
+    if sigma is not None:
+        # Of -r^2 / (2 sigma^2), and of -(floor / peak)^(2/3) (1 + r^2 / sigma^2).
+        unit = torch.ones_like(scores) if shape == "gaussian" else 2 * (floor / peak) ** (2 / 3)
+        curvature = -unit.view_as(scores) / sigma**2
+    around = _patch(maps, inner_x, inner_y, 1).flatten(-2)
+    corners = _parabola(around, floor, shape).unflatten(-1, (3, 3))
+    known = (around[..., [0, 2, 6, 8]] > floor).all(dim=-1)
+    dxy = _cross(corners) * known
+    # Along the best cell's row and column, where the values are largest.
+    inward_x, inward_y = inner_x - x, inner_y - y
+    row = _patch(maps, inner_x, y, 1)[..., 1, :]
+    column = _patch(maps, x, inner_y, 1)[..., :, 1]
+    gx, dxx = _line(row, inward_x, floor, shape, curvature)
+    gy, dyy = _line(column, inward_y, floor, shape, curvature)
+    gradient = torch.stack([gx + dxy * inward_y, gy + dxy * inward_x], dim=-1)
     step, solvable = _newton(gradient, dxx, dyy, dxy)
     concave = (dxx < 0) & (dyy < 0) & (dxx * dyy > dxy**2) & solvable
+    inner = torch.stack([inner_x, inner_y], dim=-1)
     found = torch.maximum(torch.minimum(inner + step, cells + 1), cells - 1)
     quarter = cells + _differences(maps, x, y).sign() * 0.25
     return torch.where(concave[..., None], found, quarter), scores
 
 
-def mean_cell(probabilities: Tensor) -> Tensor:
-    """Mean position under maps (N, K, h, w) that sum to 1: cell coordinates (N, K, 2)."""
-    height, width = probabilities.shape[-2:]
-    columns = torch.arange(width, device=probabilities.device, dtype=torch.float32)
-    rows = torch.arange(height, device=probabilities.device, dtype=torch.float32)
-    x = (probabilities.sum(dim=-2) * columns).sum(dim=-1)
-    y = (probabilities.sum(dim=-1) * rows).sum(dim=-1)
-    return torch.stack([x, y], dim=-1)
+def _parabola(values: Tensor, floor: Tensor, shape: str) -> Tensor:
+    """Values of maps in the space where their shape is a parabola."""
+    values = values.clamp(min=floor)
+    return values.log() if shape == "gaussian" else -((values / floor) ** (-2 / 3))
+
+
+def _line(
+    values: Tensor, inward: Tensor, floor: Tensor, shape: str, curvature: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """First and second derivative at the middle of three cells, (..., 3) → (...) each.
+
+    Args:
+        inward: 0 where the middle one is the best cell; 1 or -1 where that is at the border, the first
+            or the last of the three.
+        curvature: second derivative for the latter, where the cell farthest from the border is not
+            above the floor. None: unknown.
+    """
+    line = _parabola(values, floor, shape)
+    left, middle, right = line.unbind(-1)
+    slope, second = (right - left) / 2, right - 2 * middle + left
+    if curvature is None:
+        return slope, second
+    far = torch.where(inward > 0, values[..., 2], values[..., 0])
+    lost = (inward != 0) & (far <= floor[..., 0])
+    # The slope halfway between the border's cell and the middle one.
+    near = torch.where(inward > 0, middle - left, right - middle)
+    slope = torch.where(lost, near + curvature * inward / 2, slope)
+    return slope, torch.where(lost, curvature, second)
 
 
 def decode_centroid(maps: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
@@ -266,7 +329,8 @@ def decode_centroid(maps: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
 def gaussian_blur(maps: Tensor, side: int) -> Tensor:
     """Blur each map (zeros outside) and scale it to its old maximum.
 
-    The kernel has OpenCV's deviation for its side, 0.3 ((side - 1) / 2 - 1) + 0.8.
+    The kernel has OpenCV's deviation for its side, 0.3 ((side - 1) / 2 - 1) + 0.8. (For sides up to 7,
+    in newer versions 9, OpenCV itself takes weights rounded to simple fractions.)
 
     Raises:
         ValueError: an even side.
@@ -304,20 +368,20 @@ def _differences(maps: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _cross(patch: Tensor) -> Tensor:
-    """Mixed second derivative of 3x3 patches."""
+    """Mixed second derivative of 3x3 patches, from all four corners."""
     plus = patch[..., 2, 2] + patch[..., 0, 0]
     return (plus - patch[..., 0, 2] - patch[..., 2, 0]) / 4
 
 
-def _derivatives(patch: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradient (..., 2) and second derivatives xx, yy, xy of 3x3 patches."""
+def _derivatives(patch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient (..., 2) and second derivatives xx, yy of 3x3 patches."""
     gradient = torch.stack(
         [patch[..., 1, 2] - patch[..., 1, 0], patch[..., 2, 1] - patch[..., 0, 1]], dim=-1
     )
     middle = 2 * patch[..., 1, 1]
     dxx = patch[..., 1, 2] - middle + patch[..., 1, 0]
     dyy = patch[..., 2, 1] - middle + patch[..., 0, 1]
-    return gradient / 2, dxx, dyy, _cross(patch)
+    return gradient / 2, dxx, dyy
 
 
 def _newton(gradient: Tensor, dxx: Tensor, dyy: Tensor, dxy: Tensor) -> tuple[Tensor, Tensor]:
@@ -336,7 +400,7 @@ DECODERS: dict[str, Callable[[HeatmapCodec, Tensor], tuple[Tensor, Tensor]]] = {
     "hourglass": lambda codec, maps: decode_hourglass(maps),
     "dark": lambda codec, maps: decode_dark(maps, codec.blur),
     "dark_udp": lambda codec, maps: decode_dark_udp(maps, codec.blur),
-    "taylor": lambda codec, maps: decode_taylor(maps, codec.shape),
+    "taylor": lambda codec, maps: decode_taylor(maps, codec.shape, codec.sigma, codec.peak),
     "centroid": lambda codec, maps: decode_centroid(maps, codec.sigma),
 }
 
@@ -346,24 +410,31 @@ class HeatmapCodec(LandmarkCodec):
     """One bump per landmark. Prediction: one tensor (N, K, h, w); the score is the peak's value.
 
     Distance of decode(encode(x)) from x in x and in y, in cells (a cell is W/w pixels), for points
-    inside the crop and geometry "continuous":
+    inside the crop, its edges included, geometry "continuous", and sigma 0.5 to 2, cut off or not:
 
-    =========  ==========================  =====================================================
-    decoder    center                      at most
-    =========  ==========================  =====================================================
-    argmax     any                         0.5
-    quarter    exact                       0.25; 0.5 within two cells of the border
-    quarter    rounded                     0.5 (the target holds nothing finer)
-    hourglass  hourglass                   0.75 (the target is one of whole cells, yet it moves)
-    hourglass  exact                       0.25; 0.75 in the outermost cells, where it moves outwards
-    dark       exact                       0.05 (sigma 2, blur 11), at least 8 cells from the border
-    taylor     exact, either shape         0.01
-    centroid   exact                       0.03 (sigma 0.5 to 1), at least 3 sigma from the border;
-                                           0.9 at it
-    =========  ==========================  =====================================================
+    =========  ===========================  ====================================================
+    decoder    targets                      at most
+    =========  ===========================  ====================================================
+    argmax     exact, rounded, window       0.5
+    quarter    exact                        0.25; 0.5 up to two cells from the border
+    quarter    rounded                      0.5 (the target holds nothing finer)
+    hourglass  exact                        0.25; 0.75 up to one cell from the border, where it may
+                                            move outwards
+    hourglass  hourglass                    0.75 (the target is one of whole cells, yet it moves)
+    dark       exact, Gaussian, blur 11     0.05 at least 8 cells from the border; 0.5
+    dark       exact, Cauchy, blur 11       0.1 at least 8 cells from the border; 0.5
+    dark_udp   exact, Gaussian, blur 11     0.05 at least 8 cells from the border; 1.01
+    dark_udp   exact, Cauchy, blur 11       0.1 at least 8 cells from the border; at it no bound
+    taylor     exact                        0.01
+    centroid   exact, Gaussian, sigma <= 1  0.03 at least 3 sigma from the border; 0.9
+    centroid   exact, Cauchy, sigma 0.5     0.1 at least 3 sigma from the border; 0.9
+    =========  ===========================  ====================================================
 
-    A point outside the crop cannot be found there: what is found is as near as the bounds say to the
-    nearest place inside, or the landmark's weight is 0.
+    A point outside the crop has weight 0, or is found near the nearest place inside: 0.5 cells at most
+    with argmax, quarter, dark and taylor, 0.75 with hourglass, 1 with centroid and with dark_udp and
+    Gaussian targets. Not so with the centre "hourglass": what has x <= 0 or lies in no cell, as x = W
+    does, has an empty map and, as published, a weight of 1. It is found at the crop's first corner
+    (argmax: first cell), as far away as the crop is large.
 
     Attributes:
         map_size: (w, h).
@@ -398,6 +469,11 @@ class HeatmapCodec(LandmarkCodec):
                 f"MODEL.LANDMARKS.DECODER is one of {sorted(DECODERS)}, not '{self.decoder}'."
             )
 
+    @property
+    def peak(self) -> float:
+        """Value of a target at its centre."""
+        return 1.0 if self.shape == "gaussian" or self.unit_peak else self.sigma**-2
+
     def encode(self, points: Tensor, labelled: Tensor) -> Encoded:
         """One target (N, K, h, w), see :func:`draw_targets`."""
         return draw_targets(
@@ -422,65 +498,3 @@ class HeatmapCodec(LandmarkCodec):
         if self.flip_shift:
             maps = torch.cat([maps[..., :1], maps[..., :-1]], dim=-1)
         return (maps,)
-
-
-@dataclass(frozen=True)
-class IntegralCodec(LandmarkCodec):
-    """The expectation over a map. Prediction: one tensor (N, K, h, w), not normalised.
-
-    Found is the mean of the cells' positions under softmax(beta * map), so never a point outside the
-    outermost cells' centres, and, as every cell has some weight, one that lies too near the middle.
-    ``debias`` takes out the share that a map which is 0 away from its peak gives to all cells alike:
-    with C the mean of exp(beta * map), x' = C/(C - 1) * (x - middle/C).
-
-    The score is the probability within two cells of the point, in 0..1.
-
-    For maps whose softmax is a bump of deviation sigma, points at least 3 sigma inside the map are
-    found within 0.05 cells.
-    """
-
-    input_size: Size
-    map_size: Size
-    beta: float = 1.0
-    debias: bool = False
-    geometry: str = "continuous"
-
-    def encode(self, points: Tensor, labelled: Tensor) -> Encoded:
-        """One target (N, K, 2): x/W, y/H. Landmarks outside the crop do not count."""
-        weights = labelled & inside(points, self.input_size)
-        return Encoded((points.float() / points.new_tensor(self.input_size),), weights.float())
-
-    def probabilities(self, maps: Tensor) -> Tensor:
-        """(N, K, h, w) → the same, float32, sum 1 for each landmark."""
-        return (self.beta * maps.float()).flatten(2).softmax(dim=-1).view_as(maps)
-
-    def points(self, maps: Tensor) -> Tensor:
-        """(N, K, h, w) → pixel coordinates (N, K, 2); can be differentiated."""
-        cells = mean_cell(self.probabilities(maps))
-        if self.debias:
-            width, height = self.map_size
-            log_sum = (self.beta * maps.float()).flatten(2).logsumexp(dim=-1)
-            # 1/C, the share of the probability that lies evenly on all cells
-            share = torch.exp(math.log(width * height) - log_sum)
-            freed = [
-                (cells[..., axis] - (size - 1) / 2 * share) / (1 - share).clamp(min=_FLAT)
-                for axis, size in enumerate(self.map_size)
-            ]
-            # A flat map has no peak that could be freed.
-            cells = torch.where(share[..., None] < 0.5, torch.stack(freed, dim=-1), cells)
-        return to_pixels(cells, self.input_size, self.map_size, self.geometry)
-
-    def decode(self, prediction: tuple[Tensor, ...]) -> Decoded:
-        (maps,) = prediction
-        points = self.points(maps)
-        cells = to_cells(points, self.input_size, self.map_size, self.geometry)
-        width, height = self.map_size
-        dx = torch.arange(width, device=maps.device) - cells[..., :1]
-        dy = torch.arange(height, device=maps.device) - cells[..., 1:]
-        near = (dy**2)[..., :, None] + (dx**2)[..., None, :] <= 4
-        scores = (self.probabilities(maps) * near).sum(dim=(-2, -1)).clamp(max=1)
-        return Decoded(points, scores)
-
-    def mirror(self, prediction: tuple[Tensor, ...], partners: Tensor) -> tuple[Tensor, ...]:
-        (maps,) = prediction
-        return (maps[:, partners].flip(-1),)

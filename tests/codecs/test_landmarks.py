@@ -14,10 +14,10 @@ from d2ext.codecs.landmark_crops import apply_affine, crop_to_image, invert_affi
 from d2ext.codecs.landmark_heatmaps import (
     DECODERS,
     HeatmapCodec,
-    IntegralCodec,
     decode_argmax,
     decode_centroid,
     decode_dark,
+    decode_dark_udp,
     decode_hourglass,
     decode_quarter,
     decode_taylor,
@@ -25,7 +25,9 @@ from d2ext.codecs.landmark_heatmaps import (
     gaussian_blur,
     kernel,
     profile,
+    support,
 )
+from d2ext.codecs.landmark_integral import IntegralCodec
 from d2ext.codecs.landmark_simcc import SimCCCodec
 from d2ext.codecs.landmarks import GEOMETRIES, LandmarkCodec, RegressionCodec, to_cells, to_pixels
 
@@ -115,7 +117,7 @@ def test_gaussian_by_hand() -> None:
 
 def test_cauchy_is_the_formula() -> None:
     """sigma / (dx^2 + dy^2 + sigma^2)^1.5, size 6 sigma + 1."""
-    for sigma in (1.0, 2.0, 2.5):
+    for sigma in (1.0, 2.0, 3.0):
         cells = torch.tensor([[[20.0, 30.0]]])
         (maps,), _ = draw_targets(
             cells,
@@ -138,6 +140,48 @@ def test_cauchy_is_the_formula() -> None:
         torch.testing.assert_close(bump, part)
         assert float(kernel(sigma, "cauchy").max()) == pytest.approx(1)
     assert kernel(2.0, "cauchy").shape == (13, 13)
+
+
+@pytest.mark.parametrize("shape", ["gaussian", "cauchy"])
+@pytest.mark.parametrize(
+    ("sigma", "size"), [(0.5, 4), (0.7, 5), (1.0, 7), (1.5, 10), (2.0, 13), (3.0, 19)]
+)
+def test_support_is_the_same_between_cells(sigma: float, size: int, shape: str) -> None:
+    """6 sigma + 1 cells a side wherever the point is, those nearest to it."""
+    assert support(sigma) == size
+    assert kernel(sigma, shape).shape == (size, size)
+    for center in ("exact", "window", "rounded"):
+        for x in (20.0, 20.1, 20.3, 20.49, 20.5, 20.51, 20.75, 21.0):
+            (maps,), _ = draw_targets(
+                torch.tensor([[[x, 31.2]]]),
+                torch.ones(1, 1, dtype=torch.bool),
+                MAP,
+                sigma=sigma,
+                shape=shape,
+                center=center,
+                window=3.0,
+            )
+            columns, rows = maps[0, 0].amax(0).nonzero()[:, 0], maps[0, 0].amax(1).nonzero()[:, 0]
+            assert len(columns) == len(rows) == size
+            assert columns[-1] - columns[0] == rows[-1] - rows[0] == size - 1
+            if center == "exact":
+                assert abs(float(columns.float().mean()) - x) <= 0.5
+            elif size % 2:  # around the cell
+                assert float(columns.float().mean()) == math.floor(x + 0.5)
+
+
+@pytest.mark.parametrize("shape", ["gaussian", "cauchy"])
+def test_peaks_at_cells_are_exactly_one(shape: str) -> None:
+    """The focal loss's positives are cells of exactly 1."""
+    x = points(3)
+    labelled = torch.ones(x.shape[:2], dtype=torch.bool)
+    for sigma in [0.1 * i for i in range(3, 41)]:
+        for center in ("rounded", "hourglass"):
+            for window in (0.0, 3.0):
+                codec = heatmap_codec(sigma=sigma, shape=shape, center=center, window=window)
+                (maps,), _ = codec.encode(x, labelled)
+                assert maps.eq(1).sum(dim=(-2, -1)).eq(1).all(), (sigma, center)
+                assert maps.max() == 1
 
 
 def test_cauchy_tail_is_heavier() -> None:
@@ -199,13 +243,17 @@ def test_weights_of_points_that_are_not_there() -> None:
         ({"decoder": "dark"}, 8, 0.05),
         ({"decoder": "dark_udp"}, 8, 0.05),
         ({"decoder": "dark_udp", "geometry": "udp"}, 8, 0.05),
+        ({"decoder": "dark", "shape": "cauchy", "sigma": 0.5}, 8, 0.1),
+        ({"decoder": "dark_udp", "shape": "cauchy", "sigma": 0.5}, 8, 0.1),
         ({"decoder": "taylor"}, 0, 0.01),
         ({"decoder": "taylor", "sigma": 1.0}, 0, 0.01),
         ({"decoder": "taylor", "sigma": 1.0, "center": "window", "window": 3.0}, 0, 0.01),
         ({"decoder": "taylor", "shape": "cauchy", "sigma": 1.0}, 0, 0.01),
         ({"decoder": "taylor", "shape": "cauchy", "unit_peak": False}, 0, 0.01),
         ({"decoder": "taylor", "geometry": "index"}, 0, 0.5),
-        ({"decoder": "centroid", "sigma": 0.5}, 2, 0.03),
+        ({"decoder": "centroid", "sigma": 0.5}, 1.5, 0.03),
+        ({"decoder": "centroid", "sigma": 0.5, "shape": "cauchy"}, 1.5, 0.1),
+        ({"decoder": "centroid", "sigma": 0.5, "shape": "cauchy", "window": 3.0}, 1.5, 0.1),
         ({"decoder": "centroid", "sigma": 1.0}, 3, 0.03),
         ({"decoder": "centroid", "sigma": 1.0}, 0, 0.9),
     ],
@@ -243,16 +291,75 @@ def test_centroid_averages_what_is_near_and_leaves_out_what_is_far() -> None:
     assert decode_centroid(maps, sigma=4.0)[0][0, 0, 0] > 8
 
 
-@pytest.mark.parametrize("decoder", ["argmax", "quarter", "dark", "taylor"])
-def test_points_outside_are_found_at_the_border(decoder: str) -> None:
-    """They count while their window reaches into the map; found is the nearest place inside."""
-    x = torch.tensor([[[-5.0, 100.0], [196.0, 30.0], [70.0, -7.0], [100.0, 262.0], [-3.0, -3.0]]])
-    codec = heatmap_codec(decoder=decoder)
-    targets, weights = codec.encode(x, torch.ones(x.shape[:2], dtype=torch.bool))
-    assert weights.all()
-    found = codec.decode(targets).points
-    nearest = torch.minimum(x.clamp(min=0), torch.tensor(INPUT).float())
-    assert (found - nearest).abs().max() <= 0.5 * CELL + 1e-3
+def border_points(offset: float, count: int = 25) -> Tensor:
+    """(1, 4 count + 8, 2): along the crop's four edges, ``offset`` cells outside (negative: inside),
+    and at the corners and four places of the edges exactly there."""
+    generator = torch.Generator().manual_seed(1)
+    width, height = INPUT
+    d = offset * CELL
+    u = torch.rand((4, count), generator=generator)
+    sides = [
+        torch.stack([torch.full((count,), -d), u[0] * height], dim=-1),
+        torch.stack([torch.full((count,), width + d), u[1] * height], dim=-1),
+        torch.stack([u[2] * width, torch.full((count,), -d)], dim=-1),
+        torch.stack([u[3] * width, torch.full((count,), height + d)], dim=-1),
+    ]
+    xs, ys = (-d, width + d), (-d, height + d)
+    corners = [[x, y] for x in xs for y in ys]
+    edges = [[x, 80.0] for x in xs] + [[80.0, y] for y in ys]
+    return torch.cat([*sides, torch.tensor(corners + edges)])[None]
+
+
+_BOUNDS = {
+    "argmax": 0.5,
+    "quarter": 0.5,
+    "hourglass": 0.75,
+    "dark": 0.5,
+    "dark_udp": 1.01,
+    "taylor": 0.5,
+    "centroid": 1.0,
+}
+
+
+# For dark_udp and Cauchy targets no bound is stated.
+@pytest.mark.parametrize(
+    ("decoder", "shape"),
+    [(d, "gaussian") for d in DECODERS] + [(d, "cauchy") for d in DECODERS if d != "dark_udp"],
+)
+def test_bounds_at_borders_and_outside(decoder: str, shape: str) -> None:
+    """Inside, on the edges and outside: as the codec's table and the words below it say, for the
+    widths and windows that configs use."""
+    sigmas = [0.5, 0.6, 0.7, 0.8, 1.0, 1.5, 2.0] if decoder == "taylor" else [0.5, 1.0, 2.0]
+    if decoder == "centroid":
+        sigmas = [0.5] if shape == "cauchy" else [0.5, 0.7, 1.0]
+    for sigma in sigmas:
+        for window in (0.0, 3.0):
+            codec = heatmap_codec(decoder=decoder, shape=shape, sigma=sigma, window=window)
+            for offset in (-1.9, -1.0, -0.6, -0.5, -0.25, 0.0, 0.4, 0.9, 1.7, 4.2):
+                x = border_points(offset)
+                targets, weights = codec.encode(x, torch.ones(x.shape[:2], dtype=torch.bool))
+                found = codec.decode(targets).points
+                nearest = torch.minimum(x.clamp(min=0), torch.tensor(INPUT).float())
+                error = ((found - nearest).abs().amax(dim=-1) * (weights > 0)).max() / CELL
+                inside = {"taylor": 0.01, "centroid": 0.9} if offset <= 0 else {}
+                bound = inside.get(decoder, _BOUNDS[decoder])
+                assert error <= bound + 1e-3, (sigma, window, offset)
+                assert offset > 0 or weights.all()
+
+
+def test_hourglass_targets_outside_are_empty_and_count() -> None:
+    """As published: x <= 0 or x = W is an empty map that counts, found at the first corner."""
+    codec = heatmap_codec(center="hourglass", sigma=1.0, decoder="hourglass")
+    x = torch.tensor(
+        [[[0.0, 100.0], [192.0, 100.0], [-3.0, 100.0], [90.0, 256.0], [90.0, -5.0], [90.0, -3.0]]]
+    )
+    (maps,), weights = codec.encode(x, torch.ones(1, 6, dtype=torch.bool))
+    assert weights.eq(1).all()
+    assert maps.amax((-2, -1)).tolist() == [[0, 0, 0, 0, 0, 1]]
+    found = codec.decode((maps,)).points
+    assert found[0, :5].eq(0).all()
+    # Truncated toward zero, y = -3 is in the first cell.
+    assert (found[0, 5] - torch.tensor([90.0, 0.0])).abs().max() <= 0.75 * CELL
 
 
 @pytest.mark.parametrize("refine", [False, True])
@@ -322,6 +429,55 @@ def test_integral_bias_and_its_removal() -> None:
     assert (removed - x).abs().max() < 0.5
 
 
+def _peak_map() -> Tensor:
+    """(1, 1, 64, 48): 12 at x 12, y 10, otherwise 0."""
+    maps = torch.zeros(1, 1, 64, 48)
+    maps[0, 0, 10, 12] = 12.0
+    return maps
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.8])
+def test_debias_formulas_by_hand(beta: float) -> None:
+    maps = _peak_map()
+    x, y, mass = 0.0, 0.0, math.exp(12 * beta) + 64 * 48 - 1
+    for j in range(64):
+        for i in range(48):
+            share = math.exp(beta * float(maps[0, 0, j, i])) / mass
+            x, y = x + share * i, y + share * j
+
+    def found(**kwargs: object) -> Tensor:
+        codec = IntegralCodec(INPUT, MAP, beta, True, **kwargs)  # type: ignore[arg-type]
+        return to_cells(codec.decode((maps,)).points, INPUT, MAP, "continuous")[0, 0]
+
+    published = [
+        mass / (mass - 1) * (v / size - 1 / (2 * mass)) * size
+        for v, size in zip((x, y), MAP, strict=True)
+    ]
+    assert found(formula="published").tolist() == pytest.approx(published, abs=1e-3)
+    assert found().tolist() == pytest.approx([12.0, 10.0], abs=2e-3)
+    assert 0 < abs(published[0] - x) < 0.01 < 0.1 < abs(x - 12)
+    with pytest.raises(ValueError, match="DEBIAS_FORMULA"):
+        found(formula="best")
+
+
+@pytest.mark.parametrize("formula", ["exact", "published"])
+@pytest.mark.parametrize("beta", [1.0, 0.8])
+def test_debias_survives_an_average(formula: str, beta: float) -> None:
+    """A flip test's average of a map with itself is that map: without its mass, debias does nothing."""
+    codec = IntegralCodec(INPUT, MAP, beta, True, formula=formula)
+    plain = IntegralCodec(INPUT, MAP, beta)
+    maps = _peak_map() + 0.3
+    average = codec.average(maps, maps)
+    torch.testing.assert_close(average, maps, atol=1e-4, rtol=0)
+    torch.testing.assert_close(codec.points(average), codec.points(maps), atol=1e-3, rtol=0)
+    if formula == "exact":
+        assert (codec.points(average) - plain.points(maps)).abs().max() > 1
+    # The mean probability, between two maps.
+    other = maps.roll(2, dims=-1)
+    mean = (codec.probabilities(maps) + codec.probabilities(other)) / 2
+    torch.testing.assert_close(codec.probabilities(codec.average(maps, other)), mean)
+
+
 # Decoders in special places
 
 
@@ -363,6 +519,30 @@ def test_dark_outside_its_range_and_on_flat_maps() -> None:
     x = torch.tensor([[[4.0, 130.0]]])
     (maps,), _ = heatmap_codec(decoder="dark").encode(x, torch.ones(1, 1, dtype=torch.bool))
     assert decode_dark(maps)[0].tolist() == decode_argmax(maps)[0].tolist()
+
+
+def test_udp_takes_the_published_mixed_derivative() -> None:
+    """dxy = (f(1,1) - f(1,0) - f(0,1) + 2 f(0,0) - f(-1,0) - f(0,-1) + f(-1,-1)) / 2, by hand."""
+    noise = torch.rand(1, 1, 9, 10, generator=torch.Generator().manual_seed(2))
+    maps = 0.5 * noise
+    maps[0, 0, 4, 5] = 2.0
+    f = gaussian_blur(maps, 3)[0, 0].clamp(0.001, 50).log().double().numpy()
+    x, y = 5, 4
+
+    def at(i: int, j: int) -> float:
+        return float(f[y + j, x + i])
+
+    gradient = np.array([at(1, 0) - at(-1, 0), at(0, 1) - at(0, -1)]) / 2
+    dxx = at(1, 0) - 2 * at(0, 0) + at(-1, 0)
+    dyy = at(0, 1) - 2 * at(0, 0) + at(0, -1)
+    around = at(1, 0) + at(0, 1) + at(-1, 0) + at(0, -1)
+    dxy = (at(1, 1) + at(-1, -1) + 2 * at(0, 0) - around) / 2
+    central = (at(1, 1) + at(-1, -1) - at(1, -1) - at(-1, 1)) / 4
+    expected = np.array([x, y]) - np.linalg.solve(np.array([[dxx, dxy], [dxy, dyy]]), gradient)
+    other = np.array([x, y]) - np.linalg.solve(np.array([[dxx, central], [central, dyy]]), gradient)
+    found = decode_dark_udp(maps, 3)[0][0, 0].numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert np.abs(found - other).max() > 1e-3
 
 
 def test_taylor_is_steady_on_noise() -> None:

@@ -43,7 +43,8 @@ def add_landmarks_config(cfg: CfgNode) -> None:
     # "exact": at the point; "rounded": at its cell; "window": at the point, cut around its cell;
     # "hourglass": as published there, landmarks that are not annotated learn an empty map.
     target.CENTER = "hourglass"
-    # The shape is cut off beyond this many SIGMA; 3 makes 6 * SIGMA + 1 cells. 0: not cut.
+    # The shape is cut off beyond this many SIGMA; 3 leaves 6 * SIGMA + 1 cells a side, rounded down.
+    # 0: not cut.
     target.WINDOW = 0.0
     # Scale Cauchy targets to a peak of 1; False: sigma / (r^2 + sigma^2)^1.5, peak 1 / sigma^2.
     target.UNIT_PEAK = True
@@ -82,6 +83,9 @@ def add_landmarks_config(cfg: CfgNode) -> None:
     landmarks.INTEGRAL.BETA = 1.0
     # Take out the bias toward the middle, in inference.
     landmarks.INTEGRAL.DEBIAS = False
+    # "exact": of what a map that is 0 away from its peak gives to all cells alike. "published":
+    # C/(C - 1) * (x - 1/(2C)) with C the sum of exp(BETA * map), which takes out far less.
+    landmarks.INTEGRAL.DEBIAS_FORMULA = "exact"
     # Factor on a second loss that pulls the map toward a Gaussian of TARGET.SIGMA; 0: none.
     landmarks.INTEGRAL.SHAPE_WEIGHT = 0.0
 

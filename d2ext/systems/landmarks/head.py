@@ -1,6 +1,7 @@
 """Heads: features → raw predictions, their losses, and what their codec decodes.
 
-Every head is a :class:`LandmarkHead`, found by its name in :data:`LANDMARK_HEAD_REGISTRY`.
+Every head is a :class:`LandmarkHead`, found by its name in :data:`LANDMARK_HEAD_REGISTRY`; both are in
+:mod:`d2ext.systems.landmarks.head_base`.
 
 Letters: N crops, K landmarks, W, H size of the crop, w, h of a map.
 """
@@ -8,18 +9,25 @@ Letters: N crops, K landmarks, W, H size of the crop, w, h of a map.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
-from fvcore.common.registry import Registry
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2ext.codecs.landmark_heatmaps import HeatmapCodec, IntegralCodec, draw_targets
+from d2ext.codecs.landmark_heatmaps import HeatmapCodec, draw_targets
+from d2ext.codecs.landmark_integral import IntegralCodec
 from d2ext.codecs.landmark_simcc import SimCCCodec
-from d2ext.codecs.landmarks import LandmarkCodec, RegressionCodec, Size, to_cells
+from d2ext.codecs.landmarks import RegressionCodec, Size, to_cells
+from d2ext.systems.landmarks.head_base import (
+    LANDMARK_HEAD_REGISTRY,
+    LandmarkHead,
+    choose_feature,
+    input_size,
+)
 from d2ext.systems.landmarks.losses import (
     MAP_ACTIVATIONS,
     MAP_LOSSES,
@@ -29,63 +37,8 @@ from d2ext.systems.landmarks.losses import (
     point_loss,
 )
 
-LANDMARK_HEAD_REGISTRY = Registry("LANDMARK_HEAD")
-LANDMARK_HEAD_REGISTRY.__doc__ = """
-Heads of LandmarkNet by name: ``head(cfg, output shape of the backbone)`` gives a :class:`LandmarkHead`.
-"""
-
 # Deviation of the weights of last layers (simple baselines' published code).
 _LAST_LAYER_STD = 0.001
-
-
-class LandmarkHead(nn.Module):
-    """What :class:`~d2ext.systems.landmarks.model.LandmarkNet` wants of a head.
-
-    Attributes:
-        codec: between points and predictions.
-        learns_maps: whether a stacked hourglass predicts this head's maps itself.
-    """
-
-    codec: LandmarkCodec
-    learns_maps = False
-
-    def forward(self, features: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """The backbone's features → raw predictions, all that the loss wants; the last ones count."""
-        raise NotImplementedError
-
-    def losses(
-        self, raw: tuple[Tensor, ...], points: Tensor, labelled: Tensor
-    ) -> dict[str, Tensor]:
-        """Losses of raw predictions.
-
-        Args:
-            points: (N, K, 2), pixels of the crop.
-            labelled: (N, K) bool.
-        """
-        raise NotImplementedError
-
-    def prediction(self, raw: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Raw predictions → what the codec decodes, float32."""
-        raise NotImplementedError
-
-    def average(self, one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Mean of two predictions."""
-        return tuple((a + b) / 2 for a, b in zip(one, other, strict=True))
-
-
-def _input_size(cfg: CfgNode) -> Size:
-    height, width = cfg.MODEL.LANDMARKS.INPUT_SIZE
-    return width, height
-
-
-def _choose_feature(cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> str:
-    name = cfg.MODEL.LANDMARKS.IN_FEATURE
-    features = [key for key in shapes if not key.startswith("maps")]
-    if name and name not in features:
-        raise ValueError(
-            f'MODEL.LANDMARKS.IN_FEATURE is "{name}", but the backbone has {features}.'
-        )
-    return name or features[-1]
 
 
 class Upsampling(nn.Sequential):
@@ -152,7 +105,7 @@ class MapHead(LandmarkHead):
             ValueError: the input's size is no multiple of a cell, or the maps are of other landmarks.
         """
         c = cfg.MODEL.LANDMARKS
-        width, height = _input_size(cfg)
+        width, height = input_size(cfg)
         maps = [key for key in shapes if key.startswith("maps")] if not c.IN_FEATURE else []
         if maps:
             stride, upsampling, names = shapes[maps[0]].stride, None, maps
@@ -162,7 +115,7 @@ class MapHead(LandmarkHead):
                     f"MODEL.LANDMARKS.NUM_KEYPOINTS is {c.NUM_KEYPOINTS}."
                 )
         else:
-            names = [_choose_feature(cfg, shapes)]
+            names = [choose_feature(cfg, shapes)]
             layers = c.UPSAMPLE.NUM_LAYERS
             stride = shapes[names[0]].stride // 2**layers
             if stride < 1:
@@ -208,14 +161,6 @@ class HeatmapHead(MapHead):
             raise ValueError(
                 f"MODEL.LANDMARKS.LOSS.MAPS is one of {sorted(MAP_LOSSES)}, not '{loss}'."
             )
-        if loss == "focal" and (
-            codec.center not in ("rounded", "hourglass")
-            or (codec.shape == "cauchy" and not codec.unit_peak and codec.sigma != 1)
-        ):
-            raise ValueError(
-                "The focal loss wants targets that are exactly 1 at one cell: set "
-                'MODEL.LANDMARKS.TARGET.CENTER to "rounded" and UNIT_PEAK to True.'
-            )
         self.codec: HeatmapCodec = codec
         self.loss = loss
         self.weight = weight
@@ -223,6 +168,12 @@ class HeatmapHead(MapHead):
         middle = torch.tensor([[codec.input_size]], device="cpu") / 2
         (target,), _ = codec.encode(middle, torch.ones_like(middle[..., 0], dtype=torch.bool))
         self.mass = float(target.sum())
+        whole = codec.center in ("rounded", "hourglass")
+        if loss == "focal" and not (whole and float(target.max()) == 1):
+            raise ValueError(
+                "The focal loss wants targets that are exactly 1 at one cell: set "
+                'MODEL.LANDMARKS.TARGET.CENTER to "rounded" and UNIT_PEAK to True.'
+            )
         if loss == "focal" and isinstance(self.predictor, nn.Conv2d):
             # A first probability of 0.1 for every cell (arXiv 1904.07850).
             nn.init.constant_(self.predictor.bias, -2.19)
@@ -232,7 +183,7 @@ class HeatmapHead(MapHead):
         c = cfg.MODEL.LANDMARKS
         arguments, map_size = cls.arguments(cfg, shapes)
         codec = HeatmapCodec(
-            input_size=_input_size(cfg),
+            input_size=input_size(cfg),
             map_size=map_size,
             sigma=c.TARGET.SIGMA,
             shape=c.TARGET.SHAPE,
@@ -306,11 +257,12 @@ class IntegralHead(MapHead):
         c = cfg.MODEL.LANDMARKS
         arguments, map_size = cls.arguments(cfg, shapes)
         codec = IntegralCodec(
-            input_size=_input_size(cfg),
+            input_size=input_size(cfg),
             map_size=map_size,
             beta=c.INTEGRAL.BETA,
             debias=c.INTEGRAL.DEBIAS,
             geometry=c.TARGET.GEOMETRY,
+            formula=c.INTEGRAL.DEBIAS_FORMULA,
         )
         return {
             **arguments,
@@ -339,10 +291,7 @@ class IntegralHead(MapHead):
 
     def _points(self, maps: Tensor) -> Tensor:
         """Expectation as it is trained: without removal of the bias."""
-        codec = IntegralCodec(
-            self.codec.input_size, self.codec.map_size, self.codec.beta, False, self.codec.geometry
-        )
-        return codec.points(maps)
+        return replace(self.codec, debias=False).points(maps)
 
     def prediction(self, raw: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (raw[-1].float(),)
@@ -353,10 +302,9 @@ class IntegralHead(MapHead):
         return maps / maps.amax(dim=(-2, -1), keepdim=True)
 
     def average(self, one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The mean of the probabilities, as a map again."""
+        """A map of the mean probabilities, see the codec's ``average``."""
         (a,), (b,) = one, other
-        mean = (self.codec.probabilities(a) + self.codec.probabilities(b)) / 2
-        return (mean.clamp(min=1e-30).log() / self.codec.beta,)
+        return (self.codec.average(a, b),)
 
 
 @LANDMARK_HEAD_REGISTRY.register()
@@ -402,12 +350,12 @@ class RegressionHead(LandmarkHead):
     @classmethod
     def from_config(cls, cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> dict[str, Any]:
         c = cfg.MODEL.LANDMARKS
-        name = _choose_feature(cfg, shapes)
+        name = choose_feature(cfg, shapes)
         return {
             "in_feature": name,
             "in_channels": shapes[name].channels,
             "num_keypoints": c.NUM_KEYPOINTS,
-            "codec": RegressionCodec(_input_size(cfg)),
+            "codec": RegressionCodec(input_size(cfg)),
             "pool": c.REGRESSION.POOL,
             "hidden": c.REGRESSION.HIDDEN,
             "loss": c.LOSS.POINTS,
@@ -467,8 +415,8 @@ class SimCCHead(LandmarkHead):
     @classmethod
     def from_config(cls, cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> dict[str, Any]:
         c = cfg.MODEL.LANDMARKS
-        name = _choose_feature(cfg, shapes)
-        width, height = _input_size(cfg)
+        name = choose_feature(cfg, shapes)
+        width, height = input_size(cfg)
         stride = shapes[name].stride
         if width % stride or height % stride:
             raise ValueError(

@@ -380,6 +380,44 @@ def test_losses_of_maps_train(loss: str) -> None:
         assert (scores > 0).all() and (scores <= 1).all()
 
 
+@pytest.mark.parametrize("sigma", [0.7, 0.8, 1.1, 2.2])
+def test_focal_loss_has_positives_of_any_width(sigma: float) -> None:
+    """An empty map costs much, a perfect one little: the Cauchy peak is exactly 1."""
+    options = {
+        "MODEL.LANDMARKS.LOSS.MAPS": "focal",
+        "MODEL.LANDMARKS.TARGET.CENTER": "rounded",
+        "MODEL.LANDMARKS.TARGET.SHAPE": "cauchy",
+        "MODEL.LANDMARKS.TARGET.SIGMA": sigma,
+    }
+    head = model(**options).head
+    points, labelled = torch.tensor([[[20.3, 15.1]]]), torch.ones(1, 1, dtype=torch.bool)
+    (target,), _ = head.codec.encode(points, labelled)
+    sure = torch.where(target == target.max(), 20.0, -20.0)
+    good, bad = (head.losses((x,), points, labelled) for x in (sure, sure.clamp(max=-20.0)))
+    assert float(good["loss_heatmap"].detach()) < 0.01 < 5 < float(bad["loss_heatmap"].detach())
+    with pytest.raises(ValueError, match="UNIT_PEAK"):
+        model(**options, **{"MODEL.LANDMARKS.TARGET.UNIT_PEAK": False})
+
+
+@pytest.mark.parametrize("formula", ["exact", "published"])
+def test_debias_in_a_flip_test(formula: str) -> None:
+    """The average of a prediction with itself decodes to what it does alone."""
+    options = {"DEBIAS": True, "DEBIAS_FORMULA": formula, "BETA": 0.9}
+    head = model(
+        "IntegralHead", **{f"MODEL.LANDMARKS.INTEGRAL.{k}": v for k, v in options.items()}
+    ).head
+    assert (head.codec.debias, head.codec.formula) == (True, formula)
+    width, height = head.codec.map_size
+    maps = torch.zeros(1, 3, height, width)
+    maps[0, :, 2, 1] = 7.0
+    alone = head.codec.decode((maps,))
+    averaged = head.codec.decode(head.average((maps,), (maps,)))
+    torch.testing.assert_close(averaged.points, alone.points, atol=1e-3, rtol=0)
+    plain = head._points(maps)
+    moved = float((alone.points - plain).abs().max())
+    assert moved > (0.5 if formula == "exact" else 0.01)
+
+
 @pytest.mark.parametrize("shape", ["gaussian", "cauchy"])
 def test_classified_maps_are_scored_by_their_target(shape: str) -> None:
     """Logits that are the logarithm of a target give the target back, peak 1 and not 1 / sum."""
