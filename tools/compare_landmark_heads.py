@@ -440,7 +440,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--heads", nargs="+", choices=list(HEADS), default=list(HEADS))
-    parser.add_argument("--iterations", type=int, default=1000, help="of each head (1000)")
+    parser.add_argument("--iterations", type=int, default=900, help="of each head (900)")
     parser.add_argument("--evaluations", type=int, default=8, help="points of a curve (8)")
     parser.add_argument("--images", type=int, default=200, help="validation images (200)")
     parser.add_argument("--seed", type=int, default=1)

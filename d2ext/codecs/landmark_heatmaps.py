@@ -257,10 +257,9 @@ def decode_taylor(
         # Of -r^2 / (2 sigma^2), and of -(floor / peak)^(2/3) (1 + r^2 / sigma^2).
         unit = torch.ones_like(scores) if shape == "gaussian" else 2 * (floor / peak) ** (2 / 3)
         curvature = -unit.view_as(scores) / sigma**2
-    around = _patch(maps, inner_x, inner_y, 1).flatten(-2)
-    corners = _parabola(around, floor, shape).unflatten(-1, (3, 3))
-    known = (around[..., [0, 2, 6, 8]] > floor).all(dim=-1)
-    dxy = _cross(corners) * known
+    around = _patch(maps, inner_x, inner_y, 1)
+    known = (around[..., ::2, ::2].flatten(-2) > floor).all(dim=-1)
+    dxy = _cross(_parabola(around, floor[..., None], shape)) * known
     # Along the best cell's row and column, where the values are largest.
     inward_x, inward_y = inner_x - x, inner_y - y
     row = _patch(maps, inner_x, y, 1)[..., 1, :]
