@@ -1,5 +1,6 @@
 """Loaders: deterministic, resumable, and robust against single bad samples."""
 
+import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -139,7 +140,12 @@ def _collate(
 
 
 def _init_worker(worker_id: int) -> None:
-    """One thread per worker: parallelism comes from the number of workers."""
+    """One thread per worker: parallelism comes from the number of workers.
+
+    What a forked worker inherits is the parent's to tidy up: an earlier loader's iterator among it
+    would try to end workers that are not this process's, and print a traceback.
+    """
+    gc.freeze()
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
 

@@ -1,9 +1,11 @@
 """Loaders: one stream for any number of workers and processes, exact resumption, bad samples."""
 
 import copy
+import gc
 import itertools
 import json
 import logging
+import os
 import random
 import uuid
 from pathlib import Path
@@ -386,3 +388,34 @@ class TestTestLoader:
         cfg.INPUT.STRICT = True
         with pytest.raises(ImageReadError, match=r"2\.png"):
             list(build_test_loader(cfg, name))
+
+
+class Cycle:
+    """What only the garbage collector ends; it notes which process did."""
+
+    def __init__(self, log: Path) -> None:
+        self.itself, self.log = self, log
+
+    def __del__(self) -> None:
+        with self.log.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+
+
+def test_workers_leave_the_garbage_of_their_parent_alone(register, records, tmp_path):
+    """A loader's iterator is such: ended by a worker of another loader, it prints a traceback."""
+    log = tmp_path / "ended"
+    name = register(records)
+
+    def collect(record):
+        gc.collect()
+        return record
+
+    gc.disable()
+    try:
+        Cycle(log)
+        assert len(list(build_test_loader(make_cfg(workers=1), name, mapper=collect))) == 6
+        assert not log.exists()
+    finally:
+        gc.enable()
+    gc.collect()
+    assert log.read_text() == f"{os.getpid()}\n"
