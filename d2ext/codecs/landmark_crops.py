@@ -11,6 +11,20 @@ import torch
 from torch import Tensor
 
 
+def has_side(boxes: Tensor) -> Tensor:
+    """Which boxes can be cropped: finite, corners in order, and a positive width or height. Padding
+    gives a box without height (two points in a row) the shape of the input.
+
+    Args:
+        boxes: (N, 4) XYXY.
+
+    Returns:
+        (N,) bool.
+    """
+    sides = boxes[:, 2:] - boxes[:, :2]
+    return sides.isfinite().all(dim=1) & (sides >= 0).all(dim=1) & (sides > 0).any(dim=1)
+
+
 def pad_boxes(boxes: Tensor, size: tuple[int, int], padding: float = 1.25) -> Tensor:
     """Boxes, widened about their centre to the crop's shape, then enlarged.
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2ext.codecs.landmark_integral import IntegralCodec as IntegralCodec
 from d2ext.codecs.landmark_integral import mean_cell
 from d2ext.codecs.landmarks import Decoded, Encoded, LandmarkCodec, Size, to_cells, to_pixels
 
@@ -131,16 +130,15 @@ def draw_targets(
             first, last = around - radius, around + radius
         drawn = labelled & ((last >= 0) & (first <= limit - 1)).all(dim=-1)
         weights = drawn.float()
-    dx = torch.arange(width, device=cells.device) - middle[..., :1]
-    dy = torch.arange(height, device=cells.device) - middle[..., 1:]
+    columns = torch.arange(width, device=cells.device)
+    rows = torch.arange(height, device=cells.device)
+    dx, dy = columns - middle[..., :1], rows - middle[..., 1:]
     if shape == "gaussian":  # a product of two vectors
         along_x, along_y = profile(dx**2, sigma, shape), profile(dy**2, sigma, shape)
         maps = along_y[..., :, None] * along_x[..., None, :]
     else:
         maps = profile(dy[..., :, None] ** 2 + dx[..., None, :] ** 2, sigma, shape, unit_peak)
     if cut:
-        columns = torch.arange(width, device=cells.device)
-        rows = torch.arange(height, device=cells.device)
         near_x = (columns >= first[..., :1]) & (columns <= last[..., :1])
         near_y = (rows >= first[..., 1:]) & (rows <= last[..., 1:])
         maps = maps * (near_y[..., :, None] & near_x[..., None, :])

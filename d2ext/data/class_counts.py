@@ -102,7 +102,8 @@ def set_class_counts(cfg: CfgNode, dataset_name: str) -> None:
 
     That is ``NUM_CLASSES`` of every section of ``cfg.MODEL`` (of ``SEM_SEG_HEAD`` only if the data
     has semantic classes), what the meta-architecture counts in its own way
-    (:func:`counts_classes`), and the number of keypoints if the data has keypoints.
+    (:func:`counts_classes`), and the number of keypoints if the data has keypoints. With the latter,
+    ``MODEL.LANDMARKS.FLIP_INDICES`` is emptied: the data set says what mirrors what.
     """
     classes = dataset_classes(dataset_name)
     for section, node in cfg.MODEL.items():
@@ -120,6 +121,7 @@ def set_class_counts(cfg: CfgNode, dataset_name: str) -> None:
         cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = len(keypoints)
         if "LANDMARKS" in cfg.MODEL:
             cfg.MODEL.LANDMARKS.NUM_KEYPOINTS = len(keypoints)
+            cfg.MODEL.LANDMARKS.FLIP_INDICES = []
         if len(keypoints) not in (17, len(cfg.TEST.KEYPOINT_OKS_SIGMAS)):
             known = MetadataCatalog.get(dataset_name).get("keypoint_oks_sigmas")
             cfg.TEST.KEYPOINT_OKS_SIGMAS = list(known or [_DEFAULT_OKS_SIGMA] * len(keypoints))

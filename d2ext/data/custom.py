@@ -315,8 +315,6 @@ def apply_dataset_to_config(cfg: CfgNode, name: str) -> None:
     cfg.DATASETS.TEST = (found["val"],) if found["val"] else ()
     name = found["train"] or found["val"] or name
     set_class_counts(cfg, name)
-    if "LANDMARKS" in cfg.MODEL and MetadataCatalog.get(name).get("keypoint_names"):
-        cfg.MODEL.LANDMARKS.FLIP_INDICES = []
     if MetadataCatalog.get(name).get("mask_format") == "bitmask":
         cfg.INPUT.MASK_FORMAT = "bitmask"
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
+from itertools import compress
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.structures import Boxes, Instances
 
-from d2ext.data.landmarks.samples import of_categories
+from d2ext.data.landmarks.samples import in_categories
 from d2ext.engine.errors import ConfigError
 from d2ext.engine.predictor import BatchPredictor
 
@@ -41,7 +42,7 @@ class BoxFile(BoxSource):
             ``score`` (1 where it is missing) and ``category_id``. Other keys are ignored.
         threshold: boxes of a lower score are left out.
         categories: ids of the categories to look into, see
-            :func:`~d2ext.data.landmarks.samples.of_categories`; None: all.
+            :func:`~d2ext.data.landmarks.samples.in_categories`; None: all.
 
     Raises:
         ConfigError: no such file, or not such a list.
@@ -58,10 +59,9 @@ class BoxFile(BoxSource):
         if not isinstance(entries, list):
             raise ConfigError(f"'{path}' is no list of detections (COCO's result form).")
         self._found: dict[int, list[tuple[list[float], float]]] = {}
-        read = [(entry, *_read_entry(entry, path)) for entry in entries]
-        kept = {id(entry) for entry in of_categories(entries, categories, path)}
-        for entry, image_id, box, score in read:
-            if id(entry) in kept and score >= threshold:
+        read = [_read_entry(entry, path) for entry in entries]
+        for image_id, box, score in compress(read, in_categories(entries, categories, path)):
+            if score >= threshold:
                 self._found.setdefault(image_id, []).append((box, score))
 
     def __call__(self, image_ids: Sequence[int], images: Sequence[np.ndarray]) -> list[Instances]:

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from detectron2.evaluation import COCOEvaluator as Detectron2COCOEvaluator
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval, Params
 
-from d2ext.codecs.landmark_crops import pad_boxes
+from d2ext.codecs.landmark_crops import has_side, pad_boxes
 from d2ext.evaluation.oks_nms import oks_nms
 from d2ext.files import atomic_write
 
@@ -121,9 +121,14 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             )
         if self._oks_nms_crop is not None:
             boxes = pad_boxes(boxes, *self._oks_nms_crop)
-        areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-        threshold = self._oks_nms_threshold
-        return oks_nms(points, instances.scores, areas, sigmas, threshold, instances.pred_classes)
+        return oks_nms(
+            points,
+            instances.scores,
+            Boxes(boxes).area(),
+            sigmas,
+            self._oks_nms_threshold,
+            instances.pred_classes,
+        )
 
     def evaluate(self, img_ids: list[Any] | None = None) -> dict[str, Any]:
         """Gather, write and score the predictions.
@@ -261,10 +266,9 @@ class COCOEvaluator(Detectron2COCOEvaluator):
 def _to_coco(instances: Instances, image_id: Any) -> list[dict[str, Any]]:
     """Detections on the CPU -> COCO results, with ``mask_score`` beside ``score`` if given."""
     boxes = instances.pred_boxes.tensor
-    sides = boxes[:, 2:] - boxes[:, :2]
-    keep = torch.isfinite(sides).all(dim=1) & (sides >= 0).all(dim=1)
-    positive = sides > 0
-    keep &= positive.any(dim=1) if instances.has("pred_keypoints") else positive.all(dim=1)
+    keep = has_side(boxes)
+    if not instances.has("pred_keypoints"):
+        keep &= (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
     instances = instances[keep]
     results = instances_to_coco_json(instances, image_id)
     if instances.has("mask_scores"):

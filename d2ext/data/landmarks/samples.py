@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Collection, Sequence
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,10 @@ __all__ = [
     "add_detections",
     "category_ids",
     "flip_indices",
+    "in_categories",
     "instance_crop_box",
     "instance_points",
     "instance_records",
-    "of_categories",
 ]
 
 logger = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ def flip_indices(dataset: str) -> list[int]:
 
 
 def category_ids(metadata: Metadata) -> set[int] | None:
-    """Ids that files give to the categories of a data set, for :func:`of_categories`.
+    """Ids that files give to the categories of a data set, for :func:`in_categories`.
 
     Where the metadata have no ``thing_dataset_id_to_contiguous_id`` (Detectron2 fills it in when
     COCO's files are read), the ids that COCO has for its ``thing_classes``; None if it has none.
@@ -150,10 +151,10 @@ def category_ids(metadata: Metadata) -> set[int] | None:
     return {category["id"] for category in COCO_CATEGORIES if category["name"] in names} or None
 
 
-def of_categories(
+def in_categories(
     entries: Sequence[Record], categories: Collection[int] | None, path: str
-) -> list[Record]:
-    """Detections of the things that have landmarks: a detector of many classes finds others, too.
+) -> list[bool]:
+    """Which detections are of the things with landmarks: a detector of many classes finds others, too.
 
     Args:
         entries: detections; ``category_id`` may be missing.
@@ -161,20 +162,20 @@ def of_categories(
         path: of the file, for the log.
 
     Returns:
-        if any entry's ``category_id`` is among ``categories``, those entries and the ones without
-        ``category_id``, otherwise all; the log tells if the categories of a file are not used.
+        for each entry: if any entry's ``category_id`` is among ``categories``, whether its own is or it
+        has none, otherwise True; the log tells if the categories of a file are not used.
     """
     given = {entry["category_id"] for entry in entries if "category_id" in entry}
     wanted = given & set(categories or ())
     if wanted:
-        return [e for e in entries if "category_id" not in e or e["category_id"] in wanted]
+        return ["category_id" not in e or e["category_id"] in wanted for e in entries]
     if given:
         known = f"{sorted(categories)}, of which it has none" if categories else "not known"
         logger.warning(
             f"All boxes of '{path}' are looked into, of categories {shorten(sorted(given, key=str))}: "
             f"the data set's own are {known}."
         )
-    return list(entries)
+    return [True] * len(entries)
 
 
 def add_detections(
@@ -190,7 +191,7 @@ def add_detections(
         path: JSON list of detections in COCO's result format: ``image_id``, ``bbox`` (x, y, w, h),
             ``score`` and, from a detector of several classes, ``category_id``; other keys are ignored.
         min_score: detections below are left out.
-        categories: ids of the categories with landmarks, see :func:`of_categories` and
+        categories: ids of the categories with landmarks, see :func:`in_categories` and
             :func:`category_ids`.
 
     Returns:
@@ -209,7 +210,7 @@ def add_detections(
             "format)."
         )
     found: dict[Any, list[tuple[list[float], float]]] = {r["image_id"]: [] for r in records}
-    for entry in of_categories(content, categories, path):
+    for entry in compress(content, in_categories(content, categories, path)):
         score = float(entry["score"])
         if entry["image_id"] in found and score >= min_score:
             x, y, w, h = (float(v) for v in entry["bbox"])

@@ -14,7 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from torch import Tensor
 
-from d2ext.codecs.landmark_crops import crop_to_image, pad_boxes
+from d2ext.codecs.landmark_crops import crop_to_image, has_side, pad_boxes
 from d2ext.data.landmarks.samples import flip_indices
 
 logger = logging.getLogger(__name__)
@@ -75,20 +75,6 @@ def find_regions(
     return Regions(counts, joined, padded, matrices, classes, scores, usable)
 
 
-def has_side(boxes: Tensor) -> Tensor:
-    """Which boxes can be cropped: finite, corners in order, and a positive width or height. Padding
-    gives a box without height (two points in a row) the shape of the input.
-
-    Args:
-        boxes: (N, 4) XYXY.
-
-    Returns:
-        (N,) bool.
-    """
-    sides = boxes[:, 2:] - boxes[:, :2]
-    return boxes.isfinite().all(dim=1) & (sides >= 0).all(dim=1) & (sides > 0).any(dim=1)
-
-
 def _boxes(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Boxes (n, 4) float64, classes (n,) and scores (n,) of an image in inference, on the CPU."""
     instances = inputs.get("instances", inputs.get("proposals"))
@@ -138,9 +124,11 @@ def find_flip_indices(cfg: CfgNode) -> list[int]:
     given = list(landmarks.FLIP_INDICES)
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
         metadata = MetadataCatalog.get(name) if name in MetadataCatalog.list() else None
-        if metadata is None or not metadata.get("keypoint_names"):
-            continue
-        if metadata.get("keypoint_flip_map") is None:
+        if (
+            metadata is None
+            or not metadata.get("keypoint_names")
+            or metadata.get("keypoint_flip_map") is None
+        ):
             continue
         indices = flip_indices(name)
         if len(indices) != landmarks.NUM_KEYPOINTS:

@@ -21,23 +21,24 @@ from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from d2ext.codecs.landmark_crops import apply_affine, crop_to_image, invert_affine, pad_boxes
+from d2ext.codecs.landmark_crops import (
+    apply_affine,
+    crop_to_image,
+    has_side,
+    invert_affine,
+    pad_boxes,
+)
 from d2ext.layers import affine_crops, truncated_crops
 from d2ext.layers.transfer import upload, upload_alike
 from d2ext.modeling.inference import InferenceNetwork
 from d2ext.systems.landmarks.drawing import draw_training
-from d2ext.systems.landmarks.head import (
-    LandmarkHead,
-    MapHead,
-    build_landmark_head,
-    landmark_head_class,
-)
+from d2ext.systems.landmarks.head import MapHead, build_landmark_head, landmark_head_class
+from d2ext.systems.landmarks.head_base import LandmarkHead
 from d2ext.systems.landmarks.inputs import (
     Regions,
     counts_between,
     find_flip_indices,
     find_regions,
-    has_side,
 )
 from d2ext.systems.landmarks.postprocess import Persons, make_instances
 

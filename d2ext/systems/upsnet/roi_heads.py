@@ -93,10 +93,11 @@ class UPSNetROIHeads(StandardROIHeads):
         # Where the image was made smaller, a proposal of less than a pixel may have no width at all in
         # the image's own pixels.
         measured = end_behind(boxes, pixel)
-        boxes = boxes[(measured[:, 2:] > measured[:, :2]).all(dim=1)]
+        wide = (measured[:, 2:] > measured[:, :2]).all(dim=1)
+        boxes, measured = boxes[wide], measured[wide]
         objects = Boxes(torch.cat([truth.instances.gt_boxes.tensor, truth.crowd_boxes]))
         kinds = torch.cat([truth.instances.gt_classes, truth.crowd_classes])
-        iou, best = match(objects, Boxes(end_behind(boxes, pixel)))
+        iou, best = match(objects, Boxes(measured))
         _, matched = self.proposal_matcher(iou)
         classes = torch.full_like(best, self.num_classes)
         if len(kinds) > 0:
