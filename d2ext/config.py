@@ -6,7 +6,7 @@ from detectron2.config import get_cfg as get_detectron2_cfg
 
 from d2ext.data.config import add_data_config
 from d2ext.engine.config import add_engine_config
-from d2ext.modeling.hourglass import add_hourglass_config
+from d2ext.modeling.cornernet_hourglass import add_cornernet_hourglass_config
 from d2ext.modeling.inference import add_inference_config
 from d2ext.systems.centernet.config import add_centernet_config
 from d2ext.systems.centernet_triplets.config import add_centernet_triplets_config
@@ -21,7 +21,7 @@ def add_d2ext_config(cfg: CfgNode) -> None:
     add_data_config(cfg)
     add_engine_config(cfg)
     add_inference_config(cfg)
-    add_hourglass_config(cfg)
+    add_cornernet_hourglass_config(cfg)
     add_centernet_config(cfg)
     add_yolact_config(cfg)
     add_cornernet_config(cfg)

@@ -57,11 +57,11 @@ def _tiny_yolact(cfg: CfgNode) -> None:
 
 
 def _tiny_hourglass(cfg: CfgNode) -> None:
-    cfg.MODEL.BACKBONE.NAME = "build_stacked_hourglass_backbone"
-    cfg.MODEL.HOURGLASS.CHANNELS = [16, 16, 24]
-    cfg.MODEL.HOURGLASS.BLOCKS = [1, 1, 1]
-    cfg.MODEL.HOURGLASS.STEM_CHANNELS = 16
-    cfg.MODEL.HOURGLASS.OUT_CHANNELS = 16
+    cfg.MODEL.BACKBONE.NAME = "build_cornernet_hourglass_backbone"
+    cfg.MODEL.CORNERNET_HOURGLASS.CHANNELS = [16, 16, 24]
+    cfg.MODEL.CORNERNET_HOURGLASS.BLOCKS = [1, 1, 1]
+    cfg.MODEL.CORNERNET_HOURGLASS.STEM_CHANNELS = 16
+    cfg.MODEL.CORNERNET_HOURGLASS.OUT_CHANNELS = 16
     cfg.INPUT.FORMAT = "RGB"
     cfg.INPUT.MIN_SIZE_TEST = 0
 
@@ -158,9 +158,9 @@ def _tiny_landmarks(cfg: CfgNode) -> None:
     cfg.MODEL.PIXEL_MEAN = [0.0, 0.0, 0.0]
     cfg.MODEL.PIXEL_STD = [255.0, 255.0, 255.0]
     cfg.MODEL.BACKBONE.NAME = "NewellHourglass"
-    cfg.MODEL.STACKED_HOURGLASS.CHANNELS = 16
-    cfg.MODEL.STACKED_HOURGLASS.STEM_CHANNELS = [8, 16, 16]
-    cfg.MODEL.STACKED_HOURGLASS.DEPTH = 2
+    cfg.MODEL.NEWELL_HOURGLASS.CHANNELS = 16
+    cfg.MODEL.NEWELL_HOURGLASS.STEM_CHANNELS = [8, 16, 16]
+    cfg.MODEL.NEWELL_HOURGLASS.DEPTH = 2
     cfg.MODEL.LANDMARKS.NUM_KEYPOINTS = NUM_KEYPOINTS
     cfg.MODEL.LANDMARKS.INPUT_SIZE = [32, 48]
     cfg.MODEL.LANDMARKS.TARGET.CENTER = "exact"
@@ -172,7 +172,7 @@ def _tiny_landmarks(cfg: CfgNode) -> None:
 def _tiny_cornernet_saccade(cfg: CfgNode) -> None:
     _tiny_cornernet(cfg)
     cfg.MODEL.META_ARCHITECTURE = "CornerNetSaccade"
-    cfg.MODEL.HOURGLASS.OUT_LEVELS = True
+    cfg.MODEL.CORNERNET_HOURGLASS.OUT_LEVELS = True
     cfg.MODEL.CORNERNET.TEST.KEEP_STALE = False
     cfg.MODEL.CORNERNET.SACCADE.INPUT_SIZE = 63
     cfg.MODEL.CORNERNET.SACCADE.FIRST_SIZES = [48, 63]

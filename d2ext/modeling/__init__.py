@@ -2,10 +2,10 @@
 
 from d2ext.modeling.darknet import Darknet53, build_darknet53_backbone
 from d2ext.modeling.dla import DLA34, DLAUp, build_dla_up_backbone
-from d2ext.modeling.hourglass import StackedHourglass, build_stacked_hourglass_backbone
+from d2ext.modeling.cornernet_hourglass import CornerNetHourglass, build_cornernet_hourglass_backbone
 from d2ext.modeling.resnet_dcn import build_resnet_dcn, build_resnet_dcn_backbone
 from d2ext.modeling.resnet_deconv import ResNetDeconv, build_resnet_deconv_backbone
-from d2ext.modeling.stacked_hourglass import NewellHourglass
+from d2ext.modeling.newell_hourglass import NewellHourglass
 
 __all__ = [
     "DLA34",
@@ -13,11 +13,11 @@ __all__ = [
     "Darknet53",
     "NewellHourglass",
     "ResNetDeconv",
-    "StackedHourglass",
+    "CornerNetHourglass",
     "build_darknet53_backbone",
     "build_dla_up_backbone",
     "build_resnet_dcn",
     "build_resnet_dcn_backbone",
     "build_resnet_deconv_backbone",
-    "build_stacked_hourglass_backbone",
+    "build_cornernet_hourglass_backbone",
 ]

@@ -49,8 +49,8 @@ def options(folder: Path) -> list[str]:
         *("--images", "3", "--threads", "1", "--opts"),
         *("DATASETS.TRAIN", "('few_train_landmarks',)", "DATASETS.TEST", "('few_val_landmarks',)"),
         *("SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0"),
-        *("MODEL.STACKED_HOURGLASS.CHANNELS", "8"),
-        *("MODEL.STACKED_HOURGLASS.STEM_CHANNELS", "[8,8,8]"),
+        *("MODEL.NEWELL_HOURGLASS.CHANNELS", "8"),
+        *("MODEL.NEWELL_HOURGLASS.STEM_CHANNELS", "[8,8,8]"),
     ]
 
 

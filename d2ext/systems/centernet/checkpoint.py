@@ -14,7 +14,7 @@ from d2ext.checkpoint.convert import (
     apply_rules,
     register_converter,
 )
-from d2ext.checkpoint.hourglass import hourglass_rules
+from d2ext.checkpoint.cornernet_hourglass import hourglass_rules
 from d2ext.checkpoint.torchvision import resnet_rules
 
 _HEADS = {

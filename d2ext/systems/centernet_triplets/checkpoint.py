@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from d2ext.checkpoint.convert import ConversionError, StateDict, apply_rules, register_converter
-from d2ext.checkpoint.hourglass import add_counters
+from d2ext.checkpoint.cornernet_hourglass import add_counters
 from d2ext.systems.cornernet.checkpoint import corner_rules
 
 _CASCADE_PARTS = {

@@ -1,6 +1,6 @@
 """Settings of CenterNet with triplets. Defaults are the published models' for COCO.
 
-The backbone's are in ``MODEL.HOURGLASS`` (:mod:`d2ext.modeling.hourglass`).
+The backbone's are in ``MODEL.CORNERNET_HOURGLASS`` (:mod:`d2ext.modeling.cornernet_hourglass`).
 """
 
 from detectron2.config import CfgNode

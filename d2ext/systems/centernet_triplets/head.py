@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from d2ext.codecs.corners import PointMaps
 from d2ext.layers import center_pool, corner_pool, corner_pool_pair
-from d2ext.modeling.hourglass import ConvNormReLU
+from d2ext.modeling.cornernet_hourglass import ConvNormReLU
 from d2ext.systems.cornernet.head import CornerNetHead, PoolingModule
 
 # Directions in which a corner looks for its sides: vertical, horizontal.

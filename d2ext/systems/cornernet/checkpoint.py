@@ -14,7 +14,7 @@ from d2ext.checkpoint.convert import (
     apply_rules,
     register_converter,
 )
-from d2ext.checkpoint.hourglass import add_counters, hourglass_rules, name_fire_parts
+from d2ext.checkpoint.cornernet_hourglass import add_counters, hourglass_rules, name_fire_parts
 
 _POOLING_PARTS = {
     "p1_conv1.conv": "vertical.conv",

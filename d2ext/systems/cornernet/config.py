@@ -1,11 +1,11 @@
 """Settings of CornerNet. Defaults are the published hourglass-104 for COCO.
 
-The backbone's are in ``MODEL.HOURGLASS`` (:mod:`d2ext.modeling.hourglass`).
+The backbone's are in ``MODEL.CORNERNET_HOURGLASS`` (:mod:`d2ext.modeling.cornernet_hourglass`).
 """
 
 from detectron2.config import CfgNode
 
-from d2ext.modeling.hourglass import add_hourglass_config
+from d2ext.modeling.cornernet_hourglass import add_cornernet_hourglass_config
 
 
 def corner_defaults() -> CfgNode:
@@ -63,7 +63,7 @@ def corner_defaults() -> CfgNode:
 
 def add_cornernet_config(cfg: CfgNode) -> None:
     """Add CornerNet's keys to ``cfg``, in place."""
-    add_hourglass_config(cfg)
+    add_cornernet_hourglass_config(cfg)
     cfg.MODEL.CORNERNET = corner_defaults()
 
     saccade = cfg.MODEL.CORNERNET.SACCADE = CfgNode()

@@ -163,7 +163,7 @@ class CornerNet(nn.Module):
         if "stack1" not in shapes:
             raise ValueError(
                 "Detectors of corners need a stacked hourglass: set MODEL.BACKBONE.NAME to "
-                f'"build_stacked_hourglass_backbone", not "{cfg.MODEL.BACKBONE.NAME}".'
+                f'"build_cornernet_hourglass_backbone", not "{cfg.MODEL.BACKBONE.NAME}".'
             )
         stacks = [name for name in shapes if name.removeprefix("stack").isdigit()]
         test = node.TEST

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from d2ext.codecs.corners import decode_corners
 from d2ext.codecs.heatmaps import local_peaks
-from d2ext.modeling.hourglass import StackedHourglass
+from d2ext.modeling.cornernet_hourglass import CornerNetHourglass
 from d2ext.systems.cornernet.model import CornerNet, _image_size
 from d2ext.systems.cornernet.postprocess import rows_of_pairs, suppress, to_instances
 from d2ext.systems.cornernet.saccade_head import (
@@ -203,14 +203,14 @@ class CornerNetSaccade(CornerNet):
         return {**arguments, "options": options}
 
     @classmethod
-    def _head_arguments(cls, backbone: StackedHourglass) -> dict[str, Any]:
+    def _head_arguments(cls, backbone: CornerNetHourglass) -> dict[str, Any]:
         shapes = backbone.output_shape()
         levels = [name for name in shapes if name.startswith("stack1_s")]
         if not levels:
-            raise ValueError("CornerNetSaccade needs MODEL.HOURGLASS.OUT_LEVELS True.")
+            raise ValueError("CornerNetSaccade needs MODEL.CORNERNET_HOURGLASS.OUT_LEVELS True.")
         return {"level_channels": [shapes[name].channels for name in levels]}
 
-    def _network(self, backbone: StackedHourglass, head: SaccadeHead) -> SaccadeNetwork:
+    def _network(self, backbone: CornerNetHourglass, head: SaccadeHead) -> SaccadeNetwork:
         return SaccadeNetwork(backbone, head)
 
     def _targets(

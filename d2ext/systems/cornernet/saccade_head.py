@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from d2ext.codecs.corners import CornerTargets, PointMaps, encode_corners
 from d2ext.modeling.heatmap_losses import penalty_reduced_focal_loss
-from d2ext.modeling.hourglass import StackedHourglass
+from d2ext.modeling.cornernet_hourglass import CornerNetHourglass
 from d2ext.systems.cornernet.head import (
     PRIOR_LOGIT,
     CornerNetHead,
@@ -68,7 +68,7 @@ class SaccadeHead(CornerNetHead):
 class SaccadeNetwork(CornerNetwork):
     """Backbone with ``out_levels`` and head: images → predictions of the last stack."""
 
-    def __init__(self, backbone: StackedHourglass, head: SaccadeHead) -> None:
+    def __init__(self, backbone: CornerNetHourglass, head: SaccadeHead) -> None:
         super().__init__(backbone, head)
         strides = [backbone.stride * 2**level for level in reversed(range(backbone.depth))]
         self.level_names = [[f"{name}_s{stride}" for stride in strides] for name in self.features]

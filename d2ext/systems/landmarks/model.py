@@ -153,7 +153,7 @@ class LandmarkNet(nn.Module):
         cfg = cfg.clone()
         cfg.defrost()
         learns_maps = landmark_head_class(cfg).learns_maps and not landmarks.IN_FEATURE
-        cfg.MODEL.STACKED_HOURGLASS.NUM_MAPS = landmarks.NUM_KEYPOINTS if learns_maps else 0
+        cfg.MODEL.NEWELL_HOURGLASS.NUM_MAPS = landmarks.NUM_KEYPOINTS if learns_maps else 0
         backbone = build_backbone(cfg)
         return {
             "backbone": backbone,

@@ -120,8 +120,8 @@ def published_squeeze_names(model: CornerNet) -> dict[str, torch.Tensor]:
 
 def test_squeeze_checkpoints_convert() -> None:
     cfg = tiny_config("CornerNet")
-    cfg.MODEL.HOURGLASS.BLOCK = "fire"
-    cfg.MODEL.HOURGLASS.STEM_BLOCKS = 2
+    cfg.MODEL.CORNERNET_HOURGLASS.BLOCK = "fire"
+    cfg.MODEL.CORNERNET_HOURGLASS.STEM_BLOCKS = 2
     cfg.MODEL.CORNERNET.HEAD_KERNEL = 1
     torch.manual_seed(0)
     model = build_model(cfg)
@@ -178,8 +178,8 @@ def test_other_checkpoints_are_refused(state: dict[str, torch.Tensor]) -> None:
         ("MODEL.CORNERNET.TEST.TOP_K", 0, "TOP_K"),
         ("MODEL.CORNERNET.TEST.PEAK_KERNEL", 2, "PEAK_KERNEL"),
         ("MODEL.CORNERNET.TEST.NMS", "matrix", "TEST.NMS"),
-        ("MODEL.HOURGLASS.BLOCK", "dense", "HOURGLASS.BLOCK"),
-        ("MODEL.BACKBONE.NAME", "build_resnet_backbone", "build_stacked_hourglass_backbone"),
+        ("MODEL.CORNERNET_HOURGLASS.BLOCK", "dense", "CORNERNET_HOURGLASS.BLOCK"),
+        ("MODEL.BACKBONE.NAME", "build_resnet_backbone", "build_cornernet_hourglass_backbone"),
         ("MODEL.INFERENCE.MODE", "fast", "INFERENCE.MODE"),
     ],
 )

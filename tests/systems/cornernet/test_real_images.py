@@ -26,7 +26,7 @@ def narrow(name: str) -> Any:
     cfg = model_zoo.get_config(name)
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.CHANNELS_LAST = False
-    hourglass = cfg.MODEL.HOURGLASS
+    hourglass = cfg.MODEL.CORNERNET_HOURGLASS
     hourglass.CHANNELS = [8] * len(hourglass.CHANNELS)
     hourglass.STEM_CHANNELS = hourglass.OUT_CHANNELS = 8
     for node in (cfg.MODEL.CORNERNET, cfg.MODEL.CENTERNET_TRIPLETS):

@@ -428,7 +428,7 @@ def test_object_crops_hold_their_object() -> None:
     [
         ("MODEL.CORNERNET.SACCADE.ATTENTION_SCALES", [1, 2, 4], "ATTENTION_SCALES"),
         ("MODEL.CORNERNET.SACCADE.INPUT_SIZE", 64, "INPUT_SIZE"),
-        ("MODEL.HOURGLASS.OUT_LEVELS", False, "OUT_LEVELS"),
+        ("MODEL.CORNERNET_HOURGLASS.OUT_LEVELS", False, "OUT_LEVELS"),
     ],
 )
 def test_wrong_settings_are_explained(key: str, value: object, message: str) -> None:

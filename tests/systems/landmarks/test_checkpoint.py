@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from d2ext.checkpoint import ConversionError, convert_state_dict
-from d2ext.modeling.stacked_hourglass import NewellHourglass
+from d2ext.modeling.newell_hourglass import NewellHourglass
 
 State = dict[str, Tensor]
 

@@ -67,7 +67,7 @@ def test_predicts_and_draws_without_data(name: str) -> None:
     partners and lines are there, and a line is seen."""
     cfg = model_zoo.get_config(f"landmarks/{name}.yaml")
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
-    hourglass = cfg.MODEL.STACKED_HOURGLASS  # narrow: the weights are random anyway
+    hourglass = cfg.MODEL.NEWELL_HOURGLASS  # narrow: the weights are random anyway
     hourglass.CHANNELS, hourglass.STEM_CHANNELS, hourglass.NUM_STACKS = 32, [8, 16, 32], 1
     predictor = DefaultPredictor(cfg)
     picture = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)

@@ -610,8 +610,8 @@ def test_landmarks_that_cannot_be_seen(head: str, case: str) -> None:
         ({"MODEL.LANDMARKS.CROP.METHOD": "cut"}, r"CROP\.METHOD"),
         ({"MODEL.LANDMARKS.INPUT_SIZE": [30, 48]}, r"multiples of"),
         ({"MODEL.LANDMARKS.IN_FEATURE": "res9"}, "stack1"),
-        ({"MODEL.STACKED_HOURGLASS.NUM_STACKS": 0}, "NUM_STACKS"),
-        ({"MODEL.STACKED_HOURGLASS.CHANNELS": 15}, "even"),
+        ({"MODEL.NEWELL_HOURGLASS.NUM_STACKS": 0}, "NUM_STACKS"),
+        ({"MODEL.NEWELL_HOURGLASS.CHANNELS": 15}, "even"),
         (
             {"MODEL.LANDMARKS.HEAD": "SimCCHead", "MODEL.LANDMARKS.TEST.HEATMAPS": True},
             "no heat maps",

@@ -1,4 +1,4 @@
-"""Published names of CornerNet's stacked hourglass → those of ``StackedHourglass``.
+"""Published names of CornerNet's hourglass → those of ``CornerNetHourglass``.
 
 CornerNet, both CenterNets and CornerNet-Lite share them, behind different prefixes.
 """

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from d2ext.modeling.inference import fold_norms
-from d2ext.modeling.stacked_hourglass import NewellHourglass
+from d2ext.modeling.newell_hourglass import NewellHourglass
 
 
 def small(**kwargs: object) -> NewellHourglass:

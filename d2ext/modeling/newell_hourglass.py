@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from d2ext.modeling.fusion import conv_relu, take_bias
 
 
-def add_stacked_hourglass_config(cfg: CfgNode) -> None:
+def add_newell_hourglass_config(cfg: CfgNode) -> None:
     """Add the keys of :class:`NewellHourglass` to ``cfg``, in place; defaults as published."""
-    hourglass = cfg.MODEL.STACKED_HOURGLASS = CfgNode()
+    hourglass = cfg.MODEL.NEWELL_HOURGLASS = CfgNode()
     # Hourglasses in a row; published models have 8 and 2.
     hourglass.NUM_STACKS = 2
     # Maps that each stack predicts, one for each landmark; 0: none. LandmarkNet sets it, as its head
@@ -214,12 +214,12 @@ class NewellHourglass(Backbone):
         super().__init__()
         if num_stacks < 1 or depth < 1 or not norm:
             raise ValueError(
-                "MODEL.STACKED_HOURGLASS needs a stack, a depth of 1 or more and a norm, "
+                "MODEL.NEWELL_HOURGLASS needs a stack, a depth of 1 or more and a norm, "
                 f"not NUM_STACKS {num_stacks}, DEPTH {depth}, NORM '{norm}'."
             )
         if len(stem_channels) != 3 or any(c % 2 for c in (channels, increase, *stem_channels)):
             raise ValueError(
-                "MODEL.STACKED_HOURGLASS: CHANNELS, INCREASE and the three STEM_CHANNELS must be even, "
+                "MODEL.NEWELL_HOURGLASS: CHANNELS, INCREASE and the three STEM_CHANNELS must be even, "
                 f"not {channels}, {increase}, {list(stem_channels)}."
             )
         first, second, third = stem_channels
@@ -246,7 +246,7 @@ class NewellHourglass(Backbone):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
-        hourglass = cfg.MODEL.STACKED_HOURGLASS
+        hourglass = cfg.MODEL.NEWELL_HOURGLASS
         return {
             "num_stacks": hourglass.NUM_STACKS,
             "num_maps": hourglass.NUM_MAPS,
@@ -297,7 +297,7 @@ class NewellHourglass(Backbone):
             raise ValueError(
                 f"A stacked hourglass of depth {self.depth} takes images whose sides are multiples of "
                 f"{self.size_divisibility}, not {height}x{width}: change MODEL.LANDMARKS.INPUT_SIZE or "
-                "MODEL.STACKED_HOURGLASS.DEPTH."
+                "MODEL.NEWELL_HOURGLASS.DEPTH."
             )
         x = self.stem(images)
         outputs: dict[str, Tensor] = {}

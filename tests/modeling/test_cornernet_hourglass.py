@@ -11,11 +11,11 @@ from detectron2.modeling import build_backbone
 from torch.nn import functional as F
 
 from d2ext.config import get_cfg
-from d2ext.modeling.hourglass import FireBlock, ResidualBlock, StackedHourglass
+from d2ext.modeling.cornernet_hourglass import FireBlock, ResidualBlock, CornerNetHourglass
 from d2ext.modeling.inference import fold_norms
 
 
-def small(**options: object) -> StackedHourglass:
+def small(**options: object) -> CornerNetHourglass:
     torch.manual_seed(0)
     arguments: dict[str, object] = {
         "channels": (8, 10, 12),
@@ -23,7 +23,7 @@ def small(**options: object) -> StackedHourglass:
         "stem_channels": 4,
         "out_channels": 6,
     }
-    return StackedHourglass(**{**arguments, **options}).eval()  # type: ignore[arg-type]
+    return CornerNetHourglass(**{**arguments, **options}).eval()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("block", ["residual", "fire"])
@@ -72,7 +72,7 @@ def test_wrong_settings_are_refused(options: dict[str, object], message: str) ->
 )
 def test_published_size(options: dict[str, int], values: int, entries: int) -> None:
     with torch.device("meta"):
-        state = StackedHourglass(**options).state_dict()
+        state = CornerNetHourglass(**options).state_dict()
     assert len(state) == entries
     assert sum(x.numel() for x in state.values()) == values
 
@@ -139,13 +139,13 @@ def test_norms_fold_away(block: str) -> None:
 
 def test_from_config() -> None:
     cfg = get_cfg()
-    cfg.MODEL.BACKBONE.NAME = "build_stacked_hourglass_backbone"
-    cfg.MODEL.HOURGLASS.CHANNELS = [4, 6]
-    cfg.MODEL.HOURGLASS.BLOCKS = [1, 1]
-    cfg.MODEL.HOURGLASS.OUT_CHANNELS = 5
-    cfg.MODEL.HOURGLASS.NUM_STACKS = 1
+    cfg.MODEL.BACKBONE.NAME = "build_cornernet_hourglass_backbone"
+    cfg.MODEL.CORNERNET_HOURGLASS.CHANNELS = [4, 6]
+    cfg.MODEL.CORNERNET_HOURGLASS.BLOCKS = [1, 1]
+    cfg.MODEL.CORNERNET_HOURGLASS.OUT_CHANNELS = 5
+    cfg.MODEL.CORNERNET_HOURGLASS.NUM_STACKS = 1
     model = build_backbone(cfg, ShapeSpec(channels=3))
-    assert isinstance(model, StackedHourglass)
+    assert isinstance(model, CornerNetHourglass)
     assert {k: (v.channels, v.stride) for k, v in model.output_shape().items()} == {
         "stack1": (5, 4)
     }

@@ -130,7 +130,7 @@ class HourglassLevel(nn.Module):
         channels: of this level, the next, ... and the bottom.
         blocks: number of blocks at each of them.
         block: "residual" or "fire".
-        norm: see :class:`StackedHourglass`.
+        norm: see :class:`CornerNetHourglass`.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class HourglassLevel(nn.Module):
         return merged
 
 
-class StackedHourglass(Backbone):
+class CornerNetHourglass(Backbone):
     """CornerNet's stacked hourglass with intermediate outputs.
 
     Args:
@@ -203,15 +203,15 @@ class StackedHourglass(Backbone):
     ) -> None:
         super().__init__()
         if block not in BLOCKS:
-            raise ValueError(f'MODEL.HOURGLASS.BLOCK is one of {sorted(BLOCKS)}, not "{block}".')
+            raise ValueError(f'MODEL.CORNERNET_HOURGLASS.BLOCK is one of {sorted(BLOCKS)}, not "{block}".')
         if len(channels) != len(blocks) or len(channels) < 2 or min(blocks) < 1:
             raise ValueError(
-                "MODEL.HOURGLASS.CHANNELS and BLOCKS have one entry for each level and one for the "
+                "MODEL.CORNERNET_HOURGLASS.CHANNELS and BLOCKS have one entry for each level and one for the "
                 f"bottom, at least two; blocks are 1 or more: not {channels} and {blocks}."
             )
         if num_stacks < 1 or stem_blocks < 1:
             raise ValueError(
-                "MODEL.HOURGLASS.NUM_STACKS and STEM_BLOCKS are at least 1, not "
+                "MODEL.CORNERNET_HOURGLASS.NUM_STACKS and STEM_BLOCKS are at least 1, not "
                 f"{num_stacks} and {stem_blocks}."
             )
         width = channels[0]
@@ -282,14 +282,14 @@ class StackedHourglass(Backbone):
         return outputs
 
 
-def add_hourglass_config(cfg: CfgNode) -> None:
-    """Add the keys of :func:`build_stacked_hourglass_backbone` to ``cfg``, in place.
+def add_cornernet_hourglass_config(cfg: CfgNode) -> None:
+    """Add the keys of :func:`build_cornernet_hourglass_backbone` to ``cfg``, in place.
 
     The defaults are hourglass-104. Keys that are there stay.
     """
-    if "HOURGLASS" in cfg.MODEL:
+    if "CORNERNET_HOURGLASS" in cfg.MODEL:
         return
-    hourglass = cfg.MODEL.HOURGLASS = CfgNode()
+    hourglass = cfg.MODEL.CORNERNET_HOURGLASS = CfgNode()
     # Hourglasses in a row.
     hourglass.NUM_STACKS = 2
     # Channels at each level, from the stem's output to the bottom; one more than reductions.
@@ -311,10 +311,10 @@ def add_hourglass_config(cfg: CfgNode) -> None:
 
 
 @BACKBONE_REGISTRY.register()
-def build_stacked_hourglass_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> StackedHourglass:
-    """:class:`StackedHourglass` from ``cfg.MODEL.HOURGLASS``."""
-    c = cfg.MODEL.HOURGLASS
-    return StackedHourglass(
+def build_cornernet_hourglass_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> CornerNetHourglass:
+    """:class:`CornerNetHourglass` from ``cfg.MODEL.CORNERNET_HOURGLASS``."""
+    c = cfg.MODEL.CORNERNET_HOURGLASS
+    return CornerNetHourglass(
         in_channels=input_shape.channels,
         num_stacks=c.NUM_STACKS,
         channels=c.CHANNELS,
