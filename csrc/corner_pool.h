@@ -10,7 +10,7 @@
 
 #include <cstdint>
 
-#include "message.h"
+#include "check.h"
 
 namespace d2ext {
 

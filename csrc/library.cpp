@@ -43,13 +43,16 @@ TORCH_LIBRARY(d2ext, m) {
   m.def(
       "corner_pool_pair_backward(Tensor grad, Tensor vertical, Tensor horizontal, bool reverse) "
       "-> (Tensor, Tensor)");
-  m.def("center_pool(Tensor vertical, Tensor horizontal) -> Tensor");
-  m.def(
-      "center_pool_backward(Tensor grad, Tensor vertical, Tensor horizontal) -> (Tensor, Tensor)");
   m.def(
       "soft_nms(Tensor boxes, Tensor scores, Tensor? corner_scores, Tensor sizes, int method, "
       "float sigma, float iou_threshold, float score_threshold, float weight_exp) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "prune_masks(Tensor masks, Tensor boxes, Tensor classes, Tensor scores, SymInt height, "
+      "SymInt width, float overlap_fraction) -> (Tensor, Tensor)");
+  m.def(
+      "fuse_panoptic(Tensor score, Tensor boxes, Tensor classes, Tensor masks, SymInt height, "
+      "SymInt width, int num_stuff, bool unknown) -> (Tensor, Tensor)");
 }
 
 }  // namespace d2ext

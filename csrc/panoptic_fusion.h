@@ -12,32 +12,9 @@
 #include <limits>
 
 #include "geometry.h"
-#include "message.h"
+#include "check.h"
 
 namespace d2ext {
-
-// Two neighbouring cells and the weight of each.
-template <typename T>
-struct Cells {
-  int32_t low;
-  int32_t high;
-  T low_weight;
-  T high_weight;
-};
-
-// Bilinear interpolation with half-pixel centres, ends repeated: `pixel` of a line of pixels onto
-// which `cells` cells are spread, `scale` = cells / pixels.
-template <typename T>
-D2EXT_HOST_DEVICE Cells<T> interpolation(int32_t pixel, T scale, int32_t cells) {
-  T source = (static_cast<T>(pixel) + T(0.5)) * scale - T(0.5);
-  source = source < T(0) ? T(0) : source;
-  int32_t low = static_cast<int32_t>(source);
-  low = low > cells - 1 ? cells - 1 : low;
-  const int32_t high = low + 1 > cells - 1 ? cells - 1 : low + 1;
-  T high_weight = source - static_cast<T>(low);
-  high_weight = high_weight > T(1) ? T(1) : high_weight;
-  return {low, high, T(1) - high_weight, high_weight};
-}
 
 // a * x + b * y, rounded in the same way wherever it stands: where the best thing's logit is also
 // the best instance's semantic view, their difference must be 0.
@@ -56,8 +33,8 @@ D2EXT_HOST_DEVICE T blend(T a, T x, T b, T y) {
 
 // First down, then across.
 template <typename T>
-D2EXT_HOST_DEVICE T interpolate(const T* values, int64_t pitch, const Cells<T>& y,
-                                const Cells<T>& x) {
+D2EXT_HOST_DEVICE T interpolate(const T* values, int64_t pitch, const Tap<T>& y,
+                                const Tap<T>& x) {
   const T* top = values + y.low * pitch;
   const T* bottom = values + y.high * pitch;
   const T low = blend(y.low_weight, top[x.low], y.high_weight, bottom[x.low]);

@@ -11,7 +11,7 @@
 #include <limits>
 #include <optional>
 
-#include "message.h"
+#include "check.h"
 
 namespace d2ext {
 

@@ -1,95 +1,255 @@
-// CPU kernels of corner and center pooling. Lines across the memory (columns of a contiguous map)
-// are pooled a block of adjacent ones at a time, lines along it one by one, a vector in a few
-// steps.
+// CPU kernels of corner pooling. Lines across the memory (columns of a contiguous map) are pooled a
+// tile of adjacent ones at a time, lines along it one by one, by windows of kWindow elements.
 #include "../corner_pool.h"
 
 #include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cstring>
+#include <limits>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
-#include "scan_kernels.h"
+#include "vectorize.h"
 
 namespace d2ext {
 namespace {
 
 using at::Tensor;
 
+// Adjacent lines of a tile.
+constexpr int64_t kTile = 64;
 // Elements that are worth a thread of their own.
 constexpr int64_t kGrain = 32768;
+
+template <typename T>
+constexpr T kLowest = -std::numeric_limits<T>::infinity();
+
+// The running maximum m after x: NaN is the greatest, and of equal ones the first stays.
+template <typename T>
+inline T raised(T m, T x) {
+  return (x > m) | (x != x) ? x : m;
+}
+
+template <typename T>
+inline bool takes_over(T x, T m) {
+  return (m == m) & ((x > m) | (x != x));
+}
+
+template <typename In, typename Out>
+inline void convert(const In* from, Out* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    to[i] = static_cast<Out>(from[i]);
+  }
+}
+
+// Lines of `length` elements, `step` apart in scan order, `count` <= kTile of them adjacent.
+// out = running maximum (+ addend, unless null; it may be out, as x may).
+template <typename T, typename scalar_t>
+inline void scan_tile(const scalar_t* x, const scalar_t* addend, scalar_t* out, int64_t length,
+                      int64_t step, int64_t count) {
+  T running[kTile];
+  T values[kTile] = {};
+  std::fill_n(running, kTile, kLowest<T>);
+  for (int64_t l = 0; l < length; ++l) {
+    convert(x + l * step, values, count);
+    for (int64_t c = 0; c < kTile; ++c) {
+      running[c] = raised(running[c], values[c]);
+    }
+    if (addend == nullptr) {
+      convert(running, out + l * step, count);
+      continue;
+    }
+    convert(addend + l * step, values, count);
+    for (int64_t c = 0; c < kTile; ++c) {
+      values[c] += running[c];
+    }
+    convert(values, out + l * step, count);
+  }
+}
+
+// In scan order a run begins with each element that takes over; the sum of the run's gradients goes
+// to it. before: room for length * kTile. grad_x may be grad.
+template <typename T, typename scalar_t>
+inline void scan_tile_backward(const scalar_t* x, const scalar_t* grad, scalar_t* grad_x,
+                               int64_t length, int64_t step, int64_t count, T* before) {
+  T running[kTile];
+  T values[kTile] = {};
+  T grads[kTile] = {};
+  T sums[kTile] = {};
+  std::fill_n(running, kTile, kLowest<T>);
+  for (int64_t l = 0; l < length; ++l) {
+    std::memcpy(before + l * kTile, running, sizeof(running));
+    convert(x + l * step, values, count);
+    for (int64_t c = 0; c < kTile; ++c) {
+      running[c] = raised(running[c], values[c]);
+    }
+  }
+  for (int64_t l = length - 1; l >= 0; --l) {
+    std::memcpy(running, before + l * kTile, sizeof(running));
+    convert(x + l * step, values, count);
+    convert(grad + l * step, grads, count);
+    for (int64_t c = 0; c < kTile; ++c) {
+      const bool taken = (l == 0) | takes_over(values[c], running[c]);
+      const T sum = sums[c] + grads[c];
+      values[c] = taken ? sum : T(0);
+      sums[c] = taken ? T(0) : sum;
+    }
+    convert(values, grad_x + l * step, count);
+  }
+}
+
+typedef float Four __attribute__((vector_size(16)));
+#if defined(__clang__)
+#define D2EXT_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t FourIndices __attribute__((vector_size(16)));
+#define D2EXT_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (FourIndices){__VA_ARGS__})
+#endif
+
+// to[j][i] = from[i][j] of 4 x 4.
+inline void transpose_four(const float* from, int64_t from_pitch, float* to, int64_t to_pitch) {
+  Four rows[4];
+  for (int i = 0; i < 4; ++i) {
+    std::memcpy(&rows[i], from + i * from_pitch, sizeof(Four));
+  }
+  const Four low01 = D2EXT_SHUFFLE(rows[0], rows[1], 0, 4, 1, 5);
+  const Four low23 = D2EXT_SHUFFLE(rows[2], rows[3], 0, 4, 1, 5);
+  const Four high01 = D2EXT_SHUFFLE(rows[0], rows[1], 2, 6, 3, 7);
+  const Four high23 = D2EXT_SHUFFLE(rows[2], rows[3], 2, 6, 3, 7);
+  const Four columns[4] = {
+      D2EXT_SHUFFLE(low01, low23, 0, 1, 4, 5), D2EXT_SHUFFLE(low01, low23, 2, 3, 6, 7),
+      D2EXT_SHUFFLE(high01, high23, 0, 1, 4, 5), D2EXT_SHUFFLE(high01, high23, 2, 3, 6, 7)};
+  for (int i = 0; i < 4; ++i) {
+    std::memcpy(to + i * to_pitch, &columns[i], sizeof(Four));
+  }
+}
+
+// to[j][i] = from[i][j] for i < rows, j < columns.
+template <typename In, typename Out>
+inline void transpose(const In* from, int64_t from_pitch, Out* to, int64_t to_pitch, int64_t rows,
+                      int64_t columns) {
+  int64_t done_rows = 0;
+  int64_t done_columns = 0;
+  if constexpr (std::is_same_v<In, float> && std::is_same_v<Out, float>) {
+    done_rows = rows / 4 * 4;
+    done_columns = columns / 4 * 4;
+    for (int64_t j = 0; j < done_columns; j += 4) {
+      for (int64_t i = 0; i < done_rows; i += 4) {
+        transpose_four(from + i * from_pitch + j, from_pitch, to + j * to_pitch + i, to_pitch);
+      }
+    }
+  }
+  for (int64_t j = 0; j < columns; ++j) {
+    for (int64_t i = j < done_columns ? done_rows : 0; i < rows; ++i) {
+      to[j * to_pitch + i] = static_cast<Out>(from[i * from_pitch + j]);
+    }
+  }
+}
 
 inline int64_t grain_for(int64_t elements_per_task) {
   return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_per_task));
 }
 
-// Calls work(first element, step to the next one in scan order, count of adjacent lines) for blocks
-// of lines across the memory.
-template <typename T, typename Work>
-void for_column_blocks(const Lines& lines, bool reverse, const Work& work) {
-  const int64_t blocks = (lines.inner + kScanColumns<T> - 1) / kScanColumns<T>;
-  const int64_t grain = grain_for(lines.length * std::min(lines.inner, kScanColumns<T>));
-  at::parallel_for(0, lines.outer * blocks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t column = task % blocks * kScanColumns<T>;
-      const int64_t first = task / blocks * lines.length * lines.inner + column +
-                            (reverse ? (lines.length - 1) * lines.inner : 0);
-      work(first, reverse ? -lines.inner : lines.inner,
-           std::min(kScanColumns<T>, lines.inner - column));
+// The tiles of a task: kTile adjacent lines each.
+struct Tiles {
+  const Lines& lines;
+  int64_t begin;
+  int64_t end;
+  bool along;     // lines lie along the memory, and are transposed into a buffer
+  int64_t step;   // from one element of a line to the next in scan order, in the map or the buffer
+  int64_t first;  // the line's first element in scan order
+
+  // Calls work(position of the tile in the map, its number of lines); across the memory the position
+  // is that of the elements which the scan meets first.
+  template <typename Work>
+  inline void each(const Work& work) const {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      if (along) {
+        work(tile * kTile * lines.length, std::min(kTile, lines.outer - tile * kTile));
+      } else {
+        const int64_t in_row = (lines.inner + kTile - 1) / kTile;
+        const int64_t column = tile % in_row * kTile;
+        work(tile / in_row * lines.length * lines.inner + column + first,
+             std::min(kTile, lines.inner - column));
+      }
     }
-  });
+  }
+};
+
+// Calls work(tiles) for the map's tiles, in parallel.
+template <typename Work>
+void for_tiles(const Lines& lines, bool reverse, const Work& work) {
+  const bool along = lines.inner == 1;
+  const int64_t count = along ? (lines.outer + kTile - 1) / kTile
+                              : lines.outer * ((lines.inner + kTile - 1) / kTile);
+  const int64_t step = along ? kTile : lines.inner;
+  at::parallel_for(
+      0, count, grain_for(lines.length * kTile), [&](int64_t begin, int64_t end) {
+        const Tiles tiles = {lines, begin, end, along, reverse ? -step : step,
+                             reverse ? (lines.length - 1) * step : 0};
+        vectorized([&] { work(tiles); });
+      });
 }
 
 // out = running maximum (+ addend, unless null; it may be out).
 template <typename scalar_t>
 void scan(const scalar_t* x, const scalar_t* addend, scalar_t* out, const Lines& lines,
           bool reverse) {
-  const auto& kernels = scan_kernels<scalar_t>();
-  const auto shifted = [&](int64_t offset) {
-    return addend == nullptr ? nullptr : addend + offset;
-  };
-  if (lines.inner > 1) {
-    using T = cpu_arithmetic_t<scalar_t>;
-    for_column_blocks<T>(lines, reverse, [&](int64_t first, int64_t step, int64_t count) {
-      kernels.column_scan(x + first, shifted(first), out + first, lines.length, step, count);
+  using T = at::opmath_type<scalar_t>;
+  const int64_t length = lines.length;
+  for_tiles(lines, reverse, [&](const Tiles& tiles) {
+    std::vector<T> buffer(tiles.along ? length * kTile : 0);
+    std::vector<T> addends(addend == nullptr ? 0 : buffer.size());
+    T* cells = buffer.data() + (tiles.along ? tiles.first : 0);
+    tiles.each([&](int64_t first, int64_t count) {
+      if (tiles.along) {
+        transpose(x + first, length, buffer.data(), kTile, count, length);
+        const T* own = nullptr;
+        if (addend != nullptr) {
+          transpose(addend + first, length, addends.data(), kTile, count, length);
+          own = addends.data() + tiles.first;
+        }
+        scan_tile<T, T>(cells, own, cells, length, tiles.step, count);
+        transpose(buffer.data(), kTile, out + first, length, length, count);
+      } else {
+        scan_tile<T>(x + first, addend == nullptr ? nullptr : addend + first, out + first, length,
+                     tiles.step, count);
+      }
     });
-    return;
-  }
-  at::parallel_for(0, lines.outer, grain_for(lines.length), [&](int64_t begin, int64_t end) {
-    for (int64_t line = begin; line < end; ++line) {
-      const int64_t first = line * lines.length;
-      kernels.row_scan(x + first, shifted(first), out + first, lines.length, reverse);
-    }
   });
 }
 
 template <typename scalar_t>
 void scan_backward(const scalar_t* x, const scalar_t* grad, scalar_t* grad_x, const Lines& lines,
                    bool reverse) {
-  using T = cpu_arithmetic_t<scalar_t>;
-  using I = scans::Integer<T>;
-  const auto& kernels = scan_kernels<scalar_t>();
-  if (lines.inner > 1) {
-    for_column_blocks<T>(lines, reverse, [&](int64_t first, int64_t step, int64_t count) {
-      thread_local std::vector<I> taken;
-      taken.resize(lines.length * kScanColumns<T>);
-      kernels.column_scan_backward(x + first, grad + first, grad_x + first, lines.length, step,
-                                   count, taken.data());
+  using T = at::opmath_type<scalar_t>;
+  const int64_t length = lines.length;
+  for_tiles(lines, reverse, [&](const Tiles& tiles) {
+    std::vector<T> before(length * kTile);
+    std::vector<T> values(tiles.along ? length * kTile : 0);
+    std::vector<T> grads(values.size());
+    tiles.each([&](int64_t first, int64_t count) {
+      if (tiles.along) {
+        transpose(x + first, length, values.data(), kTile, count, length);
+        transpose(grad + first, length, grads.data(), kTile, count, length);
+        T* own = grads.data() + tiles.first;
+        scan_tile_backward<T, T>(values.data() + tiles.first, own, own, length, tiles.step, count,
+                                 before.data());
+        transpose(grads.data(), kTile, grad_x + first, length, length, count);
+      } else {
+        scan_tile_backward<T>(x + first, grad + first, grad_x + first, length, tiles.step, count,
+                              before.data());
+      }
     });
-    return;
-  }
-  at::parallel_for(0, lines.outer, grain_for(lines.length), [&](int64_t begin, int64_t end) {
-    std::vector<I> taken(lines.length);
-    for (int64_t line = begin; line < end; ++line) {
-      const int64_t first = line * lines.length;
-      kernels.row_scan_backward(x + first, grad + first, grad_x + first, lines.length, reverse,
-                                taken.data());
-    }
   });
 }
 
-// ---------------------------------------------------------------- corner_pool
+// ---------------------------------------------------------------- operators
 
 Tensor corner_pool_cpu(const Tensor& x, int64_t axis, bool reverse) {
   check_map("corner_pool", "input", x);
@@ -128,8 +288,6 @@ Tensor corner_pool_backward_cpu(const Tensor& grad, const Tensor& x, int64_t axi
   return grad_x;
 }
 
-// ---------------------------------------------------------------- corner_pool_pair
-
 Tensor corner_pool_pair_cpu(const Tensor& vertical, const Tensor& horizontal, bool reverse) {
   check_map("corner_pool_pair", "vertical", vertical);
   check_same("corner_pool_pair", "vertical", vertical, "horizontal", horizontal);
@@ -138,28 +296,27 @@ Tensor corner_pool_pair_cpu(const Tensor& vertical, const Tensor& horizontal, bo
   if (out.numel() == 0) {
     return out;
   }
-  const Tensor dense_vertical = vertical.contiguous(format);
-  const Tensor dense_horizontal = horizontal.contiguous(format);
+  const Tensor v = vertical.contiguous(format);
+  const Tensor h = horizontal.contiguous(format);
+  // Image by image or plane by plane: the sum finds the rows in the cache.
+  const bool planes = format == at::MemoryFormat::Contiguous;
+  Lines across = lines_of(out, format, 3);
+  Lines down = lines_of(out, format, 2);
+  const int64_t parts = down.outer;
+  across.outer /= parts;
+  down.outer = 1;
+  const int64_t size = out.numel() / parts;
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, out.scalar_type(), "corner_pool_pair_cpu", [&] {
-        const scalar_t* v = dense_vertical.const_data_ptr<scalar_t>();
-        const scalar_t* h = dense_horizontal.const_data_ptr<scalar_t>();
         scalar_t* target = out.mutable_data_ptr<scalar_t>();
-        if (format == at::MemoryFormat::ChannelsLast) {
-          scan<scalar_t>(v, nullptr, target, lines_of(out, format, 2), reverse);
-          scan<scalar_t>(h, target, target, lines_of(out, format, 3), reverse);
-          return;
-        }
-        // Plane by plane: the sum finds the columns in the cache.
-        const int64_t plane = out.size(2) * out.size(3);
-        at::parallel_for(
-            0, out.size(0) * out.size(1), grain_for(plane), [&](int64_t begin, int64_t end) {
-              for (int64_t n = begin; n < end; ++n) {
-                scalar_t* own = target + n * plane;
-                scan<scalar_t>(v + n * plane, nullptr, own, {1, out.size(2), out.size(3)}, reverse);
-                scan<scalar_t>(h + n * plane, own, own, {out.size(2), out.size(3), 1}, reverse);
-              }
-            });
+        const auto work = [&](int64_t begin, int64_t end) {
+          for (int64_t first = begin * size; first < end * size; first += size) {
+            scalar_t* own = target + first;
+            scan<scalar_t>(h.const_data_ptr<scalar_t>() + first, nullptr, own, across, reverse);
+            scan<scalar_t>(v.const_data_ptr<scalar_t>() + first, own, own, down, reverse);
+          }
+        };
+        planes ? at::parallel_for(0, parts, grain_for(size), work) : work(0, parts);
       });
   return out;
 }
@@ -172,76 +329,6 @@ std::tuple<Tensor, Tensor> corner_pool_pair_backward_cpu(const Tensor& grad, con
           corner_pool_backward_cpu(grad, horizontal, 3, reverse)};
 }
 
-// ---------------------------------------------------------------- center_pool
-
-// A map of another format is copied: whole planes are read.
-Tensor center_pool_cpu(const Tensor& vertical, const Tensor& horizontal) {
-  check_map("center_pool", "vertical", vertical);
-  check_same("center_pool", "vertical", vertical, "horizontal", horizontal);
-  const Tensor v = vertical.contiguous();
-  const Tensor h = horizontal.contiguous();
-  Tensor out = at::empty_like(v);
-  const int64_t height = v.size(2);
-  const int64_t width = v.size(3);
-  if (out.numel() > 0) {
-    AT_DISPATCH_FLOATING_TYPES_AND2(
-        at::kHalf, at::kBFloat16, v.scalar_type(), "center_pool_cpu", [&] {
-          const int64_t plane = height * width;
-          const scalar_t* from_vertical = v.const_data_ptr<scalar_t>();
-          const scalar_t* from_horizontal = h.const_data_ptr<scalar_t>();
-          scalar_t* target = out.mutable_data_ptr<scalar_t>();
-          at::parallel_for(
-              0, v.size(0) * v.size(1), grain_for(plane), [&](int64_t begin, int64_t end) {
-                std::vector<cpu_arithmetic_t<scalar_t>> maxima(width);
-                for (int64_t n = begin * plane; n < end * plane; n += plane) {
-                  scan_kernels<scalar_t>().center_plane(from_vertical + n, from_horizontal + n,
-                                                        target + n, height, width, maxima.data());
-                }
-              });
-        });
-  }
-  return out.contiguous(format_of(vertical));
-}
-
-std::tuple<Tensor, Tensor> center_pool_backward_cpu(const Tensor& grad, const Tensor& vertical,
-                                                    const Tensor& horizontal) {
-  check_map("center_pool_backward", "vertical", vertical);
-  check_same("center_pool_backward", "vertical", vertical, "horizontal", horizontal);
-  check_same("center_pool_backward", "vertical", vertical, "grad", grad);
-  const Tensor g = grad.contiguous();
-  const Tensor v = vertical.contiguous();
-  const Tensor h = horizontal.contiguous();
-  Tensor grad_vertical = at::empty_like(v);
-  Tensor grad_horizontal = at::empty_like(h);
-  const int64_t height = v.size(2);
-  const int64_t width = v.size(3);
-  if (v.numel() > 0) {
-    AT_DISPATCH_FLOATING_TYPES_AND2(
-        at::kHalf, at::kBFloat16, v.scalar_type(), "center_pool_backward_cpu", [&] {
-          using T = cpu_arithmetic_t<scalar_t>;
-          const int64_t plane = height * width;
-          const scalar_t* from_grad = g.const_data_ptr<scalar_t>();
-          const scalar_t* from_vertical = v.const_data_ptr<scalar_t>();
-          const scalar_t* from_horizontal = h.const_data_ptr<scalar_t>();
-          scalar_t* to_vertical = grad_vertical.mutable_data_ptr<scalar_t>();
-          scalar_t* to_horizontal = grad_horizontal.mutable_data_ptr<scalar_t>();
-          at::parallel_for(
-              0, v.size(0) * v.size(1), grain_for(plane), [&](int64_t begin, int64_t end) {
-                std::vector<T> maxima(width);
-                std::vector<T> sums(width);
-                std::vector<scans::Integer<T>> holders(width);
-                for (int64_t n = begin * plane; n < end * plane; n += plane) {
-                  scan_kernels<scalar_t>().center_plane_backward(
-                      from_grad + n, from_vertical + n, from_horizontal + n, to_vertical + n,
-                      to_horizontal + n, height, width, maxima.data(), sums.data(), holders.data());
-                }
-              });
-        });
-  }
-  return {grad_vertical.contiguous(format_of(vertical)),
-          grad_horizontal.contiguous(format_of(horizontal))};
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(d2ext, CPU, m) {
@@ -249,8 +336,6 @@ TORCH_LIBRARY_IMPL(d2ext, CPU, m) {
   m.impl("corner_pool_backward", corner_pool_backward_cpu);
   m.impl("corner_pool_pair", corner_pool_pair_cpu);
   m.impl("corner_pool_pair_backward", corner_pool_pair_backward_cpu);
-  m.impl("center_pool", center_pool_cpu);
-  m.impl("center_pool_backward", center_pool_backward_cpu);
 }
 
 }  // namespace d2ext

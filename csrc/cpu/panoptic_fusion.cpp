@@ -1,4 +1,4 @@
-// Schemas and CPU kernels of panoptic fusion. An instance costs what its box covers.
+// CPU kernels of panoptic fusion. An instance costs what its box covers.
 #include "../panoptic_fusion.h"
 
 #include <ATen/Dispatch.h>
@@ -37,15 +37,15 @@ Mask paste(const T* logits, int32_t cells_y, int32_t cells_x, const WholeBox& bo
   }
   const T scale_x = static_cast<T>(cells_x) / static_cast<T>(box.width);
   const T scale_y = static_cast<T>(cells_y) / static_cast<T>(box.height);
-  std::vector<Cells<T>> across(mask.columns.size());
+  std::vector<Tap<T>> across(mask.columns.size());
   for (int32_t x = mask.columns.begin; x < mask.columns.end; ++x) {
-    across[x - mask.columns.begin] = interpolation<T>(x - box.x, scale_x, cells_x);
+    across[x - mask.columns.begin] = source_tap<T>(x - box.x, scale_x, cells_x);
   }
   mask.set.resize(static_cast<size_t>(mask.columns.size()) * mask.rows.size());
   uint8_t* out = mask.set.data();
   for (int32_t y = mask.rows.begin; y < mask.rows.end; ++y) {
-    const Cells<T> down = interpolation<T>(y - box.y, scale_y, cells_y);
-    for (const Cells<T>& x : across) {
+    const Tap<T> down = source_tap<T>(y - box.y, scale_y, cells_y);
+    for (const Tap<T>& x : across) {
       const bool set = interpolate<T>(logits, cells_x, down, x) > T(0);
       *out++ = set;
       mask.area += set;
@@ -156,9 +156,9 @@ class Fusion {
     const int64_t plane = score.size(1) * score.size(2);
     const int64_t* kinds = classes.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < masks.size(0); ++i) {
-      TORCH_CHECK_INDEX(kinds[i] >= -1 && kinds[i] < channels_ - stuff_,
-                        join("fuse_panoptic: classes must be in 0..", channels_ - stuff_ - 1,
-                             ", or -1, got ", kinds[i]));
+      D2EXT_CHECK_INDEX(kinds[i] >= -1 && kinds[i] < channels_ - stuff_,
+                        "fuse_panoptic: classes must be in 0..", channels_ - stuff_ - 1,
+                        ", or -1, got ", kinds[i]);
       Instance<T> instance;
       instance.box = whole_box(boxes.const_data_ptr<T>() + 4 * i);
       instance.semantic = kinds[i] < 0 ? nullptr : score_ + (stuff_ + kinds[i]) * plane;
@@ -170,7 +170,7 @@ class Fusion {
     across_.reserve(width_);
     const T scale = static_cast<T>(grid_width_) / static_cast<T>(width_);
     for (int32_t x = 0; x < width_; ++x) {
-      across_.push_back(interpolation<T>(x, scale, grid_width_));
+      across_.push_back(source_tap<T>(x, scale, grid_width_));
     }
   }
 
@@ -179,7 +179,7 @@ class Fusion {
     at::parallel_for(0, height_, 4, [&](int64_t begin, int64_t end) {
       Row row(width_, grid_width_);
       for (int64_t y = begin; y < end; ++y) {
-        const Cells<T> down = interpolation<T>(static_cast<int32_t>(y), scale, grid_height_);
+        const Tap<T> down = source_tap<T>(static_cast<int32_t>(y), scale, grid_height_);
         row.labels = labels + y * width_;
         semantic_row(down, row, semantic + y * width_);
         for (int32_t i = 0; i < count(); ++i) {
@@ -213,7 +213,7 @@ class Fusion {
   int32_t count() const { return static_cast<int32_t>(instances_.size()); }
 
   // One channel between the grid rows of `down`; pixels lie between its cells.
-  void blend_rows(const T* grid, const Cells<T>& down, int32_t begin, int32_t end, T* line) const {
+  void blend_rows(const T* grid, const Tap<T>& down, int32_t begin, int32_t end, T* line) const {
     const T* top = grid + static_cast<int64_t>(down.low) * grid_width_;
     const T* bottom = grid + static_cast<int64_t>(down.high) * grid_width_;
     for (int32_t x = begin; x < end; ++x) {
@@ -222,11 +222,11 @@ class Fusion {
   }
 
   T at(const T* line, int32_t x) const {
-    const Cells<T>& cells = across_[x];
+    const Tap<T>& cells = across_[x];
     return blend(cells.low_weight, line[cells.low], cells.high_weight, line[cells.high]);
   }
 
-  void semantic_row(const Cells<T>& down, Row& row, int32_t* semantic) const {
+  void semantic_row(const Tap<T>& down, Row& row, int32_t* semantic) const {
     const int64_t plane = static_cast<int64_t>(grid_height_) * grid_width_;
     constexpr T kLowest = -std::numeric_limits<T>::infinity();
     std::fill(row.best.begin(), row.best.end(), kLowest);
@@ -255,7 +255,7 @@ class Fusion {
     }
   }
 
-  void instance_row(int32_t i, int32_t y, const Cells<T>& down, Row& row) const {
+  void instance_row(int32_t i, int32_t y, const Tap<T>& down, Row& row) const {
     const Instance<T>& instance = instances_[i];
     const WholeBox& box = instance.box;
     if (instance.semantic == nullptr) {
@@ -277,7 +277,7 @@ class Fusion {
       blend_rows(instance.semantic, down, across_[own.begin].low, across_[own.end - 1].high + 1,
                  row.line.data());
     }
-    const Cells<T> mask_down = interpolation<T>(y - box.y, instance.scale_y, cells_y_);
+    const Tap<T> mask_down = source_tap<T>(y - box.y, instance.scale_y, cells_y_);
     for (int32_t x = both.begin; x < both.end; ++x) {
       T value = 0;
       if (own.contains(x)) {
@@ -287,7 +287,7 @@ class Fusion {
       }
       if (pasted.contains(x)) {
         value += interpolate<T>(instance.mask, cells_x_, mask_down,
-                                interpolation<T>(x - box.x, instance.scale_x, cells_x_));
+                                source_tap<T>(x - box.x, instance.scale_x, cells_x_));
       }
       if (value > row.best[x]) {
         row.best[x] = value;
@@ -326,7 +326,7 @@ class Fusion {
   int32_t channels_, grid_height_, grid_width_, cells_y_, cells_x_, height_, width_, stuff_;
   bool unknown_;
   std::vector<Instance<T>> instances_;
-  std::vector<Cells<T>> across_;
+  std::vector<Tap<T>> across_;
 };
 
 std::tuple<Tensor, Tensor> fuse_panoptic_cpu(const Tensor& score, const Tensor& boxes,
@@ -350,15 +350,6 @@ std::tuple<Tensor, Tensor> fuse_panoptic_cpu(const Tensor& score, const Tensor& 
 }
 
 }  // namespace
-
-TORCH_LIBRARY_FRAGMENT(d2ext, m) {
-  m.def(
-      "prune_masks(Tensor masks, Tensor boxes, Tensor classes, Tensor scores, SymInt height, "
-      "SymInt width, float overlap_fraction) -> (Tensor, Tensor)");
-  m.def(
-      "fuse_panoptic(Tensor score, Tensor boxes, Tensor classes, Tensor masks, SymInt height, "
-      "SymInt width, int num_stuff, bool unknown) -> (Tensor, Tensor)");
-}
 
 TORCH_LIBRARY_IMPL(d2ext, CPU, m) {
   m.impl("prune_masks", prune_masks_cpu);

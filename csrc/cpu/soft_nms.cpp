@@ -17,8 +17,9 @@
 #include <utility>
 #include <vector>
 
-#include "../message.h"
-#include "simd.h"
+#include "../check.h"
+#include "math.h"
+#include "vectorize.h"
 
 namespace d2ext {
 namespace {
@@ -35,43 +36,94 @@ struct Settings {
   float weight_exp;
 };
 
-// What a round computes of the boxes left: arrays of one value for each box, padded to whole
-// vectors.
+// What a round computes of the boxes left: arrays of one value for each box.
 struct RoundArrays {
   const float* x1;
   const float* y1;
   const float* x2;
   const float* y2;
   const float* scores;
-  float* overlaps;
-  float* weights;
-  float* weighed;
+  float* __restrict__ overlaps;
+  float* __restrict__ weights;
+  float* __restrict__ weighed;
 };
 
-struct RoundKernels {
-  bool (*weigh)(const RoundArrays& in, int64_t best, int64_t begin, int64_t end,
-                const Settings& settings);
-  int64_t (*first_maximum)(const float* values, int64_t begin, int64_t end);
-};
-
-namespace rounds {
-#define D2EXT_LOOPS "soft_nms_loops.h"
-#include "each_target.h"
-}  // namespace rounds
-
-const RoundKernels& round_kernels() {
-  static const RoundKernels kernels = [] {
-#ifdef D2EXT_X86_TARGETS
-    if (has_avx512()) {
-      return rounds::avx512::round_kernels();
+// IoUs of box `best` with boxes [begin, end), the factors of their scores, and the scores times
+// these. Returns whether one that overlaps falls below the threshold.
+template <Method kMethod>
+inline bool weigh(const RoundArrays& in, int64_t best, int64_t begin, int64_t end,
+                  const Settings& settings) {
+  const float best_x1 = in.x1[best], best_y1 = in.y1[best];
+  const float best_x2 = in.x2[best], best_y2 = in.y2[best];
+  const float area = (best_x2 - best_x1 + 1) * (best_y2 - best_y1 + 1);
+  int32_t dropped = 0;
+#pragma GCC ivdep
+  for (int64_t i = begin; i < end; ++i) {
+    const float x1 = in.x1[i], y1 = in.y1[i], x2 = in.x2[i], y2 = in.y2[i];
+    const float width = (x2 < best_x2 ? x2 : best_x2) - (x1 > best_x1 ? x1 : best_x1) + 1;
+    const float height = (y2 < best_y2 ? y2 : best_y2) - (y1 > best_y1 ? y1 : best_y1) + 1;
+    const float common = width * height;
+    const float united = area + (x2 - x1 + 1) * (y2 - y1 + 1) - common;
+    const bool touching = (width > 0) & (height > 0);
+    const float overlap = touching ? common / united : 0.0f;
+    float weight = 1;
+    if (kMethod == Method::kGaussian) {
+      const float decayed = exponential(-(overlap * overlap) / settings.sigma);
+      weight = touching ? decayed : 1.0f;
+    } else {
+      const float reduced = kMethod == Method::kLinear ? 1 - overlap : 0.0f;
+      weight = overlap > settings.iou_threshold ? reduced : 1.0f;
     }
-    if (has_avx2()) {
-      return rounds::avx2::round_kernels();
+    const float weighed = in.scores[i] * weight;
+    dropped |= touching & (weighed < settings.score_threshold);
+    in.overlaps[i] = overlap;
+    in.weights[i] = weight;
+    in.weighed[i] = weighed;
+  }
+  return dropped != 0;
+}
+
+inline bool weigh(const RoundArrays& in, int64_t best, int64_t begin, int64_t end,
+                  const Settings& settings) {
+  bool dropped = false;
+  vectorized([&] {
+    dropped = settings.method == Method::kHard
+                  ? weigh<Method::kHard>(in, best, begin, end, settings)
+              : settings.method == Method::kLinear
+                  ? weigh<Method::kLinear>(in, best, begin, end, settings)
+                  : weigh<Method::kGaussian>(in, best, begin, end, settings);
+  });
+  return dropped;
+}
+
+// The first of the greatest; NaN is the greatest.
+inline int64_t first_maximum(const float* values, int64_t begin, int64_t end) {
+  constexpr int64_t kLanes = 32;
+  float lanes[kLanes];
+  std::fill_n(lanes, kLanes, values[begin]);
+  const auto raise = [](float& maximum, float value) {
+    maximum = (value > maximum) | (value != value) ? value : maximum;
+  };
+  int64_t i = begin;
+  vectorized([&] {
+    for (; i + kLanes <= end; i += kLanes) {
+      for (int64_t k = 0; k < kLanes; ++k) {
+        raise(lanes[k], values[i + k]);
+      }
     }
-#endif
-    return rounds::baseline::round_kernels();
-  }();
-  return kernels;
+  });
+  for (; i < end; ++i) {
+    raise(lanes[0], values[i]);
+  }
+  for (int64_t k = 1; k < kLanes; ++k) {
+    raise(lanes[0], lanes[k]);
+  }
+  const float greatest = lanes[0];
+  int64_t place = begin;
+  while (!(values[place] == greatest || (values[place] != values[place] && greatest != greatest))) {
+    ++place;
+  }
+  return place;
 }
 
 // base^exponent; by squaring where the exponent is a small whole number, as the published one is.
@@ -92,9 +144,8 @@ class Suppression {
   Suppression(const float* boxes, const float* scores, const float* corner_scores, int64_t count,
               const Settings& settings)
       : settings_(settings), corner_scores_(corner_scores), count_(count) {
-    const int64_t padded = count + Simd<float>::kLanes;
     for (auto* column : {&x1_, &y1_, &x2_, &y2_, &scores_, &overlaps_, &weights_, &weighed_}) {
-      column->resize(padded);
+      column->resize(count);
     }
     indices_.resize(count);
     std::iota(indices_.begin(), indices_.end(), int64_t(0));
@@ -112,8 +163,8 @@ class Suppression {
     const RoundArrays arrays = {x1_.data(),     y1_.data(),       x2_.data(),      y2_.data(),
                                 scores_.data(), overlaps_.data(), weights_.data(), weighed_.data()};
     for (int64_t row = 0; row < count_; ++row) {
-      swap(row, round_kernels().first_maximum(scores_.data(), row, count_));
-      const bool dropped = round_kernels().weigh(arrays, row, row + 1, count_, settings_);
+      swap(row, first_maximum(scores_.data(), row, count_));
+      const bool dropped = weigh(arrays, row, row + 1, count_, settings_);
       if (dropped || corner_scores_ != nullptr) {
         settle(row);
       } else {

@@ -63,9 +63,9 @@ __global__ void __launch_bounds__(kTile) fuse_kernel(FusionArguments<T> in) {
   const int32_t x = left + static_cast<int32_t>(threadIdx.x) % kTileWidth;
   const int32_t y = top + static_cast<int32_t>(threadIdx.x) / kTileWidth;
   const bool alive = x < in.width && y < in.height;
-  const Cells<T> across =
-      interpolation<T>(x, static_cast<T>(in.grid_width) / static_cast<T>(in.width), in.grid_width);
-  const Cells<T> down = interpolation<T>(
+  const Tap<T> across =
+      source_tap<T>(x, static_cast<T>(in.grid_width) / static_cast<T>(in.width), in.grid_width);
+  const Tap<T> down = source_tap<T>(
       y, static_cast<T>(in.grid_height) / static_cast<T>(in.height), in.grid_height);
   const int64_t plane = static_cast<int64_t>(in.grid_height) * in.grid_width;
 
@@ -123,9 +123,9 @@ __global__ void __launch_bounds__(kTile) fuse_kernel(FusionArguments<T> in) {
           value = view;
         }
         if (box.in_mask(x, y)) {
-          const Cells<T> mask_x = interpolation<T>(
+          const Tap<T> mask_x = source_tap<T>(
               x - box.x, static_cast<T>(in.cells_x) / static_cast<T>(box.width), in.cells_x);
-          const Cells<T> mask_y = interpolation<T>(
+          const Tap<T> mask_y = source_tap<T>(
               y - box.y, static_cast<T>(in.cells_y) / static_cast<T>(box.height), in.cells_y);
           const T* mask = in.masks + static_cast<int64_t>(begin + i) * in.cells_y * in.cells_x;
           value += interpolate<T>(mask, in.cells_x, mask_y, mask_x);
@@ -212,11 +212,11 @@ __global__ void __launch_bounds__(kBitThreads)
     }
     const T* mask = masks + static_cast<int64_t>(n) * cells_y * cells_x;
     const T scale_x = static_cast<T>(cells_x) / static_cast<T>(box.width);
-    const Cells<T> down =
-        interpolation<T>(y - box.y, static_cast<T>(cells_y) / static_cast<T>(box.height), cells_y);
+    const Tap<T> down =
+        source_tap<T>(y - box.y, static_cast<T>(cells_y) / static_cast<T>(box.height), cells_y);
     uint32_t word = 0;
     for (int32_t x = columns.begin; x < columns.end; ++x) {
-      const Cells<T> across = interpolation<T>(x - box.x, scale_x, cells_x);
+      const Tap<T> across = source_tap<T>(x - box.x, scale_x, cells_x);
       const bool set = interpolate<T>(mask, cells_x, down, across) > T(0);
       word |= set ? 1u << (x - first) : 0u;
     }

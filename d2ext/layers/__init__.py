@@ -5,7 +5,6 @@ from d2ext.layers.affine_crops import affine_crops, truncated_crops
 from d2ext.layers.corner_pool import (
     CornerPool,
     center_pool,
-    center_pool_reference,
     corner_pool,
     corner_pool_pair,
     corner_pool_pair_reference,
@@ -34,7 +33,6 @@ __all__ = [
     "assemble_masks",
     "assemble_masks_reference",
     "center_pool",
-    "center_pool_reference",
     "corner_pool",
     "corner_pool_pair",
     "corner_pool_pair_reference",

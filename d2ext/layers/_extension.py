@@ -7,9 +7,11 @@ implementation, which is chosen by availability.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +30,6 @@ _OPERATORS = (
     "assemble_binary_masks",
     "corner_pool",
     "corner_pool_pair",
-    "center_pool",
     "soft_nms",
     "prune_masks",
     "fuse_panoptic",
@@ -149,3 +150,21 @@ def _warn_uncompiled(device_type: str) -> None:
         RuntimeWarning,
         stacklevel=4,
     )
+
+
+def register_gradient(
+    name: str, backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> None:
+    """The gradient of ``d2ext::name``; that of ``d2ext::name_backward`` is an error.
+
+    Registered on the operators themselves, so that torch.autograd, torch.compile and export see it.
+    """
+    torch.library.register_autograd(f"d2ext::{name}", backward, setup_context=setup_context)
+
+    def no_second_derivatives(ctx: Any, *grads: Any) -> None:
+        raise NotImplementedError(
+            f"{name}: second derivatives are not implemented; use d2ext.layers.{name}_reference "
+            "for them"
+        )
+
+    torch.library.register_autograd(f"d2ext::{name}_backward", no_second_derivatives)

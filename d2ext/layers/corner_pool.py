@@ -10,7 +10,7 @@ Shapes: B images, C channels, H x W cells.
 **Gradient.** It goes wholly to the element that holds the maximum. Among equal ones that is the one
 that the published operator meets first in its scan (only a strictly greater one replaces it): the
 nearest to the side where the scan begins, for :func:`center_pool` the lowest of a column and the
-rightmost of a row. (``torch.cummax`` takes the last one met.)
+rightmost of a row. (``torch.cummax`` takes the last one met, ``torch.amax`` divides among all.)
 
 **Not finite.** NaN counts as greater than every number, as in ``torch.cummax``: from a NaN on, the
 running maximum is NaN, and the first NaN met holds it.
@@ -26,15 +26,16 @@ input as it comes, and two inputs that differ in dtype are promoted to their com
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from d2ext.layers._extension import compiled_for, has_extension
+from d2ext.layers._extension import compiled_for, has_extension, register_gradient
 
 __all__ = [
     "CornerPool",
     "center_pool",
-    "center_pool_reference",
     "corner_pool",
     "corner_pool_pair",
     "corner_pool_pair_reference",
@@ -93,21 +94,33 @@ def center_pool(vertical: Tensor, horizontal: Tensor) -> Tensor:
     """Maximum of the cell's column of ``vertical`` plus maximum of its row of ``horizontal``.
 
     Equal to ``corner_pool(corner_pool(vertical, "top"), "bottom") +
-    corner_pool(corner_pool(horizontal, "left"), "right")``, gradient included.
+    corner_pool(corner_pool(horizontal, "left"), "right")``, gradient included. Plain PyTorch: it is too
+    small a part of CenterNet for a kernel.
 
     Args:
         vertical, horizontal: (B, C, H, W), floating point, any strides.
 
     Returns:
-        (B, C, H, W); channels_last if ``vertical`` is, else contiguous.
+        (B, C, H, W).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together.
+        ValueError: shapes or devices that do not fit together.
     """
-    if not compiled_for(vertical.device):
-        return center_pool_reference(vertical, horizontal)
     vertical, horizontal = _promote(vertical, horizontal)
-    return torch.ops.d2ext.center_pool.default(vertical, horizontal)
+    _check_pair("center_pool", vertical, horizontal)
+    if vertical.numel() == 0:
+        return vertical + horizontal
+    return _last_maximum(vertical, 2) + _last_maximum(horizontal, 3)
+
+
+def _last_maximum(x: Tensor, axis: int) -> Tensor:
+    """Maximum along ``axis``, kept with size 1; the gradient goes to the last of equal ones."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x.amax(axis, keepdim=True)
+    flipped = x.flip(axis)
+    return flipped.gather(
+        axis, flipped.argmax(axis, keepdim=True)
+    )  # argmax: the first of equal ones
 
 
 class CornerPool(nn.Module):
@@ -148,17 +161,6 @@ def corner_pool_pair_reference(vertical: Tensor, horizontal: Tensor, corner: str
     return pooled + corner_pool_reference(horizontal, horizontal_direction)
 
 
-def center_pool_reference(vertical: Tensor, horizontal: Tensor) -> Tensor:
-    """:func:`center_pool` in plain PyTorch; differentiable to any order."""
-    vertical, horizontal = _promote(vertical, horizontal)
-    _check_pair("center_pool", vertical, horizontal)
-    if vertical.numel() == 0:
-        return vertical + horizontal
-    columns = _last_maximum(vertical, 2)
-    rows = _last_maximum(horizontal, 3)
-    return columns + rows
-
-
 @torch.no_grad()
 def _holders(x: Tensor, axis: int) -> Tensor:
     """int64, x's shape: where along ``axis`` the running maximum of each element comes from."""
@@ -173,12 +175,6 @@ def _holders(x: Tensor, axis: int) -> Tensor:
     index = torch.arange(1, x.shape[axis], device=x.device).view(shape)
     first = torch.zeros_like(running.narrow(axis, 0, 1), dtype=torch.int64)
     return torch.cat([first, index * replaced], dim=axis).cummax(axis).values
-
-
-def _last_maximum(x: Tensor, axis: int) -> Tensor:
-    """Maximum along ``axis``, which is kept with size 1; among equal ones that of highest index."""
-    flipped = x.flip(axis)
-    return flipped.gather(axis, _holders(flipped, axis).narrow(axis, x.shape[axis] - 1, 1))
 
 
 # ---------------------------------------------------------------- arguments
@@ -226,7 +222,7 @@ def _check_pair(name: str, vertical: Tensor, horizontal: Tensor) -> None:
         )
 
 
-# ---------------------------------------------------------------- shapes, for compile and export
+# ---------------------------------------------------------------- compiled: shapes, gradients
 
 
 def _empty_map(x: Tensor) -> Tensor:
@@ -256,12 +252,23 @@ if has_extension():
     ) -> tuple[Tensor, Tensor]:
         return _empty_map(vertical), _empty_map(horizontal)
 
-    @torch.library.register_fake("d2ext::center_pool")
-    def _center_pool_fake(vertical: Tensor, horizontal: Tensor) -> Tensor:
-        return _empty_map(vertical)
+    # Only the inputs are kept: backward finds the maxima again.
 
-    @torch.library.register_fake("d2ext::center_pool_backward")
-    def _center_pool_backward_fake(
-        grad: Tensor, vertical: Tensor, horizontal: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return _empty_map(vertical), _empty_map(horizontal)
+    def _keep_single(ctx: Any, inputs: tuple[Tensor, int, bool], output: Tensor) -> None:
+        x, ctx.axis, ctx.reverse = inputs
+        ctx.save_for_backward(x)
+
+    def _single_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        backward = torch.ops.d2ext.corner_pool_backward.default
+        return backward(grad, *ctx.saved_tensors, ctx.axis, ctx.reverse), None, None
+
+    def _keep_pair(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
+        vertical, horizontal, ctx.reverse = inputs
+        ctx.save_for_backward(vertical, horizontal)
+
+    def _pair_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        backward = torch.ops.d2ext.corner_pool_pair_backward.default
+        return *backward(grad, *ctx.saved_tensors, ctx.reverse), None
+
+    register_gradient("corner_pool", _single_backward, _keep_single)
+    register_gradient("corner_pool_pair", _pair_backward, _keep_pair)

@@ -35,9 +35,6 @@ __all__ = [
     "whole_boxes",
 ]
 
-# Whether the extension that was found has these operators: it may be older than this file.
-_COMPILED = has_extension() and hasattr(torch.ops.d2ext, "fuse_panoptic")
-
 # Semantic channels that the plain PyTorch path interpolates at a time.
 _CHUNK_CHANNELS = 16
 
@@ -107,7 +104,7 @@ def prune_masks(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
     """
-    if not (_COMPILED and compiled_for(masks.device)):
+    if not compiled_for(masks.device):
         return prune_masks_reference(masks, boxes, classes, scores, size, overlap_fraction)
     order, keep = torch.ops.d2ext.prune_masks.default(
         masks, boxes, classes, scores, size[0], size[1], overlap_fraction
@@ -147,7 +144,7 @@ def fuse_panoptic(
         IndexError: a class outside of -1..T-1, on the CPU. A compiled operator on a GPU does not wait to
             look: such an instance counts as one of class -1.
     """
-    if not (_COMPILED and compiled_for(score.device)):
+    if not compiled_for(score.device):
         return fuse_panoptic_reference(
             score, boxes, classes, masks, size, num_stuff=num_stuff, unknown=unknown
         )
@@ -356,7 +353,7 @@ def _check_size(size: tuple[int, int]) -> None:
 
 # ---------------------------------------------------------------- shapes, for compile and export
 
-if _COMPILED:
+if has_extension():
 
     @torch.library.register_fake("d2ext::prune_masks")
     def _prune_masks_fake(

@@ -21,12 +21,13 @@ they come, and two that differ in dtype are promoted to their common one.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2ext.layers._extension import compiled_for, has_extension
+from d2ext.layers._extension import compiled_for, has_extension, register_gradient
 
 __all__ = [
     "assemble_binary_masks",
@@ -324,7 +325,7 @@ def _check_batch_index(batch_index: Tensor | None, prototypes: Tensor, detection
         raise IndexError(f"batch_index must be in [0, {images}), got {batch_index.tolist()}")
 
 
-# ---------------------------------------------------------------- shapes, for compile and export
+# ---------------------------------------------------------------- compiled: shapes, gradients
 
 if has_extension():
 
@@ -363,3 +364,15 @@ if has_extension():
         padding: float,
     ) -> Tensor:
         return prototypes.new_empty((coefficients.shape[0], height, width), dtype=torch.bool)
+
+    # The logits are computed again in backward, so only the inputs are kept.
+
+    def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.padding = inputs
+        ctx.save_for_backward(*tensors)
+
+    def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        backward = torch.ops.d2ext.assemble_masks_backward.default
+        return *backward(grad, *ctx.saved_tensors, ctx.padding), None, None, None
+
+    register_gradient("assemble_masks", _backward, _keep_inputs)
