@@ -4,6 +4,7 @@
 // H x W map.
 #pragma once
 
+#include <ATen/OpMathType.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/ScalarType.h>
 
@@ -11,8 +12,8 @@
 #include <cstdint>
 #include <limits>
 
-#include "geometry.h"
 #include "check.h"
+#include "geometry.h"
 
 namespace d2ext {
 
@@ -33,8 +34,7 @@ D2EXT_HOST_DEVICE T blend(T a, T x, T b, T y) {
 
 // First down, then across.
 template <typename T>
-D2EXT_HOST_DEVICE T interpolate(const T* values, int64_t pitch, const Tap<T>& y,
-                                const Tap<T>& x) {
+D2EXT_HOST_DEVICE T interpolate(const T* values, int64_t pitch, const Tap<T>& y, const Tap<T>& x) {
   const T* top = values + y.low * pitch;
   const T* bottom = values + y.high * pitch;
   const T low = blend(y.low_weight, top[x.low], y.high_weight, bottom[x.low]);
@@ -91,11 +91,6 @@ D2EXT_HOST_DEVICE WholeBox whole_box(const T* box) {
   whole.semantic_right = rounded[2] + 1;
   whole.semantic_bottom = rounded[3] + 1;
   return whole;
-}
-
-// Arithmetic type: float64 for float64, else float32 (also for float16 and bfloat16).
-inline at::ScalarType fusion_type(const at::Tensor& values) {
-  return values.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 inline void check_map_size(const char* name, int64_t height, int64_t width) {

@@ -15,11 +15,6 @@
 
 namespace d2ext {
 
-// Arithmetic type: float64 for float64, else float32 (also for float16 and bfloat16).
-inline at::ScalarType accumulation_type(at::ScalarType type) {
-  return type == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 // Raises for wrong ranks, sizes, dtypes, devices and values; reads no tensor data.
 inline void check_mask_inputs(const char* name, const at::Tensor& prototypes,
                               const at::Tensor& coefficients, const at::Tensor& boxes,

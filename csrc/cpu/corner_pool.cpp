@@ -164,8 +164,8 @@ struct Tiles {
   int64_t step;   // from one element of a line to the next in scan order, in the map or the buffer
   int64_t first;  // the line's first element in scan order
 
-  // Calls work(position of the tile in the map, its number of lines); across the memory the position
-  // is that of the elements which the scan meets first.
+  // Calls work(position of the tile in the map, its number of lines); across the memory the
+  // position is that of the elements which the scan meets first.
   template <typename Work>
   inline void each(const Work& work) const {
     for (int64_t tile = begin; tile < end; ++tile) {
@@ -185,15 +185,14 @@ struct Tiles {
 template <typename Work>
 void for_tiles(const Lines& lines, bool reverse, const Work& work) {
   const bool along = lines.inner == 1;
-  const int64_t count = along ? (lines.outer + kTile - 1) / kTile
-                              : lines.outer * ((lines.inner + kTile - 1) / kTile);
+  const int64_t count =
+      along ? (lines.outer + kTile - 1) / kTile : lines.outer * ((lines.inner + kTile - 1) / kTile);
   const int64_t step = along ? kTile : lines.inner;
-  at::parallel_for(
-      0, count, grain_for(lines.length * kTile), [&](int64_t begin, int64_t end) {
-        const Tiles tiles = {lines, begin, end, along, reverse ? -step : step,
-                             reverse ? (lines.length - 1) * step : 0};
-        vectorized([&] { work(tiles); });
-      });
+  at::parallel_for(0, count, grain_for(lines.length * kTile), [&](int64_t begin, int64_t end) {
+    const Tiles tiles = {
+        lines, begin, end, along, reverse ? -step : step, reverse ? (lines.length - 1) * step : 0};
+    vectorized([&] { work(tiles); });
+  });
 }
 
 // out = running maximum (+ addend, unless null; it may be out).

@@ -97,7 +97,7 @@ std::tuple<Tensor, Tensor> prune_masks_cpu(const Tensor& masks, const Tensor& bo
                                            const Tensor& classes, const Tensor& scores,
                                            int64_t height, int64_t width, double overlap_fraction) {
   check_prune_inputs(masks, boxes, classes, scores, height, width);
-  const auto type = fusion_type(masks);
+  const auto type = at::toOpMathType(masks.scalar_type());
   const Tensor held_masks = masks.to(type).contiguous();
   const Tensor held_boxes = boxes.to(type).contiguous();
   const Tensor held_classes = classes.contiguous();
@@ -334,7 +334,7 @@ std::tuple<Tensor, Tensor> fuse_panoptic_cpu(const Tensor& score, const Tensor& 
                                              int64_t height, int64_t width, int64_t num_stuff,
                                              bool unknown) {
   check_fusion_inputs(score, boxes, classes, masks, height, width, num_stuff);
-  const auto type = fusion_type(score);
+  const auto type = at::toOpMathType(score.scalar_type());
   const Tensor held_score = score.to(type).contiguous();
   const Tensor held_boxes = boxes.to(type).contiguous();
   const Tensor held_masks = masks.to(type).contiguous();

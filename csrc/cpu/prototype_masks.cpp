@@ -1,5 +1,7 @@
 // CPU kernels of prototype mask assembly. A detection costs what its box covers: probabilities are
 // computed row by row inside it, kept in a buffer of one row, and consumed at once.
+#include "../prototype_masks.h"
+
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
@@ -18,7 +20,6 @@
 #include <vector>
 
 #include "../geometry.h"
-#include "../prototype_masks.h"
 #include "math.h"
 #include "vectorize.h"
 
@@ -38,9 +39,8 @@ inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1)
 // sigmoid(prototypes . coefficients) of the cells [begin, end), into output.
 // prototypes: (channels, stride) of one grid row.
 template <typename T>
-inline void probability_row(const T* __restrict__ prototypes, int64_t stride,
-                            const T* coefficients, int64_t channels, int64_t begin, int64_t end,
-                            T* __restrict__ output) {
+inline void probability_row(const T* __restrict__ prototypes, int64_t stride, const T* coefficients,
+                            int64_t channels, int64_t begin, int64_t end, T* __restrict__ output) {
   std::fill(output + begin, output + end, T(0));
   int64_t c = 0;
   // Four channels at a time: the sums are loaded and stored a quarter as often.
@@ -48,8 +48,8 @@ inline void probability_row(const T* __restrict__ prototypes, int64_t stride,
     const T* p = prototypes + c * stride;
     const T* k = coefficients + c;
     for (int64_t x = begin; x < end; ++x) {
-      output[x] += p[x] * k[0] + p[x + stride] * k[1] + p[x + 2 * stride] * k[2] +
-                   p[x + 3 * stride] * k[3];
+      output[x] +=
+          p[x] * k[0] + p[x + stride] * k[1] + p[x + 2 * stride] * k[2] + p[x + 3 * stride] * k[3];
     }
   }
   for (; c < channels; ++c) {

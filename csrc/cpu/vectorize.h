@@ -1,6 +1,6 @@
 // Loops compiled for several instruction sets, the widest of which that the processor has is chosen
-// at run time: a wheel built anywhere runs fast everywhere. Loops are plain; the compiler vectorises
-// them.
+// at run time: a wheel built anywhere runs fast everywhere. Loops are plain; the compiler
+// vectorises them.
 #pragma once
 
 namespace d2ext {

@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kTileCells)
 template <typename scalar_t>
 void launch_backward(const HeldInputs& held, const Tensor& grad, Tensor& grad_prototypes,
                      Tensor& partials, double padding) {
-  using acc_t = accumulation_t<scalar_t>;
+  using acc_t = at::opmath_type<scalar_t>;
   const auto in = held.view<scalar_t>(padding);
   HeldInputs held_out = held;
   held_out.prototypes = grad_prototypes;

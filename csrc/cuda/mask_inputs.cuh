@@ -1,6 +1,7 @@
 // Arguments of prototype mask assembly as the CUDA kernels read them.
 #pragma once
 
+#include <ATen/OpMathType.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -8,7 +9,6 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
-#include <type_traits>
 
 #include "../geometry.h"
 #include "../prototype_masks.h"
@@ -22,6 +22,12 @@ constexpr int32_t kTileCells = kTileWidth * kTileHeight;
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 __device__ __forceinline__ double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
+
+// Moved 16 bytes at a time.
+template <typename acc_t>
+struct alignas(16) Four {
+  acc_t values[4];
+};
 
 // scalar_t: element type; acc_t: arithmetic type.
 template <typename scalar_t, typename acc_t>
@@ -108,12 +114,12 @@ __device__ __forceinline__ void load_cell(const MaskInputs<scalar_t, acc_t>& in,
 
 template <int K, typename acc_t>
 __device__ __forceinline__ acc_t dot(const acc_t (&values)[K], const acc_t* coefficients) {
-  acc_t sum = 0;
+  acc_t sums[4] = {};  // four sums that do not wait for each other
 #pragma unroll
   for (int c = 0; c < K; ++c) {
-    sum += values[c] * coefficients[c];
+    sums[c % 4] += values[c] * coefficients[c];
   }
-  return sum;
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 // The same for any number of channels, read from global memory.
@@ -127,10 +133,6 @@ __device__ acc_t dot_any(const MaskInputs<scalar_t, acc_t>& in, const scalar_t* 
   return sum;
 }
 
-// Arithmetic type of an element type: float64 for float64, else float32.
-template <typename scalar_t>
-using accumulation_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-
 // Copies that the kernels read, which must outlive the launch's enqueueing.
 struct HeldInputs {
   at::Tensor prototypes;  // (B, h, w, k), any strides
@@ -142,7 +144,7 @@ struct HeldInputs {
              const at::Tensor& boxes_in, const std::optional<at::Tensor>& batch_index_in)
       : prototypes(prototypes_in.dim() == 3 ? prototypes_in.unsqueeze(0) : prototypes_in),
         coefficients(coefficients_in.contiguous()),
-        boxes(boxes_in.to(accumulation_type(prototypes_in.scalar_type())).contiguous()) {
+        boxes(boxes_in.to(at::toOpMathType(prototypes_in.scalar_type())).contiguous()) {
     if (batch_index_in.has_value()) {
       batch_index = batch_index_in->contiguous();
     }
@@ -153,8 +155,8 @@ struct HeldInputs {
   }
 
   template <typename scalar_t>
-  MaskInputs<scalar_t, accumulation_t<scalar_t>> view(double padding) const {
-    using acc_t = accumulation_t<scalar_t>;
+  MaskInputs<scalar_t, at::opmath_type<scalar_t>> view(double padding) const {
+    using acc_t = at::opmath_type<scalar_t>;
     MaskInputs<scalar_t, acc_t> in;
     in.prototypes = prototypes.const_data_ptr<scalar_t>();
     in.stride_image = prototypes.stride(0);

@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(kTile) fuse_kernel(FusionArguments<T> in) {
   const bool alive = x < in.width && y < in.height;
   const Tap<T> across =
       source_tap<T>(x, static_cast<T>(in.grid_width) / static_cast<T>(in.width), in.grid_width);
-  const Tap<T> down = source_tap<T>(
-      y, static_cast<T>(in.grid_height) / static_cast<T>(in.height), in.grid_height);
+  const Tap<T> down =
+      source_tap<T>(y, static_cast<T>(in.grid_height) / static_cast<T>(in.height), in.grid_height);
   const int64_t plane = static_cast<int64_t>(in.grid_height) * in.grid_width;
 
   T best = -INFINITY;
@@ -150,7 +150,7 @@ std::tuple<Tensor, Tensor> fuse_panoptic_cuda(const Tensor& score, const Tensor&
                                               bool unknown) {
   check_fusion_inputs(score, boxes, classes, masks, height, width, num_stuff);
   const c10::cuda::CUDAGuard guard(score.device());
-  const auto type = fusion_type(score);
+  const auto type = at::toOpMathType(score.scalar_type());
   const Tensor held_score = score.to(type).contiguous();
   const Tensor held_boxes = boxes.to(type).contiguous();
   const Tensor held_masks = masks.to(type).contiguous();
@@ -304,7 +304,7 @@ std::tuple<Tensor, Tensor> prune_masks_cuda(const Tensor& masks, const Tensor& b
                                             double overlap_fraction) {
   check_prune_inputs(masks, boxes, classes, scores, height, width);
   const c10::cuda::CUDAGuard guard(masks.device());
-  const auto type = fusion_type(masks);
+  const auto type = at::toOpMathType(masks.scalar_type());
   const Tensor held_masks = masks.to(type).contiguous();
   const Tensor held_boxes = boxes.to(type).contiguous();
   const Tensor held_classes = classes.contiguous();

@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kTileCells)
 template <typename scalar_t, typename out_t, bool kFill>
 void launch_probabilities(const HeldInputs& held, double padding, int32_t output_height,
                           int32_t output_width, bool crop_after, out_t* out) {
-  using acc_t = accumulation_t<scalar_t>;
+  using acc_t = at::opmath_type<scalar_t>;
   const auto in = held.view<scalar_t>(padding);
   const int32_t chunks = (in.detections - 1) / kDetectionsPerBlock + 1;
   const dim3 grid(static_cast<uint32_t>(in.tiles_x()) * in.tiles_y(), std::min(chunks, 65535));
