@@ -7,6 +7,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <tuple>
 
 #include "probabilities.cuh"
@@ -38,16 +39,16 @@ Tensor assemble_masks_cuda(const Tensor& prototypes, const Tensor& coefficients,
 }
 
 // A thread keeps one cell's K prototypes and their gradients in registers and goes through the
-// detections of its image. What the block's cells add to the gradient of the coefficients is summed
-// over the tile and written to `partials` (tiles, N, k), zero before; summing these over tiles in a
-// second step, without atomics, gives the same bits every time.
-// kFits: all channels are among the K in registers; else blockIdx.z chooses K of them, and logits
-// are summed from memory. kGroup: detections between two barriers.
+// detections of its image among the `share` of its block. Both sums are written as parts, which a
+// second step adds without atomics, so that the bits are the same every time: those of the
+// prototypes to grad_cells (splits, B, h, w, k), those of the coefficients, over the tile, to
+// partials (tiles, N, k), zero before.
+// kFits: all channels are among the K in registers; else the block has K of them, and logits are
+// summed from memory. kGroup: detections between two barriers.
 template <typename scalar_t, typename acc_t, int K, bool kFits, int kGroup>
 __global__ void __launch_bounds__(kTileCells)
     backward_kernel(MaskInputs<scalar_t, acc_t> in, bool vectors, const scalar_t* __restrict__ grad,
-                    MaskInputs<scalar_t, acc_t> out, scalar_t* __restrict__ grad_prototypes,
-                    bool out_vectors, acc_t* __restrict__ partials) {
+                    int32_t share, acc_t* __restrict__ grad_cells, acc_t* __restrict__ partials) {
   constexpr int kPitch = K + 1;  // odd: threads of a warp fall into different banks
   __shared__ acc_t cells[kTileCells * kPitch];
   __shared__ __align__(16) acc_t grad_logits[kGroup * kTileCells];
@@ -59,7 +60,10 @@ __global__ void __launch_bounds__(kTileCells)
 
   const Tile tile(in, blockIdx.x, threadIdx.x);
   const int32_t image = blockIdx.y;
-  const int32_t window = blockIdx.z * K;
+  const int32_t windows = (in.channels + K - 1) / K;
+  const int32_t window = static_cast<int32_t>(blockIdx.z) % windows * K;
+  const int32_t split = static_cast<int32_t>(blockIdx.z) / windows;
+  const int32_t end = min(in.detections, (split + 1) * share);
   const int32_t lane = threadIdx.x % 32;
   const int32_t warp = threadIdx.x / 32;
   const int64_t grid_cells = static_cast<int64_t>(in.height) * in.width;
@@ -85,11 +89,10 @@ __global__ void __launch_bounds__(kTileCells)
     cells[threadIdx.x * kPitch + c] = tile.inside ? values[c] : acc_t(0);
   }
 
-  for (int32_t first = 0; first < in.detections; first += kTileCells) {
+  for (int32_t first = split * share; first < end; first += kTileCells) {
     // The detections of this image whose boxes meet the tile, in order.
-    const int32_t candidate = in.detections - first > static_cast<int32_t>(threadIdx.x)
-                                  ? first + static_cast<int32_t>(threadIdx.x)
-                                  : -1;
+    const int32_t own = static_cast<int32_t>(threadIdx.x);
+    const int32_t candidate = end - first > own ? first + own : -1;
     Range xs;
     Range ys;
     bool related = candidate >= 0 && in.image(candidate) == image;
@@ -187,55 +190,54 @@ __global__ void __launch_bounds__(kTileCells)
   if (!tile.inside) {
     return;
   }
-  scalar_t* target = grad_prototypes + (out.cell(image, tile.y, tile.x) - out.prototypes) +
-                     window * out.stride_channel;
-  if (out_vectors) {
-    constexpr int kPerVector = 16 / sizeof(scalar_t);
+  acc_t* target =
+      grad_cells + window +
+      ((static_cast<int64_t>(split) * in.images + image) * grid_cells + position) * in.channels;
 #pragma unroll
-    for (int i = 0; i < K / kPerVector; ++i) {
-      __align__(16) scalar_t parts[kPerVector];
+  for (int c = 0; c < K; c += 4) {
+    if (in.channels % 4 == 0 && window + c < in.channels) {
+      *reinterpret_cast<Four<acc_t>*>(target + c) = {totals[c], totals[c + 1], totals[c + 2],
+                                                     totals[c + 3]};
+    } else {
 #pragma unroll
-      for (int j = 0; j < kPerVector; ++j) {
-        parts[j] = static_cast<scalar_t>(totals[i * kPerVector + j]);
-      }
-      reinterpret_cast<uint4*>(target)[i] = *reinterpret_cast<const uint4*>(parts);
-    }
-  } else {
-#pragma unroll
-    for (int c = 0; c < K; ++c) {
-      if (window + c < in.channels) {
-        target[c * out.stride_channel] = static_cast<scalar_t>(totals[c]);
+      for (int i = c; i < c + 4; ++i) {
+        if (window + i < in.channels) {
+          target[i] = totals[i];
+        }
       }
     }
   }
 }
 
+// Blocks that keep a GPU busy: few images have few tiles, so that their detections are shared out.
+constexpr int32_t kWantedBlocks = 640;
+
 template <typename scalar_t>
-void launch_backward(const HeldInputs& held, const Tensor& grad, Tensor& grad_prototypes,
-                     Tensor& partials, double padding) {
+void launch_backward(const HeldInputs& held, const Tensor& grad, double padding, Tensor& grad_cells,
+                     Tensor& partials) {
   using acc_t = at::opmath_type<scalar_t>;
+  constexpr int32_t kChannels = 32;
   const auto in = held.view<scalar_t>(padding);
-  HeldInputs held_out = held;
-  held_out.prototypes = grad_prototypes;
-  const auto out = held_out.view<scalar_t>(padding);
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  const auto launch = [&](auto kernel, int32_t channels) {
-    const dim3 grid(static_cast<uint32_t>(in.tiles_x()) * in.tiles_y(), in.images,
-                    (in.channels + channels - 1) / channels);
-    kernel<<<grid, kTileCells, 0, stream>>>(
-        in, vectors_of_channels(held.prototypes, channels), grad.const_data_ptr<scalar_t>(), out,
-        grad_prototypes.mutable_data_ptr<scalar_t>(),
-        vectors_of_channels(grad_prototypes, channels), partials.mutable_data_ptr<acc_t>());
+  const int32_t tiles = in.tiles_x() * in.tiles_y();
+  const int32_t wanted = std::clamp(kWantedBlocks / tiles / in.images, 1, 8);
+  const int32_t share = (in.detections + wanted - 1) / wanted;
+  const int32_t splits = (in.detections + share - 1) / share;
+  grad_cells =
+      at::empty({splits, in.images, in.height, in.width, in.channels}, held.boxes.options());
+  partials = at::zeros({tiles, in.detections, in.channels}, held.boxes.options());
+  const dim3 grid(tiles, in.images, (in.channels + kChannels - 1) / kChannels * splits);
+  const auto launch = [&](auto kernel) {
+    kernel<<<grid, kTileCells, 0, c10::cuda::getCurrentCUDAStream()>>>(
+        in, vectors_of_channels(held.prototypes, kChannels), grad.const_data_ptr<scalar_t>(), share,
+        grad_cells.mutable_data_ptr<acc_t>(), partials.mutable_data_ptr<acc_t>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   };
-  if constexpr (sizeof(acc_t) == sizeof(float)) {
-    if (in.channels <= 32) {
-      launch(backward_kernel<scalar_t, acc_t, 32, true, 16>, 32);
-    } else {
-      launch(backward_kernel<scalar_t, acc_t, 32, false, 16>, 32);
-    }
+  if constexpr (sizeof(acc_t) == sizeof(double)) {
+    launch(backward_kernel<scalar_t, acc_t, kChannels, false, 8>);
+  } else if (in.channels <= kChannels) {
+    launch(backward_kernel<scalar_t, acc_t, kChannels, true, 16>);
   } else {
-    launch(backward_kernel<scalar_t, acc_t, 32, false, 8>, 32);
+    launch(backward_kernel<scalar_t, acc_t, kChannels, false, 16>);
   }
 }
 
@@ -252,14 +254,12 @@ std::tuple<Tensor, Tensor> assemble_masks_backward_cuda(
   }
   const HeldInputs held(prototypes, coefficients, boxes, batch_index);
   const Tensor dense_grad = grad.contiguous();
-  Tensor batched = prototypes.dim() == 3 ? grad_prototypes.unsqueeze(0) : grad_prototypes;
-  const int64_t tiles = ((prototypes.size(-3) + kTileHeight - 1) / kTileHeight) *
-                        ((prototypes.size(-2) + kTileWidth - 1) / kTileWidth);
-  Tensor partials =
-      at::zeros({tiles, coefficients.size(0), coefficients.size(1)}, held.boxes.options());
+  Tensor grad_cells;
+  Tensor partials;
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, prototypes.scalar_type(), "assemble_masks_backward_cuda",
-      [&] { launch_backward<scalar_t>(held, dense_grad, batched, partials, padding); });
+      [&] { launch_backward<scalar_t>(held, dense_grad, padding, grad_cells, partials); });
+  grad_prototypes.copy_(grad_cells.sum(0).view(prototypes.sizes()));
   return {grad_prototypes, at::empty_like(coefficients).copy_(partials.sum(0))};
 }
 
