@@ -1,7 +1,7 @@
 # Every target installs what it needs first; a second run installs nothing.
 # PYTHON chooses the interpreter: make test PYTHON=python3.12
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format real-check docs lock clean check-python
+.PHONY: help install demo test lint format check-cuda real-check docs lock clean check-python
 
 PYTHON ?= python3
 BOOTSTRAP = $(PYTHON) scripts/bootstrap.py
@@ -13,6 +13,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Processes, each with one thread: on two cores faster than one process with two threads.
 TEST_JOBS ?= 2
 PYTEST_ARGS ?=
+CUDA_ARCH ?= 8.0
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
@@ -40,6 +41,10 @@ format: check-python  ## let ruff and clang-format rewrite the sources
 	@$(BOOTSTRAP) --dev -- ruff check --fix --exit-zero --quiet $(SOURCES)
 	@$(BOOTSTRAP) --dev -- ruff format $(SOURCES)
 	@test -z "$(CXX_SOURCES)" || $(BOOTSTRAP) --dev -- clang-format -i $(CXX_SOURCES)
+
+check-cuda: check-python  ## compile csrc/ for one GPU architecture, CUDA_ARCH=8.0; needs nvcc, no GPU
+	@$(BOOTSTRAP) -- env D2EXT_BUILD=cuda TORCH_CUDA_ARCH_LIST=$(CUDA_ARCH) \
+	  python setup.py build_ext --build-temp build/check-cuda --build-lib build/check-cuda
 
 real-check: check-python  ## a few training steps and an evaluation on real COCO images
 	@$(BOOTSTRAP) -- python scripts/real_check.py

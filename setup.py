@@ -178,7 +178,8 @@ def extension_arguments() -> dict[str, object]:
                 raise
 
     sources = sorted((ROOT / "csrc").glob("**/*.cpp"))
-    flags = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wno-psabi"]
+    # No -std: torch's BuildExtension adds the one that its headers need (C++17; later C++20).
+    flags = ["-O3", "-g0", "-fvisibility=hidden"]
     if sys.platform == "linux":
         # OpenMP is not linked: its functions come from the runtime that PyTorch has loaded, so
         # that both share one pool of threads.
@@ -186,7 +187,7 @@ def extension_arguments() -> dict[str, object]:
     compile_args = {"cxx": flags}
     if toolkit:
         sources += sorted((ROOT / "csrc" / "cuda").glob("**/*.cu"))
-        compile_args["nvcc"] = ["-O3", "-std=c++17", "--threads=2"]
+        compile_args["nvcc"] = ["-O3", "--threads=2"]
         compile_args["nvcc"] += os.environ.get("D2EXT_NVCC_FLAGS", "").split()
     kind = CUDAExtension if toolkit else CppExtension
     extension = kind(

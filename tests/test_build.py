@@ -140,6 +140,15 @@ print(importlib.util.find_spec("torch").origin)
     assert done.stdout.strip() == torch.__file__ and setuptools.__version__
 
 
+def test_pytorch_chooses_the_c_plus_plus_standard(build, monkeypatch):
+    """Its headers need C++17 or, later, C++20; torch's build helper adds what is missing."""
+    monkeypatch.setenv("D2EXT_BUILD", "cpu")
+    monkeypatch.setattr(build, "find_compiler", lambda: "/usr/bin/c++")
+    (extension,) = build.extension_arguments()["ext_modules"]
+    flags = [flag for group in extension.extra_compile_args.values() for flag in group]
+    assert "-O3" in flags and not any("std" in flag for flag in flags)
+
+
 @pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "c++").split()[0]) is None, reason="no C++ compiler"
 )

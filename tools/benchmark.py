@@ -529,7 +529,7 @@ def run_operators(chosen: argparse.Namespace) -> dict[str, Any]:
             repeats=chosen.iters,
             bandwidth=bandwidth,
         )
-        print("\nCorner pooling (plain PyTorch: cummax with flips) and center pooling (amax)")
+        print("\nCorner pooling (plain PyTorch: cummax with flips)")
         print(benchmark.format_rows(report["pooling"], benchmark.POOL_COLUMNS))
     if not all(row["compiled"] for name in ("rows", "pooling") for row in report.get(name, [])):
         print("The compiled operators are not available: both columns are plain PyTorch.")

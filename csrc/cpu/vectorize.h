@@ -6,7 +6,7 @@
 namespace d2ext {
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#define D2EXT_AVX2 "avx2,fma,f16c"
+#define D2EXT_AVX2 "avx2,fma"
 #define D2EXT_AVX512 D2EXT_AVX2 ",avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"
 
 // flatten: all that the loop calls becomes part of the function, and so is compiled for its target.
