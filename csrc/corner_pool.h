@@ -1,14 +1,17 @@
-// Argument checks and memory layout that the kernels of corner pooling share.
+// Argument checks, memory layout and operators of corner pooling that its kernels share.
 //
 // Shapes: B images, C channels, H x W cells.
 #pragma once
 
+#include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/MemoryFormat.h>
 #include <c10/core/ScalarType.h>
 
 #include <cstdint>
+#include <tuple>
 
 #include "check.h"
 
@@ -69,6 +72,62 @@ inline Lines lines_of(const at::Tensor& x, at::MemoryFormat format, int64_t axis
   }
   return channels_last ? Lines{x.size(0) * x.size(2), x.size(3), x.size(1)}
                        : Lines{x.size(0) * x.size(1) * x.size(2), x.size(3), 1};
+}
+
+// The operators on one device, given its kernels:
+//   Kernels::scan<scalar_t>(x, addend or null, out, lines, reverse): out = running maximum (+
+//   addend) Kernels::scan_backward<scalar_t>(x, grad, grad_x, lines, reverse)
+template <typename Kernels>
+at::Tensor corner_pool(const at::Tensor& x, int64_t axis, bool reverse) {
+  check_map("corner_pool", "input", x);
+  check_axis("corner_pool", axis);
+  const c10::OptionalDeviceGuard guard(x.device());
+  const auto format = format_of(x);
+  at::Tensor out = empty_map(x);
+  if (x.numel() == 0) {
+    return out;
+  }
+  const at::Tensor dense = x.contiguous(format);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "corner_pool", [&] {
+    Kernels::template scan<scalar_t>(dense.const_data_ptr<scalar_t>(), nullptr,
+                                     out.mutable_data_ptr<scalar_t>(), lines_of(x, format, axis),
+                                     reverse);
+  });
+  return out;
+}
+
+template <typename Kernels>
+at::Tensor corner_pool_backward(const at::Tensor& grad, const at::Tensor& x, int64_t axis,
+                                bool reverse) {
+  check_map("corner_pool_backward", "input", x);
+  check_axis("corner_pool_backward", axis);
+  check_same("corner_pool_backward", "input", x, "grad", grad);
+  const c10::OptionalDeviceGuard guard(x.device());
+  const auto format = format_of(x);
+  at::Tensor grad_x = empty_map(x);
+  if (x.numel() == 0) {
+    return grad_x;
+  }
+  const at::Tensor dense = x.contiguous(format);
+  const at::Tensor dense_grad = grad.contiguous(format);
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, x.scalar_type(), "corner_pool_backward", [&] {
+        Kernels::template scan_backward<scalar_t>(
+            dense.const_data_ptr<scalar_t>(), dense_grad.const_data_ptr<scalar_t>(),
+            grad_x.mutable_data_ptr<scalar_t>(), lines_of(x, format, axis), reverse);
+      });
+  return grad_x;
+}
+
+template <typename Kernels>
+std::tuple<at::Tensor, at::Tensor> corner_pool_pair_backward(const at::Tensor& grad,
+                                                             const at::Tensor& vertical,
+                                                             const at::Tensor& horizontal,
+                                                             bool reverse) {
+  check_map("corner_pool_pair_backward", "vertical", vertical);
+  check_same("corner_pool_pair_backward", "vertical", vertical, "horizontal", horizontal);
+  return {corner_pool_backward<Kernels>(grad, vertical, 2, reverse),
+          corner_pool_backward<Kernels>(grad, horizontal, 3, reverse)};
 }
 
 }  // namespace d2ext

@@ -2,7 +2,6 @@
 // tile of adjacent ones at a time, lines along it one by one, by windows of kWindow elements.
 #include "../corner_pool.h"
 
-#include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -195,97 +194,60 @@ void for_tiles(const Lines& lines, bool reverse, const Work& work) {
   });
 }
 
-// out = running maximum (+ addend, unless null; it may be out).
-template <typename scalar_t>
-void scan(const scalar_t* x, const scalar_t* addend, scalar_t* out, const Lines& lines,
-          bool reverse) {
-  using T = at::opmath_type<scalar_t>;
-  const int64_t length = lines.length;
-  for_tiles(lines, reverse, [&](const Tiles& tiles) {
-    std::vector<T> buffer(tiles.along ? length * kTile : 0);
-    std::vector<T> addends(addend == nullptr ? 0 : buffer.size());
-    T* cells = buffer.data() + (tiles.along ? tiles.first : 0);
-    tiles.each([&](int64_t first, int64_t count) {
-      if (tiles.along) {
-        transpose(x + first, length, buffer.data(), kTile, count, length);
-        const T* own = nullptr;
-        if (addend != nullptr) {
-          transpose(addend + first, length, addends.data(), kTile, count, length);
-          own = addends.data() + tiles.first;
-        }
-        scan_tile<T, T>(cells, own, cells, length, tiles.step, count);
-        transpose(buffer.data(), kTile, out + first, length, length, count);
-      } else {
-        scan_tile<T>(x + first, addend == nullptr ? nullptr : addend + first, out + first, length,
-                     tiles.step, count);
-      }
-    });
-  });
-}
-
-template <typename scalar_t>
-void scan_backward(const scalar_t* x, const scalar_t* grad, scalar_t* grad_x, const Lines& lines,
+struct Cpu {
+  // out = running maximum (+ addend, unless null; it may be out).
+  template <typename scalar_t>
+  static void scan(const scalar_t* x, const scalar_t* addend, scalar_t* out, const Lines& lines,
                    bool reverse) {
-  using T = at::opmath_type<scalar_t>;
-  const int64_t length = lines.length;
-  for_tiles(lines, reverse, [&](const Tiles& tiles) {
-    std::vector<T> before(length * kTile);
-    std::vector<T> values(tiles.along ? length * kTile : 0);
-    std::vector<T> grads(values.size());
-    tiles.each([&](int64_t first, int64_t count) {
-      if (tiles.along) {
-        transpose(x + first, length, values.data(), kTile, count, length);
-        transpose(grad + first, length, grads.data(), kTile, count, length);
-        T* own = grads.data() + tiles.first;
-        scan_tile_backward<T, T>(values.data() + tiles.first, own, own, length, tiles.step, count,
-                                 before.data());
-        transpose(grads.data(), kTile, grad_x + first, length, length, count);
-      } else {
-        scan_tile_backward<T>(x + first, grad + first, grad_x + first, length, tiles.step, count,
-                              before.data());
-      }
+    using T = at::opmath_type<scalar_t>;
+    const int64_t length = lines.length;
+    for_tiles(lines, reverse, [&](const Tiles& tiles) {
+      std::vector<T> buffer(tiles.along ? length * kTile : 0);
+      std::vector<T> addends(addend == nullptr ? 0 : buffer.size());
+      T* cells = buffer.data() + (tiles.along ? tiles.first : 0);
+      tiles.each([&](int64_t first, int64_t count) {
+        if (tiles.along) {
+          transpose(x + first, length, buffer.data(), kTile, count, length);
+          const T* own = nullptr;
+          if (addend != nullptr) {
+            transpose(addend + first, length, addends.data(), kTile, count, length);
+            own = addends.data() + tiles.first;
+          }
+          scan_tile<T, T>(cells, own, cells, length, tiles.step, count);
+          transpose(buffer.data(), kTile, out + first, length, length, count);
+        } else {
+          scan_tile<T>(x + first, addend == nullptr ? nullptr : addend + first, out + first, length,
+                       tiles.step, count);
+        }
+      });
     });
-  });
-}
-
-// ---------------------------------------------------------------- operators
-
-Tensor corner_pool_cpu(const Tensor& x, int64_t axis, bool reverse) {
-  check_map("corner_pool", "input", x);
-  check_axis("corner_pool", axis);
-  const auto format = format_of(x);
-  Tensor out = empty_map(x);
-  if (x.numel() == 0) {
-    return out;
   }
-  const Tensor dense = x.contiguous(format);
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, x.scalar_type(), "corner_pool_cpu", [&] {
-        scan<scalar_t>(dense.const_data_ptr<scalar_t>(), nullptr, out.mutable_data_ptr<scalar_t>(),
-                       lines_of(x, format, axis), reverse);
-      });
-  return out;
-}
 
-Tensor corner_pool_backward_cpu(const Tensor& grad, const Tensor& x, int64_t axis, bool reverse) {
-  check_map("corner_pool_backward", "input", x);
-  check_axis("corner_pool_backward", axis);
-  check_same("corner_pool_backward", "input", x, "grad", grad);
-  const auto format = format_of(x);
-  Tensor grad_x = empty_map(x);
-  if (x.numel() == 0) {
-    return grad_x;
-  }
-  const Tensor dense = x.contiguous(format);
-  const Tensor dense_grad = grad.contiguous(format);
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, x.scalar_type(), "corner_pool_backward_cpu", [&] {
-        scan_backward<scalar_t>(
-            dense.const_data_ptr<scalar_t>(), dense_grad.const_data_ptr<scalar_t>(),
-            grad_x.mutable_data_ptr<scalar_t>(), lines_of(x, format, axis), reverse);
+  template <typename scalar_t>
+  static void scan_backward(const scalar_t* x, const scalar_t* grad, scalar_t* grad_x,
+                            const Lines& lines, bool reverse) {
+    using T = at::opmath_type<scalar_t>;
+    const int64_t length = lines.length;
+    for_tiles(lines, reverse, [&](const Tiles& tiles) {
+      std::vector<T> before(length * kTile);
+      std::vector<T> values(tiles.along ? length * kTile : 0);
+      std::vector<T> grads(values.size());
+      tiles.each([&](int64_t first, int64_t count) {
+        if (tiles.along) {
+          transpose(x + first, length, values.data(), kTile, count, length);
+          transpose(grad + first, length, grads.data(), kTile, count, length);
+          T* own = grads.data() + tiles.first;
+          scan_tile_backward<T, T>(values.data() + tiles.first, own, own, length, tiles.step, count,
+                                   before.data());
+          transpose(grads.data(), kTile, grad_x + first, length, length, count);
+        } else {
+          scan_tile_backward<T>(x + first, grad + first, grad_x + first, length, tiles.step, count,
+                                before.data());
+        }
       });
-  return grad_x;
-}
+    });
+  }
+};
 
 Tensor corner_pool_pair_cpu(const Tensor& vertical, const Tensor& horizontal, bool reverse) {
   check_map("corner_pool_pair", "vertical", vertical);
@@ -311,8 +273,9 @@ Tensor corner_pool_pair_cpu(const Tensor& vertical, const Tensor& horizontal, bo
         const auto work = [&](int64_t begin, int64_t end) {
           for (int64_t first = begin * size; first < end * size; first += size) {
             scalar_t* own = target + first;
-            scan<scalar_t>(h.const_data_ptr<scalar_t>() + first, nullptr, own, across, reverse);
-            scan<scalar_t>(v.const_data_ptr<scalar_t>() + first, own, own, down, reverse);
+            Cpu::scan<scalar_t>(h.const_data_ptr<scalar_t>() + first, nullptr, own, across,
+                                reverse);
+            Cpu::scan<scalar_t>(v.const_data_ptr<scalar_t>() + first, own, own, down, reverse);
           }
         };
         planes ? at::parallel_for(0, parts, grain_for(size), work) : work(0, parts);
@@ -320,21 +283,13 @@ Tensor corner_pool_pair_cpu(const Tensor& vertical, const Tensor& horizontal, bo
   return out;
 }
 
-std::tuple<Tensor, Tensor> corner_pool_pair_backward_cpu(const Tensor& grad, const Tensor& vertical,
-                                                         const Tensor& horizontal, bool reverse) {
-  check_map("corner_pool_pair_backward", "vertical", vertical);
-  check_same("corner_pool_pair_backward", "vertical", vertical, "horizontal", horizontal);
-  return {corner_pool_backward_cpu(grad, vertical, 2, reverse),
-          corner_pool_backward_cpu(grad, horizontal, 3, reverse)};
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(d2ext, CPU, m) {
-  m.impl("corner_pool", corner_pool_cpu);
-  m.impl("corner_pool_backward", corner_pool_backward_cpu);
+  m.impl("corner_pool", corner_pool<Cpu>);
+  m.impl("corner_pool_backward", corner_pool_backward<Cpu>);
   m.impl("corner_pool_pair", corner_pool_pair_cpu);
-  m.impl("corner_pool_pair_backward", corner_pool_pair_backward_cpu);
+  m.impl("corner_pool_pair_backward", corner_pool_pair_backward<Cpu>);
 }
 
 }  // namespace d2ext

@@ -1,5 +1,4 @@
 // CUDA kernels of corner_pool and corner_pool_pair.
-#include <ATen/Dispatch.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
@@ -12,45 +11,20 @@ namespace {
 
 using at::Tensor;
 
-Tensor corner_pool_cuda(const Tensor& x, int64_t axis, bool reverse) {
-  check_map("corner_pool", "input", x);
-  check_axis("corner_pool", axis);
-  const c10::cuda::CUDAGuard guard(x.device());
-  Tensor out = empty_map(x);
-  if (x.numel() == 0) {
-    return out;
+struct Cuda {
+  template <typename scalar_t>
+  static void scan(const scalar_t* x, const scalar_t* addend, scalar_t* out, const Lines& lines,
+                   bool reverse) {
+    addend == nullptr ? launch_scan<false>(x, addend, out, lines, reverse)
+                      : launch_scan<true>(x, addend, out, lines, reverse);
   }
-  const auto format = format_of(x);
-  const Tensor dense = x.contiguous(format);
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, x.scalar_type(), "corner_pool_cuda", [&] {
-        launch_scan<false, scalar_t>(dense.const_data_ptr<scalar_t>(), nullptr,
-                                     out.mutable_data_ptr<scalar_t>(), lines_of(x, format, axis),
-                                     reverse);
-      });
-  return out;
-}
 
-Tensor corner_pool_backward_cuda(const Tensor& grad, const Tensor& x, int64_t axis, bool reverse) {
-  check_map("corner_pool_backward", "input", x);
-  check_axis("corner_pool_backward", axis);
-  check_same("corner_pool_backward", "input", x, "grad", grad);
-  const c10::cuda::CUDAGuard guard(x.device());
-  Tensor grad_x = empty_map(x);
-  if (x.numel() == 0) {
-    return grad_x;
+  template <typename scalar_t>
+  static void scan_backward(const scalar_t* x, const scalar_t* grad, scalar_t* grad_x,
+                            const Lines& lines, bool reverse) {
+    launch_scan_backward(x, grad, grad_x, lines, reverse);
   }
-  const auto format = format_of(x);
-  const Tensor dense = x.contiguous(format);
-  const Tensor dense_grad = grad.contiguous(format);
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, x.scalar_type(), "corner_pool_backward_cuda", [&] {
-        launch_scan_backward<scalar_t>(
-            dense.const_data_ptr<scalar_t>(), dense_grad.const_data_ptr<scalar_t>(),
-            grad_x.mutable_data_ptr<scalar_t>(), lines_of(x, format, axis), reverse);
-      });
-  return grad_x;
-}
+};
 
 // ---------------------------------------------------------------- pair
 
@@ -212,31 +186,22 @@ Tensor corner_pool_pair_cuda(const Tensor& vertical, const Tensor& horizontal, b
         if (format == at::MemoryFormat::ChannelsLast ||
             !launch_pair<scalar_t>(v, h, out, reverse)) {
           scalar_t* target = out.mutable_data_ptr<scalar_t>();
-          launch_scan<false, scalar_t>(v.const_data_ptr<scalar_t>(), nullptr, target,
-                                       lines_of(out, format, 2), reverse);
-          launch_scan<true, scalar_t>(h.const_data_ptr<scalar_t>(), target, target,
-                                      lines_of(out, format, 3), reverse);
+          Cuda::scan<scalar_t>(v.const_data_ptr<scalar_t>(), nullptr, target,
+                               lines_of(out, format, 2), reverse);
+          Cuda::scan<scalar_t>(h.const_data_ptr<scalar_t>(), target, target,
+                               lines_of(out, format, 3), reverse);
         }
       });
   return out;
 }
 
-std::tuple<Tensor, Tensor> corner_pool_pair_backward_cuda(const Tensor& grad,
-                                                          const Tensor& vertical,
-                                                          const Tensor& horizontal, bool reverse) {
-  check_map("corner_pool_pair_backward", "vertical", vertical);
-  check_same("corner_pool_pair_backward", "vertical", vertical, "horizontal", horizontal);
-  return {corner_pool_backward_cuda(grad, vertical, 2, reverse),
-          corner_pool_backward_cuda(grad, horizontal, 3, reverse)};
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(d2ext, CUDA, m) {
-  m.impl("corner_pool", corner_pool_cuda);
-  m.impl("corner_pool_backward", corner_pool_backward_cuda);
+  m.impl("corner_pool", corner_pool<Cuda>);
+  m.impl("corner_pool_backward", corner_pool_backward<Cuda>);
   m.impl("corner_pool_pair", corner_pool_pair_cuda);
-  m.impl("corner_pool_pair_backward", corner_pool_pair_backward_cuda);
+  m.impl("corner_pool_pair_backward", corner_pool_pair_backward<Cuda>);
 }
 
 }  // namespace d2ext

@@ -107,8 +107,6 @@ void launch_probabilities(const HeldInputs& held, double padding, int32_t output
   constexpr bool kRegisters = sizeof(acc_t) == sizeof(float);
   if (kRegisters && in.channels <= 32) {
     launch(probability_kernel < scalar_t, acc_t, out_t, kRegisters ? 32 : 0, kFill >, 32);
-  } else if (kRegisters && in.channels <= 64) {
-    launch(probability_kernel < scalar_t, acc_t, out_t, kRegisters ? 64 : 0, kFill >, 64);
   } else {
     launch(probability_kernel<scalar_t, acc_t, out_t, 0, kFill>, 0);
   }

@@ -194,35 +194,8 @@ def benchmark_masks(
     rows = []
     for dtype, kind in [(d, k) for d in dtypes for k in ("random", "full")]:
         inputs = _mask_inputs(device, dtype, detections, kind)
-        leaves = [x.detach().requires_grad_() for x in inputs[:2]]
-        grad = torch.rand(detections, GRID, GRID, device=device).to(dtype)
-        cases: list[
-            tuple[str, tuple[int, int], Callable[[], object], Callable[[], object], int]
-        ] = [
-            (
-                "assemble_binary_masks",
-                size,
-                lambda x=inputs, size=size: assemble_binary_masks(*x, size),
-                lambda x=inputs, size=size: _plain_binary_masks(*x, size),
-                _bytes(*inputs) + detections * size[0] * size[1],
-            )
-            for size in sizes
-        ]
-
-        def step(
-            function: Callable[..., Tensor], leaves=leaves, inputs=inputs, grad=grad
-        ) -> object:
-            return torch.autograd.grad(function(*leaves, inputs[2]), leaves, grad)
-
-        cases.append(
-            (
-                "assemble_masks forward+backward",
-                (GRID, GRID),
-                lambda step=step: step(assemble_masks),
-                lambda step=step: step(_plain_masks),
-                3 * _bytes(*leaves) + 2 * _bytes(grad),
-            )
-        )
+        cases = [_binary_case(inputs, size) for size in sizes]
+        cases.append(_gradient_case(inputs))
         for name, size, fused, unfused, moved in cases:
             figures = measure(fused, unfused, inputs[0], moved, bandwidth, repeats)
             case = {"boxes": kind, "detections": detections, "size": f"{size[0]}x{size[1]}"}
@@ -230,9 +203,38 @@ def benchmark_masks(
     return rows
 
 
-def _mask_inputs(
-    device: torch.device, dtype: torch.dtype, detections: int, kind: str
-) -> tuple[Tensor, Tensor, Tensor]:
+_Inputs = tuple[Tensor, Tensor, Tensor]  # prototypes, coefficients, boxes
+_Case = tuple[str, tuple[int, int], Callable[[], object], Callable[[], object], int]
+
+
+def _binary_case(inputs: _Inputs, size: tuple[int, int]) -> _Case:
+    prototypes, coefficients, boxes = inputs
+    return (
+        "assemble_binary_masks",
+        size,
+        lambda: assemble_binary_masks(prototypes, coefficients, boxes, size),
+        lambda: _plain_binary_masks(prototypes, coefficients, boxes, size),
+        _bytes(*inputs) + len(boxes) * size[0] * size[1],
+    )
+
+
+def _gradient_case(inputs: _Inputs) -> _Case:
+    leaves = [x.detach().requires_grad_() for x in inputs[:2]]
+    grad = torch.rand(len(inputs[2]), GRID, GRID, device=inputs[0].device).to(inputs[0].dtype)
+
+    def step(function: Callable[..., Tensor]) -> object:
+        return torch.autograd.grad(function(*leaves, inputs[2]), leaves, grad)
+
+    return (
+        "assemble_masks forward+backward",
+        (GRID, GRID),
+        lambda: step(assemble_masks),
+        lambda: step(_plain_masks),
+        3 * _bytes(*leaves) + 2 * _bytes(grad),
+    )
+
+
+def _mask_inputs(device: torch.device, dtype: torch.dtype, detections: int, kind: str) -> _Inputs:
     generator = torch.Generator().manual_seed(0)
     prototypes = torch.randn(GRID, GRID, 32, generator=generator).relu()
     coefficients = torch.randn(detections, 32, generator=generator).tanh()
