@@ -153,7 +153,11 @@ def _pooling_rows(
     leaves = [x.detach().requires_grad_() for x in inputs]
 
     def ours(*maps: Tensor) -> Tensor:
-        return corner_pool_pair(*maps, name) if len(maps) == 2 else corner_pool(*maps, name)
+        return (
+            corner_pool(maps[0], name)
+            if name in _AXES
+            else corner_pool_pair(maps[0], maps[1], name)
+        )
 
     def plain(*maps: Tensor) -> Tensor:
         pooled = [_cummax(x, direction) for x, direction in zip(maps, directions, strict=True)]
