@@ -46,6 +46,18 @@ inline void convert(const In* from, Out* to, int64_t count) {
   }
 }
 
+// kTile elements, of which the first `count` are those of `from`: itself, or converted to `buffer`.
+template <typename T, typename scalar_t>
+inline const T* in_arithmetic(const scalar_t* from, T* buffer, int64_t count) {
+  if constexpr (std::is_same_v<T, scalar_t>) {
+    if (count == kTile) {
+      return from;
+    }
+  }
+  convert(from, buffer, count);
+  return buffer;
+}
+
 // Lines of `length` elements, `step` apart in scan order, `count` <= kTile of them adjacent.
 // out = running maximum (+ addend, unless null; it may be out, as x may).
 template <typename T, typename scalar_t>
@@ -55,9 +67,9 @@ inline void scan_tile(const scalar_t* x, const scalar_t* addend, scalar_t* out, 
   T values[kTile] = {};
   std::fill_n(running, kTile, kLowest<T>);
   for (int64_t l = 0; l < length; ++l) {
-    convert(x + l * step, values, count);
+    const T* row = in_arithmetic(x + l * step, values, count);
     for (int64_t c = 0; c < kTile; ++c) {
-      running[c] = raised(running[c], values[c]);
+      running[c] = raised(running[c], row[c]);
     }
     if (addend == nullptr) {
       convert(running, out + l * step, count);
@@ -80,25 +92,27 @@ inline void scan_tile_backward(const scalar_t* x, const scalar_t* grad, scalar_t
   T values[kTile] = {};
   T grads[kTile] = {};
   T sums[kTile] = {};
+  T results[kTile];
   std::fill_n(running, kTile, kLowest<T>);
   for (int64_t l = 0; l < length; ++l) {
-    std::memcpy(before + l * kTile, running, sizeof(running));
-    convert(x + l * step, values, count);
+    const T* row = in_arithmetic(x + l * step, values, count);
+    T* own = before + l * kTile;
     for (int64_t c = 0; c < kTile; ++c) {
-      running[c] = raised(running[c], values[c]);
+      own[c] = running[c];
+      running[c] = raised(running[c], row[c]);
     }
   }
   for (int64_t l = length - 1; l >= 0; --l) {
-    std::memcpy(running, before + l * kTile, sizeof(running));
-    convert(x + l * step, values, count);
-    convert(grad + l * step, grads, count);
+    const T* row = in_arithmetic(x + l * step, values, count);
+    const T* row_grads = in_arithmetic(grad + l * step, grads, count);
+    const T* own = before + l * kTile;
     for (int64_t c = 0; c < kTile; ++c) {
-      const bool taken = (l == 0) | takes_over(values[c], running[c]);
-      const T sum = sums[c] + grads[c];
-      values[c] = taken ? sum : T(0);
+      const bool taken = (l == 0) | takes_over(row[c], own[c]);
+      const T sum = sums[c] + row_grads[c];
+      results[c] = taken ? sum : T(0);
       sums[c] = taken ? T(0) : sum;
     }
-    convert(values, grad_x + l * step, count);
+    convert(results, grad_x + l * step, count);
   }
 }
 
