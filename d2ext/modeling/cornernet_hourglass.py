@@ -203,11 +203,13 @@ class CornerNetHourglass(Backbone):
     ) -> None:
         super().__init__()
         if block not in BLOCKS:
-            raise ValueError(f'MODEL.CORNERNET_HOURGLASS.BLOCK is one of {sorted(BLOCKS)}, not "{block}".')
+            raise ValueError(
+                f'MODEL.CORNERNET_HOURGLASS.BLOCK is one of {sorted(BLOCKS)}, not "{block}".'
+            )
         if len(channels) != len(blocks) or len(channels) < 2 or min(blocks) < 1:
             raise ValueError(
-                "MODEL.CORNERNET_HOURGLASS.CHANNELS and BLOCKS have one entry for each level and one for the "
-                f"bottom, at least two; blocks are 1 or more: not {channels} and {blocks}."
+                "MODEL.CORNERNET_HOURGLASS.CHANNELS and BLOCKS have one entry for each level and one "
+                f"for the bottom, at least two; blocks are 1 or more: not {channels} and {blocks}."
             )
         if num_stacks < 1 or stem_blocks < 1:
             raise ValueError(
