@@ -1,7 +1,6 @@
 """Heads: features → raw predictions, their losses, and what their codec decodes.
 
-Every head is a :class:`LandmarkHead`, found by its name in :data:`LANDMARK_HEAD_REGISTRY`; both are in
-:mod:`d2ext.systems.landmarks.head_base`.
+Every head is a :class:`LandmarkHead`, looked up by its name in :data:`LANDMARK_HEAD_REGISTRY`.
 
 Letters: N crops, K landmarks, W, H size of the crop, w, h of a map.
 """
@@ -15,19 +14,14 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from fvcore.common.registry import Registry
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2ext.codecs.landmark_heatmaps import HeatmapCodec, draw_targets
 from d2ext.codecs.landmark_integral import IntegralCodec
 from d2ext.codecs.landmark_simcc import SimCCCodec
-from d2ext.codecs.landmarks import RegressionCodec, Size, to_cells
-from d2ext.systems.landmarks.head_base import (
-    LANDMARK_HEAD_REGISTRY,
-    LandmarkHead,
-    choose_feature,
-    input_size,
-)
+from d2ext.codecs.landmarks import LandmarkCodec, RegressionCodec, Size, to_cells
 from d2ext.systems.landmarks.losses import (
     MAP_ACTIVATIONS,
     MAP_LOSSES,
@@ -36,9 +30,71 @@ from d2ext.systems.landmarks.losses import (
     kl_loss,
     point_loss,
 )
+from d2ext.systems.landmarks.targets import LandmarkTargets
 
 # Deviation of the weights of last layers (simple baselines' published code).
 _LAST_LAYER_STD = 0.001
+
+
+LANDMARK_HEAD_REGISTRY = Registry("LANDMARK_HEAD")
+LANDMARK_HEAD_REGISTRY.__doc__ = """
+Heads of LandmarkNet by name: ``head(cfg, output shape of the backbone)`` gives a :class:`LandmarkHead`.
+"""
+
+
+class LandmarkHead(nn.Module):
+    """What :class:`~d2ext.systems.landmarks.model.LandmarkNet` wants of a head.
+
+    Attributes:
+        in_features: names of the backbone's features that it takes.
+        codec: between points and predictions.
+        learns_maps: whether a stacked hourglass predicts this head's maps itself.
+    """
+
+    in_features: list[str]
+    codec: LandmarkCodec
+    learns_maps = False
+
+    def forward(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+        """``in_features`` → raw predictions, all that the loss wants; the last ones count."""
+        raise NotImplementedError
+
+    def losses(self, raw: tuple[Tensor, ...], targets: LandmarkTargets) -> dict[str, Tensor]:
+        """Losses of raw predictions."""
+        raise NotImplementedError
+
+    def prediction(self, raw: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Raw predictions → what the codec decodes, float32."""
+        raise NotImplementedError
+
+    def average(self, one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Mean of two predictions."""
+        return tuple((a + b) / 2 for a, b in zip(one, other, strict=True))
+
+    def strength(self, prediction: tuple[Tensor, ...]) -> Tensor:
+        """Of heads that learn maps, those of a prediction for pictures: (N, K, h, w) in 0..1."""
+        raise NotImplementedError
+
+
+def input_size(cfg: CfgNode) -> Size:
+    """(W, H) of the network's input."""
+    height, width = cfg.MODEL.LANDMARKS.INPUT_SIZE
+    return width, height
+
+
+def select_feature(cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> str:
+    """Name of the backbone's feature that a head takes.
+
+    Raises:
+        ValueError: the backbone has no feature of the name in ``MODEL.LANDMARKS.IN_FEATURE``.
+    """
+    name = cfg.MODEL.LANDMARKS.IN_FEATURE
+    features = [key for key in shapes if not key.startswith("maps")]
+    if name and name not in features:
+        raise ValueError(
+            f'MODEL.LANDMARKS.IN_FEATURE is "{name}", but the backbone has {features}.'
+        )
+    return name or features[-1]
 
 
 class Upsampling(nn.Sequential):
@@ -87,15 +143,14 @@ class MapHead(LandmarkHead):
             nn.init.normal_(self.predictor.weight, std=_LAST_LAYER_STD)
             nn.init.zeros_(self.predictor.bias)
 
-    def forward(self, features: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    def forward(self, features: list[Tensor]) -> tuple[Tensor, ...]:
         """(N, K, h, w) of each stack."""
         if self.upsampling is None or self.predictor is None:
-            return tuple(features[name] for name in self.in_features)
-        return (self.predictor(self.upsampling(features[self.in_features[0]])),)
+            return tuple(features)
+        return (self.predictor(self.upsampling(features[0])),)
 
-    def strength(self, raw: tuple[Tensor, ...]) -> Tensor:
-        """The last stack's maps for pictures: (N, K, h, w) in 0..1."""
-        return self.prediction(raw)[0].clamp(0, 1)
+    def strength(self, prediction: tuple[Tensor, ...]) -> Tensor:
+        return prediction[0].clamp(0, 1)
 
     @staticmethod
     def arguments(cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> tuple[dict[str, Any], Size]:
@@ -115,7 +170,7 @@ class MapHead(LandmarkHead):
                     f"MODEL.LANDMARKS.NUM_KEYPOINTS is {c.NUM_KEYPOINTS}."
                 )
         else:
-            names = [choose_feature(cfg, shapes)]
+            names = [select_feature(cfg, shapes)]
             layers = c.UPSAMPLE.NUM_LAYERS
             stride = shapes[names[0]].stride // 2**layers
             if stride < 1:
@@ -192,16 +247,14 @@ class HeatmapHead(MapHead):
             unit_peak=c.TARGET.UNIT_PEAK,
             decoder=c.DECODER,
             blur=c.DECODER_BLUR,
-            geometry=c.TARGET.GEOMETRY,
+            geometry=c.TARGET.CELL_GEOMETRY,
             flip_shift=c.TEST.FLIP_SHIFT,
         )
         return {**arguments, "codec": codec, "loss": c.LOSS.MAPS, "weight": c.LOSS.WEIGHT}
 
-    def losses(
-        self, raw: tuple[Tensor, ...], points: Tensor, labelled: Tensor
-    ) -> dict[str, Tensor]:
+    def losses(self, raw: tuple[Tensor, ...], targets: LandmarkTargets) -> dict[str, Tensor]:
         """``loss_heatmap``: mean over the stacks."""
-        (target,), weights = self.codec.encode(points, labelled)
+        (target,), weights = self.codec.encode(*targets)
         function = MAP_LOSSES[self.loss]
         stacks = [function(maps, target, weights) for maps in raw]
         return {"loss_heatmap": torch.stack(stacks).mean() * self.weight}
@@ -261,7 +314,7 @@ class IntegralHead(MapHead):
             map_size=map_size,
             beta=c.INTEGRAL.BETA,
             debias=c.INTEGRAL.DEBIAS,
-            geometry=c.TARGET.GEOMETRY,
+            geometry=c.TARGET.CELL_GEOMETRY,
             formula=c.INTEGRAL.DEBIAS_FORMULA,
         )
         return {
@@ -273,17 +326,18 @@ class IntegralHead(MapHead):
             "sigma": c.TARGET.SIGMA,
         }
 
-    def losses(
-        self, raw: tuple[Tensor, ...], points: Tensor, labelled: Tensor
-    ) -> dict[str, Tensor]:
+    def losses(self, raw: tuple[Tensor, ...], targets: LandmarkTargets) -> dict[str, Tensor]:
         """``loss_points`` and, with a shape weight, ``loss_shape``: means over the stacks."""
         codec = self.codec
-        _, weights = codec.encode(points, labelled)
+        _, weights = codec.encode(*targets)
         width = codec.input_size[0]
-        stacks = [point_loss(self.loss, self._points(maps), points, weights, width) for maps in raw]
+        stacks = [
+            point_loss(self.loss, self._points(maps), targets.points, weights, width)
+            for maps in raw
+        ]
         losses = {"loss_points": torch.stack(stacks).mean() * self.weight}
         if self.shape_weight > 0:
-            cells = to_cells(points, codec.input_size, codec.map_size, codec.geometry)
+            cells = to_cells(targets.points, codec.input_size, codec.map_size, codec.geometry)
             (target,), _ = draw_targets(cells, weights > 0, codec.map_size, sigma=self.sigma)
             stacks = [cross_entropy_loss(codec.beta * maps, target, weights) for maps in raw]
             losses["loss_shape"] = torch.stack(stacks).mean() * self.weight * self.shape_weight
@@ -296,9 +350,9 @@ class IntegralHead(MapHead):
     def prediction(self, raw: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (raw[-1].float(),)
 
-    def strength(self, raw: tuple[Tensor, ...]) -> Tensor:
+    def strength(self, prediction: tuple[Tensor, ...]) -> Tensor:
         """Probabilities over the largest of each landmark."""
-        maps = self.codec.probabilities(raw[-1])
+        maps = self.codec.probabilities(prediction[0])
         return maps / maps.amax(dim=(-2, -1), keepdim=True)
 
     def average(self, one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -335,7 +389,7 @@ class RegressionHead(LandmarkHead):
         """
         super().__init__()
         _check_point_loss(loss)
-        self.in_feature = in_feature
+        self.in_features = [in_feature]
         self.pool = pool
         self.codec: RegressionCodec = codec
         self.loss = loss
@@ -350,7 +404,7 @@ class RegressionHead(LandmarkHead):
     @classmethod
     def from_config(cls, cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> dict[str, Any]:
         c = cfg.MODEL.LANDMARKS
-        name = choose_feature(cfg, shapes)
+        name = select_feature(cfg, shapes)
         return {
             "in_feature": name,
             "in_channels": shapes[name].channels,
@@ -362,20 +416,18 @@ class RegressionHead(LandmarkHead):
             "weight": c.LOSS.WEIGHT,
         }
 
-    def forward(self, features: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    def forward(self, features: list[Tensor]) -> tuple[Tensor, ...]:
         """(N, K, 2), x/W and y/H."""
-        x = F.adaptive_avg_pool2d(features[self.in_feature], self.pool).flatten(1)
+        x = F.adaptive_avg_pool2d(features[0], self.pool).flatten(1)
         if self.hidden is not None:
             x = F.relu(self.hidden(x))
-        return (self.predictor(x).view(len(x), -1, 2),)
+        return (self.predictor(x).unflatten(1, (-1, 2)),)
 
-    def losses(
-        self, raw: tuple[Tensor, ...], points: Tensor, labelled: Tensor
-    ) -> dict[str, Tensor]:
+    def losses(self, raw: tuple[Tensor, ...], targets: LandmarkTargets) -> dict[str, Tensor]:
         """``loss_points``."""
-        (_,), weights = self.codec.encode(points, labelled)
-        found = self.codec.decode(raw).points
-        value = point_loss(self.loss, found, points, weights, self.codec.input_size[0])
+        _, weights = self.codec.encode(*targets)
+        decoded = self.codec.decode(raw).points
+        value = point_loss(self.loss, decoded, targets.points, weights, self.codec.input_size[0])
         return {"loss_points": value * self.weight}
 
     def prediction(self, raw: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -405,7 +457,7 @@ class SimCCHead(LandmarkHead):
         weight: factor on the loss.
         """
         super().__init__()
-        self.in_feature = in_feature
+        self.in_features = [in_feature]
         self.codec: SimCCCodec = codec
         self.weight = weight
         self.reduce = Conv2d(in_channels, num_keypoints, 1)
@@ -415,7 +467,7 @@ class SimCCHead(LandmarkHead):
     @classmethod
     def from_config(cls, cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> dict[str, Any]:
         c = cfg.MODEL.LANDMARKS
-        name = choose_feature(cfg, shapes)
+        name = select_feature(cfg, shapes)
         width, height = input_size(cfg)
         stride = shapes[name].stride
         if width % stride or height % stride:
@@ -431,17 +483,15 @@ class SimCCHead(LandmarkHead):
             "weight": c.LOSS.WEIGHT,
         }
 
-    def forward(self, features: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    def forward(self, features: list[Tensor]) -> tuple[Tensor, ...]:
         """Logits (N, K, bins) along x and y."""
-        x = self.reduce(features[self.in_feature]).flatten(2)
+        x = self.reduce(features[0]).flatten(2)
         return self.along_x(x), self.along_y(x)
 
-    def losses(
-        self, raw: tuple[Tensor, ...], points: Tensor, labelled: Tensor
-    ) -> dict[str, Tensor]:
+    def losses(self, raw: tuple[Tensor, ...], targets: LandmarkTargets) -> dict[str, Tensor]:
         """``loss_bins``: mean of both axes."""
-        targets, weights = self.codec.encode(points, labelled)
-        axes = [kl_loss(r, t, weights) for r, t in zip(raw, targets, strict=True)]
+        bins, weights = self.codec.encode(*targets)
+        axes = [kl_loss(r, t, weights) for r, t in zip(raw, bins, strict=True)]
         return {"loss_bins": torch.stack(axes).mean() * self.weight}
 
     def prediction(self, raw: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -16,8 +16,9 @@ from detectron2.structures import Boxes, Instances, Keypoints
 from torch import Tensor
 
 from d2ext.systems.landmarks import LandmarkNet
-from d2ext.systems.landmarks.inputs import counts_between, find_flip_indices
+from d2ext.systems.landmarks.model import find_flip_indices
 from d2ext.systems.landmarks.postprocess import instance_scores
+from d2ext.systems.landmarks.targets import LandmarkTargets
 from d2ext.testing import NUM_KEYPOINTS, random_inputs, tiny_config
 
 HEADS = ("HeatmapHead", "IntegralHead", "RegressionHead", "SimCCHead")
@@ -104,7 +105,7 @@ def test_training_crops_carry_their_landmarks(image: Tensor) -> None:
     points = torch.zeros(2, NUM_KEYPOINTS, 3)
     points[:, 1] = torch.tensor([33.5, 25.5, 2.0])
     instances.gt_keypoints = Keypoints(points)
-    crops, found, labelled = net.training_crops([{"image": picture, "instances": instances}])
+    crops, (found, labelled) = net.training_batch([{"image": picture, "instances": instances}])
     assert labelled.tolist() == [[False, True, False]] * 2
     ys, xs = torch.meshgrid(torch.arange(32) + 0.5, torch.arange(48) + 0.5, indexing="ij")
     for crop, (x, y) in zip(crops, found[:, 1].tolist(), strict=True):
@@ -121,7 +122,7 @@ def test_points_in_a_row_are_trained_on(image: Tensor) -> None:
     row = [20.0, 25.0, 60.0, 25.0]
     instances.gt_boxes = Boxes(torch.tensor([row, [9.0, 9.0, 9.0, 9.0], [50.0, 9.0, 20.0, 40.0]]))
     instances.gt_keypoints = Keypoints(torch.full((3, NUM_KEYPOINTS, 3), 20.0))
-    crops = net.training_crops([{"image": image, "instances": instances}])[0]
+    crops = net.training_batch([{"image": image, "instances": instances}])[0]
     assert len(crops) == 1
     torch.testing.assert_close(crops, net.preprocess([with_boxes(image, [row])]))
 
@@ -137,18 +138,18 @@ def test_mapped_crops_are_taken_as_they_are(image: Tensor) -> None:
     points = torch.tensor([[[4.0, 5.0, 2.0], [-3.0, 60.0, 1.0], [0.0, 0.0, 0.0]]])
     instances.gt_keypoints = Keypoints(points)
     sample = {"image": crop, "crop": True, "instances": instances}
-    crops, found, labelled = net.training_crops([sample, *random_inputs(1)])
+    crops, (found, labelled) = net.training_batch([sample, *random_inputs(1)])
     torch.testing.assert_close(crops[0], crop / 255)
     assert torch.equal(found[0], points[0, :, :2]) and labelled[0].tolist() == [True, True, False]
     assert len(crops) == 4
     with pytest.raises(ValueError, match="INPUT_SIZE"):
-        net.training_crops([{**sample, "image": crop[:, :16]}])
+        net.training_batch([{**sample, "image": crop[:, :16]}])
 
 
 def test_no_more_than_the_wanted_instances_are_trained_on() -> None:
     net = model(**{"MODEL.LANDMARKS.CROP.MAX_TRAINED": 4})
-    assert len(net.training_crops(random_inputs(3))[0]) == 4
-    assert len(net.training_crops(random_inputs(1))[0]) == 3
+    assert len(net.training_batch(random_inputs(3))[0]) == 4
+    assert len(net.training_batch(random_inputs(1))[0]) == 3
     crowd = random_inputs(1)[0]
     crowd["instances"] = Instances.cat([crowd["instances"]] * 100)
     crops, keypoints = net._own_crops(crowd)
@@ -239,12 +240,6 @@ def test_five_hundred_boxes_pass_in_chunks(image: Tensor) -> None:
     torch.testing.assert_close(
         other.pred_keypoints, found[0].pred_keypoints[490:], atol=1e-3, rtol=0
     )
-
-
-def test_counts_between() -> None:
-    assert counts_between([3, 0, 2, 4], 0, 9) == [3, 0, 2, 4]
-    assert counts_between([3, 0, 2, 4], 2, 6) == [1, 0, 2, 1]
-    assert counts_between([3, 0, 2, 4], 5, 5) == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -393,7 +388,9 @@ def test_focal_loss_has_positives_of_any_width(sigma: float) -> None:
     points, labelled = torch.tensor([[[20.3, 15.1]]]), torch.ones(1, 1, dtype=torch.bool)
     (target,), _ = head.codec.encode(points, labelled)
     sure = torch.where(target == target.max(), 20.0, -20.0)
-    good, bad = (head.losses((x,), points, labelled) for x in (sure, sure.clamp(max=-20.0)))
+    good, bad = (
+        head.losses((x,), LandmarkTargets(points, labelled)) for x in (sure, sure.clamp(max=-20.0))
+    )
     assert float(good["loss_heatmap"].detach()) < 0.01 < 5 < float(bad["loss_heatmap"].detach())
     with pytest.raises(ValueError, match="UNIT_PEAK"):
         model(**options, **{"MODEL.LANDMARKS.TARGET.UNIT_PEAK": False})
@@ -522,10 +519,11 @@ def test_parts_that_benchmarks_time(image: Tensor) -> None:
     net = model()
     inputs = [with_boxes(image, [[10.0, 12.0, 50.0, 33.0], [30.0, 5.0, 70.0, 50.0]])]
     expected = net(inputs)[0]["instances"].pred_keypoints
-    found = net.inference(net.preprocess(inputs), inputs)[0]["instances"].pred_keypoints
+    images = net.preprocess(inputs)
+    found = net.postprocess(net.inference_network(images), inputs)[0]["instances"].pred_keypoints
     torch.testing.assert_close(found, expected)
     with pytest.raises(ValueError, match="1 crops for 2 boxes"):
-        net.inference(net.preprocess(inputs)[:1], inputs)
+        net.postprocess(net.inference_network(images[:1]), inputs)
 
 
 @pytest.mark.parametrize("head", ["HeatmapHead", "IntegralHead"])
@@ -638,7 +636,7 @@ def test_training_pictures() -> None:
     with EventStorage() as storage:
         net(random_inputs())
         name, picture, _ = storage._vis_data[0]
-    assert "ground truth" in name
+    assert "annotations" in name
     assert picture.shape == (3, 64, 6 * 48) and picture.min() >= 0 and picture.max() <= 1
     green = (picture[1, :32] == 1) & (picture[0, :32] == 0) & (picture[2, :32] == 0)
     red = (picture[0, 32:] == 1) & (picture[1, 32:] == 0) & (picture[2, 32:] == 0)
