@@ -45,10 +45,8 @@ def add_landmarks_config(cfg: CfgNode) -> None:
     # The shape is cut off beyond this many SIGMA; 3 leaves 6 * SIGMA + 1 cells a side, rounded down.
     # 0: not cut.
     target.WINDOW = 0.0
-    # Scale Cauchy targets to a peak of 1; False: sigma / (r^2 + sigma^2)^1.5, peak 1 / sigma^2.
-    target.UNIT_PEAK = True
     # How cells lie on pixels: "continuous", "index" (the common habit) or "udp".
-    target.GEOMETRY = "continuous"
+    target.CELL_GEOMETRY = "continuous"
 
     # From maps to points: "argmax", "quarter", "hourglass", "dark", "dark_udp", "taylor", "centroid".
     landmarks.DECODER = "hourglass"
@@ -56,12 +54,10 @@ def add_landmarks_config(cfg: CfgNode) -> None:
     landmarks.DECODER_BLUR = 11
 
     loss = landmarks.LOSS = CfgNode()
-    # Of maps: "mse", "adaptive_wing", "focal" (CENTER "rounded" or "hourglass") or "cross_entropy".
+    # Of maps: "mse", "adaptive_wing" or "cross_entropy".
     loss.MAPS = "mse"
     # Of coordinates (regression, integral): "l1", "smooth_l1" or "wing", in pixels of the input.
     loss.POINTS = "l1"
-    # Factor on the loss.
-    loss.WEIGHT = 1.0
 
     # Between a backbone that is no stacked hourglass and a head that learns maps: transposed
     # convolutions (4x4, stride 2, norm, ReLU), as in simple baselines.
@@ -77,17 +73,6 @@ def add_landmarks_config(cfg: CfgNode) -> None:
     # Width of a hidden layer; 0: none.
     landmarks.REGRESSION.HIDDEN = 0
 
-    # "IntegralHead": expectation under softmax(BETA * map).
-    landmarks.INTEGRAL = CfgNode()
-    landmarks.INTEGRAL.BETA = 1.0
-    # Take out the bias toward the middle, in inference.
-    landmarks.INTEGRAL.DEBIAS = False
-    # "exact": of what a map that is 0 away from its peak gives to all cells alike. "published":
-    # C/(C - 1) * (x - 1/(2C)) with C the sum of exp(BETA * map), which takes out far less.
-    landmarks.INTEGRAL.DEBIAS_FORMULA = "exact"
-    # Factor on a second loss that pulls the map toward a Gaussian of TARGET.SIGMA; 0: none.
-    landmarks.INTEGRAL.SHAPE_WEIGHT = 0.0
-
     # "SimCCHead"
     landmarks.SIMCC = CfgNode()
     # Bins per pixel.
@@ -100,7 +85,7 @@ def add_landmarks_config(cfg: CfgNode) -> None:
     test = landmarks.TEST = CfgNode()
     # Average with the prediction for the mirrored crop.
     test.FLIP = False
-    # Move the mirrored maps one cell to the right, as published with GEOMETRY "index".
+    # Move the mirrored maps one cell to the right, as published with CELL_GEOMETRY "index".
     test.FLIP_SHIFT = False
     # Crops that go through the network at once; bounds the memory.
     test.MAX_CROPS = 64

@@ -14,7 +14,6 @@ from d2ext.systems.landmarks.losses import (
     POINT_LOSSES,
     adaptive_wing_loss,
     cross_entropy_loss,
-    focal_loss,
     kl_loss,
     mse_loss,
     point_loss,
@@ -66,14 +65,11 @@ def test_nothing_that_counts_is_no_nan(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(MAP_LOSSES))
 def test_the_target_itself_is_best(name: str) -> None:
     _, target, weights = maps()
-    prediction = {"focal": torch.logit(target, 1e-4), "cross_entropy": target.log()}.get(
-        name, target
-    )
+    prediction = target.log() if name == "cross_entropy" else target
     best = float(MAP_LOSSES[name](prediction, target, weights))
     worse = float(MAP_LOSSES[name](prediction + 0.5 * maps(1)[0], target, weights))
     assert best < 0.7 * worse
-    if name != "focal":
-        assert best == pytest.approx(0, abs=1e-3)
+    assert best == pytest.approx(0, abs=1e-3)
 
 
 def test_adaptive_wing_by_hand() -> None:
@@ -96,24 +92,6 @@ def test_adaptive_wing_has_finite_gradients_at_its_target() -> None:
     found = target.clone().requires_grad_()
     adaptive_wing_loss(found, target, torch.ones(1, 2)).backward()
     assert found.grad is not None and found.grad.isfinite().all()
-
-
-def test_focal_by_loops() -> None:
-    found, target, weights = maps()
-    total, positives = 0.0, 0
-    for i in range(2):
-        for j in range(3):
-            if not weights[i, j]:
-                continue
-            for logit, goal in zip(found[i, j].flatten(), target[i, j].flatten(), strict=True):
-                p, t = float(logit.sigmoid()), float(goal)
-                if t == 1:
-                    positives += 1
-                    total -= (1 - p) ** 2 * math.log(p)
-                else:
-                    total -= (1 - t) ** 4 * p**2 * math.log(1 - p)
-    assert positives == 5
-    assert float(focal_loss(found, target, weights)) == pytest.approx(total / positives, rel=1e-4)
 
 
 def test_cross_entropy_is_a_divergence_from_the_target_of_sum_one() -> None:
