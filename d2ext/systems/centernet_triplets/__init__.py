@@ -2,7 +2,6 @@
 
 from d2ext.systems.centernet_triplets import checkpoint  # noqa: F401  (registers its converter)
 from d2ext.systems.centernet_triplets.head import CenterNetTripletsHead
-from d2ext.systems.centernet_triplets.losses import CenterNetTripletsCriterion
 from d2ext.systems.centernet_triplets.model import CenterNetTriplets
 
-__all__ = ["CenterNetTriplets", "CenterNetTripletsCriterion", "CenterNetTripletsHead"]
+__all__ = ["CenterNetTriplets", "CenterNetTripletsHead"]
