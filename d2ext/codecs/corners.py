@@ -31,6 +31,8 @@ class PointTargets(NamedTuple):
     """(B, N) int64 cell of each object's point, y * W + x; 0 in empty slots."""
     offset: Tensor
     """(B, N, 2) float32, what the cell cuts off (x, y), in 0..1; 0 in empty slots."""
+    valid: Tensor | None = None
+    """(B, C, H, W) bool, which cells of ``heat`` count; None: all."""
 
 
 class CornerTargets(NamedTuple):
@@ -54,7 +56,7 @@ def encode_corners(
     radius_variant: str = "cornernet",
     center_divisor: float | None = None,
 ) -> CornerTargets:
-    """Ground truth of a batch → targets.
+    """Objects of a batch → targets.
 
     Boxes are cut to the input; of what has no area then, the slot stays empty. As published, the cut
     is at the last pixel's index (size - 1), so that every corner lies in a cell. Objects that share

@@ -7,7 +7,7 @@ from d2ext.modeling.cornernet_hourglass import (
 from d2ext.modeling.darknet import Darknet53, build_darknet53_backbone
 from d2ext.modeling.dla import DLA34, DLAUp, build_dla_up_backbone
 from d2ext.modeling.newell_hourglass import NewellHourglass
-from d2ext.modeling.resnet_dcn import build_resnet_dcn, build_resnet_dcn_backbone
+from d2ext.modeling.resnet_dcn import build_deformable_resnet, build_resnet_dcn_backbone
 from d2ext.modeling.resnet_deconv import ResNetDeconv, build_resnet_deconv_backbone
 
 __all__ = [
@@ -19,8 +19,8 @@ __all__ = [
     "ResNetDeconv",
     "build_cornernet_hourglass_backbone",
     "build_darknet53_backbone",
+    "build_deformable_resnet",
     "build_dla_up_backbone",
-    "build_resnet_dcn",
     "build_resnet_dcn_backbone",
     "build_resnet_deconv_backbone",
 ]

@@ -4,13 +4,13 @@ from d2ext.systems.centernet import checkpoint, config  # noqa: F401  (imported 
 from d2ext.systems.centernet.head import CenterNetHead
 from d2ext.systems.centernet.losses import CenterNetCriterion
 from d2ext.systems.centernet.model import CenterNet
-from d2ext.systems.centernet.postprocess import Detections
+from d2ext.systems.centernet.postprocess import CenterDetections
 from d2ext.systems.centernet.targets import CenterNetTargets
 
 __all__ = [
+    "CenterDetections",
     "CenterNet",
     "CenterNetCriterion",
     "CenterNetHead",
     "CenterNetTargets",
-    "Detections",
 ]

@@ -2,7 +2,6 @@
 
 from d2ext.systems.centernet_triplets import checkpoint, config  # noqa: F401  (imported for registration)
 from d2ext.systems.centernet_triplets.head import CenterNetTripletsHead
-from d2ext.systems.centernet_triplets.losses import CenterNetTripletsCriterion
 from d2ext.systems.centernet_triplets.model import CenterNetTriplets
 
-__all__ = ["CenterNetTriplets", "CenterNetTripletsCriterion", "CenterNetTripletsHead"]
+__all__ = ["CenterNetTriplets", "CenterNetTripletsHead"]

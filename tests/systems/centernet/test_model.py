@@ -12,7 +12,6 @@ from torch import nn
 
 from d2ext import model_zoo
 from d2ext.data import build_augmentations
-from d2ext.systems.centernet.postprocess import Detections
 from d2ext.systems.centernet.targets import ObjectAnnotations, encode_targets
 from d2ext.testing import NUM_CLASSES, random_inputs, tiny_config
 
@@ -121,10 +120,10 @@ def test_results_follow_the_requested_size() -> None:
 def test_fixed_resolution_sees_the_whole_image() -> None:
     model = _detector(TEST__KEEP_RESOLUTION=False, TEST__INPUT_SIZE=[64, 96]).eval()
     for size in ((60, 80), (30, 300), (500, 100)):
-        place = model.placement(size, 1.0)
-        assert place.canvas == (64, 96)
+        place = model.canvas(size, 1.0)
+        assert place.size == (64, 96)
         corners = torch.tensor([[0.0, 0.0], [24.0, 16.0]], dtype=torch.float64)
-        low, high = place.back.apply(corners)
+        low, high = place.to_image(corners, 4)
         # the longer side fills the width; the published code does not look at the height
         assert float(high[0] - low[0]) == pytest.approx(max(size))
         assert model([{"image": torch.zeros(3, *size)}])[0]["instances"].image_size == size
@@ -141,7 +140,7 @@ def test_keypoints_are_in_detectron2s_convention() -> None:
     instances.gt_classes = torch.zeros(1, dtype=torch.int64)
     points = torch.tensor([[[15.5, 20.5, 2.0], [30.0, 30.5, 2.0], [44.5, 13.5, 1.0]]])
     instances.gt_keypoints = Keypoints(points)
-    targets = model.encode([{"instances": instances}], (64, 64))
+    targets = model.encode_targets([{"instances": instances}], torch.zeros(1, 3, 64, 64))
     assert targets.joints is not None
     # As published, the network learns coordinates of COCO, half a pixel less.
     cell = torch.tensor([targets.index[0, 0] % 16, targets.index[0, 0] // 16])
@@ -166,10 +165,8 @@ def test_keypoints_are_in_detectron2s_convention() -> None:
         "joint_offset": at_cells(joints.offset[0], joints.index[0]),
     }
     fields = model._decode(maps)
-    back = model.placement((64, 64), 1.0).back
-    assert back.apply(torch.zeros(2)).tolist() == [0.0, 0.0]
-    found = model._to_images(Detections(*fields), [{"image": torch.zeros(3, 64, 64)}], 1.0)
-    result = model._result({"image": torch.zeros(3, 64, 64)}, found)["instances"]
+    assert model.canvas((64, 64), 1.0).to_image(torch.zeros(2), 4).tolist() == [0.0, 0.0]
+    result = model.postprocess(fields, [{"image": torch.zeros(3, 64, 64)}])[0]["instances"]
     torch.testing.assert_close(result.pred_keypoints[0, :, :2], points[0, :, :2])
     torch.testing.assert_close(result.pred_boxes.tensor[0], torch.tensor([10.0, 12.0, 50.0, 40.0]))
 
@@ -234,7 +231,7 @@ def test_images_of_odd_sizes(size: tuple[int, int], keep: bool) -> None:
     image = torch.randint(0, 255, (3, *size), dtype=torch.uint8)
     found = model([{"image": image}])[0]["instances"]
     assert found.image_size == size and torch.isfinite(found.pred_boxes.tensor).all()
-    model.test_scales = [0.3, 1.0]
+    model.scales = [0.3, 1.0]
     assert len(model([{"image": image}])[0]["instances"]) > 0
 
 

@@ -28,7 +28,7 @@ def test_targets_and_training(real_coco: Path) -> None:
     objects = 0
     for start in (0, 4):
         batch = [mapper(x) for x in data[start : start + 4]]
-        targets = model.encode(batch, (128, 128))
+        _, targets = model.training_batch(batch)
         for i, sample in enumerate(batch):
             boxes = sample["instances"].gt_boxes.tensor.float() / 4
             boxes = boxes.clamp(0, 31)

@@ -9,13 +9,13 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from d2ext import model_zoo
 from d2ext.checkpoint import convert_state_dict
 from d2ext.checkpoint.convert import ConversionError
+from d2ext.codecs.canvas import centered
 from d2ext.systems.centernet_triplets.postprocess import (
     confirm_by_centers,
-    pass_boxes,
-    pass_centers,
+    image_centers,
     to_instances,
 )
-from d2ext.systems.cornernet.postprocess import COLUMNS, View
+from d2ext.systems.cornernet.postprocess import COLUMNS, image_rows
 from d2ext.testing import random_inputs, tiny_config
 
 CONFIGS = [
@@ -89,14 +89,14 @@ def test_nothing_to_confirm(boxes: int, centers: int) -> None:
 
 
 def test_boxes_that_reach_far_out_are_rejected() -> None:
-    view = View(1.0, (60, 60), (63, 63), 1, 1)
+    canvas = centered((60, 60), (63, 63))
     cell = 63 / 16
 
     def found(x1: float, y1: float, x2: float, y2: float) -> int:
         """Box in pixels of the image."""
         cells = [(v + 1) / cell for v in (x1, y1, x2, y2)]
         rows = torch.tensor([[[*cells, 0.5, 0.5, 0.5, 0.0, 0.0]]])
-        return len(pass_boxes(rows, view, 4, 5.0))
+        return len(image_rows(rows, canvas, 4, 5.0))
 
     assert found(-4.9, -4.9, 64.9, 64.9) == 1
     assert found(-5.1, 0, 30, 30) == 0
@@ -104,9 +104,9 @@ def test_boxes_that_reach_far_out_are_rejected() -> None:
 
 
 def test_centres_of_the_mirror_image() -> None:
-    view = View(1.0, (60, 60), (63, 63), 1, 1)
+    canvas = centered((60, 60), (63, 63))
     centers = torch.tensor([[[3.0, 4, 0.5, 2]], [[13.0, 4, 0.4, 2]]])
-    found = pass_centers(centers, view, 4)
+    found = image_centers(centers, canvas, 4)
     torch.testing.assert_close(found[0, :2], found[1, :2])
     assert found[:, 2].tolist() == pytest.approx([0.5, 0.4])
 
