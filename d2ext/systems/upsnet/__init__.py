@@ -8,6 +8,7 @@ from d2ext.systems.upsnet.model import UPSNet
 from d2ext.systems.upsnet.panoptic_head import PanopticHead, PanopticLogits, panoptic_logits
 from d2ext.systems.upsnet.roi_heads import UPSNetROIHeads
 from d2ext.systems.upsnet.rpn import UPSNetRPN
+from d2ext.systems.upsnet.tta import UPSNetWithTTA
 
 __all__ = [
     "DetectronAnchorGenerator",
@@ -19,6 +20,7 @@ __all__ = [
     "UPSNetROIHeads",
     "UPSNetRPN",
     "UPSNetSemanticHead",
+    "UPSNetWithTTA",
     "build_upsnet_fpn_backbone",
     "panoptic_logits",
 ]

@@ -145,9 +145,9 @@ class PyramidRoIAlign(nn.Module):
         levels = self.levels(boxes)
         pooled = features[0].new_zeros((len(boxes), features[0].shape[1], self.size, self.size))
         for i, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
-            chosen = (levels == i).nonzero()[:, 0]
-            part = self._pool(feature, rois[chosen], stride)
-            pooled = pooled.index_put((chosen,), part.to(pooled.dtype))
+            selected = (levels == i).nonzero()[:, 0]
+            part = self._pool(feature, rois[selected], stride)
+            pooled = pooled.index_put((selected,), part.to(pooled.dtype))
         return pooled
 
     def _pool(self, feature: Tensor, rois: Tensor, stride: int) -> Tensor:

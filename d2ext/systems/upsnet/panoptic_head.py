@@ -112,10 +112,8 @@ class PanopticPrediction(NamedTuple):
     """(H, W) int32: stuff 0..S-1, instance S + its index, S + number of instances: unknown."""
     semantic: Tensor
     """(H, W) int32 arg max of the semantic logits, 0..S+T-1."""
-    kept: Tensor
+    keep: Tensor
     """(n',) int64: which candidates became instances, in channel order."""
-    masks: Tensor
-    """(n', M, M): their mask logits; zero where the one candidate that stands in for none is."""
 
 
 class PanopticHead(nn.Module):
@@ -156,22 +154,22 @@ class PanopticHead(nn.Module):
         """
         if len(boxes) == 0:
             boxes, classes, scores, masks = _nothing(score, masks.shape[-1])
-        kept = prune_masks(masks, boxes, classes, scores, size, self.overlap_fraction)
-        masks = masks[kept]
-        if len(kept) == 0:
+        keep = prune_masks(masks, boxes, classes, scores, size, self.overlap_fraction)
+        masks = masks[keep]
+        if len(keep) == 0:
             # Published: the first candidate, without its mask.
-            kept = kept.new_zeros(1)
+            keep = keep.new_zeros(1)
             masks = boxes.new_zeros((1, *masks.shape[1:]))
         labels, semantic = fuse_panoptic(
             score,
-            boxes[kept],
-            classes[kept],
+            boxes[keep],
+            classes[keep],
             masks,
             size,
             num_stuff=self.num_stuff,
             unknown=self.unknown,
         )
-        return PanopticPrediction(labels, semantic, kept, masks)
+        return PanopticPrediction(labels, semantic, keep)
 
 
 def _nothing(score: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
