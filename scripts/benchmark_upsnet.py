@@ -11,6 +11,7 @@ image on the device (uint8, already of the network's size) to all three results 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -102,18 +103,20 @@ def benchmark(
     score = predictions.semantic.score[0].float()
     # Random mask logits are near 0: as many pixels set as in a real mask.
     masks = model.predict_masks(predictions, [candidates])[0] + 1.0
-    head = model.postprocessor.panoptic_head
+    head = functools.partial(
+        model.postprocessor.fuse,
+        score,
+        Instances(size, **candidates.get_fields(), mask_logits=masks),
+    )
     boxes, classes = inclusive(candidates.pred_boxes.tensor), candidates.pred_classes
-    scores = candidates.scores
-    arguments = (boxes, classes, scores, masks)
 
     def reference() -> None:
-        keep = prune_masks_reference(masks, boxes, classes, scores, padded)
+        keep = prune_masks_reference(masks, boxes, classes, candidates.scores, padded)
         fuse_panoptic_reference(
-            score, boxes[keep], classes[keep], masks[keep], padded, num_stuff=head.num_stuff
+            score, boxes[keep], classes[keep], masks[keep], padded, num_stuff=model.num_stuff
         )
 
-    keep = head(score, *arguments, padded).keep
+    keep = head().keep
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else "CPU",
         "dtype": dtype,
@@ -123,7 +126,7 @@ def benchmark(
         "kept": len(keep),
     }
     for name, function, count in (
-        ("panoptic_head", lambda: head(score, *arguments, padded), calls),
+        ("panoptic_head", head, calls),
         ("whole", lambda: model(inputs), calls),
         ("reference", reference, max(calls // 10, 1)),
     ):
@@ -133,7 +136,7 @@ def benchmark(
     if place.type == "cuda":
         torch.cuda.reset_peak_memory_stats(place)
         before = torch.cuda.memory_allocated(place)
-        head(score, *arguments, padded)
+        head()
         result["head_peak_mib"] = (torch.cuda.max_memory_allocated(place) - before) / 2**20
     return result
 

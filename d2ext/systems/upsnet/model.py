@@ -27,6 +27,7 @@ from detectron2.modeling import (
     build_roi_heads,
     build_sem_seg_head,
 )
+from detectron2.modeling.roi_heads.roi_heads import select_foreground_proposals
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.colormap import colormap
 from torch import Tensor, nn
@@ -38,9 +39,9 @@ from d2ext.systems.upsnet import losses as L
 from d2ext.systems.upsnet import targets as T
 from d2ext.systems.upsnet.boxes import PyramidRoIAlign, end_behind, inclusive
 from d2ext.systems.upsnet.head import UPSNetPredictions, UPSNetSemanticHead
-from d2ext.systems.upsnet.panoptic_head import PanopticHead, panoptic_logits
+from d2ext.systems.upsnet.panoptic_head import panoptic_logits
 from d2ext.systems.upsnet.postprocess import PanopticMap, UPSNetPostprocessor, segments, select
-from d2ext.systems.upsnet.roi_heads import RegionTargets, UPSNetROIHeads
+from d2ext.systems.upsnet.roi_heads import UPSNetROIHeads
 from d2ext.systems.upsnet.rpn import UPSNetRPN
 from d2ext.systems.upsnet.targets import UPSNetTargets
 
@@ -128,21 +129,25 @@ class UPSNet(MetaArch):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         upsnet, combine = cfg.MODEL.UPSNET, cfg.MODEL.PANOPTIC_FPN.COMBINE
+        if upsnet.TEST.PANOPTIC not in ("head", "heuristic"):
+            raise ValueError(
+                f'MODEL.UPSNET.TEST.PANOPTIC is "head" or "heuristic", not "{upsnet.TEST.PANOPTIC}".'
+            )
+        heuristic = {
+            "overlap_threshold": combine.OVERLAP_THRESH,
+            "stuff_area_thresh": combine.STUFF_AREA_LIMIT,
+            "instances_score_thresh": combine.INSTANCES_CONFIDENCE_THRESH,
+        }
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
         postprocessor = UPSNetPostprocessor(
-            PanopticHead(
-                num_stuff=upsnet.NUM_STUFF,
-                overlap_fraction=upsnet.TEST.OVERLAP_FRACTION,
-                unknown=upsnet.TEST.UNKNOWN,
-            ),
+            num_stuff=upsnet.NUM_STUFF,
             num_things=cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+            overlap_fraction=upsnet.TEST.OVERLAP_FRACTION,
+            unknown=upsnet.TEST.UNKNOWN,
             category_ids=upsnet.CATEGORY_IDS,
-            panoptic=upsnet.TEST.PANOPTIC,
             stuff_area_limit=upsnet.TEST.STUFF_AREA_LIMIT,
-            combine_overlap_threshold=combine.OVERLAP_THRESH,
-            combine_stuff_area_limit=combine.STUFF_AREA_LIMIT,
-            combine_score_threshold=combine.INSTANCES_CONFIDENCE_THRESH,
+            heuristic=heuristic if upsnet.TEST.PANOPTIC == "heuristic" else None,
         )
         return {
             **super().from_config(cfg),
@@ -152,10 +157,7 @@ class UPSNet(MetaArch):
             "sem_seg_head": build_sem_seg_head(cfg, shapes),
             "postprocessor": postprocessor,
             "labels_with_things": cfg.INPUT.SEM_SEG_WITH_THINGS,
-            "semantic_weight": upsnet.LOSS.SEMANTIC_WEIGHT,
-            "semantic_roi_weight": upsnet.LOSS.SEMANTIC_ROI_WEIGHT,
-            "panoptic_weight": upsnet.LOSS.PANOPTIC_WEIGHT,
-            "keep_fraction": upsnet.LOSS.KEEP_FRACTION,
+            **{key.lower(): value for key, value in upsnet.LOSS.items()},
             "candidate_score_threshold": upsnet.TEST.SCORE_THRESH,
             "candidate_nms_threshold": upsnet.TEST.NMS_THRESH,
             "max_candidates": upsnet.TEST.MAX_INSTANCES,
@@ -211,31 +213,25 @@ class UPSNet(MetaArch):
         return losses
 
     def region_losses(
-        self,
-        features: dict[str, Tensor],
-        regions: list[RegionTargets],
-        targets: list[UPSNetTargets],
+        self, features: dict[str, Tensor], regions: list[Instances], targets: list[UPSNetTargets]
     ) -> dict[str, Tensor]:
         """``loss_cls``, ``loss_box_reg`` and ``loss_mask`` of given regions."""
-        logits, deltas = self.roi_heads.predict_boxes(features, [x.boxes for x in regions])
+        heads = self.roi_heads
         losses = L.box_losses(
-            logits,
-            deltas,
-            torch.cat([x.classes for x in regions]),
-            torch.cat([x.deltas for x in regions]),
-            [len(x.boxes) for x in regions],
+            *heads.predict_boxes(features, [x.proposal_boxes.tensor for x in regions]),
+            torch.cat([x.gt_classes for x in regions]),
+            torch.cat([x.gt_deltas for x in regions]),
+            [len(x) for x in regions],
         )
-        positive = [(x.classes < self.roi_heads.num_classes).nonzero()[:, 0] for x in regions]
+        positive, _ = select_foreground_proposals(regions, heads.num_classes)
         # Positives of a crowd in an image without objects have no mask to learn.
         positive = [
-            p if len(t.instances) else p[:0] for p, t in zip(positive, targets, strict=True)
+            x if len(t.instances) else x[:0] for x, t in zip(positive, targets, strict=True)
         ]
-        boxes = [x.boxes[p] for x, p in zip(regions, positive, strict=True)]
-        classes = torch.cat([x.classes[p] for x, p in zip(regions, positive, strict=True)])
-        masks = self.roi_heads.predict_masks(features, boxes, classes)
+        boxes = [x.proposal_boxes.tensor for x in positive]
+        masks = heads.predict_masks(features, boxes, torch.cat([x.gt_classes for x in positive]))
         mask_targets = [
-            self.roi_heads.mask_targets(x, t, masks.shape[-1])
-            for x, t in zip(boxes, targets, strict=True)
+            heads.mask_targets(x, t, masks.shape[-1]) for x, t in zip(boxes, targets, strict=True)
         ]
         losses["loss_mask"] = L.mask_loss(masks, torch.cat(mask_targets), [len(x) for x in boxes])
         return losses
@@ -405,11 +401,14 @@ class UPSNet(MetaArch):
             predicted = self.postprocess(first, [inputs])[0]["panoptic_seg"]
         image = inputs["image"].permute(1, 2, 0).clamp(0, 255).cpu()
         image = convert_image_to_rgb(image, self.input_format)
+        # Category ids as names; things have colours from the list's beginning, stuff from its end.
+        names = [str(i) for i in range(self.postprocessor.num_classes + 1)]
+        colors = np.resize(colormap(rgb=True), (len(names), 3))
+        metadata = Metadata(thing_classes=names, stuff_classes=names)
+        metadata.set(thing_colors=colors, stuff_colors=colors[::-1])
         pictures = []
         for panoptic, infos in (self._annotated_segments(targets[0]), predicted):
-            drawn = Visualizer(image, self._numbered_classes()).draw_panoptic_seg(
-                panoptic.cpu(), infos
-            )
+            drawn = Visualizer(image, metadata).draw_panoptic_seg(panoptic.cpu(), infos)
             pictures.append(drawn.get_image())
         joined = torch.from_numpy(np.concatenate(pictures, axis=1)).permute(2, 0, 1)
         return "Left: annotations. Right: predictions", joined.float() / 255
@@ -425,16 +424,4 @@ class UPSNet(MetaArch):
             torch.ones(len(classes)),
             num_stuff=self.num_stuff,
             category_ids=self.postprocessor.category_ids,
-        )
-
-    def _numbered_classes(self) -> Metadata:
-        """Category ids as names, and colours, for a visualizer."""
-        count = self.postprocessor.num_classes + 1
-        names = [str(i) for i in range(count)]
-        colors = np.resize(colormap(rgb=True), (count, 3))
-        return Metadata(
-            thing_classes=names,
-            stuff_classes=names,
-            thing_colors=colors,
-            stuff_colors=colors[::-1],
         )

@@ -21,10 +21,9 @@ from torch.nn import functional as F
 from torchvision.ops import batched_nms, nms
 
 from d2ext.systems.upsnet.boxes import end_behind, inclusive
-from d2ext.systems.upsnet.panoptic_head import PanopticHead, PanopticPrediction
+from d2ext.systems.upsnet.panoptic_head import PanopticPrediction, predict_panoptic
 
 CATEGORY_IDS = ("separated", "joint")
-PANOPTIC = ("head", "heuristic")
 # Of the semantic score.
 STRIDE = 4
 
@@ -177,67 +176,62 @@ class UPSNetPostprocessor:
     """Makes ``instances``, ``sem_seg`` and ``panoptic_seg``.
 
     Args:
-        panoptic_head: the parameter-free head.
-        num_things: T.
+        num_stuff, num_things: S, T.
+        overlap_fraction, unknown: see :func:`predict_panoptic`.
         category_ids: "separated" or "joint", see :func:`segments`.
-        panoptic: "head", or "heuristic" for Detectron2's merge of the same heads' results.
         stuff_area_limit: see :func:`clean`.
-        combine_overlap_threshold, combine_stuff_area_limit, combine_score_threshold: of the heuristic.
+        heuristic: instead of the panoptic head, merge the other heads' results with these thresholds
+            of Detectron2's ``combine_semantic_and_instance_outputs``.
     """
 
     def __init__(
         self,
-        panoptic_head: PanopticHead,
         *,
+        num_stuff: int,
         num_things: int,
+        overlap_fraction: float = 0.3,
+        unknown: bool = True,
         category_ids: str = "separated",
-        panoptic: str = "head",
         stuff_area_limit: int = 4096,
-        combine_overlap_threshold: float = 0.5,
-        combine_stuff_area_limit: int = 4096,
-        combine_score_threshold: float = 0.5,
+        heuristic: dict[str, float] | None = None,
     ) -> None:
         if category_ids not in CATEGORY_IDS:
             raise ValueError(
                 f'MODEL.UPSNET.CATEGORY_IDS is one of {CATEGORY_IDS}, not "{category_ids}".'
             )
-        if panoptic not in PANOPTIC:
-            raise ValueError(f'MODEL.UPSNET.TEST.PANOPTIC is one of {PANOPTIC}, not "{panoptic}".')
-        self.panoptic_head = panoptic_head
-        self.num_stuff = panoptic_head.num_stuff
-        self.num_classes = self.num_stuff + num_things
+        self.num_stuff = num_stuff
+        self.num_classes = num_stuff + num_things
+        self.overlap_fraction = overlap_fraction
+        self.unknown = unknown
         self.category_ids = category_ids
-        self.panoptic = panoptic
         self.stuff_area_limit = stuff_area_limit
-        self.combine_overlap_threshold = combine_overlap_threshold
-        self.combine_stuff_area_limit = combine_stuff_area_limit
-        self.combine_score_threshold = combine_score_threshold
+        self.heuristic = heuristic
 
     def __call__(
         self, score: Tensor, detections: Instances, candidates: Instances, size: tuple[int, int]
     ) -> dict[str, Any]:
         """One image's semantic score (S + T, h, w) of the padded input, detections and candidates of
         the panoptic head → its results at ``size`` (height, width)."""
-        result: dict[str, Any] = {
-            "instances": self.instances(detections, size),
-            "sem_seg": self.semantic_map(score, detections.image_size, size),
-        }
-        if self.panoptic == "head":
-            prediction = self.fuse(score, candidates)
-            result["panoptic_seg"] = self.segments(prediction, candidates, size)
+        instances = self.instances(detections, size)
+        semantic = self.semantic_map(score, detections.image_size, size)
+        if self.heuristic is None:
+            panoptic = self.segments(self.fuse(score, candidates), candidates, size)
         else:
-            result["panoptic_seg"] = self.merge(result["instances"], result["sem_seg"])
-        return result
+            panoptic = self.merge(instances, semantic, self.heuristic)
+        return {"instances": instances, "sem_seg": semantic, "panoptic_seg": panoptic}
 
     def fuse(self, score: Tensor, candidates: Instances) -> PanopticPrediction:
         """The panoptic head on one image's semantic score (S + T, h, w) and candidates."""
-        return self.panoptic_head(
+        return predict_panoptic(
             score.float(),
             inclusive(candidates.pred_boxes.tensor),
             candidates.pred_classes,
             candidates.scores,
             candidates.mask_logits,
             (STRIDE * score.shape[1], STRIDE * score.shape[2]),
+            num_stuff=self.num_stuff,
+            overlap_fraction=self.overlap_fraction,
+            unknown=self.unknown,
         )
 
     def segments(
@@ -292,19 +286,15 @@ class UPSNetPostprocessor:
         things = logits[self.num_stuff :].amax(dim=0, keepdim=True)
         return torch.cat([things, logits[: self.num_stuff]])
 
-    def merge(self, instances: Instances, semantic: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+    def merge(
+        self, instances: Instances, semantic: Tensor, thresholds: dict[str, float]
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
         """``panoptic_seg`` by Detectron2's heuristic, from ``instances`` and ``sem_seg``."""
         labels = semantic.argmax(dim=0)
         joint = self.category_ids == "joint"
         if joint:
             labels = torch.where(labels < self.num_stuff, labels + 1, 0)
-        panoptic, infos = combine_semantic_and_instance_outputs(
-            instances,
-            labels,
-            self.combine_overlap_threshold,
-            self.combine_stuff_area_limit,
-            self.combine_score_threshold,
-        )
+        panoptic, infos = combine_semantic_and_instance_outputs(instances, labels, **thresholds)
         for info in infos:
             info.setdefault("score", 1.0)
             if joint:

@@ -10,7 +10,7 @@ Letters: N images, R regions, T thing classes, M side of a mask's logits (28).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -24,17 +24,6 @@ from torch import Tensor
 from d2ext.systems.upsnet.boxes import PyramidRoIAlign, clip, end_behind, inclusive
 from d2ext.systems.upsnet.rpn import match
 from d2ext.systems.upsnet.targets import UPSNetTargets
-
-
-class RegionTargets(NamedTuple):
-    """Regions of one image to train on, and what the box head should say of them."""
-
-    boxes: Tensor
-    """(R, 4)."""
-    classes: Tensor
-    """(R,) int64, T for background."""
-    deltas: Tensor
-    """(R, 4) regression targets towards the matched object; meaningless for background."""
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -81,8 +70,9 @@ class UPSNetROIHeads(StandardROIHeads):
     # Targets
 
     @torch.no_grad()
-    def sample(self, proposals: Instances, targets: UPSNetTargets) -> RegionTargets:
-        """Draw regions from proposals and objects, label them and code their targets.
+    def sample(self, proposals: Instances, targets: UPSNetTargets) -> Instances:
+        """Draw regions to train on from proposals and objects: R ``proposal_boxes``, their ``gt_classes``,
+        T for background, and ``gt_deltas`` (R, 4) towards the matched object, meaningless for background.
 
         Proposals are matched against crowds too and may become positives of a crowd's class; the
         crowds' own boxes are never regions.
@@ -117,7 +107,9 @@ class UPSNetROIHeads(StandardROIHeads):
         if len(objects) > 0:
             transform = self.box_predictor.box2box_transform
             deltas = transform.get_deltas(measured, objects[best[selected]])
-        return RegionTargets(end_behind(boxes[selected]), classes[selected], deltas)
+        regions = Instances(proposals.image_size, gt_classes=classes[selected], gt_deltas=deltas)
+        regions.proposal_boxes = Boxes(end_behind(boxes[selected]))
+        return regions
 
     @torch.no_grad()
     def mask_targets(self, boxes: Tensor, targets: UPSNetTargets, size: int) -> Tensor:

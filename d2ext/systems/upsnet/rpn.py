@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY
 from detectron2.modeling.proposal_generator import RPN
+from detectron2.modeling.proposal_generator.proposal_utils import find_top_rpn_proposals
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import batched_nms
 
 from d2ext.systems.upsnet.boxes import clip
 
@@ -117,21 +117,21 @@ class UPSNetRPN(RPN):
 
         Args: as the base class.
         """
-        every = Boxes.cat(anchors).tensor
-        logits = torch.cat(pred_objectness_logits, dim=1)
-        deltas = torch.cat(pred_anchor_deltas, dim=1)
-        count = len(gt_labels)
-        classification, localization = logits.sum() * 0, deltas.sum() * 0
-        for i, (label, boxes) in enumerate(zip(gt_labels, gt_boxes, strict=True)):
-            sampled = label >= 0
-            classification = classification + F.binary_cross_entropy_with_logits(
-                logits[i][sampled], label[sampled].float(), reduction="sum"
-            ) / (self.batch_size_per_image * count)
-            positive = label == 1
-            target = self.box2box_transform.get_deltas(every[positive], boxes[positive])
-            localization = localization + F.smooth_l1_loss(
-                deltas[i][positive], target, reduction="sum", beta=SMOOTH_L1_BETA
-            ) / (sampled.sum().clamp(min=1) * count)
+        logits, deltas = torch.cat(pred_objectness_logits, 1), torch.cat(pred_anchor_deltas, 1)
+        labels = torch.stack(gt_labels)
+        sampled, positive = labels >= 0, labels == 1
+        classification = F.binary_cross_entropy_with_logits(
+            logits[sampled], labels[sampled].float(), reduction="sum"
+        ) / (self.batch_size_per_image * len(labels))
+        every = Boxes.cat(anchors).tensor.expand_as(deltas)
+        targets = self.box2box_transform.get_deltas(
+            every[positive], torch.stack(gt_boxes)[positive]
+        )
+        errors = F.smooth_l1_loss(
+            deltas[positive], targets, reduction="none", beta=SMOOTH_L1_BETA
+        ).sum(dim=1)
+        divisors = sampled.sum(dim=1, keepdim=True).clamp(min=1) * len(labels)
+        localization = (errors / divisors.expand_as(labels)[positive]).sum()
         weights = self.loss_weight
         return {
             "loss_rpn_cls": classification * weights.get("loss_rpn_cls", 1.0),
@@ -146,49 +146,21 @@ class UPSNetRPN(RPN):
         pred_anchor_deltas: list[Tensor],
         image_sizes: list[tuple[int, int]],
     ) -> list[Instances]:
-        """The best ``pre_nms_topk`` of each level, NMS within it, the best ``post_nms_topk`` of all.
-
-        Raises:
-            FloatingPointError: predictions are not finite while training.
-        """
-        pre_nms, post_nms = self.pre_nms_topk[self.training], self.post_nms_topk[self.training]
-        scores, boxes, levels = [], [], []
-        for level, (level_anchors, logits, deltas) in enumerate(
-            zip(anchors, pred_objectness_logits, pred_anchor_deltas, strict=True)
-        ):
-            best, order = logits.topk(min(pre_nms, logits.shape[1]), dim=1)
-            selected = deltas.gather(1, order[..., None].expand(-1, -1, 4))
-            decoded = self.box2box_transform.apply_deltas(
-                selected.flatten(0, 1), level_anchors.tensor[order.flatten()]
-            )
-            scores.append(best)
-            boxes.append(decoded.unflatten(0, order.shape))
-            levels.append(order.new_full((order.shape[1],), level))
-        all_scores, all_boxes = torch.cat(scores, dim=1), torch.cat(boxes, dim=1)
-        finite = bool(torch.isfinite(all_scores).all() & torch.isfinite(all_boxes).all())
-        if self.training and not finite:
-            raise FloatingPointError("The RPN's predictions are not finite: training has diverged.")
-        results = []
-        for i, size in enumerate(image_sizes):
-            result = Instances(size)
-            result.proposal_boxes = Boxes(clip(all_boxes[i], *size))
-            result.objectness_logits, result.level = all_scores[i], torch.cat(levels)
-            if not finite:
-                valid = torch.isfinite(all_scores[i]) & torch.isfinite(all_boxes[i]).all(dim=1)
-                result = result[valid]
-            if self.min_box_size > 1:  # every clipped box is a pixel wide
-                clipped = result.proposal_boxes.tensor
-                result = result[(clipped[:, 2:] - clipped[:, :2] >= self.min_box_size).all(dim=1)]
-            keep = batched_nms(
-                result.proposal_boxes.tensor,
-                result.objectness_logits,
-                result.level,
-                self.nms_thresh,
-            )
-            result = result[keep[:post_nms]]
-            result.remove("level")
-            results.append(result)
-        return results
+        """As the base class; proposals keep at least one pixel inside the image."""
+        boxes = [
+            torch.stack([clip(x, *size) for x, size in zip(level, image_sizes, strict=True)])
+            for level in self._decode_proposals(anchors, pred_anchor_deltas)
+        ]
+        return find_top_rpn_proposals(
+            boxes,
+            pred_objectness_logits,
+            image_sizes,
+            self.nms_thresh,
+            self.pre_nms_topk[self.training],
+            self.post_nms_topk[self.training],
+            self.min_box_size,
+            self.training,
+        )
 
 
 def match(objects: Boxes, boxes: Boxes) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Instances
@@ -19,6 +20,7 @@ from d2ext import model_zoo
 from d2ext.checkpoint import ConversionError, convert_state_dict
 from d2ext.checkpoint.checkpointer import Checkpointer
 from d2ext.engine.predictor import BatchPredictor
+from d2ext.engine.trainer import Trainer
 from d2ext.layers.deform_conv import DeformConv
 from d2ext.modeling.tta import build_tta
 from d2ext.systems.upsnet.backbone import DeformBottleneck
@@ -85,8 +87,9 @@ def test_proposals_of_no_width_in_the_images_own_pixels_are_not_trained_on(model
     proposals = Instances((40, 40))
     proposals.proposal_boxes = _boxes([[5.0, 5.0, 5.5, 15.0], [4.0, 5.0, 20.0, 21.0]])
     regions = model.roi_heads.sample(proposals, UPSNetTargets(objects, *nothing, *maps, pixel=0.1))
-    assert regions.deltas.isfinite().all()
-    widths = regions.boxes[:, 2] - regions.boxes[:, 0]
+    assert regions.gt_deltas.isfinite().all()
+    boxes = regions.proposal_boxes.tensor
+    widths = boxes[:, 2] - boxes[:, 0]
     assert len(widths) == 2 and (widths > 10).all()
 
 
@@ -219,8 +222,8 @@ def test_small_stuff_becomes_void() -> None:
 @pytest.mark.parametrize("panoptic", ["head", "heuristic"])
 def test_ids_of_segments_and_channels(category_ids: str, panoptic: str) -> None:
     model = build(CATEGORY_IDS=category_ids, TEST__PANOPTIC=panoptic).eval()
-    model.postprocessor.combine_score_threshold = 0.0
-    model.postprocessor.combine_stuff_area_limit = 1
+    if panoptic == "heuristic":
+        model.postprocessor.heuristic.update(instances_score_thresh=0.0, stuff_area_thresh=1)
     result = model(random_inputs(1))[0]
     joint = category_ids == "joint"
     assert len(result["sem_seg"]) == NUM_STUFF + (NUM_CLASSES if joint else 1)
@@ -354,13 +357,22 @@ def test_views_of_an_image_fit_on_each_other(model: UPSNet) -> None:
         torch.testing.assert_close(score[0, 3, 1:19], expected[1:19])
 
 
-def test_the_config_switches_augmentation_on(model: UPSNet) -> None:
+def test_the_config_switches_augmentation_on(
+    model: UPSNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.eval()
     cfg = tiny_config("UPSNet")
     assert build_tta(cfg, model) is model
     cfg.MODEL.UPSNET.TEST.AUG.ENABLED = True
     cfg.MODEL.UPSNET.TEST.AUG.MIN_SIZES = [40]
     predictor = BatchPredictor(cfg, model)
     assert predictor.model.model is model
+    evaluated = []
+    monkeypatch.setattr(
+        DefaultTrainer, "test", lambda cfg, model, evaluators: evaluated.append(model)
+    )
+    Trainer.test(cfg, model)
+    assert isinstance(evaluated[0], UPSNetWithTTA) and not evaluated[0].training
     assert [v.size for v in predictor.model.views(random_inputs(1)[0]["image"])] == [(40, 53)] * 2
     image = random_inputs(1)[0]["image"].permute(1, 2, 0).byte().numpy()
     assert predictor([image])[0]["panoptic_seg"][0].shape == (60, 80)

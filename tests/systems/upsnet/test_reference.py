@@ -22,9 +22,8 @@ from d2ext.systems.upsnet import losses as L
 from d2ext.systems.upsnet import targets as T
 from d2ext.systems.upsnet.boxes import clip, end_behind, inclusive
 from d2ext.systems.upsnet.model import UPSNet
-from d2ext.systems.upsnet.panoptic_head import PanopticHead, panoptic_logits
+from d2ext.systems.upsnet.panoptic_head import panoptic_logits, predict_panoptic
 from d2ext.systems.upsnet.postprocess import PanopticMap, clean, nearest, select
-from d2ext.systems.upsnet.roi_heads import RegionTargets
 from tests.reference.fixture import Fixture, draw_image, draw_tensor
 
 REFERENCE = Path(__file__).parents[2] / "reference" / "upsnet"
@@ -96,14 +95,16 @@ def void_as_255(labels: Tensor, channels: int) -> np.ndarray:
 def test_panoptic_map(head_case: HeadCase, case: str, unknown: bool) -> None:
     used = {"test": slice(None), "nothing_detected": slice(0), "all_masks_empty": slice(3)}[case]
     masks = torch.full_like(head_case.masks, -1.0) if case == "all_masks_empty" else head_case.masks
-    head = PanopticHead(num_stuff=11, overlap_fraction=0.3, unknown=unknown)
-    result = head(
+    result = predict_panoptic(
         head_case.score,
         head_case.boxes[used],
         head_case.classes[used],
         head_case.scores[used],
         masks[used],
         head_case.size,
+        num_stuff=11,
+        overlap_fraction=0.3,
+        unknown=unknown,
     )
     expected = head_case.expected
     np.testing.assert_array_equal(result.keep, expected[f"{case}.keep"])
@@ -179,14 +180,15 @@ def two_channels(
 
 @pytest.mark.parametrize("limit", [0, 150])
 def test_clean_up(head_case: HeadCase, limit: int) -> None:
-    head = PanopticHead(num_stuff=11, overlap_fraction=0.3)
-    result = head(
+    result = predict_panoptic(
         head_case.score,
         head_case.boxes,
         head_case.classes,
         head_case.scores,
         head_case.masks,
         head_case.size,
+        num_stuff=11,
+        overlap_fraction=0.3,
     )
     classes = head_case.classes[result.keep]
     cleaned = clean(
@@ -528,7 +530,10 @@ def test_region_sampling(training: TrainingCase) -> None:
     heads = training.model.roi_heads
     proposals = Instances((256, 333), proposal_boxes=Boxes(end_behind(rois)))
     sampled = heads.sample(proposals, training.targets)
-    ours = {tuple(np.round(b, 2)): i for i, b in enumerate(inclusive(sampled.boxes).tolist())}
+    ours = {
+        tuple(np.round(b, 2)): i
+        for i, b in enumerate(inclusive(sampled.proposal_boxes.tensor).tolist())
+    }
     published = (expected["rcnn.labels"] - 1) % 81
     published[published == 80] = 80
     compared = 0
@@ -537,14 +542,20 @@ def test_region_sampling(training: TrainingCase) -> None:
         if j is None:
             continue
         compared += 1
-        assert int(sampled.classes[j]) == int(published[i])
+        assert int(sampled.gt_classes[j]) == int(published[i])
         if published[i] < 80:
             target = expected["rcnn.bbox_targets"][i]
-            np.testing.assert_allclose(sampled.deltas[j], target, atol=1e-4)
+            np.testing.assert_allclose(sampled.gt_deltas[j], target, atol=1e-4)
     assert compared > 400
     # Positives: the objects, and a proposal matched to the crowd, whose own box is not among them.
     crowd = training.targets.crowd_boxes[0]
-    assert not (inclusive(sampled.boxes) - inclusive(crowd, 1.6)).abs().amax(1).lt(0.1).any()
+    assert (
+        not (inclusive(sampled.proposal_boxes.tensor) - inclusive(crowd, 1.6))
+        .abs()
+        .amax(1)
+        .lt(0.1)
+        .any()
+    )
 
 
 def test_losses_and_gradients(training: TrainingCase, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -556,10 +567,11 @@ def test_losses_and_gradients(training: TrainingCase, monkeypatch: pytest.Monkey
     boxes = rpn.box2box_transform.apply_deltas(targets, every)
     rois = end_behind(torch.from_numpy(expected["rcnn.rois"][:, 1:]))
     classes = torch.from_numpy(expected["rcnn.labels"]).long()
-    regions = RegionTargets(
-        rois,
-        torch.where(classes == 0, 80, classes - 1),
-        torch.from_numpy(expected["rcnn.bbox_targets"]),
+    regions = Instances(
+        (256, 333),
+        proposal_boxes=Boxes(rois),
+        gt_classes=torch.where(classes == 0, 80, classes - 1),
+        gt_deltas=torch.from_numpy(expected["rcnn.bbox_targets"]),
     )
     keep = torch.from_numpy(expected["panoptic.keep_inds"]).long()
     # What the published code drew at random.
