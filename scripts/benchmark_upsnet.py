@@ -11,6 +11,7 @@ image on the device (uint8, already of the network's size) to all three results 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -19,18 +20,18 @@ from typing import Any
 
 import torch
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from d2ext import model_zoo
 from d2ext.layers.panoptic_fusion import fuse_panoptic_reference, prune_masks_reference
 from d2ext.systems.upsnet.boxes import inclusive
 from d2ext.systems.upsnet.model import UPSNet
-from d2ext.systems.upsnet.postprocess import Candidates
 
 
 def random_candidates(
     count: int, size: tuple[int, int], classes: int, device: torch.device
-) -> Candidates:
+) -> Instances:
     """Boxes in an image of a size, best first."""
     generator = torch.Generator().manual_seed(0)
     extent = torch.tensor([size[1], size[0]])
@@ -39,8 +40,9 @@ def random_candidates(
     low = (centre - half).clamp(min=0).minimum(extent - 2)
     high = (centre + half).minimum(extent).maximum(low + 1)
     scores = torch.rand(count, generator=generator).sort(descending=True).values
-    kinds = torch.randint(0, classes, (count,), generator=generator)
-    return Candidates(*(x.to(device) for x in (torch.cat([low, high], dim=1), kinds, scores)))
+    result = Instances(size, pred_boxes=Boxes(torch.cat([low, high], dim=1)), scores=scores)
+    result.pred_classes = torch.randint(0, classes, (count,), generator=generator)
+    return result.to(device)
 
 
 def milliseconds(function: Callable[[], object], device: torch.device, calls: int) -> list[float]:
@@ -83,46 +85,48 @@ def benchmark(
     torch.manual_seed(0)
     model: UPSNet = build_model(cfg).eval()
     place = model.device
-    chosen = random_candidates(instances, size, model.roi_heads.num_classes, place)
-    choose = model.choose
+    candidates = random_candidates(instances, size, model.roi_heads.num_classes, place)
+    select = model.select
 
-    def forced(decoded: Tensor, probabilities: Tensor) -> tuple[Candidates, Candidates]:
-        choose(decoded, probabilities)  # takes its time; random weights choose nothing of use
-        return chosen, chosen
+    def forced(boxes: Tensor, probabilities: Tensor, size: Any) -> tuple[Instances, Instances]:
+        select(boxes, probabilities, size)  # takes its time; random weights select nothing of use
+        return candidates[:], candidates[:]
 
-    model.choose = forced  # type: ignore[method-assign]
+    model.select = forced  # type: ignore[method-assign]
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, device=place)
     # COCO's images have 640 pixels where the network's input has 1333.
     original = (size[0] * 640 // 1333, size[1] * 640 // 1333)
     inputs = [{"image": image, "height": original[0], "width": original[1]}]
     images = model.preprocess(inputs)
     padded = (images.shape[-2], images.shape[-1])
-    raw = model.predict(images)
-    score = raw.semantic.score[0].float()
-    masks = model.masks(raw, [chosen])[0]
+    predictions = model.inference_network(images)
+    score = predictions.semantic.score[0].float()
     # Random mask logits are near 0: as many pixels set as in a real mask.
-    masks = masks + 1.0
-    head = model.outputs.panoptic_head
-    arguments = (inclusive(chosen.boxes), chosen.classes, chosen.scores, masks)
-    boxes, classes, scores, _ = arguments
+    masks = model.predict_masks(predictions, [candidates])[0] + 1.0
+    head = functools.partial(
+        model.postprocessor.fuse,
+        score,
+        Instances(size, **candidates.get_fields(), mask_logits=masks),
+    )
+    boxes, classes = inclusive(candidates.pred_boxes.tensor), candidates.pred_classes
 
     def reference() -> None:
-        kept = prune_masks_reference(masks, boxes, classes, scores, padded)
+        keep = prune_masks_reference(masks, boxes, classes, candidates.scores, padded)
         fuse_panoptic_reference(
-            score, boxes[kept], classes[kept], masks[kept], padded, num_stuff=head.num_stuff
+            score, boxes[keep], classes[keep], masks[keep], padded, num_stuff=model.num_stuff
         )
 
-    kept = head(score, *arguments, padded).kept
+    keep = head().keep
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else "CPU",
         "dtype": dtype,
         "mode": mode,
         "size": list(size),
         "instances": instances,
-        "kept": len(kept),
+        "kept": len(keep),
     }
     for name, function, count in (
-        ("panoptic_head", lambda: head(score, *arguments, padded), calls),
+        ("panoptic_head", head, calls),
         ("whole", lambda: model(inputs), calls),
         ("reference", reference, max(calls // 10, 1)),
     ):
@@ -132,7 +136,7 @@ def benchmark(
     if place.type == "cuda":
         torch.cuda.reset_peak_memory_stats(place)
         before = torch.cuda.memory_allocated(place)
-        head(score, *arguments, padded)
+        head()
         result["head_peak_mib"] = (torch.cuda.max_memory_allocated(place) - before) / 2**20
     return result
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from d2ext.checkpoint.checkpointer import Checkpointer
 from d2ext.layers.transfer import upload_alike
+from d2ext.modeling.tta import build_tta
 
 
 class BatchPredictor:
@@ -29,6 +30,9 @@ class BatchPredictor:
         cfg: the config; ``MODEL.WEIGHTS`` empty leaves random weights.
         model: use this one, already loaded, instead of building it.
 
+    Attributes:
+        model: the model, with the test-time augmentation that ``cfg`` asks for.
+
     Raises:
         CheckpointError: ``MODEL.WEIGHTS`` is unreadable or of another model.
         ValueError: ``INPUT.FORMAT`` is neither "RGB" nor "BGR".
@@ -41,7 +45,7 @@ class BatchPredictor:
         if model is None:
             model = build_model(self.cfg)
             Checkpointer(model, fit="exact").load(cfg.MODEL.WEIGHTS)
-        self.model = model.eval()
+        self.model = build_tta(cfg, model).eval()
         self.device = torch.device(cfg.MODEL.DEVICE)
         self._resize = T.ResizeShortestEdge(
             [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST

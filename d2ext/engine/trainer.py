@@ -40,6 +40,7 @@ from d2ext.engine.hooks import (
 from d2ext.engine.optimizer import build_optimizer
 from d2ext.engine.processes import set_cpu_threads
 from d2ext.engine.train_loop import StepTrainer
+from d2ext.modeling.tta import build_tta
 
 __all__ = ["Trainer"]
 
@@ -274,6 +275,16 @@ class Trainer(DefaultTrainer):
             model = model.to(memory_format=torch.channels_last)
         logger.info("Model:\n%s", model)
         return model
+
+    @classmethod
+    def test(
+        cls,
+        cfg: CfgNode,
+        model: nn.Module,
+        evaluators: DatasetEvaluator | list[DatasetEvaluator] | None = None,
+    ) -> dict[str, Any]:
+        """As Detectron2's, with the test-time augmentation that the config asks for."""
+        return super().test(cfg, build_tta(cfg, model), evaluators)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

@@ -91,13 +91,14 @@ class MetaArch(nn.Module):
             "vis_period": cfg.VIS_PERIOD,
         }
 
-    def set_network(self, network: nn.Module, decode: Callable[[Any], tuple[Tensor, ...]]) -> None:
+    def set_network(self, network: nn.Module, decode: Callable[[Any], Any]) -> None:
         """Say what runs between images and losses or results; the last step of a constructor.
 
         Args:
             network: images (B, 3, H, W) → predictions. Its parts are modules of the model, so its
                 parameters are not registered again.
-            decode: in inference, predictions → tensors whose shapes do not depend on values.
+            decode: in inference, predictions → tensors whose shapes do not depend on values, see
+                :class:`InferenceNetwork`.
         """
         # In a tuple, so that neither the network nor the copy that inference keeps is a submodule.
         self._inference = (InferenceNetwork(network, decode, **self._inference_options),)
@@ -143,8 +144,10 @@ class MetaArch(nn.Module):
         images, targets = self.training_batch(batched_inputs)
         predictions = self.network(images)
         if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
+            state = np.random.get_state()  # Detectron2's visualizer draws colours at random
             with torch.no_grad():
                 name, picture = self.draw_training(batched_inputs, images, targets, predictions)
+            np.random.set_state(state)
             get_event_storage().put_image(name, picture)
         return self.losses(predictions, targets)
 
@@ -163,7 +166,7 @@ class MetaArch(nn.Module):
         raise NotImplementedError
 
     def postprocess(
-        self, predictions: tuple[Tensor, ...], batched_inputs: list[dict[str, Any]]
+        self, predictions: Any, batched_inputs: list[dict[str, Any]]
     ) -> list[dict[str, Any]]:
         """Decoded predictions → for each image Detectron2's results at the size of the output."""
         raise NotImplementedError

@@ -83,7 +83,11 @@ def test_training_without_instances_is_refused() -> None:
 def test_pictures_come_at_their_period() -> None:
     model = Toy(vis_period=2).train()
     with EventStorage(0) as storage:
+        np.random.seed(0)
         model([image_of()])
+        drawn = np.random.rand()
+        np.random.seed(0)
+        assert drawn == np.random.rand()  # colours are drawn at random
         assert len(storage._vis_data) == 1
         name, picture, _ = storage._vis_data[0]
         assert "annotations" in name.lower()
