@@ -79,7 +79,7 @@ def test_wheel_holds_every_config_and_module(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     configs = {
         f"d2ext/model_zoo/configs/{path.relative_to(ROOT / 'configs').as_posix()}"
-        for path in (ROOT / "configs").rglob("*.yaml")
+        for path in (ROOT / "configs").rglob("*.*")
     }
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "d2ext").rglob("*.py")}
     assert configs

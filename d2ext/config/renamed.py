@@ -28,6 +28,10 @@ RENAMED = {
     "INPUT.LANDMARKS.ENABLED": Renamed(
         "INPUT.MAPPER", ((True, "build_top_down_mapper"), (False, "D2extDatasetMapper"))
     ),
+    "MODEL.LANDMARKS.TARGET.GEOMETRY": Renamed("MODEL.LANDMARKS.TARGET.CELL_GEOMETRY"),
+    "MODEL.LANDMARKS.TARGET.UNIT_PEAK": Renamed(None),
+    "MODEL.LANDMARKS.LOSS.WEIGHT": Renamed(None),
+    "MODEL.LANDMARKS.INTEGRAL": Renamed(None),
 }
 
 
