@@ -33,6 +33,12 @@ def names(blocks: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> d
     return names
 
 
+def run(code: str, names: dict[str, Any]) -> dict[str, Any]:
+    scope = dict(names)
+    exec(code, scope)
+    return scope
+
+
 def test_training_and_prediction(names: dict[str, Any]) -> None:
     assert set(names["trainer"]._last_eval_results) == {"bbox", "segm"}
     assert names["instances"].pred_masks.shape[1:] == (120, 160)
@@ -40,16 +46,15 @@ def test_training_and_prediction(names: dict[str, Any]) -> None:
 
 
 def test_lazy_config(blocks: dict[str, str], names: dict[str, Any]) -> None:
-    exec(blocks["Lazy configs"], names)
-    assert [x["image"].shape for x in names["batch"]] == [(3, 160, 160)] * 2
-    assert len(names["optimizer"].state) > 0
+    scope = run(blocks["Lazy configs"], names)
+    assert [x["image"].shape for x in scope["batch"]] == [(3, 160, 160)] * 2
+    assert len(scope["optimizer"].state) > 0
 
 
 def test_tracking(blocks: dict[str, str], names: dict[str, Any]) -> None:
     if importlib.util.find_spec("scipy") is None:
         pytest.skip("detectron2.tracking needs scipy")
-    exec(blocks["Tracking"], names)
-    first, second = names["tracks"]
+    first, second = run(blocks["Tracking"], names)["tracks"]
     assert 0 < len(first) <= 10
     assert sorted(first) == sorted(second)
 
@@ -57,8 +62,7 @@ def test_tracking(blocks: dict[str, str], names: dict[str, Any]) -> None:
 def test_supervision(blocks: dict[str, str], names: dict[str, Any]) -> None:
     if importlib.util.find_spec("supervision") is None:
         pytest.skip("needs supervision (pip install supervision)")
-    exec(blocks["supervision"], names)
-    detections = names["detections"]
+    detections = run(blocks["supervision"], names)["detections"]
     assert len(detections) == len(names["instances"])
     assert detections.mask.shape[1:] == (120, 160)
 
