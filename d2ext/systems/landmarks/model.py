@@ -24,7 +24,7 @@ from torch import Tensor
 from d2ext.codecs.affine import invert_affine
 from d2ext.codecs.heatmaps import maps_on_image
 from d2ext.codecs.landmark_crops import CropRegions, apply_affine, crop_regions
-from d2ext.data.landmarks.samples import flip_indices
+from d2ext.data.landmarks import flip_indices
 from d2ext.layers import affine_crops, truncated_crops
 from d2ext.layers.transfer import upload, upload_alike
 from d2ext.modeling.meta_arch import BackboneWithHead, MetaArch, image_size, output_size
@@ -243,7 +243,8 @@ class LandmarkNet(MetaArch):
         if self.partners is None:
             return self.head.prediction(raw)
         straight, mirrored = (
-            self.head.prediction(x) for x in zip(*(x.chunk(2) for x in raw), strict=True)
+            self.head.prediction(x)
+            for x in zip(*(x.unflatten(0, (2, -1)) for x in raw), strict=True)
         )
         return self.head.average(straight, self.head.codec.mirror(mirrored, self.partners))
 
@@ -345,15 +346,18 @@ class LandmarkNet(MetaArch):
         predictions: tuple[Tensor, ...],
     ) -> tuple[str, Tensor]:
         """The batch's first crops, above with their annotated landmarks, below with the predicted."""
+        name = "Above: annotations. Below: predictions"
+        if not predictions:
+            return name, torch.zeros(3, *self.input_size)
         crops = images[:8] * self.pixel_std + self.pixel_mean
-        rows = [mark_points(crops, targets.points[:8], targets.labelled[:8], _GREEN)]
-        if predictions:
-            prediction = self.head.prediction(tuple(x[:8] for x in predictions))
-            points = self.head.codec.decode(prediction).points
-            shown = torch.ones_like(targets.labelled[:8])
-            rows.append(mark_points(crops, points, shown, _RED))
-        picture = torch.cat([torch.cat([*row], dim=-1) for row in rows if len(row)], dim=-2)
-        return "Above: annotations. Below: predictions", picture.clamp(0, 255).cpu() / 255
+        prediction = self.head.prediction(tuple(x[:8] for x in predictions))
+        points = self.head.codec.decode(prediction).points
+        rows = (
+            mark_points(crops, targets.points[:8], targets.labelled[:8], _GREEN),
+            mark_points(crops, points, torch.ones_like(targets.labelled[:8]), _RED),
+        )
+        picture = torch.cat([torch.cat([*row], dim=-1) for row in rows], dim=-2)
+        return name, picture.clamp(0, 255).cpu() / 255
 
 
 def mark_points(

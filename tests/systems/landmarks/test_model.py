@@ -13,6 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, Keypoints
+from detectron2.utils.events import EventStorage
 from torch import Tensor
 
 from d2ext.systems.landmarks import LandmarkNet
@@ -488,6 +489,29 @@ def test_faster_inference_says_the_same(
     assert shapes == ({6, 4} if mode == "compile" else set())
 
 
+@pytest.mark.parametrize("head", ["HeatmapHead", "RegressionHead"])
+def test_exported_for_any_number_of_crops(head: str) -> None:
+    options = {
+        "MODEL.NEWELL_HOURGLASS.NUM_STACKS": 1,
+        "MODEL.NEWELL_HOURGLASS.DEPTH": 1,
+        "MODEL.LANDMARKS.DECODER": "quarter",
+        "MODEL.LANDMARKS.TEST.FLIP": True,
+    }
+    net = model(head, **options)
+
+    class Decoded(torch.nn.Module):
+        def forward(self, crops: Tensor) -> tuple[Tensor, ...]:
+            return net._decode(net.network(crops))
+
+    module = Decoded()
+    module.parts = net
+    crops = torch.rand(5, 3, 32, 48)
+    count = torch.export.Dim("count", min=1, max=64)
+    program = torch.export.export(module, (crops[:3],), dynamic_shapes=({0: count},))
+    for found, expected in zip(program.module()(crops), module(crops), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
+
+
 def test_parts_that_benchmarks_time(image: Tensor) -> None:
     net = model()
     inputs = [with_boxes(image, [[10.0, 12.0, 50.0, 33.0], [30.0, 5.0, 70.0, 50.0]])]
@@ -600,9 +624,24 @@ def test_hourglass_takes_no_image_of_another_multiple() -> None:
         net.backbone(torch.zeros(1, 3, 24, 48))
 
 
-def test_training_pictures() -> None:
-    from detectron2.utils.events import EventStorage
+def test_a_batch_without_boxes_changes_no_statistics() -> None:
+    net = model().train()
+    net.vis_period = 1
+    inputs = random_inputs()
+    for x in inputs:
+        x["instances"] = x["instances"][:0]
+    before = copy.deepcopy(dict(net.named_buffers()))
+    with EventStorage() as storage:
+        losses = net(inputs)
+        assert len(storage._vis_data) == 1
+    assert list(losses) == ["loss_no_instances"]
+    losses["loss_no_instances"].backward()
+    assert all(p.grad is not None and p.grad.eq(0).all() for p in net.parameters())
+    for name, buffer in net.named_buffers():
+        assert torch.equal(buffer, before[name])
 
+
+def test_training_pictures() -> None:
     net = model().train()
     net.vis_period = 1
     with EventStorage() as storage:
