@@ -160,7 +160,7 @@ class LandmarkNet(MetaArch):
 
     def preprocess(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
         """Crops of all boxes of a batch, normalised: (N, 3, H, W)."""
-        return self.crop(batched_inputs, self.regions(batched_inputs))
+        return self.normalize(self.crop(batched_inputs, self.regions(batched_inputs)))
 
     def regions(self, batched_inputs: list[dict[str, Any]]) -> CropRegions:
         """The boxes of a batch and how they are cropped; see :class:`LandmarkNet`."""
@@ -169,7 +169,7 @@ class LandmarkNet(MetaArch):
         return crop_regions(boxes, sizes, self.input_size, self.padding)
 
     def crop(self, batched_inputs: list[dict[str, Any]], regions: CropRegions) -> Tensor:
-        """Crops of regions, normalised: (N, 3, H, W)."""
+        """Crops of regions, in 0..255: (N, 3, H, W) float32."""
         function = CROP_METHODS[self.crop_method]
         places = regions.padded if self.crop_method == "hourglass" else regions.matrices
         places = upload(places, self.device)
@@ -187,7 +187,7 @@ class LandmarkNet(MetaArch):
             images = [upload(image, self.device) for image in images]
             parts = zip(images, places.split([n for _, n in used]), strict=True)
             crops = torch.cat([function(x[None], p[None], self.input_size)[0] for x, p in parts])
-        return self.normalize(crops)
+        return crops
 
     def training_batch(
         self, batched_inputs: list[dict[str, Any]]
@@ -202,7 +202,7 @@ class LandmarkNet(MetaArch):
         if len(images) > self.max_trained and not any(given):
             selected = torch.randperm(len(images))[: self.max_trained].to(self.device)
             images, keypoints = images[selected], keypoints[selected]
-        return images, make_targets(keypoints)
+        return self.normalize(images), make_targets(keypoints)
 
     def _given_crop(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """A sample that the mapper cropped: image (1, 3, H, W), keypoints (1, K, 3)."""
@@ -213,7 +213,7 @@ class LandmarkNet(MetaArch):
                 f"MODEL.LANDMARKS.INPUT_SIZE {list(self.input_size)}."
             )
         keypoints = read_keypoints(inputs["instances"], self.num_keypoints, self.device)
-        return self.normalize(image[None].float()), keypoints[:1]
+        return image[None].float(), keypoints[:1]
 
     def _own_crops(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Crops of an image's boxes: images (n, 3, H, W), keypoints (n, K, 3)."""
@@ -264,8 +264,9 @@ class LandmarkNet(MetaArch):
         return self.postprocess(predictions, batched_inputs, regions)
 
     def _run(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The inference network on one chunk: one graph or compiled code for each power of two, not for
-        each number of crops, and a blank one in place of none."""
+        """The inference network on one chunk of crops: one graph or compiled code for each power of two,
+        not for each number of them, and a blank one in place of none."""
+        images = self.normalize(images)
         count, wanted = len(images), max(len(images), 1)
         if self.inference_network.mode != "eager":
             wanted = min(1 << (wanted - 1).bit_length(), self.max_crops)
@@ -328,7 +329,7 @@ class LandmarkNet(MetaArch):
             part = regions.select(index)
             if len(index) == 0:
                 continue
-            raw = self.network(self.crop(batched_inputs, part))
+            raw = self.network(self.normalize(self.crop(batched_inputs, part)))
             maps = self.head.strength(self._prediction(raw))
             to_image = part.matrices * self._cell(maps).cpu()
             # One by one: each is as large as the image.
