@@ -277,6 +277,7 @@ def test_boxes_that_hold_nothing_get_no_score(image: Tensor) -> None:
         [50.0, 33.0, 10.0, 12.0],  # corners exchanged
         [-50.0, -50.0, -10.0, -10.0],  # outside
         [90.0, 10.0, 120.0, 40.0],
+        [10.0, 65.0, 40.0, 75.0],
         [nan, 0.0, 10.0, 10.0],
         [0.0, 0.0, inf, 10.0],
     ]

@@ -180,7 +180,7 @@ def samples() -> list[tuple[Tensor, Tensor]]:
     """The two training samples: image (3, 256, 256) in 0..255, joints (16, 3) in heat-map pixels."""
     inputs = Fixture(REFERENCE / "data_and_eval").manifest["inputs"]
     flip = Fixture(REFERENCE / "hg2_mpii").manifest["inputs"]["flip_pairs"]
-    detections = []
+    result = []
     for sample, seed in (("sample_a", 3), ("sample_b", 4)):
         given = inputs[sample]
         numbers = dict(given["random_numbers_in_order"])
@@ -189,10 +189,10 @@ def samples() -> list[tuple[Tensor, Tensor]]:
         joints = np.array(given["keypoints_x_y_visible"], dtype=np.float64)
         center, scale = given["center_xy"], given["scale"]
         drawn = hourglass_sample(image, joints, center, scale, flip, HourglassDraws(**numbers))
-        detections.append(
+        result.append(
             (255 * torch.from_numpy(drawn[0]).permute(2, 0, 1), torch.from_numpy(drawn[1]))
         )
-    return detections
+    return result
 
 
 def crop_sample(image: Tensor, joints: Tensor) -> dict[str, Any]:
