@@ -441,6 +441,14 @@ def test_flip_test_is_symmetric(image: Tensor, head: str) -> None:
     assert errors[True] < 0.02 < errors[False]
 
 
+def test_no_flip_in_training() -> None:
+    losses = [
+        model(**{"MODEL.LANDMARKS.TEST.FLIP": flip}).train()(random_inputs())
+        for flip in (False, True)
+    ]
+    torch.testing.assert_close(losses[0], losses[1])
+
+
 def test_flip_indices_from_metadata(caplog: pytest.LogCaptureFixture) -> None:
     cfg = config(**{"MODEL.LANDMARKS.TEST.FLIP": True})
     cfg.MODEL.LANDMARKS.FLIP_INDICES = []
