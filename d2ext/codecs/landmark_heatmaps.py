@@ -186,13 +186,11 @@ def decode_dark(maps: Tensor, blur: int = 11) -> tuple[Tensor, Tensor]:
     x, y = cells.long().unbind(-1)
     logs = gaussian_blur(maps, blur).clamp(min=_DARK_FLOOR).log()
     patch = _patch(logs, x, y, 2)
-    gradient = torch.stack(
-        [patch[..., 2, 3] - patch[..., 2, 1], patch[..., 3, 2] - patch[..., 1, 2]], dim=-1
-    )
     middle = 2 * patch[..., 2, 2]
     dxx = (patch[..., 2, 4] - middle + patch[..., 2, 0]) / 4
     dyy = (patch[..., 4, 2] - middle + patch[..., 0, 2]) / 4
-    step, solvable = _newton(gradient / 2, dxx, dyy, _cross(patch[..., 1:4, 1:4]))
+    gradient = _differences(logs, x, y) / 2
+    step, solvable = _newton(gradient, dxx, dyy, _cross(patch[..., 1:4, 1:4]))
     moved = (x > 1) & (x < width - 2) & (y > 1) & (y < height - 2) & solvable
     return torch.where(moved[..., None], cells + step, cells), scores
 
@@ -205,12 +203,14 @@ def decode_dark_udp(maps: Tensor, blur: int = 11) -> tuple[Tensor, Tensor]:
     x, y = cells.long().unbind(-1)
     logs = gaussian_blur(maps, blur).clamp(*_UDP_RANGE).log()
     patch = _patch(logs, x, y, 1)
-    gradient, dxx, dyy = _derivatives(patch)
+    middle = 2 * patch[..., 1, 1]
+    dxx = patch[..., 1, 2] - middle + patch[..., 1, 0]
+    dyy = patch[..., 2, 1] - middle + patch[..., 0, 1]
     # (f(1,1) - f(1,0) - f(0,1) + 2 f(0,0) - f(-1,0) - f(0,-1) + f(-1,-1)) / 2
-    diagonal = patch[..., 2, 2] - 2 * patch[..., 1, 1] + patch[..., 0, 0]
+    diagonal = patch[..., 2, 2] - middle + patch[..., 0, 0]
     dxy = (diagonal - dxx - dyy) / 2
     tiny = torch.finfo(torch.float32).eps
-    step, solvable = _newton(gradient, dxx + tiny, dyy + tiny, dxy)
+    step, solvable = _newton(_differences(logs, x, y) / 2, dxx + tiny, dyy + tiny, dxy)
     return torch.where(solvable[..., None], cells + step, cells), scores
 
 
@@ -355,17 +355,6 @@ def _cross(patch: Tensor) -> Tensor:
     """Mixed second derivative of 3x3 patches, from all four corners."""
     plus = patch[..., 2, 2] + patch[..., 0, 0]
     return (plus - patch[..., 0, 2] - patch[..., 2, 0]) / 4
-
-
-def _derivatives(patch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient (..., 2) and second derivatives xx, yy of 3x3 patches."""
-    gradient = torch.stack(
-        [patch[..., 1, 2] - patch[..., 1, 0], patch[..., 2, 1] - patch[..., 0, 1]], dim=-1
-    )
-    middle = 2 * patch[..., 1, 1]
-    dxx = patch[..., 1, 2] - middle + patch[..., 1, 0]
-    dyy = patch[..., 2, 1] - middle + patch[..., 0, 1]
-    return gradient / 2, dxx, dyy
 
 
 def _newton(gradient: Tensor, dxx: Tensor, dyy: Tensor, dxy: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ def add_landmarks_config(cfg: CfgNode) -> None:
     # Boxes are widened to the input's aspect ratio, then enlarged by this factor (published: 1.25;
     # 1.0 for boxes that are enlarged already).
     landmarks.CROP.PADDING = 1.25
-    # Instances of one batch that are trained on at most, chosen at random, where images are not
+    # Instances of one batch that are trained on at most, selected at random, where images are not
     # cropped by the data mapper.
     landmarks.CROP.MAX_TRAINED = 64
 

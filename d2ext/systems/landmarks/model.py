@@ -24,7 +24,7 @@ from torch import Tensor
 from d2ext.codecs.affine import invert_affine
 from d2ext.codecs.heatmaps import maps_on_image
 from d2ext.codecs.landmark_crops import CropRegions, apply_affine, crop_regions
-from d2ext.data.landmarks.samples import flip_indices
+from d2ext.data.landmarks import flip_indices
 from d2ext.layers import affine_crops, truncated_crops
 from d2ext.layers.transfer import upload, upload_alike
 from d2ext.modeling.meta_arch import BackboneWithHead, MetaArch, image_size, output_size
@@ -160,7 +160,7 @@ class LandmarkNet(MetaArch):
 
     def preprocess(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
         """Crops of all boxes of a batch, normalised: (N, 3, H, W)."""
-        return self.crop(batched_inputs, self.regions(batched_inputs))
+        return self.normalize(self.crop(batched_inputs, self.regions(batched_inputs)))
 
     def regions(self, batched_inputs: list[dict[str, Any]]) -> CropRegions:
         """The boxes of a batch and how they are cropped; see :class:`LandmarkNet`."""
@@ -169,7 +169,7 @@ class LandmarkNet(MetaArch):
         return crop_regions(boxes, sizes, self.input_size, self.padding)
 
     def crop(self, batched_inputs: list[dict[str, Any]], regions: CropRegions) -> Tensor:
-        """Crops of regions, normalised: (N, 3, H, W)."""
+        """Crops of regions, in 0..255: (N, 3, H, W) float32."""
         function = CROP_METHODS[self.crop_method]
         places = regions.padded if self.crop_method == "hourglass" else regions.matrices
         places = upload(places, self.device)
@@ -187,7 +187,7 @@ class LandmarkNet(MetaArch):
             images = [upload(image, self.device) for image in images]
             parts = zip(images, places.split([n for _, n in used]), strict=True)
             crops = torch.cat([function(x[None], p[None], self.input_size)[0] for x, p in parts])
-        return self.normalize(crops)
+        return crops
 
     def training_batch(
         self, batched_inputs: list[dict[str, Any]]
@@ -202,7 +202,7 @@ class LandmarkNet(MetaArch):
         if len(images) > self.max_trained and not any(given):
             selected = torch.randperm(len(images))[: self.max_trained].to(self.device)
             images, keypoints = images[selected], keypoints[selected]
-        return images, make_targets(keypoints)
+        return self.normalize(images), make_targets(keypoints)
 
     def _given_crop(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """A sample that the mapper cropped: image (1, 3, H, W), keypoints (1, K, 3)."""
@@ -213,7 +213,7 @@ class LandmarkNet(MetaArch):
                 f"MODEL.LANDMARKS.INPUT_SIZE {list(self.input_size)}."
             )
         keypoints = read_keypoints(inputs["instances"], self.num_keypoints, self.device)
-        return self.normalize(image[None].float()), keypoints[:1]
+        return image[None].float(), keypoints[:1]
 
     def _own_crops(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Crops of an image's boxes: images (n, 3, H, W), keypoints (n, K, 3)."""
@@ -243,7 +243,8 @@ class LandmarkNet(MetaArch):
         if self.partners is None:
             return self.head.prediction(raw)
         straight, mirrored = (
-            self.head.prediction(x) for x in zip(*(x.chunk(2) for x in raw), strict=True)
+            self.head.prediction(x)
+            for x in zip(*(x.unflatten(0, (2, -1)) for x in raw), strict=True)
         )
         return self.head.average(straight, self.head.codec.mirror(mirrored, self.partners))
 
@@ -263,8 +264,9 @@ class LandmarkNet(MetaArch):
         return self.postprocess(predictions, batched_inputs, regions)
 
     def _run(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The inference network on one chunk: one graph or compiled code for each power of two, not for
-        each number of crops, and a blank one in place of none."""
+        """The inference network on one chunk of crops: one graph or compiled code for each power of two,
+        not for each number of them, and a blank one in place of none."""
+        images = self.normalize(images)
         count, wanted = len(images), max(len(images), 1)
         if self.inference_network.mode != "eager":
             wanted = min(1 << (wanted - 1).bit_length(), self.max_crops)
@@ -327,7 +329,7 @@ class LandmarkNet(MetaArch):
             part = regions.select(index)
             if len(index) == 0:
                 continue
-            raw = self.network(self.crop(batched_inputs, part))
+            raw = self.network(self.normalize(self.crop(batched_inputs, part)))
             maps = self.head.strength(self._prediction(raw))
             to_image = part.matrices * self._cell(maps).cpu()
             # One by one: each is as large as the image.
@@ -345,15 +347,18 @@ class LandmarkNet(MetaArch):
         predictions: tuple[Tensor, ...],
     ) -> tuple[str, Tensor]:
         """The batch's first crops, above with their annotated landmarks, below with the predicted."""
+        name = "Above: annotations. Below: predictions"
+        if not predictions:
+            return name, torch.zeros(3, *self.input_size)
         crops = images[:8] * self.pixel_std + self.pixel_mean
-        rows = [mark_points(crops, targets.points[:8], targets.labelled[:8], _GREEN)]
-        if predictions:
-            prediction = self.head.prediction(tuple(x[:8] for x in predictions))
-            points = self.head.codec.decode(prediction).points
-            shown = torch.ones_like(targets.labelled[:8])
-            rows.append(mark_points(crops, points, shown, _RED))
-        picture = torch.cat([torch.cat([*row], dim=-1) for row in rows if len(row)], dim=-2)
-        return "Above: annotations. Below: predictions", picture.clamp(0, 255).cpu() / 255
+        prediction = self.head.prediction(tuple(x[:8] for x in predictions))
+        points = self.head.codec.decode(prediction).points
+        rows = (
+            mark_points(crops, targets.points[:8], targets.labelled[:8], _GREEN),
+            mark_points(crops, points, torch.ones_like(targets.labelled[:8]), _RED),
+        )
+        picture = torch.cat([torch.cat([*row], dim=-1) for row in rows], dim=-2)
+        return name, picture.clamp(0, 255).cpu() / 255
 
 
 def mark_points(
