@@ -130,16 +130,15 @@ def draw_gaussians(
     return heat
 
 
-def local_peaks(heat: Tensor, kernel: int = 3) -> Tensor:
-    """Set to 0 what is below the maximum of its surroundings.
+def local_peaks(heat: Tensor) -> Tensor:
+    """Set to 0 what is below the maximum of its 3 x 3 surroundings.
 
     Equal neighbours on a plateau are all peaks, as published.
 
     Args:
         heat: (B, C, H, W), not negative.
-        kernel: side of the surroundings in cells, odd.
     """
-    surroundings = F.max_pool2d(heat, kernel, stride=1, padding=kernel // 2)
+    surroundings = F.max_pool2d(heat, 3, stride=1, padding=1)
     return torch.where(surroundings == heat, heat, torch.zeros_like(heat))
 
 

@@ -15,38 +15,13 @@ from itertools import pairwise
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2ext.config import CONFIG_REGISTRY
-from d2ext.modeling.fusion import conv_add_relu, conv_relu
-
-
-def conv_norm(
-    in_channels: int,
-    out_channels: int,
-    kernel: int,
-    *,
-    norm: str,
-    stride: int = 1,
-    groups: int = 1,
-) -> Conv2d:
-    """k×k convolution without bias, padded to keep the size at stride 1, and its norm.
-
-    Weights start as PyTorch draws them: the published models are trained from that.
-    """
-    return Conv2d(
-        in_channels,
-        out_channels,
-        kernel,
-        stride=stride,
-        padding=(kernel - 1) // 2,
-        groups=groups,
-        bias=not norm,
-        norm=get_norm(norm, out_channels),
-    )
+from d2ext.modeling.fusion import conv_add_relu, conv_norm, conv_relu
 
 
 class ConvNormReLU(nn.Module):

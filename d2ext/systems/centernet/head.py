@@ -105,10 +105,10 @@ class CenterNetHead(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> Any:
         """Features → when training a list with the maps of each, otherwise those of the last one."""
-        stacks = [
-            {name: branch(x) for name, branch in stack.items()}
-            for x, stack in list(zip(features, self.stacks, strict=True))[
-                0 if self.training else -1 :
-            ]
-        ]
-        return stacks if self.training else stacks[-1]
+
+        def predict(x: Tensor, stack: nn.ModuleDict) -> Predictions:
+            return {name: branch(x) for name, branch in stack.items()}
+
+        if not self.training:
+            return predict(features[-1], self.stacks[-1])
+        return [predict(x, stack) for x, stack in zip(features, self.stacks, strict=True)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Instances
 from torch import Tensor
@@ -18,6 +18,7 @@ from d2ext.codecs.canvas import Canvas
 from d2ext.codecs.corners import decode_points
 from d2ext.systems.centernet_triplets.head import CenterNetTripletsHead
 from d2ext.systems.centernet_triplets.postprocess import (
+    OUTSIDE_MARGIN,
     confirm_by_centers,
     image_centers,
     rows_of_centers,
@@ -37,12 +38,8 @@ class CenterNetTriplets(CornerNet):
     encode = staticmethod(encode_triplets)
 
     @configurable
-    def __init__(
-        self, *, small_area: float = 22500.0, outside_margin: float = 5.0, **corner_net: Any
-    ) -> None:
+    def __init__(self, **corner_net: Any) -> None:
         """Args:
-        small_area: see :func:`confirm_by_centers`.
-        outside_margin: see :func:`image_rows`.
         corner_net: see :class:`CornerNet`; ``head`` also predicts centres.
         """
         super().__init__(**corner_net)
@@ -51,22 +48,11 @@ class CenterNetTriplets(CornerNet):
                 "Centres are those of the unscaled image: MODEL.CENTERNET_TRIPLETS.TEST.SCALES must "
                 f"hold 1.0, not only {self.scales}."
             )
-        self.small_area = small_area
-        self.outside_margin = outside_margin
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        test = cfg.MODEL.CENTERNET_TRIPLETS.TEST
-        return {
-            **super().from_config(cfg),
-            "small_area": test.SMALL_AREA,
-            "outside_margin": test.OUTSIDE_MARGIN,
-        }
 
     def _decode(self, predictions: Any) -> tuple[Tensor, ...]:
         """Raw predictions → rows of pairs (B, P, COLUMNS) and of centres (B, K, 4), in cells."""
         (rows,) = super()._decode(predictions)
-        centers = decode_points(predictions[2], self.top_k, self.peak_kernel)
+        centers = decode_points(predictions[2], self.top_k)
         return rows, rows_of_centers(centers)
 
     def _rows(self, canvas: Canvas, *decoded: Tensor) -> tuple[Tensor, ...]:
@@ -76,11 +62,11 @@ class CenterNetTriplets(CornerNet):
         centers = image_centers(
             centers if canvas.scale == 1.0 else centers[:, :0], canvas, self.stride
         )
-        return image_rows(rows, canvas, self.stride, self.outside_margin), centers
+        return image_rows(rows, canvas, self.stride, OUTSIDE_MARGIN), centers
 
     def _candidates(self, passes: list[tuple[Tensor, ...]]) -> Tensor:
         rows, centers = (torch.cat(parts) for parts in zip(*passes, strict=True))
-        return confirm_by_centers(rows, centers, self.small_area)
+        return confirm_by_centers(rows, centers)
 
     def _instances(
         self, rows: Tensor, image_size: tuple[int, int], output_size: tuple[int, int]

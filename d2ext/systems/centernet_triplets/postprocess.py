@@ -23,6 +23,11 @@ from d2ext.systems.cornernet.postprocess import COLUMNS
 from d2ext.systems.cornernet.postprocess import to_instances as corner_instances
 
 _SCORE, _CLASS = 4, 7
+# Boxes that reach this many pixels or more out of the scaled image are rejected (published code).
+OUTSIDE_MARGIN = 5.0
+# A box of at most this area, in pixels of the image, needs a centre in its middle third, a larger one in
+# its middle fifth (published code).
+_SMALL_AREA = 150.0 * 150.0
 
 
 def rows_of_centers(points: Points) -> Tensor:
@@ -43,11 +48,11 @@ def image_centers(centers: Tensor, canvas: Canvas, stride: int) -> Tensor:
     return torch.cat([points, centers[..., 2:]], dim=-1).flatten(0, 1)
 
 
-def confirm_by_centers(rows: Tensor, centers: Tensor, small_area: float) -> Tensor:
+def confirm_by_centers(rows: Tensor, centers: Tensor) -> Tensor:
     """Keep the boxes that have a centre of their class in their middle.
 
-    The middle is the middle third of both sides of a box of at most ``small_area`` square pixels,
-    the middle fifth of a larger one; the centre lies strictly inside. The new score is
+    The middle is the middle third of both sides of a small box, the middle fifth of a larger one; the
+    centre lies strictly inside. The new score is
     (2 * score + centre's score) / 3.
 
     Published quirks: that is the first such centre of the list, not the best one; and boxes have been
@@ -63,7 +68,7 @@ def confirm_by_centers(rows: Tensor, centers: Tensor, small_area: float) -> Tens
     if len(rows) == 0 or len(centers) == 0:
         return rows.new_zeros((0, COLUMNS + 3))
     low, high = rows[:, :2], rows[:, 2:4]
-    small = ((high - low).prod(dim=1) <= small_area)[:, None]
+    small = ((high - low).prod(dim=1) <= _SMALL_AREA)[:, None]
     begin = torch.where(small, (2 * low + high) / 3, (3 * low + 2 * high) / 5)
     end = torch.where(small, (low + 2 * high) / 3, (2 * low + 3 * high) / 5)
     places = centers[None, :, :2]

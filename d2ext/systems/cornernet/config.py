@@ -36,18 +36,12 @@ def corner_defaults() -> CfgNode:
     test.FLIP = True
     # Best corners of each kind that are paired.
     test.TOP_K = 100
-    # Side of the square that a peak is the maximum of, cells.
-    test.PEAK_KERNEL = 3
     # Pairs whose embeddings are farther apart are rejected.
     test.MAX_DISTANCE = 0.5
     # Pairs that leave a pass of the network.
     test.MAX_PAIRS = 1000
-    # Soft-NMS within each class: "gaussian", "linear" or "hard".
-    test.NMS = "gaussian"
-    # Width of the Gaussian over IoU.
+    # Soft-NMS within each class: width of the Gaussian over IoU.
     test.NMS_SIGMA = 0.5
-    # IoU from which "linear" and "hard" suppress.
-    test.NMS_THRESH = 0.5
     # Scores below this end a box's life in soft-NMS.
     test.SCORE_THRESH = 0.001
     # True: boxes also move to the mean of those that they suppress, as published for several scales.

@@ -47,11 +47,13 @@ class CornerNet(MultiScaleMetaArch):
 
     RENAMED_PARAMETERS = (("network.backbone.", "backbone."), ("network.head.", "head."))
 
-    # What systems that descend from it have of their own: key of their settings in cfg.MODEL, parts.
+    # What systems that descend from it have of their own: the key of their settings in cfg.MODEL, their
+    # parts and targets, and whether corners at the border count (see decode_corners).
     config_key: ClassVar[str] = "CORNERNET"
     head_class: ClassVar[type[CornerNetHead]] = CornerNetHead
     criterion_class: ClassVar[type[CornerNetCriterion]] = CornerNetCriterion
     encode: ClassVar[Any] = staticmethod(encode_corners)
+    reject_border: ClassVar[bool] = False
 
     @configurable
     def __init__(
@@ -65,7 +67,6 @@ class CornerNet(MultiScaleMetaArch):
         scales: Sequence[float] = (1.0,),
         flip: bool = True,
         top_k: int = 100,
-        peak_kernel: int = 3,
         max_distance: float = 0.5,
         max_pairs: int = 1000,
         suppression: SuppressionOptions | None = None,
@@ -78,20 +79,14 @@ class CornerNet(MultiScaleMetaArch):
         num_classes: C.
         min_overlap: see :func:`encode_corners`.
         scales, flip: see :class:`MultiScaleMetaArch`.
-        top_k, peak_kernel, max_distance, max_pairs: see :func:`decode_corners`.
+        top_k, max_distance, max_pairs: see :func:`decode_corners`.
         suppression: see :func:`suppress`.
         meta_arch: see :class:`MetaArch`.
         """
         super().__init__(scales=scales, flip=flip, **meta_arch)
-        if min(top_k, max_pairs) < 1 or peak_kernel % 2 == 0:
+        if min(top_k, max_pairs) < 1:
             raise ValueError(
-                "TEST.TOP_K and TEST.MAX_PAIRS are at least 1 and TEST.PEAK_KERNEL is odd; not "
-                f"{top_k}, {max_pairs} and {peak_kernel}."
-            )
-        suppression = suppression or SuppressionOptions()
-        if suppression.method not in ("gaussian", "linear", "hard"):
-            raise ValueError(
-                f'TEST.NMS is "gaussian", "linear" or "hard", not "{suppression.method}".'
+                f"TEST.TOP_K and TEST.MAX_PAIRS are at least 1; not {top_k} and {max_pairs}."
             )
         self.backbone = backbone
         self.head = head
@@ -99,10 +94,9 @@ class CornerNet(MultiScaleMetaArch):
         self.num_classes = num_classes
         self.min_overlap = min_overlap
         self.top_k = top_k
-        self.peak_kernel = peak_kernel
         self.max_distance = max_distance
         self.max_pairs = max_pairs
-        self.suppression = suppression
+        self.suppression = suppression or SuppressionOptions()
         self.stride = backbone.output_shape()["stack1"].stride
         self.set_network(BackboneWithHead(backbone, head, head.in_features), self._decode)
 
@@ -138,13 +132,10 @@ class CornerNet(MultiScaleMetaArch):
             "scales": test.SCALES,
             "flip": test.FLIP,
             "top_k": test.TOP_K,
-            "peak_kernel": test.PEAK_KERNEL,
             "max_distance": test.MAX_DISTANCE,
             "max_pairs": test.MAX_PAIRS,
             "suppression": SuppressionOptions(
-                method=test.NMS,
                 sigma=test.NMS_SIGMA,
-                iou_threshold=test.NMS_THRESH,
                 score_threshold=test.SCORE_THRESH,
                 merge=test.NMS_MERGE,
                 merge_exponent=test.NMS_MERGE_EXPONENT,
@@ -212,9 +203,9 @@ class CornerNet(MultiScaleMetaArch):
         pairs = decode_corners(
             *predictions[:2],
             k=self.top_k,
-            kernel=self.peak_kernel,
             max_distance=self.max_distance,
             max_pairs=self.max_pairs,
+            reject_border=self.reject_border,
         )
         return (rows_of_pairs(pairs),)
 

@@ -33,9 +33,7 @@ _SCORE, _TOP_LEFT, _BOTTOM_RIGHT, _CLASS, _DISTANCE = range(4, 9)
 class SuppressionOptions(NamedTuple):
     """Of :func:`suppress`; see ``MODEL.CORNERNET.TEST``."""
 
-    method: str = "gaussian"
     sigma: float = 0.5
-    iou_threshold: float = 0.5
     score_threshold: float = 0.001
     merge: bool = False
     merge_exponent: float = 10.0
@@ -91,12 +89,7 @@ def suppress(rows: Tensor, options: SuppressionOptions) -> Tensor:
     Returns:
         (M, COLUMNS), best first.
     """
-    arguments: dict[str, Any] = {
-        "method": options.method,
-        "sigma": options.sigma,
-        "iou_threshold": options.iou_threshold,
-        "score_threshold": options.score_threshold,
-    }
+    arguments: dict[str, Any] = {"sigma": options.sigma, "score_threshold": options.score_threshold}
     classes = rows[:, _CLASS].long()
     if options.merge:
         result = soft_nms_merge(

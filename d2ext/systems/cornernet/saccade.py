@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from d2ext.codecs.canvas import Canvas
-from d2ext.codecs.corners import REJECTED, decode_corners
+from d2ext.codecs.corners import REJECTED
 from d2ext.codecs.heatmaps import local_peaks
 from d2ext.modeling.meta_arch import MetaArch, image_size
 from d2ext.systems.cornernet.head import SaccadeHead, SaccadePredictions
 from d2ext.systems.cornernet.losses import SaccadeCriterion
 from d2ext.systems.cornernet.model import CornerNet
-from d2ext.systems.cornernet.postprocess import rows_of_pairs, to_instances
+from d2ext.systems.cornernet.postprocess import to_instances
 from d2ext.systems.cornernet.targets import SaccadeTargets, encode_saccade, read_boxes
 
 # Longer sides in pixels of large, medium and small boxes (more than), and the side at which the box is
@@ -160,6 +160,7 @@ class CornerNetSaccade(CornerNet):
 
     head_class = SaccadeHead
     criterion_class = SaccadeCriterion
+    reject_border = True
 
     @configurable
     def __init__(self, *, options: SaccadeOptions | None = None, **corner_net: Any) -> None:
@@ -239,20 +240,12 @@ class CornerNetSaccade(CornerNet):
 
     def _decode(self, predictions: SaccadePredictions) -> tuple[Tensor, ...]:
         """Raw predictions → rows (B, P, COLUMNS) in cells, and L attention maps (B, h, w)."""
-        pairs = decode_corners(
-            *predictions[:2],
-            k=self.top_k,
-            kernel=self.peak_kernel,
-            max_distance=self.max_distance,
-            max_pairs=self.max_pairs,
-            reject_border=True,
-        )
+        (rows,) = super()._decode(predictions)
         peaks = [local_peaks(x.float().sigmoid())[:, 0] for x in predictions.attention]
-        return (rows_of_pairs(pairs), *peaks)
+        return (rows, *peaks)
 
-    @torch.no_grad()
     def inference(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The first views of all images at once, then one image after the other."""
+        """Without further scales: the first views of all images at once, see :meth:`postprocess`."""
         return MetaArch.inference(self, batched_inputs)
 
     def postprocess(

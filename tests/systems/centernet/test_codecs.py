@@ -300,16 +300,16 @@ def _drawn(number: int, batch: int, height: int, width: int, *, pose: bool, size
     return maps
 
 
-def _rows(found) -> np.ndarray:
+def _rows(detections) -> np.ndarray:
     """Of one image: box, score, joints if any, class."""
-    columns = [found.boxes, found.scores[:, None]]
-    if found.joints is not None:
-        columns.append(found.joints)
-    return torch.cat([*columns, found.classes[:, None].float()], dim=1).numpy()
+    columns = [detections.boxes, detections.scores[:, None]]
+    if detections.joints is not None:
+        columns.append(detections.joints)
+    return torch.cat([*columns, detections.classes[:, None].float()], dim=1).numpy()
 
 
-def _of_first(found: CenterDetections) -> CenterDetections:
-    return CenterDetections(*(None if x is None else x[0] for x in found))
+def _of_first(detections: CenterDetections) -> CenterDetections:
+    return CenterDetections(*(None if x is None else x[0] for x in detections))
 
 
 def _assert_close(actual: np.ndarray, expected: np.ndarray, pixels: float = 0.05) -> None:
@@ -342,8 +342,8 @@ def test_decoded_boxes() -> None:
 def test_decoded_poses(case: str, left_out: tuple[str, ...]) -> None:
     expected = Fixture(REFERENCE / "decode").expected
     maps = _drawn(2, 1, 40, 56, pose=True)
-    found = decode({k: v for k, v in maps.items() if k not in left_out})
-    _assert_close(_rows(_of_first(found)), expected[case], 1e-3)
+    detections = decode({k: v for k, v in maps.items() if k not in left_out})
+    _assert_close(_rows(_of_first(detections)), expected[case], 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,7 @@ def test_whole_runs(case: str, scales: tuple[float, ...], soft_nms: bool) -> Non
     fixture = Fixture(REFERENCE / "decode")
     expected, pose = fixture.expected[case], case.startswith("pose")
     fixed = (256, 256) if case == "ct_fix_res_nms" else None
-    found = []
+    detections = []
     for i, scale in enumerate(scales):
         place = (
             padded_canvas((200, 300), scale, 32)
@@ -374,8 +374,8 @@ def test_whole_runs(case: str, scales: tuple[float, ...], soft_nms: bool) -> Non
         if batch == 2:
             maps = merge_mirrored(maps, FLIP_PAIRS)
         one = _of_first(decode(maps))
-        found.append(one.map_points(partial(place.to_image, stride=4)))
-    result = merge_scales(found, None if pose else 100) if soft_nms else found[0]
+        detections.append(one.map_points(partial(place.to_image, stride=4)))
+    result = merge_scales(detections, None if pose else 100) if soft_nms else detections[0]
     rows = _rows(result)
     if pose:
         rows = rows[:, :-1]
@@ -424,7 +424,7 @@ def test_stale_poses_have_foreign_joints() -> None:
     owners = expected[:, 5]
     assert len(np.unique(owners)) == 60 > len(np.unique(expected[:, 0]))  # some rows are stale
     tensor = torch.from_numpy(rows).float()
-    found = CenterDetections(
+    detections = CenterDetections(
         tensor[:, :4],
         tensor[:, 4],
         torch.zeros(60, dtype=torch.int64),
@@ -432,7 +432,10 @@ def test_stale_poses_have_foreign_joints() -> None:
         tensor[:, 5:],
     )
     merged = merge_scales(
-        [CenterDetections(*(x[:25] for x in found)), CenterDetections(*(x[25:] for x in found))],
+        [
+            CenterDetections(*(x[:25] for x in detections)),
+            CenterDetections(*(x[25:] for x in detections)),
+        ],
         None,
     )
     order = np.argsort(-expected[:, 4], kind="stable")

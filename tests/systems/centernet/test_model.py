@@ -63,8 +63,8 @@ def test_variants_train_and_detect(options: dict[str, object], heads: dict[str, 
     sum(losses.values()).backward()
     for name, channels in heads.items():
         assert model.head.stacks[0][name].output.out_channels == channels
-    found = model.eval()(random_inputs(1))[0]["instances"]
-    assert len(found) == 10 and not found.has("pred_keypoints")
+    detections = model.eval()(random_inputs(1))[0]["instances"]
+    assert len(detections) == 10 and not detections.has("pred_keypoints")
 
 
 def test_dense_poses_train() -> None:
@@ -84,11 +84,11 @@ def test_several_scales_and_mirror(pose: bool) -> None:
     torch.manual_seed(0)
     model = build_model(cfg).eval()
     for result in model([*random_inputs(1), *random_inputs(1, height=90, width=40)]):
-        found = result["instances"]
+        detections = result["instances"]
         # Three times ten; poses are not limited.
-        assert len(found) == (30 if pose else 12)
-        assert (found.scores.diff() <= 0).all()
-        assert found.has("pred_keypoints") == pose
+        assert len(detections) == (30 if pose else 12)
+        assert (detections.scores.diff() <= 0).all()
+        assert detections.has("pred_keypoints") == pose
 
 
 def test_mirrored_image_gives_mirrored_detections() -> None:
@@ -229,8 +229,8 @@ def test_images_of_a_batch_do_not_mix() -> None:
 def test_images_of_odd_sizes(size: tuple[int, int], keep: bool) -> None:
     model = _detector(TEST__KEEP_RESOLUTION=keep, TEST__INPUT_SIZE=[64, 64]).eval()
     image = torch.randint(0, 255, (3, *size), dtype=torch.uint8)
-    found = model([{"image": image}])[0]["instances"]
-    assert found.image_size == size and torch.isfinite(found.pred_boxes.tensor).all()
+    detections = model([{"image": image}])[0]["instances"]
+    assert detections.image_size == size and torch.isfinite(detections.pred_boxes.tensor).all()
     model.scales = [0.3, 1.0]
     assert len(model([{"image": image}])[0]["instances"]) > 0
 
@@ -245,15 +245,15 @@ def test_training_images_far_from_square(size: tuple[int, int]) -> None:
 
 def test_top_k_larger_than_the_map() -> None:
     model = _detector(TEST__TOP_K=5000).eval()
-    found = model([{"image": torch.zeros(3, 20, 20, dtype=torch.uint8)}])[0]["instances"]
-    assert len(found) == NUM_CLASSES * 8 * 8
+    detections = model([{"image": torch.zeros(3, 20, 20, dtype=torch.uint8)}])[0]["instances"]
+    assert len(detections) == NUM_CLASSES * 8 * 8
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_images_of_nan_give_no_crash(value: float) -> None:
     model = _detector().eval()
-    found = model([{"image": torch.full((3, 40, 50), value)}])[0]["instances"]
-    assert torch.isfinite(found.pred_boxes.tensor).all()
+    detections = model([{"image": torch.full((3, 40, 50), value)}])[0]["instances"]
+    assert torch.isfinite(detections.pred_boxes.tensor).all()
 
 
 def test_missing_annotations_are_explained() -> None:

@@ -44,5 +44,5 @@ def test_targets_and_training(real_coco: Path) -> None:
         assert all(torch.isfinite(p.grad).all() for p in model.parameters())
         optimizer.step()
     assert objects > 20
-    found = model.eval()([{"image": batch[0]["image"]}])[0]["instances"]
-    assert len(found) == 100 and torch.isfinite(found.pred_boxes.tensor).all()
+    detections = model.eval()([{"image": batch[0]["image"]}])[0]["instances"]
+    assert len(detections) == 100 and torch.isfinite(detections.pred_boxes.tensor).all()

@@ -112,11 +112,11 @@ def test_intermediate_maps(case: Case) -> None:
                 assert case.fixture.compare(name, case.features[f"stack{i + 1}"]) < RAW_TOLERANCE
 
 
-def _rows(found: Any) -> np.ndarray:
+def _rows(detections: Any) -> np.ndarray:
     """Detections of one image → x1, y1, x2, y2, score, class."""
-    scores, classes = found.scores[:, None], found.classes[:, None].float()
-    boxes = getattr(found, "boxes", None)
-    boxes = found.pred_boxes.tensor if boxes is None else boxes
+    scores, classes = detections.scores[:, None], detections.classes[:, None].float()
+    boxes = getattr(detections, "boxes", None)
+    boxes = detections.pred_boxes.tensor if boxes is None else boxes
     return torch.cat([boxes, scores, classes], dim=1).numpy()
 
 
@@ -145,9 +145,9 @@ def test_detections(case: Case, flip: bool) -> None:
     try:
         maps = case.maps[-1] if flip else {k: v[:1] for k, v in case.maps[-1].items()}
         boxes, scores, classes, _ = (x[0] for x in model._decode(maps))
-        found = None
+        detections = None
         if case.name != "hourglass_ctdet":  # once more through it takes too long
-            found = model([{"image": case.image}])[0]["instances"]
+            detections = model([{"image": case.image}])[0]["instances"]
     finally:
         model.flip = True
     rows = torch.cat([boxes, scores[:, None], classes[:, None].float()], dim=1).numpy()
@@ -157,10 +157,10 @@ def test_detections(case: Case, flip: bool) -> None:
     listed = np.concatenate([listed[:, 1:6], listed[:, :1]], axis=1)
     rows[:, :4] = case.place.to_image(boxes, 4).numpy()
     _assert_same_detections(rows, listed, 0.05)
-    if found is not None:
-        found.scores, found.classes = found.scores, found.pred_classes
-        _assert_same_detections(_rows(found), listed, 0.05)
-        assert (np.diff(found.scores) <= 0).all()
+    if detections is not None:
+        detections.scores, detections.classes = detections.scores, detections.pred_classes
+        _assert_same_detections(_rows(detections), listed, 0.05)
+        assert (np.diff(detections.scores) <= 0).all()
 
 
 def _training_inputs(case: Case) -> tuple[Tensor, list[dict[str, Any]]]:

@@ -176,16 +176,16 @@ def check_postprocessing(
 ) -> Tensor:
     """Boxes and centres in pixels, through the centre check and soft-NMS; returns the detections."""
     expected = fixture.expected
-    passed = confirm_by_centers(boxes, centers, 22500.0)
+    passed = confirm_by_centers(boxes, centers)
     before = expected["before_soft_nms"]
     assert_detections(passed[:, [7, 0, 1, 2, 3, 4]].numpy(), before[:, :6])
     # Whether soft-NMS drops a box depends on the order of its array.
     passed_by_class = passed[passed[:, 7].argsort(stable=True)]
     np.testing.assert_allclose(passed_by_class[:, :4], before[:, 1:5], atol=0.05)
     np.testing.assert_allclose(passed_by_class[:, 5:7], before[:, 6:], atol=1e-4)
-    found = suppress(passed, options)
-    assert_detections(found[:, [7, 0, 1, 2, 3, 4]].numpy(), expected["detections"])
-    return found
+    detections = suppress(passed, options)
+    assert_detections(detections[:, [7, 0, 1, 2, 3, 4]].numpy(), expected["detections"])
+    return detections
 
 
 def test_decoding_of_drawn_maps() -> None:
@@ -211,10 +211,12 @@ def test_decoding_of_drawn_maps() -> None:
         centers[..., [0, 1, 3, 2]], fixture.expected["centers_0"], atol=2e-3, rtol=1e-4
     )
     boxes, places = image_rows(rows, canvas, 4, 5.0), image_centers(centers, canvas, 4)
-    found = check_postprocessing(fixture, boxes, places, SuppressionOptions())
+    detections = check_postprocessing(fixture, boxes, places, SuppressionOptions())
     # Each detection's score before soft-NMS is the mean of its three points' scores.
-    assert found.shape[1] == 12
-    assert (found[:, 4] <= (found[:, 5] + found[:, 6] + found[:, 11]) / 3 + 1e-5).all()
+    assert detections.shape[1] == 12
+    assert (
+        detections[:, 4] <= (detections[:, 5] + detections[:, 6] + detections[:, 11]) / 3 + 1e-5
+    ).all()
 
 
 def test_network() -> None:
@@ -275,7 +277,7 @@ def test_network() -> None:
         atol=5e-3,
         rtol=1e-4,
     )
-    found = check_postprocessing(fixture, boxes, places, model.suppression)
+    detections = check_postprocessing(fixture, boxes, places, model.suppression)
 
     # The whole way, with the network's output taken from before.
     forward = network.forward
@@ -283,9 +285,9 @@ def test_network() -> None:
     result = model([{"image": image, "height": 460, "width": 250}])[0]["instances"]
     network.forward = forward
     scale = torch.tensor([1.0, 2.0, 1.0, 2.0])
-    torch.testing.assert_close(result.pred_boxes.tensor, found[:, :4] * scale)
-    torch.testing.assert_close(result.scores, found[:, 4])
-    torch.testing.assert_close(result.centers, found[:, 9:11] * scale[:2])
+    torch.testing.assert_close(result.pred_boxes.tensor, detections[:, :4] * scale)
+    torch.testing.assert_close(result.scores, detections[:, 4])
+    torch.testing.assert_close(result.centers, detections[:, 9:11] * scale[:2])
     boxes = result.pred_boxes.tensor
     low, high = boxes[:, :2], boxes[:, 2:]
     assert ((result.centers - (low + high) / 2).abs() < (high - low) / 6 + 1e-3).all()

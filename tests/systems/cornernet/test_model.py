@@ -178,8 +178,6 @@ def test_other_checkpoints_are_refused(state: dict[str, torch.Tensor]) -> None:
         ("MODEL.CORNERNET.TEST.SCALES", [], "SCALES"),
         ("MODEL.CORNERNET.TEST.SCALES", [1.0, 0.0], "SCALES"),
         ("MODEL.CORNERNET.TEST.TOP_K", 0, "TOP_K"),
-        ("MODEL.CORNERNET.TEST.PEAK_KERNEL", 2, "PEAK_KERNEL"),
-        ("MODEL.CORNERNET.TEST.NMS", "matrix", "TEST.NMS"),
         ("MODEL.CORNERNET_HOURGLASS.BLOCK", "dense", "CORNERNET_HOURGLASS.BLOCK"),
         ("MODEL.BACKBONE.NAME", "build_resnet_backbone", "build_cornernet_hourglass_backbone"),
         ("MODEL.INFERENCE.MODE", "fast", "INFERENCE.MODE"),
@@ -305,10 +303,10 @@ def test_mirror_image_finds_the_mirrored_boxes() -> None:
 def test_scaled_canvas_is_clipped_then_scaled_back() -> None:
     canvas = centered((50, 60), (63, 63), 2.0)
     row = torch.tensor([[[-1.0, 4.0, 99.0, 10.0, 0.5, 0.4, 0.6, 2.0, 0.1]]])
-    found = image_rows(row, canvas, 4)
+    detections = image_rows(row, canvas, 4)
     scale = 63 / 16
     expected = torch.tensor([0, (4 * scale - 6) / 2, 30, (10 * scale - 6) / 2])
-    torch.testing.assert_close(found[0, :4], expected)
+    torch.testing.assert_close(detections[0, :4], expected)
     rejected = row.clone()
     rejected[..., 4] = -1
     assert image_rows(rejected, canvas, 4).shape == (0, COLUMNS)
@@ -404,9 +402,9 @@ def test_heat_maps_lie_on_the_image(architecture: str, names: set[str]) -> None:
     model = build_model(tiny_config(architecture)).eval()
     inputs = random_inputs(1, height=50, width=70)[0]
     inputs.update(height=100, width=140)
-    (found,) = model.heatmaps([inputs])
-    assert found.keys() == names
-    for heat in found.values():
+    (shown,) = model.heatmaps([inputs])
+    assert shown.keys() == names
+    for heat in shown.values():
         assert heat.shape == (100, 140) and heat.min() >= 0 and heat.max() <= 1
     if architecture == "CornerNet":
         # Nothing is lost on the way from the cells to the image.
@@ -414,7 +412,7 @@ def test_heat_maps_lie_on_the_image(architecture: str, names: set[str]) -> None:
             maps = model.network(model.preprocess([inputs])[:1])
         for name, own in zip(("top_left", "bottom_right"), maps, strict=True):
             best = float(own.heat.sigmoid().max())
-            assert float(found[name].max()) == pytest.approx(best, abs=0.02)
+            assert float(shown[name].max()) == pytest.approx(best, abs=0.02)
 
 
 @pytest.mark.parametrize("architecture", ["CornerNet", "CornerNetSaccade", "CenterNetTriplets"])

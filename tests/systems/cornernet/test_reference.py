@@ -220,8 +220,8 @@ def test_pairs(case: Case) -> None:
     expected = case.fixture.expected["decoded"]
     rows = image_rows(case.rows, case.canvas, case.model.stride)[:, :8]
     np.testing.assert_allclose(rows, expected[:, 1:], atol=5e-3, rtol=1e-4)
-    kept = (case.rows[..., 4] > -1).sum(dim=1)
-    assert kept.tolist() == [(expected[:, 0] == i).sum() for i in range(2)]
+    keep = (case.rows[..., 4] > -1).sum(dim=1)
+    assert keep.tolist() == [(expected[:, 0] == i).sum() for i in range(2)]
 
 
 def test_detections(case: Case) -> None:
@@ -231,8 +231,8 @@ def test_detections(case: Case) -> None:
     # Whether soft-NMS drops a box depends on the order of its array.
     order = np.argsort(rows[:, 7].numpy(), kind="stable")
     np.testing.assert_allclose(rows[order, :4], expected[:, 1:5], atol=0.05)
-    found = suppress(rows, case.model.suppression)[:, [7, 0, 1, 2, 3, 4]]
-    assert_detections(found.numpy(), case.fixture.expected["detections"])
+    detections = suppress(rows, case.model.suppression)[:, [7, 0, 1, 2, 3, 4]]
+    assert_detections(detections.numpy(), case.fixture.expected["detections"])
 
 
 def test_model_gives_these_detections(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

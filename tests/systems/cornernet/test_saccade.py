@@ -86,11 +86,11 @@ def training_sample(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         shares = _visible_shares([{"bbox": box} for box in boxes], transforms)
         image = transforms.apply_image(image)
         boxes = torch.from_numpy(np.clip(transforms.apply_box(boxes), 0, 255)).float()
-        kept = ((boxes[:, 2:] - boxes[:, :2]) > 1e-5).all(dim=1)
+        keep = ((boxes[:, 2:] - boxes[:, :2]) > 1e-5).all(dim=1)
         instances = Instances((255, 255))
-        instances.gt_boxes = Boxes(boxes[kept])
-        instances.gt_classes = torch.tensor([o[4] - 1 for o in objects])[kept]
-        instances.gt_visible_shares = shares[kept]
+        instances.gt_boxes = Boxes(boxes[keep])
+        instances.gt_classes = torch.tensor([o[4] - 1 for o in objects])[keep]
+        instances.gt_visible_shares = shares[keep]
         pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         inputs.append({"image": pixels, "instances": instances})
     assert next(calls, None) is None
@@ -225,8 +225,8 @@ def test_search(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(locations, expected, atol=1e-3, rtol=1e-4)
     result = model([case.inputs])[0]["instances"]
     assert FIXTURE.compare("second_images", calls[0]) < 1e-5
-    found = [result.pred_classes[:, None], result.pred_boxes.tensor, result.scores[:, None]]
-    assert_detections(torch.cat(found, 1).numpy(), FIXTURE.expected["detections"])
+    detections = [result.pred_classes[:, None], result.pred_boxes.tensor, result.scores[:, None]]
+    assert_detections(torch.cat(detections, 1).numpy(), FIXTURE.expected["detections"])
     monkeypatch.undo()
 
     canvases = [canvas for _, canvas in model._crops(locations, (400, 420))]
@@ -306,13 +306,13 @@ def test_locations_of_boxes() -> None:
             [7, 7, 7, 7, 0.9],
         ]
     )
-    found = box_locations(rows, 0.5)
-    assert found[:3].tolist() == [
+    locations = box_locations(rows, 0.5)
+    assert locations[:3].tolist() == [
         [10, 48.25, 192 / 96.5, 1],
         [42, 26, 64 / 64, 1],
         [21, 10, 24 / 32, 1],
     ]
-    assert len(found) == 4 and np.isfinite(found).all()
+    assert len(locations) == 4 and np.isfinite(locations).all()
 
 
 def test_locations_of_attention() -> None:
@@ -326,14 +326,14 @@ def test_locations_of_attention() -> None:
         return [Canvas((64, 64), (64, 64), *x) for x in zip(scales, corners, strict=True)]
 
     canvases = views(0.5, 1.5, corners=((6.0, -4.0), (80, 80)))
-    found = attention_locations(attention, canvases, [16, 8], [1, 2], 0.3, (120, 90))
-    assert found.tolist() == [[28, 70, 0.5, 0.9], [108, 6, 1.0, 0.4]]
+    locations = attention_locations(attention, canvases, [16, 8], [1, 2], 0.3, (120, 90))
+    assert locations.tolist() == [[28, 70, 0.5, 0.9], [108, 6, 1.0, 0.4]]
     # Too close already; close enough for the finer map only.
     for scale, factors, count in ((2.1, [1, 1], 0), (1.9, [1, 3], 2), (1.9, [3, 2], 1)):
-        found = attention_locations(
+        locations = attention_locations(
             attention, views(scale, scale), [16, 8], factors, 0.3, (500, 500)
         )
-        assert len(found) == count
+        assert len(locations) == count
 
 
 def test_near_locations_are_one() -> None:
@@ -345,8 +345,8 @@ def test_near_locations_are_one() -> None:
             [100, 100, 1.3, 0.3],  # of another scale
         ]
     )
-    kept = suppress_locations(locations)
-    assert kept[:, 3].tolist() == [0.6, 0.5, 0.3]
+    selected = suppress_locations(locations)
+    assert selected[:, 3].tolist() == [0.6, 0.5, 0.3]
     assert suppress_locations(np.zeros((0, 4))).shape == (0, 4)
 
 
