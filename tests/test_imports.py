@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"codecs", "files"},
     "evaluation": {"codecs", "data", "files", "utils"},
     "modeling": {"layers", "codecs"},
-    "engine": {"checkpoint", "config", "data", "evaluation", "files", "layers"},
+    "engine": {"checkpoint", "config", "data", "evaluation", "files", "layers", "modeling"},
     "systems": {"layers", "codecs", "modeling", "checkpoint", "data", "evaluation"},
     # These gather the others.
     "config": {"data", "engine", "modeling", "systems"},
