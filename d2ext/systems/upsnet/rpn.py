@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from d2ext.systems.upsnet.boxes import clip
+from d2ext.systems.upsnet.head import UPSNetPredictions
 
 # Of a box's regression loss (published: sigma 3, that is 1 / 3²).
 SMOOTH_L1_BETA = 1.0 / 9.0
@@ -48,15 +49,14 @@ class UPSNetRPN(RPN):
 
     def propose(
         self,
-        features: dict[str, Tensor],
-        logits: list[Tensor],
-        deltas: list[Tensor],
+        predictions: UPSNetPredictions,
         image_sizes: Sequence[tuple[int, int]],
         gt_instances: list[Instances] | None = None,
     ) -> tuple[list[Instances], dict[str, Tensor]]:
-        """What :meth:`predict` gives for ``features`` → proposals (``proposal_boxes``,
-        ``objectness_logits``) of each image, and with ``gt_instances`` the losses."""
-        anchors = self.anchor_generator([features[name] for name in self.in_features])
+        """Proposals (``proposal_boxes``, ``objectness_logits``) of each image, and with
+        ``gt_instances`` the losses."""
+        logits, deltas = predictions.logits, predictions.deltas
+        anchors = self.anchor_generator([predictions.features[name] for name in self.in_features])
         losses = {}
         if gt_instances is not None:
             labels, boxes = self.label_and_sample_anchors(anchors, gt_instances)
