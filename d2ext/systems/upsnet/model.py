@@ -11,6 +11,7 @@ Letters: N images, S stuff classes, T thing classes, R regions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -187,9 +188,7 @@ class UPSNet(MetaArch):
         """All losses, weighted: ``loss_rpn_cls``, ``loss_rpn_loc``, ``loss_cls``, ``loss_box_reg``,
         ``loss_mask``, ``loss_sem_seg``, ``loss_sem_seg_roi``, ``loss_panoptic``."""
         proposals, losses = self.proposal_generator.propose(
-            predictions.features,
-            predictions.logits,
-            predictions.deltas,
+            predictions,
             [x.instances.image_size for x in targets],
             [x.rpn_instances for x in targets],
         )
@@ -327,11 +326,10 @@ class UPSNet(MetaArch):
         self, predictions: UPSNetPredictions, image_sizes: Sequence[tuple[int, int]]
     ) -> list[tuple[Tensor, Tensor]]:
         """What the box head says of each image's proposals: boxes (R, T, 4), probabilities (R, T)."""
-        features, logits, deltas, _ = predictions
-        proposals, _ = self.proposal_generator.propose(features, logits, deltas, image_sizes)
+        proposals, _ = self.proposal_generator.propose(predictions, image_sizes)
         boxes = [x.proposal_boxes.tensor for x in proposals]
         with self._inference_precision():
-            scores, offsets = self.roi_heads.predict_boxes(features, boxes)
+            scores, offsets = self.roi_heads.predict_boxes(predictions.features, boxes)
         counts = [len(x) for x in boxes]
         probabilities = scores.softmax(dim=1)[:, :-1].split(counts)
         decoded = [
@@ -351,19 +349,14 @@ class UPSNet(MetaArch):
         """Boxes (R, T, 4) and class probabilities (R, T) of an image of the given (height, width) →
         detections, and candidates of the panoptic head; see :func:`postprocess.select`."""
         predictor = self.roi_heads.box_predictor
+        select_from = partial(select, boxes, probabilities, size)
         return (
-            select(
-                boxes,
-                probabilities,
-                size,
+            select_from(
                 score_threshold=predictor.test_score_thresh,
                 nms_threshold=predictor.test_nms_thresh,
                 limit=predictor.test_topk_per_image,
             ),
-            select(
-                boxes,
-                probabilities,
-                size,
+            select_from(
                 score_threshold=self.candidate_score_threshold,
                 nms_threshold=self.candidate_nms_threshold,
                 limit=self.max_candidates,

@@ -53,14 +53,9 @@ class PanopticLogits(NamedTuple):
     """(1, H, W), (5); None without unknown channel."""
 
     @property
-    def instances(self) -> Tensor:
-        """(n, H, W), (4)."""
-        return self.semantic + self.mask
-
-    @property
     def joined(self) -> Tensor:
         """Z: (S + n [+ 1], H, W)."""
-        parts = [self.stuff, self.instances]
+        parts = [self.stuff, self.semantic + self.mask]  # (4)
         return torch.cat(parts if self.unknown is None else [*parts, self.unknown])
 
 

@@ -71,8 +71,8 @@ class UPSNetROIHeads(StandardROIHeads):
 
     @torch.no_grad()
     def sample(self, proposals: Instances, targets: UPSNetTargets) -> Instances:
-        """Draw regions to train on from proposals and objects: R ``proposal_boxes``, their ``gt_classes``,
-        T for background, and ``gt_deltas`` (R, 4) towards the matched object, meaningless for background.
+        """Draw regions to train on from proposals and objects: ``proposal_boxes``, ``gt_classes`` (T for
+        background), ``gt_deltas`` (R, 4) towards the matched object, meaningless for background.
 
         Proposals are matched against crowds too and may become positives of a crowd's class; the
         crowds' own boxes are never regions.

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from d2ext.systems.upsnet.boxes import clip
+from d2ext.systems.upsnet.head import UPSNetPredictions
 
 # Of a box's regression loss (published: sigma 3, that is 1 / 3²).
 SMOOTH_L1_BETA = 1.0 / 9.0
@@ -48,15 +49,14 @@ class UPSNetRPN(RPN):
 
     def propose(
         self,
-        features: dict[str, Tensor],
-        logits: list[Tensor],
-        deltas: list[Tensor],
+        predictions: UPSNetPredictions,
         image_sizes: Sequence[tuple[int, int]],
         gt_instances: list[Instances] | None = None,
     ) -> tuple[list[Instances], dict[str, Tensor]]:
-        """What :meth:`predict` gives for ``features`` → proposals (``proposal_boxes``,
-        ``objectness_logits``) of each image, and with ``gt_instances`` the losses."""
-        anchors = self.anchor_generator([features[name] for name in self.in_features])
+        """Proposals (``proposal_boxes``, ``objectness_logits``) of each image, and with
+        ``gt_instances`` the losses."""
+        logits, deltas = predictions.logits, predictions.deltas
+        anchors = self.anchor_generator([predictions.features[name] for name in self.in_features])
         losses = {}
         if gt_instances is not None:
             labels, boxes = self.label_and_sample_anchors(anchors, gt_instances)
@@ -117,21 +117,21 @@ class UPSNetRPN(RPN):
 
         Args: as the base class.
         """
-        logits, deltas = torch.cat(pred_objectness_logits, 1), torch.cat(pred_anchor_deltas, 1)
-        labels = torch.stack(gt_labels)
-        sampled, positive = labels >= 0, labels == 1
-        classification = F.binary_cross_entropy_with_logits(
-            logits[sampled], labels[sampled].float(), reduction="sum"
-        ) / (self.batch_size_per_image * len(labels))
-        every = Boxes.cat(anchors).tensor.expand_as(deltas)
-        targets = self.box2box_transform.get_deltas(
-            every[positive], torch.stack(gt_boxes)[positive]
-        )
-        errors = F.smooth_l1_loss(
-            deltas[positive], targets, reduction="none", beta=SMOOTH_L1_BETA
-        ).sum(dim=1)
-        divisors = sampled.sum(dim=1, keepdim=True).clamp(min=1) * len(labels)
-        localization = (errors / divisors.expand_as(labels)[positive]).sum()
+        every = Boxes.cat(anchors).tensor
+        logits = torch.cat(pred_objectness_logits, dim=1)
+        deltas = torch.cat(pred_anchor_deltas, dim=1)
+        count = len(gt_labels)
+        classification, localization = logits.sum() * 0, deltas.sum() * 0
+        for i, (label, boxes) in enumerate(zip(gt_labels, gt_boxes, strict=True)):
+            sampled = label >= 0
+            classification = classification + F.binary_cross_entropy_with_logits(
+                logits[i][sampled], label[sampled].float(), reduction="sum"
+            ) / (self.batch_size_per_image * count)
+            positive = label == 1
+            target = self.box2box_transform.get_deltas(every[positive], boxes[positive])
+            localization = localization + F.smooth_l1_loss(
+                deltas[i][positive], target, reduction="sum", beta=SMOOTH_L1_BETA
+            ) / (sampled.sum().clamp(min=1) * count)
         weights = self.loss_weight
         return {
             "loss_rpn_cls": classification * weights.get("loss_rpn_cls", 1.0),

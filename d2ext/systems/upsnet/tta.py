@@ -100,7 +100,8 @@ class UPSNetWithTTA(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode, model: UPSNet) -> dict[str, Any]:
         aug = cfg.MODEL.UPSNET.TEST.AUG
-        return dict(model=model, min_sizes=aug.MIN_SIZES, max_size=aug.MAX_SIZE, flip=aug.FLIP)
+        options = {key.lower(): value for key, value in aug.items() if key != "ENABLED"}
+        return {"model": model, **options}
 
     @torch.no_grad()
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -391,7 +391,7 @@ def test_pictures_change_no_number_of_the_training(category_ids: str) -> None:
         model = build(CATEGORY_IDS=category_ids).train()
         model.vis_period = period
         # Statistics that a picture must not move.
-        model.roi_heads.box_head.fcs.append(torch.nn.BatchNorm1d(32))
+        model.roi_heads.box_head.add_module("norm", torch.nn.BatchNorm1d(32))
         torch.manual_seed(1)
         np.random.seed(1)
         with EventStorage(0) as storage, torch.autocast("cpu", torch.bfloat16):

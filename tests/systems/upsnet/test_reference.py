@@ -309,11 +309,9 @@ def test_dense_outputs(inference: InferenceCase) -> None:
 
 
 def test_proposals(inference: InferenceCase) -> None:
-    features, logits, deltas, _ = inference.predictions
+    rpn, predictions = inference.model.proposal_generator, inference.predictions
     with torch.no_grad():
-        proposals, _ = inference.model.proposal_generator.propose(
-            features, logits, deltas, [(250, 310)]
-        )
+        proposals, _ = rpn.propose(predictions, [(250, 310)])
     ours = inclusive(proposals[0].proposal_boxes.tensor)
     np.testing.assert_allclose(ours, inference.expected["rois"][:, 1:], atol=0.05)
 
