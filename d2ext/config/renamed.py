@@ -29,10 +29,22 @@ RENAMED = {
         "INPUT.MAPPER", ((True, "build_top_down_mapper"), (False, "D2extDatasetMapper"))
     ),
     "MODEL.LANDMARKS.TARGET.GEOMETRY": Renamed("MODEL.LANDMARKS.TARGET.CELL_GEOMETRY"),
-    "MODEL.LANDMARKS.TARGET.UNIT_PEAK": Renamed(None),
-    "MODEL.LANDMARKS.LOSS.WEIGHT": Renamed(None),
-    "MODEL.LANDMARKS.INTEGRAL": Renamed(None),
 }
+# Options that no published system has: their one value in use is now how it is done.
+for _key in (
+    "MODEL.CENTERNET_TRIPLETS.TEST.NMS",
+    "MODEL.CENTERNET_TRIPLETS.TEST.NMS_THRESH",
+    "MODEL.CENTERNET_TRIPLETS.TEST.OUTSIDE_MARGIN",
+    "MODEL.CENTERNET_TRIPLETS.TEST.PEAK_KERNEL",
+    "MODEL.CENTERNET_TRIPLETS.TEST.SMALL_AREA",
+    "MODEL.CORNERNET.TEST.NMS",
+    "MODEL.CORNERNET.TEST.NMS_THRESH",
+    "MODEL.CORNERNET.TEST.PEAK_KERNEL",
+    "MODEL.LANDMARKS.INTEGRAL",
+    "MODEL.LANDMARKS.LOSS.WEIGHT",
+    "MODEL.LANDMARKS.TARGET.UNIT_PEAK",
+):
+    RENAMED[_key] = Renamed(None)
 
 
 class RenamingCfgNode(CfgNode):
@@ -79,7 +91,7 @@ def rename(key: str, value: Any, source: str) -> list[tuple[str, Any]]:
         if key != old and not key.startswith(f"{old}."):
             continue
         if now.key is None:
-            logger.warning("%s: config key %s has no effect any more.", source, key)
+            logger.warning("%s: %s (%s) has no effect any more.", source, key, value)
             return []
         new_key = now.key + key.removeprefix(old)
         decoded = CfgNode._decode_cfg_value(value) if now.values else value
