@@ -85,18 +85,11 @@ Block = Callable[..., nn.Module]
 BLOCKS: dict[str, Block] = {"residual": ResidualBlock, "fire": FireBlock}
 
 
-class NearestUpsample(nn.Module):
-    """Nearest up-sampling by 2."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.interpolate(x, scale_factor=2.0, mode="nearest")
-
-
 def _upsample(block: str, channels: int) -> nn.Module:
     """Up-sampling by 2: transposed convolutions among fire modules, nearest elsewhere."""
     if block == "fire":
         return nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1)
-    return NearestUpsample()
+    return nn.Upsample(scale_factor=2.0, mode="nearest")
 
 
 class HourglassLevel(nn.Module):
