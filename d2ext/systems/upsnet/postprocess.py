@@ -69,11 +69,8 @@ def nearest(maps: Tensor, image_size: tuple[int, int], size: tuple[int, int]) ->
     Output cell i is input cell floor(i · h / H).
     """
     for dim, before, after in zip((-2, -1), image_size, size, strict=True):
-        if before == after:
-            maps = maps.narrow(dim, 0, before)
-        else:
-            index = torch.arange(after, device=maps.device) * before // after
-            maps = maps.index_select(dim, index)
+        index = torch.arange(after, device=maps.device) * before // after
+        maps = maps.index_select(dim, index)
     return maps
 
 
