@@ -19,7 +19,6 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data.catalog import Metadata
 from detectron2.data.detection_utils import convert_image_to_rgb
-from detectron2.evaluation.evaluator import inference_context
 from detectron2.modeling import (
     META_ARCH_REGISTRY,
     Backbone,
@@ -386,7 +385,9 @@ class UPSNet(MetaArch):
         predictions: UPSNetPredictions,
     ) -> tuple[str, Tensor]:
         """The panoptic map of the first image's annotations beside the predicted one."""
-        from detectron2.utils.visualizer import Visualizer  # pulls in matplotlib
+        # They pull in matplotlib and pycocotools.
+        from detectron2.evaluation import inference_context
+        from detectron2.utils.visualizer import Visualizer
 
         inputs = batched_inputs[0] | {"height": None, "width": None}
         first = tree_map(lambda x: x[:1].float(), predictions)

@@ -109,6 +109,10 @@ class PanopticPrediction(NamedTuple):
     """(H, W) int32 arg max of the semantic logits, 0..S+T-1."""
     keep: Tensor
     """(n',) int64: which candidates became instances, in channel order."""
+    classes: Tensor
+    """(n',) int64 of the instances; -1 for one that stands in for no candidate."""
+    scores: Tensor
+    """(n',)."""
 
 
 @torch.no_grad()
@@ -149,7 +153,8 @@ def predict_panoptic(
         # Published: the first candidate, without its mask.
         keep = keep.new_zeros(1)
         masks = boxes.new_zeros((1, *masks.shape[1:]))
+    classes = classes[keep]
     labels, semantic = fuse_panoptic(
-        score, boxes[keep], classes[keep], masks, size, num_stuff=num_stuff, unknown=unknown
+        score, boxes[keep], classes, masks, size, num_stuff=num_stuff, unknown=unknown
     )
-    return PanopticPrediction(labels, semantic, keep)
+    return PanopticPrediction(labels, semantic, keep, classes, scores[keep])

@@ -69,11 +69,8 @@ def nearest(maps: Tensor, image_size: tuple[int, int], size: tuple[int, int]) ->
     Output cell i is input cell floor(i · h / H).
     """
     for dim, before, after in zip((-2, -1), image_size, size, strict=True):
-        if before == after:
-            maps = maps.narrow(dim, 0, before)
-        else:
-            index = torch.arange(after, device=maps.device) * before // after
-            maps = maps.index_select(dim, index)
+        index = torch.arange(after, device=maps.device) * before // after
+        maps = maps.index_select(dim, index)
     return maps
 
 
@@ -215,7 +212,8 @@ class UPSNetPostprocessor:
         instances = self.instances(detections, size)
         semantic = self.semantic_map(score, detections.image_size, size)
         if self.heuristic is None:
-            panoptic = self.segments(self.fuse(score, candidates), candidates, size)
+            prediction = self.fuse(score, candidates)
+            panoptic = self.segments(prediction, candidates.image_size, size)
         else:
             panoptic = self.merge(instances, semantic, self.heuristic)
         return {"instances": instances, "sem_seg": semantic, "panoptic_seg": panoptic}
@@ -235,24 +233,23 @@ class UPSNetPostprocessor:
         )
 
     def segments(
-        self, prediction: PanopticPrediction, candidates: Instances, size: tuple[int, int]
+        self, prediction: PanopticPrediction, image_size: tuple[int, int], size: tuple[int, int]
     ) -> tuple[Tensor, list[dict[str, Any]]]:
-        """A panoptic prediction at the network's size → ``panoptic_seg`` at the output's."""
-        classes, scores = candidates.pred_classes, candidates.scores
-        if len(candidates) > 0:
-            classes, scores = classes[prediction.keep], scores[prediction.keep]
-        else:
-            classes, scores = classes.new_full((1,), -1), scores.new_ones(1)
+        """The panoptic map of an image of ``image_size`` → ``panoptic_seg`` at the output's size."""
         panoptic = clean(
-            nearest(prediction.labels, candidates.image_size, size),
-            nearest(prediction.semantic, candidates.image_size, size),
-            classes,
+            nearest(prediction.labels, image_size, size),
+            nearest(prediction.semantic, image_size, size),
+            prediction.classes,
             num_stuff=self.num_stuff,
             num_classes=self.num_classes,
             stuff_area_limit=self.stuff_area_limit,
         )
         return segments(
-            panoptic, classes, scores, num_stuff=self.num_stuff, category_ids=self.category_ids
+            panoptic,
+            prediction.classes,
+            prediction.scores,
+            num_stuff=self.num_stuff,
+            category_ids=self.category_ids,
         )
 
     def instances(self, detections: Instances, size: tuple[int, int]) -> Instances:
