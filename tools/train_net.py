@@ -22,7 +22,6 @@ from typing import Any
 # too. Read when PyTorch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch.multiprocessing as mp
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
@@ -43,11 +42,11 @@ from d2ext.engine import (
     ConfigError,
     Trainer,
     find_config_file,
-    launch,
     load_config,
     merge_options,
     set_cpu_threads,
 )
+from d2ext.engine.processes import RankError, launch
 from d2ext.evaluation import check_analysis
 
 
@@ -61,7 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="also write where panoptic quality is lost: per class, per image, between classes, as "
         "tables and pictures (in OUTPUT_DIR/inference/analysis)",
     )
-    parser.set_defaults(dist_url="auto")
+    # None: not given, see launch.
+    parser.set_defaults(dist_url="auto", num_gpus=None, num_machines=None, machine_rank=None)
     for action in parser._actions:
         if action.dest == "num_gpus":
             action.help = "processes on this machine: one per GPU, or on the CPU (MODEL.DEVICE cpu)"
@@ -134,10 +134,7 @@ def run(arguments: list[str] | None = None) -> int:
     except (ConfigError, CheckpointError, DataError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (OSError, FloatingPointError) as error:  # disk full, ...; the log has the traceback
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except mp.ProcessRaisedException as error:
+    except (OSError, FloatingPointError, RankError) as error:  # the log has the traceback
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
