@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from d2ext.engine.errors import ConfigError
+from d2ext.config import ConfigError
 
 __all__ = ["Place", "find_place"]
 

@@ -15,8 +15,8 @@ import torch.multiprocessing as mp
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
+from d2ext.config import ConfigError
 from d2ext.engine.cluster import Place, find_place
-from d2ext.engine.errors import ConfigError
 
 __all__ = ["RankError", "launch", "set_cpu_threads"]
 
