@@ -29,6 +29,8 @@ RENAMED = {
         "INPUT.MAPPER", ((True, "build_top_down_mapper"), (False, "D2extDatasetMapper"))
     ),
     "MODEL.LANDMARKS.TARGET.GEOMETRY": Renamed("MODEL.LANDMARKS.TARGET.CELL_GEOMETRY"),
+    "SOLVER.CHECKPOINT_FAILURE": Renamed(None),  # training always goes on
+    "SOLVER.NON_FINITE_LOSS": Renamed(None),  # SOLVER.NON_FINITE_LOSS_LIMIT 1 stops at the first
 }
 # Options that no published system has: their one value in use is now how it is done.
 for _key in (
