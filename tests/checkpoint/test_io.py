@@ -162,7 +162,10 @@ def test_archives_that_unpack_to_more(tmp_path: Path) -> None:
     path, bomb = tmp_path / "x.pth", tmp_path / "bomb.pth"
     torch.save({"w": torch.zeros(20 << 20)}, path)
     assert load_untrusted(path)["w"].numel() == 20 << 20
-    with zipfile.ZipFile(path) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as target:
+    with (
+        zipfile.ZipFile(path) as source,
+        zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as target,
+    ):
         for name in source.namelist():
             target.writestr(name, source.read(name))
     with pytest.raises(CheckpointError, match="would unpack to"):
