@@ -1,8 +1,11 @@
 """Reading images of every kind that people have, with one clear error for those that are broken."""
 
+import logging
+import os
 import struct
 import warnings
 import zlib
+from typing import IO
 
 import numpy as np
 from detectron2.data.detection_utils import convert_PIL_to_numpy
@@ -10,6 +13,13 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image, ImageOps
 
 from d2ext.data.errors import ImageReadError
+
+logger = logging.getLogger(__name__)
+
+# Images of more pixels are refused: a few kilobytes may unpack to a machine's memory. The variable
+# raises the limit; Pillow's own (which it refuses at twice) must not be lower.
+MAX_MEGAPIXELS = float(os.environ.get("D2EXT_MAX_MEGAPIXELS", "400"))
+Image.MAX_IMAGE_PIXELS = int(max(MAX_MEGAPIXELS * 1e6 / 2, Image.MAX_IMAGE_PIXELS or 0))
 
 # What Pillow's decoders raise on broken files, beside OSError (whose subclasses are "no such file",
 # "cannot identify image file" and "image file is truncated").
@@ -33,7 +43,9 @@ def read_image(file_name: str, format: str | None = "BGR") -> np.ndarray:
 
     - The EXIF orientation is applied. An unreadable EXIF block is ignored.
     - Grey, palette, CMYK and RGBA images become colour images; alpha is dropped.
-    - 16-bit grey values are scaled from [0, 65535] to [0, 255] (Pillow would clip them at 255).
+    - 16-bit grey values are scaled to [0, 255] (Pillow would clip them at 255) from the bits that are
+      used, 8, 10, 12 or 16: cameras write 12 bits into files of 16.
+    - Of a file with several pages the first is read, and the log says so.
     - Floating-point images must be finite, in [0, 1] or in [0, 255].
 
     Args:
@@ -51,11 +63,20 @@ def read_image(file_name: str, format: str | None = "BGR") -> np.ndarray:
         with PathManager.open(file_name, "rb") as f, warnings.catch_warnings():
             # Large photographs are legitimate; Pillow still refuses files twice that large.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = Image.open(f)
+            opened = _open(f)
             opened.load()
+            if (
+                getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO"
+            ):  # a phone's stereo pair
+                logger.warning("'%s' has %d pages: the first is read.", file_name, opened.n_frames)
             array = convert_PIL_to_numpy(_to_8_bit(_upright(opened)), format)
     except FileNotFoundError as e:
         raise ImageReadError(f"Cannot read image '{file_name}': there is no such file.") from e
+    except Image.DecompressionBombError as e:
+        raise ImageReadError(
+            f"Image '{file_name}' is larger than the limit of {MAX_MEGAPIXELS:g} megapixels: set "
+            "D2EXT_MAX_MEGAPIXELS in the environment to a higher one, or cut the image."
+        ) from e
     except _DECODER_ERRORS as e:
         reason = str(e) or type(e).__name__
         raise ImageReadError(
@@ -145,6 +166,19 @@ def read_color_map(file_name: str) -> np.ndarray:
     return np.asarray(image)
 
 
+def _open(file: IO[bytes]) -> Image.Image:
+    """``Image.open``, and phones' HEIC where a package for it is installed."""
+    head = file.read(12)
+    file.seek(0)
+    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc"):
+        try:
+            import pillow_heif
+        except ImportError:
+            raise ValueError("it is a HEIC picture: `pip install pillow-heif` to read it") from None
+        pillow_heif.register_heif_opener()
+    return Image.open(file)
+
+
 def _upright(image: Image.Image) -> Image.Image:
     """Apply the EXIF orientation, if the file has a readable one."""
     try:
@@ -171,5 +205,6 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("integer pixel values outside [0, 65535]")
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        highest = next(2**bits - 1 for bits in (8, 10, 12, 16) if values.max() < 2**bits)
+        return Image.fromarray(((values * 255 + highest // 2) // highest).astype(np.uint8))
     return image
