@@ -1,13 +1,12 @@
-#!/usr/bin/env python
 """Convert a published checkpoint to one that Detectron2 loads with nothing missing or unexpected.
 
-    python tools/convert_checkpoint.py --config-file yolact/yolact_R_50_550.yaml \\
+    d2ext convert --config-file yolact/yolact_R_50_550.yaml \\
         yolact_resnet50_54_800000.pth yolact_R_50_550.pth
 
 The config says which system, depth and class count the checkpoint is of; the model is built from it and
 the converted weights must fit exactly. Set MODEL.WEIGHTS to the result.
 
-    python tools/convert_checkpoint.py --config-file yolact/yolact_R_50_550.yaml \\
+    d2ext convert --config-file yolact/yolact_R_50_550.yaml \\
         --system torchvision_resnet resnet50.pth R-50_torchvision.pth
 
 converts ImageNet weights of torchvision for the config's backbone, to start a training from.
@@ -35,6 +34,7 @@ from d2ext.checkpoint.io import load_untrusted
 from d2ext.checkpoint.torchvision import is_torchvision_resnet
 from d2ext.engine.setup import add_options_argument, load_config
 from d2ext.files import atomic_write
+from d2ext.tools.command_line import add_config_argument, make_parser
 
 StateDict = Mapping[str, Tensor]
 
@@ -217,39 +217,34 @@ def convert(cfg: CfgNode, source: str, system: str | None) -> tuple[dict[str, ob
     return result, summary
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    summary, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def build_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
     parser.add_argument("source", metavar="SRC", help="published checkpoint (.pth)")
     parser.add_argument("target", metavar="DST", help="file to write, .pth")
-    parser.add_argument(
-        "--config-file", required=True, metavar="FILE", help="a path, or a name in the model zoo"
-    )
+    add_config_argument(parser)
     parser.add_argument(
         "--system", metavar="NAME", help="converter (default: the config's meta-architecture)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     add_options_argument(parser)
-    return parser.parse_args(arguments)
+    return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
+def run(arguments: list[str] | None = None) -> int:
     """Run the tool; its exit status."""
-    chosen = parse_arguments(arguments)
+    args = build_parser().parse_args(arguments)
     setup_logger(name="d2ext")
-    target = Path(chosen.target)
+    target = Path(args.target)
     try:
         if target.suffix not in (".pth", ".pt"):
             # Detectron2 reads other names as other formats.
             raise ConversionError(f"DST '{target}' must end with .pth.")
-        if target.exists() and not chosen.overwrite:
+        if target.exists() and not args.overwrite:
             raise ConversionError(f"'{target}' exists: give --overwrite to replace it.")
-        if target.exists() and target.samefile(chosen.source):
+        if target.exists() and target.samefile(args.source):
             raise ConversionError("SRC and DST are the same file.")
-        cfg = load_config(chosen.config_file, chosen.opts)
-        result, summary = convert(cfg, chosen.source, chosen.system)
+        cfg = load_config(args.config_file, args.opts)
+        result, summary = convert(cfg, args.source, args.system)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -264,7 +259,3 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n".join(summary))
     print(f"Written to {target}. Use it with MODEL.WEIGHTS {target}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,12 +1,11 @@
-#!/usr/bin/env python
 """Predict on images, folders, videos or a camera, with any system: pictures and COCO results.
 
-    python tools/demo.py --config-file yolact/yolact_R_50_550.yaml --output out/ \\
+    d2ext predict --config-file yolact/yolact_R_50_550.yaml --output out/ \\
         --input photo.jpg holiday/ "frames/*.png" --opts MODEL.WEIGHTS model_final.pth
-    python tools/demo.py --config-file ... --video-input clip.mp4 --output clip_out.mp4
-    python tools/demo.py --config-file ... --webcam 0 --output camera.mp4
-    python tools/demo.py --config-file centernet/centernet_dla34_512.yaml --draw heatmaps ...
-    python tools/demo.py --config-file landmarks/hourglass_2stack_coco_256x192.yaml --input a.jpg \\
+    d2ext predict --config-file ... --video-input clip.mp4 --output clip_out.mp4
+    d2ext predict --config-file ... --webcam 0 --output camera.mp4
+    d2ext predict --config-file centernet/centernet_dla34_512.yaml --draw heatmaps ...
+    d2ext predict --config-file landmarks/hourglass_2stack_coco_256x192.yaml --input a.jpg \\
         --output out/ --detector faster_rcnn.yaml --detector-weights detector.pth --opts ...
 
 A model that looks into boxes (landmarks) gets them from --detector, any detector of d2ext or
@@ -30,7 +29,6 @@ not be written; 2 if there is nothing to do or the command is wrong.
 from __future__ import annotations
 
 import argparse
-import glob
 import itertools
 import logging
 import sys
@@ -39,12 +37,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import cv2
 import numpy as np
 import torch
 import tqdm
 from detectron2.data.catalog import Metadata
-from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils.logger import setup_logger
 
 from d2ext.data.errors import ImageReadError
@@ -54,41 +50,15 @@ from d2ext.engine.errors import ConfigError
 from d2ext.engine.predictor import BatchPredictor
 from d2ext.engine.setup import add_options_argument, find_config_file, load_config
 from d2ext.engine.top_down import BoxFile, BoxSource, Detector
-from d2ext.files import atomic_write, json_list
-from d2ext.utils.drawing import PictureDrawer, VideoDrawer, class_metadata, name_classes, select
+from d2ext.tools.command_line import CommandError, add_config_argument, make_parser, positive
+from d2ext.tools.prediction_files import Job, ResultWriter, plan_images, plan_video, write_picture
+from d2ext.utils.drawing import PictureDrawer, VideoDrawer, class_metadata, select
 from d2ext.utils.heatmaps import SeesHeatmaps
-from d2ext.utils.video import (
-    VIDEO_SUFFIXES,
-    VideoError,
-    VideoReader,
-    check_video_path,
-    video_writer,
-)
+from d2ext.utils.video import VideoError, VideoReader, video_writer
 
-logger = logging.getLogger("d2ext.demo")
-
-# What is taken from a folder; files named on the command line are tried whatever their names.
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
-# What pictures are written as under their own names.
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png"}
-# What is no name of a folder, whether it can be written or not.
-MOVIE_SUFFIXES = {*VIDEO_SUFFIXES, ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv"}
-RESULTS, IMAGES = "coco_results.json", "coco_images.json"
+logger = logging.getLogger("d2ext.tools.predict")
 
 Item = TypeVar("Item")
-
-
-class DemoError(ValueError):
-    """The command cannot be carried out. The message says what to change."""
-
-
-class Job(NamedTuple):
-    """One image to predict on."""
-
-    source: Path
-    target: Path
-    """Where its picture goes."""
-    image_id: int
 
 
 class Options(NamedTuple):
@@ -102,141 +72,6 @@ class Options(NamedTuple):
     pictures: bool
     heatmaps: bool = False
     """Draw the model's heat maps, corners and centres as well."""
-
-
-# Which files
-
-
-def find_sources(inputs: Iterable[str]) -> list[tuple[Path, Path]]:
-    """Files, folders and patterns → (file, name of its picture below the output folder).
-
-    Files that do not exist stay in the list, for the report; a file that is named twice appears once.
-    """
-    found: dict[Path, Path] = {}
-    for entry in inputs:
-        path = Path(entry).expanduser()
-        matches = [path] if path.exists() else [Path(m) for m in sorted(glob.glob(str(path)))]
-        if not matches and not glob.has_magic(entry):
-            matches = [path]
-        for match in matches:
-            if match.is_dir():
-                inside = sorted(f for f in match.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
-                for file in inside:
-                    if file.is_file():
-                        found.setdefault(file, file.relative_to(match))
-            else:
-                found.setdefault(match, Path(match.name))
-    return list(found.items())
-
-
-def plan_images(inputs: Sequence[str], output: Path) -> list[Job]:
-    """The images to predict on, with different targets and ids.
-
-    Raises:
-        DemoError: there is none, or a picture would overwrite an input.
-    """
-    sources = find_sources(inputs)
-    if not any(source.exists() for source, _ in sources):
-        raise DemoError(f"No image found in {' '.join(map(repr, inputs))}.")
-    if is_file_name(output):
-        if len(sources) > 1:
-            raise DemoError(
-                f"--output '{output}' is one file and there are {len(sources)} images: name a folder."
-            )
-        if output.suffix.lower() not in PICTURE_SUFFIXES:
-            raise DemoError(f"--output '{output}': pictures are written as .jpg or .png.")
-        targets = [output]
-    else:
-        targets = [output / name for name in unique_names([name for _, name in sources])]
-    originals = {source.resolve() for source, _ in sources}
-    for target in targets:
-        if target.resolve() in originals:
-            raise DemoError(f"'{target}' would overwrite an input: choose another --output.")
-    ids = image_ids([source for source, _ in sources])
-    return [
-        Job(source, target, image_id)
-        for (source, _), target, image_id in zip(sources, targets, ids, strict=True)
-    ]
-
-
-def is_file_name(output: Path) -> bool:
-    """Whether ``--output`` names a file: it ends like one and is no folder."""
-    return output.suffix.lower() in IMAGE_SUFFIXES | MOVIE_SUFFIXES and not output.is_dir()
-
-
-def unique_names(names: Sequence[Path]) -> list[Path]:
-    """Names of pictures: JPEG or PNG, no two equal even where upper and lower case are one."""
-    taken: set[str] = set()
-    result = []
-    for name in names:
-        if name.suffix.lower() not in PICTURE_SUFFIXES:
-            name = name.with_name(name.name + ".png")
-        candidate = name
-        for i in itertools.count(2):
-            if str(candidate).lower() not in taken:
-                break
-            candidate = name.with_name(f"{name.stem}_{i}{name.suffix}")
-        taken.add(str(candidate).lower())
-        result.append(candidate)
-    return result
-
-
-def image_ids(files: Sequence[Path]) -> list[int]:
-    """COCO's ids where all names are different numbers, otherwise 1, 2, ..."""
-    if all(file.stem.isascii() and file.stem.isdigit() for file in files):
-        numbers = [int(file.stem) for file in files]
-        if len(set(numbers)) == len(numbers):
-            return numbers
-    return list(range(1, len(files) + 1))
-
-
-# Prediction and results
-
-
-class ResultWriter:
-    """Writes COCO results and the list of images as they come.
-
-    Args:
-        output: the output folder or file.
-        metadata: class names, and the data set's own category ids where it has them.
-    """
-
-    def __init__(self, stack: ExitStack, output: Path, metadata: Metadata) -> None:
-        ids = metadata.get("thing_dataset_id_to_contiguous_id") or {}
-        self._category = {contiguous: category for category, contiguous in ids.items()}
-        self._metadata = metadata
-        self._others: dict[str, Any] = {}
-        self._add_categories(torch.tensor([0]))
-        self._result = stack.enter_context(json_list(self._path(output, RESULTS)))
-        self._image = stack.enter_context(
-            json_list(self._path(output, IMAGES), key="images", others=self._others)
-        )
-
-    def _add_categories(self, classes: torch.Tensor) -> None:
-        self._metadata = name_classes(self._metadata, classes)
-        self._others["categories"] = [
-            {"id": self._category.get(i, i), "name": name}
-            for i, name in enumerate(self._metadata.thing_classes)
-        ]
-
-    @staticmethod
-    def _path(output: Path, name: str) -> Path:
-        path = output.with_name(f"{output.stem}_{name}") if is_file_name(output) else output / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
-
-    def write(
-        self, image_id: int, file: str, shape: tuple[int, ...], output: dict[str, Any]
-    ) -> None:
-        """Add one image of ``shape`` (H, W, ...) and the instances found in it."""
-        height, width = shape[:2]
-        self._image({"id": image_id, "file_name": file, "height": height, "width": width})
-        if "instances" in output:
-            self._add_categories(output["instances"].pred_classes)
-            for result in instances_to_coco_json(output["instances"], image_id):
-                category = result["category_id"]
-                result["category_id"] = self._category.get(category, category)
-                self._result(result)
 
 
 def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -276,20 +111,6 @@ def predict(
         if "instances" in output:
             output["instances"] = select(output["instances"], options.threshold)
     return list(outputs)
-
-
-def write_picture(path: Path, image: np.ndarray) -> None:
-    """Write a BGR picture whole or not at all.
-
-    Raises:
-        OSError: the disk is full or not writable.
-    """
-    encoded, data = cv2.imencode(path.suffix.lower(), image)
-    if not encoded:
-        raise OSError(f"cannot encode '{path}'")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write(data.tobytes())
 
 
 def run_on_images(
@@ -392,17 +213,9 @@ def lowest(frames: int) -> int:
     return frames - max(2, frames // 100)
 
 
-# Command line
-
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    summary, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--config-file", required=True, metavar="FILE", help="a path, or a name in the model zoo"
-    )
+def build_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
+    add_config_argument(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--input", nargs="+", metavar="PATH", help="images, folders (searched in depth), patterns"
@@ -421,22 +234,24 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--confidence-threshold",
-        type=float,
+        type=score,
         default=0.5,
         metavar="SCORE",
         help="draw and write instances from this score on (default: %(default)s)",
     )
     parser.add_argument(
-        "--batch-size", type=int, default=1, metavar="N", help="images per pass (default: 1)"
+        "--batch-size", type=positive, default=1, metavar="N", help="images per pass (default: 1)"
     )
     parser.add_argument(
         "--max-drawn",
-        type=int,
+        type=positive,
         default=200,
         metavar="N",
         help="draw only the best N instances of a picture; all are written (default: %(default)s)",
     )
-    parser.add_argument("--max-frames", type=int, metavar="N", help="stop a video after N frames")
+    parser.add_argument(
+        "--max-frames", type=positive, metavar="N", help="stop a video after N frames"
+    )
     parser.add_argument(
         "--draw",
         choices=("results", "heatmaps"),
@@ -475,36 +290,20 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="look into boxes from this score on (default: %(default)s)",
     )
     add_options_argument(parser)
-    chosen = parser.parse_args(arguments)
-    if (chosen.detector_weights or chosen.detector_classes) and not chosen.detector:
-        parser.error("--detector-weights and --detector-classes belong to --detector.")
-    if not 0 <= chosen.confidence_threshold <= 1:
-        parser.error("--confidence-threshold is a score in 0..1.")
-    for name in ("batch_size", "max_drawn", "max_frames"):
-        if getattr(chosen, name) is not None and getattr(chosen, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1.")
-    return chosen
+    return parser
 
 
-def plan_video(source: str | int, options: Options) -> Path:
-    """Where the video goes; its results go beside it.
-
-    Raises:
-        VideoError: the output is no name of a video.
-        DemoError: it would overwrite the input.
-    """
-    name = f"camera_{source}.mp4" if isinstance(source, int) else f"{Path(source).stem}.mp4"
-    target = options.output if is_file_name(options.output) else options.output / name
-    check_video_path(target)
-    if not isinstance(source, int) and target.resolve() == Path(source).resolve():
-        raise DemoError(f"'{target}' would overwrite the input: choose another --output.")
-    return target
+def score(text: str) -> float:
+    """A number in 0..1, for ``add_argument(type=...)``."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no score in 0..1")
+    return float(text)
 
 
 def read_class_names(path: str) -> list[str]:
     names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     if not any(names):
-        raise DemoError(f"--class-names '{path}' holds no name.")
+        raise CommandError(f"--class-names '{path}' holds no name.")
     return [name for name in names if name]
 
 
@@ -521,83 +320,86 @@ def detector_config(name: str) -> str:
             raise error from None
 
 
-def build_box_source(chosen: argparse.Namespace, metadata: Metadata) -> BoxSource | None:
+def build_box_source(args: argparse.Namespace, metadata: Metadata) -> BoxSource | None:
     """What ``--detector`` or ``--boxes`` ask for.
 
     Raises:
         ValueError, FileNotFoundError: the detector's config or checkpoint or the file is wrong.
     """
-    if chosen.boxes:
-        return BoxFile(chosen.boxes, chosen.box_threshold, category_ids(metadata))
-    if not chosen.detector:
+    if args.boxes:
+        return BoxFile(args.boxes, args.box_threshold, category_ids(metadata))
+    if not args.detector:
         return None
-    cfg = load_config(detector_config(chosen.detector))
-    if chosen.detector_weights:
-        cfg.MODEL.WEIGHTS = chosen.detector_weights
+    cfg = load_config(detector_config(args.detector))
+    if args.detector_weights:
+        cfg.MODEL.WEIGHTS = args.detector_weights
     if not cfg.MODEL.WEIGHTS:
         logger.warning("The detector's MODEL.WEIGHTS is empty: detecting with random weights.")
     names = list(class_metadata(cfg).get("thing_classes") or [])
-    wanted = chosen.detector_classes
+    wanted = args.detector_classes
     if wanted is None:
         own = metadata.get("thing_classes") or []
         wanted = [name for name in names if name in own] or None
     unknown = [name for name in wanted or () if name not in names]
     if unknown:
-        raise DemoError(
+        raise CommandError(
             f"The detector has no class {', '.join(map(repr, unknown))}; it has {names or 'no names'}."
         )
     ids = None if wanted is None else [names.index(name) for name in wanted]
-    return Detector(BatchPredictor(cfg), chosen.box_threshold, ids)
+    return Detector(BatchPredictor(cfg), args.box_threshold, ids)
 
 
-def prepare(chosen: argparse.Namespace) -> Callable[[], list[str]]:
+def prepare(args: argparse.Namespace) -> Callable[[], list[str]]:
     """Do all that can find the command wrong; the rest is for the caller to run.
 
     Raises:
         ValueError, FileNotFoundError: the command, the config or the checkpoint is wrong.
     """
     options = Options(
-        output=Path(chosen.output).expanduser(),
-        threshold=chosen.confidence_threshold,
-        batch_size=chosen.batch_size,
-        max_drawn=chosen.max_drawn,
-        max_frames=chosen.max_frames,
-        pictures=not chosen.no_pictures,
-        heatmaps=chosen.draw == "heatmaps" and not chosen.no_pictures,
+        output=Path(args.output).expanduser(),
+        threshold=args.confidence_threshold,
+        batch_size=args.batch_size,
+        max_drawn=args.max_drawn,
+        max_frames=args.max_frames,
+        pictures=not args.no_pictures,
+        heatmaps=args.draw == "heatmaps" and not args.no_pictures,
     )
-    names = read_class_names(chosen.class_names) if chosen.class_names else None
+    names = read_class_names(args.class_names) if args.class_names else None
     # Wrong paths are found before the model is built, which takes long.
-    if chosen.input:
-        jobs = plan_images(chosen.input, options.output)
+    if args.input:
+        jobs = plan_images(args.input, options.output)
     else:
-        source = chosen.video_input if chosen.webcam is None else chosen.webcam
-        target = plan_video(source, options)
+        source = args.video_input if args.webcam is None else args.webcam
+        target = plan_video(source, options.output)
         reader = VideoReader(source)
-    cfg = load_config(chosen.config_file, chosen.opts)
+    cfg = load_config(args.config_file, args.opts)
     cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = options.threshold
     cfg.freeze()
     if not cfg.MODEL.WEIGHTS:
         logger.warning("MODEL.WEIGHTS is empty: predicting with random weights.")
     predictor = BatchPredictor(cfg)
     if options.heatmaps and not isinstance(predictor.model, SeesHeatmaps):
-        raise DemoError(
+        raise CommandError(
             f"--draw heatmaps: {cfg.MODEL.META_ARCHITECTURE} has no heat maps; CornerNet, CenterNet and "
             "others that find objects as points have."
         )
     metadata = class_metadata(cfg, names)
-    boxes = build_box_source(chosen, metadata)
-    if chosen.input:
+    boxes = build_box_source(args, metadata)
+    if args.input:
         return lambda: run_on_images(predictor, jobs, metadata, options, boxes)
     return lambda: run_on_video(predictor, reader, target, metadata, options, boxes)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def run(arguments: list[str] | None = None) -> int:
     """Run the tool; its exit status."""
-    chosen = parse_arguments(arguments)
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    if (args.detector_weights or args.detector_classes) and not args.detector:
+        parser.error("--detector-weights and --detector-classes belong to --detector.")
     setup_logger(name="d2ext")
     setup_logger(name="fvcore")
     try:
-        work = prepare(chosen)
+        work = prepare(args)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -607,14 +409,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: cannot write to '{chosen.output}': {error}", file=sys.stderr)
+        print(f"error: cannot write to '{args.output}': {error}", file=sys.stderr)
         return 1
     for problem in problems:
         print(f"skipped: {problem}", file=sys.stderr)
     if problems:
         print(f"{len(problems)} skipped, the rest is done.", file=sys.stderr)
     return 1 if problems else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

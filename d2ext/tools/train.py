@@ -1,26 +1,24 @@
-#!/usr/bin/env python3
-"""Train and evaluate any d2ext or Detectron2 model, with Detectron2's command line.
+"""Train any model of d2ext or Detectron2, then evaluate it.
 
 Examples:
-    tools/train_net.py --config-file yolact/yolact_R_50_550.yaml --num-gpus 8
-    tools/train_net.py --config-file configs/yolact/yolact_R_18_shapes.yaml MODEL.DEVICE cpu
-    tools/train_net.py --config-file CONFIG --dataset fruits --train-json train.json \\
+    d2ext train --config-file yolact/yolact_R_50_550.yaml --num-gpus 8
+    d2ext train --config-file yolact/yolact_R_18_shapes.yaml MODEL.DEVICE cpu
+    d2ext train --config-file CONFIG --dataset fruits --train-json train.json \\
         --train-images train/ --val-json val.json --val-images val/
-    tools/train_net.py --config-file CONFIG --dataset streets --train-panoptic-json train.json \\
+    d2ext train --config-file CONFIG --dataset streets --train-panoptic-json train.json \\
         --train-panoptic-root train_png/ --train-images train/
-    tools/train_net.py --config-file CONFIG --resume
-    tools/train_net.py --config-file CONFIG --eval-only MODEL.WEIGHTS output/model_final.pth
-    tools/train_net.py --config-file CONFIG --eval-only --analyze MODEL.WEIGHTS model_final.pth
+    d2ext train --config-file CONFIG --resume
+    d2ext train --config-file CONFIG --eval-only --analyze MODEL.WEIGHTS model_final.pth
+
+Options are those of Detectron2's train_net.py, and more; KEY VALUE pairs at the end change the config.
+OUTPUT_DIR gets checkpoints, logs, and the last evaluation's results as results.json.
 """
 
 import argparse
-import os
+import json
 import sys
+from pathlib import Path
 from typing import Any
-
-# Threads that wait for each other sleep instead of spinning: on a CPU, data loading wants the cores
-# too. Read when PyTorch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch.multiprocessing as mp
 from detectron2.config import CfgNode
@@ -29,7 +27,6 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-import d2ext  # noqa: F401  (registers models and data sets)
 from d2ext.checkpoint.checkpointer import Checkpointer
 from d2ext.checkpoint.io import CheckpointError
 from d2ext.data import DataError
@@ -49,11 +46,14 @@ from d2ext.engine import (
     set_cpu_threads,
 )
 from d2ext.evaluation import check_analysis
+from d2ext.files import atomic_write
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Detectron2's arguments and those that register data sets."""
-    parser = default_argument_parser(epilog=__doc__)
+def build_parser(doc: str | None = __doc__) -> argparse.ArgumentParser:
+    """Detectron2's arguments and those that register data sets; ``doc`` becomes the help's text."""
+    summary, _, details = (doc or "").partition("\n\n")
+    parser = default_argument_parser(epilog=details)
+    parser.description = summary
     add_dataset_arguments(parser)
     parser.add_argument(
         "--analyze",
@@ -97,10 +97,15 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2ext")
     if args.eval_only:
-        return evaluate(cfg, resume=args.resume)
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
+        results = evaluate(cfg, resume=args.resume)
+    else:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        results = trainer.train()
+    if comm.is_main_process() and results:
+        with atomic_write(Path(cfg.OUTPUT_DIR) / "results.json", "w") as file:
+            json.dump(results, file, indent=1, default=float)
+    return results
 
 
 def evaluate(cfg: CfgNode, *, resume: bool) -> dict[str, Any]:
@@ -117,9 +122,9 @@ def evaluate(cfg: CfgNode, *, resume: bool) -> dict[str, Any]:
     return results
 
 
-def run(arguments: list[str] | None = None) -> int:
+def run(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> int:
     """Parse, start the processes, wait. Returns the exit status."""
-    args = build_parser().parse_args(arguments)
+    args = (parser or build_parser()).parse_args(arguments)
     try:
         device = setup(args).MODEL.DEVICE
         launch(
@@ -141,7 +146,3 @@ def run(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run())

@@ -1,9 +1,8 @@
-#!/usr/bin/env python3
 """Draw ground truth: as annotated, or as training gets it, after augmentation.
 
-    tools/visualize_data.py --config-file configs/yolact/yolact_R_50_550.yaml --num 16
-    tools/visualize_data.py --config-file CONFIG --source annotation --num 8
-    tools/visualize_data.py --config-file CONFIG --dataset fruits --train-json a.json \\
+    d2ext visualize-data --config-file yolact/yolact_R_50_550.yaml --num 16
+    d2ext visualize-data --config-file CONFIG --source annotation --num 8
+    d2ext visualize-data --config-file CONFIG --dataset fruits --train-json a.json \\
         --train-images images/ INPUT.AUGMENTATION.NAME none
 
 With --source loader (default) the pictures are the first samples of the training stream, exactly as
@@ -18,7 +17,6 @@ import argparse
 import itertools
 import logging
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -45,6 +43,8 @@ from d2ext.data.custom import (
 from d2ext.data.dataset_dicts import load_dataset
 from d2ext.data.panoptic import panoptic_classes
 from d2ext.engine import ConfigError, load_config, merge_options
+from d2ext.files import atomic_write
+from d2ext.tools.command_line import make_parser, positive
 
 logger = logging.getLogger("d2ext.tools.visualize_data")
 
@@ -56,11 +56,9 @@ CROWD_COLOR = (0.6, 0.6, 0.6)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--config-file", default="", metavar="FILE", help="path or model-zoo name")
-    parser.add_argument("--num", type=int, default=16, help="number of samples (16)")
+    parser.add_argument("--num", type=positive, default=16, help="number of samples (16)")
     parser.add_argument("--output-dir", default="output/visualize_data", metavar="DIR")
     parser.add_argument(
         "--source",
@@ -228,20 +226,14 @@ def shrink(picture: np.ndarray) -> np.ndarray:
 def write_png(path: Path, picture: np.ndarray) -> None:
     """Write an RGB picture; an interrupted run leaves no half of a file."""
     _, encoded = cv2.imencode(".png", np.ascontiguousarray(picture[:, :, ::-1]))
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_bytes(encoded.tobytes())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        file.write(encoded.tobytes())
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def run(arguments: list[str] | None = None) -> int:
+    """Run the tool; its exit status."""
     args = build_parser().parse_args(arguments)
     setup_logger(name="d2ext")
-    if args.num < 1:
-        logger.error(f"--num must be at least 1, got {args.num}.")
-        return 2
     folder = Path(args.output_dir)
     try:
         cfg = setup(args)
@@ -256,16 +248,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if cells:
             write_png(folder / "montage.png", make_montage(cells))
     except (ConfigError, DataError) as e:
-        logger.error(str(e))
-        return 1
+        print(f"error: {e}", file=sys.stderr)
+        return 2
     except OSError as e:
-        logger.error(f"Cannot write to '{folder}': {e}")
+        print(f"error: cannot write to '{folder}': {e}", file=sys.stderr)
         return 1
     logger.info(f"{len(cells)} pictures and montage.png are in {folder}.")
     if samples.bad:
         logger.error(f"{samples.bad} samples could not be used; see above.")
     return 1 if samples.bad else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """A detector and a data set small enough to train for some steps within a test.
 
 Each image is 16 x 16 with one bright rectangle; the model regresses it. Run as a program it is
-tools/train_net.py with both registered.
+`d2ext train` with both registered.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 SIDE = 16
 CLASSES = ("box",)
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
 @META_ARCH_REGISTRY.register()
@@ -156,10 +155,9 @@ def losses(output: Path) -> dict[int, float]:
 
 # In a spawned process this module is imported again under another name, hence not under __main__.
 if "TOY_DATA" in os.environ:
-    sys.path.insert(0, str(TOOLS))
     register(Path(os.environ["TOY_DATA"]))
 
 if __name__ == "__main__":
-    import train_net
+    from d2ext.tools import train
 
-    sys.exit(train_net.run())
+    sys.exit(train.run())
