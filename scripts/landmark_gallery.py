@@ -34,6 +34,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.visualizer import Visualizer
 
+from d2ext.config import load_config
 from d2ext.data import DataError, read_image
 from d2ext.data.landmarks import (
     AffineCropTransform,
@@ -43,7 +44,6 @@ from d2ext.data.landmarks import (
 )
 from d2ext.data.landmarks.geometry import pad_box
 from d2ext.data.landmarks.samples import usable_annotations
-from d2ext.engine import load_config
 from d2ext.engine.predictor import BatchPredictor
 from d2ext.evaluation import LandmarkEvaluator
 

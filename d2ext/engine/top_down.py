@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from detectron2.structures import Boxes, Instances
 
+from d2ext.config import ConfigError
 from d2ext.data.landmarks.samples import in_categories
-from d2ext.engine.errors import ConfigError
 from d2ext.engine.predictor import BatchPredictor
 
 __all__ = ["BoxFile", "BoxSource", "Detector"]

@@ -34,12 +34,12 @@ from detectron2.config import CfgNode
 from tabulate import tabulate
 
 from d2ext.checkpoint.io import CheckpointError
+from d2ext.config import ConfigError, add_options_argument, load_config
 from d2ext.data.errors import ImageReadError
 from d2ext.data.image_io import read_image
-from d2ext.engine.errors import ConfigError
 from d2ext.engine.predictor import BatchPredictor
-from d2ext.engine.setup import add_options_argument, load_config
 from d2ext.files import atomic_write
+from d2ext.model_zoo import find_config_file
 from d2ext.tools.command_line import add_config_argument, make_parser, positive
 from d2ext.tools.model_benchmark import (
     STAGES,
@@ -57,7 +57,7 @@ from d2ext.tools.model_benchmark import (
 
 def model_config(args: argparse.Namespace) -> tuple[CfgNode, list[str]]:
     """The config to measure, and remarks on what was changed in it."""
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(find_config_file(args.config_file), args.opts)
     cfg.MODEL.WEIGHTS = args.weights or cfg.MODEL.WEIGHTS
     if args.device:
         cfg.MODEL.DEVICE = args.device

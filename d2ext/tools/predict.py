@@ -43,13 +43,13 @@ import tqdm
 from detectron2.data.catalog import Metadata
 from detectron2.utils.logger import setup_logger
 
+from d2ext.config import add_options_argument, load_config
 from d2ext.data.errors import ImageReadError
 from d2ext.data.image_io import read_image
 from d2ext.data.landmarks.samples import category_ids
-from d2ext.engine.errors import ConfigError
 from d2ext.engine.predictor import BatchPredictor
-from d2ext.engine.setup import add_options_argument, find_config_file, load_config
 from d2ext.engine.top_down import BoxFile, BoxSource, Detector
+from d2ext.model_zoo import find_config_file
 from d2ext.tools.command_line import CommandError, add_config_argument, make_parser, positive
 from d2ext.tools.prediction_files import Job, ResultWriter, plan_images, plan_video, write_picture
 from d2ext.utils.drawing import PictureDrawer, VideoDrawer, class_metadata, select
@@ -307,19 +307,6 @@ def read_class_names(path: str) -> list[str]:
     return [name for name in names if name]
 
 
-def detector_config(name: str) -> str:
-    """Path of a config: of a file, or by its name in d2ext's or in Detectron2's model zoo."""
-    from detectron2 import model_zoo
-
-    try:
-        return find_config_file(name)
-    except ConfigError as error:
-        try:
-            return model_zoo.get_config_file(name)
-        except RuntimeError:  # how it says that there is none
-            raise error from None
-
-
 def build_box_source(args: argparse.Namespace, metadata: Metadata) -> BoxSource | None:
     """What ``--detector`` or ``--boxes`` ask for.
 
@@ -330,7 +317,7 @@ def build_box_source(args: argparse.Namespace, metadata: Metadata) -> BoxSource 
         return BoxFile(args.boxes, args.box_threshold, category_ids(metadata))
     if not args.detector:
         return None
-    cfg = load_config(detector_config(args.detector))
+    cfg = load_config(find_config_file(args.detector))
     if args.detector_weights:
         cfg.MODEL.WEIGHTS = args.detector_weights
     if not cfg.MODEL.WEIGHTS:
@@ -372,7 +359,7 @@ def prepare(args: argparse.Namespace) -> Callable[[], list[str]]:
         source = args.video_input if args.webcam is None else args.webcam
         target = plan_video(source, options.output)
         reader = VideoReader(source)
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(find_config_file(args.config_file), args.opts)
     cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = options.threshold
     cfg.freeze()
     if not cfg.MODEL.WEIGHTS:

@@ -6,6 +6,7 @@
     register_landmarks("faces_train", "wflw", "list_98pt_rect_attr_train.txt", "WFLW_images/")
 """
 
+from d2ext.data.landmarks import config  # noqa: F401  (registers its keys)
 from d2ext.data.landmarks.described import DESCRIBED, describe_datasets
 from d2ext.data.landmarks.kinds import KINDS, LandmarkKind, kind_metadata
 from d2ext.data.landmarks.mapper import TopDownMapper, TopDownTestMapper, make_crop_sample

@@ -2,15 +2,12 @@
 
 from detectron2.config import CfgNode
 
-from d2ext.modeling.dla import add_dla_config
-from d2ext.modeling.resnet_deconv import add_resnet_deconv_config
+from d2ext.config import CONFIG_REGISTRY
 
 
+@CONFIG_REGISTRY.register()
 def add_centernet_config(cfg: CfgNode) -> None:
     """Add CenterNet's keys to ``cfg``, in place."""
-    add_dla_config(cfg)
-    add_resnet_deconv_config(cfg)
-
     centernet = cfg.MODEL.CENTERNET = CfgNode()
     # Classes of objects.
     centernet.NUM_CLASSES = 80

@@ -7,6 +7,7 @@ What Detectron2 has a key for is set there, by the files in ``configs/upsnet``: 
 
 from detectron2.config import CfgNode
 
+from d2ext.config import CONFIG_REGISTRY
 from d2ext.data.class_counts import DatasetClasses, counts_classes
 
 
@@ -18,6 +19,7 @@ def _class_counts(classes: DatasetClasses) -> dict[str, list[str] | None]:
     }
 
 
+@CONFIG_REGISTRY.register()
 def add_upsnet_config(cfg: CfgNode) -> None:
     """Add UPSNet's keys to ``cfg``, in place."""
     upsnet = cfg.MODEL.UPSNET = CfgNode()

@@ -33,12 +33,13 @@ from typing import Any, NamedTuple
 import torch
 from detectron2.config import CfgNode
 from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
 
 from d2ext.checkpoint.checkpointer import Checkpointer
 from d2ext.checkpoint.io import CheckpointError
+from d2ext.config import ConfigError
 from d2ext.data import DataError
-from d2ext.engine import ConfigError, Trainer
 from d2ext.files import atomic_write
 from d2ext.tools import train
 from d2ext.tools.command_line import CommandError, make_parser, positive
@@ -217,7 +218,7 @@ def carry_out(
         series["time"] = [
             (s, line[metric], 0.0) for s, line in zip(seconds, lines, strict=True) if metric in line
         ]
-    model = Trainer.build_model(run.cfg).eval()
+    model = build_model(run.cfg).eval()
     report["parameters"] = sum(p.numel() for p in model.parameters())
     if comparison.measure is not None:
         Checkpointer(model, fit="exact").load(str(weights))
