@@ -360,7 +360,7 @@ def _wrap_distributed(model: nn.Module, *, find_unused: bool) -> nn.Module:
     device = next(model.parameters()).device
     return DistributedDataParallel(
         model,
-        device_ids=None if device.type == "cpu" else [comm.get_local_rank()],
+        device_ids=None if device.type == "cpu" else [device],
         broadcast_buffers=False,  # as in Detectron2
         find_unused_parameters=find_unused,
     )

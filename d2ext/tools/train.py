@@ -20,7 +20,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch.multiprocessing as mp
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
@@ -37,7 +36,8 @@ from d2ext.data.custom import (
     check_config_against_data,
     register_from_arguments,
 )
-from d2ext.engine import Trainer, launch, set_cpu_threads
+from d2ext.engine import Trainer, set_cpu_threads
+from d2ext.engine.processes import RankError, launch
 from d2ext.evaluation import check_analysis
 from d2ext.files import atomic_write
 from d2ext.model_zoo import find_config_file
@@ -55,7 +55,8 @@ def build_parser(doc: str | None = __doc__) -> argparse.ArgumentParser:
         help="also write where panoptic quality is lost: per class, per image, between classes, as "
         "tables and pictures (in OUTPUT_DIR/inference/analysis)",
     )
-    parser.set_defaults(dist_url="auto")
+    # None: not given, see launch.
+    parser.set_defaults(dist_url="auto", num_gpus=None, num_machines=None, machine_rank=None)
     for action in parser._actions:
         if action.dest == "num_gpus":
             action.help = "processes on this machine: one per GPU, or on the CPU (MODEL.DEVICE cpu)"
@@ -132,10 +133,7 @@ def run(arguments: list[str] | None = None, parser: argparse.ArgumentParser | No
     except (ConfigError, CheckpointError, DataError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (OSError, FloatingPointError) as error:  # disk full, ...; the log has the traceback
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except mp.ProcessRaisedException as error:
+    except (OSError, FloatingPointError, RankError) as error:  # the log has the traceback
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

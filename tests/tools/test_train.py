@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,30 +13,10 @@ from d2ext.checkpoint.io import load_untrusted
 from d2ext.tools import train
 from tests.engine import toy
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture(scope="module")
 def toy_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toy.write_data(tmp_path_factory.mktemp("toy"))
-
-
-def in_subprocess(toy_json: Path, *arguments: str, **environment: str) -> subprocess.Popen:
-    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    variables = {"TOY_DATA": str(toy_json), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "tests/engine/toy.py"), *arguments],
-        env={**os.environ, **variables, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def wait(process: subprocess.Popen, expected: int) -> str:
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == expected, output
-    return output
 
 
 def test_killed_and_resumed_run_equals_an_uninterrupted_one(toy_json: Path, tmp_path: Path) -> None:
@@ -51,14 +28,14 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(toy_json: Path, tmp_
         "DATASETS__TEST": "('toy',)",
     }
     run = toy.options(tmp_path / "run", **common, DATALOADER__NUM_WORKERS=1)
-    wait(in_subprocess(toy_json, *run, TOY_KILL_AT="7"), -signal.SIGKILL)
+    toy.wait(toy.start(toy_json, *run, TOY_KILL_AT="7"), -signal.SIGKILL)
     assert (tmp_path / "run/last_checkpoint").read_text() == "model_0000005.pth"
     assert sorted(toy.losses(tmp_path / "run")) == list(range(7))  # nothing logged was lost
-    resumed = in_subprocess(toy_json, "--resume", *run)
+    resumed = toy.start(toy_json, "--resume", *run)
 
     toy.register(toy_json)
     assert train.run(toy.options(tmp_path / "whole", **common)) == 0  # meanwhile
-    output = wait(resumed, 0)
+    output = toy.wait(resumed, 0)
     assert "Starting training from iteration 6" in output
     whole, parts = toy.losses(tmp_path / "whole"), toy.losses(tmp_path / "run")
     assert sorted(whole) == list(range(12))
@@ -81,10 +58,10 @@ def test_two_processes_give_what_one_gives(
         "TEST__BEST_METRIC": "bbox/AP50",
         "SOLVER__MAX_ITER": 10,
     }
-    two = in_subprocess(toy_json, "--num-gpus", "2", *toy.options(tmp_path / "two", **common))
+    two = toy.start(toy_json, "--num-gpus", "2", *toy.options(tmp_path / "two", **common))
     toy.register(toy_json)
     assert train.run(toy.options(tmp_path / "one", **common)) == 0
-    output = wait(two, 0)
+    output = toy.wait(two, 0)
     assert "World size: 2" in output
     one, both = toy.losses(tmp_path / "one"), toy.losses(tmp_path / "two")
     assert sorted(one) == sorted(both) == [0, 1, 2, 3, 5, 6, 7, 8, 9]

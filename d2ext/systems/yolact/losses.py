@@ -45,14 +45,13 @@ def mine_negatives(logits: Tensor, labels: Tensor, negatives_per_positive: int) 
         labels: (B, A) as :class:`PriorMatches`.
 
     Returns:
-        (B, A) bool; an image has ``negatives_per_positive`` times its positives, A - 1 at most.
+        (B, A) bool; an image has ``negatives_per_positive`` times its positives, or all that it has.
     """
     with torch.no_grad():
         hardness = logits.float().logsumexp(dim=2) - logits[..., 0].float()
         hardness = hardness.masked_fill(labels != BACKGROUND, -1.0)
         rank = hardness.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         wanted = negatives_per_positive * (labels > 0).sum(dim=1, keepdim=True)
-        wanted = wanted.clamp(max=labels.shape[1] - 1)
         return (rank < wanted) & (labels == BACKGROUND)
 
 

@@ -31,6 +31,12 @@ def test_images_without_positives_give_no_negatives() -> None:
     assert chosen.sum(dim=1).tolist() == [0, 3]
 
 
+def test_all_negatives_are_taken_where_there_are_too_few() -> None:
+    labels = torch.tensor([[1, 2, NEUTRAL, BACKGROUND], [1, 2, 1, 2]])
+    chosen = mine_negatives(torch.randn(2, 4, 3), labels, 3)
+    assert chosen.tolist() == [[False, False, False, True], [False] * 4]
+
+
 def test_masks_are_resized_without_antialiasing() -> None:
     mask = torch.zeros(1, 8, 8)
     mask[0, :, 3:5] = 1
@@ -99,6 +105,22 @@ def test_small_objects_do_not_train_the_mask_scorer() -> None:
     assert large["loss_mask_iou"] > 0
     limit = YOLACTCriterion(mask_scorer=scorer, min_mask_iou_area=400)
     assert limit(predictions, priors, targets)["loss_mask_iou"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "positives_of_others", "expected"),
+    [("local", 5, 3), ("local", -3, 3), ("global", 5, 2), ("global", -3, 0.25)],
+)
+def test_normalizer_of_four_processes(
+    monkeypatch: pytest.MonkeyPatch, name: str, positives_of_others: int, expected: float
+) -> None:
+    """Positives here, or their mean over the processes; 1 positive at least counts in all."""
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 4)
+    monkeypatch.setattr(
+        "torch.distributed.all_reduce", lambda count: count.add_(positives_of_others)
+    )
+    criterion = YOLACTCriterion(normalizer=name)
+    assert criterion._count(3, torch.device("cpu")) == expected
 
 
 def test_normalizer_is_checked() -> None:
