@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from d2ext.engine import ConfigError, launch
+from d2ext.config import ConfigError
+from d2ext.engine import launch
 from d2ext.engine.processes import RankError, _explain
 from tests.engine import toy
 
