@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from d2ext.engine import ConfigError
+from d2ext.config import ConfigError
 from d2ext.engine.cluster import Place, find_place, first_host
 
 TORCHRUN = {

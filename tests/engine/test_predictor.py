@@ -174,5 +174,5 @@ def test_predictor_of_a_config_and_overrides(tmp_path: Path) -> None:
     assert len(predictor(PICTURE)["instances"]) < len(d2ext.Predictor(cfg)(PICTURE)["instances"])
     with pytest.raises(ConfigError, match="no config file"):
         d2ext.Predictor("yolact/yolact_R_51_550.yaml")
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         d2ext.Predictor(cfg, str(tmp_path / "none.pth"))
