@@ -8,7 +8,7 @@ Examples:
     d2ext evaluate --config-file CONFIG --analyze MODEL.WEIGHTS model_final.pth
 
 The evaluator follows from the data set's type. --resume takes the last checkpoint in OUTPUT_DIR.
-Results are printed and written to OUTPUT_DIR/results.json. The same as `d2ext train --eval-only`.
+Results are printed and written to OUTPUT_DIR/results.json.
 """
 
 from __future__ import annotations

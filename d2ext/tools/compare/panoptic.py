@@ -16,8 +16,6 @@ _GROUPS = {"": "", "_th": " things", "_st": " stuff"}
 def panoptic() -> Comparison:
     """Both with the same backbone and budget on the built-in `shapes`."""
     rules = ("MODEL.UPSNET.TEST.PANOPTIC", "heuristic")
-    # Small stuff is dropped alike: the limit of the config's UPSNET.TEST.STUFF_AREA_LIMIT.
-    limit = ("MODEL.PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT", "256")
     columns = {
         f"panoptic_seg/{metric}{group}": metric + title
         for group, title in _GROUPS.items()
@@ -28,9 +26,7 @@ def panoptic() -> Comparison:
         arms={
             "panoptic_fpn": Arm("Panoptic FPN", "baselines/panoptic_fpn_shapes.yaml"),
             "upsnet": Arm("UPSNet, panoptic head", _UPSNET),
-            "upsnet_rules": Arm(
-                "UPSNet, merged by rules", _UPSNET, (*rules, *limit), trained_by="upsnet"
-            ),
+            "upsnet_rules": Arm("UPSNet, merged by rules", _UPSNET, rules, trained_by="upsnet"),
         },
         columns={**columns, "segm/AP": "mask AP", "sem_seg/mIoU": "mIoU"},
     )

@@ -9,9 +9,9 @@ Examples:
     d2ext compare panoptic --dataset streets --train-panoptic-json train.json --train-images train/ \\
         --val-panoptic-json val.json --val-images val/
 
-Each arm is a config trained by `d2ext train`, in a process and a folder of its own; options that are
-not listed here, such as --dataset and --num-gpus, go there. What is finished is not done again, and
-what was interrupted goes on: give the same command.
+Each arm is a config trained by `d2ext train`, in a process and a folder of its own. Options that are not
+listed here, such as --dataset and --num-gpus, go there. What is finished is not done again, and what was
+interrupted goes on: give the same command.
 
 OUTPUT gets table.md, comparison.json with everything measured, and plots.
 """
@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import logging
 import platform
 import signal
 import subprocess
@@ -38,15 +37,13 @@ from detectron2.utils.logger import setup_logger
 
 from d2ext.checkpoint.checkpointer import Checkpointer
 from d2ext.checkpoint.io import CheckpointError
-from d2ext.config import ConfigError
+from d2ext.config import ConfigError, add_options_argument
 from d2ext.data import DataError
 from d2ext.files import atomic_write
 from d2ext.tools import train
 from d2ext.tools.command_line import CommandError, make_parser, positive
-from d2ext.tools.compare.comparison import COMPARISONS, Comparison, Series
+from d2ext.tools.compare.comparison import COMPARISONS, Comparison
 from d2ext.tools.compare.report import draw_plots, format_table
-
-logger = logging.getLogger("d2ext.tools.compare")
 
 # What runs `train` and `evaluate`.
 PROGRAM = [sys.executable, "-m", "d2ext"]
@@ -57,22 +54,20 @@ _PILOT = 40
 
 
 class Run(NamedTuple):
-    """One arm with one seed."""
+    """One arm with one seed; ``arguments`` are those of `d2ext train`, without OUTPUT_DIR."""
 
     arm: str
     seed: int
     folder: Path
     arguments: list[str]
-    """For `d2ext train`, without OUTPUT_DIR."""
     cfg: CfgNode
-    trained_by: str
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
-    names = [name.replace("_", "-") for name, _ in COMPARISONS]
-    summaries = [f"{n}: {c().summary}" for n, (_, c) in zip(names, COMPARISONS, strict=True)]
-    parser.add_argument("comparison", choices=names, help="; ".join(summaries))
+    summaries = {name.replace("_", "-"): make().summary for name, make in COMPARISONS}
+    described = "; ".join(f"{name}: {summary}" for name, summary in summaries.items())
+    parser.add_argument("comparison", choices=list(summaries), help=described)
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these (default: all)")
     parser.add_argument(
         "--config", nargs="+", default=[], metavar="ARM=FILE", help="other config files for arms"
@@ -86,51 +81,43 @@ def build_parser() -> argparse.ArgumentParser:
         "--seconds", type=positive, metavar="S", help="of each training, about, from its speed"
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="(output/compare_<comparison>)")
-    parser.add_argument(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="changes to all configs; must come last",
-    )
+    add_options_argument(parser)
     return parser
 
 
-# Planning
-
-
 def plan(comparison: Comparison, args: argparse.Namespace, passed_on: Sequence[str]) -> list[Run]:
-    """The runs, those that others need first.
+    """The runs, in the order of the arms.
 
     Raises:
-        CommandError: unknown arms.
+        CommandError: unknown arms, or one without the arm that trains it.
         ConfigError: configs that do not exist, or budgets that differ.
     """
     files = dict(entry.partition("=")[::2] for entry in args.config)
-    names = list(args.arms or comparison.arms)
-    unknown = sorted({*names, *files} - set(comparison.arms))
-    if unknown:
-        raise CommandError(f"No such arms: {unknown}. There are {', '.join(comparison.arms)}.")
-    needed = {comparison.arms[name].trained_by for name in names} | set(names)
+    names = [name for name in comparison.arms if name in (args.arms or comparison.arms)]
+    trained_by = {comparison.arms[name].trained_by for name in names} - {""}
+    if unknown := {*(args.arms or ()), *files} - {*comparison.arms} or trained_by - {*names}:
+        raise CommandError(
+            f"Arms are missing or unknown: {', '.join(unknown)}. There are "
+            f"{', '.join(comparison.arms)}."
+        )
     runs = []
-    for name, arm in comparison.arms.items():
-        if name not in needed:
-            continue
+    for name in names:
+        arm = comparison.arms[name]
         file = files.get(name) or files.get(arm.trained_by) or arm.config
-        common = ["--config-file", file, *passed_on]
-        options = [*comparison.overrides, *arm.overrides, *args.opts]
+        common = ["--config-file", file, *passed_on, *comparison.overrides, *arm.overrides]
         for seed in args.seeds:
             folder = args.output / name / f"seed_{seed}"
-            arguments = [*common, *options, "SEED", str(seed)]
+            arguments = [*common, *args.opts, "SEED", str(seed)]
             if not arm.trained_by:
                 cfg = read_config(arguments)
                 iterations = args.iterations or cfg.SOLVER.MAX_ITER
                 if args.seconds:
                     iterations = max(round(args.seconds / pilot(arguments, folder)), 1)
                 arguments += budget_options(cfg, iterations, comparison.evaluations)
-            runs.append(Run(name, seed, folder, arguments, read_config(arguments), arm.trained_by))
-    check_budgets([run for run in runs if not run.trained_by], timed=bool(args.seconds))
-    return sorted(runs, key=lambda run: bool(run.trained_by))
+            runs.append(Run(name, seed, folder, arguments, read_config(arguments)))
+    trained = [run.cfg for run in runs if not comparison.arms[run.arm].trained_by]
+    check_budgets(trained, timed=bool(args.seconds))
+    return runs
 
 
 def read_config(arguments: Sequence[str]) -> CfgNode:
@@ -141,49 +128,43 @@ def read_config(arguments: Sequence[str]) -> CfgNode:
 def budget_options(cfg: CfgNode, iterations: int, evaluations: int) -> list[str]:
     """KEY VALUE pairs that fit a schedule to another number of iterations."""
     solver, factor = cfg.SOLVER, iterations / cfg.SOLVER.MAX_ITER
-    steps = tuple(step for s in solver.STEPS if 0 < (step := round(s * factor)) < iterations)
-    period = iterations // evaluations if evaluations > 1 else 0
     values = {
         "SOLVER.MAX_ITER": iterations,
-        "SOLVER.STEPS": steps,
+        "SOLVER.STEPS": tuple(s for x in solver.STEPS if 0 < (s := round(x * factor)) < iterations),
         "SOLVER.WARMUP_ITERS": min(solver.WARMUP_ITERS, iterations // 10),
-        "TEST.EVAL_PERIOD": period,
+        "TEST.EVAL_PERIOD": iterations // evaluations if evaluations > 1 else 0,
     }
     return [str(word) for pair in values.items() for word in pair]
 
 
 def pilot(arguments: Sequence[str], folder: Path) -> float:
-    """Seconds of an iteration, measured by a short training."""
+    """Seconds of an iteration, told by the end of a short training."""
     file = folder / "pilot" / "metrics.json"
-    if not file.is_file():
-        short = {"SOLVER.MAX_ITER": _PILOT, "SOLVER.STEPS": "()", "DATASETS.TEST": "()"}
-        words = [str(word) for pair in short.items() for word in pair]
-        start("train", [*arguments, *words], file.parent)
-    return training_seconds(read_metrics(file))[-1] / _PILOT
+    if not (file.parent / "model_final.pth").is_file():
+        values = ("SOLVER.MAX_ITER", str(_PILOT), "SOLVER.STEPS", "()", "DATASETS.TEST", "()")
+        start("train", [*arguments, *values], file.parent)
+    return [line["time"] for line in read_metrics(file) if "time" in line][-1]
 
 
-def check_budgets(runs: Sequence[Run], *, timed: bool) -> None:
-    """Raise :class:`ConfigError` if runs train on other data or longer than each other."""
+def check_budgets(configs: Sequence[CfgNode], *, timed: bool) -> None:
+    """Raise :class:`ConfigError` if configs train on other data or longer than each other."""
     for key in _BUDGET:
         section, leaf = key.split(".")
-        values = {run.arm: run.cfg[section][leaf] for run in runs}
-        if len(set(values.values())) > 1 and not (timed and leaf == "MAX_ITER"):
-            listed = ", ".join(f"{value} for {arm}" for arm, value in values.items())
+        values = {cfg[section][leaf] for cfg in configs}
+        if len(values) > 1 and not (timed and leaf == "MAX_ITER"):
             raise ConfigError(
-                f"The models cannot be compared: {key} is {listed}. Give one value for all: "
-                f"--opts {key} VALUE."
+                f"The models cannot be compared: {key} is {' and '.join(map(str, values))}. Give one "
+                f"value for all: --opts {key} VALUE."
             )
-    if any(len(run.cfg.DATASETS.TEST) != 1 for run in runs):
+    if len(configs[0].DATASETS.TEST) != 1:
         raise ConfigError("A comparison needs one data set to evaluate on: set DATASETS.TEST.")
 
 
-# Running
-
-
-def carry_out(
-    run: Run, comparison: Comparison, finished: Mapping[tuple[str, int], Run]
-) -> dict[str, Any]:
+def carry_out(run: Run, trained: Run, comparison: Comparison) -> dict[str, Any]:
     """Train or evaluate, and measure; what ``comparison.json`` holds of the run.
+
+    Args:
+        trained: the run whose weights are evaluated, often ``run`` itself.
 
     Raises:
         CommandError: the folder holds a run with other settings, or the training failed.
@@ -200,32 +181,26 @@ def carry_out(
         if "results" in known:
             return known
     write_json(file, report)
-    trained = finished[run.trained_by, run.seed] if run.trained_by else run
-    weights = trained.folder / "model_final.pth"
-    logger.info("%s, seed %d: see %s", run.arm, run.seed, run.folder / "log.txt")
-    if run.trained_by:
-        start("evaluate", [*run.arguments, "MODEL.WEIGHTS", str(weights)], run.folder)
-    else:
+    weights = str(trained.folder / "model_final.pth")
+    if run is trained:
         start("train", ["--resume", *run.arguments], run.folder)
+    else:
+        start("evaluate", [*run.arguments, "MODEL.WEIGHTS", weights], run.folder)
     results = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
     report["results"] = flatten_results_dict(results)
     lines = read_metrics(trained.folder / "metrics.json")
     seconds = training_seconds(lines)
-    report["seconds"] = seconds[-1] if seconds else None
-    series: Series = {}
-    if not run.trained_by:
-        metric = next(iter(comparison.columns))
-        series["time"] = [
-            (s, line[metric], 0.0) for s, line in zip(seconds, lines, strict=True) if metric in line
-        ]
+    report["seconds"] = seconds[-1]
+    metric = next(iter(comparison.columns))
+    curve = [(s, x[metric], 0.0) for s, x in zip(seconds, lines, strict=True) if metric in x]
+    report["series"] = {"time": curve if run is trained else []}
     model = build_model(run.cfg).eval()
     report["parameters"] = sum(p.numel() for p in model.parameters())
     if comparison.measure is not None:
-        Checkpointer(model, fit="exact").load(str(weights))
-        results, measured = comparison.measure(run.cfg, model)
+        Checkpointer(model, fit="exact").load(weights)
+        results, series = comparison.measure(run.cfg, model)
         report["results"] |= results
-        series |= measured
-    report["series"] = series
+        report["series"] |= series
     write_json(file, report)
     return report
 
@@ -250,15 +225,15 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
 
 
 def training_seconds(lines: Sequence[Mapping[str, float]]) -> list[float]:
-    """Seconds of training up to each line, without evaluations.
+    """Seconds of training up to each line, without evaluations and without waiting for data.
 
-    A line tells the median time of an iteration since the one before it.
+    A line tells the median times of the iterations since the one before it.
     """
-    times = [line["time"] for line in lines if "time" in line]
     elapsed, done, result = 0.0, 0, []
-    latest = times[0] if times else 0.0
+    latest = next((x["time"] - x.get("data_time", 0.0) for x in lines if "time" in x), 0.0)
     for line in lines:
-        latest = line.get("time", latest)
+        if "time" in line:
+            latest = line["time"] - line.get("data_time", 0.0)
         elapsed += latest * max(int(line["iteration"]) + 1 - done, 0)
         done = max(int(line["iteration"]) + 1, done)
         result.append(round(elapsed, 3))
@@ -278,20 +253,20 @@ def run(arguments: list[str] | None = None) -> int:
     comparison: Comparison = COMPARISONS.get(name)()
     args.output = args.output or Path("output") / f"compare_{name}"
     setup_logger(name="d2ext")
-    reports: list[dict[str, Any]] = []
     try:
-        finished: dict[tuple[str, int], Run] = {}
-        for planned in plan(comparison, args, passed_on):
-            reports.append(carry_out(planned, comparison, finished))
-            finished[planned.arm, planned.seed] = planned
-        content = {
+        runs = {(r.arm, r.seed): r for r in plan(comparison, args, passed_on)}
+        reports = []
+        # Arms that are trained come first; the others evaluate their weights.
+        for one in sorted(runs.values(), key=lambda r: comparison.arms[r.arm].trained_by):
+            trained = runs[comparison.arms[one.arm].trained_by or one.arm, one.seed]
+            reports.append(carry_out(one, trained, comparison))
+        report = {
             "comparison": args.comparison,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "device": planned.cfg.MODEL.DEVICE,
             "runs": reports,
         }
-        write_json(args.output / "comparison.json", content)
+        write_json(args.output / "comparison.json", report)
         table = format_table(comparison, reports)
         with atomic_write(args.output / "table.md", "w") as file:
             file.write(table)
@@ -299,6 +274,7 @@ def run(arguments: list[str] | None = None) -> int:
     except (CommandError, ConfigError, CheckpointError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"\n{table}")
-    print("Written:", *(args.output / n for n in ("table.md", "comparison.json")), *plots)
+    print(
+        f"\n{table}\nWritten to {args.output}: table.md, comparison.json,", *(p.name for p in plots)
+    )
     return 0
