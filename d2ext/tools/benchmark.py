@@ -13,8 +13,7 @@ size of the images, on the device, the device having finished. Its parts:
 - choice: decoding of boxes, NMS, choice of the detections;
 - results: masks assembled at the size of the image, Instances built.
 
-Outside the total are "decode" (JPEG file to bytes, OpenCV, one thread) and "download" (results to the
-host). Latency is the median over single calls, each waited for; throughput is that of calls back to
+Latency is the median over single calls, each waited for; throughput is that of calls back to
 back, median of three rounds. A part that follows from a difference of two measurements is a difference
 of medians. FLOPs are those of the network (multiply and add count as two), without what is elementwise.
 """
@@ -37,6 +36,7 @@ from d2ext.checkpoint.io import CheckpointError
 from d2ext.config import ConfigError, add_options_argument, load_config
 from d2ext.data.errors import ImageReadError
 from d2ext.data.image_io import read_image
+from d2ext.data.shapes import draw_image
 from d2ext.engine.predictor import BatchPredictor
 from d2ext.files import atomic_write
 from d2ext.model_zoo import find_config_file
@@ -46,11 +46,9 @@ from d2ext.tools.model_benchmark import (
     BoxPredictor,
     Clock,
     count_flops,
-    draw_image,
     environment,
     lower_score_thresholds,
     measure_batch,
-    profile,
     settle_norms,
 )
 
@@ -82,7 +80,8 @@ def example_image(args: argparse.Namespace) -> tuple[np.ndarray, str]:
     """The image to measure on (H×W×3, BGR, uint8), and what it is."""
     if args.image is None:
         height, width = args.image_size or (480, 640)
-        return draw_image(height, width), f"drawn image of {width}x{height}"
+        image = draw_image(0, "benchmark", 0, height, width).image[:, :, ::-1]
+        return np.ascontiguousarray(image), f"drawn image of {width}x{height}"
     image = read_image(args.image, "BGR")
     if args.image_size:
         height, width = args.image_size
@@ -96,7 +95,7 @@ def run_model(args: argparse.Namespace) -> dict[str, Any]:
     cfg, remarks = model_config(args)
     device = torch.device(cfg.MODEL.DEVICE)
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = not args.no_cudnn_benchmark
+        torch.backends.cudnn.benchmark = True
     image, described = example_image(args)
     torch.manual_seed(0)
     predictor = BoxPredictor(cfg, args.boxes) if args.boxes else BatchPredictor(cfg)
@@ -122,10 +121,6 @@ def run_model(args: argparse.Namespace) -> dict[str, Any]:
     for size in args.batch_size:
         report["batches"].append(measure_batch(predictor, [image] * size, clock))
     print_batches(report["batches"])
-    if args.profile:
-        for size in args.batch_size:
-            print(f"\nProfile at batch size {size}:")
-            print(profile(predictor, [image] * size, clock, args.profile))
     return report
 
 
@@ -151,7 +146,6 @@ def print_batches(batches: list[dict[str, Any]]) -> None:
         row |= {name: stages.get(name) for name in names}
         row["total p10..p90"] = f"{latency['p10']:.2f}..{latency['p90']:.2f}"
         row["images/s"] = batch["images_per_second"]
-        row["+ decode"], row["+ download"] = stages["decode"], stages["download"]
         row["peak MiB (reserved)"] = (
             "n/a" if memory is None else f"{memory:.0f} ({batch['peak_reserved_mib']:.0f})"
         )
@@ -177,7 +171,7 @@ def run_operators(args: argparse.Namespace) -> dict[str, Any]:
             device,
             dtypes,
             detections=args.detections,
-            sizes=[tuple(int(x) for x in size.lower().split("x")) for size in args.sizes],
+            sizes=args.sizes,
             repeats=args.iters,
             bandwidth=bandwidth,
         )
@@ -201,11 +195,9 @@ def run_operators(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def _size(text: str) -> str:
-    height, cross, width = text.lower().partition("x")
-    if not (cross and height.isdigit() and width.isdigit() and int(height) * int(width) > 0):
-        raise argparse.ArgumentTypeError(f"'{text}' is no size like 550x550 (height x width)")
-    return text
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.lower().partition("x")
+    return positive(height), positive(width)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -214,85 +206,66 @@ def build_parser() -> argparse.ArgumentParser:
     dtypes = ("float32", "bfloat16", "float16")
 
     operators = commands.add_parser("operators", help="operators, plain PyTorch and the floor")
+    add = operators.add_argument
     operators.set_defaults(command=run_operators)
-    operators.add_argument("--dtype", nargs="+", choices=dtypes, default=["float32", "bfloat16"])
-    operators.add_argument("--detections", type=positive, default=100, metavar="N")
-    operators.add_argument(
+    add("--dtype", nargs="+", choices=dtypes, default=["float32", "bfloat16"])
+    add("--detections", type=positive, default=100, metavar="N")
+    add(
         "--sizes",
         nargs="+",
         type=_size,
-        default=["550x550", "1080x1920"],
+        default=[(550, 550), (1080, 1920)],
         metavar="HxW",
         help="of the binary masks (default: 550x550 1080x1920)",
     )
-    operators.add_argument(
+    add(
         "--only",
         nargs="+",
         choices=("masks", "pooling"),
         default=["masks", "pooling"],
         help="operators to measure (default: all)",
     )
-    operators.add_argument(
+    add(
         "--pool-batches",
         nargs="+",
         type=positive,
         metavar="B",
         help="of the maps that are pooled, B x 128 x side x side (default: GPU 8 1, CPU 1)",
     )
-    operators.add_argument(
-        "--pool-side", type=positive, default=128, metavar="N", help="their side (default: 128)"
-    )
-    operators.add_argument(
-        "--pool-channels-last", action="store_true", help="pool channels_last maps too"
-    )
-    operators.add_argument("--iters", type=positive, default=20, help="samples (default: 20)")
+    add("--pool-side", type=positive, default=128, metavar="N", help="their side (default: 128)")
+    add("--pool-channels-last", action="store_true", help="pool channels_last maps too")
+    add("--iters", type=positive, default=20, help="samples (default: 20)")
 
     model = commands.add_parser("model", help="a whole model, stage by stage")
+    add = model.add_argument
     model.set_defaults(command=run_model)
     add_config_argument(model)
-    model.add_argument("--weights", metavar="FILE", help="checkpoint (default: random weights)")
-    model.add_argument("--dtype", choices=dtypes, default="float32")
-    model.add_argument(
-        "--mode", choices=("eager", "cudagraph", "compile", "compile_cudagraph"), default="eager"
-    )
-    model.add_argument("--channels-last", action="store_true")
-    model.add_argument("--batch-size", nargs="+", type=positive, default=[1], metavar="N")
-    model.add_argument(
+    add("--weights", metavar="FILE", help="checkpoint (default: random weights)")
+    add("--dtype", choices=dtypes, default="float32")
+    add("--mode", choices=("eager", "cudagraph", "compile", "compile_cudagraph"), default="eager")
+    add("--channels-last", action="store_true")
+    add("--batch-size", nargs="+", type=positive, default=[1], metavar="N")
+    add(
         "--boxes",
         type=positive,
         metavar="N",
         help="boxes in each image, for models that look into boxes (default: the whole image)",
     )
-    model.add_argument("--image", metavar="FILE", help="image to measure on (default: drawn)")
-    model.add_argument(
+    add("--image", metavar="FILE", help="image to measure on (default: drawn)")
+    add(
         "--image-size",
         nargs=2,
         type=positive,
         metavar=("H", "W"),
         help="resize the image beforehand (default: its own size; drawn: 480 640)",
     )
-    model.add_argument(
-        "--iters", type=positive, metavar="N", help="measured calls (default: GPU 100, CPU 10)"
-    )
-    model.add_argument(
-        "--warmup", type=positive, default=5, metavar="N", help="calls before (default: 5)"
-    )
-    model.add_argument(
+    add("--iters", type=positive, metavar="N", help="measured calls (default: GPU 100, CPU 10)")
+    add("--warmup", type=positive, default=5, metavar="N", help="calls before (default: 5)")
+    add(
         "--score-thresh",
         type=float,
         metavar="SCORE",
         help="score threshold (default: the config's with --weights, 0 with random weights)",
-    )
-    model.add_argument(
-        "--no-cudnn-benchmark", action="store_true", help="let cuDNN not try its algorithms"
-    )
-    model.add_argument(
-        "--profile",
-        nargs="?",
-        const=20,
-        type=positive,
-        metavar="ROWS",
-        help="also show the operators and kernels that take most of the time",
     )
     for command in (operators, model):
         command.add_argument("--device", help="for example cuda:1 (default: a GPU if there is one)")

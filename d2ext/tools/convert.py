@@ -220,13 +220,12 @@ def convert(cfg: CfgNode, source: str, system: str | None) -> tuple[dict[str, ob
 
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("source", metavar="SRC", help="published checkpoint (.pth)")
-    parser.add_argument("target", metavar="DST", help="file to write, .pth")
+    add = parser.add_argument
+    add("source", metavar="SRC", help="published checkpoint (.pth)")
+    add("target", metavar="DST", help="file to write, .pth")
     add_config_argument(parser)
-    parser.add_argument(
-        "--system", metavar="NAME", help="converter (default: the config's meta-architecture)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    add("--system", metavar="NAME", help="converter (default: the config's meta-architecture)")
+    add("--overwrite", action="store_true", help="replace DST if it exists")
     add_options_argument(parser)
     return parser
 

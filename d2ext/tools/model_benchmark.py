@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 import torchvision
@@ -89,20 +88,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         known["cudnn_benchmark"] = torch.backends.cudnn.benchmark
         known["tf32"] = torch.backends.cudnn.allow_tf32
     return known
-
-
-def draw_image(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """A picture with edges and texture (H×W×3, BGR, uint8): ellipses on smooth noise."""
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    image = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
-    for _ in range(30):
-        center = (int(rng.integers(width)), int(rng.integers(height)))
-        axes = tuple(int(x) for x in rng.integers(4, max(min(height, width) // 4, 5), 2))
-        color = tuple(int(x) for x in rng.integers(0, 256, 3))
-        cv2.ellipse(image, center, axes, float(rng.integers(180)), 0, 360, color, -1)
-    noise = rng.normal(0, 8, image.shape)
-    return np.clip(image + noise, 0, 255).astype(np.uint8)
 
 
 def lower_score_thresholds(cfg: CfgNode, value: float) -> list[str]:
@@ -242,12 +227,7 @@ def measure_batch(
             result["peak_reserved_mib"] = torch.cuda.max_memory_reserved(device) / 2**20
         stages = stage_times(predictor, images, clock)
         stages["total"] = result["latency_ms"]["median"]
-        outputs = predictor(images)
-        result["output"] = describe_output(outputs)
-        stages["download"] = clock.median(lambda: to_host(outputs))
-        files = [cv2.imencode(".jpg", image)[1] for image in images]
-        host = Clock(torch.device("cpu"), min(clock.iterations, 20), 2)
-        stages["decode"] = host.median(lambda: [cv2.imdecode(f, cv2.IMREAD_COLOR) for f in files])
+        result["output"] = describe_output(predictor(images))
     result["stages_ms"] = stages
     return result
 
@@ -274,13 +254,6 @@ def stage_times(
     return stages
 
 
-def to_host(outputs: list[dict[str, Any]]) -> list[Any]:
-    """Everything that the model returned, on the CPU."""
-    return [
-        value.to("cpu") for output in outputs for value in output.values() if hasattr(value, "to")
-    ]
-
-
 def describe_output(outputs: list[dict[str, Any]]) -> dict[str, Any]:
     """How much there was to assemble: detections an image, their boxes' share of the image."""
     described: dict[str, Any] = {}
@@ -299,36 +272,3 @@ def describe_output(outputs: list[dict[str, Any]]) -> dict[str, Any]:
 def _spread(times: Sequence[float]) -> dict[str, float]:
     low, high = np.percentile(times, [10, 90]).tolist()
     return {"median": statistics.median(times), "p10": low, "p90": high}
-
-
-def profile(predictor: BatchPredictor, images: list[np.ndarray], clock: Clock, rows: int) -> str:
-    """The operators and kernels that take most of the time."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    on_gpu = clock.device.type == "cuda"
-    if on_gpu:
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    calls = min(clock.iterations, 10)
-    for _ in range(clock.warmup):
-        predictor(images)
-    clock.wait()
-    start = time.perf_counter()
-    with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(calls):
-            predictor(images)
-        clock.wait()
-    wall = 1e6 * (time.perf_counter() - start)
-    averages = profiler.key_averages()
-    text = averages.table(
-        sort_by="self_device_time_total" if on_gpu else "self_cpu_time_total",
-        row_limit=rows,
-        max_name_column_width=90,
-    )
-    if on_gpu:
-        # Kernels and copies only: operators carry the time of the kernels that they start.
-        events = [e for e in averages if e.device_type == torch.autograd.DeviceType.CUDA]
-        busy = sum(e.self_device_time_total for e in events)
-        text += (
-            f"\n{calls} calls: the device is busy {busy / calls / 1e3:.3f} ms of "
-            f"{wall / calls / 1e3:.3f} ms a call (with the profiler's own cost)."
-        )
-    return text

@@ -51,8 +51,8 @@ from d2ext.engine.predictor import BatchPredictor
 from d2ext.engine.top_down import BoxFile, BoxSource, Detector
 from d2ext.model_zoo import find_config_file
 from d2ext.tools.command_line import CommandError, add_config_argument, make_parser, positive
-from d2ext.tools.prediction_files import Job, ResultWriter, plan_images, plan_video, write_picture
-from d2ext.utils.drawing import PictureDrawer, VideoDrawer, class_metadata, select
+from d2ext.tools.prediction_files import Job, ResultWriter, plan_images, plan_video
+from d2ext.utils.drawing import PictureDrawer, VideoDrawer, class_metadata, select, write_picture
 from d2ext.utils.heatmaps import SeesHeatmaps
 from d2ext.utils.video import VideoError, VideoReader, video_writer
 
@@ -215,6 +215,7 @@ def lowest(frames: int) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
+    add = parser.add_argument
     add_config_argument(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -229,38 +230,34 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="INDEX",
         help="a camera (default 0), until Ctrl-C or --max-frames",
     )
-    parser.add_argument(
+    add(
         "--output", required=True, metavar="PATH", help="a folder; or a file for one image or video"
     )
-    parser.add_argument(
+    add(
         "--confidence-threshold",
         type=score,
         default=0.5,
         metavar="SCORE",
         help="draw and write instances from this score on (default: %(default)s)",
     )
-    parser.add_argument(
-        "--batch-size", type=positive, default=1, metavar="N", help="images per pass (default: 1)"
-    )
-    parser.add_argument(
+    add("--batch-size", type=positive, default=1, metavar="N", help="images per pass (default: 1)")
+    add(
         "--max-drawn",
         type=positive,
         default=200,
         metavar="N",
         help="draw only the best N instances of a picture; all are written (default: %(default)s)",
     )
-    parser.add_argument(
-        "--max-frames", type=positive, metavar="N", help="stop a video after N frames"
-    )
-    parser.add_argument(
+    add("--max-frames", type=positive, metavar="N", help="stop a video after N frames")
+    add(
         "--draw",
         choices=("results", "heatmaps"),
         default="results",
         help="heatmaps: also the heat maps, corners and centres that CornerNet, CenterNet and their "
         "like read their results from",
     )
-    parser.add_argument("--no-pictures", action="store_true", help="write COCO results only")
-    parser.add_argument(
+    add("--no-pictures", action="store_true", help="write COCO results only")
+    add(
         "--class-names",
         metavar="FILE",
         help="text file, one class name a line; default: those of the config's data set",
@@ -274,15 +271,15 @@ def build_parser() -> argparse.ArgumentParser:
     looked_into.add_argument(
         "--boxes", metavar="FILE", help="JSON list of detections (COCO's result form): the boxes"
     )
-    parser.add_argument("--detector-weights", metavar="FILE", help="the detector's checkpoint")
-    parser.add_argument(
+    add("--detector-weights", metavar="FILE", help="the detector's checkpoint")
+    add(
         "--detector-classes",
         nargs="+",
         metavar="NAME",
         help="of the detector, to look into (default: the model's own class if the detector has it, "
         "otherwise all)",
     )
-    parser.add_argument(
+    add(
         "--box-threshold",
         type=float,
         default=0.5,

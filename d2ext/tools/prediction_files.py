@@ -9,13 +9,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cv2
-import numpy as np
 import torch
 from detectron2.data.catalog import Metadata
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 
-from d2ext.files import atomic_write, json_list
+from d2ext.files import json_list
 from d2ext.tools.command_line import CommandError
 from d2ext.utils.drawing import name_classes
 from d2ext.utils.video import VIDEO_SUFFIXES, check_video_path
@@ -134,20 +132,6 @@ def plan_video(source: str | int, output: Path) -> Path:
     if not isinstance(source, int) and target.resolve() == Path(source).resolve():
         raise CommandError(f"'{target}' would overwrite the input: choose another --output.")
     return target
-
-
-def write_picture(path: Path, image: np.ndarray) -> None:
-    """Write a BGR picture whole or not at all.
-
-    Raises:
-        OSError: the disk is full or not writable.
-    """
-    encoded, data = cv2.imencode(path.suffix.lower(), image)
-    if not encoded:
-        raise OSError(f"cannot encode '{path}'")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write(data.tobytes())
 
 
 class ResultWriter:

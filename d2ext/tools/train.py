@@ -90,6 +90,7 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
     cfg = setup(args)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2ext")
+    results: dict[str, Any] | None
     if args.eval_only:
         results = evaluate(cfg, resume=args.resume)
     else:

@@ -43,9 +43,9 @@ from d2ext.data.custom import (
 )
 from d2ext.data.dataset_dicts import load_dataset
 from d2ext.data.panoptic import panoptic_classes
-from d2ext.files import atomic_write
 from d2ext.model_zoo import find_config_file
 from d2ext.tools.command_line import make_parser, positive
+from d2ext.utils.drawing import write_picture
 
 logger = logging.getLogger("d2ext.tools.visualize_data")
 
@@ -58,17 +58,18 @@ CROWD_COLOR = (0.6, 0.6, 0.6)
 
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("--config-file", default="", metavar="FILE", help="path or model-zoo name")
-    parser.add_argument("--num", type=positive, default=16, help="number of samples (16)")
-    parser.add_argument("--output-dir", default="output/visualize_data", metavar="DIR")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--config-file", default="", metavar="FILE", help="path or model-zoo name")
+    add("--num", type=positive, default=16, help="number of samples (16)")
+    add("--output-dir", default="output/visualize_data", metavar="DIR")
+    add(
         "--source",
         choices=["loader", "annotation"],
         default="loader",
         help="loader: after augmentation; annotation: as annotated",
     )
     add_dataset_arguments(parser)
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config changes")
+    add("opts", nargs="*", metavar="KEY VALUE", help="config changes")
     return parser
 
 
@@ -94,7 +95,7 @@ class Samples:
         self.cfg = cfg
         self.num = num
         if source == "loader":
-            self._loader = build_train_loader(cfg)
+            self._loader: Any = build_train_loader(cfg)
         else:
             self._loader = None
             self._records = [r for name in cfg.DATASETS.TRAIN for r in load_dataset(name)]
@@ -224,13 +225,6 @@ def shrink(picture: np.ndarray) -> np.ndarray:
     return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
 
 
-def write_png(path: Path, picture: np.ndarray) -> None:
-    """Write an RGB picture; an interrupted run leaves no half of a file."""
-    _, encoded = cv2.imencode(".png", np.ascontiguousarray(picture[:, :, ::-1]))
-    with atomic_write(path) as file:
-        file.write(encoded.tobytes())
-
-
 def run(arguments: list[str] | None = None) -> int:
     """Run the tool; its exit status."""
     args = build_parser().parse_args(arguments)
@@ -239,15 +233,15 @@ def run(arguments: list[str] | None = None) -> int:
     try:
         cfg = setup(args)
         samples = Samples(cfg, args.source, args.num)
-        folder.mkdir(parents=True, exist_ok=True)
         metadata = metadata_of(cfg, args.source)
         cells = []
         for i, sample in enumerate(tqdm(samples, total=samples.num, unit="image")):
             picture = draw(sample, metadata, cfg.INPUT.FORMAT)
-            write_png(folder / f"{i:04d}_{Path(sample['file_name']).stem}.png", picture)
+            name = f"{i:04d}_{Path(sample['file_name']).stem}.png"
+            write_picture(folder / name, picture[:, :, ::-1])
             cells.append(shrink(picture))
         if cells:
-            write_png(folder / "montage.png", make_montage(cells))
+            write_picture(folder / "montage.png", make_montage(cells)[:, :, ::-1])
     except (ConfigError, DataError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

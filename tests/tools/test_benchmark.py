@@ -12,6 +12,7 @@ import torch
 from detectron2.modeling import build_model
 from torch import nn
 
+from d2ext.data.shapes import draw_image
 from d2ext.engine.predictor import BatchPredictor
 from d2ext.layers.deform_conv import ModulatedDeformConv
 from d2ext.testing import tiny_config
@@ -31,7 +32,7 @@ def test_model(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     arguments = [
         *("model", "--config-file", config, "--batch-size", "1", "3", "--iters", "2"),
         *("--warmup", "1", "--image-size", "50", "70", "--output", str(report_file)),
-        *("--device", "cpu", "--profile", "5"),
+        *("--device", "cpu"),
     ]
     assert benchmark.run(arguments) == 0
     out = capsys.readouterr().out
@@ -49,12 +50,12 @@ def test_model(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert 0 < batch["output"]["mean_box_share"] <= 1
         assert batch["images_per_second"] > 0
         stages = batch["stages_ms"]
-        assert set(stages) == {*model_benchmark.STAGES, "decode", "download"}
+        assert set(stages) == set(model_benchmark.STAGES)
         assert stages["total"] == batch["latency_ms"]["median"] > 0
         assert stages["network"] > 0
         assert batch["latency_ms"]["p10"] <= stages["total"] <= batch["latency_ms"]["p90"]
         assert "peak_allocated_mib" not in batch
-    for text in ("images/s", "n/a", "aten::", "Profile at batch size 3"):
+    for text in ("images/s", "n/a"):
         assert text in out
 
 
@@ -161,7 +162,7 @@ def test_norms_of_random_weights_are_settled() -> None:
     torch.manual_seed(0)
     predictor = BatchPredictor(cfg)
     model = predictor.model
-    image = model_benchmark.draw_image(64, 64)
+    image = np.ascontiguousarray(draw_image(0, "test", 0, 64, 64).image)
     inputs = predictor.upload([image, np.ascontiguousarray(image[:, ::-1])])
     model_benchmark.settle_norms(model, inputs)
     assert not any(module.training for module in model.modules())
@@ -175,14 +176,6 @@ def test_norms_of_random_weights_are_settled() -> None:
     torch.testing.assert_close(out.mean(dim=(0, 2, 3)), torch.zeros(64), atol=1e-3, rtol=0)
     torch.testing.assert_close(out.var(dim=(0, 2, 3)), torch.ones(64), atol=1e-2, rtol=0)
     assert norm.momentum == 0.1
-
-
-def test_drawn_image_has_texture() -> None:
-    image = model_benchmark.draw_image(60, 90)
-    assert image.shape == (60, 90, 3) and image.dtype == np.uint8
-    assert image.std() > 20
-    assert (image == model_benchmark.draw_image(60, 90)).all()
-    assert model_benchmark.draw_image(1, 1).shape == (1, 1, 3)
 
 
 def test_operators(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,7 +233,7 @@ def test_keypoint_detectors_have_the_same_stages(
     assert benchmark.run([*arguments, "--batch-size", "2", "--image-size", "64", "90"]) == 0
     capsys.readouterr()
     (batch,) = json.loads(report_file.read_text())["batches"]
-    assert set(batch["stages_ms"]) == {*model_benchmark.STAGES, "decode", "download"}
+    assert set(batch["stages_ms"]) == set(model_benchmark.STAGES)
     assert batch["stages_ms"]["network"] > 0 and batch["images_per_second"] > 0
 
 

@@ -105,6 +105,9 @@ def test_evaluation_only(trained: Path, tmp_path: Path) -> None:
     assert train.run(["--eval-only", "--resume", *toy.options(trained, **test)]) == 0
     b = trained / "inference/coco_instances_results.json"
     assert a.read_text() == b.read_text() and len(json.loads(a.read_text())) == 12
+    files = [folder / "results.json" for folder in (tmp_path / "evaluation", trained)]
+    results, resumed = (json.loads(file.read_text())["bbox"] for file in files)
+    assert results["AP50"] == resumed["AP50"] >= results["AP"] >= 0
 
 
 @pytest.mark.usefixtures("registered")

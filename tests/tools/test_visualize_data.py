@@ -12,6 +12,7 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
 
 from d2ext.tools import visualize_data
+from d2ext.utils.drawing import write_picture
 from tests.data.scenes import BACKGROUND, paint_scene, write_image
 
 
@@ -129,7 +130,7 @@ def test_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr("d2ext.files.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        visualize_data.write_png(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
+        write_picture(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -65,14 +65,13 @@ class Run(NamedTuple):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
+    add = parser.add_argument
     summaries = {name.replace("_", "-"): make().summary for name, make in COMPARISONS}
     described = "; ".join(f"{name}: {summary}" for name, summary in summaries.items())
-    parser.add_argument("comparison", choices=list(summaries), help=described)
-    parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these (default: all)")
-    parser.add_argument(
-        "--config", nargs="+", default=[], metavar="ARM=FILE", help="other config files for arms"
-    )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1], metavar="N", help="(1)")
+    add("comparison", choices=list(summaries), help=described)
+    add("--arms", nargs="+", metavar="ARM", help="only these (default: all)")
+    add("--config", nargs="+", default=[], metavar="ARM=FILE", help="other config files for arms")
+    add("--seeds", nargs="+", type=int, default=[1], metavar="N", help="(1)")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
         "--iterations", type=positive, metavar="N", help="of each training (default: the config's)"
@@ -80,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     budget.add_argument(
         "--seconds", type=positive, metavar="S", help="of each training, about, from its speed"
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="(output/compare_<comparison>)")
+    add("--output", type=Path, metavar="DIR", help="(output/compare_<comparison>)")
     add_options_argument(parser)
     return parser
 
