@@ -205,7 +205,7 @@ class CornerNetHourglass(Backbone):
         super().__init__()
         if block not in BLOCKS:
             raise ValueError(
-                f"MODEL.CORNERNET_HOURGLASS.BLOCK is one of {sorted(BLOCKS)}, not {block!r}."
+                f'MODEL.CORNERNET_HOURGLASS.BLOCK is one of {sorted(BLOCKS)}, not "{block}".'
             )
         if len(channels) != len(blocks) or len(channels) < 2 or min(blocks) < 1:
             raise ValueError(

@@ -3,8 +3,9 @@
 from d2ext.systems.yolact import checkpoint, config  # noqa: F401  (imported for registration)
 from d2ext.systems.yolact.fpn import BilinearFPN, build_yolact_fpn_backbone
 from d2ext.systems.yolact.head import MaskScorer, YOLACTHead, YOLACTPredictions
-from d2ext.systems.yolact.losses import YOLACTCriterion, YOLACTTargets
+from d2ext.systems.yolact.losses import YOLACTCriterion
 from d2ext.systems.yolact.model import YOLACT
+from d2ext.systems.yolact.targets import YOLACTTargets
 
 __all__ = [
     "YOLACT",
