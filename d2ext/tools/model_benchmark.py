@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from d2ext.engine.predictor import BatchPredictor
 from d2ext.modeling.inference import InferenceNetwork
+from d2ext.modeling.meta_arch import MetaArch
 
 # Keys below MODEL that hold the score below which a system drops candidates.
 _SCORE_KEYS = ("SCORE_THRESH", "SCORE_THRESH_TEST")
@@ -118,24 +119,17 @@ def settle_norms(model: nn.Module, inputs: list[dict[str, Any]]) -> None:
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum, norm.training = None, True
-    faster = inference_network(model)
-    if faster is not None:
-        faster.network(model.preprocess(inputs))
-    else:
-        model(inputs)
+    run_network(model, inputs)
     for norm, (momentum, training) in zip(norms, before, strict=True):
         norm.momentum, norm.training = momentum, training
 
 
-def inference_network(model: nn.Module) -> InferenceNetwork | None:
-    """The model's ``inference_network``, if it has the parts that can be timed one by one.
-
-    These are ``preprocess(inputs) -> images``, ``inference_network(images)`` and
-    ``inference(images, inputs)``; a model without them is timed as a whole.
-    """
-    found = getattr(model, "inference_network", None)
-    parts = hasattr(model, "preprocess") and hasattr(model, "inference")
-    return found if isinstance(found, InferenceNetwork) and parts else None
+def run_network(model: nn.Module, inputs: list[dict[str, Any]]) -> None:
+    """The network alone, eagerly; of a model that is not ours, all of it."""
+    if isinstance(model, MetaArch):
+        model.inference_network.network(model.preprocess(inputs))
+    else:
+        model(inputs)
 
 
 def network_only(faster: InferenceNetwork) -> InferenceNetwork:
@@ -161,12 +155,8 @@ def network_only(faster: InferenceNetwork) -> InferenceNetwork:
 def count_flops(model: nn.Module, inputs: list[dict[str, Any]]) -> int:
     """FLOPs of convolutions and matrix products, in float32 and eager mode; multiply-add = 2."""
     mapping = {torch.ops.torchvision.deform_conv2d: _deform_conv_flops}
-    faster = inference_network(model)
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        if faster is not None:
-            faster.network(model.preprocess(inputs))
-        else:
-            model(inputs)
+        run_network(model, inputs)
     return counter.get_total_flops()
 
 
@@ -239,17 +229,17 @@ def stage_times(
     model = predictor.model
     inputs = predictor.upload(images)
     stages = {"upload": clock.median(lambda: predictor.upload(images))}
-    faster = inference_network(model)
-    if faster is None:
+    if not isinstance(model, MetaArch):
         stages["model"] = clock.median(lambda: model(inputs))
         return stages
     batch = model.preprocess(inputs)
+    faster = model.inference_network
     alone = network_only(faster)
     stages["preprocess"] = clock.median(lambda: model.preprocess(inputs))
     stages["network"] = clock.median(lambda: alone(batch))
     chosen = clock.median(lambda: faster(batch))
     stages["choice"] = max(chosen - stages["network"], 0.0)
-    finished = clock.median(lambda: model.inference(batch, inputs))
+    finished = clock.median(lambda: model.postprocess(faster(batch), inputs))
     stages["results"] = max(finished - chosen, 0.0)
     return stages
 

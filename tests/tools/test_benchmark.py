@@ -150,7 +150,7 @@ def test_stages_are_told_apart(watch: Watch, monkeypatch: pytest.MonkeyPatch) ->
     slow(predictor, "upload", 0.001)
     slow(model, "preprocess", 0.002)
     slow(model.backbone, "forward", 0.004)
-    slow(model, "inference", 0.016)
+    slow(model, "postprocess", 0.016)
     clock = model_benchmark.Clock(torch.device("cpu"), iterations=3, warmup=1)
     stages = model_benchmark.stage_times(predictor, [np.zeros((40, 50, 3), dtype=np.uint8)], clock)
     expected = {"upload": 1.0, "preprocess": 2.0, "network": 4.0, "choice": 0.0, "results": 16.0}
