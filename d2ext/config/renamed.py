@@ -28,6 +28,8 @@ RENAMED = {
     "INPUT.LANDMARKS.ENABLED": Renamed(
         "INPUT.MAPPER", ((True, "build_top_down_mapper"), (False, "D2extDatasetMapper"))
     ),
+    "SOLVER.CHECKPOINT_FAILURE": Renamed(None),  # training always goes on
+    "SOLVER.NON_FINITE_LOSS": Renamed(None),  # SOLVER.NON_FINITE_LOSS_LIMIT 1 stops at the first
 }
 
 

@@ -20,14 +20,9 @@ def add_engine_config(cfg: CfgNode) -> None:
     # Type of mixed-precision arithmetic when SOLVER.AMP.ENABLED: "float16" (with loss scaling) or
     # "bfloat16" (without). On the CPU it is always "bfloat16".
     solver.AMP.DTYPE = "float16"
-    # What to do in an iteration whose loss or gradient is NaN or infinite. "skip": no update, the
-    # iteration is counted and logged (the published YOLACT does so). "raise": stop.
-    solver.NON_FINITE_LOSS = "skip"
-    # With "skip": stop after this many such iterations in a row.
+    # An iteration whose loss or gradient is NaN or infinite updates nothing and is logged (the
+    # published YOLACT does so). Stop after this many of them in a row; 1: at the first.
     solver.NON_FINITE_LOSS_LIMIT = 20
-    # When a periodic checkpoint cannot be written (disk full): "continue" training, with an error
-    # in the log, or "stop". A final checkpoint that cannot be written is always an error.
-    solver.CHECKPOINT_FAILURE = "continue"
     # How many periodic checkpoints to keep, the newest; 0 keeps all.
     solver.CHECKPOINT_MAX_TO_KEEP = 0
     # Iterations between two lines of the log, of metrics.json and of TensorBoard. Losses there are

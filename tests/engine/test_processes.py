@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from d2ext.config import ConfigError
 from d2ext.engine import launch
+from d2ext.engine.cluster import Place
 from d2ext.engine.processes import RankError, _explain
 from tests.engine import toy
 
@@ -168,3 +169,33 @@ def test_a_task_on_each_machine_may_start_the_others(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
     with pytest.raises(ConfigError, match="at least 1"):  # the options are read as without srun
         launch(pytest.fail, 0, 2, 0, "tcp://localhost:1", device="cpu")
+
+
+def test_ranks_are_counted_machine_by_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    spawned: list[Place] = []
+    monkeypatch.setattr(
+        "d2ext.engine.processes._spawn", lambda main, args, places, cuda: spawned.extend(places)
+    )
+    launch(pytest.fail, 2, 3, 1, "tcp://gpu1:9", device="cpu")
+    assert spawned == [
+        Place(2, 6, 0, 2, "tcp://gpu1:9", "launch"),
+        Place(3, 6, 1, 2, "tcp://gpu1:9", "launch"),
+    ]
+
+
+def test_a_task_may_see_only_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``srun --gpus-per-task=1``."""
+    devices: list[int] = []
+    for name, value in srun_variables(1).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.set_device", devices.append)
+    monkeypatch.setattr(
+        "torch.distributed.rendezvous", lambda *_, **__: iter([(dist.HashStore(), 1, 2)])
+    )
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
+    monkeypatch.setattr("detectron2.utils.comm.create_local_process_group", lambda size: None)
+    done: list[str] = []
+    launch(done.append, device="cuda", args=("done",))
+    assert devices == [0] and done == ["done"]

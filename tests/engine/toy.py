@@ -136,7 +136,7 @@ def start(
 
 def wait(process: subprocess.Popen[str], expected: int) -> str:
     """What the program printed; its exit status must be ``expected``."""
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == expected, output
     return output
 
