@@ -35,7 +35,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -61,19 +61,6 @@ logger = logging.getLogger("d2ext.tools.predict")
 Item = TypeVar("Item")
 
 
-class Options(NamedTuple):
-    """What the command line says of the output."""
-
-    output: Path
-    threshold: float
-    batch_size: int
-    max_drawn: int
-    max_frames: int | None
-    pictures: bool
-    heatmaps: bool = False
-    """Draw the model's heat maps, corners and centres as well."""
-
-
 def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     iterator = iter(items)
     while batch := list(itertools.islice(iterator, size)):
@@ -83,7 +70,7 @@ def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 def predict(
     predictor: BatchPredictor,
     images: list[np.ndarray],
-    options: Options,
+    args: argparse.Namespace,
     image_ids: Sequence[int] = (),
     boxes: BoxSource | None = None,
 ) -> list[dict[str, Any] | str]:
@@ -95,7 +82,7 @@ def predict(
     try:
         found = None if boxes is None else boxes(image_ids, images)
         outputs = predictor(images) if found is None else predictor(images, found)
-        if options.heatmaps and images:
+        if args.heatmaps and images:
             maps = predictor.model.heatmaps(predictor.upload(images, found))
             outputs = [o | {"heatmaps": m} for o, m in zip(outputs, maps, strict=True)]
     except torch.cuda.OutOfMemoryError:
@@ -105,11 +92,11 @@ def predict(
         return [
             output
             for i, image in enumerate(images)
-            for output in predict(predictor, [image], options, image_ids[i : i + 1], boxes)
+            for output in predict(predictor, [image], args, image_ids[i : i + 1], boxes)
         ]
     for output in outputs:
         if "instances" in output:
-            output["instances"] = select(output["instances"], options.threshold)
+            output["instances"] = select(output["instances"], args.confidence_threshold)
     return list(outputs)
 
 
@@ -117,17 +104,17 @@ def run_on_images(
     predictor: BatchPredictor,
     jobs: Sequence[Job],
     metadata: Metadata,
-    options: Options,
+    args: argparse.Namespace,
     boxes: BoxSource | None = None,
 ) -> list[str]:
     """Predict on images; what went wrong, a line for each."""
     problems: list[str] = []
-    drawer = PictureDrawer(metadata, options.max_drawn)
+    drawer = PictureDrawer(metadata, args.max_drawn)
     instances = 0
     with ExitStack() as stack:
-        results = ResultWriter(stack, options.output, metadata)
+        results = ResultWriter(stack, args.output, metadata)
         progress = stack.enter_context(tqdm.tqdm(total=len(jobs), unit="image"))
-        for batch in batches(jobs, options.batch_size):
+        for batch in batches(jobs, args.batch_size):
             read: list[tuple[Job, np.ndarray]] = []
             for job in batch:
                 try:
@@ -135,19 +122,19 @@ def run_on_images(
                 except ImageReadError as error:
                     problems.append(str(error))
             images, ids = [image for _, image in read], [job.image_id for job, _ in read]
-            outputs = predict(predictor, images, options, ids, boxes)
+            outputs = predict(predictor, images, args, ids, boxes)
             for (job, image), output in zip(read, outputs, strict=True):
                 if isinstance(output, str):
                     problems.append(f"'{job.source}': {output}")
                     continue
                 instances += len(output.get("instances", ()))
-                if options.pictures:
+                if args.pictures:
                     write_picture(job.target, drawer(image, output))
                 # last, for it shifts keypoints to COCO's convention in place
                 results.write(job.image_id, str(job.source), image.shape, output)
             progress.update(len(batch))
     logger.info("%d instances in %d images.", instances, len(jobs) - len(problems))
-    logger.info("Results in %s", options.output)
+    logger.info("Results in %s", args.output)
     return problems
 
 
@@ -156,7 +143,7 @@ def run_on_video(
     reader: VideoReader,
     target: Path,
     metadata: Metadata,
-    options: Options,
+    args: argparse.Namespace,
     boxes: BoxSource | None = None,
 ) -> list[str]:
     """Predict on a video file or a camera; what went wrong, a line for each.
@@ -168,22 +155,22 @@ def run_on_video(
         OSError: the video cannot be written.
     """
     problems: list[str] = []
-    wanted = min(n for n in (options.max_frames, reader.length, sys.maxsize) if n is not None)
+    wanted = min(n for n in (args.max_frames, reader.length, sys.maxsize) if n is not None)
     number = 0
     with ExitStack() as stack:
         stack.callback(reader.release)
         results = ResultWriter(stack, target, metadata)
         show: Callable[[np.ndarray], None] | None = None
-        if options.pictures:
+        if args.pictures:
             writer = video_writer(target, reader.width, reader.height, reader.rate)
             show = stack.enter_context(writer)
-        drawer = VideoDrawer(metadata, options.max_drawn)
+        drawer = VideoDrawer(metadata, args.max_drawn)
         total = wanted if wanted < sys.maxsize else None
         progress = stack.enter_context(tqdm.tqdm(total=total, unit="frame"))
         try:
-            for frames in batches(itertools.islice(reader, wanted), options.batch_size):
+            for frames in batches(itertools.islice(reader, wanted), args.batch_size):
                 ids = range(number + 1, number + 1 + len(frames))
-                outputs = predict(predictor, frames, options, ids, boxes)
+                outputs = predict(predictor, frames, args, ids, boxes)
                 for frame, output in zip(frames, outputs, strict=True):
                     number += 1
                     if isinstance(output, str):
@@ -197,7 +184,7 @@ def run_on_video(
             wanted = number
         if number == 0:
             raise VideoError(f"No frame could be read from {reader.name}.")
-    if options.max_frames is None and reader.length is not None and number < lowest(wanted):
+    if args.max_frames is None and reader.length is not None and number < lowest(wanted):
         problems.append(
             f"{reader.name} ends after {number} of {wanted} frames: is the file truncated?"
         )
@@ -231,7 +218,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="a camera (default 0), until Ctrl-C or --max-frames",
     )
     add(
-        "--output", required=True, metavar="PATH", help="a folder; or a file for one image or video"
+        "--output",
+        required=True,
+        type=lambda text: Path(text).expanduser(),
+        metavar="PATH",
+        help="a folder; or a file for one image or video",
     )
     add(
         "--confidence-threshold",
@@ -256,7 +247,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="heatmaps: also the heat maps, corners and centres that CornerNet, CenterNet and their "
         "like read their results from",
     )
-    add("--no-pictures", action="store_true", help="write COCO results only")
+    add("--no-pictures", dest="pictures", action="store_false", help="write COCO results only")
     add(
         "--class-names",
         metavar="FILE",
@@ -339,30 +330,22 @@ def prepare(args: argparse.Namespace) -> Callable[[], list[str]]:
     Raises:
         ValueError, FileNotFoundError: the command, the config or the checkpoint is wrong.
     """
-    options = Options(
-        output=Path(args.output).expanduser(),
-        threshold=args.confidence_threshold,
-        batch_size=args.batch_size,
-        max_drawn=args.max_drawn,
-        max_frames=args.max_frames,
-        pictures=not args.no_pictures,
-        heatmaps=args.draw == "heatmaps" and not args.no_pictures,
-    )
+    args.heatmaps = args.draw == "heatmaps" and args.pictures
     names = read_class_names(args.class_names) if args.class_names else None
     # Wrong paths are found before the model is built, which takes long.
     if args.input:
-        jobs = plan_images(args.input, options.output)
+        jobs = plan_images(args.input, args.output)
     else:
         source = args.video_input if args.webcam is None else args.webcam
-        target = plan_video(source, options.output)
+        target = plan_video(source, args.output)
         reader = VideoReader(source)
     cfg = load_config(find_config_file(args.config_file), args.opts)
-    cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = options.threshold
+    cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = args.confidence_threshold
     cfg.freeze()
     if not cfg.MODEL.WEIGHTS:
         logger.warning("MODEL.WEIGHTS is empty: predicting with random weights.")
     predictor = BatchPredictor(cfg)
-    if options.heatmaps and not isinstance(predictor.model, SeesHeatmaps):
+    if args.heatmaps and not isinstance(predictor.model, SeesHeatmaps):
         raise CommandError(
             f"--draw heatmaps: {cfg.MODEL.META_ARCHITECTURE} has no heat maps; CornerNet, CenterNet and "
             "others that find objects as points have."
@@ -370,8 +353,8 @@ def prepare(args: argparse.Namespace) -> Callable[[], list[str]]:
     metadata = class_metadata(cfg, names)
     boxes = build_box_source(args, metadata)
     if args.input:
-        return lambda: run_on_images(predictor, jobs, metadata, options, boxes)
-    return lambda: run_on_video(predictor, reader, target, metadata, options, boxes)
+        return lambda: run_on_images(predictor, jobs, metadata, args, boxes)
+    return lambda: run_on_video(predictor, reader, target, metadata, args, boxes)
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -18,15 +18,8 @@ Series = dict[str, list[tuple[float, float, float]]]
 
 @dataclass(frozen=True)
 class Arm:
-    """A config, and what is changed in it.
-
-    Attributes:
-        title: in the table and the plots.
-        config: path of a config file, or its name in the model zoo.
-        overrides: KEY VALUE pairs.
-        trained_by: name of another arm, whose weights are evaluated with these ``overrides``; empty:
-            this arm is trained.
-    """
+    """A config file, and KEY VALUE pairs that change it. With ``trained_by``, the name of another arm,
+    it is not trained: that one's weights are evaluated."""
 
     title: str
     config: str
@@ -36,7 +29,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Plot:
-    """The axes of a plot."""
+    """Titles of the axes, and whether y is logarithmic."""
 
     x: str
     y: str
