@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import importlib.util
+import io
 import itertools
 import re
 import shlex
@@ -15,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from d2ext.config import get_cfg
+from d2ext.tools import main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -47,6 +50,12 @@ COMMAND = re.compile(
 
 @functools.cache
 def help_of(*tool: str) -> str:
+    if tool[:2] == ("-m", "d2ext"):
+        before, text = sys.argv, io.StringIO()
+        with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
+            main.main([*tool[2:], "--help"])
+        sys.argv = before
+        return text.getvalue()
     result = subprocess.run(
         [sys.executable, *tool, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=240
     )
