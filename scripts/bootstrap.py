@@ -52,11 +52,6 @@ def is_stamped(stamp: Path, wanted: str) -> bool:
     return stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted
 
 
-def write_stamp(stamp: Path, content: str) -> None:
-    stamp.parent.mkdir(parents=True, exist_ok=True)
-    stamp.write_text(content, encoding="utf-8")
-
-
 def pip(python: Path, *arguments: str, **variables: str) -> None:
     """Run pip; stop if it fails. Its own last lines say why."""
     quiet = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore"}
@@ -87,7 +82,7 @@ def has_working_detectron2() -> bool:
             say(f"the environment's detectron2 does not import ({reason}): not used.")
             return False
         say(f"using the active environment {sys.prefix}: it has detectron2.")
-        write_stamp(stamp, wanted)
+        stamp.write_text(wanted, encoding="utf-8")
     return True
 
 
@@ -154,7 +149,7 @@ def create_venv(dev: bool) -> Path:
         "--implementation", "cp", "--abi", "none", "--platform", "any", "-r", str(others[1]),
         "--target", str(next(VENV.glob("lib/*/site-packages"))),
     )  # fmt: skip
-    write_stamp(VENV / f"d2ext-{kinds[-1]}", wanted[kinds[-1]])
+    (VENV / f"d2ext-{kinds[-1]}").write_text(wanted[kinds[-1]], encoding="utf-8")
     return python
 
 
@@ -168,7 +163,7 @@ def install_d2ext(python: Path) -> None:
     if linked.strip() != str(ROOT / "d2ext" / "__init__.py") or not is_stamped(stamp, wanted):
         # Without build isolation the environment's own setuptools serves.
         pip(python, "install", "--no-deps", "--no-build-isolation", "-e", ".", D2EXT_BUILD="0")
-        write_stamp(stamp, wanted)
+        stamp.write_text(wanted, encoding="utf-8")
     tools = [shutil.which(name) for name in ("c++", "g++", "clang++", "nvcc")]
     settings = [os.environ.get(name) for name in ("D2EXT_BUILD", "CXX", "CUDA_HOME")]
     sources = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
@@ -178,18 +173,16 @@ def install_d2ext(python: Path) -> None:
         say("compiling csrc/ (a minute or more; D2EXT_BUILD=0 goes without)")
         if not run_build(python):
             stop("compiling csrc/ failed, see above. To go on without, set D2EXT_BUILD=0.")
-        write_stamp(stamp, f"{wanted} {any(ROOT.glob(library))}")
+        stamp.write_text(f"{wanted} {any(ROOT.glob(library))}", encoding="utf-8")
 
 
 def run_build(python: Path) -> bool:
     """Run setup.py; show what it says itself, and the compiler's words if it fails."""
     command = [str(python), "setup.py", "build_ext", "--inplace"]
-    with tempfile.TemporaryFile("w+") as log:
-        failed = bool(subprocess.run(command, cwd=ROOT, stdout=log, stderr=log).returncode)
-        log.seek(0)
-        lines = [line for line in log if failed or line.startswith("[d2ext]")]
-    print(*lines, sep="", end="", flush=True)
-    return not failed
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    lines = (result.stdout + result.stderr).splitlines(keepends=True)
+    print(*(x for x in lines if result.returncode or x.startswith("[d2ext]")), sep="", end="")
+    return not result.returncode
 
 
 def main() -> None:
@@ -197,6 +190,7 @@ def main() -> None:
     parser.add_argument("--dev", action="store_true", help="also what tests and linters need")
     parser.add_argument("command", nargs="*", help="run in the environment once it is ready")
     args = parser.parse_args()
+    STAMPS.mkdir(parents=True, exist_ok=True)
     python = Path(sys.executable)
     if Path(sys.prefix).resolve() != VENV.resolve() and has_working_detectron2():
         complete_environment(args.dev)
