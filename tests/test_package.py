@@ -85,8 +85,20 @@ def test_wheel_holds_every_config_and_module(wheel: Path) -> None:
     assert configs
     assert configs <= names
     assert modules <= names
+    assert "d2ext/py.typed" in names
     outside = [name for name in names if not name.startswith(("d2ext/", "d2ext-"))]
     assert outside == []
+
+
+def test_wheel_has_the_command(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (entries,) = (n for n in archive.namelist() if n.endswith(".dist-info/entry_points.txt"))
+    assert archive.read(entries).decode().split() == [
+        "[console_scripts]",
+        "d2ext",
+        "=",
+        "d2ext.tools.main:main",
+    ]
 
 
 def test_wheel_names_its_licence_and_requirements(wheel: Path) -> None:

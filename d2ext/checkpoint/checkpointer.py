@@ -247,7 +247,7 @@ class Checkpointer(DetectionCheckpointer):
             lines.append(
                 "Use the config that the checkpoint was trained with (same system, same depth). "
                 "A checkpoint of the published code must first go through "
-                "tools/convert_checkpoint.py."
+                "d2ext convert."
             )
         return "\n".join(lines)
 

@@ -87,6 +87,47 @@ def read_image(file_name: str, format: str | None = "BGR") -> np.ndarray:
     return array
 
 
+def as_bgr(image: str | os.PathLike[str] | Image.Image | np.ndarray) -> np.ndarray:
+    """An image of any kind as ``DefaultPredictor`` takes it.
+
+    Args:
+        image: path, see :func:`read_image`; Pillow image; or array, H×W, H×W×1, H×W×3 in BGR or H×W×4 in
+            BGRA, of uint8, of uint16 in [0, 65535], or of floats in [0, 1] or in [0, 255]
+
+    Returns:
+        H×W×3 uint8, BGR
+
+    Raises:
+        ImageReadError: anything else
+    """
+    if isinstance(image, (str, os.PathLike)):
+        return read_image(os.fspath(image), "BGR")
+    try:
+        if isinstance(image, Image.Image):
+            array = convert_PIL_to_numpy(_to_8_bit(_upright(image)), "BGR")
+        elif isinstance(image, np.ndarray):
+            array = _bgr_of_array(image)
+        else:
+            raise TypeError(f"{type(image).__name__} is no path, Pillow image or NumPy array")
+    except _DECODER_ERRORS as e:
+        raise ImageReadError(f"Cannot use the image: {e}.") from e
+    if array.size == 0:
+        raise ImageReadError("Cannot use the image: it has no pixels.")
+    return np.ascontiguousarray(array)
+
+
+def _bgr_of_array(array: np.ndarray) -> np.ndarray:
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.ndim not in (2, 3) or channels not in (1, 3, 4):
+        raise ValueError(f"an array of shape {array.shape}; expected H×W, or H×W×1, ×3 or ×4")
+    if array.dtype not in (np.uint8, np.uint16) and array.dtype.kind != "f":
+        raise ValueError(f"an array of {array.dtype}; expected uint8, uint16 or floats")
+    if array.size == 0:
+        return array
+    bytes_ = _bytes_of(array).reshape(*array.shape[:2], channels)
+    return bytes_.repeat(3, axis=2) if channels == 1 else bytes_[:, :, :3]
+
+
 class ImageCache:
     """:func:`read_image` that keeps images in memory, the first that come, until a limit is reached.
 
@@ -190,8 +231,16 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
     """Bring deep modes (16-bit grey, 32-bit integer, float) to 8 bits; others stay as they are."""
-    if image.mode == "F":
-        values = np.asarray(image)
+    if image.mode in ("F", "I") or image.mode.startswith("I;16"):
+        return Image.fromarray(_bytes_of(np.asarray(image)))
+    return image
+
+
+def _bytes_of(values: np.ndarray) -> np.ndarray:
+    """Floats in [0, 1] or [0, 255], or integers of 16 bits → uint8; uint8 as it is."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype.kind == "f":
         if not np.isfinite(values).all():
             raise ValueError("the image has NaN or infinite values")
         low, high = float(values.min()), float(values.max())
@@ -199,12 +248,9 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
             raise ValueError(
                 f"floating-point values in [{low:g}, {high:g}]; expected [0, 1] or [0, 255]"
             )
-        scale = 255.0 if high <= 1 else 1.0
-        return Image.fromarray(np.rint(values * scale).astype(np.uint8))
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("integer pixel values outside [0, 65535]")
-        highest = next(2**bits - 1 for bits in (8, 10, 12, 16) if values.max() < 2**bits)
-        return Image.fromarray(((values * 255 + highest // 2) // highest).astype(np.uint8))
-    return image
+        return np.rint(values * (255.0 if high <= 1 else 1.0)).astype(np.uint8)
+    values = values.astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("integer pixel values outside [0, 65535]")
+    highest = next(2**bits - 1 for bits in (8, 10, 12, 16) if values.max() < 2**bits)
+    return ((values * 255 + highest // 2) // highest).astype(np.uint8)

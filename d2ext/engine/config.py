@@ -56,7 +56,7 @@ def add_engine_config(cfg: CfgNode) -> None:
     # "max" or "min": which value of BEST_METRIC is best.
     cfg.TEST.BEST_MODE = "max"
     # True: evaluation also writes where panoptic quality is lost, per class, per image and between
-    # classes, as tables and pictures (tools/train_net.py --analyze).
+    # classes, as tables and pictures (d2ext train --analyze).
     cfg.TEST.ANALYZE = False
     # What computes panoptic quality: "panopticapi", or the faster "hotcoco" (pip install hotcoco),
     # which gives the same numbers.

@@ -70,7 +70,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
     if dataset_name not in DatasetCatalog.list():
         raise ValueError(
             f"Data set {dataset_name!r} is not registered. Register it in DatasetCatalog, or pass "
-            "its files to tools/train_net.py (--dataset NAME --val-json ... --val-images ...)."
+            "its files to d2ext train (--dataset NAME --val-json ... --val-images ...)."
         )
     if cfg.TEST.ANALYZE:
         check_analysis(dataset_name)

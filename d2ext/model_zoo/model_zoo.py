@@ -87,7 +87,7 @@ def get_config(config_path: str, trained: bool = False) -> CfgNode:
         config_path: file name relative to ``configs/``.
         trained: kept for compatibility with ``detectron2.model_zoo``. d2ext distributes no weights,
             so ``True`` is an error: convert a published checkpoint with
-            ``tools/convert_checkpoint.py`` and set ``cfg.MODEL.WEIGHTS`` to the result.
+            ``d2ext convert`` and set ``cfg.MODEL.WEIGHTS`` to the result.
 
     Raises:
         FileNotFoundError: there is no such config.
@@ -97,7 +97,7 @@ def get_config(config_path: str, trained: bool = False) -> CfgNode:
     if trained:
         raise ValueError(
             f"d2ext distributes no trained weights for {config_path!r}. Convert the published "
-            "checkpoint with tools/convert_checkpoint.py and set cfg.MODEL.WEIGHTS to the result."
+            "checkpoint with d2ext convert and set cfg.MODEL.WEIGHTS to the result."
         )
     cfg = get_cfg()
     cfg.merge_from_file(file)

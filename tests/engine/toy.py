@@ -1,7 +1,7 @@
 """A detector and a data set small enough to train for some steps within a test.
 
 Each image is 16 x 16 with one bright rectangle; the model regresses it. Run as a program it is
-tools/train_net.py with both registered.
+`d2ext train` with both registered.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 SIDE = 16
 CLASSES = ("box",)
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @META_ARCH_REGISTRY.register()
@@ -123,7 +123,7 @@ def start(
     json_file: Path, *arguments: str, starter: Sequence[str] = (sys.executable,), **environment: str
 ) -> subprocess.Popen[str]:
     """Start this module as a program: a training on the written data, with train_net's arguments."""
-    path = os.pathsep.join([str(TOOLS.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     variables = {"TOY_DATA": str(json_file), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*starter, __file__, *arguments],
@@ -184,10 +184,9 @@ def losses(output: Path) -> dict[int, float]:
 
 # In a spawned process this module is imported again under another name, hence not under __main__.
 if "TOY_DATA" in os.environ:
-    sys.path.insert(0, str(TOOLS))
     register(Path(os.environ["TOY_DATA"]))
 
 if __name__ == "__main__":
-    import train_net
+    from d2ext.tools import train
 
-    sys.exit(train_net.run())
+    sys.exit(train.run())

@@ -2,7 +2,7 @@
 
 ::
 
-    tools/train_net.py --config-file landmarks/hourglass_2stack_wflw_256.yaml --dataset faces \\
+    d2ext train --config-file landmarks/hourglass_2stack_wflw_256.yaml --dataset faces \\
         --landmarks wflw --train-json list_train.txt --train-images WFLW_images/ \\
         --val-json list_test.txt --val-images WFLW_images/
 

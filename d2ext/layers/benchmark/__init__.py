@@ -1,4 +1,4 @@
-"""Operators beside plain PyTorch and beside the floor that memory sets; ``tools/benchmark.py operators``
+"""Operators beside plain PyTorch and beside the floor that memory sets; ``d2ext benchmark operators``
 prints them.
 
 The floor of a case is the bytes that it must move (inputs read once, outputs written once) over the

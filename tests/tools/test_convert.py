@@ -1,12 +1,10 @@
-"""tools/convert_checkpoint.py: published files → checkpoints that Detectron2 loads completely."""
+"""`d2ext convert`: published files → checkpoints that Detectron2 loads completely."""
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import pickle
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,20 +18,11 @@ from torch import Tensor, nn
 from d2ext import model_zoo
 from d2ext.checkpoint import ConversionError, convert_state_dict
 from d2ext.testing import tiny_config
+from d2ext.tools import convert
 from tests.reference.fixture import Fixture
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 R_50, PLUS = "yolact/yolact_R_50_550.yaml", "yolact/yolact_plus_R_50_550.yaml"
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    path = REPOSITORY / "tools" / "convert_checkpoint.py"
-    spec = importlib.util.spec_from_file_location("d2ext_convert_checkpoint", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def drawn(case: str) -> dict[str, Tensor]:
@@ -55,8 +44,8 @@ def published(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     return folder / "resnet50.pth", state
 
 
-def run(tool: ModuleType, config: str, *arguments: object) -> int:
-    return tool.main(["--config-file", config, *map(str, arguments)])
+def run(config: str, *arguments: object) -> int:
+    return convert.run(["--config-file", config, *map(str, arguments)])
 
 
 def load_strictly(cfg: CfgNode, path: Path) -> nn.Module:
@@ -90,25 +79,24 @@ def assert_holds(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def test_yolact(
-    tool: ModuleType,
     published: tuple[Path, dict[str, Tensor]],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     source, state = published
     target = tmp_path / "new" / "converted.pth"
-    assert run(tool, R_50, source, target) == 0
+    assert run(R_50, source, target) == 0
     assert "354 of 354" in capsys.readouterr().out
     assert_holds(load_strictly(model_zoo.get_config(R_50), target), state)
     assert [x.name for x in target.parent.iterdir()] == ["converted.pth"]
 
     before = target.stat().st_mtime_ns
-    assert run(tool, R_50, source, target) == 2
+    assert run(R_50, source, target) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert target.stat().st_mtime_ns == before
     # a config with frozen norms, whose model has no batch counters
     frozen = ("MODEL.RESNETS.NORM", "FrozenBN")
-    assert run(tool, R_50, source, target, "--overwrite", "--opts", *frozen) == 0
+    assert run(R_50, source, target, "--overwrite", "--opts", *frozen) == 0
     assert "batch counters dropped" in capsys.readouterr().out
     cfg = model_zoo.get_config(R_50)
     cfg.merge_from_list(list(frozen))
@@ -116,7 +104,7 @@ def test_yolact(
 
 
 def test_yolact_plus_of_version_1(
-    tool: ModuleType, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With what the first version wrote beside, and without batch counters, as old PyTorch did."""
     state = drawn("plus_resnet50")
@@ -128,7 +116,7 @@ def test_yolact_plus_of_version_1(
     torch.save(
         {"state_dict": {f"module.{k}": v for k, v in {**old, **surplus}.items()}}, folder / "x"
     )
-    assert run(tool, PLUS, folder / "x", tmp_path / "plus.pth") == 0
+    assert run(PLUS, folder / "x", tmp_path / "plus.pth") == 0
     out = capsys.readouterr().out
     assert "2 published parameters left out" in out
     for name in surplus:
@@ -160,7 +148,6 @@ def test_yolact_plus_of_version_1(
     ],
 )
 def test_another_model_s_config(
-    tool: ModuleType,
     published: tuple[Path, dict[str, Tensor]],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -170,7 +157,7 @@ def test_another_model_s_config(
 ) -> None:
     system = options if options[:1] == ("--system",) else ()
     rest = () if system else options
-    assert run(tool, config, *system, published[0], tmp_path / "x.pth", *rest) == 2
+    assert run(config, *system, published[0], tmp_path / "x.pth", *rest) == 2
     error = capsys.readouterr().err
     for message in messages:
         assert message in error
@@ -188,7 +175,6 @@ class Malicious:
 
 
 def test_files_that_are_no_checkpoints(
-    tool: ModuleType,
     published: tuple[Path, dict[str, Tensor]],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -208,24 +194,23 @@ def test_files_that_are_no_checkpoints(
         ("list.pth", "state dict"),
         ("missing.pth", "does not exist"),
     ):
-        assert run(tool, R_50, tmp_path / name, tmp_path / "out.pth") == 2, name
+        assert run(R_50, tmp_path / name, tmp_path / "out.pth") == 2, name
         assert message in capsys.readouterr().err, name
     assert sorted(tmp_path.iterdir()) == before
-    assert run(tool, R_50, published[0], tmp_path / "out.pkl") == 2
+    assert run(R_50, published[0], tmp_path / "out.pkl") == 2
     assert ".pth" in capsys.readouterr().err
-    assert run(tool, R_50, published[0], published[0], "--overwrite") == 2
+    assert run(R_50, published[0], published[0], "--overwrite") == 2
     assert "same file" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written(
-    tool: ModuleType,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(tool, "convert", lambda *_: ({"model": {}}, []))
+    monkeypatch.setattr(convert, "convert", lambda *_: ({"model": {}}, []))
     (tmp_path / "file").write_text("")
-    assert run(tool, R_50, "x", tmp_path / "file" / "out.pth") == 1
+    assert run(R_50, "x", tmp_path / "file" / "out.pth") == 1
     assert "cannot write" in capsys.readouterr().err
 
 
@@ -248,14 +233,13 @@ def small_config(path: Path) -> str:
 
 
 def test_torchvision_backbone(
-    tool: ModuleType,
     classifiers: dict[int, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = small_config(tmp_path / "small.yaml")
     system = ("--system", "torchvision_resnet")
-    assert run(tool, config, *system, classifiers[18], tmp_path / "R-18.pth") == 0
+    assert run(config, *system, classifiers[18], tmp_path / "R-18.pth") == 0
     out = capsys.readouterr().out
     assert "fc.weight" in out and "fc.bias" in out and "initial" not in out
     model = build_model(tiny_config("YOLACT"))
@@ -272,35 +256,34 @@ def test_torchvision_backbone(
 
 
 def test_torchvision_backbone_of_another_depth(
-    tool: ModuleType,
     classifiers: dict[int, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = small_config(tmp_path / "small.yaml")
     system = ("--system", "torchvision_resnet")
-    assert run(tool, config, *system, classifiers[34], tmp_path / "out.pth") == 2
+    assert run(config, *system, classifiers[34], tmp_path / "out.pth") == 2
     error = capsys.readouterr().err
     assert "are not in the net" in error and "another depth" in error
     options = ("--opts", "MODEL.RESNETS.DEPTH", 34)
-    assert run(tool, config, *system, classifiers[18], tmp_path / "out.pth", *options) == 2
+    assert run(config, *system, classifiers[18], tmp_path / "out.pth", *options) == 2
     assert "are not in the checkpoint" in capsys.readouterr().err
     # without --system: told what it is
-    assert run(tool, config, classifiers[18], tmp_path / "out.pth") == 2
+    assert run(config, classifiers[18], tmp_path / "out.pth") == 2
     assert "--system torchvision_resnet" in capsys.readouterr().err
     assert not (tmp_path / "out.pth").exists()
 
 
-def test_every_config_has_its_converter(tool: ModuleType) -> None:
+def test_every_config_has_its_converter() -> None:
     for name in model_zoo.available():
         if name.startswith("baselines/"):  # Detectron2's own models
             continue
-        assert tool.system_of(model_zoo.get_config(name)) == name.split("/")[0], name
+        assert convert.system_of(model_zoo.get_config(name)) == name.split("/")[0], name
 
 
-def test_models_of_others_have_none(tool: ModuleType) -> None:
+def test_models_of_others_have_none() -> None:
     cfg = tiny_config("YOLACT")
     for architecture in ("GeneralizedRCNN", "Other"):
         cfg.MODEL.META_ARCHITECTURE = architecture
         with pytest.raises(ConversionError, match=r"landmarks, .*upsnet, .*yolact"):
-            tool.system_of(cfg)
+            convert.system_of(cfg)

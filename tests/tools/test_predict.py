@@ -1,12 +1,11 @@
-"""tools/demo.py: pictures, videos and COCO results; broken files are skipped and told."""
+"""`d2ext predict`: pictures, videos and COCO results; broken files are skipped and told."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import resource
+from contextlib import ExitStack
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import cv2
@@ -23,19 +22,9 @@ from d2ext.config import load_config
 from d2ext.data.image_io import read_image
 from d2ext.engine.predictor import BatchPredictor
 from d2ext.testing import tiny_config
+from d2ext.tools import predict, prediction_files
 from d2ext.utils.drawing import PictureDrawer, VideoDrawer, class_metadata, name_classes, select
 from d2ext.utils.video import VideoReader, video_writer
-
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "demo.py"
-
-
-@pytest.fixture(scope="module")
-def demo() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("d2ext_demo", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +52,8 @@ def write(path: Path, image: np.ndarray) -> Path:
     return path
 
 
-def run(demo: ModuleType, config: str, output: Path, *arguments: object) -> int:
-    return demo.main(["--config-file", config, "--output", str(output), *map(str, arguments)])
+def run(config: str, output: Path, *arguments: object) -> int:
+    return predict.run(["--config-file", config, "--output", str(output), *map(str, arguments)])
 
 
 def results(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -75,7 +64,7 @@ def results(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 # Images
 
 
-def test_results_are_the_model_s(demo: ModuleType, config: str, tmp_path: Path) -> None:
+def test_results_are_the_model_s(config: str, tmp_path: Path) -> None:
     sizes = [(40, 60), (64, 48), (30, 30)]
     files = [
         write(tmp_path / f"in/{i:03}.png", photograph(*s, seed=i)) for i, s in enumerate(sizes, 7)
@@ -84,9 +73,9 @@ def test_results_are_the_model_s(demo: ModuleType, config: str, tmp_path: Path) 
     outputs = [predictor([read_image(str(file))])[0]["instances"] for file in files]
     middle = float(torch.cat([instances.scores for instances in outputs]).median()) + 1e-5
     threshold = ("--confidence-threshold", middle)
-    assert run(demo, config, tmp_path / "one", "--input", tmp_path / "in", *threshold) == 0
+    assert run(config, tmp_path / "one", "--input", tmp_path / "in", *threshold) == 0
     batched = ("--batch-size", 2, "--no-pictures")
-    assert run(demo, config, tmp_path / "two", "--input", *files, *threshold, *batched) == 0
+    assert run(config, tmp_path / "two", "--input", *files, *threshold, *batched) == 0
     assert sorted(x.name for x in (tmp_path / "two").iterdir()) == [
         "coco_images.json",
         "coco_results.json",
@@ -120,7 +109,7 @@ def test_results_are_the_model_s(demo: ModuleType, config: str, tmp_path: Path) 
         assert one["image_id"] == other["image_id"]
 
 
-def test_all_kinds_of_images(demo: ModuleType, config: str, tmp_path: Path) -> None:
+def test_all_kinds_of_images(config: str, tmp_path: Path) -> None:
     folder, image = tmp_path / "in", photograph(20, 30)
     write(folder / "colour.jpg", image)
     write(folder / "grey.png", image[:, :, 0])
@@ -130,7 +119,7 @@ def test_all_kinds_of_images(demo: ModuleType, config: str, tmp_path: Path) -> N
     write(folder / "sub/dot.png", image[:1, :1])
     write(folder / "sub/line.tif", np.tile(image[:1], (1, 170, 1))[:, :5000])
     (folder / "notes.txt").write_text("no image")
-    assert run(demo, config, tmp_path / "out", "--input", folder, "--batch-size", 3) == 0
+    assert run(config, tmp_path / "out", "--input", folder, "--batch-size", 3) == 0
     shapes = {
         str(path.relative_to(tmp_path / "out")): cv2.imread(str(path)).shape
         for path in (tmp_path / "out").rglob("*.*g")
@@ -147,7 +136,7 @@ def test_all_kinds_of_images(demo: ModuleType, config: str, tmp_path: Path) -> N
 
 
 def test_broken_files_are_skipped(
-    demo: ModuleType, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good = [write(tmp_path / f"in/{name}.png", photograph(20, 30)) for name in "ab"]
     whole = good[0].read_bytes()
@@ -160,7 +149,7 @@ def test_broken_files_are_skipped(
         (tmp_path / "in" / name).write_bytes(content)
     missing = tmp_path / "missing.png"
     status = run(
-        *(demo, config, tmp_path / "out", "--input", tmp_path / "in", missing),
+        *(config, tmp_path / "out", "--input", tmp_path / "in", missing),
         *("--confidence-threshold", 0, "--batch-size", 2),
     )
     assert status == 1
@@ -176,45 +165,44 @@ def test_broken_files_are_skipped(
 
 @pytest.mark.parametrize("entry", ["nothing/*.png", "empty", "missing.png"])
 def test_no_input_is_an_error(
-    demo: ModuleType,
     config: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     entry: str,
 ) -> None:
     (tmp_path / "empty").mkdir()
-    assert run(demo, config, tmp_path / "out", "--input", tmp_path / entry) == 2
+    assert run(config, tmp_path / "out", "--input", tmp_path / entry) == 2
     assert "No image found" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_nothing_above_the_threshold(demo: ModuleType, config: str, tmp_path: Path) -> None:
+def test_nothing_above_the_threshold(config: str, tmp_path: Path) -> None:
     file = write(tmp_path / "a.png", photograph(20, 30))
     arguments = ("--input", file, "--confidence-threshold", 1.0)
-    assert run(demo, config, tmp_path / "out", *arguments) == 0
+    assert run(config, tmp_path / "out", *arguments) == 0
     found, images = results(tmp_path / "out")
     assert found == [] and len(images["images"]) == 1
     assert (cv2.imread(str(tmp_path / "out/a.png")) == cv2.imread(str(file))).all()
 
 
 def test_output_that_is_one_file(
-    demo: ModuleType, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = [write(tmp_path / f"{name}.png", photograph(20, 30)) for name in "ab"]
-    assert run(demo, config, tmp_path / "new/picture.jpg", "--input", files[0]) == 0
+    assert run(config, tmp_path / "new/picture.jpg", "--input", files[0]) == 0
     assert sorted(x.name for x in (tmp_path / "new").iterdir()) == [
         "picture.jpg",
         "picture_coco_images.json",
         "picture_coco_results.json",
     ]
-    assert run(demo, config, tmp_path / "two.jpg", "--input", *files) == 2
+    assert run(config, tmp_path / "two.jpg", "--input", *files) == 2
     assert "name a folder" in capsys.readouterr().err
-    assert run(demo, config, tmp_path, "--input", files[0]) == 2
+    assert run(config, tmp_path, "--input", files[0]) == 2
     assert "overwrite" in capsys.readouterr().err
 
 
 def test_wrong_config_and_weights_are_errors(
-    demo: ModuleType, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write(tmp_path / "a.png", photograph(20, 30))
     for options, message in (
@@ -222,21 +210,21 @@ def test_wrong_config_and_weights_are_errors(
         (("MODEL.WEIGHTS", tmp_path / "none.pth"), "none.pth"),
         (("MODEL.YOLACT.NUM_CLASSES", 4), "class count"),
     ):
-        status = run(demo, config, tmp_path / "out", "--input", file, "--opts", *options)
+        status = run(config, tmp_path / "out", "--input", file, "--opts", *options)
         assert status == 2
         assert message in capsys.readouterr().err
-    assert run(demo, "no/such.yaml", tmp_path / "out", "--input", file) == 2
+    assert run("no/such.yaml", tmp_path / "out", "--input", file) == 2
 
 
 def test_full_disk_leaves_nothing_half_written(
-    demo: ModuleType, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write(tmp_path / "a.png", photograph(40, 60))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (600, before[1]))
     try:
         status = run(
-            *(demo, config, tmp_path / "out", "--input", file, "--no-pictures"),
+            *(config, tmp_path / "out", "--input", file, "--no-pictures"),
             *("--confidence-threshold", 0),
         )
     finally:
@@ -247,11 +235,11 @@ def test_full_disk_leaves_nothing_half_written(
     assert [x.name for x in (tmp_path / "out").iterdir()] == ["coco_images.json"]
 
 
-def test_names_of_pictures_never_collide(demo: ModuleType) -> None:
+def test_names_of_pictures_never_collide() -> None:
     names = [
         Path(x) for x in ("a.png", "a.png", "A.PNG", "a_2.png", "b.tif", "b.tif.png", "s/a.png")
     ]
-    unique = [str(x) for x in demo.unique_names(names)]
+    unique = [str(x) for x in prediction_files.unique_names(names)]
     assert unique == [
         "a.png",
         "a_2.png",
@@ -263,25 +251,25 @@ def test_names_of_pictures_never_collide(demo: ModuleType) -> None:
     ]
 
 
-def test_image_ids(demo: ModuleType) -> None:
-    assert demo.image_ids([Path("x/000139.jpg"), Path("000285.png")]) == [139, 285]
-    assert demo.image_ids([Path("1.jpg"), Path("1.png")]) == [1, 2]
-    assert demo.image_ids([Path("7.jpg"), Path("b.png")]) == [1, 2]
+def test_image_ids() -> None:
+    assert prediction_files.image_ids([Path("x/000139.jpg"), Path("000285.png")]) == [139, 285]
+    assert prediction_files.image_ids([Path("1.jpg"), Path("1.png")]) == [1, 2]
+    assert prediction_files.image_ids([Path("7.jpg"), Path("b.png")]) == [1, 2]
 
 
-def test_class_names(demo: ModuleType, config: str, tmp_path: Path) -> None:
+def test_class_names(config: str, tmp_path: Path) -> None:
     file = write(tmp_path / "a.png", photograph(20, 30))
     (tmp_path / "names.txt").write_text("cat\ndog\n\n")
     arguments = ("--input", file, "--confidence-threshold", 0)
     names = ("--class-names", tmp_path / "names.txt")
-    assert run(demo, config, tmp_path / "out", *arguments, *names) == 0
+    assert run(config, tmp_path / "out", *arguments, *names) == 0
     found, images = results(tmp_path / "out")
     highest = max(x["category_id"] for x in found)
     expected = ["cat", "dog", "class 2"][: max(highest + 1, 2)]
     assert [x["name"] for x in images["categories"]] == expected
 
 
-def test_class_names_of_the_data_set(demo: ModuleType, tmp_path: Path) -> None:
+def test_class_names_of_the_data_set(tmp_path: Path) -> None:
     cfg = tiny_config("YOLACT")
     cfg.DATASETS.TEST = ("no_such_set", "coco_2017_val")
     metadata = class_metadata(cfg)
@@ -290,8 +278,8 @@ def test_class_names_of_the_data_set(demo: ModuleType, tmp_path: Path) -> None:
     assert more.thing_classes[79:] == ["toothbrush", "class 80", "class 81"]
     assert more.thing_colors == metadata.thing_colors
     # results carry the data set's own category ids
-    with demo.ExitStack() as stack:
-        writer = demo.ResultWriter(stack, tmp_path, metadata)
+    with ExitStack() as stack:
+        writer = prediction_files.ResultWriter(stack, tmp_path, metadata)
         instances = boxes([[1, 1, 5, 5]], [79], [0.5], size=(8, 8))
         writer.write(1, "x.png", (8, 8, 3), {"instances": instances})
     found, images = results(tmp_path)
@@ -342,7 +330,7 @@ def test_pictures_are_the_same_from_run_to_run() -> None:
     assert changed[10:35, 10:25].all() and changed[20:40, 45:70].all()
 
 
-def test_ten_thousand_detections(demo: ModuleType, tmp_path: Path) -> None:
+def test_ten_thousand_detections(tmp_path: Path) -> None:
     count = 10_000
     corners = [[i % 24, i // 24 % 24, i % 24 + 6, i // 24 % 24 + 6] for i in range(count)]
     instances = boxes(
@@ -353,8 +341,8 @@ def test_ten_thousand_detections(demo: ModuleType, tmp_path: Path) -> None:
     assert drawer(image, {"instances": instances}).shape == image.shape
     best = PictureDrawer(Metadata())(image, {"instances": instances[:3]})
     assert (drawer(image, {"instances": instances}) == best).all()
-    with demo.ExitStack() as stack:
-        writer = demo.ResultWriter(stack, tmp_path, Metadata())
+    with ExitStack() as stack:
+        writer = prediction_files.ResultWriter(stack, tmp_path, Metadata())
         writer.write(1, "x.png", image.shape, {"instances": instances})
     assert len(results(tmp_path)[0]) == count
 
@@ -414,11 +402,11 @@ def write_movie(
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".avi", ".mkv"])
-def test_video(demo: ModuleType, config: str, tmp_path: Path, suffix: str) -> None:
+def test_video(config: str, tmp_path: Path, suffix: str) -> None:
     movie = write_movie(tmp_path / f"in{suffix}", 7, size=(48, 62))
     output = tmp_path / "out" / f"drawn{suffix}"
     arguments = ("--video-input", movie, "--batch-size", 3, "--confidence-threshold", 0.3)
-    assert run(demo, config, output, *arguments) == 0
+    assert run(config, output, *arguments) == 0
     assert sorted(x.name for x in output.parent.iterdir()) == [
         f"drawn{suffix}",
         "drawn_coco_images.json",
@@ -438,41 +426,37 @@ def test_video(demo: ModuleType, config: str, tmp_path: Path, suffix: str) -> No
     assert {x["image_id"] for x in found} == set(range(1, 8))
 
 
-def test_first_frames_of_a_video(demo: ModuleType, config: str, tmp_path: Path) -> None:
+def test_first_frames_of_a_video(config: str, tmp_path: Path) -> None:
     movie = write_movie(tmp_path / "in.mp4", 6)
-    assert run(demo, config, tmp_path / "out", "--video-input", movie, "--max-frames", 2) == 0
+    assert run(config, tmp_path / "out", "--video-input", movie, "--max-frames", 2) == 0
     assert len(list(VideoReader(tmp_path / "out/in.mp4"))) == 2
     assert (tmp_path / "out/in_coco_results.json").is_file()
-    assert run(demo, config, tmp_path / "two", "--video-input", movie, "--no-pictures") == 0
+    assert run(config, tmp_path / "two", "--video-input", movie, "--no-pictures") == 0
     names = sorted(x.name for x in (tmp_path / "two").iterdir())
     assert names == ["in_coco_images.json", "in_coco_results.json"]
 
 
-def test_truncated_video(
-    demo: ModuleType, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_truncated_video(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What is there is predicted on; that the rest is missing is told."""
     movie = write_movie(tmp_path / "in.avi", 12)
     whole = movie.read_bytes()
     movie.write_bytes(whole[: len(whole) // 2])
-    assert run(demo, config, tmp_path / "out.mp4", "--video-input", movie) == 1
+    assert run(config, tmp_path / "out.mp4", "--video-input", movie) == 1
     assert "truncated" in capsys.readouterr().err
     assert 0 < len(list(VideoReader(tmp_path / "out.mp4"))) < 12
 
 
-def test_no_video(
-    demo: ModuleType, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_video(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty.mp4").write_bytes(b"")
     (tmp_path / "text.mp4").write_text("this is no video")
     for name in ("missing.mp4", "empty.mp4", "text.mp4"):
-        assert run(demo, config, tmp_path / "out", "--video-input", tmp_path / name) == 2
+        assert run(config, tmp_path / "out", "--video-input", tmp_path / name) == 2
         assert name in capsys.readouterr().err
     movie = write_movie(tmp_path / "in.mp4", 2)
     for output, message in ((movie, "overwrite"), (tmp_path / "out.webm", ".mp4")):
-        assert run(demo, config, output, "--video-input", movie) == 2
+        assert run(config, output, "--video-input", movie) == 2
         assert message in capsys.readouterr().err
-    assert run(demo, config, tmp_path / "out", "--webcam", 97) == 2
+    assert run(config, tmp_path / "out", "--webcam", 97) == 2
     assert "camera 97" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -489,17 +473,17 @@ def test_video_that_does_not_fit_on_the_disk(tmp_path: Path) -> None:
 
 
 def test_interrupted_video_is_finished(
-    demo: ModuleType, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     movie = write_movie(tmp_path / "in.mp4", 9)
-    predict, calls = demo.predict, []
+    original, calls = predict.predict, []
 
     def interrupted(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return predict(*arguments)
+        return original(*arguments)
 
-    monkeypatch.setattr(demo, "predict", interrupted)
-    assert run(demo, config, tmp_path / "out.mp4", "--video-input", movie) == 0
+    monkeypatch.setattr(predict, "predict", interrupted)
+    assert run(config, tmp_path / "out.mp4", "--video-input", movie) == 0
     assert len(list(VideoReader(tmp_path / "out.mp4"))) == 3

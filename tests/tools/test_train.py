@@ -1,27 +1,17 @@
-"""tools/train_net.py from outside: its command line, kills, several processes."""
+"""`d2ext train` from outside: its command line, kills, several processes."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import signal
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
 from d2ext.checkpoint.io import load_untrusted
+from d2ext.tools import train
 from tests.engine import toy
-
-
-@pytest.fixture(scope="module")
-def train_net() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_net", toy.TOOLS / "train_net.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +19,8 @@ def toy_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toy.write_data(tmp_path_factory.mktemp("toy"))
 
 
-def test_killed_and_resumed_run_equals_an_uninterrupted_one(
-    train_net: ModuleType, toy_json: Path, tmp_path: Path
-) -> None:
+@pytest.mark.slow
+def test_killed_and_resumed_run_equals_an_uninterrupted_one(toy_json: Path, tmp_path: Path) -> None:
     """SIGKILL in iteration 7; checkpoints are of iterations 2 and 5."""
     common = {
         "SOLVER__MAX_ITER": 12,
@@ -46,7 +35,7 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(
     resumed = toy.start(toy_json, "--resume", *run)
 
     toy.register(toy_json)
-    assert train_net.run(toy.options(tmp_path / "whole", **common)) == 0  # meanwhile
+    assert train.run(toy.options(tmp_path / "whole", **common)) == 0  # meanwhile
     output = toy.wait(resumed, 0)
     assert "Starting training from iteration 6" in output
     whole, parts = toy.losses(tmp_path / "whole"), toy.losses(tmp_path / "run")
@@ -58,8 +47,9 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(
         assert torch.equal(weights[0][name], weights[1][name]), name
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(
-    train_net: ModuleType, toy_json: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toy_json: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # In iteration 4 one of the processes has an infinite loss; both must skip it.
     monkeypatch.setenv("TOY_INF_AT", "4")
@@ -72,7 +62,7 @@ def test_two_processes_give_what_one_gives(
     }
     two = toy.start(toy_json, "--num-gpus", "2", *toy.options(tmp_path / "two", **common))
     toy.register(toy_json)
-    assert train_net.run(toy.options(tmp_path / "one", **common)) == 0
+    assert train.run(toy.options(tmp_path / "one", **common)) == 0
     output = toy.wait(two, 0)
     assert "World size: 2" in output
     one, both = toy.losses(tmp_path / "one"), toy.losses(tmp_path / "two")
@@ -93,13 +83,11 @@ def test_two_processes_give_what_one_gives(
 
 
 @pytest.fixture(scope="module")
-def trained(
-    train_net: ModuleType, toy_json: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def trained(toy_json: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of a finished run."""
     output = tmp_path_factory.mktemp("trained") / "run"
     toy.register(toy_json)
-    assert train_net.run(toy.options(output, SOLVER__MAX_ITER=3, SOLVER__STEPS="(2,)")) == 0
+    assert train.run(toy.options(output, SOLVER__MAX_ITER=3, SOLVER__STEPS="(2,)")) == 0
     return output
 
 
@@ -109,22 +97,23 @@ def registered(toy_json: Path) -> None:
 
 
 @pytest.mark.usefixtures("registered")
-def test_evaluation_only(train_net: ModuleType, trained: Path, tmp_path: Path) -> None:
+def test_evaluation_only(trained: Path, tmp_path: Path) -> None:
     test = {"DATASETS__TEST": "('toy',)"}
     weights = {"MODEL__WEIGHTS": trained / "model_final.pth"}
     arguments = ["--eval-only", *toy.options(tmp_path / "evaluation", **test, **weights)]
-    assert train_net.run(arguments) == 0
+    assert train.run(arguments) == 0
     assert not list((tmp_path / "evaluation").glob("model*"))  # nothing was trained
     a = tmp_path / "evaluation/inference/coco_instances_results.json"
-    assert train_net.run(["--eval-only", "--resume", *toy.options(trained, **test)]) == 0
+    assert train.run(["--eval-only", "--resume", *toy.options(trained, **test)]) == 0
     b = trained / "inference/coco_instances_results.json"
     assert a.read_text() == b.read_text() and len(json.loads(a.read_text())) == 12
+    files = [folder / "results.json" for folder in (tmp_path / "evaluation", trained)]
+    results, resumed = (json.loads(file.read_text())["bbox"] for file in files)
+    assert results["AP50"] == resumed["AP50"] >= results["AP"] >= 0
 
 
 @pytest.mark.usefixtures("registered")
-def test_expected_results_decide_the_exit_status(
-    train_net: ModuleType, trained: Path, tmp_path: Path
-) -> None:
+def test_expected_results_decide_the_exit_status(trained: Path, tmp_path: Path) -> None:
     options = toy.options(
         tmp_path,
         DATASETS__TEST="('toy',)",
@@ -132,22 +121,20 @@ def test_expected_results_decide_the_exit_status(
         TEST__EXPECTED_RESULTS="[['bbox', 'AP', 100.0, 1.0]]",
     )
     with pytest.raises(SystemExit) as stopped:
-        train_net.run(["--eval-only", *options])
+        train.run(["--eval-only", *options])
     assert stopped.value.code == 1
 
 
-def error_of(train_net: ModuleType, capsys: pytest.CaptureFixture, *arguments: str) -> str:
+def error_of(capsys: pytest.CaptureFixture, *arguments: str) -> str:
     """Exit status 2 and what follows ``error:``, the last thing printed."""
-    assert train_net.run(list(arguments)) == 2
+    assert train.run(list(arguments)) == 2
     _, _, text = capsys.readouterr().err.rpartition("error: ")
     assert "Traceback" not in text
     return text
 
 
 @pytest.mark.usefixtures("registered")
-def test_command_line_errors(
-    train_net: ModuleType, capsys: pytest.CaptureFixture, tmp_path: Path
-) -> None:
+def test_command_line_errors(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     for arguments, message in (
         (["--config-file", "yolact/yolact_R_51_550.yaml"], "no config file"),
         ([*toy.options(tmp_path), "SOLVER.BASE_LRR", "1"], "mean SOLVER.BASE_LR"),
@@ -159,13 +146,11 @@ def test_command_line_errors(
         (["--num-gpus", "1000", *toy.options(tmp_path), "MODEL.DEVICE", "cuda"], "--num-gpus 1000"),
         (["--num-machines", "2", *toy.options(tmp_path)], "--dist-url tcp://"),
     ):
-        assert message in error_of(train_net, capsys, *arguments), message
+        assert message in error_of(capsys, *arguments), message
 
 
 @pytest.mark.usefixtures("registered")
-def test_checkpoint_errors(
-    train_net: ModuleType, capsys: pytest.CaptureFixture, trained: Path, tmp_path: Path
-) -> None:
+def test_checkpoint_errors(capsys: pytest.CaptureFixture, trained: Path, tmp_path: Path) -> None:
     weights = trained / "model_final.pth"
     wider = {"MODEL__RESNETS__STEM_OUT_CHANNELS": 6}
     cut = tmp_path / "cut.pth"
@@ -176,30 +161,28 @@ def test_checkpoint_errors(
         ({"MODEL__WEIGHTS": tmp_path / "absent.pth"}, "does not exist"),
     ):
         options = toy.options(tmp_path / "out", **changes)
-        assert message in error_of(train_net, capsys, *options)
+        assert message in error_of(capsys, *options)
     options = toy.options(tmp_path, MODEL__WEIGHTS=weights, DATASETS__TEST="('toy',)", **wider)
-    text = error_of(train_net, capsys, "--eval-only", *options)
+    text = error_of(capsys, "--eval-only", *options)
     assert "of another shape" in text and "backbone.0.weight: checkpoint (4, 3, 3, 3)" in text
 
 
 def test_diverged_training_ends_with_advice(
-    train_net: ModuleType, toy_json: Path, capsys: pytest.CaptureFixture, tmp_path: Path
+    toy_json: Path, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
     toy.register(toy_json)
     options = toy.options(tmp_path, SOLVER__BASE_LR=1e20, SOLVER__NON_FINITE_LOSS_LIMIT=3)
-    assert train_net.run(options) == 1
+    assert train.run(options) == 1
     error = capsys.readouterr().err
     assert "error: Loss or gradient is not finite" in error and "SOLVER.BASE_LR" in error
 
 
-def test_own_data_from_the_command_line(
-    train_net: ModuleType, toy_json: Path, tmp_path: Path
-) -> None:
+def test_own_data_from_the_command_line(toy_json: Path, tmp_path: Path) -> None:
     files = ["json", str(toy_json), "images", str(toy_json.parent)]
     data = [f"--{split}-{files[i]}={files[i + 1]}" for split in ("train", "val") for i in (0, 2)]
     options = toy.options(tmp_path, SOLVER__MAX_ITER=2, SOLVER__STEPS="()")
     start = options.index("DATASETS.TRAIN")
     del options[start : start + 4]  # --dataset sets DATASETS.TRAIN and TEST
-    assert train_net.run(["--dataset", "own", *data, *options]) == 0
+    assert train.run(["--dataset", "own", *data, *options]) == 0
     assert sorted(toy.losses(tmp_path)) == [0, 1]
     assert (tmp_path / "inference/coco_instances_results.json").is_file()

@@ -1,11 +1,9 @@
-"""tools/demo.py with models that look into boxes: of a file, of a detector, or the whole image."""
+"""`d2ext predict` with models that look into boxes: of a file, of a detector, or the whole image."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
 import cv2
 import numpy as np
@@ -19,18 +17,8 @@ from d2ext.data.image_io import read_image
 from d2ext.engine.predictor import BatchPredictor
 from d2ext.engine.top_down import BoxFile, Detector
 from d2ext.testing import NUM_KEYPOINTS, tiny_config
+from d2ext.tools import predict
 from d2ext.utils.video import VideoReader, video_writer
-
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "demo.py"
-
-
-@pytest.fixture(scope="module")
-def demo() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("d2ext_demo", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def write_config(folder: Path, architecture: str, **options: object) -> str:
@@ -64,8 +52,8 @@ def picture(tmp_path: Path) -> Path:
     return tmp_path / "7.png"
 
 
-def run(demo: ModuleType, config: str, output: Path, *arguments: object) -> int:
-    return demo.main(["--config-file", config, "--output", str(output), *map(str, arguments)])
+def run(config: str, output: Path, *arguments: object) -> int:
+    return predict.run(["--config-file", config, "--output", str(output), *map(str, arguments)])
 
 
 def write_boxes(path: Path, entries: object) -> Path:
@@ -73,7 +61,7 @@ def write_boxes(path: Path, entries: object) -> Path:
     return path
 
 
-def test_boxes_of_a_file(demo: ModuleType, config: str, picture: Path, tmp_path: Path) -> None:
+def test_boxes_of_a_file(config: str, picture: Path, tmp_path: Path) -> None:
     boxes = [[5, 6, 30, 40], [40, 10, 30, 30], [1, 1, 70, 50]]
     entries = [
         {"image_id": 7, "bbox": box, "score": score, "category_id": 1}
@@ -83,7 +71,7 @@ def test_boxes_of_a_file(demo: ModuleType, config: str, picture: Path, tmp_path:
     file = write_boxes(tmp_path / "boxes.json", entries)
     out = tmp_path / "out"
     arguments = ("--input", picture, "--boxes", file, "--confidence-threshold", 0.1)
-    assert run(demo, config, out, *arguments) == 0
+    assert run(config, out, *arguments) == 0
     found = json.loads((out / "coco_results.json").read_text())
     assert [x["bbox"] for x in found] == boxes[:2]
     assert [x["score"] for x in found] == pytest.approx([0.9, 0.6])
@@ -99,31 +87,25 @@ def test_boxes_of_a_file(demo: ModuleType, config: str, picture: Path, tmp_path:
     assert (drawn != cv2.imread(str(picture))).any()
 
 
-def test_whole_image_without_boxes(
-    demo: ModuleType, config: str, picture: Path, tmp_path: Path
-) -> None:
-    assert run(demo, config, tmp_path / "out", "--input", picture) == 0
+def test_whole_image_without_boxes(config: str, picture: Path, tmp_path: Path) -> None:
+    assert run(config, tmp_path / "out", "--input", picture) == 0
     found = json.loads((tmp_path / "out/coco_results.json").read_text())
     assert [x["bbox"] for x in found] == [[0, 0, 80, 60]]
 
 
-def test_image_without_a_box_has_no_instance(
-    demo: ModuleType, config: str, picture: Path, tmp_path: Path
-) -> None:
+def test_image_without_a_box_has_no_instance(config: str, picture: Path, tmp_path: Path) -> None:
     file = write_boxes(tmp_path / "boxes.json", [])
-    assert run(demo, config, tmp_path / "out", "--input", picture, "--boxes", file) == 0
+    assert run(config, tmp_path / "out", "--input", picture, "--boxes", file) == 0
     assert json.loads((tmp_path / "out/coco_results.json").read_text()) == []
 
 
-def test_boxes_of_a_detector(
-    demo: ModuleType, config: str, detector: str, picture: Path, tmp_path: Path
-) -> None:
+def test_boxes_of_a_detector(config: str, detector: str, picture: Path, tmp_path: Path) -> None:
     image = read_image(str(picture))
     predictor = BatchPredictor(load_config(detector))
     everything = predictor([image])[0]["instances"]
     middle = float(everything.scores.median())
     options = ("--detector", detector, "--box-threshold", middle, "--confidence-threshold", 0)
-    assert run(demo, config, tmp_path / "out", "--input", picture, *options) == 0
+    assert run(config, tmp_path / "out", "--input", picture, *options) == 0
     found = json.loads((tmp_path / "out/coco_results.json").read_text())
     keep = everything.scores >= middle
     assert 0 < len(found) == int(keep.sum()) < len(everything)
@@ -139,20 +121,18 @@ def test_boxes_of_a_detector(
     assert (chosen.scores[:-1] >= chosen.scores[1:]).all()
 
 
-def test_video_with_a_detector(
-    demo: ModuleType, config: str, detector: str, tmp_path: Path
-) -> None:
+def test_video_with_a_detector(config: str, detector: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     movie = tmp_path / "in.mp4"
     with video_writer(movie, 64, 48, 25.0) as add:
         for _ in range(3):
             add(cv2.resize(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8), (64, 48)))
     options = ("--detector", detector, "--box-threshold", 0.0, "--batch-size", 2)
-    assert run(demo, config, tmp_path / "out.mp4", "--video-input", movie, *options) == 0
+    assert run(config, tmp_path / "out.mp4", "--video-input", movie, *options) == 0
     assert len(list(VideoReader(tmp_path / "out.mp4"))) == 3
     file = write_boxes(tmp_path / "boxes.json", [{"image_id": 3, "bbox": [5, 6, 30, 40]}])
     options = ("--boxes", file, "--no-pictures")
-    assert run(demo, config, tmp_path / "two.mp4", "--video-input", movie, *options) == 0
+    assert run(config, tmp_path / "two.mp4", "--video-input", movie, *options) == 0
     found = json.loads((tmp_path / "two_coco_results.json").read_text())
     assert [(x["image_id"], x["bbox"]) for x in found] == [(3, [5, 6, 30, 40])]
 
@@ -187,7 +167,6 @@ def test_boxes_follow_the_resized_image(picture: Path, tmp_path: Path) -> None:
     ],
 )
 def test_files_that_hold_no_boxes(
-    demo: ModuleType,
     config: str,
     picture: Path,
     tmp_path: Path,
@@ -197,12 +176,11 @@ def test_files_that_hold_no_boxes(
 ) -> None:
     (tmp_path / "boxes.json").write_text(content)
     options = ("--input", picture, "--boxes", tmp_path / "boxes.json")
-    assert run(demo, config, tmp_path / "out", *options) == 2
+    assert run(config, tmp_path / "out", *options) == 2
     assert message in capsys.readouterr().err
 
 
 def test_detectors_that_are_not_there(
-    demo: ModuleType,
     config: str,
     detector: str,
     picture: Path,
@@ -215,15 +193,15 @@ def test_detectors_that_are_not_there(
         (("--detector", detector, "--detector-weights", "none.pth"), "none.pth"),
         (("--detector", detector, "--detector-classes", "unicorn"), "unicorn"),
     ):
-        assert run(demo, config, tmp_path / "out", "--input", picture, *options) == 2
+        assert run(config, tmp_path / "out", "--input", picture, *options) == 2
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        run(demo, config, tmp_path / "out", "--input", picture, "--detector-weights", "x.pth")
+        run(config, tmp_path / "out", "--input", picture, "--detector-weights", "x.pth")
     assert "belong to --detector" in capsys.readouterr().err
 
 
 def test_boxes_of_other_categories_are_not_looked_into(
-    demo: ModuleType, config: str, picture: Path, tmp_path: Path
+    config: str, picture: Path, tmp_path: Path
 ) -> None:
     boxes = [{"image_id": 7, "bbox": [5, 6, 30, 40], "category_id": c} for c in (1, 35, 1)]
     file = write_boxes(tmp_path / "b.json", boxes)
@@ -231,7 +209,7 @@ def test_boxes_of_other_categories_are_not_looked_into(
     assert [len(BoxFile(str(file), 0, own)([7], image)[0]) for own in ({1: 0}, None)] == [2, 3]
     # COCO's people have category 1, as the metadata of the config's data set says.
     options = ("--boxes", file, "--no-pictures", "--confidence-threshold", 0)
-    arguments = (demo, config, tmp_path / "out", "--input", picture, *options, "--opts")
+    arguments = (config, tmp_path / "out", "--input", picture, *options, "--opts")
     assert run(*arguments, "DATASETS.TEST", "('keypoints_coco_2017_val',)") == 0
     assert len(json.loads((tmp_path / "out/coco_results.json").read_text())) == 2
 

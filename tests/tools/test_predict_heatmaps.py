@@ -1,10 +1,8 @@
-"""tools/demo.py --draw heatmaps, and the drawing of maps and points."""
+"""`d2ext predict` --draw heatmaps, and the drawing of maps and points."""
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import cv2
 import numpy as np
@@ -16,19 +14,9 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from d2ext.testing import tiny_config
+from d2ext.tools import predict
 from d2ext.utils.drawing import PictureDrawer, VideoDrawer
 from d2ext.utils.heatmaps import COLORS, SeesHeatmaps, draw_points, overlay_heatmaps
-
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "demo.py"
-
-
-@pytest.fixture(scope="module")
-def demo() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("d2ext_demo_heatmaps", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _config(folder: Path, architecture: str) -> str:
@@ -83,7 +71,7 @@ def test_drawers_take_maps(drawer: type[PictureDrawer]) -> None:
     assert tuple(plain[35, 5]) == (90, 90, 90)
 
 
-def test_demo_draws_heatmaps(demo: ModuleType, tmp_path: Path) -> None:
+def test_demo_draws_heatmaps(tmp_path: Path) -> None:
     config = _config(tmp_path, "CenterNet")
     image = np.random.default_rng(0).integers(0, 255, (60, 90, 3)).astype(np.uint8)
     cv2.imwrite(str(tmp_path / "a.png"), image)
@@ -92,7 +80,7 @@ def test_demo_draws_heatmaps(demo: ModuleType, tmp_path: Path) -> None:
         arguments = ["--config-file", config, "--input", str(tmp_path / "a.png"), "--draw", draw]
         arguments += ["--output", str(tmp_path / draw), "--confidence-threshold", "0"]
         torch.manual_seed(0)  # of the random weights
-        assert demo.main(arguments) == 0
+        assert predict.run(arguments) == 0
         pictures[draw] = cv2.imread(str(tmp_path / draw / "a.png"))
     assert pictures["heatmaps"].shape == image.shape
     assert (pictures["heatmaps"] != pictures["results"]).mean() > 0.5
@@ -101,13 +89,11 @@ def test_demo_draws_heatmaps(demo: ModuleType, tmp_path: Path) -> None:
     assert texts[0] == texts[1]
 
 
-def test_a_model_without_maps_is_told(
-    demo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_without_maps_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = _config(tmp_path, "YOLACT")
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((20, 20, 3), np.uint8))
     arguments = ["--config-file", config, "--input", str(tmp_path / "a.png"), "--draw", "heatmaps"]
-    assert demo.main([*arguments, "--output", str(tmp_path / "out")]) == 2
+    assert predict.run([*arguments, "--output", str(tmp_path / "out")]) == 2
     assert "YOLACT has no heat maps" in capsys.readouterr().err
 
 
