@@ -54,7 +54,7 @@ def encode_corners(
     radius_variant: str = "cornernet",
     center_divisor: float | None = None,
 ) -> CornerTargets:
-    """Ground truth of a batch → targets.
+    """Annotations of a batch → targets.
 
     Boxes are cut to the input; of what has no area then, the slot stays empty. As published, the cut
     is at the last pixel's index (size - 1), so that every corner lies in a cell. Objects that share

@@ -268,9 +268,9 @@ def decode_taylor(
     step, solvable = _newton(gradient, dxx, dyy, dxy)
     concave = (dxx < 0) & (dyy < 0) & (dxx * dyy > dxy**2) & solvable
     inner = torch.stack([inner_x, inner_y], dim=-1)
-    found = torch.maximum(torch.minimum(inner + step, cells + 1), cells - 1)
+    refined = torch.maximum(torch.minimum(inner + step, cells + 1), cells - 1)
     quarter = cells + _differences(maps, x, y).sign() * 0.25
-    return torch.where(concave[..., None], found, quarter), scores
+    return torch.where(concave[..., None], refined, quarter), scores
 
 
 def _parabola(values: Tensor, floor: Tensor, shape: str) -> Tensor:
@@ -319,8 +319,8 @@ def decode_centroid(maps: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
     near = (dy.abs() <= radius)[..., :, None] & (dx.abs() <= radius)[..., None, :]
     mass = maps.clamp(min=0) * near
     total = mass.sum(dim=(-2, -1), keepdim=True)
-    found = mean_cell(mass / total.clamp(min=torch.finfo(maps.dtype).tiny))
-    return torch.where(total[..., 0] > 0, found, cells), scores
+    means = mean_cell(mass / total.clamp(min=torch.finfo(maps.dtype).tiny))
+    return torch.where(total[..., 0] > 0, means, cells), scores
 
 
 def gaussian_blur(maps: Tensor, side: int) -> Tensor:
@@ -427,10 +427,10 @@ class HeatmapCodec(LandmarkCodec):
     centroid   exact, Cauchy, sigma 0.5     0.1 at least 3 sigma from the border; 0.9
     =========  ===========================  ====================================================
 
-    A point outside the crop has weight 0, or is found near the nearest place inside: 0.5 cells at most
+    A point outside the crop has weight 0, or is decoded near the nearest place inside: 0.5 cells at most
     with argmax, quarter, dark and taylor, 0.75 with hourglass, 1 with centroid and with dark_udp and
     Gaussian targets. Not so with the centre "hourglass": what has x <= 0 or lies in no cell, as x = W
-    does, has an empty map and, as published, a weight of 1. It is found at the crop's first corner
+    does, has an empty map and, as published, a weight of 1. It is decoded at the crop's first corner
     (argmax: first cell), as far away as the crop is large.
 
     Attributes:

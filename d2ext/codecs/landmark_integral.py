@@ -56,7 +56,7 @@ class IntegralCodec(LandmarkCodec):
     The score is the probability within two cells of the point, in 0..1.
 
     For maps whose softmax is a bump of deviation sigma, points at least 3 sigma inside the map are
-    found within 0.05 cells.
+    decoded within 0.05 cells.
 
     Attributes:
         map_size: (w, h).

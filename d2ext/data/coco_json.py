@@ -134,31 +134,31 @@ def _check_annotations(
         ("category_id", "categories", categories),
     ):
         known = {owner.get("id") for owner in owners}
-        found = [a for a in annotations if key in a and a[key] not in known]
+        wrong = [a for a in annotations if key in a and a[key] not in known]
         yield from problem(
-            len(found),
+            len(wrong),
             f"annotations have a {key} that is not in '{what}'",
-            [f"annotation {a.get('id')} ({key} {a[key]!r})" for a in found[:5]],
+            [f"annotation {a.get('id')} ({key} {a[key]!r})" for a in wrong[:5]],
         )
-    found = [a for a in annotations if "bbox" in a and not _is_box(a["bbox"])]
+    wrong = [a for a in annotations if "bbox" in a and not _is_box(a["bbox"])]
     yield from problem(
-        len(found),
+        len(wrong),
         "annotations have a 'bbox' that is not four numbers (x, y, width, height)",
-        [f"annotation {a.get('id')} ({a['bbox']!r})" for a in found[:5]],
+        [f"annotation {a.get('id')} ({a['bbox']!r})" for a in wrong[:5]],
     )
     expected = max((3 * len(c.get("keypoints") or ()) for c in categories), default=0)
-    found = [a for a in annotations if a.get("keypoints") and len(a["keypoints"]) != expected]
+    wrong = [a for a in annotations if a.get("keypoints") and len(a["keypoints"]) != expected]
     yield from problem(
-        len(found),
+        len(wrong),
         f"annotations have 'keypoints' of other than {expected} numbers (x, y, visibility for each "
         "keypoint of the category)",
-        [f"annotation {a.get('id')} ({len(a['keypoints'])} numbers)" for a in found[:5]],
+        [f"annotation {a.get('id')} ({len(a['keypoints'])} numbers)" for a in wrong[:5]],
     )
-    found = [a for a in annotations if a.get("ignore", 0)]
+    wrong = [a for a in annotations if a.get("ignore", 0)]
     yield from problem(
-        len(found),
+        len(wrong),
         "annotations are marked 'ignore', which Detectron2 does not support; use 'iscrowd'",
-        [f"annotation {a.get('id')}" for a in found[:5]],
+        [f"annotation {a.get('id')}" for a in wrong[:5]],
     )
 
 
@@ -184,10 +184,10 @@ def check_image_files(images: list[Entry], image_root: str) -> list[str]:
 def missing_keys(what: str, entries: list[Entry], keys: Sequence[str]) -> Iterable[str]:
     """A line for each key that entries lack."""
     for key in keys:
-        found = [e for e in entries if key not in e]
-        examples = [shorten([f"{k}: {e[k]!r}" for k in list(e)[:2]]) for e in found[:5]]
+        wrong = [e for e in entries if key not in e]
+        examples = [shorten([f"{k}: {e[k]!r}" for k in list(e)[:2]]) for e in wrong[:5]]
         yield from problem(
-            len(found), f"{what} have no '{key}'", [f"the one with {e}" for e in examples]
+            len(wrong), f"{what} have no '{key}'", [f"the one with {e}" for e in examples]
         )
 
 

@@ -44,9 +44,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
-from d2ext.data.class_counts import check_config_against_data, set_class_counts
 from d2ext.data.coco_json import CocoSummary, check_coco_json
 from d2ext.data.dataset_dicts import shorten
+from d2ext.data.dataset_facts import check_config_against_data, set_class_counts
 from d2ext.data.errors import DatasetError
 from d2ext.data.landmarks.own import add_landmark_arguments, register_landmark_arguments
 from d2ext.data.panoptic_json import default_panoptic_root
@@ -305,15 +305,15 @@ def apply_dataset_to_config(cfg: CfgNode, name: str) -> None:
     Raises:
         DatasetError: neither is registered
     """
-    found = {split: _find(name, split) for split in _SPLITS}
-    if not any(found.values()):
+    names = {split: _find(name, split) for split in _SPLITS}
+    if not any(names.values()):
         raise DatasetError(
             f"There is no data set '{name}': neither '{name}_train' nor '{name}_val' is "
             "registered. Give its files: --train-json, --train-images, --val-json, --val-images."
         )
-    cfg.DATASETS.TRAIN = (found["train"],) if found["train"] else ()
-    cfg.DATASETS.TEST = (found["val"],) if found["val"] else ()
-    name = found["train"] or found["val"] or name
+    cfg.DATASETS.TRAIN = (names["train"],) if names["train"] else ()
+    cfg.DATASETS.TEST = (names["val"],) if names["val"] else ()
+    name = names["train"] or names["val"] or name
     set_class_counts(cfg, name)
     if MetadataCatalog.get(name).get("mask_format") == "bitmask":
         cfg.INPUT.MASK_FORMAT = "bitmask"

@@ -135,7 +135,7 @@ def _checked(cfg: CfgNode, name: str, records: list[Record]) -> list[Record]:
         if "annotations" not in record:
             result.append(record)
             continue
-        kept = []
+        usable = []
         for annotation in record["annotations"]:
             category = annotation.get("category_id")
             if classes is not None and not _is_class(category, len(classes)):
@@ -150,8 +150,8 @@ def _checked(cfg: CfgNode, name: str, records: list[Record]) -> list[Record]:
                     no_mask.append(f"'{record['file_name']}'")
                 elif isinstance(annotation["segmentation"], dict):
                     rle.append(f"'{record['file_name']}'")
-            kept.append(annotation)
-        result.append({**record, "annotations": kept})
+            usable.append(annotation)
+        result.append({**record, "annotations": usable})
     if wrong_class:
         raise DatasetError(
             f"{len(wrong_class)} annotations of data set '{name}' have a class id outside "

@@ -112,8 +112,8 @@ class D2extDatasetMapper(DatasetMapper):
             dataset_dict.pop("annotations", None)
             dataset_dict.pop("sem_seg", None)
         elif annotations is not None:
-            kept = [a for a, keep in zip(annotations, aug_input.keep, strict=True) if keep]
-            self._set_instances(dataset_dict, kept, transforms, image_shape)
+            annotations = [a for a, keep in zip(annotations, aug_input.keep, strict=True) if keep]
+            self._set_instances(dataset_dict, annotations, transforms, image_shape)
         return dataset_dict
 
     def _read_sem_seg(self, dataset_dict: dict[str, Any]) -> np.ndarray | None:

@@ -75,7 +75,7 @@ def default_panoptic_root(json_file: str) -> str:
 def check_panoptic_json(json_file: str, panoptic_root: str, image_root: str) -> PanopticSummary:
     """Read a panoptic JSON file and check that it is consistent and its files exist.
 
-    The contents of the PNGs are not looked at; :func:`d2ext.data.separate.separate` does that.
+    The contents of the PNGs are not looked at: :mod:`d2ext.data.panoptic_to_detection` reads them.
 
     Args:
         json_file: with ``images``, ``annotations`` and ``categories``
@@ -148,11 +148,11 @@ def _check_annotations(
         yield "there are no annotations"
     yield from duplicates("annotations", "image_id", annotations)
     known = {i.get("id") for i in images}
-    found = [a for a in annotations if a["image_id"] not in known]
+    unlisted = [a for a in annotations if a["image_id"] not in known]
     yield from problem(
-        len(found),
+        len(unlisted),
         "annotations have an image_id that is not in 'images'",
-        [f"{a['image_id']!r} ('{a['file_name']}')" for a in found[:5]],
+        [f"{a['image_id']!r} ('{a['file_name']}')" for a in unlisted[:5]],
     )
     segments = [(a, s) for a in annotations for s in a["segments_info"]]
     yield from missing_keys("segments", [s for _, s in segments], ("id", "category_id"))

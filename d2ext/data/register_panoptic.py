@@ -22,7 +22,7 @@ from d2ext.data.dataset_dicts import shorten
 from d2ext.data.errors import DatasetError
 from d2ext.data.panoptic import IGNORE_LABEL, attach_panoptic, read_panoptic_json
 from d2ext.data.panoptic_json import PanopticSummary, check_panoptic_json
-from d2ext.data.separate import SeparatedFiles, separate
+from d2ext.data.panoptic_to_detection import DetectionFiles, panoptic_to_detection
 
 __all__ = [
     "PanopticFiles",
@@ -74,10 +74,10 @@ def register_panoptic(name: str, files: PanopticFiles) -> PanopticSummary:
             f"Data set '{name}': {len(summary.left_out)} images without annotation are left out: "
             f"image id {shorten(summary.left_out)}."
         )
-    separated = SeparatedFiles(files.json or "", files.sem_seg or "")
+    separated = DetectionFiles(files.json or "", files.sem_seg or "")
     if not all(separated):
-        made = separate(name, summary, files.panoptic_root)
-        separated = SeparatedFiles(
+        made = panoptic_to_detection(name, summary, files.panoptic_root)
+        separated = DetectionFiles(
             *(own or other for own, other in zip(separated, made, strict=True))
         )
     paths = {
@@ -180,7 +180,7 @@ def register_cityscapes_folder(
     _register(name, partial(_load_cityscapes, name, prepare), classes.metadata(), paths)
 
 
-def _load_cityscapes(name: str, prepare: Callable[[], SeparatedFiles]) -> list[Record]:
+def _load_cityscapes(name: str, prepare: Callable[[], DetectionFiles]) -> list[Record]:
     files = prepare()
     MetadataCatalog.get(name).set(json_file=files.json_file, sem_seg_root=files.sem_seg_root)
     return _load(name)
@@ -188,11 +188,11 @@ def _load_cityscapes(name: str, prepare: Callable[[], SeparatedFiles]) -> list[R
 
 def _separate_cityscapes(
     name: str, classes: PanopticSummary, image_root: str, panoptic_json: str, panoptic_root: str
-) -> SeparatedFiles:
-    """Its JSON file names images by another name than they have: they are found by their ids."""
+) -> DetectionFiles:
+    """Its JSON file names images by another name than they have: they go by their ids."""
     content = read_panoptic_json(panoptic_json)
     suffix = "_leftImg8bit.png"
-    found = {
+    file_names = {
         file[: -len(suffix)]: f"{city}/{file}"
         for city in PathManager.ls(image_root)
         for file in PathManager.ls(os.path.join(image_root, city))
@@ -200,12 +200,12 @@ def _separate_cityscapes(
     }
     annotations = {a["image_id"]: a for a in content["annotations"]}
     images = {i["id"]: i for i in content["images"] if i["id"] in annotations}
-    absent = [i for i in images if i not in found]
+    absent = [i for i in images if i not in file_names]
     if absent:
         raise DatasetError(
             f"{len(absent)} of {len(images)} images that '{panoptic_json}' lists are not in "
             f"'{image_root}': {shorten(absent)}."
         )
-    images = {i: {**image, "file_name": found[i]} for i, image in images.items()}
+    images = {i: {**image, "file_name": file_names[i]} for i, image in images.items()}
     summary = PanopticSummary(classes.things, classes.stuff, classes.colors, images, annotations)
-    return separate(name, summary, panoptic_root)
+    return panoptic_to_detection(name, summary, panoptic_root)

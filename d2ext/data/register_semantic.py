@@ -94,13 +94,13 @@ def register_semantic(name: str, images: str, sem_seg: str, classes: Sequence[st
 
 def _pairs(name: str, images: str, sem_seg: str) -> list[tuple[str, str]]:
     """(picture, label map) of equal names without extension, sorted."""
-    found = []
+    listed = []
     for folder in (images, sem_seg):
         if not PathManager.isdir(folder):
             raise DatasetError(f"Data set '{name}': there is no folder '{folder}'.")
         files = [f for f in sorted(PathManager.ls(folder)) if not f.startswith(".")]
-        found.append({os.path.splitext(f)[0]: os.path.join(folder, f) for f in files})
-    pictures, maps = found
+        listed.append({os.path.splitext(f)[0]: os.path.join(folder, f) for f in files})
+    pictures, maps = listed
     for what, of, missing in (
         ("pictures", "label map", sorted(set(pictures) - set(maps))),
         ("label maps", "picture", sorted(set(maps) - set(pictures))),

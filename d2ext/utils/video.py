@@ -55,8 +55,8 @@ class VideoReader:
     def __iter__(self) -> Iterator[np.ndarray]:
         """Frames (height, width, 3), BGR, uint8."""
         while True:
-            found, frame = self._capture.read()
-            if not found:
+            has_frame, frame = self._capture.read()
+            if not has_frame:
                 return
             yield frame
 

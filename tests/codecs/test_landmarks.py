@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from d2ext.codecs.landmark_crops import apply_affine, crop_to_image, invert_affine, pad_boxes
+from d2ext.codecs.affine import invert_affine
+from d2ext.codecs.landmark_crops import apply_affine, crop_to_image, pad_boxes
 from d2ext.codecs.landmark_heatmaps import (
     DECODERS,
     HeatmapCodec,
@@ -95,12 +96,12 @@ def test_mirrored_maps(geometry: str, shift: bool, bound: float) -> None:
     mirrored = x[:, partners].clone()
     mirrored[..., 0] = INPUT[0] - mirrored[..., 0]
     (maps,), _ = codec.encode(mirrored, torch.ones(x.shape[:2], dtype=torch.bool))
-    found = codec.decode(codec.mirror((maps,), partners)).points
-    error = (found - x)[..., 0].abs()
+    decoded = codec.decode(codec.mirror((maps,), partners)).points
+    error = (decoded - x)[..., 0].abs()
     assert error.max() < bound
     if bound > 1:
         assert error.min() > bound - 0.2
-    assert (found - x)[..., 1].abs().max() < 0.02
+    assert (decoded - x)[..., 1].abs().max() < 0.02
 
 
 # Targets
@@ -338,9 +339,9 @@ def test_bounds_at_borders_and_outside(decoder: str, shape: str) -> None:
             for offset in (-1.9, -1.0, -0.6, -0.5, -0.25, 0.0, 0.4, 0.9, 1.7, 4.2):
                 x = border_points(offset)
                 targets, weights = codec.encode(x, torch.ones(x.shape[:2], dtype=torch.bool))
-                found = codec.decode(targets).points
+                decoded = codec.decode(targets).points
                 nearest = torch.minimum(x.clamp(min=0), torch.tensor(INPUT).float())
-                error = ((found - nearest).abs().amax(dim=-1) * (weights > 0)).max() / CELL
+                error = ((decoded - nearest).abs().amax(dim=-1) * (weights > 0)).max() / CELL
                 inside = {"taylor": 0.01, "centroid": 0.9} if offset <= 0 else {}
                 bound = inside.get(decoder, _BOUNDS[decoder])
                 assert error <= bound + 1e-3, (sigma, window, offset)
@@ -348,7 +349,7 @@ def test_bounds_at_borders_and_outside(decoder: str, shape: str) -> None:
 
 
 def test_hourglass_targets_outside_are_empty_and_count() -> None:
-    """As published: x <= 0 or x = W is an empty map that counts, found at the first corner."""
+    """As published: x <= 0 or x = W is an empty map that counts, decoded at the first corner."""
     codec = heatmap_codec(center="hourglass", sigma=1.0, decoder="hourglass")
     x = torch.tensor(
         [[[0.0, 100.0], [192.0, 100.0], [-3.0, 100.0], [90.0, 256.0], [90.0, -5.0], [90.0, -3.0]]]
@@ -356,10 +357,10 @@ def test_hourglass_targets_outside_are_empty_and_count() -> None:
     (maps,), weights = codec.encode(x, torch.ones(1, 6, dtype=torch.bool))
     assert weights.eq(1).all()
     assert maps.amax((-2, -1)).tolist() == [[0, 0, 0, 0, 0, 1]]
-    found = codec.decode((maps,)).points
-    assert found[0, :5].eq(0).all()
+    decoded = codec.decode((maps,)).points
+    assert decoded[0, :5].eq(0).all()
     # Truncated toward zero, y = -3 is in the first cell.
-    assert (found[0, 5] - torch.tensor([90.0, 0.0])).abs().max() <= 0.75 * CELL
+    assert (decoded[0, 5] - torch.tensor([90.0, 0.0])).abs().max() <= 0.75 * CELL
 
 
 @pytest.mark.parametrize("refine", [False, True])
@@ -371,8 +372,8 @@ def test_simcc_round_trip(refine: bool, ratio: float, sigma: float) -> None:
     assert [t.shape[-1] for t in targets] == [192 * ratio, 256 * ratio]
     for target in targets:
         torch.testing.assert_close(target.sum(-1), torch.ones_like(target[..., 0]))
-    found, scores = codec.decode(tuple(t.clamp(min=1e-30).log() for t in targets))
-    error = (found - x).abs().max()
+    decoded, scores = codec.decode(tuple(t.clamp(min=1e-30).log() for t in targets))
+    error = (decoded - x).abs().max()
     assert weights.all()
     assert error <= (0.02 if refine else 0.5) / ratio + 1e-4
     assert refine or error > 0.45 / ratio
@@ -384,8 +385,8 @@ def test_simcc_of_one_bin() -> None:
     x = points()
     targets, _ = codec.encode(x, torch.ones(x.shape[:2], dtype=torch.bool))
     assert all(t.sum(-1).eq(1).all() and t.max(-1).values.eq(1).all() for t in targets)
-    found, scores = codec.decode(tuple((t + 1e-9).log() for t in targets))
-    assert (found - x).abs().max() <= 0.25 + 1e-4
+    decoded, scores = codec.decode(tuple((t + 1e-9).log() for t in targets))
+    assert (decoded - x).abs().max() <= 0.25 + 1e-4
     torch.testing.assert_close(scores, torch.ones_like(scores))
 
 
@@ -410,8 +411,8 @@ def test_integral_round_trip(beta: float) -> None:
     x = points(margin=(3 * sigma + 0.5) * CELL)
     cells = to_cells(x, INPUT, MAP, "continuous")
     (maps,), _ = draw_targets(cells, torch.ones(x.shape[:2], dtype=torch.bool), MAP, sigma=sigma)
-    found, scores = codec.decode((maps.clamp(min=1e-30).log() / beta,))
-    assert (found - x).abs().max() <= 0.05 * CELL
+    decoded, scores = codec.decode((maps.clamp(min=1e-30).log() / beta,))
+    assert (decoded - x).abs().max() <= 0.05 * CELL
     # within 2 cells of a bump of deviation 1.5
     assert scores.min() > 0.5 and scores.max() < 0.65
 
@@ -445,7 +446,7 @@ def test_debias_formulas_by_hand(beta: float) -> None:
             share = math.exp(beta * float(maps[0, 0, j, i])) / mass
             x, y = x + share * i, y + share * j
 
-    def found(**kwargs: object) -> Tensor:
+    def decoded(**kwargs: object) -> Tensor:
         codec = IntegralCodec(INPUT, MAP, beta, True, **kwargs)  # type: ignore[arg-type]
         return to_cells(codec.decode((maps,)).points, INPUT, MAP, "continuous")[0, 0]
 
@@ -453,11 +454,11 @@ def test_debias_formulas_by_hand(beta: float) -> None:
         mass / (mass - 1) * (v / size - 1 / (2 * mass)) * size
         for v, size in zip((x, y), MAP, strict=True)
     ]
-    assert found(formula="published").tolist() == pytest.approx(published, abs=1e-3)
-    assert found().tolist() == pytest.approx([12.0, 10.0], abs=2e-3)
+    assert decoded(formula="published").tolist() == pytest.approx(published, abs=1e-3)
+    assert decoded().tolist() == pytest.approx([12.0, 10.0], abs=2e-3)
     assert 0 < abs(published[0] - x) < 0.01 < 0.1 < abs(x - 12)
     with pytest.raises(ValueError, match="DEBIAS_FORMULA"):
-        found(formula="best")
+        decoded(formula="best")
 
 
 @pytest.mark.parametrize("formula", ["exact", "published"])
@@ -540,9 +541,9 @@ def test_udp_takes_the_published_mixed_derivative() -> None:
     central = (at(1, 1) + at(-1, -1) - at(1, -1) - at(-1, 1)) / 4
     expected = np.array([x, y]) - np.linalg.solve(np.array([[dxx, dxy], [dxy, dyy]]), gradient)
     other = np.array([x, y]) - np.linalg.solve(np.array([[dxx, central], [central, dyy]]), gradient)
-    found = decode_dark_udp(maps, 3)[0][0, 0].numpy()
-    np.testing.assert_allclose(found, expected, atol=1e-4)
-    assert np.abs(found - other).max() > 1e-3
+    decoded = decode_dark_udp(maps, 3)[0][0, 0].numpy()
+    np.testing.assert_allclose(decoded, expected, atol=1e-4)
+    assert np.abs(decoded - other).max() > 1e-3
 
 
 def test_taylor_is_steady_on_noise() -> None:
@@ -553,10 +554,10 @@ def test_taylor_is_steady_on_noise() -> None:
     noise = torch.randn(maps.shape, generator=torch.Generator().manual_seed(0))
     noisy = maps + 0.05 * noise
     best = decode_argmax(noisy)[0]
-    found = decode_taylor(noisy)[0]
-    assert (found - best).abs().max() <= 1
+    decoded = decode_taylor(noisy)[0]
+    assert (decoded - best).abs().max() <= 1
     cells = to_cells(x, INPUT, MAP, "continuous")
-    assert (found - cells).abs().mean() < 0.5
+    assert (decoded - cells).abs().mean() < 0.5
     wild = decode_taylor(noise[:, :50])[0]
     assert wild.isfinite().all() and (wild - decode_argmax(noise[:, :50])[0]).abs().max() <= 1
 
@@ -600,8 +601,8 @@ def test_empty_batches() -> None:
         targets, weights = codec.encode(empty, labelled)
         if isinstance(codec, IntegralCodec):
             targets = (torch.zeros(0, 5, 64, 48),)
-        found = codec.decode(targets)
-        assert found.points.shape == (0, 5, 2) and found.scores.shape == weights.shape == (0, 5)
+        decoded = codec.decode(targets)
+        assert decoded.points.shape == (0, 5, 2) and decoded.scores.shape == weights.shape == (0, 5)
 
 
 # Boxes and crops

@@ -93,9 +93,9 @@ def test_inverse_restores_what_the_window_had(size: tuple[int, int]) -> None:
     window = CanvasCropTransform(13, 11, 3, 6, *size)
     back = window.inverse().apply_image(window.apply_image(image))
     assert back.shape == image.shape
-    kept = back.any(axis=2)
-    assert kept.sum() > 0
-    np.testing.assert_array_equal(back[kept], image[kept])
+    keep = back.any(axis=2)
+    assert keep.sum() > 0
+    np.testing.assert_array_equal(back[keep], image[keep])
     points = np.array([[1.5, 2.0], [40.0, -3.0]])
     np.testing.assert_allclose(window.inverse().apply_coords(window.apply_coords(points)), points)
     assert window.inverse().inverse() is window

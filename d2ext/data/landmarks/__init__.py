@@ -6,8 +6,13 @@
     register_landmarks("faces_train", "wflw", "list_98pt_rect_attr_train.txt", "WFLW_images/")
 """
 
-from d2ext.data.landmarks.described import DESCRIBED, describe_datasets
-from d2ext.data.landmarks.kinds import KINDS, LandmarkKind, kind_metadata
+from d2ext.data.landmarks.datasets import (
+    DESCRIBED,
+    LANDMARK_DATASETS,
+    LandmarkDataset,
+    describe_datasets,
+    landmark_metadata,
+)
 from d2ext.data.landmarks.mapper import TopDownMapper, TopDownTestMapper, make_crop_sample
 from d2ext.data.landmarks.register import (
     load_landmarks,
@@ -33,10 +38,10 @@ describe_datasets()
 
 __all__ = [
     "DESCRIBED",
-    "KINDS",
+    "LANDMARK_DATASETS",
     "AffineCropTransform",
     "CutoutTransform",
-    "LandmarkKind",
+    "LandmarkDataset",
     "RandomCropGeometry",
     "TopDownMapper",
     "TopDownTestMapper",
@@ -47,7 +52,7 @@ __all__ = [
     "instance_crop_box",
     "instance_points",
     "instance_records",
-    "kind_metadata",
+    "landmark_metadata",
     "load_landmarks",
     "make_crop_sample",
     "register_landmarks",

@@ -101,7 +101,7 @@ class TopDownMapper:
             )
         if plain_geometry not in GEOMETRIES:
             raise ValueError(
-                f"INPUT.LANDMARKS.GEOMETRY is {plain_geometry!r}; choose from "
+                f"INPUT.LANDMARKS.CROP_GEOMETRY is {plain_geometry!r}; choose from "
                 f"{', '.join(GEOMETRIES)}."
             )
         if recipe == "hourglass" and size[0] != size[1]:
@@ -145,11 +145,11 @@ class TopDownMapper:
             "reader": ImageCache(c.CACHE_MB << 20) if c.CACHE_MB > 0 else read_image,
             "image_format": cfg.INPUT.FORMAT,
             "padding": model.CROP.PADDING,
-            "plain_geometry": c.GEOMETRY,
+            "plain_geometry": c.CROP_GEOMETRY,
             "recipe": recipe,
             "geometry": RandomCropGeometry(
                 size,
-                c.GEOMETRY,
+                c.CROP_GEOMETRY,
                 rotation=c.ROTATION,
                 rotation_prob=c.ROTATION_PROB,
                 scale=c.SCALE,
@@ -329,13 +329,13 @@ class TopDownTestMapper:
             instances.scores = torch.tensor([score for _, score in record["detections"]])
             instances.pred_classes = torch.zeros(len(boxes), dtype=torch.int64)
         elif "annotations" in record:
-            found = usable_annotations(record)
-            instances.gt_boxes = Boxes(_box_tensor([instance_crop_box(a) for a in found]))
+            annotations = usable_annotations(record)
+            instances.gt_boxes = Boxes(_box_tensor([instance_crop_box(a) for a in annotations]))
             instances.gt_classes = torch.tensor(
-                [a["category_id"] for a in found], dtype=torch.int64
+                [a["category_id"] for a in annotations], dtype=torch.int64
             )
             instances.instance_ids = torch.tensor(
-                [a.get("id", i) for i, a in enumerate(found)], dtype=torch.int64
+                [a.get("id", i) for i, a in enumerate(annotations)], dtype=torch.int64
             )
         else:
             return result

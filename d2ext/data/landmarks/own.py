@@ -23,7 +23,7 @@ import yaml
 from detectron2.utils.file_io import PathManager
 
 from d2ext.data.errors import DatasetError
-from d2ext.data.landmarks.kinds import KINDS
+from d2ext.data.landmarks.datasets import LANDMARK_DATASETS
 from d2ext.data.landmarks.register import register_landmarks
 
 __all__ = ["add_landmark_arguments", "register_landmark_arguments", "register_own_landmarks"]
@@ -37,7 +37,7 @@ def add_landmark_arguments(group: Any) -> None:
         "--landmarks",
         metavar="KIND",
         help="the data are landmarks, in any form of this set: "
-        f"{', '.join(KINDS)}, or custom (COCO-keypoint JSON with the points' names)",
+        f"{', '.join(LANDMARK_DATASETS)}, or custom (COCO-keypoint JSON with the points' names)",
     )
 
 

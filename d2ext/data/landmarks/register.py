@@ -19,8 +19,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
 from d2ext.data.errors import DatasetError
-from d2ext.data.landmarks.forms import FORMS, detect_form, read_json
-from d2ext.data.landmarks.kinds import KINDS, LandmarkKind, kind_metadata
+from d2ext.data.landmarks.datasets import LANDMARK_DATASETS, LandmarkDataset, landmark_metadata
+from d2ext.data.landmarks.readers import READERS, detect_form, read_json
 from d2ext.files import atomic_write
 
 __all__ = [
@@ -45,7 +45,7 @@ def register_landmarks(
     form: str | None = None,
     origin: float | None = None,
     head_boxes: str | None = None,
-) -> LandmarkKind:
+) -> LandmarkDataset:
     """Register a landmark data set. Registering the same again is harmless.
 
     Args:
@@ -55,7 +55,7 @@ def register_landmarks(
             ``sigmas``).
         annotations: file, or folder of ``.pts`` files.
         images: folder that file names are relative to.
-        form: of the file: "coco", "mpii", "wflw", "csv" or "pts"; found out if not given.
+        form: of the file: "coco", "mpii", "wflw", "csv" or "pts"; detected if not given.
         origin: index of the first pixel in the file; by default 1 for MPII's list and for ``.pts``,
             0 otherwise.
         head_boxes: for PCKh: MPII's ``mpii_gt_val.mat`` (read with SciPy), or a JSON list with
@@ -67,77 +67,79 @@ def register_landmarks(
     Raises:
         DatasetError: unknown kind or form, files that cannot be used, or a name that is taken.
     """
-    found = landmark_kind(kind, annotations)
-    form = form or detect_form(found, annotations)
-    if form not in FORMS:
-        raise DatasetError(f"Form '{form}' is not known; choose from {', '.join(FORMS)}.")
+    dataset = landmark_kind(kind, annotations)
+    form = form or detect_form(dataset, annotations)
+    if form not in READERS:
+        raise DatasetError(f"Form '{form}' is not known; choose from {', '.join(READERS)}.")
     source = (kind, annotations, images, form, origin, head_boxes)
     if name in DatasetCatalog.list():
         if MetadataCatalog.get(name).get("landmark_source") == source:
-            return found
+            return dataset
         raise DatasetError(f"Data set '{name}' is already registered. Choose another name.")
-    load = partial(load_landmarks, found, annotations, images, form, origin, head_boxes)
+    load = partial(load_landmarks, dataset, annotations, images, form, origin, head_boxes)
     load()  # errors belong here, not to the first epoch
     DatasetCatalog.register(name, load)
-    metadata = {**kind_metadata(found), "image_root": images, "landmark_source": source}
+    metadata = {**landmark_metadata(dataset), "image_root": images, "landmark_source": source}
     if form == "coco":
         metadata["thing_dataset_id_to_contiguous_id"] = {_category_id(annotations): 0}
-        if "oks" in found.metrics and not origin:
+        if "oks" in dataset.metrics and not origin:
             metadata["json_file"] = annotations  # COCO's own evaluation reads it
     MetadataCatalog.get(name).set(**metadata)
-    return found
+    return dataset
 
 
 def load_landmarks(
-    kind: LandmarkKind,
+    kind: LandmarkDataset,
     annotations: str,
     images: str,
     form: str,
     origin: float | None = None,
     head_boxes: str | None = None,
 ) -> list[Record]:
-    """The data set as Detectron2's dicts; see :mod:`d2ext.data.landmarks.forms` for their fields.
+    """The data set as Detectron2's dicts; see :mod:`d2ext.data.landmarks.readers` for their fields.
 
     Raises:
         DatasetError: files that cannot be used.
     """
-    records = FORMS[form](kind, annotations, images, origin)
+    records = READERS[form](kind, annotations, images, origin)
     if not any(record["annotations"] for record in records):
         raise DatasetError(f"'{annotations}' has no annotation.")
     if head_boxes is not None:
-        found = [a for record in records for a in record["annotations"]]
+        people = [a for record in records for a in record["annotations"]]
         boxes = read_head_boxes(head_boxes)
-        if len(boxes) != len(found):
+        if len(boxes) != len(people):
             raise DatasetError(
-                f"'{head_boxes}' has {len(boxes)} head boxes, '{annotations}' {len(found)} people."
+                f"'{head_boxes}' has {len(boxes)} head boxes, '{annotations}' {len(people)} people."
             )
-        for annotation, box in zip(_in_file_order(found, annotations, form), boxes, strict=True):
+        for annotation, box in zip(_in_file_order(people, annotations, form), boxes, strict=True):
             annotation["head_box"] = box.tolist()
     return records
 
 
-def _in_file_order(found: list[Record], path: str, form: str) -> list[Record]:
+def _in_file_order(people: list[Record], path: str, form: str) -> list[Record]:
     """Annotations, which records hold image by image, in the order of their file."""
     if form == "coco":
         place = {entry["id"]: i for i, entry in enumerate(read_json(path)["annotations"])}
-        return sorted(found, key=lambda annotation: place[annotation["id"]])
-    return sorted(found, key=lambda annotation: annotation["id"])  # numbered in the file's order
+        return sorted(people, key=lambda annotation: place[annotation["id"]])
+    return sorted(people, key=lambda annotation: annotation["id"])  # numbered in the file's order
 
 
-def landmark_kind(kind: str, annotations: str) -> LandmarkKind:
+def landmark_kind(kind: str, annotations: str) -> LandmarkDataset:
     """A kind by name; "custom" is read from the JSON file.
 
     Raises:
         DatasetError: unknown name, or a custom file without point names.
     """
-    if kind in KINDS:
-        return KINDS[kind]
+    if kind in LANDMARK_DATASETS:
+        return LANDMARK_DATASETS[kind]
     if kind == "custom":
         return custom_kind(annotations)
-    raise DatasetError(f"Landmark kind '{kind}' is not known; known: {', '.join(KINDS)}, custom.")
+    raise DatasetError(
+        f"Landmark kind '{kind}' is not known; known: {', '.join(LANDMARK_DATASETS)}, custom."
+    )
 
 
-def custom_kind(path: str) -> LandmarkKind:
+def custom_kind(path: str) -> LandmarkDataset:
     """The kind that the (only) category of a COCO-keypoint JSON describes.
 
     Without ``flip_pairs``, points whose names differ by left and right are pairs. Faces and the like
@@ -145,13 +147,13 @@ def custom_kind(path: str) -> LandmarkKind:
     """
     content = read_json(path)
     categories = content.get("categories") if isinstance(content, dict) else None
-    found = [c for c in categories or [] if c.get("keypoints")]
-    if len(found) != 1:
+    named = [c for c in categories or [] if c.get("keypoints")]
+    if len(named) != 1:
         raise DatasetError(
-            f"'{path}' has {len(found)} categories with 'keypoints'; a custom landmark set needs "
+            f"'{path}' has {len(named)} categories with 'keypoints'; a custom landmark set needs "
             "exactly one, with the points' names."
         )
-    category = found[0]
+    category = named[0]
     names = tuple(str(name) for name in category["keypoints"])
     if len(set(names)) != len(names):
         raise DatasetError(f"'{path}': names of keypoints occur repeatedly.")
@@ -171,7 +173,7 @@ def custom_kind(path: str) -> LandmarkKind:
             f"'{path}': 'flip_pairs' (0-based), 'skeleton' (1-based) or 'sigmas' do not fit its "
             f"{len(names)} keypoints."
         )
-    return LandmarkKind(
+    return LandmarkDataset(
         "custom",
         str(category.get("name", "object")),
         names,
@@ -212,7 +214,7 @@ def read_head_boxes(path: str) -> np.ndarray:
     return boxes
 
 
-def write_coco_keypoints(records: list[Record], kind: LandmarkKind, path: str) -> None:
+def write_coco_keypoints(records: list[Record], kind: LandmarkDataset, path: str) -> None:
     """Write a data set in COCO-keypoint form, from which :func:`register_landmarks` reads the same
     targets (as the same kind, or as "custom"). Needs ``height`` and ``width`` of every image.
     File names are written as they stand in ``records``.
@@ -246,7 +248,7 @@ def write_coco_keypoints(records: list[Record], kind: LandmarkKind, path: str) -
         json.dump(content, f)
 
 
-def _coco_annotation(annotation: Record, image_id: Any, kind: LandmarkKind) -> Record:
+def _coco_annotation(annotation: Record, image_id: Any, kind: LandmarkDataset) -> Record:
     points = np.array(annotation["keypoints"], dtype=np.float64).reshape(-1, 3)
     points[points[:, 2] > 0, :2] -= 0.5
     x0, y0, x1, y1 = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)

@@ -16,7 +16,7 @@ from detectron2.structures import BoxMode
 from d2ext.data.annotations import describe_dropped
 from d2ext.data.dataset_dicts import shorten
 from d2ext.data.errors import AnnotationError, DatasetError
-from d2ext.data.landmarks.forms import read_json
+from d2ext.data.landmarks.readers import read_json
 
 __all__ = [
     "add_detections",
@@ -67,14 +67,14 @@ def instance_records(records: Sequence[Record]) -> list[Record]:
 
 def usable_annotations(record: Record, dropped: Counter[str] | None = None) -> list[Record]:
     """Annotations of an image that have landmarks to find, in their order."""
-    kept = []
+    usable = []
     for annotation in record.get("annotations", ()):
         reason = _flaw(annotation)
         if not reason:
-            kept.append(annotation)
+            usable.append(annotation)
         elif dropped is not None:
             dropped[reason] += 1
-    return kept
+    return usable
 
 
 def _flaw(annotation: Record) -> str:
@@ -196,7 +196,7 @@ def add_detections(
 
     Returns:
         copies with ``detections``: a list of (XYXY box, score), best first; empty for images in
-        which nothing was found. Boxes without any side are left out.
+        which nothing was detected. Boxes without any side are left out.
 
     Raises:
         DatasetError: no such file, or not such a list.
@@ -209,11 +209,13 @@ def add_detections(
             f"'{path}' is no list of detections with 'image_id', 'bbox' and 'score' (COCO's result "
             "format)."
         )
-    found: dict[Any, list[tuple[list[float], float]]] = {r["image_id"]: [] for r in records}
+    detections: dict[Any, list[tuple[list[float], float]]] = {r["image_id"]: [] for r in records}
     for entry in compress(content, in_categories(content, categories, path)):
         score = float(entry["score"])
-        if entry["image_id"] in found and score >= min_score:
+        if entry["image_id"] in detections and score >= min_score:
             x, y, w, h = (float(v) for v in entry["bbox"])
             if min(w, h) >= 0 and max(w, h) > 0:
-                found[entry["image_id"]].append(([x, y, x + w, y + h], score))
-    return [{**r, "detections": sorted(found[r["image_id"]], key=lambda d: -d[1])} for r in records]
+                detections[entry["image_id"]].append(([x, y, x + w, y + h], score))
+    return [
+        {**r, "detections": sorted(detections[r["image_id"]], key=lambda d: -d[1])} for r in records
+    ]

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 
 import cv2
 import numpy as np
-import torch
 from fvcore.transforms.transform import Transform
 
-from d2ext.codecs.landmark_crops import invert_affine
+from d2ext.codecs.affine import invert_affine
 from d2ext.data.landmarks.geometry import crop_matrix
 
 __all__ = [
@@ -55,7 +54,7 @@ class AffineCropTransform(Transform):
 
     def inverse(self) -> Transform:
         """Of the coordinates; an image keeps the crop's size."""
-        return AffineCropTransform(invert_affine(torch.from_numpy(self.matrix)).numpy(), self.size)
+        return AffineCropTransform(invert_affine(self.matrix), self.size)
 
 
 class CutoutTransform(Transform):
@@ -180,13 +179,13 @@ def half_body_box(
     if labelled.sum() <= min_points:
         return None
     halves = [points[labelled & upper, :2], points[labelled & ~upper, :2]]
-    chosen = halves[0] if prefers_upper and len(halves[0]) > 2 else halves[1]
-    if len(chosen) <= 2:
-        chosen = halves[0]
-    if len(chosen) < 2:
+    half = halves[0] if prefers_upper and len(halves[0]) > 2 else halves[1]
+    if len(half) <= 2:
+        half = halves[0]
+    if len(half) < 2:
         return None
-    low, high = chosen.min(axis=0), chosen.max(axis=0)
-    center = chosen.mean(axis=0)
+    low, high = half.min(axis=0), half.max(axis=0)
+    center = half.mean(axis=0)
     ratio = size[1] / size[0]
     height = 1.5 * max(high[1] - low[1], (high[0] - low[0]) / ratio)
     if not height > 0:

@@ -49,7 +49,7 @@ def add_landmarks_config(cfg: CfgNode) -> None:
     # Scale Cauchy targets to a peak of 1; False: sigma / (r^2 + sigma^2)^1.5, peak 1 / sigma^2.
     target.UNIT_PEAK = True
     # How cells lie on pixels: "continuous", "index" (the common habit) or "udp".
-    target.GEOMETRY = "continuous"
+    target.CELL_GEOMETRY = "continuous"
 
     # From maps to points: "argmax", "quarter", "hourglass", "dark", "dark_udp", "taylor", "centroid".
     landmarks.DECODER = "hourglass"
@@ -101,7 +101,7 @@ def add_landmarks_config(cfg: CfgNode) -> None:
     test = landmarks.TEST = CfgNode()
     # Average with the prediction for the mirrored crop.
     test.FLIP = False
-    # Move the mirrored maps one cell to the right, as published with GEOMETRY "index".
+    # Move the mirrored maps one cell to the right, as published with CELL_GEOMETRY "index".
     test.FLIP_SHIFT = False
     # Crops that go through the network at once; bounds the memory.
     test.MAX_CROPS = 64

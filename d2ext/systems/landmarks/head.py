@@ -192,7 +192,7 @@ class HeatmapHead(MapHead):
             unit_peak=c.TARGET.UNIT_PEAK,
             decoder=c.DECODER,
             blur=c.DECODER_BLUR,
-            geometry=c.TARGET.GEOMETRY,
+            geometry=c.TARGET.CELL_GEOMETRY,
             flip_shift=c.TEST.FLIP_SHIFT,
         )
         return {**arguments, "codec": codec, "loss": c.LOSS.MAPS, "weight": c.LOSS.WEIGHT}
@@ -261,7 +261,7 @@ class IntegralHead(MapHead):
             map_size=map_size,
             beta=c.INTEGRAL.BETA,
             debias=c.INTEGRAL.DEBIAS,
-            geometry=c.TARGET.GEOMETRY,
+            geometry=c.TARGET.CELL_GEOMETRY,
             formula=c.INTEGRAL.DEBIAS_FORMULA,
         )
         return {

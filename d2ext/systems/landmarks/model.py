@@ -21,11 +21,11 @@ from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from d2ext.codecs.affine import invert_affine
 from d2ext.codecs.landmark_crops import (
     apply_affine,
     crop_to_image,
     has_side,
-    invert_affine,
     pad_boxes,
 )
 from d2ext.layers import affine_crops, truncated_crops

@@ -7,7 +7,7 @@ What Detectron2 has a key for is set there, by the files in ``configs/upsnet``: 
 
 from detectron2.config import CfgNode
 
-from d2ext.data.class_counts import DatasetClasses, counts_classes
+from d2ext.data.dataset_facts import DatasetClasses, counts_classes
 
 
 @counts_classes("UPSNet")

@@ -130,8 +130,8 @@ def test_augmented_points_stay_on_their_spots(record):
         matrix = sample["crop_matrix"].numpy()
         mapped = SPOTS @ matrix[:, :2].T + matrix[:, 2]
         mapped = mapped[[1, 0, 3, 2]] if sample["flipped"] else mapped
-        found = sample["instances"].gt_keypoints.tensor[0, :4, :2]
-        np.testing.assert_allclose(found, mapped, atol=1e-4)
+        points = sample["instances"].gt_keypoints.tensor[0, :4, :2]
+        np.testing.assert_allclose(points, mapped, atol=1e-4)
 
 
 def test_cutout_hides_and_half_body_zooms(record):
@@ -228,11 +228,11 @@ def test_instances_without_landmarks_are_left_out(record):
         {k: v for k, v in good.items() if k != "keypoints"},
     ]
     flat = {**good, "bbox": [5.0, 5.0, 20.0, 0.0]}  # padding gives it the input's shape
-    found = instance_records([{**record, "annotations": [*bad, good, flat]}, {**record}])
-    assert [r["annotations"] for r in found] == [[good], [flat], [good]]
+    samples = instance_records([{**record, "annotations": [*bad, good, flat]}, {**record}])
+    assert [r["annotations"] for r in samples] == [[good], [flat], [good]]
     with pytest.raises(DatasetError, match="No instance is left"):
         instance_records([{**record, "annotations": bad}])
-    sample = make_mapper()(found[1])
+    sample = make_mapper()(samples[1])
     np.testing.assert_allclose(sample["crop_box"], [2.5, -7.5, 27.5, 17.5])
 
 
@@ -253,7 +253,7 @@ def test_test_input(record):
 
 def test_detections(record, tmp_path):
     path = tmp_path / "detections.json"
-    found = [
+    detections = [
         {"image_id": 3, "bbox": [1, 2, 10, 20], "score": 0.4, "category_id": 1},
         {"image_id": 3, "bbox": [5, 6, 10, 20], "score": 0.9, "category_id": 1},
         {"image_id": 3, "bbox": [5, 6, 0, 20], "score": 0.3, "category_id": 1},
@@ -262,7 +262,7 @@ def test_detections(record, tmp_path):
         {"image_id": 3, "bbox": [5, 6, 10, 20], "score": 0.1, "category_id": 1},
         {"image_id": 9, "bbox": [5, 6, 10, 20], "score": 0.9, "category_id": 1},
     ]
-    path.write_text(json.dumps(found))
+    path.write_text(json.dumps(detections))
     records = add_detections([record, {**record, "image_id": 4}], str(path), 0.2)
     mapper = TopDownTestMapper(image_format="RGB")
     instances = mapper(records[0])["instances"]
@@ -326,10 +326,10 @@ def test_loaders(tmp_path):
     (sample,) = next(iter(build_test_loader(cfg, "shapes_val_landmarks")))
     assert sample["image"].shape == (3, 256, 256) and len(sample["instances"]) > 0
     path = tmp_path / "detections.json"
-    found = {"image_id": 0, "bbox": [1, 2, 3, 4], "score": 1.0}
+    detection = {"image_id": 0, "bbox": [1, 2, 3, 4], "score": 1.0}
     known = MetadataCatalog.get("shapes_val_landmarks").thing_dataset_id_to_contiguous_id
-    other = {**found, "bbox": [5, 5, 5, 5], "category_id": max(known) + 1}
-    path.write_text(json.dumps([other, {**found, "category_id": max(known)}]))
+    other = {**detection, "bbox": [5, 5, 5, 5], "category_id": max(known) + 1}
+    path.write_text(json.dumps([other, {**detection, "category_id": max(known)}]))
     cfg.INPUT.LANDMARKS.TEST_BOXES = str(path)
     (sample,) = next(iter(build_test_loader(cfg, "shapes_val_landmarks")))
     assert sample["instances"].pred_boxes.tensor.tolist() == [[1, 2, 4, 6]]
@@ -340,7 +340,7 @@ def test_every_setting_reaches_the_mapper():
     c = cfg.INPUT.LANDMARKS
     c.HALF_BODY_PROB, c.CUTOUT_PROB, c.COLOR_PROB, c.RECIPE = 0.1, 0.2, 0.3, "default"
     c.ROTATION, c.ROTATION_PROB, c.SCALE, c.SHIFT, c.FLIP_PROB = 11.0, 0.7, 0.35, 0.05, 0.25
-    c.UPPER_BODY, c.HALF_BODY_MIN_POINTS, c.GEOMETRY = ["top", "mouth"], 5, "udp"
+    c.UPPER_BODY, c.HALF_BODY_MIN_POINTS, c.CROP_GEOMETRY = ["top", "mouth"], 5, "udp"
     cfg.MODEL.LANDMARKS.CROP.PADDING = 1.5
     mapper = TopDownMapper(cfg, True)
     g = mapper.geometry
@@ -376,12 +376,12 @@ def test_shapes_landmarks():
     metadata = MetadataCatalog.get("shapes_val_landmarks")
     assert len(metadata.keypoint_names) == 8 and metadata.evaluator_type == "landmarks"
     assert flip_indices("shapes_val_landmarks") == [1, 0, 2, 3, 5, 4, 7, 6]
-    found = [r["annotations"][0] for r in instance_records(records)]
-    assert len(found) > 400
-    occlusion = np.array([a["occlusion"] for a in found])
+    annotations = [r["annotations"][0] for r in instance_records(records)]
+    assert len(annotations) > 400
+    occlusion = np.array([a["occlusion"] for a in annotations])
     assert occlusion.min() == 0 and 0.4 < occlusion.max() < 0.5
-    assert {a["attributes"]["occluded"] for a in found} == {True, False}
-    for annotation in found:
+    assert {a["attributes"]["occluded"] for a in annotations} == {True, False}
+    for annotation in annotations:
         points = np.array(annotation["keypoints"]).reshape(8, 3)
         x0, y0, x1, y1 = annotation["bbox"]
         labelled = points[points[:, 2] > 0]

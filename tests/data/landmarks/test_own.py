@@ -9,12 +9,12 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from d2ext.config import get_cfg
-from d2ext.data.class_counts import check_config_against_data
 from d2ext.data.custom import (
     add_dataset_arguments,
     apply_dataset_to_config,
     register_from_arguments,
 )
+from d2ext.data.dataset_facts import check_config_against_data
 from d2ext.data.errors import DatasetError
 from d2ext.data.landmarks.own import register_own_landmarks
 

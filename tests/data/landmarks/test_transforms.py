@@ -57,8 +57,8 @@ def test_geometries_are_the_published_ones():
         ("continuous", (index + 0.5 - 10) * 2 - 0.5),
     ):
         matrix = crop_matrix(box, (128, 128), geometry)
-        found = (index + 0.5) * matrix[0, 0] + 25.5 * matrix[0, 1] + matrix[0, 2] - 0.5
-        np.testing.assert_allclose(found, expected)
+        mapped = (index + 0.5) * matrix[0, 0] + 25.5 * matrix[0, 1] + matrix[0, 2] - 0.5
+        np.testing.assert_allclose(mapped, expected)
 
 
 def test_rotation_is_clockwise_about_the_middle():

@@ -10,13 +10,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["KINDS", "LandmarkKind", "kind_metadata", "mirror_sums"]
+from detectron2.data import Metadata, MetadataCatalog
+
+__all__ = [
+    "DESCRIBED",
+    "LANDMARK_DATASETS",
+    "LandmarkDataset",
+    "describe_datasets",
+    "landmark_metadata",
+    "mirror_sums",
+]
 
 Pairs = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class LandmarkKind:
+class LandmarkDataset:
     """One set of landmarks.
 
     Attributes:
@@ -106,8 +115,8 @@ def _sided(center: Sequence[float], parts: Sequence[float]) -> tuple[float, ...]
 _COCO_PART_SIGMAS = (0.025, 0.035, 0.079, 0.072, 0.062, 0.107, 0.087, 0.089)
 _COCO_SIGMAS = _sided([0.026], _COCO_PART_SIGMAS)
 
-_KINDS = (
-    LandmarkKind(
+_DATASETS = (
+    LandmarkDataset(
         "coco",
         "person",
         _COCO,
@@ -117,7 +126,7 @@ _KINDS = (
         occlusion=True,
         metrics=("oks", "pck"),
     ),
-    LandmarkKind(
+    LandmarkDataset(
         "posetrack18",
         "person",
         _POSETRACK,
@@ -127,7 +136,7 @@ _KINDS = (
         _COCO_SIGMAS,
         metrics=("oks", "pck"),
     ),
-    LandmarkKind(
+    LandmarkDataset(
         "mpii",
         "person",
         _MPII,
@@ -147,7 +156,7 @@ _KINDS = (
         not_scored=(6, 7),  # pelvis and thorax
         origin=1,
     ),
-    LandmarkKind(
+    LandmarkDataset(
         "300w",
         "face",
         _numbered(68),
@@ -168,7 +177,7 @@ _KINDS = (
         failure=0.08,
         origin=1,
     ),
-    LandmarkKind(
+    LandmarkDataset(
         "wflw",
         "face",
         _numbered(98),
@@ -189,7 +198,7 @@ _KINDS = (
         },
         norm="inter_ocular",
     ),
-    LandmarkKind(
+    LandmarkDataset(
         "cofw",
         "face",
         _numbered(29),
@@ -202,7 +211,7 @@ _KINDS = (
         norms={"inter_ocular": ((8,), (9,)), "inter_pupil": ((16,), (17,))},
         norm="inter_ocular",
     ),
-    LandmarkKind(
+    LandmarkDataset(
         "aflw",
         "face",
         _numbered(19),
@@ -212,12 +221,12 @@ _KINDS = (
     ),
 )
 
-KINDS: dict[str, LandmarkKind] = {kind.name: kind for kind in _KINDS}
+LANDMARK_DATASETS: dict[str, LandmarkDataset] = {kind.name: kind for kind in _DATASETS}
 
 _COLORS = ((0, 200, 80), (255, 128, 0), (51, 153, 255))  # left, right, neither: as in COCO pictures
 
 
-def kind_metadata(kind: LandmarkKind) -> dict[str, Any]:
+def landmark_metadata(kind: LandmarkDataset) -> dict[str, Any]:
     """Detectron2's metadata of a kind, and what the landmark evaluators need.
 
     Beside Detectron2's own keys: ``landmark_kind``, ``keypoint_oks_sigmas``, ``landmark_metrics``,
@@ -249,3 +258,49 @@ def kind_metadata(kind: LandmarkKind) -> dict[str, Any]:
         "landmark_occlusion": kind.occlusion,
         "evaluator_type": "landmarks",
     }
+
+
+# Data set -> kind. COCO's people are described by Detectron2.
+DESCRIBED = {
+    "mpii_train": "mpii",
+    "mpii_val": "mpii",
+    "wflw_train": "wflw",
+    "wflw_test": "wflw",
+}
+# What is true wherever the files are and whatever is evaluated.
+_KEYS = (
+    "thing_classes",
+    "thing_dataset_id_to_contiguous_id",
+    "keypoint_names",
+    "keypoint_flip_map",
+    "keypoint_connection_rules",
+)
+
+
+class _Description(Metadata):
+    """Metadata whose first values give way to those of the real data, when it is registered.
+
+    Detectron2 refuses other values than those that are there; here that holds from the second
+    setting of a key on. Whoever registers own data by such a name is not hindered.
+    """
+
+    __slots__ = ("_first",)
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**values)
+        object.__setattr__(self, "_first", set(values) - {"name"})
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        first = object.__getattribute__(self, "_first")
+        if key in first:
+            first.discard(key)
+            del self.__dict__[key]
+        super().__setattr__(key, value)
+
+
+def describe_datasets() -> None:
+    """Give :data:`DESCRIBED` their metadata, unless a data set already has some."""
+    for name, kind in DESCRIBED.items():
+        if name not in MetadataCatalog.list():
+            values = landmark_metadata(LANDMARK_DATASETS[kind])
+            MetadataCatalog[name] = _Description(name=name, **{key: values[key] for key in _KEYS})

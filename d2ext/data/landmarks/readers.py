@@ -29,12 +29,12 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from d2ext.data.errors import DatasetError
-from d2ext.data.landmarks.kinds import LandmarkKind
+from d2ext.data.landmarks.datasets import LandmarkDataset
 
-__all__ = ["FORMS", "detect_form", "extent_crop_box", "read_coco", "read_mpii"]
+__all__ = ["READERS", "detect_form", "extent_crop_box", "read_coco", "read_mpii"]
 
 Record = dict[str, Any]
-Reader = Callable[[LandmarkKind, str, str, float | None], list[Record]]
+Reader = Callable[[LandmarkDataset, str, str, float | None], list[Record]]
 
 # MPII crops are moved down by this many pixels per unit of scale (the published preparation).
 _MPII_SHIFT = 15.0
@@ -43,7 +43,7 @@ _BODY_MARGIN, _FACE_MARGIN = 0.15, 0.1
 WFLW_ATTRIBUTES = ("pose", "expression", "illumination", "make_up", "occlusion", "blur")
 
 
-def read_coco(kind: LandmarkKind, path: str, images: str, origin: float | None) -> list[Record]:
+def read_coco(kind: LandmarkDataset, path: str, images: str, origin: float | None) -> list[Record]:
     """COCO-keypoint JSON, also mmpose's, whose category may have no names.
 
     ``origin`` defaults to 0. ``center`` and ``scale`` of an annotation give its ``crop_box``; those
@@ -99,7 +99,7 @@ def read_coco(kind: LandmarkKind, path: str, images: str, origin: float | None) 
     return list(records.values())
 
 
-def read_mpii(kind: LandmarkKind, path: str, images: str, origin: float | None) -> list[Record]:
+def read_mpii(kind: LandmarkDataset, path: str, images: str, origin: float | None) -> list[Record]:
     """MPII as a JSON list of people: image, joints, joints_vis, center, scale.
 
     ``origin`` defaults to 1. The people of one image become one record. There is no box in the
@@ -129,7 +129,9 @@ def read_mpii(kind: LandmarkKind, path: str, images: str, origin: float | None) 
     return list(records.values())
 
 
-def _read_lines(kind: LandmarkKind, path: str, images: str, origin: float | None) -> list[Record]:
+def _read_lines(
+    kind: LandmarkDataset, path: str, images: str, origin: float | None
+) -> list[Record]:
     """WFLW's text: 196 coordinates, box x0 y0 x1 y1, six attributes, file name; ``origin`` 0."""
     count = 2 * len(kind.keypoints)
     records: dict[str, Record] = {}
@@ -158,7 +160,7 @@ def _read_lines(kind: LandmarkKind, path: str, images: str, origin: float | None
     return list(records.values())
 
 
-def _read_csv(kind: LandmarkKind, path: str, images: str, origin: float | None) -> list[Record]:
+def _read_csv(kind: LandmarkDataset, path: str, images: str, origin: float | None) -> list[Record]:
     """HRNet's CSV: image, scale, [box_size,] centre x, y, then the points; ``origin`` 0.
 
     Box size is there for AFLW. A point at x <= 0 and y <= 0 is not labelled.
@@ -187,7 +189,7 @@ def _read_csv(kind: LandmarkKind, path: str, images: str, origin: float | None) 
     return list(records.values())
 
 
-def _read_pts(kind: LandmarkKind, path: str, images: str, origin: float | None) -> list[Record]:
+def _read_pts(kind: LandmarkDataset, path: str, images: str, origin: float | None) -> list[Record]:
     """A folder of ``.pts`` files, each beside or named as its image; ``origin`` defaults to 1."""
     origin = 1.0 if origin is None else origin
     names = sorted(name for name in PathManager.ls(path) if name.endswith(".pts"))
@@ -197,23 +199,23 @@ def _read_pts(kind: LandmarkKind, path: str, images: str, origin: float | None) 
     for number, name in enumerate(names):
         file = os.path.join(path, name)
         stem = name[: -len(".pts")]
-        found = [
+        names = [
             stem + end
             for end in (".png", ".jpg", ".jpeg", ".bmp")
             if PathManager.exists(os.path.join(images, stem + end))
         ]
-        if not found:
+        if not names:
             raise DatasetError(f"There is no image '{stem}.png' or .jpg in '{images}'.")
         xy = _pts_points(file)
         points = _points(kind, np.column_stack([xy, np.ones(len(xy))]), f"'{file}'")
-        record = _image_record(images, found[0], number)
+        record = _image_record(images, names[0], number)
         extra = {"id": number, "crop_box": extent_crop_box(points[:, :2] - origin)}
         record["annotations"].append(_annotation(kind, points, origin, extra, record))
         records.append(record)
     return records
 
 
-FORMS: dict[str, Reader] = {
+READERS: dict[str, Reader] = {
     "coco": read_coco,
     "mpii": read_mpii,
     "wflw": _read_lines,
@@ -222,8 +224,8 @@ FORMS: dict[str, Reader] = {
 }
 
 
-def detect_form(kind: LandmarkKind, path: str) -> str:
-    """Which of :data:`FORMS` a file is in.
+def detect_form(kind: LandmarkDataset, path: str) -> str:
+    """Which of :data:`READERS` a file is in.
 
     Raises:
         DatasetError: there is no such file, or its form is not supported.
@@ -311,7 +313,7 @@ def _pts_points(path: str) -> np.ndarray:
     return values.reshape(-1, 2)
 
 
-def _points(kind: LandmarkKind, values: Any, where: str) -> np.ndarray:
+def _points(kind: LandmarkDataset, values: Any, where: str) -> np.ndarray:
     """(K, 3) float64, checked."""
     points = np.asarray(values, dtype=np.float64).reshape(-1)
     if len(points) != 3 * len(kind.keypoints):
@@ -325,7 +327,7 @@ def _points(kind: LandmarkKind, values: Any, where: str) -> np.ndarray:
 
 
 def _annotation(
-    kind: LandmarkKind,
+    kind: LandmarkDataset,
     points: np.ndarray,
     origin: float,
     extra: Record,
@@ -372,7 +374,7 @@ def _extent(points: np.ndarray, margin: float, record: Record) -> list[float]:
     return [*low.tolist(), *high.tolist()]
 
 
-def _centered(kind: LandmarkKind, center: Any, scale: float) -> Record:
+def _centered(kind: LandmarkDataset, center: Any, scale: float) -> Record:
     """``crop_box`` of a published centre (pixel indices) and scale (box side / 200)."""
     x, y = (float(v) for v in center)
     result: Record = {}
