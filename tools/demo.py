@@ -47,9 +47,9 @@ from detectron2.data.catalog import Metadata
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils.logger import setup_logger
 
+from d2ext.data.coco_results import category_ids
 from d2ext.data.errors import ImageReadError
 from d2ext.data.image_io import read_image
-from d2ext.data.landmarks.samples import category_ids
 from d2ext.engine.errors import ConfigError
 from d2ext.engine.predictor import BatchPredictor
 from d2ext.engine.setup import add_options_argument, find_config_file, load_config

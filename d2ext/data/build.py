@@ -13,11 +13,12 @@ from detectron2.data.samplers import InferenceSampler, RepeatFactorTrainingSampl
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
+from d2ext.data.coco_results import category_ids
 from d2ext.data.dataset_dicts import get_dataset_dicts
 from d2ext.data.dataset_mapper import D2extDatasetMapper
 from d2ext.data.errors import DatasetError, SampleError
 from d2ext.data.landmarks.mapper import TopDownMapper, TopDownTestMapper
-from d2ext.data.landmarks.samples import add_detections, category_ids, instance_records
+from d2ext.data.landmarks.samples import add_detections, instance_records
 from d2ext.data.sampler import (
     RepeatFactorStreamSampler,
     StreamSampler,

@@ -16,15 +16,12 @@ from detectron2.data.build import (
 )
 
 from d2ext.data.annotations import describe_dropped, obvious_flaw
-from d2ext.data.errors import DatasetError
+from d2ext.data.errors import DatasetError, shorten
 from d2ext.data.panoptic import attach_panoptic
 
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
-
-# How many offending annotations or images an error lists.
-_LISTED = 5
 
 
 def get_dataset_dicts(cfg: CfgNode, names: Sequence[str], *, is_train: bool) -> list[Record]:
@@ -195,11 +192,3 @@ def _filtered(cfg: CfgNode, records: list[Record]) -> list[Record]:
     if minimum > 0:
         records = filter_images_with_few_keypoints(records, minimum)
     return records
-
-
-def shorten(items: Sequence[Any] | None, count: int = _LISTED) -> str:
-    """The first few items as text, and how many more there are."""
-    if items is None:
-        return "unknown"
-    text = ", ".join(str(item) for item in items[:count])
-    return text if len(items) <= count else f"{text}, ... ({len(items) - count} more)"

@@ -23,8 +23,7 @@ from detectron2.utils.file_io import PathManager
 from pycocotools import mask as mask_util
 
 from d2ext.data.cache import cache_folder
-from d2ext.data.dataset_dicts import shorten
-from d2ext.data.errors import AnnotationError, DatasetError, SampleError
+from d2ext.data.errors import AnnotationError, DatasetError, SampleError, shorten
 from d2ext.data.panoptic import IGNORE_LABEL, read_segments
 from d2ext.data.panoptic_json import PanopticSummary
 

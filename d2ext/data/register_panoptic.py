@@ -13,13 +13,11 @@ from functools import lru_cache, partial
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 from detectron2.data.datasets.builtin_meta import CITYSCAPES_CATEGORIES
 from detectron2.utils.file_io import PathManager
 
-from d2ext.data.coco_json import CocoSummary
-from d2ext.data.dataset_dicts import shorten
-from d2ext.data.errors import DatasetError
+from d2ext.data.coco_json import differences, load_coco_json
+from d2ext.data.errors import DatasetError, shorten
 from d2ext.data.panoptic import IGNORE_LABEL, attach_panoptic, read_panoptic_json
 from d2ext.data.panoptic_json import PanopticSummary, check_panoptic_json
 from d2ext.data.panoptic_to_detection import DetectionFiles, panoptic_to_detection
@@ -93,18 +91,13 @@ def register_panoptic(name: str, files: PanopticFiles) -> PanopticSummary:
     return summary
 
 
-def check_instances_match(name: str, instances: CocoSummary, summary: PanopticSummary) -> None:
+def check_instances_match(name: str, classes: dict[int, str], summary: PanopticSummary) -> None:
     """Raise :class:`DatasetError` unless an instances file has the things of the panoptic one."""
-    given = dict(zip(instances.category_ids, instances.classes, strict=True))
-    if given != summary.things:
-        differing = [
-            f"id {i}: {given.get(i, 'none')} / {summary.things.get(i, 'none')}"
-            for i in sorted({*given, *summary.things})
-            if given.get(i) != summary.things.get(i)
-        ]
+    text = differences(classes, summary.things)
+    if text:
         raise DatasetError(
             f"The categories of data set '{name}' differ between its instances and the things of "
-            f"its panoptic file ({shorten(differing)}). Give both the same, or leave out the "
+            f"its panoptic file ({text}). Give both the same, or leave out the "
             "instances file: instances are then made of the panoptic PNGs."
         )
 
@@ -128,7 +121,7 @@ def _register(
 def _load(name: str) -> list[Record]:
     """Dicts of a data set from the files that its metadata name."""
     metadata = MetadataCatalog.get(name)
-    records = load_coco_json(metadata.json_file, metadata.image_root, name)
+    records = load_coco_json(metadata.json_file, metadata.image_root)
     records = attach_panoptic(name, records)
     for record in records:
         png = os.path.relpath(record["pan_seg_file_name"], metadata.panoptic_root)

@@ -10,8 +10,7 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from d2ext.data.dataset_dicts import shorten
-from d2ext.data.errors import DatasetError
+from d2ext.data.errors import DatasetError, shorten
 from d2ext.data.image_io import read_label_map
 from d2ext.data.panoptic import IGNORE_LABEL
 

@@ -30,7 +30,7 @@ from d2ext.data.custom import (
     register_from_arguments,
     register_own_dataset,
 )
-from d2ext.data.dataset_facts import _counts, counts_classes
+from d2ext.data.dataset_facts import _keys, follows_data
 from d2ext.data.panoptic_json import check_panoptic_json
 from d2ext.data.panoptic_to_detection import panoptic_to_detection
 from d2ext.data.register_panoptic import register_cityscapes_folder
@@ -316,12 +316,12 @@ def test_a_system_counts_in_its_own_way(name: str, files: dict[str, str]) -> Non
     cfg.MODEL.META_ARCHITECTURE = architecture = f"Counting_{uuid.uuid4().hex}"
     register_own_dataset(name, **files)
 
-    @counts_classes(architecture)
-    def count(classes: Any) -> dict[str, Any]:
+    @follows_data(architecture)
+    def keys(facts: Any) -> dict[str, Any]:
         return {
-            "MODEL.SEM_SEG_HEAD.NUM_CLASSES": classes.full,
-            "MODEL.ROI_HEADS.NUM_CLASSES": classes.things,
-            "MODEL.RETINANET.NUM_CLASSES": classes.stuff,
+            "MODEL.SEM_SEG_HEAD.NUM_CLASSES": facts.full,
+            "MODEL.ROI_HEADS.NUM_CLASSES": facts.things,
+            "MODEL.RETINANET.NUM_CLASSES": facts.stuff,
         }
 
     try:
@@ -332,7 +332,7 @@ def test_a_system_counts_in_its_own_way(name: str, files: dict[str, str]) -> Non
         with pytest.raises(DatasetError, match=r"is 3.*4 classes \(sky, grass, apple, pear\)"):
             check_config_against_data(cfg)
     finally:
-        del _counts[architecture]
+        del _keys[architecture]
 
 
 Change = Callable[[dict[str, Any]], Any]
@@ -369,7 +369,7 @@ Change = Callable[[dict[str, Any]], Any]
             r"1 of 3 panoptic PNGs.*'scene_2\.png' has height and width \(40, 60\).*\(41, 60\)",
         ),
         (lambda c: c.update(annotations=[{"id": 1}]), "not a panoptic file.*--train-json"),
-        (lambda c: c.update(categories={}), "has no 'categories'"),
+        (lambda c: c.update(categories={}), "malformed 'categories'"),
     ],
 )
 def test_problems(name: str, tmp_path: Path, change: Change, message: str) -> None:

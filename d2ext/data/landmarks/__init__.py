@@ -6,6 +6,7 @@
     register_landmarks("faces_train", "wflw", "list_98pt_rect_attr_train.txt", "WFLW_images/")
 """
 
+from d2ext.data.dataset_facts import flip_indices
 from d2ext.data.landmarks.datasets import (
     DESCRIBED,
     LANDMARK_DATASETS,
@@ -21,7 +22,6 @@ from d2ext.data.landmarks.register import (
 )
 from d2ext.data.landmarks.samples import (
     add_detections,
-    flip_indices,
     instance_crop_box,
     instance_points,
     instance_records,

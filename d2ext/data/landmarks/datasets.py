@@ -2,6 +2,10 @@
 
 Facts come from the data sets' own descriptions, as the annotation files and the published
 configurations of pose toolkits state them. Points are counted from 0.
+
+A model for MPII or WFLW needs them to predict (flip test) and to be drawn, also where the files are
+absent. As Detectron2 does for COCO's people, the metadata exist from import on, for the names that the
+configs use.
 """
 
 from __future__ import annotations
@@ -12,6 +16,8 @@ from typing import Any
 
 from detectron2.data import Metadata, MetadataCatalog
 
+from d2ext.data.dataset_facts import Keypoints, Pairs, keypoint_metadata, mirror_pairs
+
 __all__ = [
     "DESCRIBED",
     "LANDMARK_DATASETS",
@@ -20,8 +26,6 @@ __all__ = [
     "landmark_metadata",
     "mirror_sums",
 ]
-
-Pairs = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -86,15 +90,6 @@ def _numbered(count: int) -> tuple[str, ...]:
     return tuple(f"point_{i}" for i in range(count))
 
 
-def _pairs_by_name(names: Sequence[str]) -> Pairs:
-    place = {name: i for i, name in enumerate(names)}
-    return tuple(
-        (i, place[name.replace("left", "right")])
-        for i, name in enumerate(names)
-        if name.startswith("left")
-    )
-
-
 _SIDED = ("eye", "ear", "shoulder", "elbow", "wrist", "hip", "knee", "ankle")
 _COCO = ("nose", *(f"{side}_{part}" for part in _SIDED for side in ("left", "right")))
 _POSETRACK = ("nose", "head_bottom", "head_top", *_COCO[3:])
@@ -120,7 +115,7 @@ _DATASETS = (
         "coco",
         "person",
         _COCO,
-        _pairs_by_name(_COCO),
+        mirror_pairs(_COCO),
         (*_LIMBS, *_ARMS, (1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6)),
         _COCO_SIGMAS,
         occlusion=True,
@@ -130,7 +125,7 @@ _DATASETS = (
         "posetrack18",
         "person",
         _POSETRACK,
-        _pairs_by_name(_POSETRACK),
+        mirror_pairs(_POSETRACK),
         (*_LIMBS, *_ARMS, (0, 1), (0, 2), (1, 5), (1, 6)),
         # Head bottom and head top stand where COCO has the eyes, and keep their values.
         _COCO_SIGMAS,
@@ -221,46 +216,33 @@ _DATASETS = (
     ),
 )
 
-LANDMARK_DATASETS: dict[str, LandmarkDataset] = {kind.name: kind for kind in _DATASETS}
-
-_COLORS = ((0, 200, 80), (255, 128, 0), (51, 153, 255))  # left, right, neither: as in COCO pictures
+LANDMARK_DATASETS: dict[str, LandmarkDataset] = {d.name: d for d in _DATASETS}
 
 
-def landmark_metadata(kind: LandmarkDataset) -> dict[str, Any]:
-    """Detectron2's metadata of a kind, and what the landmark evaluators need.
+def landmark_metadata(dataset: LandmarkDataset) -> dict[str, Any]:
+    """Detectron2's metadata of a landmark set, and what the landmark evaluators need.
 
     Beside Detectron2's own keys: ``landmark_kind``, ``keypoint_oks_sigmas``, ``landmark_metrics``,
     ``landmark_norm``, ``landmark_norms``, ``landmark_not_scored``, ``landmark_failure``,
     ``landmark_occlusion``.
     """
-    names = kind.keypoints
-
-    def color(a: str, b: str) -> tuple[int, int, int]:
-        if a.startswith("left") or b.startswith("left"):
-            return _COLORS[0]
-        return _COLORS[1] if a.startswith("right") or b.startswith("right") else _COLORS[2]
-
+    keypoints = Keypoints(dataset.keypoints, dataset.flip_pairs, dataset.skeleton, dataset.sigmas)
     return {
-        "thing_classes": [kind.category],
+        **keypoint_metadata(keypoints),
+        "thing_classes": [dataset.category],
         "thing_dataset_id_to_contiguous_id": {1: 0},
-        "keypoint_names": names,
-        "keypoint_flip_map": tuple((names[a], names[b]) for a, b in kind.flip_pairs),
-        "keypoint_connection_rules": [
-            (names[a], names[b], color(names[a], names[b])) for a, b in kind.skeleton
-        ],
-        "keypoint_oks_sigmas": kind.sigmas,
-        "landmark_kind": kind.name,
-        "landmark_metrics": kind.metrics,
-        "landmark_norm": kind.norm,
-        "landmark_norms": kind.norms,
-        "landmark_not_scored": kind.not_scored,
-        "landmark_failure": kind.failure,
-        "landmark_occlusion": kind.occlusion,
+        "landmark_kind": dataset.name,
+        "landmark_metrics": dataset.metrics,
+        "landmark_norm": dataset.norm,
+        "landmark_norms": dataset.norms,
+        "landmark_not_scored": dataset.not_scored,
+        "landmark_failure": dataset.failure,
+        "landmark_occlusion": dataset.occlusion,
         "evaluator_type": "landmarks",
     }
 
 
-# Data set -> kind. COCO's people are described by Detectron2.
+# Name in the catalog -> set of landmarks. COCO's people are described by Detectron2.
 DESCRIBED = {
     "mpii_train": "mpii",
     "mpii_val": "mpii",

@@ -12,12 +12,12 @@ from detectron2.data import MetadataCatalog, detection_utils
 from detectron2.structures import Boxes, Instances, Keypoints
 
 from d2ext.data.augmentations.photometric import RandomPhotometricDistortion
+from d2ext.data.dataset_facts import flip_indices
 from d2ext.data.errors import AnnotationError
 from d2ext.data.image_io import ImageCache, read_image
 from d2ext.data.landmarks.geometry import GEOMETRIES, pad_box
 from d2ext.data.landmarks.hourglass import draw_hourglass, hourglass_sample
 from d2ext.data.landmarks.samples import (
-    flip_indices,
     instance_crop_box,
     instance_points,
     usable_annotations,

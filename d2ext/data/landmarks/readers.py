@@ -18,7 +18,6 @@ person height / 200), ``head_box`` [x0, y0, x1, y1].
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -28,6 +27,7 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
+from d2ext.data.coco_json import LANDMARKS, image_record, read_coco_json, read_json, read_text
 from d2ext.data.errors import DatasetError
 from d2ext.data.landmarks.datasets import LandmarkDataset
 
@@ -52,36 +52,17 @@ def read_coco(kind: LandmarkDataset, path: str, images: str, origin: float | Non
     is.
 
     Raises:
-        DatasetError: not such a file; images without ``id`` or ``file_name``; annotations without
-            ``id``, with one that occurred already, of no image, with another number of points, or
-            with boxes that are not four numbers.
+        DatasetError: see :func:`~d2ext.data.coco_json.read_coco_json`; annotations with another number
+            of points, or with boxes that are not four numbers.
     """
-    content = read_json(path)
-    if not isinstance(content, dict) or not {"images", "annotations"} <= set(content):
-        raise DatasetError(
-            f"'{path}' is not in COCO-keypoint form: it needs 'images', 'annotations' and "
-            "'categories'."
-        )
-    records: dict[Any, Record] = {}
-    for number, entry in enumerate(content["images"]):
-        _require(entry, ("id", "file_name"), f"image {number} (from 0) of '{path}'")
-        record = {"file_name": os.path.join(images, entry["file_name"]), "image_id": entry["id"]}
-        if "height" in entry and "width" in entry:
-            record.update(height=entry["height"], width=entry["width"])
-        records[entry["id"]] = {**record, "annotations": []}
-    seen = set()
-    for number, entry in enumerate(content["annotations"]):
-        _require(entry, ("id", "image_id"), f"annotation {number} (from 0) of '{path}'")
+    file = read_coco_json(path, required=LANDMARKS)
+    records = {entry["id"]: image_record(entry, images) for entry in file.images}
+    for entry in file.annotations:
         where = f"annotation {entry['id']} of '{path}'"
-        if entry["id"] in seen:
-            raise DatasetError(f"{where} is not the only one with this id.")
-        seen.add(entry["id"])
-        if entry["image_id"] not in records:
-            raise DatasetError(f"{where} belongs to an image that is not in 'images'.")
         points = _points(kind, entry.get("keypoints") or [0] * 3 * len(kind.keypoints), where)
         extra: Record = {"id": entry["id"], "iscrowd": int(entry.get("iscrowd", 0))}
         if "bbox" in entry:
-            x, y, w, h = _four_numbers(entry, "bbox", where)
+            x, y, w, h = entry["bbox"]
             extra["bbox"] = [x, y, x + w, y + h]
             extra["area"] = float(entry.get("area", w * h))
         if "center" in entry and "scale" in entry:
@@ -135,7 +116,7 @@ def _read_lines(
     """WFLW's text: 196 coordinates, box x0 y0 x1 y1, six attributes, file name; ``origin`` 0."""
     count = 2 * len(kind.keypoints)
     records: dict[str, Record] = {}
-    for number, line in enumerate(_text(path).splitlines()):
+    for number, line in enumerate(read_text(path).splitlines()):
         if not line.strip():
             continue
         where = f"line {number + 1} of '{path}'"
@@ -167,7 +148,7 @@ def _read_csv(kind: LandmarkDataset, path: str, images: str, origin: float | Non
     """
     count = 2 * len(kind.keypoints)
     records: dict[str, Record] = {}
-    for number, row in enumerate(csv.reader(_text(path).splitlines())):
+    for number, row in enumerate(csv.reader(read_text(path).splitlines())):
         if number == 0 or not row:  # column names
             continue
         where = f"line {number + 1} of '{path}'"
@@ -263,30 +244,6 @@ def extent_crop_box(points: np.ndarray) -> list[float]:
     return [x - half, y - half, x + half, y + half]
 
 
-def read_json(path: str) -> Any:
-    """A parsed JSON file, or :class:`DatasetError`."""
-    try:
-        return json.loads(_text(path))
-    except json.JSONDecodeError as e:
-        raise DatasetError(f"Annotation file '{path}' is not valid JSON: {e}") from e
-
-
-def _text(path: str) -> str:
-    try:
-        with PathManager.open(path, "r", encoding="utf-8") as f:
-            return f.read()
-    except FileNotFoundError as e:
-        raise DatasetError(f"Annotation file '{path}' does not exist.") from e
-    except (IsADirectoryError, UnicodeDecodeError) as e:
-        raise DatasetError(f"Annotation file '{path}' is not a text file: {e}") from e
-
-
-def _require(entry: Any, keys: Iterable[str], where: str) -> None:
-    missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
-    if missing:
-        raise DatasetError(f"{where} has no {', '.join(missing)}.")
-
-
 def _four_numbers(entry: Record, key: str, where: str) -> list[float]:
     try:
         a, b, c, d = (float(v) for v in entry[key])
@@ -304,7 +261,7 @@ def _numbers(fields: Iterable[str], where: str) -> np.ndarray:
 
 def _pts_points(path: str) -> np.ndarray:
     """(K, 2) numbers between the braces of a .pts file."""
-    text = _text(path)
+    text = read_text(path)
     if "{" not in text or "}" not in text:
         raise DatasetError(f"'{path}' has no points between {{ and }}.")
     values = _numbers(text[text.index("{") + 1 : text.rindex("}")].split(), f"'{path}'")

@@ -18,9 +18,11 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
+from d2ext.data.coco_json import LANDMARKS, read_coco_json, read_json
+from d2ext.data.dataset_facts import category_keypoints
 from d2ext.data.errors import DatasetError
 from d2ext.data.landmarks.datasets import LANDMARK_DATASETS, LandmarkDataset, landmark_metadata
-from d2ext.data.landmarks.readers import READERS, detect_form, read_json
+from d2ext.data.landmarks.readers import READERS, detect_form
 from d2ext.files import atomic_write
 
 __all__ = [
@@ -140,48 +142,26 @@ def landmark_kind(kind: str, annotations: str) -> LandmarkDataset:
 
 
 def custom_kind(path: str) -> LandmarkDataset:
-    """The kind that the (only) category of a COCO-keypoint JSON describes.
-
-    Without ``flip_pairs``, points whose names differ by left and right are pairs. Faces and the like
-    are evaluated by NME of the box; with ``sigmas``, by OKS.
+    """The kind that the (only) category of a COCO-keypoint JSON describes, see
+    :func:`~d2ext.data.dataset_facts.category_keypoints`. Faces and the like are evaluated by NME of the
+    box; with ``sigmas``, by OKS.
     """
-    content = read_json(path)
-    categories = content.get("categories") if isinstance(content, dict) else None
-    named = [c for c in categories or [] if c.get("keypoints")]
+    named = [c for c in read_coco_json(path, required=LANDMARKS).categories if c.get("keypoints")]
     if len(named) != 1:
         raise DatasetError(
             f"'{path}' has {len(named)} categories with 'keypoints'; a custom landmark set needs "
             "exactly one, with the points' names."
         )
-    category = named[0]
-    names = tuple(str(name) for name in category["keypoints"])
-    if len(set(names)) != len(names):
-        raise DatasetError(f"'{path}': names of keypoints occur repeatedly.")
-    place = {name: i for i, name in enumerate(names)}
-    pairs = category.get("flip_pairs")
-    if pairs is None:
-        pairs = [
-            (i, place[name.replace("left", "right")])
-            for name, i in place.items()
-            if "left" in name and name.replace("left", "right") in place
-        ]
-    sigmas = tuple(float(v) for v in category.get("sigmas", ()))
-    skeleton = tuple((a - 1, b - 1) for a, b in category.get("skeleton", []))
-    indices = [i for pair in (*pairs, *skeleton) for i in pair]
-    if not all(0 <= i < len(names) for i in indices) or len(sigmas) not in (0, len(names)):
-        raise DatasetError(
-            f"'{path}': 'flip_pairs' (0-based), 'skeleton' (1-based) or 'sigmas' do not fit its "
-            f"{len(names)} keypoints."
-        )
+    keypoints = category_keypoints(named[0])
     return LandmarkDataset(
         "custom",
-        str(category.get("name", "object")),
-        names,
-        tuple((int(a), int(b)) for a, b in pairs),
-        skeleton,
-        sigmas,
+        str(named[0].get("name", "object")),
+        keypoints.names,
+        keypoints.flip_pairs,
+        keypoints.skeleton,
+        keypoints.sigmas,
         occlusion=True,
-        metrics=("oks", "pck") if sigmas else ("nme", "pck"),
+        metrics=("oks", "pck") if keypoints.sigmas else ("nme", "pck"),
     )
 
 
@@ -280,6 +260,6 @@ def _coco_annotation(annotation: Record, image_id: Any, kind: LandmarkDataset) -
 def _category_id(path: str) -> int:
     """Id of the category in a COCO-keypoint file, the first one with names of points if any has;
     Detectron2's evaluator wants it, and detections of other categories are left out."""
-    categories = read_json(path).get("categories") or [{"id": 1}]
+    categories = read_coco_json(path, required=LANDMARKS).categories or [{"id": 1}]
     named = [category for category in categories if category.get("keypoints")]
     return int((named or categories)[0].get("id", 1))

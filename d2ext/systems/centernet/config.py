@@ -1,9 +1,20 @@
 """Settings of CenterNet (points). Defaults are the published ctdet models for COCO."""
 
+from typing import Any
+
 from detectron2.config import CfgNode
 
+from d2ext.data.dataset_facts import DatasetFacts, follows_data
 from d2ext.modeling.dla import add_dla_config
 from d2ext.modeling.resnet_deconv import add_resnet_deconv_config
+
+
+@follows_data("CenterNet")
+def _centernet_keys(facts: DatasetFacts) -> dict[str, Any]:
+    return {
+        "MODEL.CENTERNET.NUM_CLASSES": facts.things,
+        "MODEL.CENTERNET.POSE.FLIP_PAIRS": facts.flip_pairs,
+    }
 
 
 def add_centernet_config(cfg: CfgNode) -> None:

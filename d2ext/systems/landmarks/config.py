@@ -1,8 +1,19 @@
 """Settings of landmark networks. Defaults are the published stacked hourglass for MPII."""
 
+from typing import Any
+
 from detectron2.config import CfgNode
 
+from d2ext.data.dataset_facts import DatasetFacts, follows_data
 from d2ext.modeling.newell_hourglass import add_newell_hourglass_config
+
+
+@follows_data("LandmarkNet")
+def _landmarks_keys(facts: DatasetFacts) -> dict[str, Any]:
+    return {
+        "MODEL.LANDMARKS.NUM_KEYPOINTS": facts.keypoints,
+        "MODEL.LANDMARKS.FLIP_INDICES": facts.flip_indices,
+    }
 
 
 def add_landmarks_config(cfg: CfgNode) -> None:

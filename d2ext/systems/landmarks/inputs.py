@@ -15,7 +15,7 @@ from detectron2.data import MetadataCatalog
 from torch import Tensor
 
 from d2ext.codecs.landmark_crops import crop_to_image, has_side, pad_boxes
-from d2ext.data.landmarks.samples import flip_indices
+from d2ext.data.dataset_facts import flip_indices
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from PIL import Image
 
@@ -24,7 +24,6 @@ from d2ext.data.landmarks import (
     instance_records,
 )
 from d2ext.data.landmarks.mapper import upper_body
-from d2ext.data.landmarks.samples import category_ids
 
 # A point on each of four coloured spots, then one that is not labelled.
 SPOTS = np.array([[40.0, 30.0], [70.0, 30.0], [45.0, 62.0], [66.0, 60.0]])
@@ -272,35 +271,6 @@ def test_detections(record, tmp_path):
     path.write_text(json.dumps({"annotations": []}))
     with pytest.raises(DatasetError, match="COCO's result format"):
         add_detections([record], str(path))
-
-
-def test_only_detections_of_the_data_s_categories_count(record, tmp_path, caplog):
-    def scores(entries, categories):
-        path = tmp_path / "detections.json"
-        both = {"image_id": 3, "bbox": [1, 2, 3, 4]}
-        path.write_text(json.dumps([{**both, "score": s, **more} for s, more in entries]))
-        caplog.clear()
-        with caplog.at_level("WARNING", logger="d2ext"):
-            (result,) = add_detections([record], str(path), categories=categories)
-        return [s for _, s in result["detections"]]
-
-    person, ball, unnamed = {"category_id": 1}, {"category_id": 35}, {}
-    mixed = [(0.9, ball), (0.8, person), (0.7, unnamed), (0.6, person)]
-    assert scores(mixed, {1: 0}) == [0.8, 0.7, 0.6] and not caplog.text
-    assert scores(mixed, {35: 0, 2: 1}) == [0.9, 0.7]
-    # Categories that the data set does not have are not its: all count, and the log says so.
-    assert scores(mixed, {7: 0}) == scores(mixed, None) == [0.9, 0.8, 0.7, 0.6]
-    assert "of categories 1, 35: the data set's own are not known" in caplog.text
-    scores(mixed, {7: 0})
-    assert "own are [7], of which it has none" in caplog.text
-    assert scores([(0.5, unnamed), (0.4, unnamed)], {1: 0}) == [0.5, 0.4] and not caplog.text
-    # COCO's own ids where the data set's file has not been read.
-    assert category_ids(Metadata(thing_classes=["person"])) == {1}
-    assert category_ids(Metadata(thing_classes=["sports ball", "face"])) == {37}
-    mapping = {5: 0, 9: 1}
-    own = Metadata(thing_classes=["person"], thing_dataset_id_to_contiguous_id=mapping)
-    assert category_ids(own) == {5, 9}
-    assert category_ids(Metadata(thing_classes=["face"])) is category_ids(Metadata()) is None
 
 
 def config() -> CfgNode:

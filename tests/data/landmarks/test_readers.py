@@ -385,22 +385,18 @@ def twice():
 
 BAD = {
     "other count": ("mpii", coco_file(17), "has 17 points; 'mpii' has 16"),
-    "no images": ("mpii", {"annotations": []}, "COCO-keypoint form"),
+    "no images": ("mpii", {"annotations": []}, "has no 'images'"),
     "unknown image": ("mpii", coco_file(image_id=8), "not in 'images'"),
-    "no annotation id": (
+    "no annotation id": ("mpii", without("annotations", "id"), "1 annotations have no 'id'"),
+    "no image id": ("mpii", without("annotations", "image_id"), "annotations have no 'image_id'"),
+    "image without id": ("mpii", without("images", "id"), "1 images have no 'id'"),
+    "image without name": ("mpii", without("images", "file_name"), "images have no 'file_name'"),
+    "same id": ("mpii", twice(), r"'id' occur repeatedly in 'annotations': 1 \(2 times\)"),
+    "no box": (
         "mpii",
-        without("annotations", "id"),
-        r"annotation 0 .*bad.json' has no id",
+        coco_file(bbox=[1, 2, 3]),
+        r"not four numbers.*annotation 1 \(\[1, 2, 3\]\)",
     ),
-    "no image id": (
-        "mpii",
-        without("annotations", "image_id"),
-        r"annotation 0 .*bad.json' has no image_id",
-    ),
-    "image without id": ("mpii", without("images", "id"), r"image 0 .*bad.json' has no id"),
-    "image without name": ("mpii", without("images", "file_name"), r"image 0 .* has no file_name"),
-    "same id": ("mpii", twice(), "annotation 1 .* not the only one"),
-    "no box": ("mpii", coco_file(bbox=[1, 2, 3]), "'bbox' is not four numbers"),
     "no crop box": ("mpii", coco_file(crop_box=None), "'crop_box' is not four numbers"),
     "no head box": ("mpii", coco_file(bbox_head=["a"] * 4), "'bbox_head' is not four numbers"),
     "not finite": ("mpii", coco_file(keypoints=[float("nan")] * 48), "not finite"),
