@@ -125,7 +125,7 @@ def coco_records(file: CocoFile, image_root: str) -> list[Record]:
     contiguous = {category: i for i, category in enumerate(file.classes)}
     records = {image["id"]: image_record(image, image_root) for image in file.images}
     for entry in file.annotations:
-        annotation = {k: entry[k] for k in ("iscrowd", "bbox") if k in entry}
+        annotation: Record = {k: entry[k] for k in ("iscrowd", "bbox") if k in entry}
         if entry.get("segmentation"):
             annotation["segmentation"] = _segmentation(entry["segmentation"])
         if entry.get("keypoints"):

@@ -59,8 +59,7 @@ from d2ext.data.dataset_facts import (
 from d2ext.data.errors import DatasetError, shorten
 from d2ext.data.landmarks.datasets import LANDMARK_DATASETS
 from d2ext.data.landmarks.register import register_landmarks
-from d2ext.data.panoptic_json import default_panoptic_root
-from d2ext.data.register_panoptic import PanopticFiles, check_instances_match, register_panoptic
+from d2ext.data.register_panoptic import register_panoptic
 from d2ext.data.register_semantic import check_classes, parse_classes, register_semantic
 
 __all__ = [
@@ -275,12 +274,14 @@ def _register_panoptic(name: str, splits: _Splits) -> None:
     categories = {}
     for key, split in splits.items():
         assert split.images is not None and split.panoptic_json is not None  # _check_complete
-        root = split.panoptic_root or default_panoptic_root(split.panoptic_json)
-        files = PanopticFiles(split.images, split.panoptic_json, root, split.json, split.sem_seg)
-        summary = register_panoptic(f"{name}_{key}", files)
-        if split.json is not None:
-            instances = read_coco_json(split.json, split.images)
-            check_instances_match(name, instances.classes, summary)
+        summary = register_panoptic(
+            f"{name}_{key}",
+            split.images,
+            split.panoptic_json,
+            split.panoptic_root,
+            json=split.json,
+            sem_seg=split.sem_seg,
+        )
         categories[key] = {
             i: f"{n} ({'thing' if i in summary.things else 'stuff'})"
             for i, n in {**summary.things, **summary.stuff}.items()

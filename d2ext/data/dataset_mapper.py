@@ -12,11 +12,7 @@ from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, Polygon
 from fvcore.transforms.transform import TransformList
 
 from d2ext.data.annotations import describe_dropped, normalize_annotations
-from d2ext.data.augmentations import (
-    DetectionInput,
-    ReportsVisibleShares,
-    build_augmentations,
-)
+from d2ext.data.augmentations import DetectionInput, ReportsVisibleShares, build_augmentations
 from d2ext.data.errors import AnnotationError
 from d2ext.data.image_io import read_image, read_label_map
 from d2ext.data.panoptic import PanopticClasses, full_label_map, panoptic_classes

@@ -47,20 +47,11 @@ def read_image(file_name: str, format: str | None = "BGR") -> np.ndarray:
     Raises:
         ImageReadError: missing, empty, truncated or undecodable file, or zero pixels
     """
+    image = _open(file_name, "image")
     try:
-        with PathManager.open(file_name, "rb") as f, warnings.catch_warnings():
-            # Large photographs are legitimate; Pillow still refuses files twice that large.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = Image.open(f)
-            opened.load()
-            array = convert_PIL_to_numpy(_to_8_bit(_upright(opened)), format)
-    except FileNotFoundError as e:
-        raise ImageReadError(f"Cannot read image '{file_name}': there is no such file.") from e
+        array = convert_PIL_to_numpy(_to_8_bit(_upright(image)), format)
     except _DECODER_ERRORS as e:
-        reason = str(e) or type(e).__name__
-        raise ImageReadError(
-            f"Cannot read image '{file_name}': {reason} (empty, truncated or not an image?)"
-        ) from e
+        raise _broken(file_name, "image", e) from e
     if array.size == 0:
         raise ImageReadError(f"Cannot read image '{file_name}': it has no pixels.")
     return array
@@ -103,15 +94,7 @@ def read_label_map(file_name: str) -> np.ndarray:
     Raises:
         ImageReadError: unreadable file, or a file with several channels
     """
-    try:
-        with PathManager.open(file_name, "rb") as f:
-            image = Image.open(f)
-            image.load()
-            labels = np.asarray(image)
-    except FileNotFoundError as e:
-        raise ImageReadError(f"Cannot read label map '{file_name}': there is no such file.") from e
-    except _DECODER_ERRORS as e:
-        raise ImageReadError(f"Cannot read label map '{file_name}': {e}") from e
+    labels = np.asarray(_open(file_name, "label map"))
     if labels.ndim != 2 or labels.size == 0:
         raise ImageReadError(
             f"Label map '{file_name}' has shape {labels.shape}; expected one channel whose values "
@@ -129,20 +112,35 @@ def read_color_map(file_name: str) -> np.ndarray:
     Raises:
         ImageReadError: unreadable file, or a file of another mode than RGB
     """
-    try:
-        with PathManager.open(file_name, "rb") as f:
-            image = Image.open(f)
-            image.load()
-    except FileNotFoundError as e:
-        raise ImageReadError(f"Cannot read panoptic map '{file_name}': no such file.") from e
-    except _DECODER_ERRORS as e:
-        raise ImageReadError(f"Cannot read panoptic map '{file_name}': {e}") from e
+    image = _open(file_name, "panoptic map")
     if image.mode != "RGB" or 0 in image.size:
         raise ImageReadError(
             f"Panoptic map '{file_name}' has mode {image.mode} and size {image.size}; expected an "
             "RGB image whose pixels are segment ids R + 256 G + 65536 B."
         )
     return np.asarray(image)
+
+
+def _open(file_name: str, what: str) -> Image.Image:
+    """The decoded file; raises :class:`ImageReadError`."""
+    try:
+        with PathManager.open(file_name, "rb") as f, warnings.catch_warnings():
+            # Large photographs are legitimate; Pillow still refuses files twice that large.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(f)
+            image.load()
+            return image
+    except FileNotFoundError as e:
+        raise ImageReadError(f"Cannot read {what} '{file_name}': there is no such file.") from e
+    except _DECODER_ERRORS as e:
+        raise _broken(file_name, what, e) from e
+
+
+def _broken(file_name: str, what: str, error: Exception) -> ImageReadError:
+    reason = str(error) or type(error).__name__
+    return ImageReadError(
+        f"Cannot read {what} '{file_name}': {reason} (empty, truncated or not an image?)"
+    )
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -66,7 +66,7 @@ class PanopticClasses:
     Attributes:
         stuff: S names, in the order of the separated ids 1..S
         things: T names, in the order of their contiguous ids
-        stuff_colors, thing_colors: (R, G, B) of each, empty if the data set names none
+        full_colors: (R, G, B) of all S+T labels of a full map, or empty
         stuff_labels: contiguous id of a stuff segment → label in 0..S-1
         thing_labels: contiguous id of a thing segment → contiguous thing id in 0..T-1
         dataset_ids: the data set's own category id → label of a full map, 0..S+T-1
@@ -75,8 +75,7 @@ class PanopticClasses:
 
     stuff: list[str]
     things: list[str]
-    stuff_colors: list[tuple[int, ...]]
-    thing_colors: list[tuple[int, ...]]
+    full_colors: list[tuple[int, ...]]
     stuff_labels: Mapping[int, int]
     thing_labels: Mapping[int, int]
     dataset_ids: Mapping[int, int]
@@ -86,12 +85,6 @@ class PanopticClasses:
     def full(self) -> list[str]:
         """Names of all S+T labels of a full map."""
         return [*self.stuff, *self.things]
-
-    @property
-    def full_colors(self) -> list[tuple[int, ...]]:
-        """Colours of all S+T labels, or empty."""
-        colors = [*self.stuff_colors, *self.thing_colors]
-        return colors if len(colors) == len(self.full) else []
 
     def label_of(self, segment: Segment) -> int | None:
         """Label in a full map of a data set dict's segment, None for an unknown category.
@@ -147,11 +140,16 @@ def panoptic_classes(dataset_name: str) -> PanopticClasses:
     ranks = {kind: {i: rank for rank, i in enumerate(values)} for kind, values in used.items()}
     dataset_ids = {d: ranks["stuff"][c] for d, c in ids["stuff"].items() if c in ranks["stuff"]}
     dataset_ids.update({d: len(used["stuff"]) + ranks["thing"][c] for d, c in ids["thing"].items()})
+    full_colors = [
+        tuple(colors[kind][i])
+        for kind in ("stuff", "thing")
+        for i in used[kind]
+        if i < len(colors[kind])
+    ]
     return PanopticClasses(
         stuff=[names["stuff"][i] for i in used["stuff"]],
         things=[names["thing"][i] for i in used["thing"]],
-        stuff_colors=[tuple(colors["stuff"][i]) for i in used["stuff"] if i < len(colors["stuff"])],
-        thing_colors=[tuple(colors["thing"][i]) for i in used["thing"] if i < len(colors["thing"])],
+        full_colors=full_colors if len(full_colors) == count else [],
         stuff_labels=ranks["stuff"],
         thing_labels=ranks["thing"],
         dataset_ids=dataset_ids,

@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from detectron2.utils.file_io import PathManager
@@ -21,7 +21,7 @@ from d2ext.data.coco_json import (
 from d2ext.data.errors import shorten
 from d2ext.data.panoptic import MAX_CLASSES, read_panoptic_json
 
-__all__ = ["PanopticSummary", "check_panoptic_json", "default_panoptic_root"]
+__all__ = ["PanopticSummary", "check_panoptic_json"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,24 @@ class PanopticSummary:
     colors: dict[int, tuple[int, int, int]]
     images: dict[Any, Entry]
     annotations: dict[Any, Entry]
-    left_out: list[Any] = field(default_factory=list)
+    left_out: list[Any]
+
+    @classmethod
+    def of(
+        cls, categories: Iterable[Entry], images: Iterable[Entry], annotations: Iterable[Entry]
+    ) -> "PanopticSummary":
+        """Of the lists of a file."""
+        annotated = {a["image_id"]: a for a in annotations}
+        categories = sorted(categories, key=lambda c: c["id"])
+        images = list(images)
+        return cls(
+            things={c["id"]: c["name"] for c in categories if c["isthing"]},
+            stuff={c["id"]: c["name"] for c in categories if not c["isthing"]},
+            colors={c["id"]: tuple(c["color"]) for c in categories if c.get("color")},
+            images={i["id"]: i for i in images if i["id"] in annotated},
+            annotations=annotated,
+            left_out=[i["id"] for i in images if i["id"] not in annotated],
+        )
 
     @property
     def num_segments(self) -> int:
@@ -66,11 +83,6 @@ class PanopticSummary:
             metadata["thing_colors"] = [self.colors[c] for c in self.things]
             metadata["stuff_colors"] = [(82, 18, 128), *(self.colors[c] for c in self.stuff)]
         return metadata
-
-
-def default_panoptic_root(json_file: str) -> str:
-    """Where the PNGs are by panopticapi's convention: the JSON file's name without ``.json``."""
-    return os.path.splitext(json_file)[0]
 
 
 def check_panoptic_json(json_file: str, panoptic_root: str, image_root: str) -> PanopticSummary:
@@ -98,16 +110,7 @@ def check_panoptic_json(json_file: str, panoptic_root: str, image_root: str) -> 
         *_check_annotations(annotations, images, categories),
     ] or [*check_image_files(images, image_root), *_check_pngs(annotations, panoptic_root)]
     raise_problems(json_file, "a panoptic data set", problems)
-    annotated = {a["image_id"]: a for a in annotations}
-    categories = sorted(categories, key=lambda c: c["id"])
-    return PanopticSummary(
-        things={c["id"]: c["name"] for c in categories if c["isthing"]},
-        stuff={c["id"]: c["name"] for c in categories if not c["isthing"]},
-        colors={c["id"]: tuple(c["color"]) for c in categories if c.get("color")},
-        images={i["id"]: i for i in images if i["id"] in annotated},
-        annotations=annotated,
-        left_out=[i["id"] for i in images if i["id"] not in annotated],
-    )
+    return PanopticSummary.of(categories, images, annotations)
 
 
 def _check_categories(categories: list[Entry]) -> Iterable[str]:

@@ -158,10 +158,7 @@ class PanopticAnalysis(DatasetEvaluator):
             raise ValueError(
                 f"Image '{file_name}' (id {image_id}) is not in '{self._metadata.panoptic_json}'."
             )
-        entry = self._annotations[image_id]
-        infos = entry["segments_info"]
-        path = os.path.join(self._metadata.panoptic_root, entry["file_name"])
-        targets = read_segments(path, infos, allow_absent=True)
+        targets, infos = self._targets_of(image_id)
         if targets.shape != ids.shape:
             raise ValueError(
                 f"The panoptic map of '{file_name}' has height and width {ids.shape}, the annotations "
@@ -189,6 +186,14 @@ class PanopticAnalysis(DatasetEvaluator):
             )
         )
         self._keep_if_bad(places, quality[0])
+
+    def _targets_of(self, image_id: Any) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        """H×W uint16, 0 void, i+1 the i-th annotated segment; and these segments."""
+        entry = self._annotations[image_id]
+        path = os.path.join(self._metadata.panoptic_root, entry["file_name"])
+        return read_segments(path, entry["segments_info"], allow_absent=True), entry[
+            "segments_info"
+        ]
 
     def _keep_if_bad(self, places: np.ndarray, pq: float) -> None:
         """Keep the last image's map if the image is among the worst so far."""
@@ -294,11 +299,7 @@ class PanopticAnalysis(DatasetEvaluator):
         for rank, image in enumerate(images):
             assert image.prediction is not None
             places = cv2.imdecode(np.frombuffer(image.prediction, np.uint8), cv2.IMREAD_UNCHANGED)
-            infos = self._annotations[image.image_id]["segments_info"]
-            path = os.path.join(
-                self._metadata.panoptic_root, self._annotations[image.image_id]["file_name"]
-            )
-            targets = read_segments(path, infos, allow_absent=True)
+            targets, infos = self._targets_of(image.image_id)
             picture = draw_comparison(
                 read_image(image.file_name, "BGR"),
                 _drawable(targets, [contiguous_segment(s, self._metadata) for s in infos]),

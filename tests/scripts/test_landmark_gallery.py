@@ -82,7 +82,7 @@ def test_gallery(script, data, tmp_path, capsys):
 
 
 def test_landmarks_are_drawn_where_they_are(script):
-    from d2ext.data.landmarks import crop_transform
+    from d2ext.data.landmarks.transforms import crop_transform
 
     name = "landmark_gallery_test"
     MetadataCatalog.get(name).set(keypoint_names=["a"], keypoint_connection_rules=[])

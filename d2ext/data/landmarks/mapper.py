@@ -15,7 +15,7 @@ from d2ext.data.augmentations.photometric import RandomPhotometricDistortion
 from d2ext.data.dataset_facts import flip_indices
 from d2ext.data.errors import AnnotationError
 from d2ext.data.image_io import ImageCache, read_image
-from d2ext.data.landmarks.geometry import GEOMETRIES, pad_box
+from d2ext.data.landmarks.geometry import pad_box
 from d2ext.data.landmarks.hourglass import draw_hourglass, hourglass_sample
 from d2ext.data.landmarks.samples import (
     instance_crop_box,
@@ -28,10 +28,9 @@ from d2ext.data.landmarks.transforms import (
     RandomCropGeometry,
     crop_transform,
     half_body_box,
-    mirror_points,
 )
 
-__all__ = ["TopDownMapper", "TopDownTestMapper", "make_crop_sample", "upper_body"]
+__all__ = ["TopDownMapper", "TopDownTestMapper", "upper_body"]
 
 ImageReader = Callable[..., np.ndarray]
 
@@ -65,7 +64,6 @@ class TopDownMapper:
         image_format: str = "BGR",
         padding: float = 1.25,
         geometry: RandomCropGeometry | None = None,
-        plain_geometry: str = "continuous",
         recipe: str = "default",
         half_body_prob: float = 0.0,
         half_body_min_points: int = 8,
@@ -82,9 +80,8 @@ class TopDownMapper:
             flip_indices: (K,) which landmark takes the place of each when mirrored.
             image_format: "BGR" or "RGB".
             padding: factor on the box.
-            geometry: draws the crop's geometry; None: the plain crop.
-            plain_geometry: of crops without augmentation, see
-                :mod:`d2ext.data.landmarks.geometry`.
+            geometry: draws the crop's geometry; plain crops follow its rule
+                (:mod:`d2ext.data.landmarks.geometry`), too. None: plain crops, edges onto edges.
             recipe: "default", "hourglass" or "none"; see ``INPUT.LANDMARKS.RECIPE``.
             half_body_prob, half_body_min_points, upper: of half-body crops; ``upper`` (K,) tells the
                 points of the upper half.
@@ -99,11 +96,6 @@ class TopDownMapper:
             raise ValueError(
                 f"INPUT.LANDMARKS.RECIPE is {recipe!r}; choose default, hourglass or none."
             )
-        if plain_geometry not in GEOMETRIES:
-            raise ValueError(
-                f"INPUT.LANDMARKS.CROP_GEOMETRY is {plain_geometry!r}; choose from "
-                f"{', '.join(GEOMETRIES)}."
-            )
         if recipe == "hourglass" and size[0] != size[1]:
             raise ValueError(
                 f"The hourglass recipe needs a square MODEL.LANDMARKS.INPUT_SIZE: {size}."
@@ -117,7 +109,7 @@ class TopDownMapper:
         self.image_format = image_format
         self.padding = padding
         self.geometry = geometry
-        self.plain_geometry = plain_geometry
+        self.plain_geometry = "continuous" if geometry is None else geometry.geometry
         self.recipe = recipe
         self.half_body_prob = half_body_prob
         self.half_body_min_points = half_body_min_points
@@ -145,7 +137,6 @@ class TopDownMapper:
             "reader": ImageCache(c.CACHE_MB << 20) if c.CACHE_MB > 0 else read_image,
             "image_format": cfg.INPUT.FORMAT,
             "padding": model.CROP.PADDING,
-            "plain_geometry": c.CROP_GEOMETRY,
             "recipe": recipe,
             "geometry": RandomCropGeometry(
                 size,
@@ -206,11 +197,17 @@ class TopDownMapper:
         result = {key: value for key, value in record.items() if key != "annotations"}
         result.setdefault("height", image.shape[0])
         result.setdefault("width", image.shape[1])
-        sample_dict = make_crop_sample(crop, crop_points, matrix)
-        sample_dict["instances"].gt_boxes = _map_box(annotation, matrix, self.size)
+        instances = Instances((crop.shape[0], crop.shape[1]))
+        instances.gt_boxes = _map_box(annotation, matrix, self.size)
+        instances.gt_classes = torch.zeros(1, dtype=torch.int64)
+        instances.gt_keypoints = Keypoints(torch.from_numpy(crop_points[None].astype(np.float32)))
+        picture = np.ascontiguousarray(crop.transpose(2, 0, 1), dtype=np.float32)
         return {
             **result,
-            **sample_dict,
+            "image": torch.from_numpy(picture),
+            "crop": True,
+            "instances": instances,
+            "crop_matrix": torch.from_numpy(np.array(matrix, dtype=np.float64)),
             "crop_box": torch.from_numpy(box),
             "flipped": flipped,
             "instance_id": annotation.get("id", 0),
@@ -230,7 +227,7 @@ class TopDownMapper:
         crop = transform.apply_image(image)
         points = _map_points(points, transform)
         if flipped:
-            points = mirror_points(points, self.flip_indices)
+            points = points[self.flip_indices]
         if augment and self.color is not None and np.random.uniform() < self.color_prob:
             crop = np.clip(self.color.get_transform(crop).apply_image(crop), 0, 255)
         if augment and np.random.uniform() < self.cutout_prob:
@@ -341,28 +338,6 @@ class TopDownTestMapper:
             return result
         result["instances"] = instances
         return result
-
-
-def make_crop_sample(crop: np.ndarray, points: np.ndarray, matrix: np.ndarray) -> dict[str, Any]:
-    """The part of a sample that a model trains on: ``image``, ``crop``, ``instances``,
-    ``crop_matrix``; see :class:`TopDownMapper`.
-
-    Args:
-        crop: (h, w, 3) in [0, 255]
-        points: (K, 3) x, y, v in the crop
-        matrix: (2, 3) image to crop
-    """
-    size = crop.shape[0], crop.shape[1]
-    instances = Instances(size)
-    instances.gt_classes = torch.zeros(1, dtype=torch.int64)
-    instances.gt_keypoints = Keypoints(torch.from_numpy(points[None].astype(np.float32)))
-    image = np.ascontiguousarray(crop.transpose(2, 0, 1), dtype=np.float32)
-    return {
-        "image": torch.from_numpy(image),
-        "crop": True,
-        "instances": instances,
-        "crop_matrix": torch.from_numpy(np.array(matrix, dtype=np.float64)),
-    }
 
 
 def random_cutout(crop: np.ndarray, size: tuple[float, float]) -> CutoutTransform:

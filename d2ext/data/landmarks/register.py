@@ -9,21 +9,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from functools import partial
 from typing import Any
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import BoxMode
 
 from d2ext.data.coco_json import LANDMARKS, read_coco_json, read_json
 from d2ext.data.dataset_facts import category_keypoints
 from d2ext.data.errors import DatasetError
 from d2ext.data.landmarks.datasets import LANDMARK_DATASETS, LandmarkDataset, landmark_metadata
 from d2ext.data.landmarks.readers import READERS, detect_form
-from d2ext.files import atomic_write
 
 __all__ = [
     "custom_kind",
@@ -31,7 +28,6 @@ __all__ = [
     "load_landmarks",
     "read_head_boxes",
     "register_landmarks",
-    "write_coco_keypoints",
 ]
 
 logger = logging.getLogger(__name__)
@@ -91,7 +87,7 @@ def register_landmarks(
 
 
 def load_landmarks(
-    kind: LandmarkDataset,
+    dataset: LandmarkDataset,
     annotations: str,
     images: str,
     form: str,
@@ -103,7 +99,7 @@ def load_landmarks(
     Raises:
         DatasetError: files that cannot be used.
     """
-    records = READERS[form](kind, annotations, images, origin)
+    records = READERS[form](dataset, annotations, images, origin)
     if not any(record["annotations"] for record in records):
         raise DatasetError(f"'{annotations}' has no annotation.")
     if head_boxes is not None:
@@ -192,69 +188,6 @@ def read_head_boxes(path: str) -> np.ndarray:
     if boxes.ndim != 2 or boxes.shape[1] != 4 or not np.isfinite(boxes).all():
         raise DatasetError(f"'{path}' is no list of [x0, y0, x1, y1].")
     return boxes
-
-
-def write_coco_keypoints(records: list[Record], kind: LandmarkDataset, path: str) -> None:
-    """Write a data set in COCO-keypoint form, from which :func:`register_landmarks` reads the same
-    targets (as the same kind, or as "custom"). Needs ``height`` and ``width`` of every image.
-    File names are written as they stand in ``records``.
-
-    Beside ``center`` and ``scale``, which are the published ones (of MPII 1-based and without its
-    shift), an annotation has ``crop_box`` [x0, y0, x1, y1], which wins over them in every kind.
-    """
-    images, annotations = [], []
-    for record in records:
-        images.append(
-            {
-                "id": record["image_id"],
-                "file_name": record["file_name"],
-                "height": record["height"],
-                "width": record["width"],
-            }
-        )
-        for annotation in record["annotations"]:
-            annotations.append(_coco_annotation(annotation, record["image_id"], kind))
-    category: Record = {
-        "id": 1,
-        "name": kind.category,
-        "keypoints": list(kind.keypoints),
-        "skeleton": [[a + 1, b + 1] for a, b in kind.skeleton],
-        "flip_pairs": [list(pair) for pair in kind.flip_pairs],
-    }
-    if kind.sigmas:
-        category["sigmas"] = list(kind.sigmas)
-    content = {"images": images, "annotations": annotations, "categories": [category]}
-    with atomic_write(path, "w") as f:
-        json.dump(content, f)
-
-
-def _coco_annotation(annotation: Record, image_id: Any, kind: LandmarkDataset) -> Record:
-    points = np.array(annotation["keypoints"], dtype=np.float64).reshape(-1, 3)
-    points[points[:, 2] > 0, :2] -= 0.5
-    x0, y0, x1, y1 = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
-    result = {
-        "id": annotation["id"],
-        "image_id": image_id,
-        "category_id": 1,
-        "bbox": [x0, y0, x1 - x0, y1 - y0],
-        "area": annotation["area"],
-        "iscrowd": annotation.get("iscrowd", 0),
-        "keypoints": points.reshape(-1).tolist(),
-        "num_keypoints": int((points[:, 2] > 0).sum()),
-    }
-    if "crop_box" in annotation:
-        left, top, right, bottom = annotation["crop_box"]
-        x, y, scale = (left + right) / 2, (top + bottom) / 2, (right - left) / 200
-        if kind.name == "mpii":  # 1-based, without the shift, as in the source
-            x, y = x + 1, y + 1 - 15.0 * scale
-        result.update(center=[x, y], scale=scale, crop_box=[left, top, right, bottom])
-    if "head_box" in annotation:
-        left, top, right, bottom = annotation["head_box"]
-        result["bbox_head"] = [left, top, right - left, bottom - top]
-    for key in ("attributes", "box_size", "track_id", "segmentation"):
-        if key in annotation:
-            result[key] = annotation[key]
-    return result
 
 
 def _category_id(path: str) -> int:

@@ -12,15 +12,14 @@ import cv2
 import numpy as np
 from fvcore.transforms.transform import Transform
 
-from d2ext.codecs.affine import invert_affine
-from d2ext.data.landmarks.geometry import crop_matrix
+from d2ext.data.augmentations.base import PixelTransform
+from d2ext.data.landmarks.geometry import GEOMETRIES, crop_matrix
 
 __all__ = [
     "AffineCropTransform",
     "CutoutTransform",
     "RandomCropGeometry",
     "half_body_box",
-    "mirror_points",
 ]
 
 
@@ -52,12 +51,8 @@ class AffineCropTransform(Transform):
         """(H, W) labels; new area is 0."""
         return self.apply_image(segmentation, cv2.INTER_NEAREST)
 
-    def inverse(self) -> Transform:
-        """Of the coordinates; an image keeps the crop's size."""
-        return AffineCropTransform(invert_affine(self.matrix), self.size)
 
-
-class CutoutTransform(Transform):
+class CutoutTransform(PixelTransform):
     """Paints a rectangle over the crop. Landmarks stay where they are; :meth:`covers` tells which
     are hidden now."""
 
@@ -75,12 +70,6 @@ class CutoutTransform(Transform):
         img = img.copy()
         img[y0:y1, x0:x1] = self.fill
         return img
-
-    def apply_coords(self, coords: np.ndarray) -> np.ndarray:
-        return coords
-
-    def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
-        return segmentation
 
     def covers(self, points: np.ndarray) -> np.ndarray:
         """(N,) bool: which of the points (N, 2) lie under the rectangle."""
@@ -113,6 +102,10 @@ class RandomCropGeometry:
             shift: largest shift, fraction of the box's sides
             flip_prob: probability of a flip
         """
+        if geometry not in GEOMETRIES:
+            raise ValueError(
+                f"INPUT.LANDMARKS.CROP_GEOMETRY is {geometry!r}; choose from {', '.join(GEOMETRIES)}."
+            )
         self.size, self.geometry = size, geometry
         self.rotation, self.rotation_prob = rotation, rotation_prob
         self.scale, self.shift, self.flip_prob = scale, shift, flip_prob
@@ -127,7 +120,8 @@ class RandomCropGeometry:
         """
         # Always the same count of numbers, so that switching one thing off changes nothing else.
         factor = float(np.clip(1 + np.random.randn() * self.scale, 1 - self.scale, 1 + self.scale))
-        angle = float(np.clip(np.random.randn() * self.rotation, *self._rotation_limits()))
+        limit = 2 * self.rotation
+        angle = float(np.clip(np.random.randn() * self.rotation, -limit, limit))
         if np.random.uniform() >= self.rotation_prob:
             angle = 0.0
         offset = np.random.uniform(-1, 1, 2) * self.shift
@@ -136,9 +130,6 @@ class RandomCropGeometry:
         center = (box[:2] + box[2:]) / 2 + offset * sides
         box = np.concatenate([center - sides * factor / 2, center + sides * factor / 2])
         return crop_transform(box, self.size, self.geometry, angle, flip), flip
-
-    def _rotation_limits(self) -> tuple[float, float]:
-        return -2 * self.rotation, 2 * self.rotation
 
 
 def crop_transform(
@@ -150,11 +141,6 @@ def crop_transform(
 ) -> AffineCropTransform:
     """:func:`~d2ext.data.landmarks.geometry.crop_matrix` as a transform."""
     return AffineCropTransform(crop_matrix(box, size, geometry, rotation, flip), size)
-
-
-def mirror_points(points: np.ndarray, flip_indices: Sequence[int]) -> np.ndarray:
-    """Exchange left and right: row i of the result is row ``flip_indices[i]``."""
-    return points[np.asarray(flip_indices)]
 
 
 def half_body_box(

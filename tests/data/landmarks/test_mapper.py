@@ -16,7 +16,6 @@ from d2ext.config import get_cfg
 from d2ext.data import build_test_loader, build_train_loader
 from d2ext.data.errors import AnnotationError, DatasetError, ImageReadError
 from d2ext.data.landmarks import (
-    RandomCropGeometry,
     TopDownMapper,
     TopDownTestMapper,
     add_detections,
@@ -24,6 +23,7 @@ from d2ext.data.landmarks import (
     instance_records,
 )
 from d2ext.data.landmarks.mapper import upper_body
+from d2ext.data.landmarks.transforms import RandomCropGeometry
 
 # A point on each of four coloured spots, then one that is not labelled.
 SPOTS = np.array([[40.0, 30.0], [70.0, 30.0], [45.0, 62.0], [66.0, 60.0]])
@@ -181,7 +181,6 @@ def test_hourglass_recipe(record):
     [
         ({"recipe": "hg"}, "RECIPE"),
         ({"recipe": "hourglass", "size": (64, 48)}, "square"),
-        ({"plain_geometry": "exact"}, "GEOMETRY"),
         ({"half_body_prob": 0.5}, "UPPER_BODY"),
     ],
 )
