@@ -42,7 +42,7 @@ def mean_cell(probabilities: Tensor) -> Tensor:
 class IntegralCodec(LandmarkCodec):
     """The expectation over a map. Prediction: one tensor (N, K, h, w), not normalised.
 
-    Found is the mean of the cells' positions under softmax(beta * map), so never a point outside the
+    The point is the mean of the cells' positions under softmax(beta * map), so never a point outside the
     outermost cells' centres, and, as every cell has some weight, one that lies too near the middle.
     ``debias`` takes out the share that a map which is 0 away from its peak gives to all cells alike.
     With C the sum of exp(beta * map), ``formula`` is

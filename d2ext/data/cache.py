@@ -6,8 +6,6 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["cache_folder"]
-
 
 def cache_folder(part: str) -> Path:
     """A folder in the cache, made if necessary.

@@ -20,19 +20,6 @@ from detectron2.utils.file_io import PathManager
 
 from d2ext.data.errors import DatasetError, shorten
 
-__all__ = [
-    "DETECTION",
-    "LANDMARKS",
-    "CocoFile",
-    "check_same_categories",
-    "coco_records",
-    "image_record",
-    "load_coco_json",
-    "read_coco_json",
-    "read_json",
-    "read_text",
-]
-
 logger = logging.getLogger(__name__)
 
 # How many image files are looked for on disk, evenly spread over the list.

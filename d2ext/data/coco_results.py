@@ -10,8 +10,6 @@ from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from d2ext.data.coco_json import read_json
 from d2ext.data.errors import DatasetError, shorten
 
-__all__ = ["category_ids", "read_coco_results"]
-
 logger = logging.getLogger(__name__)
 Entry = dict[str, Any]
 Detections = list[tuple[list[float], float]]

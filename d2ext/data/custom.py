@@ -83,7 +83,8 @@ class Split:
     Attributes:
         images: folder of the images
         json: instances in COCO's form, or landmarks
-        panoptic_json, panoptic_root: COCO's panoptic form and the folder of its PNGs
+        panoptic_json: COCO's panoptic form; instances and stuff maps are made of it unless given, too
+        panoptic_root: folder of its PNGs; default: the JSON file's name without ``.json``
         sem_seg: folder of label maps
     """
 
@@ -132,15 +133,9 @@ def register_own_dataset(
 
     Args:
         name: of the data set
-        train_json, val_json: instances in COCO's form, or landmarks
-        train_images, val_images: folders of the images
-        train_panoptic_json, val_panoptic_json: annotations in COCO's panoptic form; instances and
-            stuff maps are made of them unless given, too
-        train_panoptic_root, val_panoptic_root: folders of their PNGs; default: the JSON file's name
-            without ``.json``
-        train_sem_seg, val_sem_seg: folders of label maps
-        semantic_classes: names of their classes, in the order of the labels; only for data that
-            have nothing but label maps
+        train_json, ..., val_sem_seg: files of the parts, see :class:`Split`
+        semantic_classes: names of the classes, in the order of the labels; only for data that have
+            nothing but label maps
         landmarks: kind of the landmarks, see :func:`~d2ext.data.landmarks.register_landmarks`
 
     Returns:

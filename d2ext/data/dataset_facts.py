@@ -29,20 +29,6 @@ from d2ext.data.dataset_dicts import check_same_classes, load_dataset
 from d2ext.data.errors import DatasetError, shorten
 from d2ext.data.panoptic import is_panoptic, panoptic_classes
 
-__all__ = [
-    "DatasetFacts",
-    "Keypoints",
-    "category_keypoints",
-    "category_metadata",
-    "check_config_against_data",
-    "dataset_facts",
-    "flip_indices",
-    "follows_data",
-    "keypoint_metadata",
-    "mirror_pairs",
-    "set_config_from_data",
-]
-
 # COCO's per-keypoint OKS constants lie between 0.025 and 0.107 and exist for its 17 keypoints
 # only; other keypoints get a value in the middle unless the config or the data have their own.
 _COCO_KEYPOINTS = 17

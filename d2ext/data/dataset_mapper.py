@@ -14,7 +14,7 @@ from fvcore.transforms.transform import TransformList
 from d2ext.data.annotations import describe_dropped, normalize_annotations
 from d2ext.data.augmentations import DetectionInput, ReportsVisibleShares, build_augmentations
 from d2ext.data.errors import AnnotationError
-from d2ext.data.image_io import read_image, read_label_map
+from d2ext.data.image_io import read_label_map, read_record_image
 from d2ext.data.panoptic import PanopticClasses, full_label_map, panoptic_classes
 
 logger = logging.getLogger(__name__)
@@ -77,11 +77,7 @@ class D2extDatasetMapper(DatasetMapper):
             SampleError: the image cannot be read or the annotations do not belong to it
         """
         dataset_dict = dict(dataset_dict)  # what is changed below it is copied there
-        image = read_image(dataset_dict["file_name"], format=self.image_format)
-        try:
-            detection_utils.check_image_size(dataset_dict, image)
-        except detection_utils.SizeMismatchError as e:
-            raise AnnotationError(str(e)) from e
+        image = read_record_image(dataset_dict, self.image_format)
         sem_seg = self._read_sem_seg(dataset_dict)
         dataset_dict.pop("sem_seg_file_name", None)
         if sem_seg is not None and sem_seg.shape != image.shape[:2]:

@@ -3,13 +3,21 @@
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-from detectron2.data.detection_utils import convert_PIL_to_numpy
+from detectron2.data.detection_utils import (
+    SizeMismatchError,
+    check_image_size,
+    convert_PIL_to_numpy,
+)
 from detectron2.utils.file_io import PathManager
 from PIL import Image, ImageOps
 
-from d2ext.data.errors import ImageReadError
+from d2ext.data.errors import AnnotationError, ImageReadError
+
+ImageReader = Callable[..., np.ndarray]
 
 # What Pillow's decoders raise on broken files, beside OSError (whose subclasses are "no such file",
 # "cannot identify image file" and "image file is truncated").
@@ -55,6 +63,22 @@ def read_image(file_name: str, format: str | None = "BGR") -> np.ndarray:
     if array.size == 0:
         raise ImageReadError(f"Cannot read image '{file_name}': it has no pixels.")
     return array
+
+
+def read_record_image(
+    record: dict[str, Any], format: str | None, reader: ImageReader = read_image
+) -> np.ndarray:
+    """The image of a data set dict, by :func:`read_image` or the like; ``height`` and ``width`` are set.
+
+    Raises:
+        SampleError: see :func:`read_image`; also a size other than the dict's
+    """
+    image = reader(record["file_name"], format=format)
+    try:
+        check_image_size(record, image)
+    except SizeMismatchError as e:
+        raise AnnotationError(str(e)) from e
+    return image
 
 
 class ImageCache:

@@ -28,19 +28,6 @@ from d2ext.data.coco_json import read_json
 from d2ext.data.errors import AnnotationError, DatasetError, shorten
 from d2ext.data.image_io import read_color_map
 
-__all__ = [
-    "IGNORE_LABEL",
-    "MAX_CLASSES",
-    "PanopticClasses",
-    "attach_panoptic",
-    "contiguous_segment",
-    "full_label_map",
-    "is_panoptic",
-    "panoptic_classes",
-    "read_panoptic_json",
-    "read_segments",
-]
-
 Record = dict[str, Any]
 Segment = dict[str, Any]
 

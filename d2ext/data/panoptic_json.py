@@ -21,8 +21,6 @@ from d2ext.data.coco_json import (
 from d2ext.data.errors import shorten
 from d2ext.data.panoptic import MAX_CLASSES, read_panoptic_json
 
-__all__ = ["PanopticSummary", "check_panoptic_json"]
-
 
 @dataclass(frozen=True)
 class PanopticSummary:

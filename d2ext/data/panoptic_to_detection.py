@@ -27,8 +27,6 @@ from d2ext.data.errors import AnnotationError, DatasetError, SampleError, shorte
 from d2ext.data.panoptic import IGNORE_LABEL, read_segments
 from d2ext.data.panoptic_json import PanopticSummary
 
-__all__ = ["DetectionFiles", "panoptic_to_detection"]
-
 logger = logging.getLogger(__name__)
 
 # From this many images on, several processes share the work (about 20 ms per COCO image).

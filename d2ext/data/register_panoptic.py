@@ -21,12 +21,6 @@ from d2ext.data.panoptic import IGNORE_LABEL, attach_panoptic, read_panoptic_jso
 from d2ext.data.panoptic_json import PanopticSummary, check_panoptic_json
 from d2ext.data.panoptic_to_detection import DetectionFiles, panoptic_to_detection
 
-__all__ = [
-    "register_cityscapes_folder",
-    "register_cityscapes_separated",
-    "register_panoptic",
-]
-
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]

@@ -14,8 +14,6 @@ from d2ext.data.errors import DatasetError, shorten
 from d2ext.data.image_io import read_label_map
 from d2ext.data.panoptic import IGNORE_LABEL
 
-__all__ = ["parse_classes", "register_semantic"]
-
 logger = logging.getLogger(__name__)
 
 # How many label maps are read at registration, evenly spread over the folder.

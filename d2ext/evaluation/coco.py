@@ -20,8 +20,6 @@ from d2ext.codecs.landmark_crops import has_side, pad_boxes
 from d2ext.evaluation.oks_nms import oks_nms
 from d2ext.files import atomic_write
 
-__all__ = ["COCOEvaluator"]
-
 _FIELDS = {"pred_masks": "segm", "pred_keypoints": "keypoints"}
 
 
@@ -107,7 +105,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             )
 
     def _different_poses(self, instances: Instances) -> torch.Tensor:
-        """Indices of the instances that :func:`oks_nms` keeps.
+        """Indices of the instances that :func:`oks_nms` selects.
 
         Raises:
             ValueError: another number of keypoints than of constants.

@@ -11,16 +11,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = [
-    "area_under_curve",
-    "distances",
-    "failure_rate",
-    "instance_nme",
-    "pck",
-    "pck_counts",
-    "point_distance",
-]
-
 
 def distances(predicted: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Errors of landmarks.

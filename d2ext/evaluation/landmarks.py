@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
+from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils import comm
 from tabulate import tabulate
 
 from d2ext.data.errors import DatasetError
-from d2ext.data.landmarks.samples import instance_points, usable_annotations
+from d2ext.data.landmarks.samples import instance_box, instance_points, usable_annotations
 from d2ext.evaluation.landmark_metrics import (
     area_under_curve,
     distances,
@@ -36,8 +36,6 @@ from d2ext.evaluation.landmark_metrics import (
     point_distance,
 )
 from d2ext.files import atomic_write
-
-__all__ = ["METRICS", "LandmarkEvaluator", "instance_norm"]
 
 logger = logging.getLogger(__name__)
 
@@ -331,7 +329,7 @@ def instance_norm(
         if name == "head":
             return _HEAD_SHARE * np.hypot(values[:, 2] - values[:, 0], values[:, 3] - values[:, 1])
         return values * _HOURGLASS_UNIT if name == "hourglass" else values
-    boxes = np.array([_box(a) for a in annotations], dtype=np.float64)
+    boxes = np.array([instance_box(a) for a in annotations], dtype=np.float64)
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     if name == "box":
         return np.sqrt(np.maximum(width, 0) * np.maximum(height, 0))
@@ -364,7 +362,9 @@ def match_instances(
             f"{len(instances)} predictions without instance_ids and pred_boxes cannot be matched with "
             f"{len(annotations)} annotations."
         )
-    boxes = instances.pred_boxes.tensor.new_tensor([_box(a) for a in annotations]).reshape(-1, 4)
+    boxes = instances.pred_boxes.tensor.new_tensor([instance_box(a) for a in annotations]).reshape(
+        -1, 4
+    )
     overlap = pairwise_iou(Boxes(boxes), instances.pred_boxes)
     result: dict[int, int] = {}
     for index in overlap.flatten().argsort(descending=True, stable=True).tolist():
@@ -374,11 +374,6 @@ def match_instances(
         if place not in result and row not in result.values():
             result[place] = row
     return result
-
-
-def _box(annotation: Annotation) -> list[float]:
-    mode = annotation.get("bbox_mode", BoxMode.XYXY_ABS)
-    return list(BoxMode.convert([float(v) for v in annotation["bbox"]], mode, BoxMode.XYXY_ABS))
 
 
 def _mean(values: np.ndarray) -> float:

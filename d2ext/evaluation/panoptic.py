@@ -20,8 +20,6 @@ from tabulate import tabulate
 
 from d2ext.files import atomic_write
 
-__all__ = ["COCOPanopticEvaluator"]
-
 logger = logging.getLogger(__name__)
 
 _GROUPS = {"All": "", "Things": "_th", "Stuff": "_st"}

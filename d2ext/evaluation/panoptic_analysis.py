@@ -46,8 +46,6 @@ from d2ext.evaluation.panoptic_match import Counts, match_segments
 from d2ext.evaluation.panoptic_pictures import draw_comparison, draw_confusion
 from d2ext.files import atomic_write
 
-__all__ = ["PanopticAnalysis"]
-
 logger = logging.getLogger(__name__)
 
 # Rows of the tables in the log.

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Counts", "ImageMatches", "match_segments"]
-
 # A match has an IoU above this (in the paper; then it is unique).
 _MATCH_IOU = 0.5
 # A prediction with a larger share of void and crowd is ignored.

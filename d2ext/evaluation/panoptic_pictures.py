@@ -10,8 +10,6 @@ from detectron2.data import Metadata
 
 from d2ext.utils.drawing import PictureDrawer
 
-__all__ = ["draw_comparison", "draw_confusion"]
-
 # Longest side of a picture, pixels; smaller ones are enlarged to the second.
 _LARGEST, _SMALLEST = 800, 400
 _STRIP = 26  # height of a caption, pixels

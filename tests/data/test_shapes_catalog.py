@@ -70,7 +70,7 @@ def evaluate(evaluator, name, predict):
 
 
 def true_instances(record, rng=None) -> dict:
-    """The ground truth of a dict with exact masks as a prediction; with `rng`, somewhat off."""
+    """The annotations of a dict with exact masks as a prediction; with `rng`, somewhat off."""
     annotations = [a for a in record["annotations"] if not a["iscrowd"]]
     instances = Instances((record["height"], record["width"]))
     masks = [mask_util.decode(a["segmentation"]).astype(bool) for a in annotations]

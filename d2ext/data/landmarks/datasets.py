@@ -18,15 +18,6 @@ from detectron2.data import Metadata, MetadataCatalog
 
 from d2ext.data.dataset_facts import Keypoints, Pairs, keypoint_metadata, mirror_pairs
 
-__all__ = [
-    "DESCRIBED",
-    "LANDMARK_DATASETS",
-    "LandmarkDataset",
-    "describe_datasets",
-    "landmark_metadata",
-    "mirror_sums",
-]
-
 
 @dataclass(frozen=True)
 class LandmarkDataset:

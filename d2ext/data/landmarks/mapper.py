@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.data import MetadataCatalog, detection_utils
+from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances, Keypoints
 
 from d2ext.data.augmentations.photometric import RandomPhotometricDistortion
 from d2ext.data.dataset_facts import flip_indices
 from d2ext.data.errors import AnnotationError
-from d2ext.data.image_io import ImageCache, read_image
+from d2ext.data.image_io import ImageCache, ImageReader, read_image, read_record_image
 from d2ext.data.landmarks.geometry import pad_box
 from d2ext.data.landmarks.hourglass import draw_hourglass, hourglass_sample
 from d2ext.data.landmarks.samples import (
@@ -29,10 +29,6 @@ from d2ext.data.landmarks.transforms import (
     crop_transform,
     half_body_box,
 )
-
-__all__ = ["TopDownMapper", "TopDownTestMapper", "upper_body"]
-
-ImageReader = Callable[..., np.ndarray]
 
 # Change of each of brightness, contrast, saturation and hue, once colours are to change.
 _EACH_COLOR_PROB = 0.5
@@ -181,7 +177,7 @@ class TopDownMapper:
             )
         annotation = record["annotations"][0]
         points = instance_points(annotation, len(self.flip_indices))
-        image = _read(record, self.image_format, self.reader)
+        image = read_record_image(dict(record), self.image_format, self.reader)
         box = np.array(instance_crop_box(annotation))
         if not np.isfinite(box).all():
             raise AnnotationError(
@@ -313,7 +309,7 @@ class TopDownTestMapper:
         Raises:
             SampleError: the image cannot be read.
         """
-        image = _read(record, self.image_format, self.reader)
+        image = read_record_image(dict(record), self.image_format, self.reader)
         result = {k: v for k, v in record.items() if k not in ("annotations", "detections")}
         result["height"], result["width"] = image.shape[:2]
         result["image"] = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
@@ -369,15 +365,6 @@ def upper_body(dataset: str, names: Sequence[str] = ()) -> list[bool]:
     if names:
         return [name in names for name in known]
     return [not any(part in name for part in _LOWER) for name in known]
-
-
-def _read(record: dict[str, Any], image_format: str, reader: ImageReader) -> np.ndarray:
-    image = reader(record["file_name"], format=image_format)
-    try:
-        detection_utils.check_image_size(dict(record), image)
-    except detection_utils.SizeMismatchError as e:
-        raise AnnotationError(str(e)) from e
-    return image
 
 
 def _map_points(points: np.ndarray, transform: AffineCropTransform) -> np.ndarray:

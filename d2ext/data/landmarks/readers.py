@@ -31,8 +31,6 @@ from d2ext.data.coco_json import LANDMARKS, image_record, read_coco_json, read_j
 from d2ext.data.errors import DatasetError
 from d2ext.data.landmarks.datasets import LandmarkDataset
 
-__all__ = ["READERS", "detect_form", "extent_crop_box", "read_coco", "read_mpii"]
-
 Record = dict[str, Any]
 Reader = Callable[[LandmarkDataset, str, str, float | None], list[Record]]
 

@@ -22,14 +22,6 @@ from d2ext.data.errors import DatasetError
 from d2ext.data.landmarks.datasets import LANDMARK_DATASETS, LandmarkDataset, landmark_metadata
 from d2ext.data.landmarks.readers import READERS, detect_form
 
-__all__ = [
-    "custom_kind",
-    "landmark_kind",
-    "load_landmarks",
-    "read_head_boxes",
-    "register_landmarks",
-]
-
 logger = logging.getLogger(__name__)
 Record = dict[str, Any]
 

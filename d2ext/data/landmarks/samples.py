@@ -14,14 +14,6 @@ from d2ext.data.annotations import describe_dropped
 from d2ext.data.coco_results import read_coco_results
 from d2ext.data.errors import AnnotationError, DatasetError
 
-__all__ = [
-    "add_detections",
-    "instance_crop_box",
-    "instance_points",
-    "instance_records",
-    "usable_annotations",
-]
-
 logger = logging.getLogger(__name__)
 Record = dict[str, Any]
 
@@ -87,6 +79,11 @@ def instance_crop_box(annotation: Record) -> list[float]:
     """XYXY of what is to be cropped, before padding: ``crop_box``, or else ``bbox``."""
     if "crop_box" in annotation:
         return [float(v) for v in annotation["crop_box"]]
+    return instance_box(annotation)
+
+
+def instance_box(annotation: Record) -> list[float]:
+    """XYXY of ``bbox``."""
     mode = annotation.get("bbox_mode", BoxMode.XYXY_ABS)
     box = [float(v) for v in annotation.get("bbox", (0, 0, 0, 0))]
     return list(BoxMode.convert(box, mode, BoxMode.XYXY_ABS))

@@ -15,13 +15,6 @@ from fvcore.transforms.transform import Transform
 from d2ext.data.augmentations.base import PixelTransform
 from d2ext.data.landmarks.geometry import GEOMETRIES, crop_matrix
 
-__all__ = [
-    "AffineCropTransform",
-    "CutoutTransform",
-    "RandomCropGeometry",
-    "half_body_box",
-]
-
 
 class AffineCropTransform(Transform):
     """An affine map with an output of its own size; new area is black, as published."""
