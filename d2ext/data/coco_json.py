@@ -149,8 +149,8 @@ def image_record(entry: Entry, image_root: str) -> Record:
 def read_text(path: str) -> str:
     """A text file in UTF-8, or :class:`DatasetError`."""
     try:
-        with PathManager.open(path, "r", encoding="utf-8") as f:
-            return f.read()
+        with PathManager.open(path, "rb") as f:  # not all of its handlers know encodings
+            return f.read().decode("utf-8")
     except FileNotFoundError as e:
         raise DatasetError(f"Annotation file '{path}' does not exist.") from e
     except IsADirectoryError as e:

@@ -9,7 +9,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import load_coco_json as detectron2_load
 
 from d2ext.data import DatasetError
-from d2ext.data.coco_json import LANDMARKS, load_coco_json, read_coco_json
+from d2ext.data.coco_json import LANDMARKS, load_coco_json, read_coco_json, read_json
 from tests.data.coco_files import save, write_coco
 from tests.data.scenes import paint_scene
 
@@ -157,3 +157,9 @@ def test_landmark_files_need_less(tmp_path):
     assert (len(file.images), len(file.annotations), file.categories) == (1, 1, [])
     with pytest.raises(DatasetError, match="has no 'categories'"):
         read_coco_json(str(tmp_path / "set/data.json"))
+
+
+def test_files_of_a_path_handler():
+    metadata = MetadataCatalog.get("shapes_val_panoptic")
+    assert read_json(metadata.panoptic_json)["annotations"]
+    assert len(read_coco_json(metadata.json_file).classes) == len(metadata.thing_classes)
