@@ -3,7 +3,7 @@
 Importing the package registers its meta-architectures, backbones and data sets with Detectron2.
 """
 
-from d2ext import data, modeling, systems  # noqa: F401  (imported for registration)
+from d2ext import data, engine, modeling, systems  # noqa: F401  (imported for registration)
 from d2ext.config import add_d2ext_config, get_cfg
 from d2ext.version import __version__
 

@@ -34,12 +34,12 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.visualizer import Visualizer
 
+from d2ext.config import load_config
 from d2ext.data import DataError, read_image
 from d2ext.data.landmarks import TopDownTestMapper, register_landmarks
 from d2ext.data.landmarks.geometry import pad_box
 from d2ext.data.landmarks.samples import usable_annotations
 from d2ext.data.landmarks.transforms import AffineCropTransform, crop_transform
-from d2ext.engine import load_config
 from d2ext.engine.predictor import BatchPredictor
 from d2ext.evaluation import LandmarkEvaluator
 

@@ -43,12 +43,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2ext.checkpoint.io import CheckpointError
+from d2ext.config import ConfigError, add_options_argument, load_config
 from d2ext.data.errors import ImageReadError
 from d2ext.data.image_io import read_image
-from d2ext.engine.errors import ConfigError
 from d2ext.engine.predictor import BatchPredictor
-from d2ext.engine.setup import add_options_argument, load_config
 from d2ext.files import atomic_write
+from d2ext.model_zoo import find_config_file
 from d2ext.modeling.inference import InferenceNetwork
 
 # Keys below MODEL that hold the score below which a system drops candidates.
@@ -376,7 +376,7 @@ def profile(predictor: BatchPredictor, images: list[np.ndarray], clock: Clock, r
 
 def model_config(chosen: argparse.Namespace) -> tuple[CfgNode, list[str]]:
     """The config to measure, and remarks on what was changed in it."""
-    cfg = load_config(chosen.config_file, chosen.opts)
+    cfg = load_config(find_config_file(chosen.config_file), chosen.opts)
     cfg.MODEL.WEIGHTS = chosen.weights or cfg.MODEL.WEIGHTS
     if chosen.device:
         cfg.MODEL.DEVICE = chosen.device

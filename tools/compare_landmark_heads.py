@@ -46,11 +46,12 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from d2ext import model_zoo
+from d2ext.config import ConfigError, merge_options
 from d2ext.data import DataError, build_train_loader
 from d2ext.data.dataset_dicts import load_dataset
 from d2ext.data.image_io import ImageCache
 from d2ext.data.landmarks import TopDownMapper, TopDownTestMapper
-from d2ext.engine import ConfigError, Trainer, merge_options
+from d2ext.engine import Trainer
 from d2ext.evaluation import LandmarkEvaluator
 from d2ext.files import atomic_write
 

@@ -35,11 +35,12 @@ from tabulate import tabulate
 
 from d2ext.checkpoint.checkpointer import Checkpointer
 from d2ext.checkpoint.io import CheckpointError
+from d2ext.config import ConfigError, add_options_argument, load_config
 from d2ext.data import DataError
 from d2ext.data.custom import check_config_against_data
-from d2ext.engine import ConfigError, Trainer, load_config
-from d2ext.engine.setup import add_options_argument
+from d2ext.engine import Trainer
 from d2ext.files import atomic_write
+from d2ext.model_zoo import find_config_file
 
 METRICS = tuple(m + group for group in ("", "_th", "_st") for m in ("PQ", "SQ", "RQ"))
 # Which of UPSNet's ways to merge is evaluated, see d2ext/systems/upsnet/config.py.
@@ -71,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def build_config(config_file: str, output: Path, options: Sequence[str]) -> CfgNode:
-    cfg = load_config(config_file, options)
+    cfg = load_config(find_config_file(config_file), options)
     cfg.OUTPUT_DIR = str(output)
     check_config_against_data(cfg)
     if not cfg.DATASETS.TEST:

@@ -33,8 +33,9 @@ from torch import Tensor, nn
 from d2ext.checkpoint import ConversionError, available_converters, convert_state_dict, unwrap
 from d2ext.checkpoint.io import load_untrusted
 from d2ext.checkpoint.torchvision import is_torchvision_resnet
-from d2ext.engine.setup import add_options_argument, load_config
+from d2ext.config import add_options_argument, load_config
 from d2ext.files import atomic_write
+from d2ext.model_zoo import find_config_file
 
 StateDict = Mapping[str, Tensor]
 
@@ -248,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ConversionError(f"'{target}' exists: give --overwrite to replace it.")
         if target.exists() and target.samefile(chosen.source):
             raise ConversionError("SRC and DST are the same file.")
-        cfg = load_config(chosen.config_file, chosen.opts)
+        cfg = load_config(find_config_file(chosen.config_file), chosen.opts)
         result, summary = convert(cfg, chosen.source, chosen.system)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)

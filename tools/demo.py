@@ -47,14 +47,14 @@ from detectron2.data.catalog import Metadata
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils.logger import setup_logger
 
+from d2ext.config import add_options_argument, load_config
 from d2ext.data.coco_results import category_ids
 from d2ext.data.errors import ImageReadError
 from d2ext.data.image_io import read_image
-from d2ext.engine.errors import ConfigError
 from d2ext.engine.predictor import BatchPredictor
-from d2ext.engine.setup import add_options_argument, find_config_file, load_config
 from d2ext.engine.top_down import BoxFile, BoxSource, Detector
 from d2ext.files import atomic_write, json_list
+from d2ext.model_zoo import find_config_file
 from d2ext.utils.drawing import PictureDrawer, VideoDrawer, class_metadata, name_classes, select
 from d2ext.utils.heatmaps import SeesHeatmaps
 from d2ext.utils.video import (
@@ -508,19 +508,6 @@ def read_class_names(path: str) -> list[str]:
     return [name for name in names if name]
 
 
-def detector_config(name: str) -> str:
-    """Path of a config: of a file, or by its name in d2ext's or in Detectron2's model zoo."""
-    from detectron2 import model_zoo
-
-    try:
-        return find_config_file(name)
-    except ConfigError as error:
-        try:
-            return model_zoo.get_config_file(name)
-        except RuntimeError:  # how it says that there is none
-            raise error from None
-
-
 def build_box_source(chosen: argparse.Namespace, metadata: Metadata) -> BoxSource | None:
     """What ``--detector`` or ``--boxes`` ask for.
 
@@ -531,7 +518,7 @@ def build_box_source(chosen: argparse.Namespace, metadata: Metadata) -> BoxSourc
         return BoxFile(chosen.boxes, chosen.box_threshold, category_ids(metadata))
     if not chosen.detector:
         return None
-    cfg = load_config(detector_config(chosen.detector))
+    cfg = load_config(find_config_file(chosen.detector))
     if chosen.detector_weights:
         cfg.MODEL.WEIGHTS = chosen.detector_weights
     if not cfg.MODEL.WEIGHTS:
@@ -573,7 +560,7 @@ def prepare(chosen: argparse.Namespace) -> Callable[[], list[str]]:
         source = chosen.video_input if chosen.webcam is None else chosen.webcam
         target = plan_video(source, options)
         reader = VideoReader(source)
-    cfg = load_config(chosen.config_file, chosen.opts)
+    cfg = load_config(find_config_file(chosen.config_file), chosen.opts)
     cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = options.threshold
     cfg.freeze()
     if not cfg.MODEL.WEIGHTS:

@@ -32,6 +32,7 @@ from detectron2.utils.logger import setup_logger
 import d2ext  # noqa: F401  (registers models and data sets)
 from d2ext.checkpoint.checkpointer import Checkpointer
 from d2ext.checkpoint.io import CheckpointError
+from d2ext.config import ConfigError, load_config, merge_options
 from d2ext.data import DataError
 from d2ext.data.custom import (
     add_dataset_arguments,
@@ -39,16 +40,9 @@ from d2ext.data.custom import (
     check_config_against_data,
     register_from_arguments,
 )
-from d2ext.engine import (
-    ConfigError,
-    Trainer,
-    find_config_file,
-    launch,
-    load_config,
-    merge_options,
-    set_cpu_threads,
-)
+from d2ext.engine import Trainer, launch, set_cpu_threads
 from d2ext.evaluation import check_analysis
+from d2ext.model_zoo import find_config_file
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -74,8 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def setup(args: argparse.Namespace) -> CfgNode:
     """Config of the command line; registers the data sets that it names."""
-    if args.config_file:
-        args.config_file = find_config_file(args.config_file)
+    args.config_file = find_config_file(args.config_file)
     name = register_from_arguments(args)
     cfg = load_config(args.config_file)
     if name is not None:

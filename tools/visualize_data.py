@@ -36,6 +36,7 @@ from detectron2.utils.logger import setup_logger
 from detectron2.utils.visualizer import Visualizer
 from tqdm import tqdm
 
+from d2ext.config import ConfigError, load_config, merge_options
 from d2ext.data import D2extDatasetMapper, DataError, SampleError, build_train_loader
 from d2ext.data.custom import (
     add_dataset_arguments,
@@ -44,7 +45,7 @@ from d2ext.data.custom import (
 )
 from d2ext.data.dataset_dicts import load_dataset
 from d2ext.data.panoptic import panoptic_classes
-from d2ext.engine import ConfigError, load_config, merge_options
+from d2ext.model_zoo import find_config_file
 
 logger = logging.getLogger("d2ext.tools.visualize_data")
 
@@ -76,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
 def setup(args: argparse.Namespace) -> CfgNode:
     """The config, with the data that the command line names."""
     dataset = register_from_arguments(args)
-    cfg = load_config(args.config_file)
+    cfg = load_config(find_config_file(args.config_file))
     if dataset is not None:
         apply_dataset_to_config(cfg, dataset)
     merge_options(cfg, args.opts)

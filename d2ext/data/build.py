@@ -8,17 +8,15 @@ from typing import Any, NamedTuple
 import cv2
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, MetadataCatalog
+from detectron2.data import DatasetFromList
 from detectron2.data.samplers import InferenceSampler, RepeatFactorTrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
-from d2ext.data.coco_results import category_ids
+from d2ext.config import ConfigError
 from d2ext.data.dataset_dicts import get_dataset_dicts
-from d2ext.data.dataset_mapper import D2extDatasetMapper
+from d2ext.data.dataset_mapper import MAPPER_REGISTRY
 from d2ext.data.errors import DatasetError, SampleError
-from d2ext.data.landmarks.mapper import TopDownMapper, TopDownTestMapper
-from d2ext.data.landmarks.samples import add_detections, instance_records
 from d2ext.data.sampler import (
     RepeatFactorStreamSampler,
     StreamSampler,
@@ -148,6 +146,25 @@ def _init_worker(worker_id: int) -> None:
     cv2.setNumThreads(0)
 
 
+def build_mapper(cfg: CfgNode, *, is_train: bool) -> Mapper:
+    """What ``INPUT.MAPPER`` names in ``MAPPER_REGISTRY``.
+
+    Raises:
+        ConfigError: it names none.
+    """
+    if cfg.INPUT.MAPPER not in MAPPER_REGISTRY:
+        raise ConfigError(
+            f"INPUT.MAPPER is {cfg.INPUT.MAPPER!r}; known are "
+            f"{', '.join(sorted(name for name, _ in MAPPER_REGISTRY))}."
+        )
+    return MAPPER_REGISTRY.get(cfg.INPUT.MAPPER)(cfg, is_train)
+
+
+def _samples(mapper: Mapper, records: list[Record], names: Sequence[str]) -> list[Record]:
+    expand = getattr(mapper, "samples", None)
+    return records if expand is None else expand(records, names)
+
+
 def build_train_loader(
     cfg: CfgNode, *, start_iter: int = 0, mapper: Mapper | None = None
 ) -> ReportingDataLoader:
@@ -162,8 +179,7 @@ def build_train_loader(
     Args:
         cfg: reads ``DATASETS``, ``DATALOADER``, ``INPUT``, ``SEED``, ``SOLVER.IMS_PER_BATCH``
         start_iter: iterations already done; the stream starts at start_iter × IMS_PER_BATCH
-        mapper: defaults to :class:`D2extDatasetMapper` of ``cfg``; with ``INPUT.LANDMARKS.ENABLED``
-            to :class:`~d2ext.data.landmarks.TopDownMapper`, and a sample is one annotated instance
+        mapper: defaults to what ``INPUT.MAPPER`` names in ``MAPPER_REGISTRY``
 
     Returns:
         loader of lists of ``IMS_PER_BATCH / number of processes`` model inputs
@@ -179,11 +195,8 @@ def build_train_loader(
             f"of processes, {world_size}."
         )
     records = get_dataset_dicts(cfg, cfg.DATASETS.TRAIN, is_train=True)
-    landmarks = cfg.INPUT.LANDMARKS.ENABLED
-    if landmarks:
-        records = instance_records(records)
-    if mapper is None:
-        mapper = TopDownMapper(cfg, True) if landmarks else D2extDatasetMapper(cfg, True)
+    mapper = mapper or build_mapper(cfg, is_train=True)
+    records = _samples(mapper, records, cfg.DATASETS.TRAIN)
     dataset = StreamDataset(
         DatasetFromList(records, copy=False),
         mapper,
@@ -226,18 +239,10 @@ def build_test_loader(
         DatasetError: unregistered or empty data set
     """
     records = get_dataset_dicts(cfg, [dataset_name], is_train=False)
-    landmarks = cfg.INPUT.LANDMARKS
-    if landmarks.ENABLED and landmarks.TEST_BOXES not in ("annotations", "image"):
-        categories = category_ids(MetadataCatalog.get(dataset_name))
-        records = add_detections(
-            records, landmarks.TEST_BOXES, landmarks.TEST_MIN_SCORE, categories
-        )
-    if mapper is None:
-        mapper = TopDownTestMapper(cfg) if landmarks.ENABLED else D2extDatasetMapper(cfg, False)
+    mapper = mapper or build_mapper(cfg, is_train=False)
+    records = _samples(mapper, records, [dataset_name])
     dataset = InferenceDataset(
-        DatasetFromList(records, copy=False),
-        mapper,
-        strict=cfg.INPUT.STRICT,
+        DatasetFromList(records, copy=False), mapper, strict=cfg.INPUT.STRICT
     )
     return ReportingDataLoader(
         dataset,

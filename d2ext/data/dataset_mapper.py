@@ -9,6 +9,7 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks
+from fvcore.common.registry import Registry
 from fvcore.transforms.transform import TransformList
 
 from d2ext.data.annotations import describe_dropped, normalize_annotations
@@ -19,7 +20,16 @@ from d2ext.data.panoptic import PanopticClasses, full_label_map, panoptic_classe
 
 logger = logging.getLogger(__name__)
 
+MAPPER_REGISTRY = Registry("MAPPER")
+MAPPER_REGISTRY.__doc__ = """What ``INPUT.MAPPER`` names: ``build(cfg, is_train)`` returns a mapper.
 
+A mapper makes a model's input of one data set dict, and raises ``d2ext.data.SampleError`` for one that
+it cannot use. It may have a method ``samples(records, dataset_names)``, which turns the dicts of images
+into those that are mapped; without it there is one sample for each image.
+"""
+
+
+@MAPPER_REGISTRY.register()
 class D2extDatasetMapper(DatasetMapper):
     """Detectron2's ``DatasetMapper`` (same constructor), which in addition
 

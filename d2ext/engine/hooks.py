@@ -11,7 +11,7 @@ from detectron2.utils.events import EventWriter
 
 from d2ext.checkpoint.checkpointer import Checkpointer, CheckpointSaveError
 from d2ext.checkpoint.io import CheckpointError, load_untrusted
-from d2ext.engine.errors import ConfigError
+from d2ext.config import ConfigError
 from d2ext.files import atomic_write
 
 __all__ = [

@@ -11,7 +11,7 @@ from detectron2.solver.build import (
 )
 from torch import nn
 
-from d2ext.engine.errors import ConfigError
+from d2ext.config import ConfigError
 
 __all__ = ["build_optimizer"]
 

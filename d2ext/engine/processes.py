@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from d2ext.engine.errors import ConfigError
+from d2ext.config import ConfigError
 
 __all__ = ["launch"]
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from detectron2.structures import Boxes, Instances
 
+from d2ext.config import ConfigError
 from d2ext.data.coco_results import read_coco_results
-from d2ext.engine.errors import ConfigError
 from d2ext.engine.predictor import BatchPredictor
 
 __all__ = ["BoxFile", "BoxSource", "Detector"]

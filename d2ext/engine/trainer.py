@@ -28,8 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from d2ext.checkpoint.checkpointer import Checkpointer, WeightsCheckpointer
 from d2ext.checkpoint.io import CheckpointError
+from d2ext.config import ConfigError
 from d2ext.engine.ema import EMAHook, TrainedWeights, build_ema
-from d2ext.engine.errors import ConfigError
 from d2ext.engine.hooks import (
     BestCheckpointer,
     LogWriter,

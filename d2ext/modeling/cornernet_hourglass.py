@@ -20,6 +20,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d2ext.config import CONFIG_REGISTRY
 from d2ext.modeling.fusion import conv_add_relu, conv_relu
 
 
@@ -203,11 +204,13 @@ class CornerNetHourglass(Backbone):
     ) -> None:
         super().__init__()
         if block not in BLOCKS:
-            raise ValueError(f'MODEL.CORNERNET_HOURGLASS.BLOCK is one of {sorted(BLOCKS)}, not "{block}".')
+            raise ValueError(
+                f'MODEL.CORNERNET_HOURGLASS.BLOCK is one of {sorted(BLOCKS)}, not "{block}".'
+            )
         if len(channels) != len(blocks) or len(channels) < 2 or min(blocks) < 1:
             raise ValueError(
-                "MODEL.CORNERNET_HOURGLASS.CHANNELS and BLOCKS have one entry for each level and one for the "
-                f"bottom, at least two; blocks are 1 or more: not {channels} and {blocks}."
+                "MODEL.CORNERNET_HOURGLASS.CHANNELS and BLOCKS have one entry for each level and one "
+                f"for the bottom, at least two; blocks are 1 or more: not {channels} and {blocks}."
             )
         if num_stacks < 1 or stem_blocks < 1:
             raise ValueError(
@@ -282,13 +285,12 @@ class CornerNetHourglass(Backbone):
         return outputs
 
 
+@CONFIG_REGISTRY.register()
 def add_cornernet_hourglass_config(cfg: CfgNode) -> None:
     """Add the keys of :func:`build_cornernet_hourglass_backbone` to ``cfg``, in place.
 
-    The defaults are hourglass-104. Keys that are there stay.
+    The defaults are hourglass-104.
     """
-    if "CORNERNET_HOURGLASS" in cfg.MODEL:
-        return
     hourglass = cfg.MODEL.CORNERNET_HOURGLASS = CfgNode()
     # Hourglasses in a row.
     hourglass.NUM_STACKS = 2

@@ -15,6 +15,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d2ext.config import CONFIG_REGISTRY
 from d2ext.modeling.fusion import conv_add_relu, conv_relu
 from d2ext.modeling.upsampling import DeformConvNormReLU, upsampling
 
@@ -249,6 +250,7 @@ class DLAUp(Backbone):
         return {"dla_up": self.fusion(fused[::-1])[-1]}
 
 
+@CONFIG_REGISTRY.register()
 def add_dla_config(cfg: CfgNode) -> None:
     """Add the keys of :func:`build_dla_up_backbone` to ``cfg``, in place."""
     cfg.MODEL.DLA = CfgNode()

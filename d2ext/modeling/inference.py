@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d
 from torch import Tensor, nn
 
+from d2ext.config import CONFIG_REGISTRY
 from d2ext.modeling.fusion import fuse_activations
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -23,6 +24,7 @@ _MODES = ("eager", "cudagraph", "compile", "compile_cudagraph")
 _WARMUP_RUNS = 3
 
 
+@CONFIG_REGISTRY.register()
 def add_inference_config(cfg: CfgNode) -> None:
     """Add the keys of :class:`InferenceNetwork` to ``cfg``, in place. All is off by default."""
     cfg.MODEL.INFERENCE = CfgNode()

@@ -13,12 +13,14 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock, CNNBlockBase, ResNet
 from torch import nn
 
+from d2ext.config import CONFIG_REGISTRY
 from d2ext.layers.deform_conv import ModulatedDeformConv
 
 # Blocks of the stages res2..res5, table 1 of arXiv 1512.03385.
 _BLOCKS_PER_STAGE = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
+@CONFIG_REGISTRY.register()
 def add_resnet_dcn_config(cfg: CfgNode) -> None:
     """Add the keys of :func:`build_resnet_dcn_backbone` to ``cfg``, in place."""
     # Within a stage that DEFORM_ON_PER_STAGE selects, block i is deformable iff i mod this is 0.

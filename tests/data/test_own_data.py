@@ -79,7 +79,7 @@ def semantic_segmentor() -> CfgNode:
 
 def landmark_net() -> CfgNode:
     cfg = tiny_config("LandmarkNet")
-    cfg.INPUT.LANDMARKS.ENABLED = True
+    cfg.INPUT.MAPPER = "build_top_down_mapper"
     return cfg
 
 

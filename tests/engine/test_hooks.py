@@ -15,7 +15,7 @@ from detectron2.utils.events import EventWriter
 
 from d2ext.checkpoint.checkpointer import CheckpointSaveError
 from d2ext.checkpoint.io import load_untrusted
-from d2ext.engine import ConfigError
+from d2ext.config import ConfigError
 from d2ext.engine.hooks import LogWriter, drop_metrics_from
 from tests.engine import toy
 from tests.engine.conftest import Train

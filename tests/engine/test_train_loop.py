@@ -12,7 +12,7 @@ import torch
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from d2ext.engine import ConfigError
+from d2ext.config import ConfigError
 from d2ext.engine.train_loop import StepTrainer, seed_step
 
 

@@ -104,7 +104,7 @@ def scores(evaluator: COCOEvaluator, detections: Instances) -> list[float]:
 
 def test_evaluation_as_configured(evaluator_of: Any) -> None:
     detections = poses(1.0)
-    nms, landmarks = ("TEST.KEYPOINT_OKS_NMS", 0.9), ("INPUT.LANDMARKS.ENABLED", True)
+    nms, landmarks = ("TEST.KEYPOINT_OKS_NMS", 0.9), ("INPUT.MAPPER", "build_top_down_mapper")
     assert scores(evaluator_of(), detections) == pytest.approx([0.6, 0.8])
     # The box has 800 square pixels, the crop 50 x 50.
     sides = ("MODEL.LANDMARKS.INPUT_SIZE", [64, 64], "MODEL.LANDMARKS.CROP.PADDING", 1.25)

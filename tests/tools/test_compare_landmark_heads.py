@@ -14,8 +14,8 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 
+from d2ext.config import ConfigError
 from d2ext.data.shapes import ShapesSet, register_shapes
-from d2ext.engine import ConfigError
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "compare_landmark_heads.py"
 

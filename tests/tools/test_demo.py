@@ -19,9 +19,9 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
+from d2ext.config import load_config
 from d2ext.data.image_io import read_image
 from d2ext.engine.predictor import BatchPredictor
-from d2ext.engine.setup import load_config
 from d2ext.testing import tiny_config
 from d2ext.utils.drawing import PictureDrawer, VideoDrawer, class_metadata, name_classes, select
 from d2ext.utils.video import VideoReader, video_writer

@@ -14,9 +14,9 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
+from d2ext.config import load_config
 from d2ext.data.image_io import read_image
 from d2ext.engine.predictor import BatchPredictor
-from d2ext.engine.setup import load_config
 from d2ext.engine.top_down import BoxFile, Detector
 from d2ext.testing import NUM_KEYPOINTS, tiny_config
 from d2ext.utils.video import VideoReader, video_writer
@@ -220,12 +220,6 @@ def test_detectors_that_are_not_there(
     with pytest.raises(SystemExit):
         run(demo, config, tmp_path / "out", "--input", picture, "--detector-weights", "x.pth")
     assert "belong to --detector" in capsys.readouterr().err
-
-
-def test_names_of_detectron2_s_model_zoo(demo: ModuleType) -> None:
-    name = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
-    assert demo.detector_config(name).endswith(name)
-    assert demo.detector_config("yolact/yolact_R_50_550.yaml").endswith("yolact_R_50_550.yaml")
 
 
 def test_boxes_of_other_categories_are_not_looked_into(

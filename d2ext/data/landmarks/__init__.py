@@ -7,6 +7,7 @@
 """
 
 from d2ext.data.dataset_facts import flip_indices
+from d2ext.data.landmarks import config  # noqa: F401  (registers its keys)
 from d2ext.data.landmarks.datasets import (
     LANDMARK_DATASETS,
     LandmarkDataset,

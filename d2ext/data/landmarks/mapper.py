@@ -12,14 +12,19 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances, Keypoints
 
 from d2ext.data.augmentations.photometric import RandomPhotometricDistortion
+from d2ext.data.coco_results import category_ids
 from d2ext.data.dataset_facts import flip_indices
+from d2ext.data.dataset_mapper import MAPPER_REGISTRY
 from d2ext.data.errors import AnnotationError
 from d2ext.data.image_io import ImageCache, ImageReader, read_image, read_record_image
 from d2ext.data.landmarks.geometry import pad_box
 from d2ext.data.landmarks.hourglass import draw_hourglass, hourglass_sample
 from d2ext.data.landmarks.samples import (
+    Record,
+    add_detections,
     instance_crop_box,
     instance_points,
+    instance_records,
     usable_annotations,
 )
 from d2ext.data.landmarks.transforms import (
@@ -36,6 +41,12 @@ _EACH_COLOR_PROB = 0.5
 _HOURGLASS_STRIDE = 4
 # Points below which a body's lower half begins, by name.
 _LOWER = ("hip", "knee", "ankle", "pelvis")
+
+
+@MAPPER_REGISTRY.register()
+def build_top_down_mapper(cfg: CfgNode, is_train: bool) -> TopDownMapper | TopDownTestMapper:
+    """Training: a sample is one annotated instance, cropped. Test: one image with the boxes to crop."""
+    return TopDownMapper(cfg, True) if is_train else TopDownTestMapper(cfg)
 
 
 class TopDownMapper:
@@ -160,6 +171,11 @@ class TopDownMapper:
             if c.COLOR_PROB > 0
             else None,
         }
+
+    @staticmethod
+    def samples(records: list[Record], dataset_names: Sequence[str]) -> list[Record]:
+        """One record for each annotated instance."""
+        return instance_records(records)
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         """
@@ -287,19 +303,41 @@ class TopDownTestMapper:
         *,
         image_format: str = "BGR",
         whole_image: bool = False,
+        detections: str = "",
+        min_score: float = 0.0,
         reader: ImageReader = read_image,
     ) -> None:
+        """
+        Args:
+            image_format: "BGR" or "RGB".
+            whole_image: give no boxes.
+            detections: path of a file of boxes that :meth:`samples` takes; "": those annotated.
+            min_score: of the file's boxes.
+            reader: takes a file name and ``format=``.
+        """
         self.image_format = image_format
         self.whole_image = whole_image
+        self.detections = detections
+        self.min_score = min_score
         self.reader = reader
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """From ``INPUT.FORMAT`` and ``INPUT.LANDMARKS.TEST_BOXES``."""
+        """From ``INPUT.FORMAT``, ``INPUT.LANDMARKS.TEST_BOXES`` and ``TEST_MIN_SCORE``."""
+        boxes = cfg.INPUT.LANDMARKS.TEST_BOXES
         return {
             "image_format": cfg.INPUT.FORMAT,
-            "whole_image": cfg.INPUT.LANDMARKS.TEST_BOXES == "image",
+            "whole_image": boxes == "image",
+            "detections": "" if boxes in ("annotations", "image") else boxes,
+            "min_score": cfg.INPUT.LANDMARKS.TEST_MIN_SCORE,
         }
+
+    def samples(self, records: list[Record], dataset_names: Sequence[str]) -> list[Record]:
+        """The images, with ``detections`` where they come from a file."""
+        if not self.detections:
+            return records
+        categories = category_ids(MetadataCatalog.get(dataset_names[0]))
+        return add_detections(records, self.detections, self.min_score, categories)
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         """

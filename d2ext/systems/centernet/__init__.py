@@ -1,6 +1,6 @@
 """CenterNet (arXiv 1904.07850): objects as points, boxes and human poses."""
 
-from d2ext.systems.centernet import checkpoint  # noqa: F401  (registers its converter)
+from d2ext.systems.centernet import checkpoint, config  # noqa: F401  (imported for registration)
 from d2ext.systems.centernet.head import CenterNetHead
 from d2ext.systems.centernet.losses import CenterNetCriterion
 from d2ext.systems.centernet.model import CenterNet

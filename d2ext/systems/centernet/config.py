@@ -4,9 +4,8 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
+from d2ext.config import CONFIG_REGISTRY
 from d2ext.data.dataset_facts import DatasetFacts, follows_data
-from d2ext.modeling.dla import add_dla_config
-from d2ext.modeling.resnet_deconv import add_resnet_deconv_config
 
 
 @follows_data("CenterNet")
@@ -17,11 +16,9 @@ def _centernet_keys(facts: DatasetFacts) -> dict[str, Any]:
     }
 
 
+@CONFIG_REGISTRY.register()
 def add_centernet_config(cfg: CfgNode) -> None:
     """Add CenterNet's keys to ``cfg``, in place."""
-    add_dla_config(cfg)
-    add_resnet_deconv_config(cfg)
-
     centernet = cfg.MODEL.CENTERNET = CfgNode()
     # Classes of objects.
     centernet.NUM_CLASSES = 80

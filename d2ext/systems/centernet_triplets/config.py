@@ -5,9 +5,11 @@ The backbone's are in ``MODEL.CORNERNET_HOURGLASS`` (:mod:`d2ext.modeling.corner
 
 from detectron2.config import CfgNode
 
+from d2ext.config import CONFIG_REGISTRY
 from d2ext.systems.cornernet.config import corner_defaults
 
 
+@CONFIG_REGISTRY.register()
 def add_centernet_triplets_config(cfg: CfgNode) -> None:
     """Add the system's keys to ``cfg``, in place. Those of CornerNet have the same meaning."""
     node = cfg.MODEL.CENTERNET_TRIPLETS = corner_defaults()

@@ -5,7 +5,7 @@ The backbone's are in ``MODEL.CORNERNET_HOURGLASS`` (:mod:`d2ext.modeling.corner
 
 from detectron2.config import CfgNode
 
-from d2ext.modeling.cornernet_hourglass import add_cornernet_hourglass_config
+from d2ext.config import CONFIG_REGISTRY
 
 
 def corner_defaults() -> CfgNode:
@@ -61,9 +61,9 @@ def corner_defaults() -> CfgNode:
     return node
 
 
+@CONFIG_REGISTRY.register()
 def add_cornernet_config(cfg: CfgNode) -> None:
     """Add CornerNet's keys to ``cfg``, in place."""
-    add_cornernet_hourglass_config(cfg)
     cfg.MODEL.CORNERNET = corner_defaults()
 
     saccade = cfg.MODEL.CORNERNET.SACCADE = CfgNode()

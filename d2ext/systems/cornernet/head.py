@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from d2ext.codecs.corners import PointMaps
 from d2ext.layers import corner_pool_pair
-from d2ext.modeling.fusion import conv_add_relu, conv_relu
 from d2ext.modeling.cornernet_hourglass import ConvNormReLU, conv_norm
+from d2ext.modeling.fusion import conv_add_relu, conv_relu
 
 # Bias of the heat maps' last layer at the start: a probability of 0.1 (published code).
 PRIOR_LOGIT = -2.19

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from d2ext.codecs.corners import CornerTargets, PointMaps, encode_corners
-from d2ext.modeling.heatmap_losses import penalty_reduced_focal_loss
 from d2ext.modeling.cornernet_hourglass import CornerNetHourglass
+from d2ext.modeling.heatmap_losses import penalty_reduced_focal_loss
 from d2ext.systems.cornernet.head import (
     PRIOR_LOGIT,
     CornerNetHead,

@@ -1,6 +1,6 @@
 """Landmarks: stacked hourglass (arXiv 1603.06937), heat map, integral, regression and SimCC heads."""
 
-from d2ext.systems.landmarks import checkpoint  # noqa: F401  (registers its converter)
+from d2ext.systems.landmarks import checkpoint, config  # noqa: F401  (imported for registration)
 from d2ext.systems.landmarks.head import (
     HeatmapHead,
     IntegralHead,

@@ -4,8 +4,8 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
+from d2ext.config import CONFIG_REGISTRY
 from d2ext.data.dataset_facts import DatasetFacts, follows_data
-from d2ext.modeling.newell_hourglass import add_newell_hourglass_config
 
 
 @follows_data("LandmarkNet")
@@ -16,10 +16,9 @@ def _landmarks_keys(facts: DatasetFacts) -> dict[str, Any]:
     }
 
 
+@CONFIG_REGISTRY.register()
 def add_landmarks_config(cfg: CfgNode) -> None:
     """Add the keys of landmark networks to ``cfg``, in place."""
-    add_newell_hourglass_config(cfg)
-
     landmarks = cfg.MODEL.LANDMARKS = CfgNode()
     # K, the landmarks of an instance: 16 in MPII, 17 in COCO, 68 in 300W, 98 in WFLW, 8 in shapes.
     landmarks.NUM_KEYPOINTS = 16

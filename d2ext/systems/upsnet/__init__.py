@@ -1,6 +1,6 @@
 """UPSNet: unified panoptic segmentation (arXiv 1901.03784)."""
 
-from d2ext.systems.upsnet import checkpoint  # noqa: F401  (registers its converters)
+from d2ext.systems.upsnet import checkpoint, config  # noqa: F401  (imported for registration)
 from d2ext.systems.upsnet.backbone import GlobalContextFPN, build_upsnet_fpn_backbone
 from d2ext.systems.upsnet.boxes import DetectronAnchorGenerator, PyramidRoIAlign
 from d2ext.systems.upsnet.head import UPSNetSemanticHead

@@ -9,6 +9,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
+from d2ext.config import CONFIG_REGISTRY
 from d2ext.data.dataset_facts import DatasetFacts, follows_data
 
 
@@ -20,6 +21,7 @@ def _upsnet_keys(facts: DatasetFacts) -> dict[str, Any]:
     }
 
 
+@CONFIG_REGISTRY.register()
 def add_upsnet_config(cfg: CfgNode) -> None:
     """Add UPSNet's keys to ``cfg``, in place."""
     upsnet = cfg.MODEL.UPSNET = CfgNode()

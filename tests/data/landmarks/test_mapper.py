@@ -277,7 +277,7 @@ def config() -> CfgNode:
     if "LANDMARKS" not in cfg.MODEL:
         cfg.MODEL.LANDMARKS = CfgNode({"INPUT_SIZE": [64, 48], "CROP": {"PADDING": 1.25}})
     cfg.MODEL.LANDMARKS.INPUT_SIZE = [64, 48]
-    cfg.INPUT.LANDMARKS.ENABLED = True
+    cfg.INPUT.MAPPER = "build_top_down_mapper"
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("shapes_val_landmarks",)
     cfg.DATALOADER.NUM_WORKERS = 0
     cfg.SOLVER.IMS_PER_BATCH = 3

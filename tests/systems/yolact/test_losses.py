@@ -9,11 +9,10 @@ from d2ext.codecs.prior_boxes import BACKGROUND, NEUTRAL, prior_boxes, to_corner
 from d2ext.systems.yolact.head import MaskScorer, YOLACTPredictions
 from d2ext.systems.yolact.losses import (
     YOLACTCriterion,
-    YOLACTTargets,
     mask_iou,
     mine_negatives,
-    resize_masks,
 )
+from d2ext.systems.yolact.targets import YOLACTTargets, resize_masks
 
 
 def test_negatives_are_the_hardest_background_priors() -> None:
@@ -95,10 +94,10 @@ def test_small_objects_do_not_train_the_mask_scorer() -> None:
     predictions = predictions._replace(prototypes=torch.zeros(1, 80, 80, 2))
     scorer = MaskScorer(2)
     torch.nn.init.ones_(scorer.output.bias)
-    large = YOLACTCriterion(mask_scorer=scorer)(predictions, priors, targets)
+    large = YOLACTCriterion()(predictions, priors, targets, scorer)
     assert large["loss_mask_iou"] > 0
-    limit = YOLACTCriterion(mask_scorer=scorer, min_mask_iou_area=400)
-    assert limit(predictions, priors, targets)["loss_mask_iou"] == 0
+    limit = YOLACTCriterion(min_mask_iou_area=400)
+    assert limit(predictions, priors, targets, scorer)["loss_mask_iou"] == 0
 
 
 def test_normalizer_is_checked() -> None:

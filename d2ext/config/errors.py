@@ -1,4 +1,4 @@
-"""What a user of the engine can get wrong."""
+"""What a user can get wrong in a config."""
 
 
 class ConfigError(ValueError):

@@ -9,10 +9,10 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
-from d2ext.config import get_cfg
-from d2ext.engine.errors import ConfigError
+from d2ext.config.errors import ConfigError
+from d2ext.config.registry import get_cfg
 
-__all__ = ["add_options_argument", "find_config_file", "load_config", "merge_options"]
+__all__ = ["add_options_argument", "load_config", "merge_options"]
 
 _UNKNOWN_KEY = re.compile(r"Non-existent (?:config )?key: (\S+)")  # how yacs says it
 
@@ -24,8 +24,8 @@ def load_config(config_file: str = "", overrides: Sequence[str] = ()) -> CfgNode
     do): read a stranger's config before using it.
 
     Args:
-        config_file: path of a YAML file, or a name in the model zoo such as
-            ``yolact/yolact_R_50_550.yaml``; empty: defaults only.
+        config_file: path of a YAML file (``d2ext.model_zoo.find_config_file`` gives that of a name in
+            the model zoo); empty: defaults only.
         overrides: ``["SOLVER.BASE_LR", "0.001", ...]``.
 
     Returns:
@@ -36,8 +36,9 @@ def load_config(config_file: str = "", overrides: Sequence[str] = ()) -> CfgNode
     """
     cfg = get_cfg()
     if config_file:
-        path = find_config_file(config_file)
-        _merge(cfg, lambda: cfg.merge_from_file(path), path)
+        if not PathManager.isfile(config_file):
+            raise ConfigError(f"There is no config file {config_file!r}.")
+        _merge(cfg, lambda: cfg.merge_from_file(config_file), config_file)
     merge_options(cfg, overrides)
     return cfg
 
@@ -61,22 +62,6 @@ def merge_options(cfg: CfgNode, overrides: Sequence[str]) -> None:
             f"{' '.join(overrides)!r}."
         )
     _merge(cfg, lambda: cfg.merge_from_list(list(overrides)), "the command line")
-
-
-def find_config_file(name: str) -> str:
-    """Path of a config file, given as a path or as a name in the model zoo.
-
-    Raises:
-        ConfigError: neither exists.
-    """
-    if PathManager.isfile(name):
-        return name
-    from d2ext import model_zoo  # needs d2ext.config
-
-    try:
-        return model_zoo.get_config_file(name)
-    except FileNotFoundError as error:
-        raise ConfigError(f"There is no config file {name!r}. {error}") from error
 
 
 def _merge(cfg: CfgNode, merge: Callable[[], None], source: str) -> None:
