@@ -61,12 +61,6 @@ def crop_to_image(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.cat([torch.diag_embed(scale), boxes[:, :2, None]], dim=2)
 
 
-def invert_affine(matrices: Tensor) -> Tensor:
-    """Inverse maps of (..., 2, 3) matrices."""
-    linear = torch.linalg.inv(matrices[..., :2])
-    return torch.cat([linear, -linear @ matrices[..., 2:]], dim=-1)
-
-
 def apply_affine(points: Tensor, matrices: Tensor) -> Tensor:
     """Map points (..., P, 2) by matrices (..., 2, 3)."""
     return points @ matrices[..., :2].transpose(-1, -2) + matrices[..., None, :, 2]

@@ -25,10 +25,11 @@ RENAMED = {
         "MODEL.BACKBONE.NAME",
         (("build_stacked_hourglass_backbone", "build_cornernet_hourglass_backbone"),),
     ),
+    "INPUT.LANDMARKS.GEOMETRY": Renamed("INPUT.LANDMARKS.CROP_GEOMETRY"),
+    "MODEL.LANDMARKS.TARGET.GEOMETRY": Renamed("MODEL.LANDMARKS.TARGET.CELL_GEOMETRY"),
     "INPUT.LANDMARKS.ENABLED": Renamed(
         "INPUT.MAPPER", ((True, "build_top_down_mapper"), (False, "D2extDatasetMapper"))
     ),
-    "MODEL.LANDMARKS.TARGET.GEOMETRY": Renamed("MODEL.LANDMARKS.TARGET.CELL_GEOMETRY"),
     "SOLVER.CHECKPOINT_FAILURE": Renamed(None),  # training always goes on
     "SOLVER.NON_FINITE_LOSS": Renamed(None),  # SOLVER.NON_FINITE_LOSS_LIMIT 1 stops at the first
 }

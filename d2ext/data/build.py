@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList
 from detectron2.data.samplers import InferenceSampler, RepeatFactorTrainingSampler
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from d2ext.config import ConfigError
 from d2ext.data.dataset_dicts import get_dataset_dicts
@@ -23,7 +23,6 @@ from d2ext.data.sampler import (
     sample_randomness,
     stream_seed,
 )
-from d2ext.data.transport import Packed, pack, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -120,8 +119,7 @@ class ReportingDataLoader(DataLoader):
         super().__init__(dataset, collate_fn=_collate, worker_init_fn=_init_worker, **kwargs)
 
     def __iter__(self) -> Iterator[list[Record]]:
-        for item in super().__iter__():
-            batch, bad = unpack(item) if isinstance(item, Packed) else item
+        for batch, bad in super().__iter__():
             for sample in bad:
                 if sample.file_name not in self.bad_samples:
                     self.bad_samples[sample.file_name] = sample
@@ -132,10 +130,9 @@ class ReportingDataLoader(DataLoader):
 
 def _collate(
     items: list[tuple[Record | None, list[BadSample]]],
-) -> tuple[list, list[BadSample]] | Packed:
+) -> tuple[list[Record], list[BadSample]]:
     batch = [sample for sample, _ in items if sample is not None]
-    bad = [one for _, found in items for one in found]
-    return (batch, bad) if get_worker_info() is None else pack((batch, bad))
+    return batch, [one for _, bad in items for one in bad]
 
 
 def _init_worker(worker_id: int) -> None:

@@ -5,14 +5,21 @@ import os
 import struct
 import warnings
 import zlib
-from typing import IO
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-from detectron2.data.detection_utils import convert_PIL_to_numpy
+from detectron2.data.detection_utils import (
+    SizeMismatchError,
+    check_image_size,
+    convert_PIL_to_numpy,
+)
 from detectron2.utils.file_io import PathManager
 from PIL import Image, ImageOps
 
-from d2ext.data.errors import ImageReadError
+from d2ext.data.errors import AnnotationError, ImageReadError
+
+ImageReader = Callable[..., np.ndarray]
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +28,8 @@ logger = logging.getLogger(__name__)
 MAX_MEGAPIXELS = float(os.environ.get("D2EXT_MAX_MEGAPIXELS", "400"))
 Image.MAX_IMAGE_PIXELS = int(max(MAX_MEGAPIXELS * 1e6 / 2, Image.MAX_IMAGE_PIXELS or 0))
 
+# Kinds of ISO media files that hold HEIC pictures.
+_HEIC = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 # What Pillow's decoders raise on broken files, beside OSError (whose subclasses are "no such file",
 # "cannot identify image file" and "image file is truncated").
 _DECODER_ERRORS = (
@@ -59,32 +68,34 @@ def read_image(file_name: str, format: str | None = "BGR") -> np.ndarray:
     Raises:
         ImageReadError: missing, empty, truncated or undecodable file, or zero pixels
     """
+    image = _open(file_name, "image")
     try:
-        with PathManager.open(file_name, "rb") as f, warnings.catch_warnings():
-            # Large photographs are legitimate; Pillow still refuses files twice that large.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = _open(f)
-            opened.load()
-            if (
-                getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO"
-            ):  # a phone's stereo pair
-                logger.warning("'%s' has %d pages: the first is read.", file_name, opened.n_frames)
-            array = convert_PIL_to_numpy(_to_8_bit(_upright(opened)), format)
-    except FileNotFoundError as e:
-        raise ImageReadError(f"Cannot read image '{file_name}': there is no such file.") from e
-    except Image.DecompressionBombError as e:
-        raise ImageReadError(
-            f"Image '{file_name}' is larger than the limit of {MAX_MEGAPIXELS:g} megapixels: set "
-            "D2EXT_MAX_MEGAPIXELS in the environment to a higher one, or cut the image."
-        ) from e
+        array = convert_PIL_to_numpy(_to_8_bit(_upright(image)), format)
     except _DECODER_ERRORS as e:
-        reason = str(e) or type(e).__name__
-        raise ImageReadError(
-            f"Cannot read image '{file_name}': {reason} (empty, truncated or not an image?)"
-        ) from e
+        raise _broken(file_name, "image", e) from e
     if array.size == 0:
         raise ImageReadError(f"Cannot read image '{file_name}': it has no pixels.")
     return array
+
+
+def is_image(file_name: str) -> bool:
+    """Whether a file begins like an image of a kind that is known, whatever its name; broken ones
+    with the name of an image count, so that they are told."""
+    if file_name.lower().endswith((".jpg", ".jpeg", ".png")):
+        return True
+    with open(file_name, "rb") as f, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        head = f.read(12)
+        if head[4:8] == b"ftyp" and head[8:12] in _HEIC:
+            return True
+        f.seek(0)
+        try:
+            Image.open(f)
+        except Image.DecompressionBombError:
+            return True
+        except _DECODER_ERRORS:
+            return False
+    return True
 
 
 def as_bgr(image: str | os.PathLike[str] | Image.Image | np.ndarray) -> np.ndarray:
@@ -128,6 +139,22 @@ def _bgr_of_array(array: np.ndarray) -> np.ndarray:
     return bytes_.repeat(3, axis=2) if channels == 1 else bytes_[:, :, :3]
 
 
+def read_record_image(
+    record: dict[str, Any], format: str | None, reader: ImageReader = read_image
+) -> np.ndarray:
+    """The image of a data set dict, by :func:`read_image` or the like; ``height`` and ``width`` are set.
+
+    Raises:
+        SampleError: see :func:`read_image`; also a size other than the dict's
+    """
+    image = reader(record["file_name"], format=format)
+    try:
+        check_image_size(record, image)
+    except SizeMismatchError as e:
+        raise AnnotationError(str(e)) from e
+    return image
+
+
 class ImageCache:
     """:func:`read_image` that keeps images in memory, the first that come, until a limit is reached.
 
@@ -165,15 +192,7 @@ def read_label_map(file_name: str) -> np.ndarray:
     Raises:
         ImageReadError: unreadable file, or a file with several channels
     """
-    try:
-        with PathManager.open(file_name, "rb") as f:
-            image = Image.open(f)
-            image.load()
-            labels = np.asarray(image)
-    except FileNotFoundError as e:
-        raise ImageReadError(f"Cannot read label map '{file_name}': there is no such file.") from e
-    except _DECODER_ERRORS as e:
-        raise ImageReadError(f"Cannot read label map '{file_name}': {e}") from e
+    labels = np.asarray(_open(file_name, "label map"))
     if labels.ndim != 2 or labels.size == 0:
         raise ImageReadError(
             f"Label map '{file_name}' has shape {labels.shape}; expected one channel whose values "
@@ -191,14 +210,7 @@ def read_color_map(file_name: str) -> np.ndarray:
     Raises:
         ImageReadError: unreadable file, or a file of another mode than RGB
     """
-    try:
-        with PathManager.open(file_name, "rb") as f:
-            image = Image.open(f)
-            image.load()
-    except FileNotFoundError as e:
-        raise ImageReadError(f"Cannot read panoptic map '{file_name}': no such file.") from e
-    except _DECODER_ERRORS as e:
-        raise ImageReadError(f"Cannot read panoptic map '{file_name}': {e}") from e
+    image = _open(file_name, "panoptic map")
     if image.mode != "RGB" or 0 in image.size:
         raise ImageReadError(
             f"Panoptic map '{file_name}' has mode {image.mode} and size {image.size}; expected an "
@@ -207,17 +219,47 @@ def read_color_map(file_name: str) -> np.ndarray:
     return np.asarray(image)
 
 
-def _open(file: IO[bytes]) -> Image.Image:
-    """``Image.open``, and phones' HEIC where a package for it is installed."""
-    head = file.read(12)
-    file.seek(0)
-    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc"):
-        try:
-            import pillow_heif
-        except ImportError:
-            raise ValueError("it is a HEIC picture: `pip install pillow-heif` to read it") from None
-        pillow_heif.register_heif_opener()
-    return Image.open(file)
+def _open(file_name: str, what: str) -> Image.Image:
+    """The decoded file; raises :class:`ImageReadError`."""
+    try:
+        with PathManager.open(file_name, "rb") as f, warnings.catch_warnings():
+            # Large photographs are legitimate; Pillow still refuses files twice that large.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            head = f.read(12)
+            f.seek(0)
+            if head[4:8] == b"ftyp" and head[8:12] in _HEIC:
+                _register_heic()
+            image = Image.open(f)
+            image.load()
+    except FileNotFoundError as e:
+        raise ImageReadError(f"Cannot read {what} '{file_name}': there is no such file.") from e
+    except Image.DecompressionBombError as e:
+        raise ImageReadError(
+            f"The {what} '{file_name}' is larger than the limit of {MAX_MEGAPIXELS:g} megapixels: set "
+            "D2EXT_MAX_MEGAPIXELS in the environment to a higher one, or cut the image."
+        ) from e
+    except _DECODER_ERRORS as e:
+        raise _broken(file_name, what, e) from e
+    pages = getattr(image, "n_frames", 1)
+    if pages > 1 and image.format != "MPO":  # a phone's stereo pair
+        logger.warning("'%s' has %d pages: the first is read.", file_name, pages)
+    return image
+
+
+def _register_heic() -> None:
+    """Let Pillow read phones' HEIC, where a package for it is installed."""
+    try:
+        import pillow_heif
+    except ImportError:
+        raise ValueError("it is a HEIC picture: `pip install pillow-heif` to read it") from None
+    pillow_heif.register_heif_opener()
+
+
+def _broken(file_name: str, what: str, error: Exception) -> ImageReadError:
+    reason = str(error) or type(error).__name__
+    return ImageReadError(
+        f"Cannot read {what} '{file_name}': {reason} (empty, truncated or not an image?)"
+    )
 
 
 def _upright(image: Image.Image) -> Image.Image:

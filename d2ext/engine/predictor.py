@@ -20,8 +20,8 @@ from d2ext.checkpoint.checkpointer import Checkpointer
 from d2ext.config import load_config, merge_options
 from d2ext.data.image_io import as_bgr
 from d2ext.layers.transfer import upload_alike
-from d2ext.modeling.tta import build_tta
 from d2ext.model_zoo import find_config_file
+from d2ext.modeling.tta import build_tta
 
 
 class Predictor:

@@ -44,9 +44,9 @@ from detectron2.data.catalog import Metadata
 from detectron2.utils.logger import setup_logger
 
 from d2ext.config import add_options_argument, load_config
+from d2ext.data.coco_results import category_ids
 from d2ext.data.errors import ImageReadError
 from d2ext.data.image_io import read_image
-from d2ext.data.landmarks.samples import category_ids
 from d2ext.engine.predictor import BatchPredictor
 from d2ext.engine.top_down import BoxFile, BoxSource, Detector
 from d2ext.model_zoo import find_config_file
@@ -54,7 +54,7 @@ from d2ext.tools.command_line import CommandError, add_config_argument, make_par
 from d2ext.tools.prediction_files import Job, ResultWriter, plan_images, plan_video
 from d2ext.utils.drawing import PictureDrawer, VideoDrawer, class_metadata, select, write_picture
 from d2ext.utils.heatmaps import SeesHeatmaps
-from d2ext.utils.video import VideoError, VideoReader, video_writer
+from d2ext.utils.video import Camera, VideoError, VideoReader, video_writer
 
 logger = logging.getLogger("d2ext.tools.predict")
 
@@ -140,13 +140,13 @@ def run_on_images(
 
 def run_on_video(
     predictor: BatchPredictor,
-    reader: VideoReader,
+    reader: VideoReader | Camera,
     target: Path,
     metadata: Metadata,
     args: argparse.Namespace,
     boxes: BoxSource | None = None,
 ) -> list[str]:
-    """Predict on a video file or a camera; what went wrong, a line for each.
+    """Predict on a video, a stream or a camera; what went wrong, a line for each.
 
     Ctrl-C ends the video; what was predicted until then is written.
 
@@ -160,44 +160,35 @@ def run_on_video(
     with ExitStack() as stack:
         stack.callback(reader.release)
         results = ResultWriter(stack, target, metadata)
-        show: Callable[[np.ndarray], None] | None = None
+        show: Callable[[np.ndarray, float], None] | None = None
         if args.pictures:
-            writer = video_writer(target, reader.width, reader.height, reader.rate)
-            show = stack.enter_context(writer)
+            show = stack.enter_context(video_writer(target, reader.rate))
         drawer = VideoDrawer(metadata, args.max_drawn)
         total = wanted if wanted < sys.maxsize else None
         progress = stack.enter_context(tqdm.tqdm(total=total, unit="frame"))
         try:
             for frames in batches(itertools.islice(reader, wanted), args.batch_size):
                 ids = range(number + 1, number + 1 + len(frames))
-                outputs = predict(predictor, frames, args, ids, boxes)
-                for frame, output in zip(frames, outputs, strict=True):
+                outputs = predict(predictor, [x.image for x in frames], args, ids, boxes)
+                for (image, seconds), output in zip(frames, outputs, strict=True):
                     number += 1
                     if isinstance(output, str):
                         raise VideoError(f"Cannot predict on {reader.name}: {output}.")
                     if show is not None:
-                        show(drawer(frame, output))
-                    results.write(number, f"{reader.name}#{number}", frame.shape, output)
+                        show(drawer(image, output), seconds)
+                    results.write(number, f"{reader.name}#{number}", image.shape, output)
                     progress.update()
         except KeyboardInterrupt:
             logger.info("Interrupted: finishing what was predicted until now.")
-            wanted = number
         if number == 0:
             raise VideoError(f"No frame could be read from {reader.name}.")
-    if args.max_frames is None and reader.length is not None and number < lowest(wanted):
+    if reader.skipped > 0:
         problems.append(
-            f"{reader.name} ends after {number} of {wanted} frames: is the file truncated?"
+            f"{reader.skipped} frames of {reader.name}, which are damaged or missing; {number} were "
+            "predicted on."
         )
     logger.info("%d frames. Results in %s", number, target.parent)
     return problems
-
-
-def lowest(frames: int) -> int:
-    """The fewest frames that count as all of those which a file announces.
-
-    Containers announce lengths from durations, which rounding makes wrong by a frame or two.
-    """
-    return frames - max(2, frames // 100)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -208,7 +199,11 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--input", nargs="+", metavar="PATH", help="images, folders (searched in depth), patterns"
     )
-    source.add_argument("--video-input", metavar="FILE", help="a video file")
+    source.add_argument(
+        "--video-input",
+        metavar="FILE",
+        help="a video file, or a stream's address (rtsp://, http://)",
+    )
     source.add_argument(
         "--webcam",
         nargs="?",
@@ -338,7 +333,7 @@ def prepare(args: argparse.Namespace) -> Callable[[], list[str]]:
     else:
         source = args.video_input if args.webcam is None else args.webcam
         target = plan_video(source, args.output)
-        reader = VideoReader(source)
+        reader = Camera(source) if isinstance(source, int) else VideoReader(source)
     cfg = load_config(find_config_file(args.config_file), args.opts)
     cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = args.confidence_threshold
     cfg.freeze()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import logging
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,12 +14,15 @@ import torch
 from detectron2.data.catalog import Metadata
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 
+from d2ext.data.image_io import is_image
 from d2ext.files import json_list
 from d2ext.tools.command_line import CommandError
 from d2ext.utils.drawing import name_classes
-from d2ext.utils.video import VIDEO_SUFFIXES, check_video_path
+from d2ext.utils.video import VIDEO_SUFFIXES, check_video_path, is_stream
 
-# What is taken from a folder; files named on the command line are tried whatever their names.
+logger = logging.getLogger("d2ext.tools.predict")
+
+# What names a file and no folder.
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
 # What pictures are written as under their own names.
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png"}
@@ -39,7 +43,8 @@ class Job(NamedTuple):
 def find_sources(inputs: Iterable[str]) -> list[tuple[Path, Path]]:
     """Files, folders and patterns → (file, name of its picture below the output folder).
 
-    Files that do not exist stay in the list, for the report; a file that is named twice appears once.
+    Of a folder, all files that are images by their content; the log names the others. Files that do not
+    exist stay in the list, for the report; a file that is named twice appears once.
     """
     found: dict[Path, Path] = {}
     for entry in inputs:
@@ -49,9 +54,13 @@ def find_sources(inputs: Iterable[str]) -> list[tuple[Path, Path]]:
             matches = [path]
         for match in matches:
             if match.is_dir():
-                inside = sorted(f for f in match.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
-                for file in inside:
-                    if file.is_file():
+                files = sorted(f for f in match.rglob("*") if f.is_file())
+                others = [file.name for file in files if not is_image(str(file))]
+                if others:
+                    shown = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+                    logger.info("%d files in %s are no images: %s", len(others), match, shown)
+                for file in files:
+                    if file.name not in others:
                         found.setdefault(file, file.relative_to(match))
             else:
                 found.setdefault(match, Path(match.name))
@@ -129,7 +138,11 @@ def plan_video(source: str | int, output: Path) -> Path:
     name = f"camera_{source}.mp4" if isinstance(source, int) else f"{Path(source).stem}.mp4"
     target = output if is_file_name(output) else output / name
     check_video_path(target)
-    if not isinstance(source, int) and target.resolve() == Path(source).resolve():
+    if (
+        not isinstance(source, int)
+        and not is_stream(source)
+        and target.resolve() == Path(source).resolve()
+    ):
         raise CommandError(f"'{target}' would overwrite the input: choose another --output.")
     return target
 

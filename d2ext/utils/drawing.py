@@ -58,11 +58,11 @@ def select(instances: Instances, threshold: float) -> Instances:
     scores = instances.mask_scores if instances.has("mask_scores") else instances.scores
     order = scores.argsort(descending=True, stable=True)
     # Before the transfer: masks of what is not wanted stay where they are.
-    kept = instances[order[scores[order] >= threshold]].to("cpu")
-    if kept.has("mask_scores"):
-        kept.scores = kept.mask_scores
-        kept.remove("mask_scores")
-    return kept
+    selected = instances[order[scores[order] >= threshold]].to("cpu")
+    if selected.has("mask_scores"):
+        selected.scores = selected.mask_scores
+        selected.remove("mask_scores")
+    return selected
 
 
 @contextmanager

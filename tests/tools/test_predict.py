@@ -395,9 +395,9 @@ def test_an_object_keeps_its_colour_in_a_video() -> None:
 def write_movie(
     path: Path, frames: int, *, rate: float = 29.97, size: tuple[int, int] = (48, 63)
 ) -> Path:
-    with video_writer(path, size[1], size[0], rate) as add:
+    with video_writer(path, rate) as add:
         for i in range(frames):
-            add(photograph(*size, seed=i))
+            add(photograph(*size, seed=i), None)
     return path
 
 
@@ -413,11 +413,10 @@ def test_video(config: str, tmp_path: Path, suffix: str) -> None:
         "drawn_coco_results.json",
     ]
     reader = VideoReader(output)
-    assert (reader.width, reader.height) == (62, 48)
     assert reader.rate == pytest.approx(29.97, abs=0.05)
-    frames = list(reader)
-    assert len(frames) == 7
-    originals = list(VideoReader(movie))
+    frames = [frame.image for frame in reader]
+    assert [frame.shape for frame in frames] == [(48, 62, 3)] * 7
+    originals = [frame.image for frame in VideoReader(movie)]
     assert all(np.abs(a.astype(int) - b).mean() > 2 for a, b in zip(frames, originals, strict=True))
     images = json.loads((output.parent / "drawn_coco_images.json").read_text())["images"]
     assert [x["id"] for x in images] == list(range(1, 8))
@@ -442,7 +441,7 @@ def test_truncated_video(config: str, tmp_path: Path, capsys: pytest.CaptureFixt
     whole = movie.read_bytes()
     movie.write_bytes(whole[: len(whole) // 2])
     assert run(config, tmp_path / "out.mp4", "--video-input", movie) == 1
-    assert "truncated" in capsys.readouterr().err
+    assert "damaged or missing" in capsys.readouterr().err
     assert 0 < len(list(VideoReader(tmp_path / "out.mp4"))) < 12
 
 

@@ -124,9 +124,9 @@ def test_boxes_of_a_detector(config: str, detector: str, picture: Path, tmp_path
 def test_video_with_a_detector(config: str, detector: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     movie = tmp_path / "in.mp4"
-    with video_writer(movie, 64, 48, 25.0) as add:
+    with video_writer(movie, 25.0) as add:
         for _ in range(3):
-            add(cv2.resize(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8), (64, 48)))
+            add(cv2.resize(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8), (64, 48)), None)
     options = ("--detector", detector, "--box-threshold", 0.0, "--batch-size", 2)
     assert run(config, tmp_path / "out.mp4", "--video-input", movie, *options) == 0
     assert len(list(VideoReader(tmp_path / "out.mp4"))) == 3

@@ -12,7 +12,7 @@ def add_landmark_data_config(cfg: CfgNode) -> None:
     # How box and crop correspond, see d2ext.data.landmarks.geometry: "continuous" (as the model crops
     # test images), "index" or "udp". The crop's size and padding are the model's:
     # MODEL.LANDMARKS.INPUT_SIZE and CROP.PADDING.
-    c.GEOMETRY = "continuous"
+    c.CROP_GEOMETRY = "continuous"
     # Memory in MiB in which each worker of the training loader keeps images once it has read them
     c.CACHE_MB = 0
     # Boxes of test images: "annotations", "image" (the whole image is the crop), or the path of a

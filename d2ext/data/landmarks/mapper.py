@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.data import MetadataCatalog, detection_utils
+from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances, Keypoints
 
 from d2ext.data.augmentations.photometric import RandomPhotometricDistortion
+from d2ext.data.coco_results import category_ids
+from d2ext.data.dataset_facts import flip_indices
 from d2ext.data.dataset_mapper import MAPPER_REGISTRY
 from d2ext.data.errors import AnnotationError
-from d2ext.data.image_io import ImageCache, read_image
-from d2ext.data.landmarks.geometry import GEOMETRIES, pad_box
+from d2ext.data.image_io import ImageCache, ImageReader, read_image, read_record_image
+from d2ext.data.landmarks.geometry import pad_box
 from d2ext.data.landmarks.hourglass import draw_hourglass, hourglass_sample
 from d2ext.data.landmarks.samples import (
     Record,
     add_detections,
-    category_ids,
-    flip_indices,
     instance_crop_box,
     instance_points,
     instance_records,
@@ -33,12 +33,7 @@ from d2ext.data.landmarks.transforms import (
     RandomCropGeometry,
     crop_transform,
     half_body_box,
-    mirror_points,
 )
-
-__all__ = ["TopDownMapper", "TopDownTestMapper", "make_crop_sample", "upper_body"]
-
-ImageReader = Callable[..., np.ndarray]
 
 # Change of each of brightness, contrast, saturation and hue, once colours are to change.
 _EACH_COLOR_PROB = 0.5
@@ -76,7 +71,6 @@ class TopDownMapper:
         image_format: str = "BGR",
         padding: float = 1.25,
         geometry: RandomCropGeometry | None = None,
-        plain_geometry: str = "continuous",
         recipe: str = "default",
         half_body_prob: float = 0.0,
         half_body_min_points: int = 8,
@@ -93,9 +87,8 @@ class TopDownMapper:
             flip_indices: (K,) which landmark takes the place of each when mirrored.
             image_format: "BGR" or "RGB".
             padding: factor on the box.
-            geometry: draws the crop's geometry; None: the plain crop.
-            plain_geometry: of crops without augmentation, see
-                :mod:`d2ext.data.landmarks.geometry`.
+            geometry: draws the crop's geometry; plain crops follow its rule
+                (:mod:`d2ext.data.landmarks.geometry`), too. None: plain crops, edges onto edges.
             recipe: "default", "hourglass" or "none"; see ``INPUT.LANDMARKS.RECIPE``.
             half_body_prob, half_body_min_points, upper: of half-body crops; ``upper`` (K,) tells the
                 points of the upper half.
@@ -110,11 +103,6 @@ class TopDownMapper:
             raise ValueError(
                 f"INPUT.LANDMARKS.RECIPE is {recipe!r}; choose default, hourglass or none."
             )
-        if plain_geometry not in GEOMETRIES:
-            raise ValueError(
-                f"INPUT.LANDMARKS.GEOMETRY is {plain_geometry!r}; choose from "
-                f"{', '.join(GEOMETRIES)}."
-            )
         if recipe == "hourglass" and size[0] != size[1]:
             raise ValueError(
                 f"The hourglass recipe needs a square MODEL.LANDMARKS.INPUT_SIZE: {size}."
@@ -128,7 +116,7 @@ class TopDownMapper:
         self.image_format = image_format
         self.padding = padding
         self.geometry = geometry
-        self.plain_geometry = plain_geometry
+        self.plain_geometry = "continuous" if geometry is None else geometry.geometry
         self.recipe = recipe
         self.half_body_prob = half_body_prob
         self.half_body_min_points = half_body_min_points
@@ -156,11 +144,10 @@ class TopDownMapper:
             "reader": ImageCache(c.CACHE_MB << 20) if c.CACHE_MB > 0 else read_image,
             "image_format": cfg.INPUT.FORMAT,
             "padding": model.CROP.PADDING,
-            "plain_geometry": c.GEOMETRY,
             "recipe": recipe,
             "geometry": RandomCropGeometry(
                 size,
-                c.GEOMETRY,
+                c.CROP_GEOMETRY,
                 rotation=c.ROTATION,
                 rotation_prob=c.ROTATION_PROB,
                 scale=c.SCALE,
@@ -206,7 +193,7 @@ class TopDownMapper:
             )
         annotation = record["annotations"][0]
         points = instance_points(annotation, len(self.flip_indices))
-        image = _read(record, self.image_format, self.reader)
+        image = read_record_image(dict(record), self.image_format, self.reader)
         box = np.array(instance_crop_box(annotation))
         if not np.isfinite(box).all():
             raise AnnotationError(
@@ -222,11 +209,17 @@ class TopDownMapper:
         result = {key: value for key, value in record.items() if key != "annotations"}
         result.setdefault("height", image.shape[0])
         result.setdefault("width", image.shape[1])
-        sample_dict = make_crop_sample(crop, crop_points, matrix)
-        sample_dict["instances"].gt_boxes = _map_box(annotation, matrix, self.size)
+        instances = Instances((crop.shape[0], crop.shape[1]))
+        instances.gt_boxes = _map_box(annotation, matrix, self.size)
+        instances.gt_classes = torch.zeros(1, dtype=torch.int64)
+        instances.gt_keypoints = Keypoints(torch.from_numpy(crop_points[None].astype(np.float32)))
+        picture = np.ascontiguousarray(crop.transpose(2, 0, 1), dtype=np.float32)
         return {
             **result,
-            **sample_dict,
+            "image": torch.from_numpy(picture),
+            "crop": True,
+            "instances": instances,
+            "crop_matrix": torch.from_numpy(np.array(matrix, dtype=np.float64)),
             "crop_box": torch.from_numpy(box),
             "flipped": flipped,
             "instance_id": annotation.get("id", 0),
@@ -246,7 +239,7 @@ class TopDownMapper:
         crop = transform.apply_image(image)
         points = _map_points(points, transform)
         if flipped:
-            points = mirror_points(points, self.flip_indices)
+            points = points[self.flip_indices]
         if augment and self.color is not None and np.random.uniform() < self.color_prob:
             crop = np.clip(self.color.get_transform(crop).apply_image(crop), 0, 255)
         if augment and np.random.uniform() < self.cutout_prob:
@@ -354,7 +347,7 @@ class TopDownTestMapper:
         Raises:
             SampleError: the image cannot be read.
         """
-        image = _read(record, self.image_format, self.reader)
+        image = read_record_image(dict(record), self.image_format, self.reader)
         result = {k: v for k, v in record.items() if k not in ("annotations", "detections")}
         result["height"], result["width"] = image.shape[:2]
         result["image"] = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
@@ -367,40 +360,18 @@ class TopDownTestMapper:
             instances.scores = torch.tensor([score for _, score in record["detections"]])
             instances.pred_classes = torch.zeros(len(boxes), dtype=torch.int64)
         elif "annotations" in record:
-            found = usable_annotations(record)
-            instances.gt_boxes = Boxes(_box_tensor([instance_crop_box(a) for a in found]))
+            annotations = usable_annotations(record)
+            instances.gt_boxes = Boxes(_box_tensor([instance_crop_box(a) for a in annotations]))
             instances.gt_classes = torch.tensor(
-                [a["category_id"] for a in found], dtype=torch.int64
+                [a["category_id"] for a in annotations], dtype=torch.int64
             )
             instances.instance_ids = torch.tensor(
-                [a.get("id", i) for i, a in enumerate(found)], dtype=torch.int64
+                [a.get("id", i) for i, a in enumerate(annotations)], dtype=torch.int64
             )
         else:
             return result
         result["instances"] = instances
         return result
-
-
-def make_crop_sample(crop: np.ndarray, points: np.ndarray, matrix: np.ndarray) -> dict[str, Any]:
-    """The part of a sample that a model trains on: ``image``, ``crop``, ``instances``,
-    ``crop_matrix``; see :class:`TopDownMapper`.
-
-    Args:
-        crop: (h, w, 3) in [0, 255]
-        points: (K, 3) x, y, v in the crop
-        matrix: (2, 3) image to crop
-    """
-    size = crop.shape[0], crop.shape[1]
-    instances = Instances(size)
-    instances.gt_classes = torch.zeros(1, dtype=torch.int64)
-    instances.gt_keypoints = Keypoints(torch.from_numpy(points[None].astype(np.float32)))
-    image = np.ascontiguousarray(crop.transpose(2, 0, 1), dtype=np.float32)
-    return {
-        "image": torch.from_numpy(image),
-        "crop": True,
-        "instances": instances,
-        "crop_matrix": torch.from_numpy(np.array(matrix, dtype=np.float64)),
-    }
 
 
 def random_cutout(crop: np.ndarray, size: tuple[float, float]) -> CutoutTransform:
@@ -432,15 +403,6 @@ def upper_body(dataset: str, names: Sequence[str] = ()) -> list[bool]:
     if names:
         return [name in names for name in known]
     return [not any(part in name for part in _LOWER) for name in known]
-
-
-def _read(record: dict[str, Any], image_format: str, reader: ImageReader) -> np.ndarray:
-    image = reader(record["file_name"], format=image_format)
-    try:
-        detection_utils.check_image_size(dict(record), image)
-    except detection_utils.SizeMismatchError as e:
-        raise AnnotationError(str(e)) from e
-    return image
 
 
 def _map_points(points: np.ndarray, transform: AffineCropTransform) -> np.ndarray:

@@ -1,8 +1,19 @@
 """Settings of CenterNet (points). Defaults are the published ctdet models for COCO."""
 
+from typing import Any
+
 from detectron2.config import CfgNode
 
 from d2ext.config import CONFIG_REGISTRY
+from d2ext.data.dataset_facts import DatasetFacts, follows_data
+
+
+@follows_data("CenterNet")
+def _centernet_keys(facts: DatasetFacts) -> dict[str, Any]:
+    return {
+        "MODEL.CENTERNET.NUM_CLASSES": facts.things,
+        "MODEL.CENTERNET.POSE.FLIP_PAIRS": facts.flip_pairs,
+    }
 
 
 @CONFIG_REGISTRY.register()

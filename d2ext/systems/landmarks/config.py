@@ -1,8 +1,19 @@
 """Settings of landmark networks. Defaults are the published stacked hourglass for MPII."""
 
+from typing import Any
+
 from detectron2.config import CfgNode
 
 from d2ext.config import CONFIG_REGISTRY
+from d2ext.data.dataset_facts import DatasetFacts, follows_data
+
+
+@follows_data("LandmarkNet")
+def _landmarks_keys(facts: DatasetFacts) -> dict[str, Any]:
+    return {
+        "MODEL.LANDMARKS.NUM_KEYPOINTS": facts.keypoints,
+        "MODEL.LANDMARKS.FLIP_INDICES": facts.flip_indices,
+    }
 
 
 @CONFIG_REGISTRY.register()

@@ -5,17 +5,19 @@ What Detectron2 has a key for is set there, by the files in ``configs/upsnet``: 
 ``MODEL.ROI_MASK_HEAD``.
 """
 
+from typing import Any
+
 from detectron2.config import CfgNode
 
 from d2ext.config import CONFIG_REGISTRY
-from d2ext.data.class_counts import DatasetClasses, counts_classes
+from d2ext.data.dataset_facts import DatasetFacts, follows_data
 
 
-@counts_classes("UPSNet")
-def _class_counts(classes: DatasetClasses) -> dict[str, list[str] | None]:
+@follows_data("UPSNet")
+def _upsnet_keys(facts: DatasetFacts) -> dict[str, Any]:
     return {
-        "MODEL.ROI_HEADS.NUM_CLASSES": classes.things,
-        "MODEL.UPSNET.NUM_STUFF": classes.stuff,
+        "MODEL.ROI_HEADS.NUM_CLASSES": facts.things,
+        "MODEL.UPSNET.NUM_STUFF": facts.stuff,
     }
 
 

@@ -14,11 +14,9 @@ from torch import Tensor
 
 from d2ext.codecs.canvas import Canvas
 from d2ext.codecs.corners import CornerTargets, PointMaps, encode_corners
-from d2ext.data.augmentations import (
-    CanvasCropTransform,
-    PixelMirrorTransform,
-    ResizeToSquare,
-)
+from d2ext.data.augmentations.affine import PixelMirrorTransform
+from d2ext.data.augmentations.canvas import CanvasCropTransform
+from d2ext.data.augmentations.resize import ResizeToSquare
 from d2ext.systems.cornernet.losses import CornerNetCriterion
 from d2ext.systems.cornernet.postprocess import image_rows, suppress
 from tests.reference import GRADIENT_TOLERANCE

@@ -18,12 +18,9 @@ from torch import Tensor
 from d2ext.codecs.canvas import Canvas
 from d2ext.config import get_cfg
 from d2ext.data import D2extDatasetMapper
-from d2ext.data.augmentations import (
-    ContentCropTransform,
-    DetectionInput,
-    PixelMirrorTransform,
-    RandomObjectCrop,
-)
+from d2ext.data.augmentations import DetectionInput
+from d2ext.data.augmentations.affine import PixelMirrorTransform
+from d2ext.data.augmentations.saccade import ContentCropTransform, RandomObjectCrop
 from d2ext.data.dataset_mapper import _visible_shares
 from d2ext.systems.cornernet.postprocess import COLUMNS, suppress
 from d2ext.systems.cornernet.saccade import (

@@ -8,7 +8,7 @@ from detectron2.data import DatasetCatalog
 
 from d2ext import model_zoo
 from d2ext.data import D2extDatasetMapper
-from d2ext.data.class_counts import check_config_against_data
+from d2ext.data.dataset_facts import check_config_against_data
 from d2ext.systems.upsnet.targets import read_targets
 
 CONFIG = "upsnet/upsnet_shapes.yaml"

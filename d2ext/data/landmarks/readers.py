@@ -18,7 +18,6 @@ person height / 200), ``head_box`` [x0, y0, x1, y1].
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -28,13 +27,12 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
+from d2ext.data.coco_json import LANDMARKS, image_record, read_coco_json, read_json, read_text
 from d2ext.data.errors import DatasetError
-from d2ext.data.landmarks.kinds import LandmarkKind
-
-__all__ = ["FORMS", "detect_form", "extent_crop_box", "read_coco", "read_mpii"]
+from d2ext.data.landmarks.datasets import LandmarkDataset
 
 Record = dict[str, Any]
-Reader = Callable[[LandmarkKind, str, str, float | None], list[Record]]
+Reader = Callable[[LandmarkDataset, str, str, float | None], list[Record]]
 
 # MPII crops are moved down by this many pixels per unit of scale (the published preparation).
 _MPII_SHIFT = 15.0
@@ -43,49 +41,31 @@ _BODY_MARGIN, _FACE_MARGIN = 0.15, 0.1
 WFLW_ATTRIBUTES = ("pose", "expression", "illumination", "make_up", "occlusion", "blur")
 
 
-def read_coco(kind: LandmarkKind, path: str, images: str, origin: float | None) -> list[Record]:
+def read_coco(
+    dataset: LandmarkDataset, path: str, images: str, origin: float | None
+) -> list[Record]:
     """COCO-keypoint JSON, also mmpose's, whose category may have no names.
 
     ``origin`` defaults to 0. ``center`` and ``scale`` of an annotation give its ``crop_box``; those
     of MPII are 1-based as in the source and get the published shift. A ``crop_box``
-    [x0, y0, x1, y1] in the file (:func:`~d2ext.data.landmarks.write_coco_keypoints`) is taken as it
-    is.
+    [x0, y0, x1, y1] in the file wins over them and is taken as it is.
 
     Raises:
-        DatasetError: not such a file; images without ``id`` or ``file_name``; annotations without
-            ``id``, with one that occurred already, of no image, with another number of points, or
-            with boxes that are not four numbers.
+        DatasetError: see :func:`~d2ext.data.coco_json.read_coco_json`; annotations with another number
+            of points, or with boxes that are not four numbers.
     """
-    content = read_json(path)
-    if not isinstance(content, dict) or not {"images", "annotations"} <= set(content):
-        raise DatasetError(
-            f"'{path}' is not in COCO-keypoint form: it needs 'images', 'annotations' and "
-            "'categories'."
-        )
-    records: dict[Any, Record] = {}
-    for number, entry in enumerate(content["images"]):
-        _require(entry, ("id", "file_name"), f"image {number} (from 0) of '{path}'")
-        record = {"file_name": os.path.join(images, entry["file_name"]), "image_id": entry["id"]}
-        if "height" in entry and "width" in entry:
-            record.update(height=entry["height"], width=entry["width"])
-        records[entry["id"]] = {**record, "annotations": []}
-    seen = set()
-    for number, entry in enumerate(content["annotations"]):
-        _require(entry, ("id", "image_id"), f"annotation {number} (from 0) of '{path}'")
+    file = read_coco_json(path, required=LANDMARKS)
+    records = {entry["id"]: image_record(entry, images) for entry in file.images}
+    for entry in file.annotations:
         where = f"annotation {entry['id']} of '{path}'"
-        if entry["id"] in seen:
-            raise DatasetError(f"{where} is not the only one with this id.")
-        seen.add(entry["id"])
-        if entry["image_id"] not in records:
-            raise DatasetError(f"{where} belongs to an image that is not in 'images'.")
-        points = _points(kind, entry.get("keypoints") or [0] * 3 * len(kind.keypoints), where)
+        points = _points(dataset, entry.get("keypoints") or [0] * 3 * len(dataset.keypoints), where)
         extra: Record = {"id": entry["id"], "iscrowd": int(entry.get("iscrowd", 0))}
         if "bbox" in entry:
-            x, y, w, h = _four_numbers(entry, "bbox", where)
+            x, y, w, h = entry["bbox"]
             extra["bbox"] = [x, y, x + w, y + h]
             extra["area"] = float(entry.get("area", w * h))
         if "center" in entry and "scale" in entry:
-            extra.update(_centered(kind, entry["center"], float(entry["scale"])))
+            extra.update(_centered(dataset, entry["center"], float(entry["scale"])))
         if "crop_box" in entry:
             extra["crop_box"] = _four_numbers(entry, "crop_box", where)
         for key in ("box_size", "attributes", "track_id", "segmentation"):
@@ -94,12 +74,14 @@ def read_coco(kind: LandmarkKind, path: str, images: str, origin: float | None) 
         if "bbox_head" in entry:
             x, y, w, h = _four_numbers(entry, "bbox_head", where)
             extra["head_box"] = [x, y, x + w, y + h]
-        annotation = _annotation(kind, points, origin or 0, extra)
+        annotation = _annotation(dataset, points, origin or 0, extra)
         records[entry["image_id"]]["annotations"].append(annotation)
     return list(records.values())
 
 
-def read_mpii(kind: LandmarkKind, path: str, images: str, origin: float | None) -> list[Record]:
+def read_mpii(
+    dataset: LandmarkDataset, path: str, images: str, origin: float | None
+) -> list[Record]:
     """MPII as a JSON list of people: image, joints, joints_vis, center, scale.
 
     ``origin`` defaults to 1. The people of one image become one record. There is no box in the
@@ -120,20 +102,20 @@ def read_mpii(kind: LandmarkKind, path: str, images: str, origin: float | None) 
         visible = np.asarray(entry["joints_vis"], dtype=np.float64).reshape(-1)
         if len(visible) != len(joints):
             raise DatasetError(f"{where} has {len(joints)} joints but {len(visible)} joints_vis.")
-        points = _points(kind, np.column_stack([joints, visible > 0]), where)
-        record = records.setdefault(
-            entry["image"], _image_record(images, entry["image"], len(records))
-        )
-        extra = {"id": number, **_centered(kind, entry["center"], float(entry["scale"]))}
-        record["annotations"].append(_annotation(kind, points, origin, extra, record))
+        points = _points(dataset, np.column_stack([joints, visible > 0]), where)
+        record = _record_of(records, images, entry["image"])
+        extra = {"id": number, **_centered(dataset, entry["center"], float(entry["scale"]))}
+        record["annotations"].append(_annotation(dataset, points, origin, extra, record))
     return list(records.values())
 
 
-def _read_lines(kind: LandmarkKind, path: str, images: str, origin: float | None) -> list[Record]:
+def _read_lines(
+    dataset: LandmarkDataset, path: str, images: str, origin: float | None
+) -> list[Record]:
     """WFLW's text: 196 coordinates, box x0 y0 x1 y1, six attributes, file name; ``origin`` 0."""
-    count = 2 * len(kind.keypoints)
+    count = 2 * len(dataset.keypoints)
     records: dict[str, Record] = {}
-    for number, line in enumerate(_text(path).splitlines()):
+    for number, line in enumerate(read_text(path).splitlines()):
         if not line.strip():
             continue
         where = f"line {number + 1} of '{path}'"
@@ -153,41 +135,45 @@ def _read_lines(kind: LandmarkKind, path: str, images: str, origin: float | None
             "attributes": dict(zip(WFLW_ATTRIBUTES, attributes, strict=True)),
         }
         name = fields[-1].strip()
-        record = records.setdefault(name, _image_record(images, name, len(records)))
-        record["annotations"].append(_annotation(kind, points, origin or 0, extra))
+        record = _record_of(records, images, name)
+        record["annotations"].append(_annotation(dataset, points, origin or 0, extra))
     return list(records.values())
 
 
-def _read_csv(kind: LandmarkKind, path: str, images: str, origin: float | None) -> list[Record]:
+def _read_csv(
+    dataset: LandmarkDataset, path: str, images: str, origin: float | None
+) -> list[Record]:
     """HRNet's CSV: image, scale, [box_size,] centre x, y, then the points; ``origin`` 0.
 
     Box size is there for AFLW. A point at x <= 0 and y <= 0 is not labelled.
     """
-    count = 2 * len(kind.keypoints)
+    count = 2 * len(dataset.keypoints)
     records: dict[str, Record] = {}
-    for number, row in enumerate(csv.reader(_text(path).splitlines())):
+    for number, row in enumerate(csv.reader(read_text(path).splitlines())):
         if number == 0 or not row:  # column names
             continue
         where = f"line {number + 1} of '{path}'"
         if len(row) not in (count + 4, count + 5):
             raise DatasetError(
                 f"{where} has {len(row)} fields; expected image, scale, center_w, center_h (AFLW: "
-                f"box_size before these two) and {count} coordinates of '{kind.name}'."
+                f"box_size before these two) and {count} coordinates of '{dataset.name}'."
             )
         values = _numbers(row[1:], where)
         head, points = values[: len(values) - count], values[-count:].reshape(-1, 2)
         labelled = (points > 0).any(axis=1)
-        extra = {"id": number - 1, **_centered(kind, head[-2:], float(head[0]))}
+        extra = {"id": number - 1, **_centered(dataset, head[-2:], float(head[0]))}
         if len(head) == 4:
             extra["box_size"] = float(head[1])
-        record = records.setdefault(row[0], _image_record(images, row[0], len(records)))
+        record = _record_of(records, images, row[0])
         record["annotations"].append(
-            _annotation(kind, np.column_stack([points, labelled]), origin or 0, extra, record)
+            _annotation(dataset, np.column_stack([points, labelled]), origin or 0, extra, record)
         )
     return list(records.values())
 
 
-def _read_pts(kind: LandmarkKind, path: str, images: str, origin: float | None) -> list[Record]:
+def _read_pts(
+    dataset: LandmarkDataset, path: str, images: str, origin: float | None
+) -> list[Record]:
     """A folder of ``.pts`` files, each beside or named as its image; ``origin`` defaults to 1."""
     origin = 1.0 if origin is None else origin
     names = sorted(name for name in PathManager.ls(path) if name.endswith(".pts"))
@@ -197,23 +183,23 @@ def _read_pts(kind: LandmarkKind, path: str, images: str, origin: float | None) 
     for number, name in enumerate(names):
         file = os.path.join(path, name)
         stem = name[: -len(".pts")]
-        found = [
+        names = [
             stem + end
             for end in (".png", ".jpg", ".jpeg", ".bmp")
             if PathManager.exists(os.path.join(images, stem + end))
         ]
-        if not found:
+        if not names:
             raise DatasetError(f"There is no image '{stem}.png' or .jpg in '{images}'.")
         xy = _pts_points(file)
-        points = _points(kind, np.column_stack([xy, np.ones(len(xy))]), f"'{file}'")
-        record = _image_record(images, found[0], number)
+        points = _points(dataset, np.column_stack([xy, np.ones(len(xy))]), f"'{file}'")
+        record = _image_record(images, names[0], number)
         extra = {"id": number, "crop_box": extent_crop_box(points[:, :2] - origin)}
-        record["annotations"].append(_annotation(kind, points, origin, extra, record))
+        record["annotations"].append(_annotation(dataset, points, origin, extra, record))
         records.append(record)
     return records
 
 
-FORMS: dict[str, Reader] = {
+READERS: dict[str, Reader] = {
     "coco": read_coco,
     "mpii": read_mpii,
     "wflw": _read_lines,
@@ -222,8 +208,8 @@ FORMS: dict[str, Reader] = {
 }
 
 
-def detect_form(kind: LandmarkKind, path: str) -> str:
-    """Which of :data:`FORMS` a file is in.
+def detect_form(dataset: LandmarkDataset, path: str) -> str:
+    """Which of :data:`READERS` a file is in.
 
     Raises:
         DatasetError: there is no such file, or its form is not supported.
@@ -237,10 +223,10 @@ def detect_form(kind: LandmarkKind, path: str) -> str:
         return "mpii" if isinstance(read_json(path), list) else "coco"
     if end == ".csv":
         return "csv"
-    if end == ".txt" and kind.name == "wflw":
+    if end == ".txt" and dataset.name == "wflw":
         return "wflw"
     raise DatasetError(
-        f"'{path}' is in no form that is read for '{kind.name}': COCO-keypoint JSON, MPII's JSON "
+        f"'{path}' is in no form that is read for '{dataset.name}': COCO-keypoint JSON, MPII's JSON "
         "list, WFLW's .txt, HRNet's .csv, or a folder of .pts files. The .mat files of COFW and "
         "AFLW are not read; convert them to COCO-keypoint JSON."
     )
@@ -261,30 +247,6 @@ def extent_crop_box(points: np.ndarray) -> list[float]:
     return [x - half, y - half, x + half, y + half]
 
 
-def read_json(path: str) -> Any:
-    """A parsed JSON file, or :class:`DatasetError`."""
-    try:
-        return json.loads(_text(path))
-    except json.JSONDecodeError as e:
-        raise DatasetError(f"Annotation file '{path}' is not valid JSON: {e}") from e
-
-
-def _text(path: str) -> str:
-    try:
-        with PathManager.open(path, "r", encoding="utf-8") as f:
-            return f.read()
-    except FileNotFoundError as e:
-        raise DatasetError(f"Annotation file '{path}' does not exist.") from e
-    except (IsADirectoryError, UnicodeDecodeError) as e:
-        raise DatasetError(f"Annotation file '{path}' is not a text file: {e}") from e
-
-
-def _require(entry: Any, keys: Iterable[str], where: str) -> None:
-    missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
-    if missing:
-        raise DatasetError(f"{where} has no {', '.join(missing)}.")
-
-
 def _four_numbers(entry: Record, key: str, where: str) -> list[float]:
     try:
         a, b, c, d = (float(v) for v in entry[key])
@@ -302,7 +264,7 @@ def _numbers(fields: Iterable[str], where: str) -> np.ndarray:
 
 def _pts_points(path: str) -> np.ndarray:
     """(K, 2) numbers between the braces of a .pts file."""
-    text = _text(path)
+    text = read_text(path)
     if "{" not in text or "}" not in text:
         raise DatasetError(f"'{path}' has no points between {{ and }}.")
     values = _numbers(text[text.index("{") + 1 : text.rindex("}")].split(), f"'{path}'")
@@ -311,12 +273,12 @@ def _pts_points(path: str) -> np.ndarray:
     return values.reshape(-1, 2)
 
 
-def _points(kind: LandmarkKind, values: Any, where: str) -> np.ndarray:
+def _points(dataset: LandmarkDataset, values: Any, where: str) -> np.ndarray:
     """(K, 3) float64, checked."""
     points = np.asarray(values, dtype=np.float64).reshape(-1)
-    if len(points) != 3 * len(kind.keypoints):
+    if len(points) != 3 * len(dataset.keypoints):
         raise DatasetError(
-            f"{where} has {len(points) / 3:g} points; '{kind.name}' has {len(kind.keypoints)}."
+            f"{where} has {len(points) / 3:g} points; '{dataset.name}' has {len(dataset.keypoints)}."
         )
     points = points.reshape(-1, 3)
     if not np.isfinite(points).all():
@@ -325,7 +287,7 @@ def _points(kind: LandmarkKind, values: Any, where: str) -> np.ndarray:
 
 
 def _annotation(
-    kind: LandmarkKind,
+    dataset: LandmarkDataset,
     points: np.ndarray,
     origin: float,
     extra: Record,
@@ -340,7 +302,7 @@ def _annotation(
     """
     points = points.copy()
     labelled = points[:, 2] > 0
-    if not kind.occlusion:
+    if not dataset.occlusion:
         points[labelled, 2] = 2
     points[labelled, :2] += 0.5 - origin
     points[~labelled] = 0
@@ -353,7 +315,7 @@ def _annotation(
         "bbox_mode": BoxMode.XYXY_ABS,
     }
     if "bbox" not in result:
-        margin = _BODY_MARGIN if kind.category == "person" else _FACE_MARGIN
+        margin = _BODY_MARGIN if dataset.category == "person" else _FACE_MARGIN
         # As pixel indices, which is how the published conversions make boxes.
         result["bbox"] = _extent(points[labelled, :2] - 0.5, margin, record or {})
     x0, y0, x1, y1 = result["bbox"]
@@ -372,15 +334,22 @@ def _extent(points: np.ndarray, margin: float, record: Record) -> list[float]:
     return [*low.tolist(), *high.tolist()]
 
 
-def _centered(kind: LandmarkKind, center: Any, scale: float) -> Record:
+def _centered(dataset: LandmarkDataset, center: Any, scale: float) -> Record:
     """``crop_box`` of a published centre (pixel indices) and scale (box side / 200)."""
     x, y = (float(v) for v in center)
     result: Record = {}
-    if kind.name == "mpii":
+    if dataset.name == "mpii":
         result["person_scale"] = scale
         x, y = x - 1, y - 1 + _MPII_SHIFT * scale
     half = 100 * scale
     return {**result, "crop_box": [x - half, y - half, x + half, y + half]}
+
+
+def _record_of(records: dict[str, Record], images: str, name: str) -> Record:
+    """The record of an image, made when its first annotation comes."""
+    if name not in records:
+        records[name] = _image_record(images, name, len(records))
+    return records[name]
 
 
 def _image_record(images: str, name: str, image_id: int) -> Record:

@@ -9,14 +9,14 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from d2ext.config import get_cfg
-from d2ext.data.class_counts import check_config_against_data
 from d2ext.data.custom import (
     add_dataset_arguments,
     apply_dataset_to_config,
+    check_config_against_data,
     register_from_arguments,
+    register_own_dataset,
 )
 from d2ext.data.errors import DatasetError
-from d2ext.data.landmarks.own import register_own_landmarks
 
 
 @pytest.fixture
@@ -70,7 +70,8 @@ def test_command_line(name, files):
     cfg.MODEL.LANDMARKS.FLIP_INDICES = [1, 0]  # of the config's own data
     apply_dataset_to_config(cfg, name)
     assert (f"{name}_train",) == cfg.DATASETS.TRAIN and (f"{name}_val",) == cfg.DATASETS.TEST
-    assert cfg.MODEL.LANDMARKS.NUM_KEYPOINTS == 3 and cfg.MODEL.LANDMARKS.FLIP_INDICES == []
+    assert cfg.MODEL.LANDMARKS.NUM_KEYPOINTS == 3
+    assert cfg.MODEL.LANDMARKS.FLIP_INDICES == [0, 2, 1]
     check_config_against_data(cfg)
     cfg.MODEL.LANDMARKS.NUM_KEYPOINTS = 16
     with pytest.raises(DatasetError, match=r"NUM_KEYPOINTS is 16, .* has 3 keypoints"):
@@ -84,16 +85,16 @@ def test_yaml(name, files):
     assert register_from_arguments(parse("--dataset-yaml", path)) == name
     assert len(MetadataCatalog.get(f"{name}_val").keypoint_names) == 29
     assert len(DatasetCatalog.get(f"{name}_val")) == 1
-    with pytest.raises(DatasetError, match="says 'landmarks: KIND' itself"):
+    with pytest.raises(DatasetError, match="holds the whole data set"):
         register_from_arguments(parse("--dataset-yaml", path, "--landmarks", "cofw"))
-    for change in (
-        text + "test: {}\n",
-        text.replace("images", "folder"),
-        text.replace(f"name: {name}\n", ""),
-        f"name: {name}\nlandmarks: cofw\n",
+    for change, message in (
+        (text + "test: {}\n", "unknown keys: test"),
+        (text.replace("images", "folder"), "'val' is incomplete"),
+        (text.replace(f"name: {name}\n", ""), "has no 'name'"),
+        (f"name: {name}\nlandmarks: cofw\n", "at least one part"),
     ):
         path.write_text(change)
-        with pytest.raises(DatasetError, match="is not understood"):
+        with pytest.raises(DatasetError, match=message):
             register_from_arguments(parse("--dataset-yaml", path))
 
 
@@ -106,19 +107,24 @@ def test_other_data_are_not_taken_for_landmarks(files):
 def test_wrong_use(name, files):
     with pytest.raises(DatasetError, match="add --dataset NAME"):
         register_from_arguments(parse("--landmarks", "cofw"))
-    with pytest.raises(DatasetError, match="need files"):
+    with pytest.raises(DatasetError, match="at least one part"):
         register_from_arguments(parse("--landmarks", "cofw", "--dataset", name))
     with pytest.raises(DatasetError, match="image folder of its train"):
-        register_own_landmarks(name, "cofw", train_json="a.json")
+        register_own_dataset(name, "a.json", landmarks="cofw")
     cofw = json.loads((files / "cofw.json").read_text())
     cofw["categories"][0]["keypoints"] = [str(i) for i in range(29)]
     (files / "cofw.json").write_text(json.dumps(cofw))
     with pytest.raises(DatasetError, match="different landmarks"):
-        register_own_landmarks(
+        register_own_dataset(
             name,
-            "custom",
+            landmarks="custom",
             train_json=str(files / "hand.json"),
             train_images=str(files),
             val_json=str(files / "cofw.json"),
             val_images=str(files),
+        )
+    assert f"{name}_train" not in DatasetCatalog.list()
+    with pytest.raises(DatasetError, match="with no other annotation"):
+        register_own_dataset(
+            name, train_panoptic_json="a.json", train_images=str(files), landmarks="custom"
         )

@@ -3,7 +3,7 @@
 Detectron2's panoptic models read two files per image beside the picture: instances with masks, and a
 label map in which all things are 0, stuff is 1..S and 255 is void. Where only COCO's panoptic form
 exists, both follow from it: one instance per thing segment, its mask exactly the segment's pixels.
-They are computed once and kept in the cache (:mod:`d2ext.data.cache`).
+They are computed once and stay in the cache (:mod:`d2ext.data.cache`).
 """
 
 import hashlib
@@ -23,12 +23,9 @@ from detectron2.utils.file_io import PathManager
 from pycocotools import mask as mask_util
 
 from d2ext.data.cache import cache_folder
-from d2ext.data.dataset_dicts import shorten
-from d2ext.data.errors import AnnotationError, DatasetError, SampleError
+from d2ext.data.errors import AnnotationError, DatasetError, SampleError, shorten
 from d2ext.data.panoptic import IGNORE_LABEL, read_segments
 from d2ext.data.panoptic_json import PanopticSummary
-
-__all__ = ["SeparatedFiles", "separate"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +36,8 @@ _MAX_PROCESSES = 16
 _VERSION = 1
 
 
-class SeparatedFiles(NamedTuple):
-    """What :func:`separate` gives."""
+class DetectionFiles(NamedTuple):
+    """What :func:`panoptic_to_detection` gives."""
 
     json_file: str
     """Instances in COCO's form: masks as compressed RLE, exact; ``segment_id`` names the segment."""
@@ -48,7 +45,9 @@ class SeparatedFiles(NamedTuple):
     """Folder of label maps, ``<name of the panoptic PNG>``: 0 things, 1..S stuff, 255 void."""
 
 
-def separate(name: str, summary: PanopticSummary, panoptic_root: str) -> SeparatedFiles:
+def panoptic_to_detection(
+    name: str, summary: PanopticSummary, panoptic_root: str
+) -> DetectionFiles:
     """Instances and stuff maps of a panoptic data set; made at the first call, then from the cache.
 
     Args:
@@ -62,7 +61,7 @@ def separate(name: str, summary: PanopticSummary, panoptic_root: str) -> Separat
     """
     root = PathManager.get_local_path(panoptic_root)
     target = cache_folder("panoptic") / f"{name}-{_digest(summary, root)}"
-    files = SeparatedFiles(str(target / "instances.json"), str(target / "sem_seg"))
+    files = DetectionFiles(str(target / "instances.json"), str(target / "sem_seg"))
     if target.is_dir():
         return files
     logger.info(
@@ -84,14 +83,14 @@ def separate(name: str, summary: PanopticSummary, panoptic_root: str) -> Separat
 def _write(summary: PanopticSummary, root: str, folder: Path) -> None:
     things = set(summary.things)
     stuff = {category: rank + 1 for rank, category in enumerate(summary.stuff)}
-    work = partial(_separate_image, root=root, folder=folder, things=things, stuff=stuff)
+    work = partial(_convert_image, root=root, folder=folder, things=things, stuff=stuff)
     annotations: list[dict[str, Any]] = []
     broken: list[str] = []
     entries = [(a, summary.images[i]) for i, a in summary.annotations.items()]
-    for found, error in _map(work, entries):
+    for instances, error in _map(work, entries):
         if error:
             broken.append(error)
-        annotations.extend(found)
+        annotations.extend(instances)
     if broken:
         raise DatasetError(
             f"{len(broken)} of {len(entries)} panoptic PNGs cannot be used. Repair them, or take "
@@ -116,7 +115,7 @@ def _map(work: Any, entries: list[Any]) -> Iterator[Any]:
         yield from pool.map(work, entries, chunksize=32)
 
 
-def _separate_image(
+def _convert_image(
     entry: tuple[dict[str, Any], dict[str, Any]],
     *,
     root: str,

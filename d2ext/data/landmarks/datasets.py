@@ -2,6 +2,10 @@
 
 Facts come from the data sets' own descriptions, as the annotation files and the published
 configurations of pose toolkits state them. Points are counted from 0.
+
+A model for MPII or WFLW needs them to predict (flip test) and to be drawn, also where the files are
+absent. As Detectron2 does for COCO's people, the metadata exist from import on, for the names that the
+configs use.
 """
 
 from __future__ import annotations
@@ -10,13 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["KINDS", "LandmarkKind", "kind_metadata", "mirror_sums"]
+from detectron2.data import Metadata, MetadataCatalog
 
-Pairs = tuple[tuple[int, int], ...]
+from d2ext.data.dataset_facts import Keypoints, Pairs, keypoint_metadata, mirror_pairs
 
 
 @dataclass(frozen=True)
-class LandmarkKind:
+class LandmarkDataset:
     """One set of landmarks.
 
     Attributes:
@@ -77,15 +81,6 @@ def _numbered(count: int) -> tuple[str, ...]:
     return tuple(f"point_{i}" for i in range(count))
 
 
-def _pairs_by_name(names: Sequence[str]) -> Pairs:
-    place = {name: i for i, name in enumerate(names)}
-    return tuple(
-        (i, place[name.replace("left", "right")])
-        for i, name in enumerate(names)
-        if name.startswith("left")
-    )
-
-
 _SIDED = ("eye", "ear", "shoulder", "elbow", "wrist", "hip", "knee", "ankle")
 _COCO = ("nose", *(f"{side}_{part}" for part in _SIDED for side in ("left", "right")))
 _POSETRACK = ("nose", "head_bottom", "head_top", *_COCO[3:])
@@ -106,28 +101,28 @@ def _sided(center: Sequence[float], parts: Sequence[float]) -> tuple[float, ...]
 _COCO_PART_SIGMAS = (0.025, 0.035, 0.079, 0.072, 0.062, 0.107, 0.087, 0.089)
 _COCO_SIGMAS = _sided([0.026], _COCO_PART_SIGMAS)
 
-_KINDS = (
-    LandmarkKind(
+_DATASETS = (
+    LandmarkDataset(
         "coco",
         "person",
         _COCO,
-        _pairs_by_name(_COCO),
+        mirror_pairs(_COCO),
         (*_LIMBS, *_ARMS, (1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6)),
         _COCO_SIGMAS,
         occlusion=True,
         metrics=("oks", "pck"),
     ),
-    LandmarkKind(
+    LandmarkDataset(
         "posetrack18",
         "person",
         _POSETRACK,
-        _pairs_by_name(_POSETRACK),
+        mirror_pairs(_POSETRACK),
         (*_LIMBS, *_ARMS, (0, 1), (0, 2), (1, 5), (1, 6)),
         # Head bottom and head top stand where COCO has the eyes, and keep their values.
         _COCO_SIGMAS,
         metrics=("oks", "pck"),
     ),
-    LandmarkKind(
+    LandmarkDataset(
         "mpii",
         "person",
         _MPII,
@@ -147,7 +142,7 @@ _KINDS = (
         not_scored=(6, 7),  # pelvis and thorax
         origin=1,
     ),
-    LandmarkKind(
+    LandmarkDataset(
         "300w",
         "face",
         _numbered(68),
@@ -168,7 +163,7 @@ _KINDS = (
         failure=0.08,
         origin=1,
     ),
-    LandmarkKind(
+    LandmarkDataset(
         "wflw",
         "face",
         _numbered(98),
@@ -189,7 +184,7 @@ _KINDS = (
         },
         norm="inter_ocular",
     ),
-    LandmarkKind(
+    LandmarkDataset(
         "cofw",
         "face",
         _numbered(29),
@@ -202,7 +197,7 @@ _KINDS = (
         norms={"inter_ocular": ((8,), (9,)), "inter_pupil": ((16,), (17,))},
         norm="inter_ocular",
     ),
-    LandmarkKind(
+    LandmarkDataset(
         "aflw",
         "face",
         _numbered(19),
@@ -212,40 +207,73 @@ _KINDS = (
     ),
 )
 
-KINDS: dict[str, LandmarkKind] = {kind.name: kind for kind in _KINDS}
-
-_COLORS = ((0, 200, 80), (255, 128, 0), (51, 153, 255))  # left, right, neither: as in COCO pictures
+LANDMARK_DATASETS: dict[str, LandmarkDataset] = {d.name: d for d in _DATASETS}
 
 
-def kind_metadata(kind: LandmarkKind) -> dict[str, Any]:
-    """Detectron2's metadata of a kind, and what the landmark evaluators need.
+def landmark_metadata(dataset: LandmarkDataset) -> dict[str, Any]:
+    """Detectron2's metadata of a landmark set, and what the landmark evaluators need.
 
     Beside Detectron2's own keys: ``landmark_kind``, ``keypoint_oks_sigmas``, ``landmark_metrics``,
     ``landmark_norm``, ``landmark_norms``, ``landmark_not_scored``, ``landmark_failure``,
     ``landmark_occlusion``.
     """
-    names = kind.keypoints
-
-    def color(a: str, b: str) -> tuple[int, int, int]:
-        if a.startswith("left") or b.startswith("left"):
-            return _COLORS[0]
-        return _COLORS[1] if a.startswith("right") or b.startswith("right") else _COLORS[2]
-
+    keypoints = Keypoints(dataset.keypoints, dataset.flip_pairs, dataset.skeleton, dataset.sigmas)
     return {
-        "thing_classes": [kind.category],
+        **keypoint_metadata(keypoints),
+        "thing_classes": [dataset.category],
         "thing_dataset_id_to_contiguous_id": {1: 0},
-        "keypoint_names": names,
-        "keypoint_flip_map": tuple((names[a], names[b]) for a, b in kind.flip_pairs),
-        "keypoint_connection_rules": [
-            (names[a], names[b], color(names[a], names[b])) for a, b in kind.skeleton
-        ],
-        "keypoint_oks_sigmas": kind.sigmas,
-        "landmark_kind": kind.name,
-        "landmark_metrics": kind.metrics,
-        "landmark_norm": kind.norm,
-        "landmark_norms": kind.norms,
-        "landmark_not_scored": kind.not_scored,
-        "landmark_failure": kind.failure,
-        "landmark_occlusion": kind.occlusion,
+        "landmark_kind": dataset.name,
+        "landmark_metrics": dataset.metrics,
+        "landmark_norm": dataset.norm,
+        "landmark_norms": dataset.norms,
+        "landmark_not_scored": dataset.not_scored,
+        "landmark_failure": dataset.failure,
+        "landmark_occlusion": dataset.occlusion,
         "evaluator_type": "landmarks",
     }
+
+
+# Name in the catalog -> set of landmarks. COCO's people are described by Detectron2.
+DESCRIBED = {
+    "mpii_train": "mpii",
+    "mpii_val": "mpii",
+    "wflw_train": "wflw",
+    "wflw_test": "wflw",
+}
+# What is true wherever the files are and whatever is evaluated.
+_KEYS = (
+    "thing_classes",
+    "thing_dataset_id_to_contiguous_id",
+    "keypoint_names",
+    "keypoint_flip_map",
+    "keypoint_connection_rules",
+)
+
+
+class _Description(Metadata):
+    """Metadata whose first values give way to those of the real data, when it is registered.
+
+    Detectron2 refuses other values than those that are there; here that holds from the second
+    setting of a key on. Whoever registers own data by such a name is not hindered.
+    """
+
+    __slots__ = ("_first",)
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**values)
+        object.__setattr__(self, "_first", set(values) - {"name"})
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        first = object.__getattribute__(self, "_first")
+        if key in first:
+            first.discard(key)
+            del self.__dict__[key]
+        super().__setattr__(key, value)
+
+
+def describe_datasets() -> None:
+    """Give :data:`DESCRIBED` their metadata, unless a data set already has some."""
+    for name, kind in DESCRIBED.items():
+        if name not in MetadataCatalog.list():
+            values = landmark_metadata(LANDMARK_DATASETS[kind])
+            MetadataCatalog[name] = _Description(name=name, **{key: values[key] for key in _KEYS})

@@ -14,16 +14,15 @@ from PIL import Image
 
 from d2ext.data.errors import DatasetError
 from d2ext.data.landmarks import (
-    DESCRIBED,
-    KINDS,
+    LANDMARK_DATASETS,
     TopDownMapper,
     flip_indices,
     instance_records,
     load_landmarks,
     register_landmarks,
-    write_coco_keypoints,
 )
-from d2ext.data.landmarks.forms import detect_form, extent_crop_box
+from d2ext.data.landmarks.datasets import DESCRIBED
+from d2ext.data.landmarks.readers import detect_form, extent_crop_box
 from d2ext.data.landmarks.register import custom_kind, read_head_boxes
 
 SETS = {
@@ -72,9 +71,9 @@ def points_of(annotation) -> np.ndarray:
     return np.array(annotation["keypoints"]).reshape(-1, 3)
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", list(LANDMARK_DATASETS))
 def test_kinds_are_consistent(kind):
-    facts = KINDS[kind]
+    facts = LANDMARK_DATASETS[kind]
     count = len(facts.keypoints)
     assert count == {"coco": 17, "posetrack18": 17, "mpii": 16}.get(kind) or count in (
         *(68, 98, 29, 19),
@@ -113,23 +112,23 @@ def test_original_and_coco_form_give_the_same_targets(kind, real_data, names):
         points = a["instances"].gt_keypoints.tensor
         assert points.equal(b["instances"].gt_keypoints.tensor)
         assert (points[..., 2] > 0).sum() == original["annotations"][0]["num_keypoints"]
-    found = json.loads((root / f"{kind}_keypoints.json").read_text())["categories"][0]
-    facts = KINDS[kind]
-    assert {tuple(sorted(p)) for p in found["flip_pairs"]} == {
+    category = json.loads((root / f"{kind}_keypoints.json").read_text())["categories"][0]
+    facts = LANDMARK_DATASETS[kind]
+    assert {tuple(sorted(p)) for p in category["flip_pairs"]} == {
         tuple(sorted(p)) for p in facts.flip_pairs
     }
-    np.testing.assert_allclose(facts.sigmas, found.get("sigmas", ()))
+    np.testing.assert_allclose(facts.sigmas, category.get("sigmas", ()))
     if kind in ("coco", "mpii", "posetrack18"):
-        assert list(facts.keypoints) == found["keypoints"]
+        assert list(facts.keypoints) == category["keypoints"]
         assert {tuple(sorted((a, b))) for a, b in facts.skeleton} == {
-            tuple(sorted((a - 1, b - 1))) for a, b in found["skeleton"]
+            tuple(sorted((a - 1, b - 1))) for a, b in category["skeleton"]
         }
 
 
 def test_occlusion_is_kept_where_the_source_has_it(real_data):
     cofw = real_data / "landmarks/cofw"
     records = load_landmarks(
-        KINDS["cofw"], str(cofw / "cofw_keypoints.json"), str(cofw / "images"), "coco"
+        LANDMARK_DATASETS["cofw"], str(cofw / "cofw_keypoints.json"), str(cofw / "images"), "coco"
     )
     values = np.concatenate([points_of(a)[:, 2] for r in records for a in r["annotations"]])
     assert set(values) == {1, 2}
@@ -156,7 +155,7 @@ def coco_file(count=16, **annotation):
 
 def test_coco_form(folder):
     path = write(folder / "x.json", coco_file(center=[51.0, 41.0], scale=0.2, box_size=9.0))
-    (record,) = load_landmarks(KINDS["mpii"], path, str(folder), "coco")
+    (record,) = load_landmarks(LANDMARK_DATASETS["mpii"], path, str(folder), "coco")
     assert record["file_name"] == str(folder / "a.png") and record["image_id"] == 7
     annotation = record["annotations"][0]
     points = points_of(annotation)
@@ -168,7 +167,7 @@ def test_coco_form(folder):
     # MPII: centre 1-based, moved down by 15 pixels per unit of scale.
     np.testing.assert_allclose(annotation["crop_box"], [30, 23, 70, 63])
     assert annotation["person_scale"] == 0.2 and annotation["box_size"] == 9.0
-    (record,) = load_landmarks(KINDS["mpii"], path, str(folder), "coco", origin=1)
+    (record,) = load_landmarks(LANDMARK_DATASETS["mpii"], path, str(folder), "coco", origin=1)
     np.testing.assert_array_equal(points_of(record["annotations"][0])[0], [9.5, 19.5, 2])
 
 
@@ -184,7 +183,7 @@ def test_mpii_form(folder):
     }
     path = write(folder / "mpii.json", [person, {**person, "image": "a.png"}, person])
     head = write(folder / "heads.json", [[0, 0, 3, 4], [1, 1, 2, 2], [5, 5, 6, 7]])
-    records = load_landmarks(KINDS["mpii"], path, str(folder), "mpii", head_boxes=head)
+    records = load_landmarks(LANDMARK_DATASETS["mpii"], path, str(folder), "mpii", head_boxes=head)
     assert [len(r["annotations"]) for r in records] == [2, 1]
     assert records[0]["width"] == 100 and records[0]["height"] == 80
     annotation = records[0]["annotations"][0]
@@ -210,17 +209,17 @@ def test_head_boxes_follow_the_file_not_the_ids(folder):
     ]
     head = write(folder / "heads.json", [[i, 0, i + 3, 4] for i in range(3)])
     path = write(folder / "x.json", content)
-    records = load_landmarks(KINDS["mpii"], path, str(folder), "coco", head_boxes=head)
-    found = {a["id"]: a["head_box"] for r in records for a in r["annotations"]}
-    assert found == {9: [0, 0, 3, 4], 4: [1, 0, 4, 4], 6: [2, 0, 5, 4]}
+    records = load_landmarks(LANDMARK_DATASETS["mpii"], path, str(folder), "coco", head_boxes=head)
+    heads = {a["id"]: a["head_box"] for r in records for a in r["annotations"]}
+    assert heads == {9: [0, 0, 3, 4], 4: [1, 0, 4, 4], 6: [2, 0, 5, 4]}
 
 
 def test_wflw_text(folder):
     face = np.arange(196) / 3 + 5
     fields = [*face.round(3), 4, 5, 60, 70, 1, 0, 0, 0, 1, 0, "a.png"]
     path = write(folder / "list.txt", " ".join(map(str, fields)) + "\n\n")
-    assert detect_form(KINDS["wflw"], path) == "wflw"
-    (record,) = load_landmarks(KINDS["wflw"], path, str(folder), "wflw")
+    assert detect_form(LANDMARK_DATASETS["wflw"], path) == "wflw"
+    (record,) = load_landmarks(LANDMARK_DATASETS["wflw"], path, str(folder), "wflw")
     annotation = record["annotations"][0]
     np.testing.assert_allclose(points_of(annotation)[0], [5.5, 5.833, 2])
     assert annotation["bbox"] == [4, 5, 60, 70]
@@ -248,8 +247,8 @@ def test_wflw_text_has_the_published_crop(real_data, folder):
 def test_pts_folder(folder):
     lines = "\n".join(f"{10 + i}.5 {20 + i}" for i in range(68))
     write(folder / "a.pts", f"version: 1\nn_points: 68\n{{\n{lines}\n}}\n")
-    assert detect_form(KINDS["300w"], str(folder)) == "pts"
-    (record,) = load_landmarks(KINDS["300w"], str(folder), str(folder), "pts")
+    assert detect_form(LANDMARK_DATASETS["300w"], str(folder)) == "pts"
+    (record,) = load_landmarks(LANDMARK_DATASETS["300w"], str(folder), str(folder), "pts")
     assert record["file_name"] == str(folder / "a.png")
     np.testing.assert_array_equal(points_of(record["annotations"][0])[0], [10, 19.5, 2])
     # As indices from 0: x 9.5 to 76.5, y 19 to 86.
@@ -260,37 +259,22 @@ def test_csv(folder):
     header = "image,scale,box_size,center_w,center_h"
     row = ",".join(map(str, ["b.png", 0.2, 40, 50, 30, *range(1, 37), -1, -1]))
     path = write(folder / "face.csv", f"{header}\n{row}\n")
-    assert detect_form(KINDS["aflw"], path) == "csv"
-    (record,) = load_landmarks(KINDS["aflw"], path, str(folder), "csv")
+    assert detect_form(LANDMARK_DATASETS["aflw"], path) == "csv"
+    (record,) = load_landmarks(LANDMARK_DATASETS["aflw"], path, str(folder), "csv")
     annotation = record["annotations"][0]
     np.testing.assert_array_equal(points_of(annotation)[[0, 18]], [[1.5, 2.5, 2], [0, 0, 0]])
     np.testing.assert_allclose(annotation["crop_box"], [30, 10, 70, 50])
     assert annotation["box_size"] == 40 and annotation["num_keypoints"] == 18
 
 
-def test_what_is_written_is_read_again(folder, names):
-    path = write(
-        folder / "x.json",
-        coco_file(center=[51.0, 41.0], scale=0.2, bbox_head=[1, 2, 3, 4], attributes={"x": True}),
+def test_crop_box_of_the_file_wins(folder, names):
+    content = coco_file(
+        center=[51.0, 41.0], scale=0.2, crop_box=[1, 2, 31, 32], bbox_head=[1, 2, 3, 4]
     )
-    kind = KINDS["mpii"]
-    records = load_landmarks(kind, path, str(folder), "coco")
-    write_coco_keypoints(records, kind, str(folder / "again.json"))
-    again = load_landmarks(kind, str(folder / "again.json"), "", "coco")
-    assert again[0]["annotations"] == records[0]["annotations"]
-    found = register_landmarks(names[0], "custom", str(folder / "again.json"), "")
-    # "custom" knows nothing of MPII's shift: the crop is written as it is.
-    custom = DatasetCatalog.get(names[0])[0]["annotations"][0]
-    assert custom["crop_box"] == records[0]["annotations"][0]["crop_box"]
-    assert custom["keypoints"] == records[0]["annotations"][0]["keypoints"]
-    # Center and scale alone are those of the source.
-    content = json.loads((folder / "again.json").read_text())
-    del content["annotations"][0]["crop_box"]
-    write(folder / "other.json", content)
-    (other,) = load_landmarks(kind, str(folder / "other.json"), "", "coco")
-    np.testing.assert_allclose(other["annotations"][0]["crop_box"], [30, 23, 70, 63])
-    assert (found.keypoints, set(found.flip_pairs)) == (kind.keypoints, set(kind.flip_pairs))
-    assert found.sigmas == kind.sigmas and found.skeleton == kind.skeleton
+    path = write(folder / "x.json", content)
+    (record,) = load_landmarks(LANDMARK_DATASETS["mpii"], path, str(folder), "coco")
+    annotation = record["annotations"][0]
+    assert annotation["crop_box"] == [1, 2, 31, 32] and annotation["head_box"] == [1, 2, 4, 6]
 
 
 def test_custom_kind_from_names(folder):
@@ -334,7 +318,7 @@ def test_registering(folder, names):
 )
 def test_published_sets_are_described_before_they_are_registered(name, other, folder):
     """In a process of its own: what is registered there is gone afterwards."""
-    kind = KINDS[DESCRIBED[name]]
+    kind = LANDMARK_DATASETS[DESCRIBED[name]]
     content = coco_file(len(kind.keypoints))
     content["annotations"][0]["category_id"] = content["categories"][0]["id"] = 5
     write(folder / "x.json", content)
@@ -346,7 +330,7 @@ def test_published_sets_are_described_before_they_are_registered(name, other, fo
         import pytest
         from detectron2.data import DatasetCatalog, MetadataCatalog
         from d2ext.config import get_cfg
-        from d2ext.data.landmarks import KINDS, flip_indices, register_landmarks
+        from d2ext.data.landmarks import LANDMARK_DATASETS, flip_indices, register_landmarks
         metadata = MetadataCatalog.get("{name}")
         assert "{name}" not in DatasetCatalog.list() and metadata.name == "{name}"
         assert metadata.thing_classes == ["{kind.category}"] and metadata.keypoint_connection_rules
@@ -385,22 +369,18 @@ def twice():
 
 BAD = {
     "other count": ("mpii", coco_file(17), "has 17 points; 'mpii' has 16"),
-    "no images": ("mpii", {"annotations": []}, "COCO-keypoint form"),
+    "no images": ("mpii", {"annotations": []}, "has no 'images'"),
     "unknown image": ("mpii", coco_file(image_id=8), "not in 'images'"),
-    "no annotation id": (
+    "no annotation id": ("mpii", without("annotations", "id"), "1 annotations have no 'id'"),
+    "no image id": ("mpii", without("annotations", "image_id"), "annotations have no 'image_id'"),
+    "image without id": ("mpii", without("images", "id"), "1 images have no 'id'"),
+    "image without name": ("mpii", without("images", "file_name"), "images have no 'file_name'"),
+    "same id": ("mpii", twice(), r"'id' occur repeatedly in 'annotations': 1 \(2 times\)"),
+    "no box": (
         "mpii",
-        without("annotations", "id"),
-        r"annotation 0 .*bad.json' has no id",
+        coco_file(bbox=[1, 2, 3]),
+        r"not four numbers.*annotation 1 \(\[1, 2, 3\]\)",
     ),
-    "no image id": (
-        "mpii",
-        without("annotations", "image_id"),
-        r"annotation 0 .*bad.json' has no image_id",
-    ),
-    "image without id": ("mpii", without("images", "id"), r"image 0 .*bad.json' has no id"),
-    "image without name": ("mpii", without("images", "file_name"), r"image 0 .* has no file_name"),
-    "same id": ("mpii", twice(), "annotation 1 .* not the only one"),
-    "no box": ("mpii", coco_file(bbox=[1, 2, 3]), "'bbox' is not four numbers"),
     "no crop box": ("mpii", coco_file(crop_box=None), "'crop_box' is not four numbers"),
     "no head box": ("mpii", coco_file(bbox_head=["a"] * 4), "'bbox_head' is not four numbers"),
     "not finite": ("mpii", coco_file(keypoints=[float("nan")] * 48), "not finite"),
