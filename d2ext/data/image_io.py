@@ -231,6 +231,7 @@ def _open(file_name: str, what: str) -> Image.Image:
                 _register_heic()
             image = Image.open(f)
             image.load()
+            pages = getattr(image, "n_frames", 1)
     except FileNotFoundError as e:
         raise ImageReadError(f"Cannot read {what} '{file_name}': there is no such file.") from e
     except Image.DecompressionBombError as e:
@@ -240,7 +241,6 @@ def _open(file_name: str, what: str) -> Image.Image:
         ) from e
     except _DECODER_ERRORS as e:
         raise _broken(file_name, what, e) from e
-    pages = getattr(image, "n_frames", 1)
     if pages > 1 and image.format != "MPO":  # a phone's stereo pair
         logger.warning("'%s' has %d pages: the first is read.", file_name, pages)
     return image
