@@ -1,7 +1,7 @@
 # Every target installs what it needs first; a second run installs nothing.
 # PYTHON chooses the interpreter: make test PYTHON=python3.12
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format check-cuda real-check docs lock clean check-python
+.PHONY: help install demo test test-fast lint format check-cuda real-check docs lock clean check-python
 
 PYTHON ?= python3
 BOOTSTRAP = $(PYTHON) scripts/bootstrap.py
@@ -27,6 +27,9 @@ demo: check-python  ## train YOLACT on the built-in shapes on the CPU, evaluate,
 
 test: check-python  ## the whole test suite on the CPU; PYTEST_ARGS="-k name" for a part
 	@OMP_NUM_THREADS=1 $(BOOTSTRAP) --dev -- python -m pytest -n $(TEST_JOBS) --timeout=300 $(PYTEST_ARGS)
+
+test-fast: check-python  ## the part of the suite that takes under three minutes
+	@$(MAKE) --no-print-directory test PYTEST_ARGS='-m "not slow" $(PYTEST_ARGS)'
 
 lint: check-python  ## ruff, mypy and clang-format: changes nothing, fails on any finding
 	@status=0; \

@@ -1,9 +1,11 @@
-"""``python -m d2ext.info``: versions, what is compiled, which GPU. For bug reports."""
+"""``d2ext info``: versions, what is compiled, which GPU. For bug reports."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import platform
+import sys
 from importlib import metadata
 
 import torch
@@ -80,12 +82,17 @@ def _gpus() -> str:
     return "; ".join(described)
 
 
-def main() -> None:
+def run(arguments: list[str] | None = None) -> int:
+    """Print the facts; the exit status."""
+    argparse.ArgumentParser(description="Show versions, what is compiled, GPUs.").parse_args(
+        arguments
+    )
     facts = collect()
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name.ljust(width)}  {value}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run())

@@ -21,6 +21,8 @@ from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import ColorMode, Visualizer
 
+from d2ext.utils.drawing import write_picture
+
 # Sizes in pixels. Small images are enlarged before drawing, so that labels do not hide the objects.
 PANEL_SIDE = 480
 CAPTION_HEIGHT = 34
@@ -84,24 +86,8 @@ def montage(pictures: list[np.ndarray], total_width: int = MONTAGE_WIDTH) -> np.
     return np.concatenate([top, *rows])
 
 
-def write_picture(path: Path, picture: np.ndarray) -> None:
-    """Write uint8 RGB in the format of the path's suffix, whole or not at all."""
-    done, data = cv2.imencode(path.suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    if not done:
-        raise OSError(f"OpenCV could not encode {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    partial.write_bytes(data.tobytes())
-    partial.replace(path)
-
-
 def write_gallery(
-    cfg: CfgNode,
-    dataset_name: str,
-    folder: Path,
-    *,
-    count: int = 12,
-    score_threshold: float = 0.3,
+    cfg: CfgNode, dataset_name: str, folder: Path, *, count: int = 12, score_threshold: float = 0.3
 ) -> list[Path]:
     """Predict on ``count`` images of a data set with ``cfg.MODEL.WEIGHTS`` and draw them.
 
@@ -119,9 +105,9 @@ def write_gallery(
         predictions = predictor(read_image(entry["file_name"], "BGR"))["instances"]
         pictures.append(draw_pair(entry, predictions, metadata, score_threshold))
         files.append(pictures_folder / f"{number:02d}_{entry['image_id']}.png")
-        write_picture(files[-1], pictures[-1])
+        write_picture(files[-1], pictures[-1][:, :, ::-1])
     files.append(folder / "montage.png")
-    write_picture(files[-1], montage(pictures))
+    write_picture(files[-1], montage(pictures)[:, :, ::-1])
     return files
 
 
@@ -133,7 +119,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=MONTAGE_WIDTH, help="pixels")
     args = parser.parse_args()
     pictures = [read_image(str(path), "RGB") for path in args.pictures[: args.first]]
-    write_picture(args.output, montage(pictures, args.width))
+    write_picture(args.output, montage(pictures, args.width)[:, :, ::-1])
 
 
 if __name__ == "__main__":

@@ -79,14 +79,26 @@ def test_wheel_holds_every_config_and_module(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     configs = {
         f"d2ext/model_zoo/configs/{path.relative_to(ROOT / 'configs').as_posix()}"
-        for path in (ROOT / "configs").rglob("*.yaml")
+        for path in (ROOT / "configs").rglob("*.*")
     }
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "d2ext").rglob("*.py")}
     assert configs
     assert configs <= names
     assert modules <= names
+    assert "d2ext/py.typed" in names
     outside = [name for name in names if not name.startswith(("d2ext/", "d2ext-"))]
     assert outside == []
+
+
+def test_wheel_has_the_command(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (entries,) = (n for n in archive.namelist() if n.endswith(".dist-info/entry_points.txt"))
+    assert archive.read(entries).decode().split() == [
+        "[console_scripts]",
+        "d2ext",
+        "=",
+        "d2ext.tools.main:main",
+    ]
 
 
 def test_wheel_names_its_licence_and_requirements(wheel: Path) -> None:

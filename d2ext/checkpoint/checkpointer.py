@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Iterable
 from typing import Any
 from urllib.error import URLError
@@ -116,6 +117,29 @@ class Checkpointer(DetectionCheckpointer):
 
     # Reading
 
+    def has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint to resume from, see :meth:`get_checkpoint_file`."""
+        return bool(self.get_checkpoint_file())
+
+    def get_checkpoint_file(self) -> str:
+        """The checkpoint that ``last_checkpoint`` names; where that is lost, the one of most iterations;
+        "" if there is none."""
+        try:
+            with open(os.path.join(self.save_dir, "last_checkpoint"), encoding="utf-8") as file:
+                path = os.path.join(self.save_dir, file.read().strip())
+            if os.path.isfile(path):
+                return path
+        except (OSError, ValueError):
+            pass
+        names = os.listdir(self.save_dir) if os.path.isdir(self.save_dir) else []
+        named = [re.fullmatch(r"model_(\d+|final)\.pth", name) for name in names]
+        order = {m[0]: float("inf") if m[1] == "final" else int(m[1]) for m in named if m}
+        if not order:
+            return ""
+        newest = max(order, key=order.__getitem__)
+        logger.warning("last_checkpoint in %s is lost; %s is taken.", self.save_dir, newest)
+        return os.path.join(self.save_dir, newest)
+
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load weights and, unless told otherwise, the training state.
 
@@ -223,7 +247,7 @@ class Checkpointer(DetectionCheckpointer):
             lines.append(
                 "Use the config that the checkpoint was trained with (same system, same depth). "
                 "A checkpoint of the published code must first go through "
-                "tools/convert_checkpoint.py."
+                "d2ext convert."
             )
         return "\n".join(lines)
 

@@ -127,9 +127,6 @@ def convert_state_dict(system: str, state_dict: StateDict) -> dict[str, Tensor]:
     Raises:
         ConversionError: unknown system, or parameters that are not this system's.
     """
-    # The rooms register their converters when imported; deferred, because they import this module.
-    import d2ext.systems  # noqa: F401
-
     if system not in _CONVERTERS:
         raise ConversionError(
             f'There is no converter for "{system}", only for {available_converters()}.'

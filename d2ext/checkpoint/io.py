@@ -1,20 +1,20 @@
 """Reading checkpoint files without running any code that they may contain.
 
-A ``.pth`` file is a pickle, and a pickle is a program. Files come from strangers, so they are read
-with ``torch.load(weights_only=True)``; the NumPy pickles of Detectron2's model zoo (``.pkl``) are
-read by an unpickler that knows arrays and nothing else.
+A ``.pth`` file is a pickle, and a pickle is a program. Files come from strangers: those of
+``torch.save`` are read with ``torch.load(weights_only=True)``, and the NumPy pickles of Detectron2's
+model zoo (``.pkl``) and files that keep NumPy numbers beside the weights by
+:mod:`d2ext.checkpoint.pickles`. What a file is, its content says, not its name.
 """
 
 import os
 import pickle
 import re
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
+
+from d2ext.checkpoint.pickles import Refused, checked, read_pickle
 
 __all__ = ["CheckpointError", "load_untrusted"]
 
@@ -23,11 +23,21 @@ __all__ = ["CheckpointError", "load_untrusted"]
 _LEGACY_TORCH_HEAD = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 _ZIP_HEAD = b"PK\x03\x04"
 _PICKLE_HEAD = b"\x80"
-_TEXT_HEADS = {
+# How files begin that are no checkpoints of PyTorch, what they are, and what to do.
+_OTHERS = {
     b"version https://git-lfs": "a Git LFS pointer: fetch the file itself with `git lfs pull`",
     b"<!doctype html": "a web page: the download failed, fetch the file again",
     b"<html": "a web page: the download failed, fetch the file again",
+    b"\x89hdf": "an HDF5 file (Keras?): d2ext reads weights of PyTorch",
+    b"\x93numpy": "a single NumPy array: a checkpoint has named ones",
+    b"\x1f\x8b": "a gzip archive: unpack it first",
+    b"bzh": "a bzip2 archive: unpack it first",
+    b"7z\xbc": "a 7-Zip archive: unpack it first",
+    b"gguf": "a GGUF file: d2ext reads weights of PyTorch",
+    b"{": "a JSON file: name the file of the weights",
 }
+# A file may unpack to this many times its size, and to this many bytes in any case.
+_MOST_UNPACKED, _LEAST_LIMIT = 16, 64 << 20
 
 
 class CheckpointError(ValueError):
@@ -39,8 +49,7 @@ def load_untrusted(path: str | os.PathLike[str]) -> Any:
 
     Args:
         path: a local file: ``.pth``/``.pt`` as ``torch.save`` writes it (zip or the older format),
-            or a NumPy pickle of the Detectron2 model zoo (``.pkl``). The content decides, not the
-            name.
+            a NumPy pickle of the Detectron2 model zoo (``.pkl``), or a safetensors file.
 
     Returns:
         The object in the file, usually a dict; its tensors are on the CPU. A NumPy pickle holds
@@ -55,55 +64,113 @@ def load_untrusted(path: str | os.PathLike[str]) -> Any:
     if not os.path.isfile(name):
         raise FileNotFoundError(f"Checkpoint {name!r} does not exist or is not a file.")
     with open(name, "rb") as file:
-        head = file.read(64)
+        head = file.read(512)
     if not head:
         raise CheckpointError(f"Checkpoint {name!r} is empty. Fetch or save it again.")
-    if head.startswith(_ZIP_HEAD) or head.startswith(_LEGACY_TORCH_HEAD):
+    try:
+        return checked(_read(name, head))
+    except Refused as error:
+        raise CheckpointError(_refused(name, str(error))) from error
+    except CheckpointError:
+        raise
+    except _DAMAGED as error:
+        raise CheckpointError(_damaged(name, error)) from error
+
+
+# How readers fail on damaged files: torch reports a damaged archive as RuntimeError or OSError, a short
+# old-style file as EOFError; a damaged pickle fails in any of the others.
+_DAMAGED = (
+    RuntimeError,
+    OSError,
+    EOFError,
+    KeyError,
+    ValueError,
+    TypeError,
+    IndexError,
+    AttributeError,
+    OverflowError,
+    MemoryError,
+    AssertionError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    zipfile.LargeZipFile,
+    NotImplementedError,
+)
+
+
+def _read(name: str, head: bytes) -> Any:
+    # safetensors: the length of its JSON header, and the header.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < os.path.getsize(name):
+        from safetensors.torch import load_file
+
+        return load_file(name)
+    if head.startswith(_ZIP_HEAD):
+        return _read_zip(name)
+    if head.startswith(_LEGACY_TORCH_HEAD):
         return _load_torch(name)
     if head.startswith(_PICKLE_HEAD):
-        return _load_numpy_pickle(name)
-    for text, meaning in _TEXT_HEADS.items():
-        if head.lstrip().lower().startswith(text):
+        with open(name, "rb") as file:
+            return read_pickle(file.read())
+    for beginning, meaning in _OTHERS.items():
+        if head.lstrip().lower().startswith(beginning):
             raise CheckpointError(f"{name!r} is not a checkpoint but {meaning}.")
+    if head[257:262] == b"ustar":
+        raise CheckpointError(f"{name!r} is not a checkpoint but a tar archive: unpack it first.")
     raise CheckpointError(
         f"{name!r} is not a checkpoint: it is neither a file of torch.save nor a pickle of arrays."
     )
+
+
+def _read_zip(name: str) -> Any:
+    size = os.path.getsize(name)
+    with zipfile.ZipFile(name) as archive:
+        entries = archive.infolist()
+    names = {entry.filename.partition("/")[2] or entry.filename for entry in entries}
+    if "constants.pkl" in names:
+        raise CheckpointError(
+            f"{name!r} is a TorchScript program, not a checkpoint: loading it would run it. Whoever "
+            "made it can save its state_dict() with torch.save."
+        )
+    if "data.pkl" not in names:
+        raise CheckpointError(
+            f"{name!r} is a zip archive without a checkpoint: unpack it, and name the file of the "
+            "weights."
+        )
+    unpacked = sum(entry.file_size for entry in entries)
+    overlapping = sum(entry.compress_size for entry in entries) > size
+    if overlapping or unpacked > max(_MOST_UNPACKED * size, _LEAST_LIMIT):
+        raise CheckpointError(
+            f"Checkpoint {name!r} has {size} bytes and would unpack to {unpacked}: it is refused."
+        )
+    return _load_torch(name)
 
 
 def _load_torch(name: str) -> Any:
     try:
         return torch.load(name, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|Unsupported (?:class|global):?) ([\w.]+)", str(error))
-        if found is None:
-            raise CheckpointError(_damaged(name, error)) from error
-        raise CheckpointError(_refused(name, found.group(1))) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        # torch reports a damaged archive as RuntimeError or OSError, a short old-style file as
-        # EOFError.
-        raise CheckpointError(_damaged(name, error)) from error
+        asked = re.search(r"(?:GLOBAL|Unsupported (?:class|global):?) ([\w.]+)", str(error))
+        if zipfile.is_zipfile(name) and asked is not None:
+            return _read_torch_zip(name)  # NumPy numbers, or refused by name
+        if asked is not None:
+            raise Refused(asked.group(1)) from error
+        raise
 
 
-def _load_numpy_pickle(name: str) -> Any:
-    try:
-        with open(name, "rb") as file:
-            # Model-zoo files were pickled by Python 2; latin1 is what NumPy asks for to read them.
-            data = _ArrayUnpickler(file, encoding="latin1").load()
-    except _ForbiddenGlobal as error:
-        raise CheckpointError(_refused(name, str(error))) from error
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        ValueError,
-        TypeError,
-        IndexError,
-        KeyError,
-        AttributeError,
-        OverflowError,
-    ) as error:
-        # A damaged pickle makes the unpickler fail in any of these ways.
-        raise CheckpointError(_damaged(name, error)) from error
-    return data
+def _read_torch_zip(name: str) -> Any:
+    reader = torch._C.PyTorchFileReader(name)
+    content = reader.get_record("data.pkl")
+    storages: dict[str, Any] = {}
+
+    def storage(key: str, size: int) -> Any:
+        if key not in storages:
+            record = reader.get_storage_from_record(f"data/{key}", size, torch.uint8)
+            storages[key] = record.untyped_storage()
+        if storages[key].nbytes() != size:
+            raise ValueError(f"storage {key} has {storages[key].nbytes()} bytes, not {size}")
+        return storages[key]
+
+    return read_pickle(content, storage)
 
 
 def _damaged(name: str, error: Exception) -> str:
@@ -121,53 +188,3 @@ def _refused(name: str, what: str) -> str:
         "author for a file that holds only the state dict. If you trust the author, load it "
         "yourself in an isolated environment and save the plain state dict with torch.save."
     )
-
-
-class _ForbiddenGlobal(pickle.UnpicklingError):
-    """The text is the dotted name of the global that the pickle asks for."""
-
-
-def _encode_latin1(text: str, encoding: str = "latin1") -> bytes:
-    """What Python 3 calls to rebuild ``bytes`` in a pickle of protocol 2."""
-    if encoding != "latin1":
-        raise _ForbiddenGlobal(f"_codecs.encode({encoding})")
-    return text.encode("latin1")
-
-
-def _empty_bytes() -> bytes:
-    """What stands for ``b""`` in a pickle of protocol 2."""
-    return b""
-
-
-def _array_globals() -> dict[tuple[str, str], Callable[..., Any]]:
-    # Pickles name the functions by the module of the NumPy that wrote them: numpy.core up to 1.x,
-    # numpy._core since 2.0. __reduce__ gives this NumPy's own functions without importing either.
-    reconstruct: Any = np.empty(0).__reduce__()[0]
-    scalar: Any = np.float64(0).__reduce__()[0]
-    known: dict[tuple[str, str], Callable[..., Any]] = {
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("collections", "OrderedDict"): OrderedDict,
-        ("_codecs", "encode"): _encode_latin1,
-        ("__builtin__", "bytes"): _empty_bytes,
-    }
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        known[module, "_reconstruct"] = reconstruct
-        known[module, "scalar"] = scalar
-    return known
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Admits NumPy arrays and scalars, OrderedDict, and what pickle itself builds (dict, list,
-    str, numbers). Any other global raises `_ForbiddenGlobal` before it is looked up."""
-
-    _known = _array_globals()
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self._known[module, name]
-        except KeyError:
-            raise _ForbiddenGlobal(f"{module}.{name}") from None
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise _ForbiddenGlobal("a persistent object")

@@ -1,10 +1,15 @@
-"""Affine maps between images, network inputs and output maps of CenterNet (arXiv 1904.07850)."""
+"""Affine maps between images, network inputs and output maps (CenterNet, arXiv 1904.07850)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
+import torch
+from torch import Tensor
+
+Matrices = TypeVar("Matrices", Tensor, np.ndarray)
 
 
 def affine_matrix(
@@ -36,7 +41,10 @@ def affine_matrix(
     return np.concatenate([linear, shift[:, None]], axis=1)
 
 
-def invert_affine(matrix: np.ndarray) -> np.ndarray:
-    """(2, 3) map → the (2, 3) map back."""
-    linear = np.linalg.inv(matrix[:, :2])
-    return np.concatenate([linear, -linear @ matrix[:, 2:]], axis=1)
+def invert_affine(matrices: Matrices) -> Matrices:
+    """Maps (..., 2, 3), a tensor or an array → the (..., 2, 3) maps back."""
+    if isinstance(matrices, Tensor):
+        inverse = torch.linalg.inv(matrices[..., :2])
+        return torch.cat([inverse, -inverse @ matrices[..., 2:]], dim=-1)
+    linear = np.linalg.inv(matrices[..., :2])
+    return np.concatenate([linear, -linear @ matrices[..., 2:]], axis=-1)

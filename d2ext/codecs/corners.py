@@ -31,6 +31,8 @@ class PointTargets(NamedTuple):
     """(B, N) int64 cell of each object's point, y * W + x; 0 in empty slots."""
     offset: Tensor
     """(B, N, 2) float32, what the cell cuts off (x, y), in 0..1; 0 in empty slots."""
+    valid: Tensor | None = None
+    """(B, C, H, W) bool, which cells of ``heat`` count; None: all."""
 
 
 class CornerTargets(NamedTuple):
@@ -54,7 +56,7 @@ def encode_corners(
     radius_variant: str = "cornernet",
     center_divisor: float | None = None,
 ) -> CornerTargets:
-    """Ground truth of a batch → targets.
+    """Annotations of a batch → targets.
 
     Boxes are cut to the input; of what has no area then, the slot stays empty. As published, the cut
     is at the last pixel's index (size - 1), so that every corner lies in a cell. Objects that share
@@ -180,14 +182,10 @@ class CornerPairs(NamedTuple):
     """(B, P) between the embeddings of the corners."""
 
 
-def decode_points(maps: PointMaps, k: int, kernel: int = 3) -> Points:
-    """The best ``k`` peaks over classes and cells; all cells if the map has fewer.
-
-    Args:
-        maps: their embeddings are not used.
-        kernel: a peak is the maximum of this square, cells.
-    """
-    best = top_k(local_peaks(maps.heat.float().sigmoid(), kernel), k)
+def decode_points(maps: PointMaps, k: int) -> Points:
+    """The best ``k`` peaks over classes and cells, all cells if the map has fewer; of ``maps`` the
+    embeddings are not used."""
+    best = top_k(local_peaks(maps.heat.float().sigmoid()), k)
     offset = gather_at(maps.offset, best.index).float()
     return Points(
         best.xs + offset[..., 0], best.ys + offset[..., 1], best.scores, best.classes, best.index
@@ -199,7 +197,6 @@ def decode_corners(
     bottom_right: PointMaps,
     *,
     k: int = 100,
-    kernel: int = 3,
     max_distance: float = 0.5,
     max_pairs: int = 1000,
     reject_border: bool = False,
@@ -211,7 +208,6 @@ def decode_corners(
 
     Args:
         k: corners of each kind; all cells if the map has fewer.
-        kernel: see :func:`decode_points`.
         max_pairs: P; the best of the K * K, rejected ones last.
         reject_border: also reject top-left corners in the first row or column of the maps, and
             bottom-right ones in the last (CornerNet-Saccade: its crops cut objects there).
@@ -219,7 +215,7 @@ def decode_corners(
     Returns:
         P = min(max_pairs, K * K), whatever the values are.
     """
-    tl, br = (decode_points(maps, k, kernel) for maps in (top_left, bottom_right))
+    tl, br = (decode_points(maps, k) for maps in (top_left, bottom_right))
     assert top_left.embedding is not None and bottom_right.embedding is not None
     tl_tag = gather_at(top_left.embedding, tl.index)[..., 0].float()
     br_tag = gather_at(bottom_right.embedding, br.index)[..., 0].float()

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from d2ext.codecs.affine import invert_affine
+from d2ext.layers import affine_crops
+
 # Numbers that one step of draw_gaussians holds at most.
 _DRAWING_LIMIT = 1 << 24
 
@@ -127,16 +130,15 @@ def draw_gaussians(
     return heat
 
 
-def local_peaks(heat: Tensor, kernel: int = 3) -> Tensor:
-    """Set to 0 what is below the maximum of its surroundings.
+def local_peaks(heat: Tensor) -> Tensor:
+    """Set to 0 what is below the maximum of its 3 x 3 surroundings.
 
     Equal neighbours on a plateau are all peaks, as published.
 
     Args:
         heat: (B, C, H, W), not negative.
-        kernel: side of the surroundings in cells, odd.
     """
-    surroundings = F.max_pool2d(heat, kernel, stride=1, padding=kernel // 2)
+    surroundings = F.max_pool2d(heat, 3, stride=1, padding=1)
     return torch.where(surroundings == heat, heat, torch.zeros_like(heat))
 
 
@@ -180,22 +182,19 @@ def gather_at(maps: Tensor, index: Tensor) -> Tensor:
 
 
 def maps_on_image(
-    maps: Tensor, scale: float, shift: tuple[float, float], size: tuple[int, int]
+    maps: Tensor, to_image: Tensor, image_size: tuple[int, int], output_size: tuple[int, int]
 ) -> Tensor:
-    """Show maps at the place of the image that they were computed from, for pictures.
+    """The largest of maps at the place of the image that they were computed from, for pictures.
 
     Args:
         maps: (C, h, w); cell (i, j) covers [j, j + 1) x [i, i + 1).
-        scale: pixels of the image in a cell.
-        shift: (x, y) of the map's corner in the image, pixels.
-        size: (height, width) of the image.
+        to_image: (2, 3), cells to pixels of the image.
+        image_size, output_size: (height, width) of the image and of what is returned.
 
     Returns:
-        (C, height, width), bilinear, 0 outside the maps.
+        (height, width) of the output, float32, bilinear, 0 outside the maps.
     """
-    height, width = size
-    device = maps.device
-    x = (torch.arange(width, device=device) + 0.5 - shift[0]) / (scale * maps.shape[2]) * 2 - 1
-    y = (torch.arange(height, device=device) + 0.5 - shift[1]) / (scale * maps.shape[1]) * 2 - 1
-    grid = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1)
-    return F.grid_sample(maps[None].float(), grid[None].float(), align_corners=False)[0]
+    stretch = [image_size[1] / output_size[1], image_size[0] / output_size[0], 1]
+    to_cells = invert_affine(to_image.double()) * to_image.new_tensor(stretch, dtype=torch.float64)
+    best = maps.amax(dim=0)[None, None]
+    return affine_crops(best, to_cells[None, None].to(maps.device), output_size)[0, 0, 0]

@@ -7,8 +7,14 @@ Letters: N boxes, P points, (h, w) size of the crop, that is of the network's in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+# Largest coordinate of a box that is cropped; what lies beyond is no place in an image.
+_FAR = 1e6
 
 
 def has_side(boxes: Tensor) -> Tensor:
@@ -55,12 +61,59 @@ def crop_to_image(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.cat([torch.diag_embed(scale), boxes[:, :2, None]], dim=2)
 
 
-def invert_affine(matrices: Tensor) -> Tensor:
-    """Inverse maps of (..., 2, 3) matrices."""
-    linear = torch.linalg.inv(matrices[..., :2])
-    return torch.cat([linear, -linear @ matrices[..., 2:]], dim=-1)
-
-
 def apply_affine(points: Tensor, matrices: Tensor) -> Tensor:
     """Map points (..., P, 2) by matrices (..., 2, 3)."""
     return points @ matrices[..., :2].transpose(-1, -2) + matrices[..., None, :, 2]
+
+
+class CropRegions(NamedTuple):
+    """N boxes of a batch of images, in the order of the images."""
+
+    images: Tensor
+    """(N,) int64, the number of each box's image."""
+    boxes: Tensor
+    """(N, 4) XYXY, float64, as given."""
+    classes: Tensor
+    """(N,) int64."""
+    scores: Tensor
+    """(N,) float32."""
+    padded: Tensor
+    """(N, 4) float64, what is cropped."""
+    matrices: Tensor
+    """(N, 2, 3) float64, crop to image."""
+    valid: Tensor
+    """(N,) bool: finite, with a side (a line has one, a dot none), and not all outside the image."""
+
+    def select(self, index: Tensor) -> CropRegions:
+        """Those of an increasing index."""
+        return CropRegions(*(field[index] for field in self))
+
+
+def crop_regions(
+    detections: Sequence[tuple[Tensor, Tensor, Tensor]],
+    image_sizes: Sequence[tuple[int, int]],
+    size: tuple[int, int],
+    padding: float,
+) -> CropRegions:
+    """How the boxes of a batch become crops.
+
+    Args:
+        detections: for each image its boxes (n, 4) XYXY float64, their classes and scores (n,).
+        image_sizes: (height, width) of each.
+        size: (h, w).
+        padding: see :func:`pad_boxes`.
+    """
+    # Over all boxes at once: operators on each image's few boxes would take longer than a small network.
+    nothing = torch.zeros((0, 4), dtype=torch.float64), torch.zeros(0).long(), torch.zeros(0)
+    boxes, classes, scores = map(torch.cat, zip(nothing, *detections, strict=True))
+    counts = torch.tensor([len(scores) for _, _, scores in detections], dtype=torch.int64)
+    images = torch.arange(len(detections)).repeat_interleave(counts)
+    limits = boxes.new_tensor(image_sizes).view(-1, 2).flip(1)[images]
+    inside = ((boxes[:, 2:] > 0) & (boxes[:, :2] < limits)).all(dim=1)
+    valid = has_side(boxes) & inside
+    # In place of an invalid box any pixel: its result does not count.
+    anywhere = boxes.new_tensor([0.0, 0.0, 1.0, 1.0])
+    cropped = torch.where(valid[:, None], boxes, anywhere).clamp(-_FAR, _FAR)
+    padded = pad_boxes(cropped, size, padding)
+    matrices = crop_to_image(padded, size)
+    return CropRegions(images, boxes, classes, scores, padded, matrices, valid)

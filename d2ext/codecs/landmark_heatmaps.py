@@ -31,16 +31,14 @@ _UDP_RANGE = (0.001, 50.0)
 _TAYLOR_FLOOR = 1e-3
 
 
-def profile(squared: Tensor, sigma: float, shape: str, unit_peak: bool = True) -> Tensor:
-    """Value of a target at a squared distance from its centre.
+def profile(squared: Tensor, sigma: float, shape: str) -> Tensor:
+    """Value of a target, at most 1, at a squared distance from its centre.
 
     Args:
         squared: squared distances in cells.
         sigma: width in cells.
         shape: "gaussian", exp(-r^2 / (2 sigma^2)); "cauchy", sigma / (r^2 + sigma^2)^1.5, the
-            two-dimensional density without its 1 / (2 pi).
-        unit_peak: scale the Cauchy profile, whose peak is 1/sigma^2, to a peak of 1. The peak is
-            exactly 1 then, as a Gaussian's is, whatever sigma: the focal loss looks for it.
+            two-dimensional density without its 1 / (2 pi), times sigma^2.
 
     Raises:
         ValueError: another shape.
@@ -48,9 +46,7 @@ def profile(squared: Tensor, sigma: float, shape: str, unit_peak: bool = True) -
     if shape == "gaussian":
         return torch.exp(-squared / (2 * sigma**2))
     if shape == "cauchy":
-        if unit_peak:
-            return (1 + squared / sigma**2) ** -1.5
-        return sigma / (squared + sigma**2) ** 1.5
+        return (1 + squared / sigma**2) ** -1.5
     raise ValueError(f'The shape of targets is one of {SHAPES}, not "{shape}".')
 
 
@@ -62,13 +58,6 @@ def support(sigma: float, window: float = 3.0) -> int:
     return int(2 * window * sigma + 1 + 1e-6)
 
 
-def kernel(sigma: float, shape: str, unit_peak: bool = True) -> Tensor:
-    """(s, s) target around a cell's centre, s = :func:`support`; an even one has its centre at s/2."""
-    size = support(sigma)
-    squared = (torch.arange(size) - size // 2).float() ** 2
-    return profile(squared[:, None] + squared, sigma, shape, unit_peak)
-
-
 def draw_targets(
     cells: Tensor,
     labelled: Tensor,
@@ -78,14 +67,13 @@ def draw_targets(
     shape: str = "gaussian",
     center: str = "exact",
     window: float = 0.0,
-    unit_peak: bool = True,
 ) -> Encoded:
     """Target maps.
 
     Args:
         cells: (N, K, 2), cell coordinates.
         labelled: (N, K) bool.
-        sigma, shape, unit_peak: see :func:`profile`.
+        sigma, shape: see :func:`profile`.
         center: where the bump stands. "exact": at the point. "rounded": at the cell that holds it.
             "window": at the point, cut off around that cell (UDP). "hourglass": as the
             published stacked hourglass does: at the cell, truncated toward zero (so that -0.7 is
@@ -137,7 +125,7 @@ def draw_targets(
         along_x, along_y = profile(dx**2, sigma, shape), profile(dy**2, sigma, shape)
         maps = along_y[..., :, None] * along_x[..., None, :]
     else:
-        maps = profile(dy[..., :, None] ** 2 + dx[..., None, :] ** 2, sigma, shape, unit_peak)
+        maps = profile(dy[..., :, None] ** 2 + dx[..., None, :] ** 2, sigma, shape)
     if cut:
         near_x = (columns >= first[..., :1]) & (columns <= last[..., :1])
         near_y = (rows >= first[..., 1:]) & (rows <= last[..., 1:])
@@ -198,13 +186,11 @@ def decode_dark(maps: Tensor, blur: int = 11) -> tuple[Tensor, Tensor]:
     x, y = cells.long().unbind(-1)
     logs = gaussian_blur(maps, blur).clamp(min=_DARK_FLOOR).log()
     patch = _patch(logs, x, y, 2)
-    gradient = torch.stack(
-        [patch[..., 2, 3] - patch[..., 2, 1], patch[..., 3, 2] - patch[..., 1, 2]], dim=-1
-    )
     middle = 2 * patch[..., 2, 2]
     dxx = (patch[..., 2, 4] - middle + patch[..., 2, 0]) / 4
     dyy = (patch[..., 4, 2] - middle + patch[..., 0, 2]) / 4
-    step, solvable = _newton(gradient / 2, dxx, dyy, _cross(patch[..., 1:4, 1:4]))
+    gradient = _differences(logs, x, y) / 2
+    step, solvable = _newton(gradient, dxx, dyy, _cross(patch[..., 1:4, 1:4]))
     moved = (x > 1) & (x < width - 2) & (y > 1) & (y < height - 2) & solvable
     return torch.where(moved[..., None], cells + step, cells), scores
 
@@ -217,17 +203,19 @@ def decode_dark_udp(maps: Tensor, blur: int = 11) -> tuple[Tensor, Tensor]:
     x, y = cells.long().unbind(-1)
     logs = gaussian_blur(maps, blur).clamp(*_UDP_RANGE).log()
     patch = _patch(logs, x, y, 1)
-    gradient, dxx, dyy = _derivatives(patch)
+    middle = 2 * patch[..., 1, 1]
+    dxx = patch[..., 1, 2] - middle + patch[..., 1, 0]
+    dyy = patch[..., 2, 1] - middle + patch[..., 0, 1]
     # (f(1,1) - f(1,0) - f(0,1) + 2 f(0,0) - f(-1,0) - f(0,-1) + f(-1,-1)) / 2
-    diagonal = patch[..., 2, 2] - 2 * patch[..., 1, 1] + patch[..., 0, 0]
+    diagonal = patch[..., 2, 2] - middle + patch[..., 0, 0]
     dxy = (diagonal - dxx - dyy) / 2
     tiny = torch.finfo(torch.float32).eps
-    step, solvable = _newton(gradient, dxx + tiny, dyy + tiny, dxy)
+    step, solvable = _newton(_differences(logs, x, y) / 2, dxx + tiny, dyy + tiny, dxy)
     return torch.where(solvable[..., None], cells + step, cells), scores
 
 
 def decode_taylor(
-    maps: Tensor, shape: str = "gaussian", sigma: float | None = None, peak: float = 1.0
+    maps: Tensor, shape: str = "gaussian", sigma: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """One Newton step in the space where the target's shape is a parabola: exact for exact targets.
 
@@ -241,7 +229,6 @@ def decode_taylor(
         sigma: the target's width in cells. At a border, of a narrow target (a Gaussian below 0.8 cells,
             a Cauchy one that is cut off) only two values may tell something; with a known curvature
             these suffice. None: do without.
-        peak: the target's value at its centre, from which the curvature of a Cauchy target follows.
     """
     cells, scores = decode_argmax(maps)
     height, width = maps.shape[-2:]
@@ -252,8 +239,8 @@ def decode_taylor(
     floor = (_TAYLOR_FLOOR * scores).clamp(min=_DARK_FLOOR)[..., None]
     curvature = None
     if sigma is not None:
-        # Of -r^2 / (2 sigma^2), and of -(floor / peak)^(2/3) (1 + r^2 / sigma^2).
-        unit = torch.ones_like(scores) if shape == "gaussian" else 2 * (floor / peak) ** (2 / 3)
+        # Of -r^2 / (2 sigma^2), and of -floor^(2/3) (1 + r^2 / sigma^2).
+        unit = torch.ones_like(scores) if shape == "gaussian" else 2 * floor ** (2 / 3)
         curvature = -unit.view_as(scores) / sigma**2
     around = _patch(maps, inner_x, inner_y, 1)
     known = (around[..., ::2, ::2].flatten(-2) > floor).all(dim=-1)
@@ -268,9 +255,9 @@ def decode_taylor(
     step, solvable = _newton(gradient, dxx, dyy, dxy)
     concave = (dxx < 0) & (dyy < 0) & (dxx * dyy > dxy**2) & solvable
     inner = torch.stack([inner_x, inner_y], dim=-1)
-    found = torch.maximum(torch.minimum(inner + step, cells + 1), cells - 1)
+    refined = torch.maximum(torch.minimum(inner + step, cells + 1), cells - 1)
     quarter = cells + _differences(maps, x, y).sign() * 0.25
-    return torch.where(concave[..., None], found, quarter), scores
+    return torch.where(concave[..., None], refined, quarter), scores
 
 
 def _parabola(values: Tensor, floor: Tensor, shape: str) -> Tensor:
@@ -319,8 +306,8 @@ def decode_centroid(maps: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
     near = (dy.abs() <= radius)[..., :, None] & (dx.abs() <= radius)[..., None, :]
     mass = maps.clamp(min=0) * near
     total = mass.sum(dim=(-2, -1), keepdim=True)
-    found = mean_cell(mass / total.clamp(min=torch.finfo(maps.dtype).tiny))
-    return torch.where(total[..., 0] > 0, found, cells), scores
+    means = mean_cell(mass / total.clamp(min=torch.finfo(maps.dtype).tiny))
+    return torch.where(total[..., 0] > 0, means, cells), scores
 
 
 def gaussian_blur(maps: Tensor, side: int) -> Tensor:
@@ -370,17 +357,6 @@ def _cross(patch: Tensor) -> Tensor:
     return (plus - patch[..., 0, 2] - patch[..., 2, 0]) / 4
 
 
-def _derivatives(patch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient (..., 2) and second derivatives xx, yy of 3x3 patches."""
-    gradient = torch.stack(
-        [patch[..., 1, 2] - patch[..., 1, 0], patch[..., 2, 1] - patch[..., 0, 1]], dim=-1
-    )
-    middle = 2 * patch[..., 1, 1]
-    dxx = patch[..., 1, 2] - middle + patch[..., 1, 0]
-    dyy = patch[..., 2, 1] - middle + patch[..., 0, 1]
-    return gradient / 2, dxx, dyy
-
-
 def _newton(gradient: Tensor, dxx: Tensor, dyy: Tensor, dxy: Tensor) -> tuple[Tensor, Tensor]:
     """-H^-1 D, (..., 2), and where the determinant is not zero."""
     determinant = dxx * dyy - dxy**2
@@ -397,7 +373,7 @@ DECODERS: dict[str, Callable[[HeatmapCodec, Tensor], tuple[Tensor, Tensor]]] = {
     "hourglass": lambda codec, maps: decode_hourglass(maps),
     "dark": lambda codec, maps: decode_dark(maps, codec.blur),
     "dark_udp": lambda codec, maps: decode_dark_udp(maps, codec.blur),
-    "taylor": lambda codec, maps: decode_taylor(maps, codec.shape, codec.sigma, codec.peak),
+    "taylor": lambda codec, maps: decode_taylor(maps, codec.shape, codec.sigma),
     "centroid": lambda codec, maps: decode_centroid(maps, codec.sigma),
 }
 
@@ -427,15 +403,15 @@ class HeatmapCodec(LandmarkCodec):
     centroid   exact, Cauchy, sigma 0.5     0.1 at least 3 sigma from the border; 0.9
     =========  ===========================  ====================================================
 
-    A point outside the crop has weight 0, or is found near the nearest place inside: 0.5 cells at most
+    A point outside the crop has weight 0, or is decoded near the nearest place inside: 0.5 cells at most
     with argmax, quarter, dark and taylor, 0.75 with hourglass, 1 with centroid and with dark_udp and
     Gaussian targets. Not so with the centre "hourglass": what has x <= 0 or lies in no cell, as x = W
-    does, has an empty map and, as published, a weight of 1. It is found at the crop's first corner
+    does, has an empty map and, as published, a weight of 1. It is decoded at the crop's first corner
     (argmax: first cell), as far away as the crop is large.
 
     Attributes:
         map_size: (w, h).
-        sigma, shape, center, window, unit_peak: see :func:`draw_targets`.
+        sigma, shape, center, window: see :func:`draw_targets`.
         decoder: a key of :data:`DECODERS`.
         blur: see :func:`decode_dark`.
         geometry: see :func:`d2ext.codecs.landmarks.to_cells`.
@@ -449,7 +425,6 @@ class HeatmapCodec(LandmarkCodec):
     shape: str = "gaussian"
     center: str = "exact"
     window: float = 0.0
-    unit_peak: bool = True
     decoder: str = "taylor"
     blur: int = 11
     geometry: str = "continuous"
@@ -466,11 +441,6 @@ class HeatmapCodec(LandmarkCodec):
                 f"MODEL.LANDMARKS.DECODER is one of {sorted(DECODERS)}, not '{self.decoder}'."
             )
 
-    @property
-    def peak(self) -> float:
-        """Value of a target at its centre."""
-        return 1.0 if self.shape == "gaussian" or self.unit_peak else self.sigma**-2
-
     def encode(self, points: Tensor, labelled: Tensor) -> Encoded:
         """One target (N, K, h, w), see :func:`draw_targets`."""
         return draw_targets(
@@ -481,7 +451,6 @@ class HeatmapCodec(LandmarkCodec):
             shape=self.shape,
             center=self.center,
             window=self.window,
-            unit_peak=self.unit_peak,
         )
 
     def decode(self, prediction: tuple[Tensor, ...]) -> Decoded:

@@ -23,7 +23,7 @@ class SimCCCodec(LandmarkCodec):
 
     Attributes:
         ratio: bins per pixel; 2 as published.
-        sigma: deviation of the Gaussian labels in bins (published: 6 at 256x192); 0: the one bin.
+        sigma: deviation of the Gaussian labels in bins (published: 6 at 256x192).
         refine: one Newton step on the logarithm of the probabilities around the best bin.
     """
 
@@ -33,9 +33,9 @@ class SimCCCodec(LandmarkCodec):
     refine: bool = False
 
     def __post_init__(self) -> None:
-        if self.ratio <= 0 or self.sigma < 0:
+        if self.ratio <= 0 or self.sigma <= 0:
             raise ValueError(
-                "MODEL.LANDMARKS.SIMCC needs a positive RATIO and a SIGMA that is not negative, not "
+                "MODEL.LANDMARKS.SIMCC needs a positive RATIO and SIGMA, not "
                 f"{self.ratio} and {self.sigma}."
             )
 
@@ -51,11 +51,8 @@ class SimCCCodec(LandmarkCodec):
         for axis, bins in enumerate(self.bins):
             places = points[..., axis, None].float() * self.ratio - 0.5
             index = torch.arange(bins, device=points.device)
-            if self.sigma == 0:
-                target = (index == (places + 0.5).floor().clamp(0, bins - 1)).float()
-            else:
-                distance = (index - places.clamp(0, bins - 1)) / self.sigma
-                target = torch.exp(-(distance**2) / 2)
+            distance = (index - places.clamp(0, bins - 1)) / self.sigma
+            target = torch.exp(-(distance**2) / 2)
             targets.append(target / target.sum(dim=-1, keepdim=True))
         return Encoded(tuple(targets), weights.float())
 
@@ -66,7 +63,7 @@ class SimCCCodec(LandmarkCodec):
         has at its peak, at most 1.
         """
         # A label's peak, for a point at the middle of a bin.
-        peak = 1.0 if self.sigma == 0 else min(1.0, 1 / (self.sigma * math.sqrt(2 * math.pi)))
+        peak = min(1.0, 1 / (self.sigma * math.sqrt(2 * math.pi)))
         places, scores = [], []
         for logits in prediction:
             score, best = logits.float().softmax(dim=-1).max(dim=-1)

@@ -31,7 +31,7 @@ class Encoded(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """Landmarks found in crops."""
+    """Landmarks decoded from crops."""
 
     points: Tensor
     """(N, K, 2) float32, continuous pixel coordinates of the crop."""

@@ -1,7 +1,7 @@
 """Prior boxes of SSD-style detectors (arXiv 1512.02325): their grid, box coding and matching.
 
 All boxes are relative to the network input (0..1). Corner form is (x1, y1, x2, y2), centre form is
-(cx, cy, w, h). Letters: A priors, N ground-truth objects, C crowd regions.
+(cx, cy, w, h). Letters: A priors, N annotated objects, C crowd regions.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def match_priors(
     negative_iou: float = 0.4,
     crowd_ioa: float = 0.7,
 ) -> PriorMatches:
-    """Match priors with ground truth (yolact/NOTES.md §5).
+    """Match priors with annotations (yolact/NOTES.md §5).
 
     A prior takes the object of its highest IoU; it is positive from ``positive_iou``, neutral below it
     and background below ``negative_iou``. Then each object is given one prior for itself, greedily

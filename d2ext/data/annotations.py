@@ -95,14 +95,14 @@ def obvious_flaw(annotation: Annotation) -> str:
 
 def normalize_annotations(annotations: list[Annotation], dropped: Counter[str]) -> list[Annotation]:
     """:func:`normalize_annotation` for a list; ``dropped`` counts why others are left out."""
-    kept = []
+    usable = []
     for annotation in annotations:
         result, reason = normalize_annotation(annotation)
         if result is None:
             dropped[reason] += 1
         else:
-            kept.append(result)
-    return kept
+            usable.append(result)
+    return usable
 
 
 def describe_dropped(dropped: Counter[str]) -> str:

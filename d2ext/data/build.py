@@ -8,23 +8,21 @@ from typing import Any, NamedTuple
 import cv2
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, MetadataCatalog
+from detectron2.data import DatasetFromList
 from detectron2.data.samplers import InferenceSampler, RepeatFactorTrainingSampler
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
+from d2ext.config import ConfigError
 from d2ext.data.dataset_dicts import get_dataset_dicts
-from d2ext.data.dataset_mapper import D2extDatasetMapper
+from d2ext.data.dataset_mapper import MAPPER_REGISTRY
 from d2ext.data.errors import DatasetError, SampleError
-from d2ext.data.landmarks.mapper import TopDownMapper, TopDownTestMapper
-from d2ext.data.landmarks.samples import add_detections, category_ids, instance_records
 from d2ext.data.sampler import (
     RepeatFactorStreamSampler,
     StreamSampler,
     sample_randomness,
     stream_seed,
 )
-from d2ext.data.transport import Packed, pack, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +119,7 @@ class ReportingDataLoader(DataLoader):
         super().__init__(dataset, collate_fn=_collate, worker_init_fn=_init_worker, **kwargs)
 
     def __iter__(self) -> Iterator[list[Record]]:
-        for item in super().__iter__():
-            batch, bad = unpack(item) if isinstance(item, Packed) else item
+        for batch, bad in super().__iter__():
             for sample in bad:
                 if sample.file_name not in self.bad_samples:
                     self.bad_samples[sample.file_name] = sample
@@ -133,10 +130,9 @@ class ReportingDataLoader(DataLoader):
 
 def _collate(
     items: list[tuple[Record | None, list[BadSample]]],
-) -> tuple[list, list[BadSample]] | Packed:
+) -> tuple[list[Record], list[BadSample]]:
     batch = [sample for sample, _ in items if sample is not None]
-    bad = [one for _, found in items for one in found]
-    return (batch, bad) if get_worker_info() is None else pack((batch, bad))
+    return batch, [one for _, bad in items for one in bad]
 
 
 def _init_worker(worker_id: int) -> None:
@@ -148,6 +144,25 @@ def _init_worker(worker_id: int) -> None:
     gc.freeze()
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
+
+
+def build_mapper(cfg: CfgNode, *, is_train: bool) -> Mapper:
+    """What ``INPUT.MAPPER`` names in ``MAPPER_REGISTRY``.
+
+    Raises:
+        ConfigError: it names none.
+    """
+    if cfg.INPUT.MAPPER not in MAPPER_REGISTRY:
+        raise ConfigError(
+            f"INPUT.MAPPER is {cfg.INPUT.MAPPER!r}; known are "
+            f"{', '.join(sorted(name for name, _ in MAPPER_REGISTRY))}."
+        )
+    return MAPPER_REGISTRY.get(cfg.INPUT.MAPPER)(cfg, is_train)
+
+
+def _samples(mapper: Mapper, records: list[Record], names: Sequence[str]) -> list[Record]:
+    expand = getattr(mapper, "samples", None)
+    return records if expand is None else expand(records, names)
 
 
 def build_train_loader(
@@ -164,8 +179,7 @@ def build_train_loader(
     Args:
         cfg: reads ``DATASETS``, ``DATALOADER``, ``INPUT``, ``SEED``, ``SOLVER.IMS_PER_BATCH``
         start_iter: iterations already done; the stream starts at start_iter × IMS_PER_BATCH
-        mapper: defaults to :class:`D2extDatasetMapper` of ``cfg``; with ``INPUT.LANDMARKS.ENABLED``
-            to :class:`~d2ext.data.landmarks.TopDownMapper`, and a sample is one annotated instance
+        mapper: defaults to what ``INPUT.MAPPER`` names in ``MAPPER_REGISTRY``
 
     Returns:
         loader of lists of ``IMS_PER_BATCH / number of processes`` model inputs
@@ -181,11 +195,8 @@ def build_train_loader(
             f"of processes, {world_size}."
         )
     records = get_dataset_dicts(cfg, cfg.DATASETS.TRAIN, is_train=True)
-    landmarks = cfg.INPUT.LANDMARKS.ENABLED
-    if landmarks:
-        records = instance_records(records)
-    if mapper is None:
-        mapper = TopDownMapper(cfg, True) if landmarks else D2extDatasetMapper(cfg, True)
+    mapper = mapper or build_mapper(cfg, is_train=True)
+    records = _samples(mapper, records, cfg.DATASETS.TRAIN)
     dataset = StreamDataset(
         DatasetFromList(records, copy=False),
         mapper,
@@ -228,18 +239,10 @@ def build_test_loader(
         DatasetError: unregistered or empty data set
     """
     records = get_dataset_dicts(cfg, [dataset_name], is_train=False)
-    landmarks = cfg.INPUT.LANDMARKS
-    if landmarks.ENABLED and landmarks.TEST_BOXES not in ("annotations", "image"):
-        categories = category_ids(MetadataCatalog.get(dataset_name))
-        records = add_detections(
-            records, landmarks.TEST_BOXES, landmarks.TEST_MIN_SCORE, categories
-        )
-    if mapper is None:
-        mapper = TopDownTestMapper(cfg) if landmarks.ENABLED else D2extDatasetMapper(cfg, False)
+    mapper = mapper or build_mapper(cfg, is_train=False)
+    records = _samples(mapper, records, [dataset_name])
     dataset = InferenceDataset(
-        DatasetFromList(records, copy=False),
-        mapper,
-        strict=cfg.INPUT.STRICT,
+        DatasetFromList(records, copy=False), mapper, strict=cfg.INPUT.STRICT
     )
     return ReportingDataLoader(
         dataset,

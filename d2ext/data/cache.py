@@ -6,8 +6,6 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["cache_folder"]
-
 
 def cache_folder(part: str) -> Path:
     """A folder in the cache, made if necessary.
@@ -18,9 +16,9 @@ def cache_folder(part: str) -> Path:
     Args:
         part: path of the folder in the cache
     """
-    chosen = os.environ.get("D2EXT_CACHE")
-    if chosen:
-        folder = Path(chosen, part)
+    given = os.environ.get("D2EXT_CACHE")
+    if given:
+        folder = Path(given, part)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))

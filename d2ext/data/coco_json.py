@@ -1,17 +1,24 @@
-"""Checking COCO-format annotation files before anything depends on them."""
+"""Files in COCO's form: the reader of all own data with instances, keypoints or landmarks.
+
+:func:`read_coco_json` reads a file and checks it before anything depends on it. :func:`coco_records`
+makes Detectron2's dicts of it for detection and keypoints, :mod:`d2ext.data.landmarks.readers` for
+landmarks.
+The checks of lists serve COCO's panoptic form (:mod:`d2ext.data.panoptic_json`), too.
+"""
 
 import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import pycocotools.mask as mask_util
+from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-from d2ext.data.dataset_dicts import shorten
-from d2ext.data.errors import DatasetError
+from d2ext.data.errors import DatasetError, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -21,82 +28,172 @@ CHECKED_IMAGES = 1000
 TOLERATED_MISSING = 0.1
 
 Entry = dict[str, Any]
+Record = dict[str, Any]
+
+# What a file must have, by what it is read for. Landmark files, also those of pose toolkits, may lack
+# sizes and names of categories: the kind of landmarks is known.
+DETECTION: Mapping[str, Sequence[str]] = {
+    "images": ("id", "file_name", "height", "width"),
+    "annotations": ("id", "image_id", "category_id"),
+    "categories": ("id", "name"),
+}
+LANDMARKS: Mapping[str, Sequence[str]] = {
+    "images": ("id", "file_name"),
+    "annotations": ("id", "image_id"),
+}
 
 
 @dataclass(frozen=True)
-class CocoSummary:
-    """What is in a COCO-format file.
+class CocoFile:
+    """What is in a COCO-format file: its entries, categories by ascending id, which is the order of
+    Detectron2's contiguous ids."""
 
-    Attributes:
-        classes: names in the order of their category ids, which is the order of Detectron2's
-            contiguous ids
-        category_ids: the same classes' ids in the file
-        num_images, num_annotations: counts
-        keypoint_names: names of the keypoints, empty if the file has none
-        skeleton: pairs of keypoint indices, 0-based
-    """
+    images: list[Entry]
+    annotations: list[Entry]
+    categories: list[Entry]
 
-    classes: list[str]
-    category_ids: list[int]
-    num_images: int
-    num_annotations: int
-    keypoint_names: list[str] = field(default_factory=list)
-    skeleton: list[tuple[int, int]] = field(default_factory=list)
+    @property
+    def classes(self) -> dict[int, str]:
+        """Category id → name."""
+        return {c["id"]: c["name"] for c in self.categories}
 
 
-def check_coco_json(json_file: str, image_root: str) -> CocoSummary:
-    """Read a COCO-format file and check that Detectron2 can load and train on it.
+def read_coco_json(
+    json_file: str,
+    image_root: str | None = None,
+    required: Mapping[str, Sequence[str]] = DETECTION,
+) -> CocoFile:
+    """Read a COCO-format file and check that it can be trained on.
 
     Args:
         json_file: annotation file with ``images``, ``annotations`` and ``categories``
-        image_root: folder that ``file_name`` of an image is relative to
+        image_root: folder that ``file_name`` of an image is relative to; None: images are not looked for
+        required: :data:`DETECTION` or :data:`LANDMARKS`
 
     Raises:
         DatasetError: all problems in one message, with the first few examples of each
     """
-    content = _read(json_file)
-    images, annotations, categories = (
-        content[key] for key in ("images", "annotations", "categories")
-    )
-    problems = [
-        *_check_categories(categories),
-        *check_image_entries(images),
-        *_check_annotations(annotations, images, categories),
-    ]
-    if not problems:
-        problems = check_image_files(images, image_root)
-    if problems:
-        listed = "".join(f"\n  - {text}" for text in problems)
-        raise DatasetError(f"'{json_file}' cannot be used as a COCO-format data set:{listed}")
-    categories = sorted(categories, key=lambda c: c["id"])
-    keypoints = next((c for c in categories if c.get("keypoints")), {})
-    return CocoSummary(
-        classes=[c["name"] for c in categories],
-        category_ids=[c["id"] for c in categories],
-        num_images=len(images),
-        num_annotations=len(annotations),
-        keypoint_names=list(keypoints.get("keypoints", [])),
-        skeleton=[(a - 1, b - 1) for a, b in keypoints.get("skeleton", [])],
-    )
-
-
-def _read(json_file: str) -> dict[str, list[Entry]]:
-    """The parsed file, whose three lists exist and hold dicts."""
-    try:
-        with PathManager.open(json_file, "r", encoding="utf-8") as f:
-            content = json.load(f)
-    except FileNotFoundError as e:
-        raise DatasetError(f"Annotation file '{json_file}' does not exist.") from e
-    except IsADirectoryError as e:
-        raise DatasetError(f"Annotation file '{json_file}' is a folder.") from e
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise DatasetError(f"Annotation file '{json_file}' is not valid JSON: {e}") from e
+    content = read_json(json_file)
     if not isinstance(content, dict):
         raise DatasetError(
             f"Annotation file '{json_file}' holds a {type(content).__name__}; a COCO-format file "
             "is an object with 'images', 'annotations' and 'categories'."
         )
-    for key in ("images", "annotations", "categories"):
+    check_lists(json_file, content, required)
+    images, annotations = content["images"], content["annotations"]
+    categories = content.get("categories") or []
+    problems: list[str] = []
+    for key, keys in required.items():
+        problems += [*missing_keys(key, content[key], keys), *duplicates(key, "id", content[key])]
+    problems += [
+        *_check_owners(annotations, "image_id", "images", images),
+        *_check_boxes(annotations),
+    ]
+    if "categories" in required:
+        problems += _check_detection(annotations, categories)
+    if not problems and image_root is not None:
+        problems = check_image_files(images, image_root)
+    raise_problems(json_file, "a COCO-format data set", problems)
+    return CocoFile(images, annotations, sorted(categories, key=lambda c: c.get("id", 1)))
+
+
+def load_coco_json(json_file: str, image_root: str) -> list[Record]:
+    """:func:`coco_records` of a file."""
+    return coco_records(read_coco_json(json_file), image_root)
+
+
+def coco_records(file: CocoFile, image_root: str) -> list[Record]:
+    """Detectron2's dicts, by ascending image id, as its own reader of COCO files gives them.
+
+    Annotations have ``bbox`` (``BoxMode.XYWH_ABS``), ``iscrowd``, ``segmentation`` and ``keypoints``
+    as far as the file has them, and a contiguous ``category_id``. 0.5 is added to coordinates of
+    keypoints, which are pixel indices in COCO: the centre of the first pixel is 0.5 in Detectron2.
+    """
+    contiguous = {category: i for i, category in enumerate(file.classes)}
+    records = {image["id"]: image_record(image, image_root) for image in file.images}
+    for entry in file.annotations:
+        annotation: Record = {k: entry[k] for k in ("iscrowd", "bbox") if k in entry}
+        if entry.get("segmentation"):
+            annotation["segmentation"] = _segmentation(entry["segmentation"])
+        if entry.get("keypoints"):
+            annotation["keypoints"] = [
+                v if i % 3 == 2 else v + 0.5 for i, v in enumerate(entry["keypoints"])
+            ]
+        annotation["bbox_mode"] = BoxMode.XYWH_ABS
+        annotation["category_id"] = contiguous[entry["category_id"]]
+        records[entry["image_id"]]["annotations"].append(annotation)
+    return [records[image_id] for image_id in sorted(records)]
+
+
+def _segmentation(value: Any) -> Any:
+    """Compressed RLE, or polygons without those of fewer than three points (unless all are)."""
+    if isinstance(value, list):
+        return [
+            p for p in value if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0
+        ] or value
+    if isinstance(value["counts"], list):
+        return mask_util.frPyObjects(value, *value["size"])
+    return value
+
+
+def image_record(entry: Entry, image_root: str) -> Record:
+    """Detectron2's dict of an image, without annotations yet; sizes as far as the file has them."""
+    return {
+        "file_name": os.path.join(image_root, entry["file_name"]),
+        **{key: entry[key] for key in ("height", "width") if key in entry},
+        "image_id": entry["id"],
+        "annotations": [],
+    }
+
+
+def read_text(path: str) -> str:
+    """A text file in UTF-8, or :class:`DatasetError`."""
+    try:
+        with PathManager.open(path, "rb") as f:  # not all of its handlers know encodings
+            return f.read().decode("utf-8")
+    except FileNotFoundError as e:
+        raise DatasetError(f"Annotation file '{path}' does not exist.") from e
+    except IsADirectoryError as e:
+        raise DatasetError(f"Annotation file '{path}' is a folder.") from e
+    except UnicodeDecodeError as e:
+        raise DatasetError(f"Annotation file '{path}' is not a text file: {e}") from e
+
+
+def read_json(path: str) -> Any:
+    """A parsed JSON file, or :class:`DatasetError`."""
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as e:
+        raise DatasetError(f"Annotation file '{path}' is not valid JSON: {e}") from e
+
+
+def check_same_categories(name: str, categories: dict[str, dict[int, str]]) -> None:
+    """Raise :class:`DatasetError` unless all parts of a data set have the same categories.
+
+    Args:
+        name: of the data set
+        categories: part → category id → name
+    """
+    first, *others = categories.values()
+    for other in others:
+        text = differences(first, other)
+        if text:
+            raise DatasetError(
+                f"The {' and '.join(categories)} parts of data set '{name}' have different "
+                f"'categories' ({text}). Give both files the same list; classes without annotations "
+                "are allowed."
+            )
+
+
+def differences(a: Mapping[int, str], b: Mapping[int, str]) -> str:
+    """Where two mappings of category ids differ, as text; empty if nowhere."""
+    differing = [i for i in sorted({*a, *b}) if a.get(i) != b.get(i)]
+    return shorten([f"id {i}: {a.get(i, 'none')} / {b.get(i, 'none')}" for i in differing])
+
+
+def check_lists(json_file: str, content: Entry, keys: Iterable[str]) -> None:
+    """Raise :class:`DatasetError` unless there are lists of objects, not empty but for annotations."""
+    for key in keys:
         entries = content.get(key)
         if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
             state = "has no" if key not in content else "has a malformed"
@@ -106,59 +203,49 @@ def _read(json_file: str) -> dict[str, list[Entry]]:
             )
         if not entries and key != "annotations":
             raise DatasetError(f"Annotation file '{json_file}': '{key}' is empty.")
-    return content
 
 
-def _check_categories(categories: list[Entry]) -> Iterable[str]:
-    yield from missing_keys("categories", categories, ("id", "name"))
-    yield from duplicates("categories", "id", categories)
+def _check_owners(
+    annotations: list[Entry], key: str, what: str, owners: list[Entry]
+) -> Iterable[str]:
+    known = {owner.get("id") for owner in owners}
+    wrong = [a for a in annotations if key in a and a[key] not in known]
+    yield from problem(
+        f"annotations have a {key} that is not in '{what}'",
+        [f"annotation {a.get('id')} ({key} {a[key]!r})" for a in wrong],
+    )
+
+
+def _check_boxes(annotations: list[Entry]) -> Iterable[str]:
+    yield from problem(
+        "annotations have a 'bbox' that is not four numbers (x, y, width, height)",
+        [
+            f"annotation {a.get('id')} ({a['bbox']!r})"
+            for a in annotations
+            if "bbox" in a and not _is_box(a["bbox"])
+        ],
+    )
+
+
+def _check_detection(annotations: list[Entry], categories: list[Entry]) -> Iterable[str]:
+    yield from _check_owners(annotations, "category_id", "categories", categories)
     yield from duplicates("categories", "name", categories)
     with_keypoints = [c["keypoints"] for c in categories if c.get("keypoints")]
     if any(keypoints != with_keypoints[0] for keypoints in with_keypoints):
         yield "categories have different 'keypoints'; Detectron2 supports one list for all"
-
-
-def check_image_entries(images: list[Entry]) -> Iterable[str]:
-    """Problems of the list 'images'."""
-    yield from missing_keys("images", images, ("id", "file_name", "height", "width"))
-    yield from duplicates("images", "id", images)
-
-
-def _check_annotations(
-    annotations: list[Entry], images: list[Entry], categories: list[Entry]
-) -> Iterable[str]:
-    yield from missing_keys("annotations", annotations, ("id", "image_id", "category_id"))
-    yield from duplicates("annotations", "id", annotations)
-    for key, what, owners in (
-        ("image_id", "images", images),
-        ("category_id", "categories", categories),
-    ):
-        known = {owner.get("id") for owner in owners}
-        found = [a for a in annotations if key in a and a[key] not in known]
-        yield from problem(
-            len(found),
-            f"annotations have a {key} that is not in '{what}'",
-            [f"annotation {a.get('id')} ({key} {a[key]!r})" for a in found[:5]],
-        )
-    found = [a for a in annotations if "bbox" in a and not _is_box(a["bbox"])]
+    expected = max((3 * len(keypoints) for keypoints in with_keypoints), default=0)
     yield from problem(
-        len(found),
-        "annotations have a 'bbox' that is not four numbers (x, y, width, height)",
-        [f"annotation {a.get('id')} ({a['bbox']!r})" for a in found[:5]],
-    )
-    expected = max((3 * len(c.get("keypoints") or ()) for c in categories), default=0)
-    found = [a for a in annotations if a.get("keypoints") and len(a["keypoints"]) != expected]
-    yield from problem(
-        len(found),
         f"annotations have 'keypoints' of other than {expected} numbers (x, y, visibility for each "
         "keypoint of the category)",
-        [f"annotation {a.get('id')} ({len(a['keypoints'])} numbers)" for a in found[:5]],
+        [
+            f"annotation {a.get('id')} ({len(a['keypoints'])} numbers)"
+            for a in annotations
+            if a.get("keypoints") and len(a["keypoints"]) != expected
+        ],
     )
-    found = [a for a in annotations if a.get("ignore", 0)]
     yield from problem(
-        len(found),
         "annotations are marked 'ignore', which Detectron2 does not support; use 'iscrowd'",
-        [f"annotation {a.get('id')}" for a in found[:5]],
+        [f"annotation {a.get('id')}" for a in annotations if a.get("ignore", 0)],
     )
 
 
@@ -184,27 +271,33 @@ def check_image_files(images: list[Entry], image_root: str) -> list[str]:
 def missing_keys(what: str, entries: list[Entry], keys: Sequence[str]) -> Iterable[str]:
     """A line for each key that entries lack."""
     for key in keys:
-        found = [e for e in entries if key not in e]
-        examples = [shorten([f"{k}: {e[k]!r}" for k in list(e)[:2]]) for e in found[:5]]
+        lacking = [e for e in entries if key not in e]
         yield from problem(
-            len(found), f"{what} have no '{key}'", [f"the one with {e}" for e in examples]
+            f"{what} have no '{key}'",
+            [f"the one with {shorten([f'{k}: {e[k]!r}' for k in list(e)[:2]])}" for e in lacking],
         )
 
 
 def duplicates(what: str, key: str, entries: list[Entry]) -> Iterable[str]:
     """A line if a value of ``key`` occurs more than once."""
     counts = Counter(str(e[key]) for e in entries if key in e)
-    repeated = [f"{value} ({count} times)" for value, count in counts.items() if count > 1]
     yield from problem(
-        len(repeated), f"values of '{key}' occur repeatedly in '{what}'", repeated[:5]
+        f"values of '{key}' occur repeatedly in '{what}'",
+        [f"{value} ({count} times)" for value, count in counts.items() if count > 1],
     )
 
 
-def problem(count: int, text: str, examples: list[str]) -> Iterable[str]:
-    """Nothing if ``count`` is 0, otherwise one line."""
-    if count:
-        more = f", ... ({count - len(examples)} more)" if count > len(examples) else ""
-        yield f"{count} {text}: {', '.join(examples)}{more}"
+def problem(text: str, examples: list[str]) -> Iterable[str]:
+    """One line with the count and the first few examples; nothing if there are none."""
+    if examples:
+        yield f"{len(examples)} {text}: {shorten(examples)}"
+
+
+def raise_problems(json_file: str, what: str, problems: list[str]) -> None:
+    """Raise :class:`DatasetError` if there are any."""
+    if problems:
+        listed = "".join(f"\n  - {text}" for text in problems)
+        raise DatasetError(f"'{json_file}' cannot be used as {what}:{listed}")
 
 
 def _is_box(box: Any) -> bool:

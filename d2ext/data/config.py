@@ -2,9 +2,10 @@
 
 from detectron2.config import CfgNode
 
-from d2ext.data.landmarks.config import add_landmark_data_config
+from d2ext.config import CONFIG_REGISTRY
 
 
+@CONFIG_REGISTRY.register()
 def add_data_config(cfg: CfgNode) -> None:
     """Add the data keys to ``cfg``, in place."""
     # True: the first unusable sample (broken image, impossible annotation) ends the run with its
@@ -14,12 +15,16 @@ def add_data_config(cfg: CfgNode) -> None:
     # How many unusable samples in a row are replaced before the run ends with an error
     cfg.INPUT.MAX_BAD_SAMPLES = 10
 
+    # What makes samples of a data set, a name in d2ext.data.MAPPER_REGISTRY:
+    #   "D2extDatasetMapper"     images, as with Detectron2's mapper
+    #   "build_top_down_mapper"  landmarks: in training one annotated instance, cropped; in a test one
+    #                            image with the boxes to crop (INPUT.LANDMARKS)
+    cfg.INPUT.MAPPER = "D2extDatasetMapper"
+
     # True: sem_seg of a training sample has a label for every class, stuff 0..S-1 and then things
     # S..S+T-1, and 255 for none, read from the panoptic annotation (see d2ext.data.panoptic).
     # False: the file that sem_seg_file_name names, as in Detectron2.
     cfg.INPUT.SEM_SEG_WITH_THINGS = False
-
-    add_landmark_data_config(cfg)
 
     # Training augmentation
     cfg.INPUT.AUGMENTATION = c = CfgNode()

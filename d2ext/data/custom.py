@@ -6,9 +6,10 @@ From Python::
     apply_dataset_to_config(cfg, "fruits")     # data sets fruits_train and fruits_val, class counts
     check_config_against_data(cfg)
 
-Three kinds of annotation:
+Four kinds of annotation:
 
-- instances in COCO's form (``json``);
+- instances in COCO's form (``json``), with masks or keypoints;
+- landmarks (``json`` and ``landmarks``, the set whose points they are), in any form of that set;
 - COCO's panoptic form (``panoptic_json``, ``panoptic_root``): instances and stuff maps, which panoptic
   models read beside it, are made of it once, unless given (``json``, ``sem_seg``);
 - label maps (``sem_seg``), with the names of the classes.
@@ -20,6 +21,11 @@ A program takes the same from its command line by :func:`add_dataset_arguments` 
     name: fruits
     train: {json: train.json, images: train/}
     val: {json: val.json, images: val/}
+
+    # faces.yaml
+    name: faces
+    landmarks: wflw
+    train: {json: list_train.txt, images: WFLW_images/}
 
     # streets.yaml
     name: streets
@@ -34,24 +40,36 @@ A program takes the same from its command line by :func:`add_dataset_arguments` 
 import argparse
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import yaml
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
-from d2ext.data.class_counts import check_config_against_data, set_class_counts
-from d2ext.data.coco_json import CocoSummary, check_coco_json
-from d2ext.data.dataset_dicts import shorten
-from d2ext.data.errors import DatasetError
-from d2ext.data.landmarks.own import add_landmark_arguments, register_landmark_arguments
-from d2ext.data.panoptic_json import default_panoptic_root
-from d2ext.data.register_panoptic import PanopticFiles, check_instances_match, register_panoptic
+from d2ext.data.coco_json import check_same_categories, load_coco_json, read_coco_json
+from d2ext.data.dataset_facts import (
+    category_metadata,
+    check_config_against_data,
+    set_config_from_data,
+)
+from d2ext.data.errors import DatasetError, shorten
+from d2ext.data.landmarks.datasets import LANDMARK_DATASETS
+from d2ext.data.landmarks.register import register_landmarks
+from d2ext.data.register_panoptic import register_panoptic
 from d2ext.data.register_semantic import check_classes, parse_classes, register_semantic
+
+__all__ = [
+    "add_dataset_arguments",
+    "apply_dataset_to_config",
+    "check_config_against_data",
+    "load_dataset_yaml",
+    "register_from_arguments",
+    "register_own_dataset",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +82,9 @@ class Split:
 
     Attributes:
         images: folder of the images
-        json: instances in COCO's form
-        panoptic_json, panoptic_root: COCO's panoptic form and the folder of its PNGs
+        json: instances in COCO's form, or landmarks
+        panoptic_json: COCO's panoptic form; instances and stuff maps are made of it unless given, too
+        panoptic_root: folder of its PNGs; default: the JSON file's name without ``.json``
         sem_seg: folder of label maps
     """
 
@@ -86,9 +105,10 @@ class Split:
 
 
 _FILES = tuple(f.name for f in fields(Split))
+_Splits = dict[str, Split]
 
 # What register_own_dataset has registered, by name of the data set.
-_registered: dict[str, tuple[dict[str, Split], list[str] | None]] = {}
+_registered: dict[str, tuple[_Splits, list[str] | None, str | None]] = {}
 
 
 def register_own_dataset(
@@ -105,6 +125,7 @@ def register_own_dataset(
     val_panoptic_root: str | None = None,
     val_sem_seg: str | None = None,
     semantic_classes: Sequence[str] | None = None,
+    landmarks: str | None = None,
 ) -> list[str]:
     """Check data and register them as ``<name>_train`` and ``<name>_val``.
 
@@ -112,22 +133,17 @@ def register_own_dataset(
 
     Args:
         name: of the data set
-        train_json, val_json: instances in COCO's form
-        train_images, val_images: folders of the images
-        train_panoptic_json, val_panoptic_json: annotations in COCO's panoptic form; instances and
-            stuff maps are made of them unless given, too
-        train_panoptic_root, val_panoptic_root: folders of their PNGs; default: the JSON file's name
-            without ``.json``
-        train_sem_seg, val_sem_seg: folders of label maps
-        semantic_classes: names of their classes, in the order of the labels; only for data that
-            have nothing but label maps
+        train_json, ..., val_sem_seg: files of the parts, see :class:`Split`
+        semantic_classes: names of the classes, in the order of the labels; only for data that have
+            nothing but label maps
+        landmarks: kind of the landmarks, see :func:`~d2ext.data.landmarks.register_landmarks`
 
     Returns:
         the registered names
 
     Raises:
-        DatasetError: files that cannot be used, different classes in the two parts, or a name that
-            is taken
+        DatasetError: files that cannot be used, different classes or landmarks in the two parts, or a
+            name that is taken
     """
     given = {
         "train": Split(
@@ -142,33 +158,42 @@ def register_own_dataset(
             "part, train or val."
         )
     classes = None if semantic_classes is None else check_classes(semantic_classes)
-    _check_complete(name, splits, classes)
-    if _registered.get(name) != (splits, classes):
-        names = [f"{name}_{split}" for split in splits]
+    _check_complete(name, splits, classes, landmarks)
+    names = [f"{name}_{key}" for key in splits]
+    if _registered.get(name) != (splits, classes, landmarks):
         taken = [n for n in names if n in DatasetCatalog.list()]
         if taken:
             raise DatasetError(
                 f"Data set '{taken[0]}' is already registered with other files. Choose another "
                 f"name than '{name}'."
             )
-        register = {
-            "instances": _register_instances,
-            "panoptic": _register_panoptic,
-            "semantic": _register_semantic,
-        }[next(iter(splits.values())).kind]
         try:
-            register(name, splits, classes)
+            _registrar(splits, classes, landmarks)(name, splits)
         except DatasetError:
             for n in names:  # of two parts both or none
                 if n in DatasetCatalog.list():
                     DatasetCatalog.remove(n)
-                MetadataCatalog.pop(n, None)
+                    MetadataCatalog.pop(n, None)
             raise
-        _registered[name] = (splits, classes)
-    return [f"{name}_{split}" for split in splits]
+        _registered[name] = (splits, classes, landmarks)
+    return names
 
 
-def _check_complete(name: str, splits: dict[str, Split], classes: list[str] | None) -> None:
+def _registrar(
+    splits: _Splits, classes: list[str] | None, landmarks: str | None
+) -> Callable[[str, _Splits], None]:
+    """What registers the parts of a data set, which are all of one kind."""
+    if landmarks is not None:
+        return partial(_register_landmarks, kind=landmarks)
+    if classes is not None:
+        return partial(_register_semantic, classes=classes)
+    kind = next(iter(splits.values())).kind
+    return _register_panoptic if kind == "panoptic" else _register_instances
+
+
+def _check_complete(
+    name: str, splits: _Splits, classes: list[str] | None, landmarks: str | None
+) -> None:
     for key, split in splits.items():
         flag = f"--{key}"
         if split.kind == "none" or split.images is None:
@@ -194,46 +219,64 @@ def _check_complete(name: str, splits: dict[str, Split], classes: list[str] | No
             f"The train part of data set '{name}' is for {kinds['train']}, the val part for "
             f"{kinds['val']}: give both the same kind of annotation."
         )
-    semantic = "semantic" in kinds.values()
-    if semantic and classes is None:
+    (kind,) = set(kinds.values())
+    if kind == "semantic" and classes is None:
         raise DatasetError(
             f"The label maps of data set '{name}' need the names of their classes, in the order of "
             "the labels: --semantic-classes a,b,c or a file with one name per line."
         )
-    if classes is not None and not semantic:
+    if kind != "semantic" and classes is not None:
         raise DatasetError(
             f"Data set '{name}' takes its classes from the JSON file: leave out the semantic classes."
         )
+    if kind != "instances" and landmarks is not None:
+        raise DatasetError(
+            f"The landmarks of data set '{name}' are given by --train-json and --val-json, with the "
+            "image folders; they go with no other annotation."
+        )
 
 
-def _register_instances(name: str, splits: dict[str, Split], classes: list[str] | None) -> None:
-    summaries = {
-        key: check_coco_json(s.json, s.images) for key, s in splits.items() if s.json and s.images
-    }
-    _check_same_categories(
-        name,
-        {key: dict(zip(s.category_ids, s.classes, strict=True)) for key, s in summaries.items()},
-    )
-    for key, summary in summaries.items():
-        register_coco_instances(
-            f"{name}_{key}", _metadata(summary), splits[key].json, splits[key].images
+def _register_instances(name: str, splits: _Splits) -> None:
+    categories = {}
+    for key, split in splits.items():
+        assert split.json is not None and split.images is not None  # _check_complete
+        file = read_coco_json(split.json, split.images)
+        categories[key] = file.classes
+        DatasetCatalog.register(f"{name}_{key}", partial(load_coco_json, split.json, split.images))
+        MetadataCatalog.get(f"{name}_{key}").set(
+            json_file=split.json,
+            image_root=split.images,
+            evaluator_type="coco",
+            **category_metadata(file.categories),
         )
         logger.info(
-            f"Data set '{name}_{key}': {summary.num_images} images, "
-            f"{summary.num_annotations} annotations, {len(summary.classes)} "
-            f"classes ({shorten(summary.classes)})."
+            f"Data set '{name}_{key}': {len(file.images)} images, {len(file.annotations)} annotations, "
+            f"{len(file.classes)} classes ({shorten(list(file.classes.values()))})."
         )
+    check_same_categories(name, categories)
 
 
-def _register_panoptic(name: str, splits: dict[str, Split], classes: list[str] | None) -> None:
+def _register_landmarks(name: str, splits: _Splits, *, kind: str) -> None:
+    points = set()
+    for key, split in splits.items():
+        assert split.json is not None and split.images is not None  # _check_complete
+        points.add(register_landmarks(f"{name}_{key}", kind, split.json, split.images).keypoints)
+    if len(points) > 1:
+        raise DatasetError(f"The train and val parts of '{name}' have different landmarks.")
+
+
+def _register_panoptic(name: str, splits: _Splits) -> None:
     categories = {}
     for key, split in splits.items():
         assert split.images is not None and split.panoptic_json is not None  # _check_complete
-        root = split.panoptic_root or default_panoptic_root(split.panoptic_json)
-        files = PanopticFiles(split.images, split.panoptic_json, root, split.json, split.sem_seg)
-        summary = register_panoptic(f"{name}_{key}", files)
-        if split.json is not None:
-            check_instances_match(name, check_coco_json(split.json, split.images), summary)
+        summary = register_panoptic(
+            f"{name}_{key}",
+            split.images,
+            split.panoptic_json,
+            split.panoptic_root,
+            json=split.json,
+            sem_seg=split.sem_seg,
+        )
         categories[key] = {
             i: f"{n} ({'thing' if i in summary.things else 'stuff'})"
             for i, n in {**summary.things, **summary.stuff}.items()
@@ -244,12 +287,12 @@ def _register_panoptic(name: str, splits: dict[str, Split], classes: list[str] |
             f"({shorten(list(summary.things.values()))}) and {len(summary.stuff)} of stuff "
             f"({shorten(list(summary.stuff.values()))})."
         )
-    _check_same_categories(name, categories)
+    check_same_categories(name, categories)
 
 
-def _register_semantic(name: str, splits: dict[str, Split], classes: list[str] | None) -> None:
+def _register_semantic(name: str, splits: _Splits, *, classes: list[str]) -> None:
     for key, split in splits.items():
-        assert split.images is not None and split.sem_seg is not None and classes is not None
+        assert split.images is not None and split.sem_seg is not None  # _check_complete
         count = register_semantic(f"{name}_{key}", split.images, split.sem_seg, classes)
         logger.info(
             f"Data set '{name}_{key}': {count} images, {len(classes)} classes ({shorten(classes)})."
@@ -276,7 +319,7 @@ def load_dataset_yaml(path: str) -> dict[str, Any]:
     example = "Expected: name: NAME, train: {json: FILE, images: FOLDER}, val: likewise."
     if not isinstance(content, dict) or not isinstance(content.get("name"), str):
         raise DatasetError(f"Data set file '{path}' has no 'name'. {example}")
-    _refuse_unknown_keys(path, content, ("name", "classes", *_SPLITS))
+    _refuse_unknown_keys(path, content, ("name", "classes", "landmarks", *_SPLITS))
     result: dict[str, Any] = {"name": content["name"]}
     for split in _SPLITS:
         if split not in content:
@@ -291,6 +334,8 @@ def load_dataset_yaml(path: str) -> dict[str, Any]:
         if not isinstance(content["classes"], list):
             raise DatasetError(f"Data set file '{path}': 'classes' is not a list of names.")
         result["semantic_classes"] = [str(c) for c in content["classes"]]
+    if "landmarks" in content:
+        result["landmarks"] = str(content["landmarks"])
     return result
 
 
@@ -299,22 +344,22 @@ def apply_dataset_to_config(cfg: CfgNode, name: str) -> None:
 
     Sets ``DATASETS.TRAIN`` and ``TEST`` to ``<name>_train`` and ``<name>_val`` (as far as they
     exist; built-in sets such as ``shapes``, ``coco_2017`` or ``coco_2017_panoptic_separated`` work,
-    too), every class count and, where masks are RLE, ``INPUT.MASK_FORMAT``. With keypoints, the
-    config's own ``MODEL.LANDMARKS.FLIP_INDICES`` is dropped: the data set says what they are.
+    too), the keys that follow from the data (:func:`~d2ext.data.dataset_facts.set_config_from_data`)
+    and, where masks are RLE, ``INPUT.MASK_FORMAT``.
 
     Raises:
         DatasetError: neither is registered
     """
-    found = {split: _find(name, split) for split in _SPLITS}
-    if not any(found.values()):
+    names = {split: _find(name, split) for split in _SPLITS}
+    if not any(names.values()):
         raise DatasetError(
             f"There is no data set '{name}': neither '{name}_train' nor '{name}_val' is "
             "registered. Give its files: --train-json, --train-images, --val-json, --val-images."
         )
-    cfg.DATASETS.TRAIN = (found["train"],) if found["train"] else ()
-    cfg.DATASETS.TEST = (found["val"],) if found["val"] else ()
-    name = found["train"] or found["val"] or name
-    set_class_counts(cfg, name)
+    cfg.DATASETS.TRAIN = (names["train"],) if names["train"] else ()
+    cfg.DATASETS.TEST = (names["val"],) if names["val"] else ()
+    name = names["train"] or names["val"] or name
+    set_config_from_data(cfg, name)
     if MetadataCatalog.get(name).get("mask_format") == "bitmask":
         cfg.INPUT.MASK_FORMAT = "bitmask"
 
@@ -356,7 +401,12 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dataset-yaml", metavar="FILE", help="a YAML file with all of this (name, train, val)"
     )
-    add_landmark_arguments(group)
+    group.add_argument(
+        "--landmarks",
+        metavar="KIND",
+        help="the data are landmarks, in any form of this set: "
+        f"{', '.join(LANDMARK_DATASETS)}, or custom (COCO-keypoint JSON with the points' names)",
+    )
 
 
 def register_from_arguments(args: argparse.Namespace) -> str | None:
@@ -376,11 +426,8 @@ def register_from_arguments(args: argparse.Namespace) -> str | None:
     files = {
         f"{split}_{key}": getattr(args, f"{split}_{key}") for split in _SPLITS for key in _FILES
     }
-    files["semantic_classes"] = args.semantic_classes
+    files |= {key: getattr(args, key) for key in ("semantic_classes", "landmarks")}
     given = [f"--{key.replace('_', '-')}" for key, value in files.items() if value is not None]
-    landmarks = register_landmark_arguments(args)
-    if landmarks is not None:
-        return landmarks
     if args.dataset_yaml is not None:
         if given or args.dataset is not None:
             raise DatasetError("--dataset-yaml holds the whole data set: give no other data.")
@@ -398,44 +445,6 @@ def register_from_arguments(args: argparse.Namespace) -> str | None:
     return args.dataset
 
 
-def _check_same_categories(name: str, categories: dict[str, dict[int, str]]) -> None:
-    """``categories``: part → category id → name."""
-    if len(categories) < 2:
-        return
-    a, b = categories["train"], categories["val"]
-    if a != b:
-        differing = [
-            f"id {i}: {a.get(i, 'none')} / {b.get(i, 'none')}"
-            for i in sorted({*a, *b})
-            if a.get(i) != b.get(i)
-        ]
-        raise DatasetError(
-            f"The train and val parts of data set '{name}' have different 'categories' "
-            f"({shorten(differing)}). Give both files the same list; classes without annotations "
-            "are allowed."
-        )
-
-
-def _metadata(summary: CocoSummary) -> dict[str, Any]:
-    """Detectron2's metadata; the same values that loading the file sets, known before."""
-    metadata: dict[str, Any] = {
-        "thing_classes": summary.classes,
-        "thing_dataset_id_to_contiguous_id": {c: i for i, c in enumerate(summary.category_ids)},
-    }
-    names = summary.keypoint_names
-    if names:
-        metadata["keypoint_names"] = names
-        metadata["keypoint_flip_map"] = [
-            (n, n.replace("left", "right"))
-            for n in names
-            if "left" in n and n.replace("left", "right") in names
-        ]
-        metadata["keypoint_connection_rules"] = [
-            (names[a], names[b], (102, 204, 255)) for a, b in summary.skeleton
-        ]
-    return metadata
-
-
 def _refuse_unknown_keys(path: str, content: dict[str, Any], known: tuple[str, ...]) -> None:
     unknown = sorted(str(key) for key in set(content) - set(known))
     if unknown:
@@ -443,13 +452,3 @@ def _refuse_unknown_keys(path: str, content: dict[str, Any], known: tuple[str, .
             f"Data set file '{path}' has unknown keys: {shorten(unknown)}. "
             f"Known: {', '.join(known)}."
         )
-
-
-__all__ = [
-    "add_dataset_arguments",
-    "apply_dataset_to_config",
-    "check_config_against_data",
-    "load_dataset_yaml",
-    "register_from_arguments",
-    "register_own_dataset",
-]

@@ -16,15 +16,12 @@ from detectron2.data.build import (
 )
 
 from d2ext.data.annotations import describe_dropped, obvious_flaw
-from d2ext.data.errors import DatasetError
+from d2ext.data.errors import DatasetError, shorten
 from d2ext.data.panoptic import attach_panoptic
 
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
-
-# How many offending annotations or images an error lists.
-_LISTED = 5
 
 
 def get_dataset_dicts(cfg: CfgNode, names: Sequence[str], *, is_train: bool) -> list[Record]:
@@ -135,7 +132,7 @@ def _checked(cfg: CfgNode, name: str, records: list[Record]) -> list[Record]:
         if "annotations" not in record:
             result.append(record)
             continue
-        kept = []
+        usable = []
         for annotation in record["annotations"]:
             category = annotation.get("category_id")
             if classes is not None and not _is_class(category, len(classes)):
@@ -150,8 +147,8 @@ def _checked(cfg: CfgNode, name: str, records: list[Record]) -> list[Record]:
                     no_mask.append(f"'{record['file_name']}'")
                 elif isinstance(annotation["segmentation"], dict):
                     rle.append(f"'{record['file_name']}'")
-            kept.append(annotation)
-        result.append({**record, "annotations": kept})
+            usable.append(annotation)
+        result.append({**record, "annotations": usable})
     if wrong_class:
         raise DatasetError(
             f"{len(wrong_class)} annotations of data set '{name}' have a class id outside "
@@ -195,11 +192,3 @@ def _filtered(cfg: CfgNode, records: list[Record]) -> list[Record]:
     if minimum > 0:
         records = filter_images_with_few_keypoints(records, minimum)
     return records
-
-
-def shorten(items: Sequence[Any] | None, count: int = _LISTED) -> str:
-    """The first few items as text, and how many more there are."""
-    if items is None:
-        return "unknown"
-    text = ", ".join(str(item) for item in items[:count])
-    return text if len(items) <= count else f"{text}, ... ({len(items) - count} more)"

@@ -9,21 +9,27 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks
+from fvcore.common.registry import Registry
 from fvcore.transforms.transform import TransformList
 
 from d2ext.data.annotations import describe_dropped, normalize_annotations
-from d2ext.data.augmentations import (
-    DetectionInput,
-    ReportsVisibleShares,
-    build_augmentations,
-)
+from d2ext.data.augmentations import DetectionInput, ReportsVisibleShares, build_augmentations
 from d2ext.data.errors import AnnotationError
-from d2ext.data.image_io import read_image, read_label_map
+from d2ext.data.image_io import read_label_map, read_record_image
 from d2ext.data.panoptic import PanopticClasses, full_label_map, panoptic_classes
 
 logger = logging.getLogger(__name__)
 
+MAPPER_REGISTRY = Registry("MAPPER")
+MAPPER_REGISTRY.__doc__ = """What ``INPUT.MAPPER`` names: ``build(cfg, is_train)`` returns a mapper.
 
+A mapper makes a model's input of one data set dict, and raises ``d2ext.data.SampleError`` for one that
+it cannot use. It may have a method ``samples(records, dataset_names)``, which turns the dicts of images
+into those that are mapped; without it there is one sample for each image.
+"""
+
+
+@MAPPER_REGISTRY.register()
 class D2extDatasetMapper(DatasetMapper):
     """Detectron2's ``DatasetMapper`` (same constructor), which in addition
 
@@ -81,11 +87,7 @@ class D2extDatasetMapper(DatasetMapper):
             SampleError: the image cannot be read or the annotations do not belong to it
         """
         dataset_dict = dict(dataset_dict)  # what is changed below it is copied there
-        image = read_image(dataset_dict["file_name"], format=self.image_format)
-        try:
-            detection_utils.check_image_size(dataset_dict, image)
-        except detection_utils.SizeMismatchError as e:
-            raise AnnotationError(str(e)) from e
+        image = read_record_image(dataset_dict, self.image_format)
         sem_seg = self._read_sem_seg(dataset_dict)
         dataset_dict.pop("sem_seg_file_name", None)
         if sem_seg is not None and sem_seg.shape != image.shape[:2]:
@@ -112,8 +114,8 @@ class D2extDatasetMapper(DatasetMapper):
             dataset_dict.pop("annotations", None)
             dataset_dict.pop("sem_seg", None)
         elif annotations is not None:
-            kept = [a for a, keep in zip(annotations, aug_input.keep, strict=True) if keep]
-            self._set_instances(dataset_dict, kept, transforms, image_shape)
+            annotations = [a for a, keep in zip(annotations, aug_input.keep, strict=True) if keep]
+            self._set_instances(dataset_dict, annotations, transforms, image_shape)
         return dataset_dict
 
     def _read_sem_seg(self, dataset_dict: dict[str, Any]) -> np.ndarray | None:

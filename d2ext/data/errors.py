@@ -4,6 +4,20 @@ Every class takes the message alone, so that an error which crosses a process bo
 ``DataLoader``) keeps its type.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
+# How many offending things a message lists.
+_LISTED = 5
+
+
+def shorten(items: Sequence[Any] | None, count: int = _LISTED) -> str:
+    """The first few items as text, and how many more there are."""
+    if items is None:
+        return "unknown"
+    text = ", ".join(str(item) for item in items[:count])
+    return text if len(items) <= count else f"{text}, ... ({len(items) - count} more)"
+
 
 class DataError(ValueError):
     """Base class of everything that d2ext's data path raises about data."""

@@ -15,7 +15,6 @@ A *full* label map, ``cfg.INPUT.SEM_SEG_WITH_THINGS``, has stuff 0..S-1 first, i
 separated ids 1..S, then things S..S+T-1, and 255 where there is no label.
 """
 
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,23 +23,10 @@ from typing import Any
 
 import numpy as np
 from detectron2.data import Metadata, MetadataCatalog
-from detectron2.utils.file_io import PathManager
 
-from d2ext.data.errors import AnnotationError, DatasetError
+from d2ext.data.coco_json import read_json
+from d2ext.data.errors import AnnotationError, DatasetError, shorten
 from d2ext.data.image_io import read_color_map
-
-__all__ = [
-    "IGNORE_LABEL",
-    "MAX_CLASSES",
-    "PanopticClasses",
-    "attach_panoptic",
-    "contiguous_segment",
-    "full_label_map",
-    "is_panoptic",
-    "panoptic_classes",
-    "read_panoptic_json",
-    "read_segments",
-]
 
 Record = dict[str, Any]
 Segment = dict[str, Any]
@@ -58,8 +44,6 @@ _METADATA = (
     "thing_dataset_id_to_contiguous_id",
     "stuff_dataset_id_to_contiguous_id",
 )
-# How many offending ids an error lists.
-_LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -69,7 +53,7 @@ class PanopticClasses:
     Attributes:
         stuff: S names, in the order of the separated ids 1..S
         things: T names, in the order of their contiguous ids
-        stuff_colors, thing_colors: (R, G, B) of each, empty if the data set names none
+        full_colors: (R, G, B) of all S+T labels of a full map, or empty
         stuff_labels: contiguous id of a stuff segment → label in 0..S-1
         thing_labels: contiguous id of a thing segment → contiguous thing id in 0..T-1
         dataset_ids: the data set's own category id → label of a full map, 0..S+T-1
@@ -78,8 +62,7 @@ class PanopticClasses:
 
     stuff: list[str]
     things: list[str]
-    stuff_colors: list[tuple[int, ...]]
-    thing_colors: list[tuple[int, ...]]
+    full_colors: list[tuple[int, ...]]
     stuff_labels: Mapping[int, int]
     thing_labels: Mapping[int, int]
     dataset_ids: Mapping[int, int]
@@ -89,12 +72,6 @@ class PanopticClasses:
     def full(self) -> list[str]:
         """Names of all S+T labels of a full map."""
         return [*self.stuff, *self.things]
-
-    @property
-    def full_colors(self) -> list[tuple[int, ...]]:
-        """Colours of all S+T labels, or empty."""
-        colors = [*self.stuff_colors, *self.thing_colors]
-        return colors if len(colors) == len(self.full) else []
 
     def label_of(self, segment: Segment) -> int | None:
         """Label in a full map of a data set dict's segment, None for an unknown category.
@@ -150,11 +127,16 @@ def panoptic_classes(dataset_name: str) -> PanopticClasses:
     ranks = {kind: {i: rank for rank, i in enumerate(values)} for kind, values in used.items()}
     dataset_ids = {d: ranks["stuff"][c] for d, c in ids["stuff"].items() if c in ranks["stuff"]}
     dataset_ids.update({d: len(used["stuff"]) + ranks["thing"][c] for d, c in ids["thing"].items()})
+    full_colors = [
+        tuple(colors[kind][i])
+        for kind in ("stuff", "thing")
+        for i in used[kind]
+        if i < len(colors[kind])
+    ]
     return PanopticClasses(
         stuff=[names["stuff"][i] for i in used["stuff"]],
         things=[names["thing"][i] for i in used["thing"]],
-        stuff_colors=[tuple(colors["stuff"][i]) for i in used["stuff"] if i < len(colors["stuff"])],
-        thing_colors=[tuple(colors["thing"][i]) for i in used["thing"] if i < len(colors["thing"])],
+        full_colors=full_colors if len(full_colors) == count else [],
         stuff_labels=ranks["stuff"],
         thing_labels=ranks["thing"],
         dataset_ids=dataset_ids,
@@ -182,14 +164,14 @@ def read_segments(
     wrong = [s["id"] for s in segments if not 0 < s["id"] < _NUM_IDS]
     if wrong:
         raise AnnotationError(
-            f"Segments of '{file_name}' have ids outside [1, {_NUM_IDS - 1}]: {_some(wrong)}. "
+            f"Segments of '{file_name}' have ids outside [1, {_NUM_IDS - 1}]: {shorten(wrong)}. "
             "(0 means void.)"
         )
     repeated = [i for i, n in Counter(s["id"] for s in segments).items() if n > 1]
     if repeated:
         raise AnnotationError(
             f"Segment ids of '{file_name}' occur more than once in its JSON entry: "
-            f"{_some(repeated)}. Give every segment of an image an id of its own."
+            f"{shorten(repeated)}. Give every segment of an image an id of its own."
         )
     rgb = read_color_map(file_name).astype(np.int32)
     ids = rgb[..., 0] + (rgb[..., 1] << 8) + (rgb[..., 2] << 16)
@@ -202,7 +184,7 @@ def read_segments(
     if unlisted:
         raise AnnotationError(
             f"'{file_name}' has pixels of segments that its JSON entry does not list: "
-            f"{_some(unlisted)}. PNG and JSON file do not belong together."
+            f"{shorten(unlisted)}. PNG and JSON file do not belong together."
         )
     if not allow_absent:
         pixels = np.bincount(places.reshape(-1), minlength=len(segments) + 1)[1:]
@@ -210,7 +192,7 @@ def read_segments(
         if absent:
             raise AnnotationError(
                 f"'{file_name}' has no pixel of segments that its JSON entry lists: "
-                f"{_some(absent)}. PNG and JSON file do not belong together."
+                f"{shorten(absent)}. PNG and JSON file do not belong together."
             )
     return places
 
@@ -274,7 +256,7 @@ def attach_panoptic(dataset_name: str, records: Sequence[Record]) -> list[Record
     if absent:
         raise DatasetError(
             f"{len(absent)} images of data set '{dataset_name}' have no entry in '{json_file}': "
-            f"image id {_some(absent)}. The files do not belong together."
+            f"image id {shorten(absent)}. The files do not belong together."
         )
     unknown = Counter(
         s["category_id"]
@@ -285,7 +267,7 @@ def attach_panoptic(dataset_name: str, records: Sequence[Record]) -> list[Record
     if unknown:
         raise DatasetError(
             f"{sum(unknown.values())} segments in '{json_file}' have a category that the metadata "
-            f"of data set '{dataset_name}' do not know: {_some(sorted(unknown))}. Add it to "
+            f"of data set '{dataset_name}' do not know: {shorten(sorted(unknown))}. Add it to "
             "thing_dataset_id_to_contiguous_id or stuff_dataset_id_to_contiguous_id, or correct "
             "the file."
         )
@@ -308,15 +290,7 @@ def read_panoptic_json(json_file: str) -> dict[str, Any]:
     Raises:
         DatasetError: no such file, not JSON, or not in the panoptic form
     """
-    try:
-        with PathManager.open(json_file, "rb") as f:
-            content = json.load(f)
-    except FileNotFoundError as e:
-        raise DatasetError(f"Panoptic file '{json_file}' does not exist.") from e
-    except IsADirectoryError as e:
-        raise DatasetError(f"Panoptic file '{json_file}' is a folder.") from e
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise DatasetError(f"Panoptic file '{json_file}' is not valid JSON: {e}") from e
+    content = read_json(json_file)
     annotations = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(annotations, list) or not all(
         isinstance(a, dict) and {"image_id", "file_name", "segments_info"} <= set(a)
@@ -345,8 +319,3 @@ def contiguous_segment(segment: Segment, metadata: Metadata) -> Segment:
         "isthing": isthing,
         "iscrowd": segment.get("iscrowd", 0),
     }
-
-
-def _some(items: Sequence[Any]) -> str:
-    text = ", ".join(str(item) for item in items[:_LISTED])
-    return text if len(items) <= _LISTED else f"{text}, ... ({len(items) - _LISTED} more)"

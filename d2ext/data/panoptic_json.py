@@ -3,24 +3,23 @@
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from detectron2.utils.file_io import PathManager
 
 from d2ext.data.coco_json import (
+    DETECTION,
     Entry,
-    check_image_entries,
     check_image_files,
+    check_lists,
     duplicates,
     missing_keys,
     problem,
+    raise_problems,
 )
-from d2ext.data.dataset_dicts import shorten
-from d2ext.data.errors import DatasetError
+from d2ext.data.errors import shorten
 from d2ext.data.panoptic import MAX_CLASSES, read_panoptic_json
-
-__all__ = ["PanopticSummary", "check_panoptic_json", "default_panoptic_root"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,24 @@ class PanopticSummary:
     colors: dict[int, tuple[int, int, int]]
     images: dict[Any, Entry]
     annotations: dict[Any, Entry]
-    left_out: list[Any] = field(default_factory=list)
+    left_out: list[Any]
+
+    @classmethod
+    def of(
+        cls, categories: Iterable[Entry], images: Iterable[Entry], annotations: Iterable[Entry]
+    ) -> "PanopticSummary":
+        """Of the lists of a file."""
+        annotated = {a["image_id"]: a for a in annotations}
+        categories = sorted(categories, key=lambda c: c["id"])
+        images = list(images)
+        return cls(
+            things={c["id"]: c["name"] for c in categories if c["isthing"]},
+            stuff={c["id"]: c["name"] for c in categories if not c["isthing"]},
+            colors={c["id"]: tuple(c["color"]) for c in categories if c.get("color")},
+            images={i["id"]: i for i in images if i["id"] in annotated},
+            annotations=annotated,
+            left_out=[i["id"] for i in images if i["id"] not in annotated],
+        )
 
     @property
     def num_segments(self) -> int:
@@ -67,15 +83,10 @@ class PanopticSummary:
         return metadata
 
 
-def default_panoptic_root(json_file: str) -> str:
-    """Where the PNGs are by panopticapi's convention: the JSON file's name without ``.json``."""
-    return os.path.splitext(json_file)[0]
-
-
 def check_panoptic_json(json_file: str, panoptic_root: str, image_root: str) -> PanopticSummary:
     """Read a panoptic JSON file and check that it is consistent and its files exist.
 
-    The contents of the PNGs are not looked at; :func:`d2ext.data.separate.separate` does that.
+    The contents of the PNGs are not looked at: :mod:`d2ext.data.panoptic_to_detection` reads them.
 
     Args:
         json_file: with ``images``, ``annotations`` and ``categories``
@@ -86,38 +97,18 @@ def check_panoptic_json(json_file: str, panoptic_root: str, image_root: str) -> 
         DatasetError: all problems in one message, with the first few examples of each
     """
     content = read_panoptic_json(json_file)
-    for key in ("images", "categories"):
-        entries = content.get(key)
-        if not isinstance(entries, list) or not entries or not isinstance(entries[0], dict):
-            raise DatasetError(
-                f"Panoptic file '{json_file}' has no '{key}', or not a list of objects."
-            )
+    check_lists(json_file, content, ("images", "annotations", "categories"))
     images, annotations, categories = (
         content[key] for key in ("images", "annotations", "categories")
     )
     problems = [
         *_check_categories(categories),
-        *check_image_entries(images),
+        *missing_keys("images", images, DETECTION["images"]),
+        *duplicates("images", "id", images),
         *_check_annotations(annotations, images, categories),
-    ]
-    if not problems:
-        problems = [
-            *check_image_files(images, image_root),
-            *_check_pngs(annotations, panoptic_root),
-        ]
-    if problems:
-        listed = "".join(f"\n  - {text}" for text in problems)
-        raise DatasetError(f"'{json_file}' cannot be used as a panoptic data set:{listed}")
-    annotated = {a["image_id"]: a for a in annotations}
-    categories = sorted(categories, key=lambda c: c["id"])
-    return PanopticSummary(
-        things={c["id"]: c["name"] for c in categories if c["isthing"]},
-        stuff={c["id"]: c["name"] for c in categories if not c["isthing"]},
-        colors={c["id"]: tuple(c["color"]) for c in categories if c.get("color")},
-        images={i["id"]: i for i in images if i["id"] in annotated},
-        annotations=annotated,
-        left_out=[i["id"] for i in images if i["id"] not in annotated],
-    )
+    ] or [*check_image_files(images, image_root), *_check_pngs(annotations, panoptic_root)]
+    raise_problems(json_file, "a panoptic data set", problems)
+    return PanopticSummary.of(categories, images, annotations)
 
 
 def _check_categories(categories: list[Entry]) -> Iterable[str]:
@@ -125,9 +116,8 @@ def _check_categories(categories: list[Entry]) -> Iterable[str]:
     yield from duplicates("categories", "id", categories)
     wrong = [c for c in categories if c.get("isthing", 0) not in (0, 1)]
     yield from problem(
-        len(wrong),
         "categories have an 'isthing' other than 0 and 1",
-        [str(c.get("name")) for c in wrong[:5]],
+        [str(c.get("name")) for c in wrong],
     )
     if len(categories) > MAX_CLASSES:
         yield f"there are {len(categories)} categories; label maps hold at most {MAX_CLASSES}"
@@ -148,20 +138,18 @@ def _check_annotations(
         yield "there are no annotations"
     yield from duplicates("annotations", "image_id", annotations)
     known = {i.get("id") for i in images}
-    found = [a for a in annotations if a["image_id"] not in known]
+    unlisted = [a for a in annotations if a["image_id"] not in known]
     yield from problem(
-        len(found),
         "annotations have an image_id that is not in 'images'",
-        [f"{a['image_id']!r} ('{a['file_name']}')" for a in found[:5]],
+        [f"{a['image_id']!r} ('{a['file_name']}')" for a in unlisted],
     )
     segments = [(a, s) for a in annotations for s in a["segments_info"]]
     yield from missing_keys("segments", [s for _, s in segments], ("id", "category_id"))
     ids = {c.get("id") for c in categories}
     wrong = [(a, s) for a, s in segments if "category_id" in s and s["category_id"] not in ids]
     yield from problem(
-        len(wrong),
         "segments have a category_id that is not in 'categories'",
-        [f"segment {s.get('id')} of '{a['file_name']}' ({s['category_id']})" for a, s in wrong[:5]],
+        [f"segment {s.get('id')} of '{a['file_name']}' ({s['category_id']})" for a, s in wrong],
     )
     repeated = [
         f"segment {segment_id} of '{a['file_name']}'"
@@ -169,7 +157,7 @@ def _check_annotations(
         for segment_id, count in Counter(s.get("id") for s in a["segments_info"]).items()
         if count > 1
     ]
-    yield from problem(len(repeated), "segment ids occur more than once in an image", repeated[:5])
+    yield from problem("segment ids occur more than once in an image", repeated)
 
 
 def _check_pngs(annotations: list[Entry], root: str) -> list[str]:

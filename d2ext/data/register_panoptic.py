@@ -8,59 +8,44 @@ contiguous ids.
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 from detectron2.data.datasets.builtin_meta import CITYSCAPES_CATEGORIES
 from detectron2.utils.file_io import PathManager
 
-from d2ext.data.coco_json import CocoSummary
-from d2ext.data.dataset_dicts import shorten
-from d2ext.data.errors import DatasetError
+from d2ext.data.coco_json import differences, load_coco_json, read_coco_json
+from d2ext.data.errors import DatasetError, shorten
 from d2ext.data.panoptic import IGNORE_LABEL, attach_panoptic, read_panoptic_json
 from d2ext.data.panoptic_json import PanopticSummary, check_panoptic_json
-from d2ext.data.separate import SeparatedFiles, separate
-
-__all__ = [
-    "PanopticFiles",
-    "check_instances_match",
-    "register_cityscapes_separated",
-    "register_panoptic",
-]
+from d2ext.data.panoptic_to_detection import DetectionFiles, panoptic_to_detection
 
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class PanopticFiles:
-    """Files of one part of a panoptic data set.
-
-    Attributes:
-        images: folder of the images
-        panoptic_json: COCO's panoptic form
-        panoptic_root: folder of its PNGs
-        json: instances in COCO's form; None: made of the PNGs
-        sem_seg: folder of maps with 0 things, 1..S stuff, 255 void, named as the PNGs are; None: made
-            of the PNGs
-    """
-
-    images: str
-    panoptic_json: str
-    panoptic_root: str
-    json: str | None = None
-    sem_seg: str | None = None
-
-
-def register_panoptic(name: str, files: PanopticFiles) -> PanopticSummary:
+def register_panoptic(
+    name: str,
+    images: str,
+    panoptic_json: str,
+    panoptic_root: str | None = None,
+    *,
+    json: str | None = None,
+    sem_seg: str | None = None,
+) -> PanopticSummary:
     """Check a panoptic data set, make what is missing, and register it.
 
     Args:
         name: under which the catalogs have it then
+        images: folder of the images
+        panoptic_json: COCO's panoptic form
+        panoptic_root: folder of its PNGs; default: by panopticapi's convention the JSON file's name
+            without ``.json``
+        json: instances in COCO's form; None: made of the PNGs
+        sem_seg: folder of maps with 0 things, 1..S stuff, 255 void, named as the PNGs are; None: made
+            of the PNGs
 
     Returns:
         what is in the JSON file
@@ -68,43 +53,38 @@ def register_panoptic(name: str, files: PanopticFiles) -> PanopticSummary:
     Raises:
         DatasetError: files that cannot be used
     """
-    summary = check_panoptic_json(files.panoptic_json, files.panoptic_root, files.images)
+    panoptic_root = panoptic_root or os.path.splitext(panoptic_json)[0]
+    summary = check_panoptic_json(panoptic_json, panoptic_root, images)
     if summary.left_out:
         logger.warning(
             f"Data set '{name}': {len(summary.left_out)} images without annotation are left out: "
             f"image id {shorten(summary.left_out)}."
         )
-    separated = SeparatedFiles(files.json or "", files.sem_seg or "")
-    if not all(separated):
-        made = separate(name, summary, files.panoptic_root)
-        separated = SeparatedFiles(
-            *(own or other for own, other in zip(separated, made, strict=True))
-        )
+    if json is not None:
+        _check_instances_match(name, read_coco_json(json, images).classes, summary)
+    made_json, made_sem_seg = json, sem_seg
+    if json is None or sem_seg is None:
+        made_json, made_sem_seg = panoptic_to_detection(name, summary, panoptic_root)
     paths = {
-        "image_root": files.images,
-        "panoptic_json": files.panoptic_json,
-        "panoptic_root": files.panoptic_root,
-        "json_file": separated.json_file,
-        "sem_seg_root": separated.sem_seg_root,
+        "image_root": images,
+        "panoptic_json": panoptic_json,
+        "panoptic_root": panoptic_root,
+        "json_file": json or made_json,
+        "sem_seg_root": sem_seg or made_sem_seg,
     }
-    if files.json is None:
+    if json is None:
         paths["mask_format"] = "bitmask"  # exact masks, as RLE
     _register(name, partial(_load, name), summary.metadata(), paths)
     return summary
 
 
-def check_instances_match(name: str, instances: CocoSummary, summary: PanopticSummary) -> None:
+def _check_instances_match(name: str, classes: dict[int, str], summary: PanopticSummary) -> None:
     """Raise :class:`DatasetError` unless an instances file has the things of the panoptic one."""
-    given = dict(zip(instances.category_ids, instances.classes, strict=True))
-    if given != summary.things:
-        differing = [
-            f"id {i}: {given.get(i, 'none')} / {summary.things.get(i, 'none')}"
-            for i in sorted({*given, *summary.things})
-            if given.get(i) != summary.things.get(i)
-        ]
+    text = differences(classes, summary.things)
+    if text:
         raise DatasetError(
             f"The categories of data set '{name}' differ between its instances and the things of "
-            f"its panoptic file ({shorten(differing)}). Give both the same, or leave out the "
+            f"its panoptic file ({text}). Give both the same, or leave out the "
             "instances file: instances are then made of the panoptic PNGs."
         )
 
@@ -128,7 +108,7 @@ def _register(
 def _load(name: str) -> list[Record]:
     """Dicts of a data set from the files that its metadata name."""
     metadata = MetadataCatalog.get(name)
-    records = load_coco_json(metadata.json_file, metadata.image_root, name)
+    records = load_coco_json(metadata.json_file, metadata.image_root)
     records = attach_panoptic(name, records)
     for record in records:
         png = os.path.relpath(record["pan_seg_file_name"], metadata.panoptic_root)
@@ -162,50 +142,44 @@ def register_cityscapes_folder(
         image_root: folder of the cities' folders, ``.../leftImg8bit/train``
         panoptic_json, panoptic_root: as ``createPanopticImgs.py`` writes them
     """
-    kinds = {
-        isthing: {c["id"]: c["name"] for c in CITYSCAPES_CATEGORIES if c["isthing"] == isthing}
-        for isthing in (1, 0)
-    }
-    colors = {c["id"]: tuple(c["color"]) for c in CITYSCAPES_CATEGORIES}
-    classes = PanopticSummary(kinds[1], kinds[0], colors, {}, {})
-    prepare = lru_cache(maxsize=1)(
-        partial(_separate_cityscapes, name, classes, image_root, panoptic_json, panoptic_root)
-    )
+
+    @lru_cache(maxsize=1)
+    def convert() -> DetectionFiles:
+        return _convert_cityscapes(name, image_root, panoptic_json, panoptic_root)
+
+    def load() -> list[Record]:
+        files = convert()
+        MetadataCatalog.get(name).set(json_file=files.json_file, sem_seg_root=files.sem_seg_root)
+        return _load(name)
+
     paths = {
         "image_root": image_root,
         "panoptic_json": panoptic_json,
         "panoptic_root": panoptic_root,
         "mask_format": "bitmask",
     }
-    _register(name, partial(_load_cityscapes, name, prepare), classes.metadata(), paths)
+    metadata = PanopticSummary.of(CITYSCAPES_CATEGORIES, [], []).metadata()
+    _register(name, load, metadata, paths)
 
 
-def _load_cityscapes(name: str, prepare: Callable[[], SeparatedFiles]) -> list[Record]:
-    files = prepare()
-    MetadataCatalog.get(name).set(json_file=files.json_file, sem_seg_root=files.sem_seg_root)
-    return _load(name)
-
-
-def _separate_cityscapes(
-    name: str, classes: PanopticSummary, image_root: str, panoptic_json: str, panoptic_root: str
-) -> SeparatedFiles:
-    """Its JSON file names images by another name than they have: they are found by their ids."""
+def _convert_cityscapes(
+    name: str, image_root: str, panoptic_json: str, panoptic_root: str
+) -> DetectionFiles:
+    """Its JSON file names images by another name than they have: they go by their ids."""
     content = read_panoptic_json(panoptic_json)
     suffix = "_leftImg8bit.png"
-    found = {
+    file_names = {
         file[: -len(suffix)]: f"{city}/{file}"
         for city in PathManager.ls(image_root)
         for file in PathManager.ls(os.path.join(image_root, city))
         if file.endswith(suffix)
     }
-    annotations = {a["image_id"]: a for a in content["annotations"]}
-    images = {i["id"]: i for i in content["images"] if i["id"] in annotations}
-    absent = [i for i in images if i not in found]
+    images = [{**i, "file_name": file_names.get(i["id"])} for i in content["images"]]
+    summary = PanopticSummary.of(CITYSCAPES_CATEGORIES, images, content["annotations"])
+    absent = [i for i, image in summary.images.items() if image["file_name"] is None]
     if absent:
         raise DatasetError(
-            f"{len(absent)} of {len(images)} images that '{panoptic_json}' lists are not in "
+            f"{len(absent)} of {len(summary.images)} images that '{panoptic_json}' lists are not in "
             f"'{image_root}': {shorten(absent)}."
         )
-    images = {i: {**image, "file_name": found[i]} for i, image in images.items()}
-    summary = PanopticSummary(classes.things, classes.stuff, classes.colors, images, annotations)
-    return separate(name, summary, panoptic_root)
+    return panoptic_to_detection(name, summary, panoptic_root)

@@ -10,12 +10,9 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from d2ext.data.dataset_dicts import shorten
-from d2ext.data.errors import DatasetError
+from d2ext.data.errors import DatasetError, shorten
 from d2ext.data.image_io import read_label_map
 from d2ext.data.panoptic import IGNORE_LABEL
-
-__all__ = ["parse_classes", "register_semantic"]
 
 logger = logging.getLogger(__name__)
 
@@ -94,13 +91,13 @@ def register_semantic(name: str, images: str, sem_seg: str, classes: Sequence[st
 
 def _pairs(name: str, images: str, sem_seg: str) -> list[tuple[str, str]]:
     """(picture, label map) of equal names without extension, sorted."""
-    found = []
+    listed = []
     for folder in (images, sem_seg):
         if not PathManager.isdir(folder):
             raise DatasetError(f"Data set '{name}': there is no folder '{folder}'.")
         files = [f for f in sorted(PathManager.ls(folder)) if not f.startswith(".")]
-        found.append({os.path.splitext(f)[0]: os.path.join(folder, f) for f in files})
-    pictures, maps = found
+        listed.append({os.path.splitext(f)[0]: os.path.join(folder, f) for f in files})
+    pictures, maps = listed
     for what, of, missing in (
         ("pictures", "label map", sorted(set(pictures) - set(maps))),
         ("label maps", "picture", sorted(set(maps) - set(pictures))),

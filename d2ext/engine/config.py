@@ -1,76 +1,66 @@
 """Settings of the training engine, beside those that Detectron2 has."""
 
-from typing import Any
-
 from detectron2.config import CfgNode
 
+from d2ext.config import CONFIG_REGISTRY
 
+
+@CONFIG_REGISTRY.register()
 def add_engine_config(cfg: CfgNode) -> None:
-    """Add the training keys to ``cfg``, in place. Keys that are there keep their values."""
+    """Add the training keys to ``cfg``, in place."""
     solver = cfg.SOLVER
     # "SGD" (BASE_LR, MOMENTUM, NESTEROV, WEIGHT_DECAY), "Adam" or "AdamW" (ADAM_BETAS).
-    _default(solver, "OPTIMIZER", "SGD")
+    solver.OPTIMIZER = "SGD"
     # Decay rates of Adam's running means of the gradient and of its square.
-    _default(solver, "ADAM_BETAS", (0.9, 0.999))
+    solver.ADAM_BETAS = (0.9, 0.999)
     # Micro-batches per optimizer step, run one after the other to save memory. IMS_PER_BATCH stays
     # the number of images per optimizer step over all processes; it must be a multiple of
     # (processes x ACCUMULATION_STEPS).
-    _default(solver, "ACCUMULATION_STEPS", 1)
+    solver.ACCUMULATION_STEPS = 1
     # Type of mixed-precision arithmetic when SOLVER.AMP.ENABLED: "float16" (with loss scaling) or
     # "bfloat16" (without). On the CPU it is always "bfloat16".
-    _default(solver.AMP, "DTYPE", "float16")
-    # What to do in an iteration whose loss or gradient is NaN or infinite. "skip": no update, the
-    # iteration is counted and logged (the published YOLACT does so). "raise": stop.
-    _default(solver, "NON_FINITE_LOSS", "skip")
-    # With "skip": stop after this many such iterations in a row.
-    _default(solver, "NON_FINITE_LOSS_LIMIT", 20)
-    # When a periodic checkpoint cannot be written (disk full): "continue" training, with an error
-    # in the log, or "stop". A final checkpoint that cannot be written is always an error.
-    _default(solver, "CHECKPOINT_FAILURE", "continue")
+    solver.AMP.DTYPE = "float16"
+    # An iteration whose loss or gradient is NaN or infinite updates nothing and is logged (the
+    # published YOLACT does so). Stop after this many of them in a row; 1: at the first.
+    solver.NON_FINITE_LOSS_LIMIT = 20
     # How many periodic checkpoints to keep, the newest; 0 keeps all.
-    _default(solver, "CHECKPOINT_MAX_TO_KEEP", 0)
+    solver.CHECKPOINT_MAX_TO_KEEP = 0
     # Iterations between two lines of the log, of metrics.json and of TensorBoard. Losses there are
     # medians over this many iterations.
-    _default(solver, "LOG_PERIOD", 20)
+    solver.LOG_PERIOD = 20
     # For models with parameters that get no gradient in some iterations; costs some speed. Used
     # with several processes only.
-    _default(solver, "FIND_UNUSED_PARAMETERS", False)
+    solver.FIND_UNUSED_PARAMETERS = False
     # Threads of PyTorch's operators in each process when MODEL.DEVICE is "cpu"; 0: as PyTorch
     # chooses. A network of small tensors is faster with 1, since threads then wait for each other
     # longer than they compute, and leave cores to the loader's workers.
-    _default(solver, "CPU_THREADS", 0)
+    solver.CPU_THREADS = 0
 
     # Store activations and weights channels-last (NHWC); faster convolutions on tensor cores.
-    _default(cfg.MODEL, "CHANNELS_LAST", False)
+    cfg.MODEL.CHANNELS_LAST = False
     # Accept MODEL.WEIGHTS for training whatever little of it fits the model.
-    _default(cfg.MODEL, "WEIGHTS_ALLOW_PARTIAL", False)
+    cfg.MODEL.WEIGHTS_ALLOW_PARTIAL = False
 
     # Exponential moving average of the weights. When enabled it is what is evaluated and what
     # checkpoints hold under "model"; the weights that the optimizer sees are stored beside it.
-    if "MODEL_EMA" not in cfg:
-        cfg.MODEL_EMA = CfgNode()
-    _default(cfg.MODEL_EMA, "ENABLED", False)
+    cfg.MODEL_EMA = CfgNode()
+    cfg.MODEL_EMA.ENABLED = False
     # Share of the old average that an update keeps, per optimizer step.
-    _default(cfg.MODEL_EMA, "DECAY", 0.9998)
+    cfg.MODEL_EMA.DECAY = 0.9998
     # Start with a shorter memory: after n updates the share is min(DECAY, (1 + n) / (10 + n)).
-    _default(cfg.MODEL_EMA, "WARMUP", True)
+    cfg.MODEL_EMA.WARMUP = True
 
     # Metric by which the best checkpoint (model_best.pth) is chosen at every evaluation, for
     # example "segm/AP"; with several test sets "<data set>/segm/AP". Empty: none is written.
-    _default(cfg.TEST, "BEST_METRIC", "")
+    cfg.TEST.BEST_METRIC = ""
     # "max" or "min": which value of BEST_METRIC is best.
-    _default(cfg.TEST, "BEST_MODE", "max")
+    cfg.TEST.BEST_MODE = "max"
     # True: evaluation also writes where panoptic quality is lost, per class, per image and between
-    # classes, as tables and pictures (tools/train_net.py --analyze).
-    _default(cfg.TEST, "ANALYZE", False)
+    # classes, as tables and pictures (d2ext train --analyze).
+    cfg.TEST.ANALYZE = False
     # What computes panoptic quality: "panopticapi", or the faster "hotcoco" (pip install hotcoco),
     # which gives the same numbers.
-    _default(cfg.TEST, "PANOPTIC_BACKEND", "panopticapi")
+    cfg.TEST.PANOPTIC_BACKEND = "panopticapi"
     # COCO's keypoint evaluation leaves out an instance whose keypoints are as similar as this (OKS) to
     # those of one with a better score: 0.9 in the published top-down systems. 0: keep all.
-    _default(cfg.TEST, "KEYPOINT_OKS_NMS", 0.0)
-
-
-def _default(node: CfgNode, key: str, value: Any) -> None:
-    if key not in node:
-        node[key] = value
+    cfg.TEST.KEYPOINT_OKS_NMS = 0.0

@@ -8,7 +8,7 @@ from detectron2.engine import HookBase
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from d2ext.engine.errors import ConfigError
+from d2ext.config import ConfigError
 
 __all__ = ["EMAHook", "TrainedWeights", "build_ema"]
 
@@ -29,11 +29,9 @@ def build_ema(model: nn.Module, decay: float, warmup: bool = True) -> AveragedMo
 
     @torch.no_grad()
     def average(averaged: Sequence[Tensor], current: Sequence[Tensor], _: Tensor | int) -> None:
-        n = int(
-            ema.n_averaged
-        )  # on the CPU, unlike the argument: reading it does not wait for a GPU
-        keep = min(decay, (1 + n) / (10 + n)) if warmup else decay
-        torch._foreach_lerp_(list(averaged), list(current), 1.0 - keep)
+        n = int(ema.n_averaged)  # on the CPU, unlike the argument: does not wait for a GPU
+        share = min(decay, (1 + n) / (10 + n)) if warmup else decay
+        torch._foreach_lerp_(list(averaged), list(current), 1.0 - share)
 
     ema = AveragedModel(model, multi_avg_fn=average)
     ema.requires_grad_(False)
@@ -60,20 +58,20 @@ class TrainedWeights:
 
     def __init__(self, ema: AveragedModel, model: nn.Module) -> None:
         self._ema = ema
-        self._model = model
+        self.model = model
         self.loaded = False  # whether load_state_dict was called
 
     def state_dict(self) -> dict[str, Any]:
         """``{"weights": state dict of the trained model, "updates": int}``."""
-        return {"weights": self._model.state_dict(), "updates": int(self._ema.n_averaged)}
+        return {"weights": self.model.state_dict(), "updates": int(self._ema.n_averaged)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
-        self._model.load_state_dict(state["weights"])
+        self.model.load_state_dict(state["weights"])
         self._ema.n_averaged.fill_(state["updates"])
         self.loaded = True
 
     def start_from_average(self) -> None:
         """Copy the average into the trained model, as when weights were just loaded into it."""
-        self._model.load_state_dict(self._ema.module.state_dict())
+        self.model.load_state_dict(self._ema.module.state_dict())
         self._ema.n_averaged.zero_()

@@ -9,9 +9,9 @@ from typing import Any
 from detectron2.engine import HookBase, hooks
 from detectron2.utils.events import EventWriter
 
-from d2ext.checkpoint.checkpointer import Checkpointer, CheckpointSaveError
+from d2ext.checkpoint.checkpointer import CheckpointSaveError
 from d2ext.checkpoint.io import CheckpointError, load_untrusted
-from d2ext.engine.errors import ConfigError
+from d2ext.config import ConfigError
 from d2ext.files import atomic_write
 
 __all__ = [
@@ -29,28 +29,7 @@ _TIMES = ("time", "data_time", "rank_data_time", "eta_seconds")
 
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
-    """Detectron2's, with a policy for checkpoints that cannot be written.
-
-    Args:
-        checkpointer, period, max_to_keep: as in Detectron2.
-        on_failure: ``"continue"``: a failed periodic checkpoint is logged as an error and training
-            goes on; ``"stop"``: it raises. A failed final checkpoint always raises.
-    """
-
-    def __init__(
-        self,
-        checkpointer: Checkpointer,
-        period: int,
-        *,
-        max_to_keep: int | None = None,
-        on_failure: str = "continue",
-    ) -> None:
-        if on_failure not in ("continue", "stop"):
-            raise ConfigError(
-                f"SOLVER.CHECKPOINT_FAILURE is {on_failure!r}; it must be 'continue' or 'stop'."
-            )
-        super().__init__(checkpointer, period, max_to_keep=max_to_keep)
-        self._on_failure = on_failure
+    """Detectron2's; training goes on when a periodic checkpoint cannot be written (disk full)."""
 
     def before_train(self) -> None:
         """Learn the last iteration; remove what a killed run left unfinished."""
@@ -58,12 +37,11 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
         self.checkpointer.remove_unfinished()
 
     def after_step(self) -> None:
-        """Save every ``period`` iterations and after the last one."""
+        """Save every ``period`` iterations and after the last one, whose failure is an error."""
         try:
             super().after_step()
         except CheckpointSaveError as error:
-            final = self.trainer.iter >= self.max_iter - 1
-            if final or self._on_failure == "stop":
+            if self.trainer.iter >= self.max_iter - 1:
                 raise
             logger.error(
                 "%s Training goes on; the next attempt is in %d iterations.", error, self.period
@@ -89,31 +67,25 @@ class BestCheckpointer(hooks.BestCheckpointer):
             self.best_iter = stored["iteration"]
 
     def _best_checking(self) -> None:
-        latest = self.trainer.storage.latest().get(self._val_metric)
-        if latest is None:
-            known = sorted(k for k in self.trainer.storage.latest() if "/" in k)
+        results = self.trainer.storage.latest()
+        if self._val_metric not in results:
             logger.warning(
                 "TEST.BEST_METRIC %r was not among the evaluation's results (%s): no best "
                 "checkpoint is written.",
                 self._val_metric,
-                ", ".join(known) or "there were none",
+                ", ".join(sorted(name for name in results if "/" in name)) or "there were none",
             )
             return
-        value, iteration = latest
+        value, iteration = results[self._val_metric]
         better = self.best_metric is None or self._compare(value, self.best_metric)
         if not better or not self._update_best(value, iteration):
             return
+        extra = {"best_metric": float(value), "best_metric_name": self._val_metric}
         try:
-            self._checkpointer.save(
-                self._file_prefix,
-                iteration=iteration,
-                best_metric=float(value),
-                best_metric_name=self._val_metric,
-            )
+            self._checkpointer.save(self._file_prefix, iteration=iteration, **extra)
+            logger.info("Best %s so far: %.4f", self._val_metric, value)
         except CheckpointSaveError as error:
             logger.error("%s Training goes on.", error)
-            return
-        logger.info("Best %s so far: %.4f", self._val_metric, value)
 
 
 class MetricHistory(HookBase):
@@ -176,29 +148,22 @@ class LogWriter(HookBase):
         """Write in the last iteration of each period."""
         done = self.trainer.iter + 1
         if done % self._period == 0 or done == self.trainer.max_iter:
-            self._write()
+            self._call("write")
 
     def after_train(self) -> None:
         """Write what the other hooks added, then close."""
-        self._write()
+        self._call("write")
+        self._call("close")
+
+    def _call(self, method: str) -> None:
         for writer in self._writers:
             try:
-                writer.close()
+                getattr(writer, method)()
             except OSError as error:
-                self._report(writer, error)
-
-    def _write(self) -> None:
-        for writer in self._writers:
-            try:
-                writer.write()
-            except OSError as error:
-                self._report(writer, error)
-
-    def _report(self, writer: EventWriter, error: OSError) -> None:
-        name = type(writer).__name__
-        if name not in self._failed:  # once is enough
-            logger.error("%s could not write (%s); training goes on without its log.", name, error)
-            self._failed.add(name)
+                name = type(writer).__name__
+                if name not in self._failed:  # once is enough
+                    logger.error("%s could not write (%s); training goes on.", name, error)
+                    self._failed.add(name)
 
 
 def drop_metrics_from(path: str, start_iter: int) -> None:
@@ -209,7 +174,7 @@ def drop_metrics_from(path: str, start_iter: int) -> None:
     """
     if not os.path.isfile(path):
         return
-    kept = []
+    lines = []
     with open(path, encoding="utf-8") as file:
         for line in file:
             try:
@@ -217,6 +182,6 @@ def drop_metrics_from(path: str, start_iter: int) -> None:
             except json.JSONDecodeError:
                 continue
             if scalars.get("iteration", -1) < start_iter:
-                kept.append(line)
+                lines.append(line)
     with atomic_write(path, "w") as file:
-        file.writelines(kept)
+        file.writelines(lines)

@@ -2,16 +2,10 @@
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.solver.build import (
-    build_optimizer as build_sgd,
-)
-from detectron2.solver.build import (
-    get_default_optimizer_params,
-    maybe_add_gradient_clipping,
-)
+from detectron2.solver import build
 from torch import nn
 
-from d2ext.engine.errors import ConfigError
+from d2ext.config import ConfigError
 
 __all__ = ["build_optimizer"]
 
@@ -31,11 +25,11 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError("The model has no trainable parameter; check MODEL.BACKBONE.FREEZE_AT.")
     if name == "SGD":
-        return build_sgd(cfg, model)
+        return build.build_optimizer(cfg, model)
     if name not in ("Adam", "AdamW"):
         raise ConfigError(f"SOLVER.OPTIMIZER is {name!r}; it must be 'SGD', 'Adam' or 'AdamW'.")
-    optimizer = (torch.optim.Adam if name == "Adam" else torch.optim.AdamW)(
-        get_default_optimizer_params(
+    optimizer = getattr(torch.optim, name)(
+        build.get_default_optimizer_params(
             model,
             base_lr=cfg.SOLVER.BASE_LR,
             weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
@@ -48,4 +42,4 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         # One pass over the weights instead of a dozen. (Loss scaling would change how it is called.)
         fused=not cfg.SOLVER.AMP.ENABLED,
     )
-    return maybe_add_gradient_clipping(cfg, optimizer)
+    return build.maybe_add_gradient_clipping(cfg, optimizer)

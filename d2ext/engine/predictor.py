@@ -1,20 +1,72 @@
-"""Inference on arrays, in batches: what ``DefaultPredictor`` does for one image, for several."""
+"""Inference on images: what ``DefaultPredictor`` does, for more kinds of images and in batches."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from PIL import Image
 from torch import Tensor, nn
 
 from d2ext.checkpoint.checkpointer import Checkpointer
+from d2ext.config import load_config, merge_options
+from d2ext.data.image_io import as_bgr
 from d2ext.layers.transfer import upload_alike
+from d2ext.model_zoo import find_config_file
+from d2ext.modeling.tta import build_tta
+
+
+class Predictor:
+    """A model, ready for one image after the other::
+
+        predictor = d2ext.Predictor("yolact/yolact_R_50_550.yaml", "model_final.pth")
+        instances = predictor("photo.jpg")["instances"]
+
+    Gives what ``detectron2.engine.DefaultPredictor`` gives for the same config and image.
+
+    Args:
+        config: a config, the path of its file, or its name in d2ext's or Detectron2's model zoo.
+        weights: checkpoint; by default the config's ``MODEL.WEIGHTS``.
+        overrides: KEY VALUE pairs, such as ``["MODEL.DEVICE", "cpu"]``.
+
+    Attributes:
+        model: the network. metadata: names and colours of the classes, for the visualizer.
+
+    Raises:
+        ConfigError, CheckpointError: the config or the checkpoint is wrong.
+    """
+
+    def __init__(
+        self, config: CfgNode | str, weights: str | None = None, overrides: Sequence[str] = ()
+    ) -> None:
+        if isinstance(config, str):
+            cfg = load_config(find_config_file(config), overrides)
+        else:
+            cfg = config.clone()
+            cfg.defrost()
+            merge_options(cfg, overrides)
+        if weights is not None:
+            cfg.MODEL.WEIGHTS = str(weights)
+        self._batch = BatchPredictor(cfg)
+        self.cfg, self.model = self._batch.cfg, self._batch.model
+        self.metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else "__none")
+
+    def __call__(self, image: str | os.PathLike[str] | Image.Image | np.ndarray) -> dict[str, Any]:
+        """The model's output for one image, in the image's pixels.
+
+        Args:
+            image: a path, a Pillow image, or an array (BGR, where it has colours), of any depth; see
+                :func:`~d2ext.data.image_io.as_bgr`, which raises ``ImageReadError`` for what is none.
+        """
+        return self._batch([as_bgr(image)])[0]
 
 
 class BatchPredictor:
@@ -29,6 +81,9 @@ class BatchPredictor:
         cfg: the config; ``MODEL.WEIGHTS`` empty leaves random weights.
         model: use this one, already loaded, instead of building it.
 
+    Attributes:
+        model: the model, with the test-time augmentation that ``cfg`` asks for.
+
     Raises:
         CheckpointError: ``MODEL.WEIGHTS`` is unreadable or of another model.
         ValueError: ``INPUT.FORMAT`` is neither "RGB" nor "BGR".
@@ -41,7 +96,7 @@ class BatchPredictor:
         if model is None:
             model = build_model(self.cfg)
             Checkpointer(model, fit="exact").load(cfg.MODEL.WEIGHTS)
-        self.model = model.eval()
+        self.model = build_tta(cfg, model).eval()
         self.device = torch.device(cfg.MODEL.DEVICE)
         self._resize = T.ResizeShortestEdge(
             [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST

@@ -1,7 +1,10 @@
-"""Starts the processes of a training, on GPUs or on the CPU."""
+"""Starts the processes of a training, on GPUs or on the CPU, or joins those that a cluster started."""
 
+import json
+import logging
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -12,18 +15,28 @@ import torch.multiprocessing as mp
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from d2ext.engine.errors import ConfigError
+from d2ext.config import ConfigError
+from d2ext.engine.cluster import Place, find_place
 
-__all__ = ["launch"]
+__all__ = ["RankError", "launch", "set_cpu_threads"]
+
+logger = logging.getLogger(__name__)
 
 _TIMEOUT = timedelta(minutes=30)  # of a collective operation; as in Detectron2
+# Seconds in which who started the processes ends the others after one died. Data loading workers of
+# a killed process keep its connections open for up to 5 seconds.
+_GRACE = 20.0
+
+
+class RankError(RuntimeError):
+    """One of several processes failed. The message names its rank and the cause."""
 
 
 def launch(
     main_func: Callable[..., Any],
-    num_processes: int,
-    num_machines: int = 1,
-    machine_rank: int = 0,
+    num_processes: int | None = None,
+    num_machines: int | None = None,
+    machine_rank: int | None = None,
     dist_url: str = "auto",
     *,
     device: str = "cuda",
@@ -31,45 +44,59 @@ def launch(
 ) -> Any:
     """Run ``main_func(*args)`` in ``num_processes`` processes on this machine.
 
-    Like Detectron2's ``launch``, which chooses NCCL wherever there is a GPU; here the device
-    decides, so that a training on the CPU of a GPU machine works too.
+    Like Detectron2's ``launch``, with three differences. The device decides between NCCL and gloo,
+    so that a training on the CPU of a GPU machine works too. A process that torchrun or srun
+    started becomes one of theirs and starts no others. If one process fails, all end.
 
     Args:
         main_func: importable by name; the processes are spawned.
-        num_processes: processes on this machine; on GPUs, one GPU each.
-        num_machines, machine_rank: as in Detectron2; call it on every machine.
-        dist_url: ``tcp://host:port`` of the machine of rank 0; "auto" for a single machine.
+        num_processes: processes on this machine; on GPUs, one GPU each. None: as many as torchrun
+            or srun started here, else 1.
+        num_machines, machine_rank: as in Detectron2; call it on every machine. None: as torchrun or
+            srun say, else 1 and 0.
+        dist_url: ``tcp://host:port`` of the machine of rank 0; "auto" for a single machine, torchrun
+            and srun.
         device: ``"cuda"``: NCCL; anything else: gloo, and the cores are shared out.
 
     Returns:
         What ``main_func`` returns if only one process runs, else None.
 
     Raises:
-        ConfigError: more processes than GPUs, or "auto" with several machines.
-        torch.multiprocessing.ProcessRaisedException: a process raised; holds its traceback.
+        ConfigError: more processes than GPUs; "auto" with several machines; arguments that do not
+            agree with torchrun or srun.
+        RankError: one of several processes failed. Under torchrun and srun only that process
+            raises it; the others raise SystemExit.
     """
-    world_size = num_processes * num_machines
     cuda = device.startswith("cuda")
+    place = find_place(os.environ)
+    # One process on each machine that is to start the others there: these say where they meet.
+    starts_others = dist_url != "auto" and place is not None and place.local_size == 1
+    if place is not None and not starts_others:
+        _check_agreement(place, num_processes, num_machines, machine_rank, dist_url)
+        return _join(main_func, args, place, cuda)
+
+    num_processes, num_machines, machine_rank = (
+        default if value is None else value
+        for value, default in ((num_processes, 1), (num_machines, 1), (machine_rank, 0))
+    )
     if num_processes < 1 or num_machines < 1:
         raise ConfigError("--num-gpus and --num-machines must be at least 1.")
-    if cuda and num_processes > torch.cuda.device_count():
-        raise ConfigError(
-            f"--num-gpus {num_processes}, but PyTorch sees {torch.cuda.device_count()} GPU(s). "
-            "For processes on the CPU set MODEL.DEVICE cpu."
-        )
-    if world_size == 1:
+    if cuda:
+        _check_gpus(num_processes)
+    if num_processes * num_machines == 1:
         return main_func(*args)
     if num_machines > 1 and dist_url == "auto":
         raise ConfigError("With several machines, give --dist-url tcp://HOST:PORT of machine 0.")
     with tempfile.TemporaryDirectory(prefix="d2ext-launch-") as folder:
         # A file as meeting point needs no free port.
         url = f"file://{os.path.join(folder, 'init')}" if dist_url == "auto" else dist_url
-        mp.start_processes(
-            _worker,
-            nprocs=num_processes,
-            args=(main_func, num_processes, world_size, machine_rank, url, cuda, args),
-            start_method="spawn",
-        )
+        first = machine_rank * num_processes
+        world_size = num_processes * num_machines
+        places = [
+            Place(first + i, world_size, i, num_processes, url, "launch")
+            for i in range(num_processes)
+        ]
+        _spawn(main_func, args, places, cuda)
     return None
 
 
@@ -86,32 +113,135 @@ def set_cpu_threads(cfg: CfgNode) -> None:
         torch.set_num_threads(threads)
 
 
-def _worker(
+def _check_agreement(
+    place: Place,
+    num_processes: int | None,
+    num_machines: int | None,
+    machine_rank: int | None,
+    dist_url: str,
+) -> None:
+    for option, given, actual in (
+        ("--num-gpus", num_processes, place.local_size),
+        ("--num-machines", num_machines, place.world_size // place.local_size),
+        ("--machine-rank", machine_rank, place.rank // place.local_size),
+        ("--dist-url", dist_url, "auto"),
+    ):
+        if given is not None and given != actual:
+            raise ConfigError(
+                f"{option} is {given}, but {place.starter} started this process, as rank "
+                f"{place.rank} of {place.world_size} with {place.local_size} on each machine: "
+                f"{option} would be {actual}. Leave it out."
+            )
+
+
+def _check_gpus(num_processes: int) -> None:
+    if num_processes > torch.cuda.device_count():
+        raise ConfigError(
+            f"{num_processes} processes on this machine (--num-gpus {num_processes}), but PyTorch "
+            f"sees {torch.cuda.device_count()} GPU(s). For processes on the CPU set MODEL.DEVICE cpu."
+        )
+
+
+def _join(main_func: Callable[..., Any], args: tuple[Any, ...], place: Place, cuda: bool) -> Any:
+    """Run as one of the processes that torchrun or srun started."""
+    # srun --gpus-per-task shows each process only its own GPU.
+    if cuda and not (place.starter == "srun" and torch.cuda.device_count() == 1):
+        _check_gpus(place.local_size)
+    if place.world_size == 1:
+        return main_func(*args)
+    try:
+        _run_rank(main_func, args, place, cuda)
+    except RankError as error:
+        if str(error).startswith(f"rank {place.rank} "):
+            raise
+        raise SystemExit(1) from None  # that rank says it
+    return None
+
+
+def _spawn(
+    main_func: Callable[..., Any], args: tuple[Any, ...], places: list[Place], cuda: bool
+) -> None:
+    """Start this machine's processes and wait for their end; the first that fails ends all."""
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # whom it terminates
+    try:
+        mp.start_processes(
+            _spawned, (main_func, args, places, cuda), nprocs=len(places), start_method="spawn"
+        )
+    except mp.ProcessRaisedException as error:  # its text ends with that of the RankError
+        raise RankError(error.msg.rpartition("RankError: ")[2].strip()) from None
+    except mp.ProcessExitedException as error:
+        end = f"exit status {error.exit_code}"
+        if error.signal_name:
+            end = f"signal {error.signal_name}"
+        raise RankError(f"rank {places[error.error_index].rank} ended with {end}") from None
+
+
+def _spawned(
     local_rank: int,
     main_func: Callable[..., Any],
-    num_processes: int,
-    world_size: int,
-    machine_rank: int,
-    url: str,
-    cuda: bool,
     args: tuple[Any, ...],
+    places: list[Place],
+    cuda: bool,
 ) -> None:
-    if cuda:
-        torch.cuda.set_device(local_rank)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // num_processes))
-    dist.init_process_group(
-        backend="nccl" if cuda else "gloo",
-        init_method=url,
-        world_size=world_size,
-        rank=machine_rank * num_processes + local_rank,
-        timeout=_TIMEOUT,
-    )
-    comm.create_local_process_group(num_processes)
-    comm.synchronize()
+    if not cuda and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // len(places)))
+    _run_rank(main_func, args, places[local_rank], cuda)
+
+
+def _run_rank(
+    main_func: Callable[..., Any], args: tuple[Any, ...], place: Place, cuda: bool
+) -> None:
+    """Run ``main_func`` as one of several processes. Raises RankError for any exception."""
+    # Detectron2 logs the traceback of any exception in training. Here one is logged, that of the
+    # process that failed first, whatever it was doing.
+    logging.getLogger("detectron2.engine.train_loop").addFilter(lambda line: not line.exc_info)
+    store = None
     try:
+        if cuda:
+            torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
+        store, rank, world_size = next(
+            dist.rendezvous(place.url, place.rank, place.world_size, timeout=_TIMEOUT)
+        )
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=_TIMEOUT,
+        )
+        comm.create_local_process_group(place.local_size)
+        comm.synchronize()
         main_func(*args)
         # All leave together: a process whose peer is gone may abort while it takes its group down.
         comm.synchronize()
-    finally:
-        dist.destroy_process_group()
+    except Exception as error:
+        raise RankError(_explain(error, place.rank, store)) from error
+    dist.destroy_process_group()
+
+
+def _explain(error: Exception, rank: int, store: dist.Store | None) -> str:
+    """Which rank failed first and why. If it was another, wait to be ended with it."""
+    lost = isinstance(error, dist.DistError) or "/gloo/" in str(error)
+    what = "lost its connection to another process" if lost else "failed"
+    text = f"rank {rank} {what}: {type(error).__name__}: {error}"
+    # While this one waits, torchrun, srun or launch notes the other's end and ends this one too.
+    if lost:
+        time.sleep(_GRACE)
+    first = _first_failure(store, text)
+    if first == text:
+        logger.error("Rank %d failed:", rank, exc_info=error)
+        if summary := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun quotes it at its end
+            extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+            with open(summary, "w", encoding="utf-8") as file:
+                json.dump({"message": {"message": text, "extraInfo": extra}}, file)
+    elif not lost:
+        time.sleep(_GRACE)
+    return first
+
+
+def _first_failure(store: dist.Store | None, text: str) -> str:
+    """What the first process said that called this; ``text`` if it is this one."""
+    try:
+        return store.compare_set("d2ext/failure", "", text).decode() if store else text
+    except RuntimeError:  # the process that kept the store is gone
+        return text

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
-from itertools import compress
-from typing import Any
 
 import numpy as np
 import torch
 from detectron2.structures import Boxes, Instances
 
-from d2ext.data.landmarks.samples import in_categories
-from d2ext.engine.errors import ConfigError
+from d2ext.config import ConfigError
+from d2ext.data.coco_results import read_coco_results
 from d2ext.engine.predictor import BatchPredictor
 
 __all__ = ["BoxFile", "BoxSource", "Detector"]
@@ -38,11 +35,7 @@ class BoxFile(BoxSource):
     """Boxes of a JSON list of detections in COCO's result form.
 
     Args:
-        path: of the list; each entry has ``image_id``, ``bbox`` (x, y, width, height) and, as a rule,
-            ``score`` (1 where it is missing) and ``category_id``. Other keys are ignored.
-        threshold: boxes of a lower score are left out.
-        categories: ids of the categories to look into, see
-            :func:`~d2ext.data.landmarks.samples.in_categories`; None: all.
+        path, threshold, categories: see :func:`~d2ext.data.coco_results.read_coco_results`.
 
     Raises:
         ConfigError: no such file, or not such a list.
@@ -51,43 +44,25 @@ class BoxFile(BoxSource):
     def __init__(
         self, path: str, threshold: float = 0.0, categories: Collection[int] | None = None
     ) -> None:
+        self._detections: dict[int, list[tuple[list[float], float]]] = {}
         try:
-            with open(path, encoding="utf-8") as file:
-                entries = json.load(file)
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            for image_id, detections in read_coco_results(path, threshold, categories).items():
+                self._detections.setdefault(int(image_id), []).extend(detections)
+        except (OSError, ValueError, TypeError) as error:  # DatasetError among them
             raise ConfigError(f"The boxes cannot be read from '{path}': {error}") from error
-        if not isinstance(entries, list):
-            raise ConfigError(f"'{path}' is no list of detections (COCO's result form).")
-        self._found: dict[int, list[tuple[list[float], float]]] = {}
-        read = [_read_entry(entry, path) for entry in entries]
-        for image_id, box, score in compress(read, in_categories(entries, categories, path)):
-            if score >= threshold:
-                self._found.setdefault(image_id, []).append((box, score))
 
     def __call__(self, image_ids: Sequence[int], images: Sequence[np.ndarray]) -> list[Instances]:
         """None for an image that the file does not name."""
         return [
-            _instances(image.shape, self._found.get(image_id, []))
+            _instances(image.shape, self._detections.get(image_id, []))
             for image_id, image in zip(image_ids, images, strict=True)
         ]
 
 
-def _read_entry(entry: Any, path: str) -> tuple[int, list[float], float]:
-    """Image id, XYXY box and score of one detection."""
-    try:
-        x, y, width, height = (float(value) for value in entry["bbox"])
-        return int(entry["image_id"]), [x, y, x + width, y + height], float(entry.get("score", 1))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(
-            f"An entry of '{path}' is no detection with image_id, bbox (4 numbers) and score: "
-            f"{str(entry)[:100]}"
-        ) from error
-
-
-def _instances(shape: Sequence[int], found: list[tuple[list[float], float]]) -> Instances:
+def _instances(shape: Sequence[int], detections: list[tuple[list[float], float]]) -> Instances:
     instances = Instances((shape[0], shape[1]))
-    instances.pred_boxes = Boxes(torch.tensor([box for box, _ in found]).reshape(-1, 4))
-    instances.scores = torch.tensor([score for _, score in found], dtype=torch.float32)
+    instances.pred_boxes = Boxes(torch.tensor([box for box, _ in detections]).reshape(-1, 4))
+    instances.scores = torch.tensor([score for _, score in detections], dtype=torch.float32)
     return instances
 
 
@@ -120,14 +95,14 @@ class Detector(BoxSource):
         for output in self._predictor(images):
             if "instances" not in output or not output["instances"].has("pred_boxes"):
                 raise ConfigError("The detector's output has no instances with boxes.")
-            found = output["instances"]
-            keep = found.scores >= self._threshold
+            detections = output["instances"]
+            keep = detections.scores >= self._threshold
             if self._classes is not None:
-                wanted = torch.tensor(list(self._classes), device=found.pred_classes.device)
-                keep &= torch.isin(found.pred_classes, wanted)
-            order = found.scores.argsort(descending=True, stable=True)
+                wanted = torch.tensor(list(self._classes), device=detections.pred_classes.device)
+                keep &= torch.isin(detections.pred_classes, wanted)
+            order = detections.scores.argsort(descending=True, stable=True)
             order = order[keep[order]]
-            boxes = Instances(found.image_size)
-            boxes.pred_boxes, boxes.scores = found.pred_boxes[order], found.scores[order]
+            boxes = Instances(detections.image_size)
+            boxes.pred_boxes, boxes.scores = detections.pred_boxes[order], detections.scores[order]
             result.append(boxes)
         return result

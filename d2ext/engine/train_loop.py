@@ -4,7 +4,7 @@ import logging
 import random
 import time
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from d2ext.engine.errors import ConfigError
+from d2ext.config import ConfigError
 
 __all__ = ["StepTrainer", "seed_step"]
 
@@ -50,6 +50,7 @@ class StepTrainer(SimpleTrainer):
     changes neither weights nor optimizer state nor batch-normalisation statistics. A
     ``FloatingPointError`` that the model raises in its forward pass counts too, if there is only
     one process; with several it ends the training, since the others wait for this one's gradients.
+    ``bad_step_limit`` bad steps in a row end the training.
 
     Args:
         model: returns a dict of scalar losses in training mode.
@@ -58,8 +59,7 @@ class StepTrainer(SimpleTrainer):
         seed: base of the per-step seeds, see `seed_step`.
         accumulation_steps: micro-batches per step; must divide the length of each list.
         amp_dtype: type of mixed precision, ``torch.float16`` or ``torch.bfloat16``; None: off.
-        non_finite: ``"skip"`` or ``"raise"``.
-        non_finite_limit: with ``"skip"``, this many bad steps in a row raise.
+        bad_step_limit: at least 1.
     """
 
     def __init__(
@@ -71,23 +71,17 @@ class StepTrainer(SimpleTrainer):
         seed: int,
         accumulation_steps: int = 1,
         amp_dtype: torch.dtype | None = None,
-        non_finite: str = "skip",
-        non_finite_limit: int = 20,
+        bad_step_limit: int = 20,
     ) -> None:
         super().__init__(model, data_loader, optimizer)
         if accumulation_steps < 1:
             raise ConfigError(
                 f"SOLVER.ACCUMULATION_STEPS is {accumulation_steps}; it must be >= 1."
             )
-        if non_finite not in ("skip", "raise"):
-            raise ConfigError(
-                f"SOLVER.NON_FINITE_LOSS is {non_finite!r}; it must be 'skip' or 'raise'."
-            )
         self.seed = seed
         self.accumulation_steps = accumulation_steps
         self.amp_dtype = amp_dtype
-        self.non_finite = non_finite
-        self.non_finite_limit = non_finite_limit
+        self.bad_step_limit = bad_step_limit
         self.device = next(model.parameters()).device
         # Gradients of float16 underflow without loss scaling; bfloat16 has float32's range.
         self.grad_scaler = torch.amp.GradScaler(
@@ -102,7 +96,7 @@ class StepTrainer(SimpleTrainer):
         """Take one optimizer step, or skip it if a loss is not finite.
 
         Raises:
-            FloatingPointError: see ``non_finite`` and ``non_finite_limit``.
+            FloatingPointError: as many bad steps in a row as ``bad_step_limit``.
             ConfigError: the data cannot be cut into ``accumulation_steps`` equal parts.
         """
         if not self.model.training:
@@ -112,8 +106,7 @@ class StepTrainer(SimpleTrainer):
         data_time = time.perf_counter() - start
 
         seed_step(self.seed, self.iter, comm.get_rank())
-        if self.non_finite == "skip":
-            self._statistics.save()
+        self._statistics.save()
         self.optimizer.zero_grad(set_to_none=True)
         losses, finite = self._forward_backward(data)
         self.after_backward()
@@ -127,8 +120,7 @@ class StepTrainer(SimpleTrainer):
             self._record([x for x, _, _ in gathered], [t for _, _, t in gathered])
             return
         self.optimizer.zero_grad(set_to_none=True)
-        if self.non_finite == "skip":
-            self._statistics.restore()
+        self._statistics.restore()
         self._handle_bad_step([x for x, _, _ in gathered])
 
     def _forward_backward(self, data: list[dict[str, Any]]) -> tuple[dict[str, float], bool]:
@@ -143,14 +135,16 @@ class StepTrainer(SimpleTrainer):
         total: dict[str, Tensor] = {}
         for k in range(self.accumulation_steps):
             last = k == self.accumulation_steps - 1
-            with self._gradient_sync(last):
+            # DistributedDataParallel sums up the gradients of the processes once per step.
+            wait = isinstance(self.model, DistributedDataParallel) and not last
+            with self.model.no_sync() if wait else nullcontext():
                 try:
                     with torch.autocast(
                         self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None
                     ):
                         losses = self.model(data[k * size : (k + 1) * size])
                 except FloatingPointError as error:
-                    if comm.get_world_size() > 1 or self.non_finite == "raise":
+                    if comm.get_world_size() > 1:
                         raise
                     logger.warning("The model found a value that is not finite: %s", error)
                     return {}, False
@@ -172,11 +166,6 @@ class StepTrainer(SimpleTrainer):
         *numbers, ok = torch.cat([values, finite.float()[None]]).tolist()
         return dict(zip(total, numbers, strict=True)), bool(ok)
 
-    def _gradient_sync(self, enabled: bool) -> AbstractContextManager[Any]:
-        if isinstance(self.model, DistributedDataParallel) and not enabled:
-            return self.model.no_sync()
-        return nullcontext()
-
     def _record(self, losses: list[dict[str, float]], data_times: list[float]) -> None:
         """Put the step's losses (means over the processes) into the event storage."""
         storage = get_event_storage()
@@ -190,17 +179,12 @@ class StepTrainer(SimpleTrainer):
             storage.put_scalars(**means)
 
     def _handle_bad_step(self, losses: list[dict[str, float]]) -> None:
+        """Count the step, in which each process had these losses; too many in a row raise."""
         shown = losses[0] if len(losses) == 1 else losses
         what = f"Loss or gradient is not finite at iteration {self.iter}: {shown}."
-        if self.non_finite == "raise":
-            raise FloatingPointError(
-                f"{what} Lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS or set "
-                "SOLVER.CLIP_GRADIENTS.ENABLED True; SOLVER.NON_FINITE_LOSS 'skip' passes over "
-                "single bad iterations."
-            )
         self.skipped += 1
         self.skipped_in_a_row += 1
-        if self.skipped_in_a_row >= self.non_finite_limit:
+        if self.skipped_in_a_row >= self.bad_step_limit:
             raise FloatingPointError(
                 f"{what} It was so in {self.skipped_in_a_row} iterations in a row "
                 "(SOLVER.NON_FINITE_LOSS_LIMIT): the training has diverged. Resume from an earlier "

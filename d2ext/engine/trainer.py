@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
@@ -24,12 +24,12 @@ from detectron2.utils.events import (
 from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from d2ext.checkpoint.checkpointer import Checkpointer, WeightsCheckpointer
 from d2ext.checkpoint.io import CheckpointError
+from d2ext.config import ConfigError
+from d2ext.data import build_test_loader, build_train_loader
 from d2ext.engine.ema import EMAHook, TrainedWeights, build_ema
-from d2ext.engine.errors import ConfigError
 from d2ext.engine.hooks import (
     BestCheckpointer,
     LogWriter,
@@ -40,6 +40,8 @@ from d2ext.engine.hooks import (
 from d2ext.engine.optimizer import build_optimizer
 from d2ext.engine.processes import set_cpu_threads
 from d2ext.engine.train_loop import StepTrainer
+from d2ext.evaluation import build_evaluator
+from d2ext.modeling.tta import build_tta
 
 __all__ = ["Trainer"]
 
@@ -80,7 +82,14 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         model.train()  # may freeze parameters, which optimizer and wrapper must know
         optimizer = self.build_optimizer(cfg, model)
-        wrapped = _wrap_distributed(model, find_unused=cfg.SOLVER.FIND_UNUSED_PARAMETERS)
+        device = next(model.parameters()).device
+        wrapped = create_ddp_model(
+            model,
+            # Not by rank: srun may show each process only its own GPU.
+            device_ids=None if device.type == "cpu" else [device],
+            broadcast_buffers=False,  # as in Detectron2
+            find_unused_parameters=cfg.SOLVER.FIND_UNUSED_PARAMETERS,
+        )
         self._trainer = StepTrainer(
             wrapped,
             None,
@@ -88,8 +97,7 @@ class Trainer(DefaultTrainer):
             seed=self.cfg.SEED,
             accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
             amp_dtype=_amp_dtype(cfg),
-            non_finite=cfg.SOLVER.NON_FINITE_LOSS,
-            non_finite_limit=cfg.SOLVER.NON_FINITE_LOSS_LIMIT,
+            bad_step_limit=cfg.SOLVER.NON_FINITE_LOSS_LIMIT,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.start_iter = 0
@@ -118,8 +126,7 @@ class Trainer(DefaultTrainer):
             CheckpointError: unreadable file, or weights that do not fit: when resuming, everything
                 must fit; for ``MODEL.WEIGHTS``, heads may differ (see ``Checkpointer``).
         """
-        resume = resume and self.checkpointer.has_checkpoint()
-        if resume:
+        if resume and self.checkpointer.has_checkpoint():
             self._resume()
             return
         self.checkpointer.fit = "any" if self.cfg.MODEL.WEIGHTS_ALLOW_PARTIAL else "finetune"
@@ -153,6 +160,7 @@ class Trainer(DefaultTrainer):
         """Timing, schedule, precise BN, average, checkpoints, evaluation, logs: in this order."""
         cfg = self.cfg
         solver, test = cfg.SOLVER, cfg.TEST
+        main = comm.is_main_process()
         result: list[HookBase | None] = [hooks.IterationTimer(), hooks.LRScheduler()]
         if test.PRECISE_BN.ENABLED and get_bn_modules(self.model):
             in_process = cfg.clone()
@@ -163,15 +171,13 @@ class Trainer(DefaultTrainer):
                 hooks.PreciseBN(test.EVAL_PERIOD, self.model, loader, test.PRECISE_BN.NUM_ITER)
             )
         if self._ema is not None:
-            result.append(EMAHook(self._ema, _unwrap(self.model)))
+            result.append(EMAHook(self._ema, self._trained_weights.model))
         result.append(MetricHistory(solver.LOG_PERIOD))
-        if comm.is_main_process():
+        if main:
+            newest = solver.CHECKPOINT_MAX_TO_KEEP or None
             result.append(
                 PeriodicCheckpointer(
-                    self.checkpointer,
-                    solver.CHECKPOINT_PERIOD,
-                    max_to_keep=solver.CHECKPOINT_MAX_TO_KEEP or None,
-                    on_failure=solver.CHECKPOINT_FAILURE,
+                    self.checkpointer, solver.CHECKPOINT_PERIOD, max_to_keep=newest
                 )
             )
 
@@ -180,12 +186,12 @@ class Trainer(DefaultTrainer):
             return self._last_eval_results
 
         result.append(hooks.EvalHook(test.EVAL_PERIOD, evaluate))
-        if comm.is_main_process():
-            if test.BEST_METRIC:
-                saver = WeightsCheckpointer(self.evaluated_model, cfg.OUTPUT_DIR)
-                result.append(
-                    BestCheckpointer(test.EVAL_PERIOD, saver, test.BEST_METRIC, test.BEST_MODE)
-                )
+        if main and test.BEST_METRIC:
+            saver = WeightsCheckpointer(self.evaluated_model, cfg.OUTPUT_DIR)
+            result.append(
+                BestCheckpointer(test.EVAL_PERIOD, saver, test.BEST_METRIC, test.BEST_MODE)
+            )
+        if main:
             result.append(LogWriter(self.build_writers, solver.LOG_PERIOD))
         return result
 
@@ -200,16 +206,12 @@ class Trainer(DefaultTrainer):
         metrics = os.path.join(folder, "metrics.json")
         if self.start_iter > 0:
             drop_metrics_from(metrics, self.start_iter)
-        writers: list[EventWriter] = [
-            CommonMetricPrinter(self.max_iter, window),
-            JSONWriter(metrics, window),
-        ]
+        writers = [CommonMetricPrinter(self.max_iter, window), JSONWriter(metrics, window)]
         if importlib.util.find_spec("tensorboard") is None:
             logger.info("TensorBoard is not installed; its log is not written.")
-        else:
-            purge = self.start_iter or None
-            writers.append(TensorboardXWriter(folder, window, purge_step=purge))
-        return writers
+            return writers
+        purge = self.start_iter or None
+        return [*writers, TensorboardXWriter(folder, window, purge_step=purge)]
 
     def train(self) -> OrderedDict[str, Any] | None:
         """Run from ``start_iter`` to ``SOLVER.MAX_ITER``, then evaluate.
@@ -219,7 +221,7 @@ class Trainer(DefaultTrainer):
             sets.
 
         Raises:
-            FloatingPointError: the loss is not finite, see ``SOLVER.NON_FINITE_LOSS``.
+            FloatingPointError: see ``SOLVER.NON_FINITE_LOSS_LIMIT``.
             CheckpointSaveError: the final checkpoint could not be written.
         """
         if self.start_iter >= self.max_iter:
@@ -241,9 +243,8 @@ class Trainer(DefaultTrainer):
     def data_loader(self) -> Iterable[list[dict[str, Any]]]:
         """The training loader; made on first use, when ``start_iter`` is known."""
         if self._trainer.data_loader is None:
-            self._trainer.data_loader = self.build_train_loader(
-                self.cfg, start_iter=self.start_iter
-            )
+            start = self.start_iter
+            self._trainer.data_loader = self.build_train_loader(self.cfg, start_iter=start)
         return self._trainer.data_loader
 
     @data_loader.setter
@@ -276,6 +277,16 @@ class Trainer(DefaultTrainer):
         return model
 
     @classmethod
+    def test(
+        cls,
+        cfg: CfgNode,
+        model: nn.Module,
+        evaluators: DatasetEvaluator | list[DatasetEvaluator] | None = None,
+    ) -> dict[str, Any]:
+        """As Detectron2's, with the test-time augmentation that the config asks for."""
+        return super().test(cfg, build_tta(cfg, model), evaluators)
+
+    @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """See `d2ext.engine.build_optimizer`."""
         return build_optimizer(cfg, model)
@@ -297,23 +308,17 @@ class Trainer(DefaultTrainer):
         cls, cfg: CfgNode, *, start_iter: int = 0
     ) -> Iterable[list[dict[str, Any]]]:
         """See `d2ext.data.build_train_loader`."""
-        from d2ext.data import build_train_loader
-
         return build_train_loader(cfg, start_iter=start_iter)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict[str, Any]]]:
         """See `d2ext.data.build_test_loader`."""
-        from d2ext.data import build_test_loader
-
         return build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """See `d2ext.evaluation.build_evaluator`; results go to ``OUTPUT_DIR/inference``, with
         several test sets to a folder per set in it."""
-        from d2ext.evaluation import build_evaluator
-
         folder = os.path.join(cfg.OUTPUT_DIR, "inference")
         if len(cfg.DATASETS.TEST) > 1:
             folder = os.path.join(folder, dataset_name)
@@ -352,19 +357,3 @@ def _amp_dtype(cfg: CfgNode) -> torch.dtype | None:
         logger.warning("SOLVER.AMP.DTYPE float16 needs a GPU; bfloat16 is used on the CPU.")
         return torch.bfloat16
     return torch.float16 if name == "float16" else torch.bfloat16
-
-
-def _wrap_distributed(model: nn.Module, *, find_unused: bool) -> nn.Module:
-    if comm.get_world_size() == 1:
-        return model
-    device = next(model.parameters()).device
-    return DistributedDataParallel(
-        model,
-        device_ids=None if device.type == "cpu" else [comm.get_local_rank()],
-        broadcast_buffers=False,  # as in Detectron2
-        find_unused_parameters=find_unused,
-    )
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model

@@ -1,12 +1,13 @@
 """Evaluators: Detectron2's and those that it lacks, chosen by data set."""
 
-from d2ext.evaluation.build import build_evaluator, check_analysis
+from d2ext.evaluation.build import EVALUATOR_REGISTRY, build_evaluator, check_analysis
 from d2ext.evaluation.coco import COCOEvaluator
 from d2ext.evaluation.landmarks import LandmarkEvaluator
 from d2ext.evaluation.panoptic import COCOPanopticEvaluator
 from d2ext.evaluation.panoptic_analysis import PanopticAnalysis
 
 __all__ = [
+    "EVALUATOR_REGISTRY",
     "COCOEvaluator",
     "COCOPanopticEvaluator",
     "LandmarkEvaluator",

@@ -17,6 +17,7 @@ from detectron2.evaluation import (
 )
 from detectron2.evaluation import SemSegEvaluator as _SemSegEvaluator
 from detectron2.utils import comm
+from fvcore.common.registry import Registry
 
 from d2ext.data.errors import DatasetError
 from d2ext.data.image_io import read_label_map
@@ -25,7 +26,14 @@ from d2ext.evaluation.landmarks import LandmarkEvaluator
 from d2ext.evaluation.panoptic import COCOPanopticEvaluator
 from d2ext.evaluation.panoptic_analysis import PanopticAnalysis
 
-__all__ = ["IfPredicted", "build_evaluator", "check_analysis"]
+__all__ = ["EVALUATOR_REGISTRY", "IfPredicted", "build_evaluator", "check_analysis"]
+
+
+EVALUATOR_REGISTRY = Registry("EVALUATOR")
+EVALUATOR_REGISTRY.__doc__ = """Functions that build an evaluator, by ``evaluator_type``.
+
+Each takes ``(cfg, dataset_name, output_folder)`` and has the name of the type that it is for.
+"""
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluator:
@@ -44,6 +52,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
     ``lvis``, ``pascal_voc``     Detectron2's
     ============================ ================================================================
 
+    ``EVALUATOR_REGISTRY`` holds them; register a function there for a type of your own.
+
     Args:
         cfg: ``TEST.DETECTIONS_PER_IMAGE`` does not limit the evaluation; COCO's limit of 100 does.
             ``TEST.KEYPOINT_OKS_SIGMAS`` is passed on; if empty, the metadata's
@@ -60,82 +70,107 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
     if dataset_name not in DatasetCatalog.list():
         raise ValueError(
             f"Data set {dataset_name!r} is not registered. Register it in DatasetCatalog, or pass "
-            "its files to tools/train_net.py (--dataset NAME --val-json ... --val-images ...)."
+            "its files to d2ext train (--dataset NAME --val-json ... --val-images ...)."
         )
-    metadata = MetadataCatalog.get(dataset_name)
-    kind = metadata.get("evaluator_type")
-
-    landmarks = cfg.MODEL.LANDMARKS
-    height, width = landmarks.INPUT_SIZE
-    crop = ((height, width), landmarks.CROP.PADDING) if cfg.INPUT.LANDMARKS.ENABLED else None
-
-    def coco() -> DatasetEvaluator:
-        return COCOEvaluator(
-            dataset_name,
-            output_dir=output_folder,
-            use_fast_impl=False,  # the official implementation; the fast one needs detectron2._C
-            kpt_oks_sigmas=tuple(
-                cfg.TEST.KEYPOINT_OKS_SIGMAS or metadata.get("keypoint_oks_sigmas") or ()
-            ),
-            oks_nms_threshold=cfg.TEST.KEYPOINT_OKS_NMS,
-            oks_nms_crop=crop,
-        )
-
-    def semantic() -> DatasetEvaluator:
-        return SemSegEvaluator(
-            dataset_name, output_dir=output_folder, sem_seg_loading_fn=_load_labels
-        )
-
-    def panoptic() -> list[DatasetEvaluator]:
-        evaluators: list[DatasetEvaluator] = [
-            COCOPanopticEvaluator(dataset_name, output_folder, backend=cfg.TEST.PANOPTIC_BACKEND)
-        ]
-        if cfg.TEST.ANALYZE:
-            folder = os.path.join(output_folder, "analysis")
-            evaluators.append(PanopticAnalysis(dataset_name, folder))
-        return [IfPredicted("panoptic_seg", evaluator) for evaluator in evaluators]
-
     if cfg.TEST.ANALYZE:
         check_analysis(dataset_name)
-    if kind == "coco":
-        return coco()
-    if kind == "coco_panoptic_seg":
-        # Loading a data set may be what names its files.
-        records = DatasetCatalog.get(dataset_name)
-        evaluators = [IfPredicted("instances", coco())]
-        if all("sem_seg_file_name" in record for record in records):
-            evaluators.append(IfPredicted("sem_seg", semantic()))
-        return DatasetEvaluators([*evaluators, *panoptic()])
-    if kind == "landmarks":
-        evaluators = [LandmarkEvaluator(dataset_name, output_dir=output_folder)]
-        if "oks" in (metadata.get("landmark_metrics") or ()):
-            evaluators.append(coco())  # last: it shifts the predicted keypoints in place
-        return DatasetEvaluators(evaluators) if len(evaluators) > 1 else evaluators[0]
-    if kind == "sem_seg":
-        return semantic()
-    if kind == "cityscapes_instance":
-        return CityscapesInstanceEvaluator(dataset_name)
-    if kind == "cityscapes_sem_seg":
-        return CityscapesSemSegEvaluator(dataset_name)
-    if kind == "cityscapes_panoptic_seg":
-        return DatasetEvaluators(
-            [
-                IfPredicted("sem_seg", CityscapesSemSegEvaluator(dataset_name)),
-                IfPredicted("instances", CityscapesInstanceEvaluator(dataset_name)),
-                *panoptic(),
-            ]
-        )
-    if kind == "lvis":
-        return LVISEvaluator(dataset_name, output_dir=output_folder)
-    if kind == "pascal_voc":
-        return PascalVOCDetectionEvaluator(dataset_name)
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if kind in EVALUATOR_REGISTRY:
+        return EVALUATOR_REGISTRY.get(kind)(cfg, dataset_name, output_folder)
     state = f"has evaluator_type {kind!r}, which is not known" if kind else "has no evaluator_type"
     raise ValueError(
         f"Data set {dataset_name!r} {state}. Set it when registering, for example "
-        f"MetadataCatalog.get({dataset_name!r}).evaluator_type = 'coco'; known are coco, "
-        "coco_panoptic_seg, landmarks, sem_seg, cityscapes_instance, cityscapes_sem_seg, "
-        "cityscapes_panoptic_seg, lvis, pascal_voc."
+        f"MetadataCatalog.get({dataset_name!r}).evaluator_type = 'coco'; known are "
+        f"{', '.join(name for name, _ in EVALUATOR_REGISTRY)}."
     )
+
+
+@EVALUATOR_REGISTRY.register()
+def coco(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
+    """Boxes, masks, keypoints."""
+    height, width = cfg.MODEL.LANDMARKS.INPUT_SIZE
+    top_down = cfg.INPUT.MAPPER == "build_top_down_mapper"
+    known = MetadataCatalog.get(name).get("keypoint_oks_sigmas")
+    return COCOEvaluator(
+        name,
+        output_dir=folder,
+        use_fast_impl=False,  # the official implementation; the fast one needs detectron2._C
+        kpt_oks_sigmas=tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS or known or ()),
+        oks_nms_threshold=cfg.TEST.KEYPOINT_OKS_NMS,
+        oks_nms_crop=((height, width), cfg.MODEL.LANDMARKS.CROP.PADDING) if top_down else None,
+    )
+
+
+@EVALUATOR_REGISTRY.register()
+def sem_seg(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
+    """Semantic segmentation."""
+    return SemSegEvaluator(name, output_dir=folder, sem_seg_loading_fn=_load_labels)
+
+
+@EVALUATOR_REGISTRY.register()
+def coco_panoptic_seg(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
+    """Panoptic quality, and the instances and semantic maps that the data set also has."""
+    # Loading a data set may be what names its files.
+    records = DatasetCatalog.get(name)
+    evaluators = [IfPredicted("instances", coco(cfg, name, folder))]
+    if all("sem_seg_file_name" in record for record in records):
+        evaluators.append(IfPredicted("sem_seg", sem_seg(cfg, name, folder)))
+    return DatasetEvaluators([*evaluators, *_panoptic_quality(cfg, name, folder)])
+
+
+@EVALUATOR_REGISTRY.register()
+def landmarks(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
+    """Errors of landmarks, and COCO's keypoint AP where the data set asks for it."""
+    errors = LandmarkEvaluator(name, output_dir=folder)
+    if "oks" not in (MetadataCatalog.get(name).get("landmark_metrics") or ()):
+        return errors
+    # COCO's is the last: it shifts the predicted keypoints in place.
+    return DatasetEvaluators([errors, coco(cfg, name, folder)])
+
+
+@EVALUATOR_REGISTRY.register()
+def cityscapes_instance(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
+    """Cityscapes' own script."""
+    return CityscapesInstanceEvaluator(name)
+
+
+@EVALUATOR_REGISTRY.register()
+def cityscapes_sem_seg(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
+    """Cityscapes' own script."""
+    return CityscapesSemSegEvaluator(name)
+
+
+@EVALUATOR_REGISTRY.register()
+def cityscapes_panoptic_seg(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
+    """Panoptic quality, and Cityscapes' own scripts."""
+    return DatasetEvaluators(
+        [
+            IfPredicted("sem_seg", CityscapesSemSegEvaluator(name)),
+            IfPredicted("instances", CityscapesInstanceEvaluator(name)),
+            *_panoptic_quality(cfg, name, folder),
+        ]
+    )
+
+
+@EVALUATOR_REGISTRY.register()
+def lvis(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
+    """Detectron2's."""
+    return LVISEvaluator(name, output_dir=folder)
+
+
+@EVALUATOR_REGISTRY.register()
+def pascal_voc(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
+    """Detectron2's."""
+    return PascalVOCDetectionEvaluator(name)
+
+
+def _panoptic_quality(cfg: CfgNode, name: str, folder: str) -> list[DatasetEvaluator]:
+    evaluators: list[DatasetEvaluator] = [
+        COCOPanopticEvaluator(name, folder, backend=cfg.TEST.PANOPTIC_BACKEND)
+    ]
+    if cfg.TEST.ANALYZE:
+        evaluators.append(PanopticAnalysis(name, os.path.join(folder, "analysis")))
+    return [IfPredicted("panoptic_seg", evaluator) for evaluator in evaluators]
 
 
 def check_analysis(dataset_name: str) -> None:

@@ -20,8 +20,6 @@ from d2ext.codecs.landmark_crops import has_side, pad_boxes
 from d2ext.evaluation.oks_nms import oks_nms
 from d2ext.files import atomic_write
 
-__all__ = ["COCOEvaluator"]
-
 _FIELDS = {"pred_masks": "segm", "pred_keypoints": "keypoints"}
 
 
@@ -32,7 +30,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
       boxes and keypoints.
     - Detections whose box has no area are left out, as in the published YOLACT; those with keypoints
       only if it has neither width nor height, since points in a row are an object, too.
-    - No detection at all gives AP 0 where there is ground truth to find (Detectron2: NaN), for each
+    - No detection at all gives AP 0 where annotations exist (Detectron2: NaN), for each
       task whose field the model predicts.
     - A data set that is not in a JSON file is converted anew for each evaluator.
     - With ``oks_nms_threshold``, instances whose keypoints are those of a better one are left out of
@@ -107,7 +105,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             )
 
     def _different_poses(self, instances: Instances) -> torch.Tensor:
-        """Indices of the instances that :func:`oks_nms` keeps.
+        """Indices of the instances that :func:`oks_nms` selects.
 
         Raises:
             ValueError: another number of keypoints than of constants.

@@ -11,43 +11,33 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = [
-    "area_under_curve",
-    "distances",
-    "failure_rate",
-    "instance_nme",
-    "pck",
-    "pck_counts",
-    "point_distance",
-]
 
-
-def distances(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
+def distances(predicted: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Errors of landmarks.
 
     Args:
         predicted: (N, K, 2) x, y; not finite: not predicted.
-        truth: (N, K, 3) x, y, v; v = 0: not labelled.
+        targets: (N, K, 3) x, y, v; v = 0: not labelled.
 
     Returns:
         (N, K) ``errors``.
     """
-    offset = np.asarray(predicted, dtype=np.float64) - truth[..., :2]
+    offset = np.asarray(predicted, dtype=np.float64) - targets[..., :2]
     errors = np.sqrt((offset**2).sum(axis=-1))
     errors = np.where(np.isfinite(errors), errors, np.inf)
-    return np.where(truth[..., 2] > 0, errors, np.nan)
+    return np.where(targets[..., 2] > 0, errors, np.nan)
 
 
-def point_distance(truth: np.ndarray, first: Sequence[int], second: Sequence[int]) -> np.ndarray:
+def point_distance(targets: np.ndarray, first: Sequence[int], second: Sequence[int]) -> np.ndarray:
     """Distance between the mean positions of two groups of landmarks.
 
     Args:
-        truth: (N, K, 3).
+        targets: (N, K, 3).
 
     Returns:
         (N,); NaN where one of the landmarks is not labelled.
     """
-    groups = [truth[:, list(group)] for group in (first, second)]
+    groups = [targets[:, list(group)] for group in (first, second)]
     a, b = (group[..., :2].mean(axis=1) for group in groups)
     labelled = np.all([(group[..., 2] > 0).all(axis=1) for group in groups], axis=0)
     return np.where(labelled, np.hypot(*(a - b).T), np.nan)
@@ -56,7 +46,7 @@ def point_distance(truth: np.ndarray, first: Sequence[int], second: Sequence[int
 def pck_counts(
     errors: np.ndarray, norms: np.ndarray, threshold: float, *, strict: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Landmarks found within a distance, of each kind.
+    """Landmarks predicted within a distance, of each kind.
 
     Args:
         threshold: fraction of the norm.
@@ -82,7 +72,7 @@ def pck(
     strict: bool = False,
     landmarks: Sequence[int] | None = None,
 ) -> float:
-    """Share of landmarks found within ``threshold`` of the norm; all labelled ones count alike.
+    """Share of landmarks predicted within ``threshold`` of the norm; all labelled ones count alike.
 
     Args:
         landmarks: indices of those that count; by default all.

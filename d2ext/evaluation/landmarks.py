@@ -1,6 +1,6 @@
 """Landmark accuracy as a Detectron2 evaluator: PCK, PCKh, NME, failure rate, AUC, per landmark.
 
-Truth comes from the registered data set: every annotation that is no crowd and has a labelled
+Annotations come from the registered data set: every annotation that is no crowd and has a labelled
 landmark and a box (:func:`~d2ext.data.landmarks.samples.usable_annotations`). Landmarks that are not
 labelled never count. An instance, or a landmark, that was not predicted counts as missed (PCK), as an
 error of the whole norm (NME) and so as a failure. Predictions of no annotation have no effect.
@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
+from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils import comm
 from tabulate import tabulate
 
 from d2ext.data.errors import DatasetError
-from d2ext.data.landmarks.samples import instance_points, usable_annotations
+from d2ext.data.landmarks.samples import instance_box, instance_points, usable_annotations
 from d2ext.evaluation.landmark_metrics import (
     area_under_curve,
     distances,
@@ -36,8 +36,6 @@ from d2ext.evaluation.landmark_metrics import (
     point_distance,
 )
 from d2ext.files import atomic_write
-
-__all__ = ["METRICS", "LandmarkEvaluator", "instance_norm"]
 
 logger = logging.getLogger(__name__)
 
@@ -98,22 +96,22 @@ class LandmarkEvaluator(DatasetEvaluator):
             raise DatasetError(f"Unknown landmark metrics {unknown}; choose from {METRICS}.")
         self._annotations: dict[Any, list[Annotation]] = {}
         for record in DatasetCatalog.get(dataset_name):
-            found = usable_annotations(record)
-            if found:
-                self._annotations[record["image_id"]] = found
+            annotations = usable_annotations(record)
+            if annotations:
+                self._annotations[record["image_id"]] = annotations
         if not self._annotations:
             raise DatasetError(f"Data set '{dataset_name}' has no labelled landmark to evaluate.")
         every = list(itertools.chain.from_iterable(self._annotations.values()))
         names = metadata.get("keypoint_names")
         count = len(every[0]["keypoints"]) // 3 if not names else len(names)
         self._names = list(names) if names else [f"point_{i}" for i in range(count)]
-        self._truth = np.stack([instance_points(a, count) for a in every])
+        self._targets = np.stack([instance_points(a, count) for a in every])
         self._every = every
         self._norms = self._choose_norms(norm)
         self._heads: np.ndarray | None = None
         if "pckh" in self._metrics:
             point_norms = metadata.get("landmark_norms") or {}
-            self._heads = instance_norm(self._head_norm(), every, self._truth, point_norms)
+            self._heads = instance_norm(self._head_norm(), every, self._targets, point_norms)
         self._predictions: list[tuple[Any, int, np.ndarray]] = []
         # Of the last evaluation: (N,) NME of each instance, as a fraction of the data set's norm, in
         # the order of `annotations`.
@@ -125,15 +123,15 @@ class LandmarkEvaluator(DatasetEvaluator):
         return self._every
 
     def _choose_norms(self, norm: str | None) -> dict[str, np.ndarray]:
-        """(N,) norms of NME by name, the chosen one first; raises for what cannot be computed."""
+        """(N,) norms of NME by name, the selected one first; raises for what cannot be computed."""
         if "nme" not in self._metrics:
             return {}
         point_norms = self._metadata.get("landmark_norms") or {}
-        chosen = norm or self._metadata.get("landmark_norm") or "box"
-        if chosen == "head":
-            chosen = self._head_norm()
-        names = dict.fromkeys([chosen, "box", "diagonal", *point_norms])
-        return {n: instance_norm(n, self._every, self._truth, point_norms) for n in names}
+        selected = norm or self._metadata.get("landmark_norm") or "box"
+        if selected == "head":
+            selected = self._head_norm()
+        names = dict.fromkeys([selected, "box", "diagonal", *point_norms])
+        return {n: instance_norm(n, self._every, self._targets, point_norms) for n in names}
 
     def _head_norm(self) -> str:
         """The norm of PCKh; raises if there is none."""
@@ -167,8 +165,8 @@ class LandmarkEvaluator(DatasetEvaluator):
         """
         for one_input, output in zip(inputs, outputs, strict=True):
             image_id = one_input["image_id"]
-            truth = self._annotations.get(image_id)
-            if truth is None or "instances" not in output:
+            annotations = self._annotations.get(image_id)
+            if annotations is None or "instances" not in output:
                 continue
             instances = output["instances"].to("cpu")
             if len(instances) == 0:
@@ -181,7 +179,7 @@ class LandmarkEvaluator(DatasetEvaluator):
                     f"The model predicts {points.shape[1]} landmarks, data set '{self._name}' has "
                     f"{len(self._names)}. Set MODEL.LANDMARKS.NUM_KEYPOINTS or evaluate on other data."
                 )
-            for place, row in match_instances(one_input, instances, truth).items():
+            for place, row in match_instances(one_input, instances, annotations).items():
                 self._predictions.append((image_id, place, points[row, :, :2].copy()))
 
     def evaluate(self) -> dict[str, Any] | None:
@@ -200,22 +198,18 @@ class LandmarkEvaluator(DatasetEvaluator):
             if not comm.is_main_process():
                 return None
             predictions = list(itertools.chain(*gathered))
-        predicted = np.full((*self._truth.shape[:2], 2), np.nan)
-        place = {}
-        row = 0
-        for image_id, found in self._annotations.items():
-            for i in range(len(found)):
-                place[image_id, i] = row
-                row += 1
+        predicted = np.full((*self._targets.shape[:2], 2), np.nan)
+        keys = [(i, k) for i, of_image in self._annotations.items() for k in range(len(of_image))]
+        place = {key: row for row, key in enumerate(keys)}
         for image_id, i, points in predictions:
             predicted[place[image_id, i]] = points
-        errors = distances(predicted, self._truth)
+        errors = distances(predicted, self._targets)
         results = {"missing": 100 * float(np.isnan(predicted).all(axis=(1, 2)).mean())}
         table: dict[str, list[float]] = {}
         if "nme" in self._metrics:
             results.update(self._nme(errors, table))
         if "pck" in self._metrics:
-            sides = instance_norm("side", self._every, self._truth, {})
+            sides = instance_norm("side", self._every, self._targets, {})
             results.update(self._pck("PCK", errors, sides, _PCK_THRESHOLDS, (), table))
         if self._heads is not None:
             skipped = self._metadata.get("landmark_not_scored") or ()
@@ -237,11 +231,11 @@ class LandmarkEvaluator(DatasetEvaluator):
             results[f"FR@{limit:g}"] = 100 * failure_rate(nmes, limit)
             results[f"AUC@{limit:g}"] = 100 * area_under_curve(nmes, limit)
             for attribute in sorted({k for a in self._every for k in a.get("attributes", {})}):
-                chosen = np.array(
+                selected = np.array(
                     [bool(a.get("attributes", {}).get(attribute)) for a in self._every]
                 )
-                if chosen.any():
-                    results[f"NME-{attribute}"] = 100 * _mean(nmes[chosen])
+                if selected.any():
+                    results[f"NME-{attribute}"] = 100 * _mean(nmes[selected])
             relative = errors / np.where(norms > 0, norms, np.nan)[:, None]
             relative[np.isinf(relative)] = 1.0
             table[f"NME ({name}, %)"] = [100 * _mean(column) for column in relative.T]
@@ -256,10 +250,12 @@ class LandmarkEvaluator(DatasetEvaluator):
         skipped: Sequence[int],
         table: dict[str, list[float]],
     ) -> dict[str, float]:
-        kept = [i for i in range(len(self._names)) if i not in skipped]
+        scored = [i for i in range(len(self._names)) if i not in skipped]
         results = {}
         for threshold in thresholds:
-            results[f"{title}@{threshold:g}"] = 100 * pck(errors, norms, threshold, landmarks=kept)
+            results[f"{title}@{threshold:g}"] = 100 * pck(
+                errors, norms, threshold, landmarks=scored
+            )
             hits, labelled = pck_counts(errors, norms, threshold)
             table[f"{title}@{threshold:g} (%)"] = [
                 100 * h / n if n else math.nan for h, n in zip(hits, labelled, strict=True)
@@ -302,7 +298,7 @@ class LandmarkEvaluator(DatasetEvaluator):
 def instance_norm(
     name: str,
     annotations: Sequence[Annotation],
-    truth: np.ndarray,
+    targets: np.ndarray,
     point_norms: dict[str, tuple[Sequence[int], Sequence[int]]],
 ) -> np.ndarray:
     """The pixels that count as 1, for each instance.
@@ -324,7 +320,7 @@ def instance_norm(
         DatasetError: unknown name, or annotations without what it needs.
     """
     if name in point_norms:
-        return point_distance(truth, *point_norms[name])
+        return point_distance(targets, *point_norms[name])
     key = {"box_size": "box_size", "head": "head_box", "hourglass": "person_scale"}.get(name)
     if key is not None:
         if not all(key in a for a in annotations):
@@ -333,7 +329,7 @@ def instance_norm(
         if name == "head":
             return _HEAD_SHARE * np.hypot(values[:, 2] - values[:, 0], values[:, 3] - values[:, 1])
         return values * _HOURGLASS_UNIT if name == "hourglass" else values
-    boxes = np.array([_box(a) for a in annotations], dtype=np.float64)
+    boxes = np.array([instance_box(a) for a in annotations], dtype=np.float64)
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     if name == "box":
         return np.sqrt(np.maximum(width, 0) * np.maximum(height, 0))
@@ -346,27 +342,29 @@ def instance_norm(
 
 
 def match_instances(
-    one_input: dict[str, Any], instances: Instances, truth: Sequence[Annotation]
+    one_input: dict[str, Any], instances: Instances, annotations: Sequence[Annotation]
 ) -> dict[int, int]:
     """Which prediction belongs to which annotation; see :class:`LandmarkEvaluator`.
 
     Returns:
-        place in ``truth`` → row of ``instances``; annotations without prediction are not there.
+        place in ``annotations`` → row of ``instances``; annotations without prediction are not there.
     """
     if instances.has("instance_ids"):
         rows = {int(key): row for row, key in enumerate(instances.instance_ids)}
-        ids = [int(a.get("id", i)) for i, a in enumerate(truth)]
+        ids = [int(a.get("id", i)) for i, a in enumerate(annotations)]
         return {place: rows[key] for place, key in enumerate(ids) if key in rows}
     given = one_input.get("instances")
-    in_order = given is not None and given.has("gt_boxes") and len(given) == len(truth)
-    if len(instances) == len(truth) and (in_order or len(truth) == 1):
-        return {place: place for place in range(len(truth))}
+    in_order = given is not None and given.has("gt_boxes") and len(given) == len(annotations)
+    if len(instances) == len(annotations) and (in_order or len(annotations) == 1):
+        return {place: place for place in range(len(annotations))}
     if not instances.has("pred_boxes"):
         raise ValueError(
             f"{len(instances)} predictions without instance_ids and pred_boxes cannot be matched with "
-            f"{len(truth)} annotations."
+            f"{len(annotations)} annotations."
         )
-    boxes = instances.pred_boxes.tensor.new_tensor([_box(a) for a in truth]).reshape(-1, 4)
+    boxes = instances.pred_boxes.tensor.new_tensor([instance_box(a) for a in annotations]).reshape(
+        -1, 4
+    )
     overlap = pairwise_iou(Boxes(boxes), instances.pred_boxes)
     result: dict[int, int] = {}
     for index in overlap.flatten().argsort(descending=True, stable=True).tolist():
@@ -376,11 +374,6 @@ def match_instances(
         if place not in result and row not in result.values():
             result[place] = row
     return result
-
-
-def _box(annotation: Annotation) -> list[float]:
-    mode = annotation.get("bbox_mode", BoxMode.XYXY_ABS)
-    return list(BoxMode.convert([float(v) for v in annotation["bbox"]], mode, BoxMode.XYXY_ABS))
 
 
 def _mean(values: np.ndarray) -> float:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["keypoint_similarity", "oks_nms"]
-
 
 def keypoint_similarity(points: Tensor, areas: Tensor, sigmas: Tensor) -> Tensor:
     """COCO's object keypoint similarity between predictions, each with each.
@@ -41,7 +39,7 @@ def oks_nms(
     threshold: float,
     classes: Tensor | None = None,
 ) -> Tensor:
-    """Greedily, best first, keep instances whose similarity to all that are kept is at most
+    """Greedily, best first, select instances whose similarity to all that are selected is at most
     ``threshold``. Of equal scores the earlier one is better.
 
     Args:
@@ -53,7 +51,7 @@ def oks_nms(
         classes: (N,); instances of different classes leave each other alone. None: all are alike.
 
     Returns:
-        indices (n,) int64 of those kept, ascending.
+        indices (n,) int64 of those selected, ascending.
     """
     too_near = keypoint_similarity(points, areas, sigmas) > threshold
     if classes is not None:

@@ -20,8 +20,6 @@ from tabulate import tabulate
 
 from d2ext.files import atomic_write
 
-__all__ = ["COCOPanopticEvaluator"]
-
 logger = logging.getLogger(__name__)
 
 _GROUPS = {"All": "", "Things": "_th", "Stuff": "_st"}
@@ -79,16 +77,18 @@ class COCOPanopticEvaluator(_COCOPanopticEvaluator):
         if not comm.is_main_process():
             return None
         predictions = {p["image_id"]: p for p in itertools.chain(*gathered)}
-        truth_file = PathManager.get_local_path(self._metadata.panoptic_json)
-        truth_folder = PathManager.get_local_path(self._metadata.panoptic_root)
-        content = json.loads(Path(truth_file).read_text(encoding="utf-8"))
+        annotation_file = PathManager.get_local_path(self._metadata.panoptic_json)
+        annotation_folder = PathManager.get_local_path(self._metadata.panoptic_root)
+        content = json.loads(Path(annotation_file).read_text(encoding="utf-8"))
         with tempfile.TemporaryDirectory(prefix="panoptic_eval") as folder:
-            content["annotations"] = self._write_maps(content, predictions, truth_folder, folder)
+            content["annotations"] = self._write_maps(
+                content, predictions, annotation_folder, folder
+            )
             predictions_file = os.path.join(self._output_dir or folder, "predictions.json")
             with atomic_write(predictions_file, "w") as f:
                 json.dump(content, f)
             score = _score_hotcoco if self._backend == "hotcoco" else _score_panopticapi
-            groups = score(truth_file, predictions_file, truth_folder, folder)
+            groups = score(annotation_file, predictions_file, annotation_folder, folder)
         results: dict[str, float] = {}
         for group, suffix in _GROUPS.items():
             for metric in ("pq", "sq", "rq"):
@@ -98,18 +98,18 @@ class COCOPanopticEvaluator(_COCOPanopticEvaluator):
 
     def _write_maps(
         self,
-        truth: dict[str, Any],
+        annotations: dict[str, Any],
         predictions: dict[Any, dict[str, Any]],
-        truth_folder: str,
+        annotation_folder: str,
         folder: str,
     ) -> list[dict[str, Any]]:
         """Write the PNGs of all images; returns their entries for the JSON file."""
         entries, absent = [], []
-        for annotation in truth["annotations"]:
+        for annotation in annotations["annotations"]:
             prediction = dict(predictions.get(annotation["image_id"], {}))
             if not prediction:
                 absent.append(annotation["image_id"])
-                with Image.open(os.path.join(truth_folder, annotation["file_name"])) as image:
+                with Image.open(os.path.join(annotation_folder, annotation["file_name"])) as image:
                     void = Image.fromarray(np.zeros((image.height, image.width, 3), np.uint8))
                 name = f"{annotation['image_id']}.png".replace("/", "_")
                 prediction = {
@@ -138,24 +138,24 @@ def _plain(segment: dict[str, Any]) -> dict[str, Any]:
 
 
 def _score_panopticapi(
-    truth_file: str, predictions_file: str, truth_folder: str, folder: str
+    annotation_file: str, predictions_file: str, annotation_folder: str, folder: str
 ) -> dict[str, Any]:
     from panopticapi.evaluation import pq_compute_multi_core, pq_compute_single_core
 
-    truth, predictions = (
+    annotations, predictions = (
         json.loads(Path(file).read_text(encoding="utf-8"))
-        for file in (truth_file, predictions_file)
+        for file in (annotation_file, predictions_file)
     )
-    categories = {c["id"]: c for c in truth["categories"]}
-    pairs = list(zip(truth["annotations"], predictions["annotations"], strict=True))
+    categories = {c["id"]: c for c in annotations["categories"]}
+    pairs = list(zip(annotations["annotations"], predictions["annotations"], strict=True))
     for annotation, _ in pairs:
         for segment in annotation["segments_info"]:
             segment.setdefault("iscrowd", 0)
     with contextlib.redirect_stdout(io.StringIO()):
         if len(pairs) < _PARALLEL_FROM:
-            stat = pq_compute_single_core(0, pairs, truth_folder, folder, categories)
+            stat = pq_compute_single_core(0, pairs, annotation_folder, folder, categories)
         else:
-            stat = pq_compute_multi_core(pairs, truth_folder, folder, categories)
+            stat = pq_compute_multi_core(pairs, annotation_folder, folder, categories)
     groups = {}
     for group, isthing in (("All", None), ("Things", 1), ("Stuff", 0)):
         counted = [
@@ -168,7 +168,7 @@ def _score_panopticapi(
 
 
 def _score_hotcoco(
-    truth_file: str, predictions_file: str, truth_folder: str, folder: str
+    annotation_file: str, predictions_file: str, annotation_folder: str, folder: str
 ) -> dict[str, Any]:
     try:
         from hotcoco.panoptic import pq_compute
@@ -178,7 +178,7 @@ def _score_hotcoco(
             "set it to 'panopticapi'."
         ) from error
     with contextlib.redirect_stdout(io.StringIO()):
-        results = pq_compute(truth_file, predictions_file, truth_folder, folder)
+        results = pq_compute(annotation_file, predictions_file, annotation_folder, folder)
     return {group: results[group] if results[group]["n"] else _nothing() for group in _GROUPS}
 
 

@@ -5,9 +5,9 @@ Written into a folder:
 - ``categories.csv``: PQ, SQ, RQ, matches, wrong and missed segments of each class, and what it is
   confused with most;
 - ``images.csv``: the same for each image, worst first;
-- ``confusion.csv``, ``confusion_pixels.csv``: rows truth, columns prediction, in segments and pixels;
+- ``confusion.csv``, ``confusion_pixels.csv``: rows annotated, columns predicted, in segments and pixels;
 - ``analysis.json``: all of it but the matrices;
-- ``confusion.png``, and ``worst/``: the worst images, picture, truth and prediction side by side.
+- ``confusion.png``, and ``worst/``: the worst images, picture, annotations and prediction side by side.
 
 PQ of an image is the mean over the classes that occur in it, so that it is what panopticapi gives for a
 data set of this one image.
@@ -46,8 +46,6 @@ from d2ext.evaluation.panoptic_match import Counts, match_segments
 from d2ext.evaluation.panoptic_pictures import draw_comparison, draw_confusion
 from d2ext.files import atomic_write
 
-__all__ = ["PanopticAnalysis"]
-
 logger = logging.getLogger(__name__)
 
 # Rows of the tables in the log.
@@ -68,7 +66,7 @@ class _Image:
 
 
 class PanopticAnalysis(DatasetEvaluator):
-    """Compares panoptic predictions with the truth image by image; see the module's header."""
+    """Compares panoptic predictions with the annotations image by image; see the module's header."""
 
     def __init__(self, dataset_name: str, output_dir: str, *, num_pictures: int = 12) -> None:
         """
@@ -90,7 +88,7 @@ class PanopticAnalysis(DatasetEvaluator):
         self._output_dir = Path(output_dir)
         self._num_pictures = num_pictures
         content = read_panoptic_json(self._metadata.panoptic_json)
-        self._truth = {entry["image_id"]: entry for entry in content["annotations"]}
+        self._annotations = {entry["image_id"]: entry for entry in content["annotations"]}
         self.reset()
 
     def reset(self) -> None:
@@ -154,24 +152,21 @@ class PanopticAnalysis(DatasetEvaluator):
         self, one_input: dict[str, Any], ids: np.ndarray, segments: list[dict[str, Any]]
     ) -> None:
         image_id, file_name = one_input["image_id"], one_input["file_name"]
-        if image_id not in self._truth:
+        if image_id not in self._annotations:
             raise ValueError(
                 f"Image '{file_name}' (id {image_id}) is not in '{self._metadata.panoptic_json}'."
             )
-        entry = self._truth[image_id]
-        infos = entry["segments_info"]
-        path = os.path.join(self._metadata.panoptic_root, entry["file_name"])
-        truth = read_segments(path, infos, allow_absent=True)
-        if truth.shape != ids.shape:
+        targets, infos = self._targets_of(image_id)
+        if targets.shape != ids.shape:
             raise ValueError(
-                f"The panoptic map of '{file_name}' has height and width {ids.shape}, the truth "
-                f"{truth.shape}: models predict at the size of the original image."
+                f"The panoptic map of '{file_name}' has height and width {ids.shape}, the annotations "
+                f"{targets.shape}: models predict at the size of the original image."
             )
         labels = np.array([self._classes.dataset_ids[s["category_id"]] for s in infos], np.int64)
         crowd = np.array([bool(s.get("iscrowd", 0)) for s in infos], bool)
         places = _places(ids, segments, file_name)
         predicted = np.array([self._label(s, file_name) for s in segments], np.int64)
-        matches = match_segments(truth, labels, crowd, places, predicted, len(self._classes.full))
+        matches = match_segments(targets, labels, crowd, places, predicted, len(self._classes.full))
         self._confusion += matches.confusion
         self._pixels += matches.pixels
         *quality, _ = matches.counts.mean_quality()
@@ -189,6 +184,14 @@ class PanopticAnalysis(DatasetEvaluator):
             )
         )
         self._keep_if_bad(places, quality[0])
+
+    def _targets_of(self, image_id: Any) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        """H×W uint16, 0 void, i+1 the i-th annotated segment; and these segments."""
+        entry = self._annotations[image_id]
+        path = os.path.join(self._metadata.panoptic_root, entry["file_name"])
+        return read_segments(path, entry["segments_info"], allow_absent=True), entry[
+            "segments_info"
+        ]
 
     def _keep_if_bad(self, places: np.ndarray, pq: float) -> None:
         """Keep the last image's map if the image is among the worst so far."""
@@ -269,7 +272,7 @@ class PanopticAnalysis(DatasetEvaluator):
         names = self._unique_names()
         with atomic_write(self._output_dir / name, "w") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["truth \\ prediction", *names, column])
+            writer.writerow(["annotated \\ predicted", *names, column])
             for label, values in zip([*names, row], matrix.tolist(), strict=True):
                 writer.writerow([label, *values])
 
@@ -279,8 +282,8 @@ class PanopticAnalysis(DatasetEvaluator):
         stuff = len(self._classes.stuff)
         groups = {"All": slice(None), "Things": slice(stuff, None), "Stuff": slice(0, stuff)}
         summary = {}
-        for group, chosen in groups.items():
-            *quality, number = counts.mean_quality(chosen)
+        for group, selected in groups.items():
+            *quality, number = counts.mean_quality(selected)
             summary[group] = {**_percent(np.array(quality)), "categories": number}
         content = {"quality": summary, "categories": categories, "images": images}
         with atomic_write(self._output_dir / "analysis.json", "w") as file:
@@ -294,14 +297,10 @@ class PanopticAnalysis(DatasetEvaluator):
         for rank, image in enumerate(images):
             assert image.prediction is not None
             places = cv2.imdecode(np.frombuffer(image.prediction, np.uint8), cv2.IMREAD_UNCHANGED)
-            infos = self._truth[image.image_id]["segments_info"]
-            path = os.path.join(
-                self._metadata.panoptic_root, self._truth[image.image_id]["file_name"]
-            )
-            truth = read_segments(path, infos, allow_absent=True)
+            targets, infos = self._targets_of(image.image_id)
             picture = draw_comparison(
                 read_image(image.file_name, "BGR"),
-                _drawable(truth, [contiguous_segment(s, self._metadata) for s in infos]),
+                _drawable(targets, [contiguous_segment(s, self._metadata) for s in infos]),
                 _drawable(places, image.segments),
                 self._metadata,
                 f"{os.path.basename(image.file_name)}: PQ {100 * image.quality[0]:.1f}, "

@@ -1,19 +1,17 @@
-"""Panoptic quality of one image: which predicted segment is which segment of the truth.
+"""Panoptic quality of one image: which predicted segment is which annotated segment.
 
 The rules are panopticapi's (arXiv 1801.00868, section 4.1, and its evaluation script): a pair of the
-same class with IoU > 0.5 is a match, void pixels of the truth do not count as part of a prediction,
-crowds are neither found nor missed, and a prediction more than half of which is void or crowd of its
+same class with IoU > 0.5 is a match, pixels annotated as void do not count as part of a prediction,
+crowds are neither matched nor missed, and a prediction more than half of which is void or crowd of its
 class is not held against the model.
 
-G: segments of the truth, P: predicted segments, C: classes, by their label in a full map (stuff, then
+G: annotated segments, P: predicted segments, C: classes, by their label in a full map (stuff, then
 things).
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-
-__all__ = ["Counts", "ImageMatches", "match_segments"]
 
 # A match has an IoU above this (in the paper; then it is unique).
 _MATCH_IOU = 0.5
@@ -58,16 +56,16 @@ class Counts:
         result[total == 0] = np.nan
         return result
 
-    def mean_quality(self, chosen: slice = slice(None)) -> tuple[float, float, float, int]:
+    def mean_quality(self, selected: slice = slice(None)) -> tuple[float, float, float, int]:
         """PQ, SQ, RQ averaged over the classes that occurred, and how many these are.
 
         Args:
-            chosen: classes to average over
+            selected: classes to average over
 
         Returns:
             NaN for the three if none occurred
         """
-        quality = self.quality()[chosen]
+        quality = self.quality()[selected]
         quality = quality[~np.isnan(quality[:, 0])]
         if not len(quality):
             return float("nan"), float("nan"), float("nan"), 0
@@ -81,9 +79,9 @@ class ImageMatches:
 
     Attributes:
         counts: for panoptic quality
-        confusion: (C+1, C+1) int64 segments, row: class of the truth, column: predicted class, where
+        confusion: (C+1, C+1) int64 segments, row: annotated class, column: predicted class, where
             two segments overlap with IoU > 0.5 whatever their classes; row C: predictions without
-            such a partner in the truth, column C: segments of the truth without one
+            such an annotated partner, column C: annotated segments without one
         pixels: (C+1, C+1) int64 pixels, likewise; C is void
     """
 
@@ -93,8 +91,8 @@ class ImageMatches:
 
 
 def match_segments(
-    truth: np.ndarray,
-    truth_labels: np.ndarray,
+    targets: np.ndarray,
+    target_labels: np.ndarray,
     crowd: np.ndarray,
     predicted: np.ndarray,
     predicted_labels: np.ndarray,
@@ -103,46 +101,46 @@ def match_segments(
     """Match the segments of one image.
 
     Args:
-        truth: H×W int, 0 void, i+1 the i-th segment
-        truth_labels: (G,) int in [0, C)
+        targets: H×W int, 0 void, i+1 the i-th segment
+        target_labels: (G,) int in [0, C)
         crowd: (G,) bool
         predicted: H×W int, 0 void, i+1 the i-th predicted segment
         predicted_labels: (P,) int in [0, C)
         num_classes: C
     """
-    num_truth, num_predicted = len(truth_labels), len(predicted_labels)
-    pairs = truth.astype(np.int64) * (num_predicted + 1) + predicted
-    shared = np.bincount(pairs.reshape(-1), minlength=(num_truth + 1) * (num_predicted + 1))
-    shared = shared.reshape(num_truth + 1, num_predicted + 1)
+    num_targets, num_predicted = len(target_labels), len(predicted_labels)
+    pairs = targets.astype(np.int64) * (num_predicted + 1) + predicted
+    shared = np.bincount(pairs.reshape(-1), minlength=(num_targets + 1) * (num_predicted + 1))
+    shared = shared.reshape(num_targets + 1, num_predicted + 1)
 
     inner = shared[1:, 1:]
-    truth_area, predicted_area = shared.sum(axis=1)[1:], shared.sum(axis=0)[1:]
-    union = truth_area[:, None] + predicted_area - inner - shared[0, 1:]
+    target_area, predicted_area = shared.sum(axis=1)[1:], shared.sum(axis=0)[1:]
+    union = target_area[:, None] + predicted_area - inner - shared[0, 1:]
     iou = inner / np.maximum(union, 1)
-    same = truth_labels[:, None] == predicted_labels
+    same = target_labels[:, None] == predicted_labels
     overlaps = (iou > _MATCH_IOU) & ~crowd[:, None]
     matched = overlaps & same
 
-    ignored = _ignored(shared, truth_labels, crowd, predicted_labels, same)
+    ignored = _ignored(shared, target_labels, crowd, predicted_labels, same)
     counts = Counts.zeros(num_classes)
     rows, columns = np.nonzero(matched)
-    np.add.at(counts.iou, truth_labels[rows], iou[rows, columns])
-    np.add.at(counts.tp, truth_labels[rows], 1)
+    np.add.at(counts.iou, target_labels[rows], iou[rows, columns])
+    np.add.at(counts.tp, target_labels[rows], 1)
     missed = ~matched.any(axis=1) & ~crowd
     wrong = ~matched.any(axis=0) & ~ignored
-    np.add.at(counts.fn, truth_labels[missed], 1)
+    np.add.at(counts.fn, target_labels[missed], 1)
     np.add.at(counts.fp, predicted_labels[wrong], 1)
 
     confusion = np.zeros((num_classes + 1, num_classes + 1), np.int64)
     rows, columns = np.nonzero(overlaps)
-    np.add.at(confusion, (truth_labels[rows], predicted_labels[columns]), 1)
-    alone = truth_labels[~overlaps.any(axis=1) & ~crowd]
+    np.add.at(confusion, (target_labels[rows], predicted_labels[columns]), 1)
+    alone = target_labels[~overlaps.any(axis=1) & ~crowd]
     np.add.at(confusion, (alone, num_classes), 1)
     spurious = predicted_labels[~overlaps.any(axis=0) & ~ignored]
     np.add.at(confusion, (num_classes, spurious), 1)
 
     pixels = np.zeros_like(confusion)
-    rows_of = np.concatenate([[num_classes], truth_labels]).astype(np.int64)
+    rows_of = np.concatenate([[num_classes], target_labels]).astype(np.int64)
     columns_of = np.concatenate([[num_classes], predicted_labels]).astype(np.int64)
     np.add.at(pixels, (rows_of[:, None], columns_of), shared)
     return ImageMatches(counts, confusion, pixels)
@@ -150,7 +148,7 @@ def match_segments(
 
 def _ignored(
     shared: np.ndarray,
-    truth_labels: np.ndarray,
+    target_labels: np.ndarray,
     crowd: np.ndarray,
     predicted_labels: np.ndarray,
     same: np.ndarray,
@@ -161,7 +159,7 @@ def _ignored(
     """
     void = shared[0, 1:]
     crowds = same & crowd[:, None]
-    last = len(truth_labels) - 1 - crowds[::-1].argmax(axis=0) if len(truth_labels) else None
+    last = len(target_labels) - 1 - crowds[::-1].argmax(axis=0) if len(target_labels) else None
     on_crowd = np.zeros_like(void)
     if last is not None:
         columns = np.arange(len(predicted_labels))

@@ -10,8 +10,6 @@ from detectron2.data import Metadata
 
 from d2ext.utils.drawing import PictureDrawer
 
-__all__ = ["draw_comparison", "draw_confusion"]
-
 # Longest side of a picture, pixels; smaller ones are enlarged to the second.
 _LARGEST, _SMALLEST = 800, 400
 _STRIP = 26  # height of a caption, pixels
@@ -19,16 +17,16 @@ _STRIP = 26  # height of a caption, pixels
 
 def draw_comparison(
     image: np.ndarray,
-    truth: tuple[Any, list[dict[str, Any]]],
+    annotations: tuple[Any, list[dict[str, Any]]],
     prediction: tuple[Any, list[dict[str, Any]]],
     metadata: Metadata,
     caption: str,
 ) -> np.ndarray:
-    """Picture, truth and prediction side by side.
+    """Picture, annotations and prediction side by side.
 
     Args:
         image: H×W×3 uint8 BGR
-        truth, prediction: panoptic map and segments as models return them
+        annotations, prediction: panoptic map and segments as models return them
         metadata: names and colours of the classes
 
     Returns:
@@ -38,7 +36,11 @@ def draw_comparison(
     scale = _scale(max(image.shape[:2]))
     size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
     panels = []
-    for title, panoptic in (("image", None), ("truth", truth), ("prediction", prediction)):
+    for title, panoptic in (
+        ("image", None),
+        ("annotations", annotations),
+        ("prediction", prediction),
+    ):
         panel = cv2.resize(
             image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
         )
@@ -63,7 +65,7 @@ def draw_confusion(
 
     Args:
         path: of the PNG
-        confusion: (C+1, C+1) segments, row truth, column prediction, C "none"
+        confusion: (C+1, C+1) segments, row annotated, column predicted, C "none"
         names: of the C classes
         num_shown: classes in the picture
 
@@ -79,21 +81,21 @@ def draw_confusion(
     involved = wrong[:-1].sum(axis=1) + wrong[:, :-1].sum(axis=0)
     occurring = np.flatnonzero(confusion[:-1].sum(axis=1) + confusion[:, :-1].sum(axis=0))
     shown = sorted(sorted(occurring.tolist(), key=lambda i: -involved[i])[:num_shown])
-    chosen = [*shown, len(names)]
-    matrix = confusion[np.ix_(chosen, chosen)]
-    share = matrix / np.maximum(confusion[chosen].sum(axis=1, keepdims=True), 1)
+    selected = [*shown, len(names)]
+    matrix = confusion[np.ix_(selected, selected)]
+    share = matrix / np.maximum(confusion[selected].sum(axis=1, keepdims=True), 1)
 
-    side = 3 + 0.33 * len(chosen)
+    side = 3 + 0.33 * len(selected)
     figure = Figure(figsize=(side + 0.6, side), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     drawn = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     labels = [names[i] for i in shown]
-    ticks = range(len(chosen))
+    ticks = range(len(selected))
     axes.set_xticks(ticks, [*labels, "missed"], rotation=90, fontsize=8)
     axes.set_yticks(ticks, [*labels, "no such segment"], fontsize=8)
-    axes.set_xlabel("prediction")
-    axes.set_ylabel("truth")
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("annotated")
     omitted = len(occurring) - len(shown)
     axes.set_title(
         "Segments that overlap with IoU > 0.5, whatever their classes"

@@ -6,6 +6,12 @@
 A name is a file's path relative to ``configs/``.
 """
 
-from d2ext.model_zoo.model_zoo import available, get, get_config, get_config_file
+from d2ext.model_zoo.model_zoo import (
+    available,
+    find_config_file,
+    get,
+    get_config,
+    get_config_file,
+)
 
-__all__ = ["available", "get", "get_config", "get_config_file"]
+__all__ = ["available", "find_config_file", "get", "get_config", "get_config_file"]

@@ -5,18 +5,22 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+import detectron2
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from d2ext.config import get_cfg
+from d2ext.config import ConfigError, get_cfg
 
 # In a checkout this is a link to the repository's configs/; a wheel holds the files themselves.
 _CONFIGS = Path(__file__).resolve().parent / "configs"
 # Where the link is missing: a checkout made without support for symbolic links.
 _CONFIGS_OF_CHECKOUT = Path(__file__).resolve().parent.parent.parent / "configs"
+# Its module model_zoo needs pkg_resources, which setuptools no longer has.
+_DETECTRON2_CONFIGS = Path(detectron2.__file__).parent / "model_zoo" / "configs"
 
 
 def _config_root() -> Path:
@@ -53,6 +57,29 @@ def get_config_file(config_path: str) -> str:
     return str(path)
 
 
+def find_config_file(name: str) -> str:
+    """Path of a config file, given as a path or as a name in d2ext's or Detectron2's model zoo.
+
+    Args:
+        name: such as ``"runs/own.yaml"``, ``"yolact/yolact_R_50_550.yaml"`` or
+            ``"COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"``; empty (no file) stays empty.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    if not name or PathManager.isfile(name):
+        return name
+    try:
+        return get_config_file(name)
+    except FileNotFoundError as error:
+        of_detectron2 = _DETECTRON2_CONFIGS / name
+        if of_detectron2.is_file():
+            return str(of_detectron2)
+        raise ConfigError(
+            f"There is no config file {name!r}, neither as a path nor among Detectron2's. {error}"
+        ) from error
+
+
 def get_config(config_path: str, trained: bool = False) -> CfgNode:
     """The config of a model, with Detectron2's and d2ext's defaults filled in.
 
@@ -60,7 +87,7 @@ def get_config(config_path: str, trained: bool = False) -> CfgNode:
         config_path: file name relative to ``configs/``.
         trained: kept for compatibility with ``detectron2.model_zoo``. d2ext distributes no weights,
             so ``True`` is an error: convert a published checkpoint with
-            ``tools/convert_checkpoint.py`` and set ``cfg.MODEL.WEIGHTS`` to the result.
+            ``d2ext convert`` and set ``cfg.MODEL.WEIGHTS`` to the result.
 
     Raises:
         FileNotFoundError: there is no such config.
@@ -70,7 +97,7 @@ def get_config(config_path: str, trained: bool = False) -> CfgNode:
     if trained:
         raise ValueError(
             f"d2ext distributes no trained weights for {config_path!r}. Convert the published "
-            "checkpoint with tools/convert_checkpoint.py and set cfg.MODEL.WEIGHTS to the result."
+            "checkpoint with d2ext convert and set cfg.MODEL.WEIGHTS to the result."
         )
     cfg = get_cfg()
     cfg.merge_from_file(file)

@@ -1,23 +1,26 @@
 """Parts that two or more systems use. Importing this package registers the backbones."""
 
+from d2ext.modeling.cornernet_hourglass import (
+    CornerNetHourglass,
+    build_cornernet_hourglass_backbone,
+)
 from d2ext.modeling.darknet import Darknet53, build_darknet53_backbone
 from d2ext.modeling.dla import DLA34, DLAUp, build_dla_up_backbone
-from d2ext.modeling.cornernet_hourglass import CornerNetHourglass, build_cornernet_hourglass_backbone
-from d2ext.modeling.resnet_dcn import build_resnet_dcn, build_resnet_dcn_backbone
-from d2ext.modeling.resnet_deconv import ResNetDeconv, build_resnet_deconv_backbone
 from d2ext.modeling.newell_hourglass import NewellHourglass
+from d2ext.modeling.resnet_dcn import build_deformable_resnet, build_resnet_dcn_backbone
+from d2ext.modeling.resnet_deconv import ResNetDeconv, build_resnet_deconv_backbone
 
 __all__ = [
     "DLA34",
+    "CornerNetHourglass",
     "DLAUp",
     "Darknet53",
     "NewellHourglass",
     "ResNetDeconv",
-    "CornerNetHourglass",
+    "build_cornernet_hourglass_backbone",
     "build_darknet53_backbone",
+    "build_deformable_resnet",
     "build_dla_up_backbone",
-    "build_resnet_dcn",
     "build_resnet_dcn_backbone",
     "build_resnet_deconv_backbone",
-    "build_cornernet_hourglass_backbone",
 ]

@@ -15,37 +15,13 @@ from itertools import pairwise
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2ext.modeling.fusion import conv_add_relu, conv_relu
-
-
-def conv_norm(
-    in_channels: int,
-    out_channels: int,
-    kernel: int,
-    *,
-    norm: str,
-    stride: int = 1,
-    groups: int = 1,
-) -> Conv2d:
-    """k×k convolution without bias, padded to keep the size at stride 1, and its norm.
-
-    Weights start as PyTorch draws them: the published models are trained from that.
-    """
-    return Conv2d(
-        in_channels,
-        out_channels,
-        kernel,
-        stride=stride,
-        padding=(kernel - 1) // 2,
-        groups=groups,
-        bias=not norm,
-        norm=get_norm(norm, out_channels),
-    )
+from d2ext.config import CONFIG_REGISTRY
+from d2ext.modeling.fusion import conv_add_relu, conv_norm, conv_relu
 
 
 class ConvNormReLU(nn.Module):
@@ -109,18 +85,11 @@ Block = Callable[..., nn.Module]
 BLOCKS: dict[str, Block] = {"residual": ResidualBlock, "fire": FireBlock}
 
 
-class NearestUpsample(nn.Module):
-    """Nearest up-sampling by 2."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.interpolate(x, scale_factor=2.0, mode="nearest")
-
-
 def _upsample(block: str, channels: int) -> nn.Module:
     """Up-sampling by 2: transposed convolutions among fire modules, nearest elsewhere."""
     if block == "fire":
         return nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1)
-    return NearestUpsample()
+    return nn.Upsample(scale_factor=2.0, mode="nearest")
 
 
 class HourglassLevel(nn.Module):
@@ -203,11 +172,13 @@ class CornerNetHourglass(Backbone):
     ) -> None:
         super().__init__()
         if block not in BLOCKS:
-            raise ValueError(f'MODEL.CORNERNET_HOURGLASS.BLOCK is one of {sorted(BLOCKS)}, not "{block}".')
+            raise ValueError(
+                f'MODEL.CORNERNET_HOURGLASS.BLOCK is one of {sorted(BLOCKS)}, not "{block}".'
+            )
         if len(channels) != len(blocks) or len(channels) < 2 or min(blocks) < 1:
             raise ValueError(
-                "MODEL.CORNERNET_HOURGLASS.CHANNELS and BLOCKS have one entry for each level and one for the "
-                f"bottom, at least two; blocks are 1 or more: not {channels} and {blocks}."
+                "MODEL.CORNERNET_HOURGLASS.CHANNELS and BLOCKS have one entry for each level and one "
+                f"for the bottom, at least two; blocks are 1 or more: not {channels} and {blocks}."
             )
         if num_stacks < 1 or stem_blocks < 1:
             raise ValueError(
@@ -282,13 +253,12 @@ class CornerNetHourglass(Backbone):
         return outputs
 
 
+@CONFIG_REGISTRY.register()
 def add_cornernet_hourglass_config(cfg: CfgNode) -> None:
     """Add the keys of :func:`build_cornernet_hourglass_backbone` to ``cfg``, in place.
 
-    The defaults are hourglass-104. Keys that are there stay.
+    The defaults are hourglass-104.
     """
-    if "CORNERNET_HOURGLASS" in cfg.MODEL:
-        return
     hourglass = cfg.MODEL.CORNERNET_HOURGLASS = CfgNode()
     # Hourglasses in a row.
     hourglass.NUM_STACKS = 2

@@ -13,6 +13,8 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d2ext.config import CONFIG_REGISTRY
+
 # Residual blocks per stage (yolact/NOTES.md §2).
 _BLOCKS_PER_STAGE = (1, 2, 8, 8, 4)
 _STEM_CHANNELS = 32
@@ -99,6 +101,7 @@ class Darknet53(Backbone):
         return outputs
 
 
+@CONFIG_REGISTRY.register()
 def add_darknet_config(cfg: CfgNode) -> None:
     """Add the keys of :func:`build_darknet53_backbone` to ``cfg``, in place."""
     cfg.MODEL.DARKNET = CfgNode()

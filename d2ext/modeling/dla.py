@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2ext.modeling.fusion import conv_add_relu, conv_relu
+from d2ext.config import CONFIG_REGISTRY
+from d2ext.modeling.fusion import conv_add_relu, conv_norm, conv_relu
 from d2ext.modeling.upsampling import DeformConvNormReLU, upsampling
 
 # DLA-34, table 1 of arXiv 1707.06484: channels of the levels, and levels of the trees from level 2 on.
@@ -23,27 +24,13 @@ _CHANNELS = (16, 32, 64, 128, 256, 512)
 _TREE_LEVELS = (1, 2, 2, 1)
 
 
-def _conv(
-    in_channels: int, out_channels: int, kernel: int, *, norm: str, stride: int = 1
-) -> Conv2d:
-    return Conv2d(
-        in_channels,
-        out_channels,
-        kernel,
-        stride=stride,
-        padding=kernel // 2,
-        bias=not norm,
-        norm=get_norm(norm, out_channels),
-    )
-
-
 class DLABlock(nn.Module):
     """Two 3x3 convolutions and a given shortcut."""
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int, norm: str) -> None:
         super().__init__()
-        self.conv1 = _conv(in_channels, out_channels, 3, stride=stride, norm=norm)
-        self.conv2 = _conv(out_channels, out_channels, 3, norm=norm)
+        self.conv1 = conv_norm(in_channels, out_channels, 3, stride=stride, norm=norm)
+        self.conv2 = conv_norm(out_channels, out_channels, 3, norm=norm)
 
     def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
         return conv_add_relu(self.conv2, conv_relu(self.conv1, x), shortcut)
@@ -75,10 +62,12 @@ class DLATree(nn.Module):
         self.block1 = DLABlock(in_channels, out_channels, stride=stride, norm=norm)
         self.block2 = DLABlock(out_channels, out_channels, stride=1, norm=norm)
         self.project = (
-            None if in_channels == out_channels else _conv(in_channels, out_channels, 1, norm=norm)
+            None
+            if in_channels == out_channels
+            else conv_norm(in_channels, out_channels, 1, norm=norm)
         )
         collected = extra_channels + (in_channels if keep_input else 0)
-        self.root = _conv(2 * out_channels + collected, out_channels, 1, norm=norm)
+        self.root = conv_norm(2 * out_channels + collected, out_channels, 1, norm=norm)
 
     def forward(self, x: Tensor, children: Sequence[Tensor] = ()) -> Tensor:
         """(B, in, h, w) → (B, out, h/stride, w/stride)."""
@@ -129,9 +118,9 @@ class DLA34(Backbone):
         out_features: Sequence[str] = ("level2", "level3", "level4", "level5"),
     ) -> None:
         super().__init__()
-        self.stem = _conv(in_channels, _CHANNELS[0], 7, norm=norm)
-        self.level0 = _conv(_CHANNELS[0], _CHANNELS[0], 3, norm=norm)
-        self.level1 = _conv(_CHANNELS[0], _CHANNELS[1], 3, stride=2, norm=norm)
+        self.stem = conv_norm(in_channels, _CHANNELS[0], 7, norm=norm)
+        self.level0 = conv_norm(_CHANNELS[0], _CHANNELS[0], 3, norm=norm)
+        self.level1 = conv_norm(_CHANNELS[0], _CHANNELS[1], 3, stride=2, norm=norm)
         for level, depth in enumerate(_TREE_LEVELS, start=2):
             widths = _CHANNELS[level - 1 : level + 1]
             tree: nn.Module
@@ -249,6 +238,7 @@ class DLAUp(Backbone):
         return {"dla_up": self.fusion(fused[::-1])[-1]}
 
 
+@CONFIG_REGISTRY.register()
 def add_dla_config(cfg: CfgNode) -> None:
     """Add the keys of :func:`build_dla_up_backbone` to ``cfg``, in place."""
     cfg.MODEL.DLA = CfgNode()

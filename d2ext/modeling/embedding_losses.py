@@ -16,14 +16,12 @@ from torch import Tensor
 _EPSILON = 1e-4
 
 
-def pull_push_loss(
-    first: Tensor, second: Tensor, mask: Tensor, *, margin: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def pull_push_loss(first: Tensor, second: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Pull both points of an object to their mean, push the means of objects apart.
 
     Pull is the sum over objects of both squared distances to the mean, over (n + 1e-4). Push is the
     sum over all ordered pairs, an object with itself among them, of
-    (max(0, margin - distance) - 1 / (n + 1e-4)) / (n (n - 1) + 1e-4).
+    (max(0, 1 - distance) - 1 / (n + 1e-4)) / (n (n - 1) + 1e-4).
 
     Published quirks: both are *summed* over images, so they grow with the images per process. The
     pairs of an object with itself are taken back by the subtraction, which also takes a constant from
@@ -33,7 +31,6 @@ def pull_push_loss(
     Args:
         first, second: (B, N) embeddings of the two points; any finite values in empty slots.
         mask: (B, N), 1 or True where a slot holds an object.
-        margin: distance from which means are not pushed.
 
     Returns:
         (pull, push), float32 scalars.
@@ -47,7 +44,7 @@ def pull_push_loss(
     pull = (spread * weight / (count + _EPSILON)[:, None]).sum()
 
     pairs = weight[:, :, None] * weight[:, None, :]
-    closeness = (margin - (mean[:, :, None] - mean[:, None, :]).abs()).clamp(min=0)
+    closeness = (1 - (mean[:, :, None] - mean[:, None, :]).abs()).clamp(min=0)
     closeness = closeness - (1 / (count + _EPSILON))[:, None, None]
     divisor = count * (count - 1) + _EPSILON
     push = (closeness / divisor[:, None, None] * pairs).sum()

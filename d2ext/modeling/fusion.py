@@ -1,4 +1,4 @@
-"""Convolution, bias, addition and ReLU in one cuDNN kernel, for inference on NVIDIA GPUs.
+"""Convolutions with norm, addition and ReLU, for inference on NVIDIA GPUs in one cuDNN kernel.
 
 PyTorch runs a convolution's bias, a residual addition and a ReLU as kernels of their own, which move
 each activation through memory once more. In low precision they take as long as the convolutions.
@@ -7,10 +7,35 @@ each activation through memory once more. In low precision they take as long as 
 from __future__ import annotations
 
 import torch
-from detectron2.layers import Conv2d
+from detectron2.layers import Conv2d, get_norm
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+def conv_norm(
+    in_channels: int,
+    out_channels: int,
+    kernel: int,
+    *,
+    norm: str,
+    stride: int = 1,
+    groups: int = 1,
+) -> Conv2d:
+    """k×k convolution without bias, padded to keep the size at stride 1, and its norm.
+
+    Weights start as PyTorch draws them: the published models are trained from that.
+    """
+    return Conv2d(
+        in_channels,
+        out_channels,
+        kernel,
+        stride=stride,
+        padding=(kernel - 1) // 2,
+        groups=groups,
+        bias=not norm,
+        norm=get_norm(norm, out_channels),
+    )
 
 
 def conv_relu(conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -10,21 +10,22 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from d2ext.codecs.heatmaps import gather_at
 
 # Added to the number of objects or values that a regression loss is divided by (published codes).
 _COUNT_EPSILON = 1e-4
+# Of the focal loss (arXiv 1808.01244, section 3.2; published codes): exponents of the probability's
+# distance from its goal and of the target's distance from 1, smallest probability.
+_ALPHA, _BETA = 2.0, 4.0
+_PROBABILITY_EPSILON = 1e-4
 
 
 def penalty_reduced_focal_loss(
     logits: Tensor,
     target: Tensor,
     mask: Tensor | None = None,
-    *,
-    alpha: float = 2.0,
-    beta: float = 4.0,
-    eps: float = 1e-4,
 ) -> Tensor:
     """Focal loss against Gaussian targets (arXiv 1808.01244, equation 1).
 
@@ -33,24 +34,22 @@ def penalty_reduced_focal_loss(
     without positives it is not divided.
 
     Args:
-        logits: (..., H, W), before the sigmoid. Probabilities are clamped to [eps, 1 - eps]; there is
+        logits: (..., H, W), before the sigmoid. Probabilities are clamped to [1e-4, 1 - 1e-4]; there is
             no gradient beyond.
         target: as ``logits``, in 0..1.
         mask: weight of each cell, broadcast to ``logits``; it does not change the divisor.
-        alpha: exponent of the probability's distance from its goal.
-        beta: exponent of the target's distance from 1.
 
     Returns:
         scalar float32.
     """
-    probability = logits.float().sigmoid().clamp(eps, 1 - eps)
+    probability = logits.float().sigmoid().clamp(_PROBABILITY_EPSILON, 1 - _PROBABILITY_EPSILON)
     positive = target == 1
     complement = 1 - probability
     # Distance from the goal, and the probability given to it.
     distance = torch.where(positive, complement, probability)
     confidence = torch.where(positive, probability, complement)
-    weight = torch.where(positive, torch.ones_like(target), (1 - target) ** beta)
-    values = -torch.log(confidence) * distance**alpha * weight
+    weight = torch.where(positive, torch.ones_like(target), (1 - target) ** _BETA)
+    values = -torch.log(confidence) * distance**_ALPHA * weight
     if mask is not None:
         values = values * mask
     return values.sum() / positive.sum().clamp(min=1)
@@ -88,8 +87,7 @@ def smooth_l1_at_cells(prediction: Tensor, index: Tensor, target: Tensor, mask: 
         scalar float32: sum over objects and channels / (number of objects + 1e-4).
     """
     weight = mask.to(torch.float32)
-    difference = (gather_at(prediction, index).float() - target).abs()
-    values = torch.where(difference < 1, 0.5 * difference**2, difference - 0.5)
+    values = F.smooth_l1_loss(gather_at(prediction, index).float(), target, reduction="none")
     return (values * weight[..., None]).sum() / (weight.sum() + _COUNT_EPSILON)
 
 

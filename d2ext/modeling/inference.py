@@ -14,7 +14,9 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from d2ext.config import CONFIG_REGISTRY
 from d2ext.modeling.fusion import fuse_activations
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -23,6 +25,7 @@ _MODES = ("eager", "cudagraph", "compile", "compile_cudagraph")
 _WARMUP_RUNS = 3
 
 
+@CONFIG_REGISTRY.register()
 def add_inference_config(cfg: CfgNode) -> None:
     """Add the keys of :class:`InferenceNetwork` to ``cfg``, in place. All is off by default."""
     cfg.MODEL.INFERENCE = CfgNode()
@@ -69,7 +72,7 @@ class InferenceNetwork:
     Args:
         network: module of one argument, images (B, 3, H, W) float32.
         decode: function of its output, returning tensors of value-independent shapes (except in mode
-            "eager", where any shapes will do).
+            "eager", where any shapes will do), in tuples, named tuples, lists or dicts as it likes.
         mode: "eager", "cudagraph", "compile" or "compile_cudagraph".
         dtype: "float32", "bfloat16" or "float16".
         channels_last: run the copy in channels-last memory format.
@@ -81,7 +84,7 @@ class InferenceNetwork:
     def __init__(
         self,
         network: nn.Module,
-        decode: Callable[[Any], tuple[Tensor, ...]],
+        decode: Callable[[Any], Any],
         *,
         mode: str = "eager",
         dtype: str = "float32",
@@ -106,7 +109,7 @@ class InferenceNetwork:
         # every call would take longer than a small network.
         self._watched: list[Tensor] = []
         self._fingerprint: list[tuple[int, int]] = []
-        self._compiled: Callable[[Tensor], tuple[Tensor, ...]] | None = None
+        self._compiled: Callable[[Tensor], Any] | None = None
         self._seen: set[torch.Size] = set()
         self._graphs: dict[torch.Size, _CapturedGraph] = {}
 
@@ -119,7 +122,7 @@ class InferenceNetwork:
         self.__dict__.update(state)
         self._forget()
 
-    def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, images: Tensor) -> Any:
         """images (B, 3, H, W) float32 → what ``decode`` returns; the tensors are the caller's."""
         if self._plain:
             return self.decode(self.network(images))
@@ -145,7 +148,7 @@ class InferenceNetwork:
             self._graphs[images.shape] = _CapturedGraph(function, images, pool)
         return self._graphs[images.shape](images)
 
-    def _run(self, images: Tensor) -> tuple[Tensor, ...]:
+    def _run(self, images: Tensor) -> Any:
         assert self._prepared is not None
         return self.decode(self._prepared(images))
 
@@ -191,7 +194,7 @@ class _CapturedGraph:
 
     def __init__(
         self,
-        function: Callable[[Tensor], tuple[Tensor, ...]],
+        function: Callable[[Tensor], Any],
         example: Tensor,
         pool: Any | None = None,
     ) -> None:
@@ -210,8 +213,8 @@ class _CapturedGraph:
                 self.outputs = function(self.input)
         self.pool = self.graph.pool()
 
-    def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, images: Tensor) -> Any:
         self.input.copy_(images)
         self.graph.replay()
         # The next replay overwrites the graph's memory.
-        return tuple(x.clone() for x in self.outputs)
+        return tree_map_only(Tensor, torch.clone, self.outputs)

@@ -21,9 +21,11 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d2ext.config import CONFIG_REGISTRY
 from d2ext.modeling.fusion import conv_relu, take_bias
 
 
+@CONFIG_REGISTRY.register()
 def add_newell_hourglass_config(cfg: CfgNode) -> None:
     """Add the keys of :class:`NewellHourglass` to ``cfg``, in place; defaults as published."""
     hourglass = cfg.MODEL.NEWELL_HOURGLASS = CfgNode()

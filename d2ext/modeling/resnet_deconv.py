@@ -16,6 +16,7 @@ from detectron2.modeling.backbone.resnet import build_resnet_backbone
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d2ext.config import CONFIG_REGISTRY
 from d2ext.modeling.upsampling import DeformConvNormReLU, upsampling
 
 
@@ -97,6 +98,7 @@ class ResNetDeconv(Backbone):
         return {"deconv": x}
 
 
+@CONFIG_REGISTRY.register()
 def add_resnet_deconv_config(cfg: CfgNode) -> None:
     """Add the keys of :func:`build_resnet_deconv_backbone` to ``cfg``, in place."""
     deconv = cfg.MODEL.DECONV = CfgNode()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
@@ -14,6 +16,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Instances
 
+from d2ext.files import atomic_write
 from d2ext.utils.heatmaps import draw_points, overlay_heatmaps
 
 
@@ -55,11 +58,11 @@ def select(instances: Instances, threshold: float) -> Instances:
     scores = instances.mask_scores if instances.has("mask_scores") else instances.scores
     order = scores.argsort(descending=True, stable=True)
     # Before the transfer: masks of what is not wanted stay where they are.
-    kept = instances[order[scores[order] >= threshold]].to("cpu")
-    if kept.has("mask_scores"):
-        kept.scores = kept.mask_scores
-        kept.remove("mask_scores")
-    return kept
+    selected = instances[order[scores[order] >= threshold]].to("cpu")
+    if selected.has("mask_scores"):
+        selected.scores = selected.mask_scores
+        selected.remove("mask_scores")
+    return selected
 
 
 @contextmanager
@@ -71,6 +74,20 @@ def _fixed_colors(seed: int) -> Iterator[None]:
         yield
     finally:
         np.random.set_state(state)
+
+
+def write_picture(path: Path, image: np.ndarray) -> None:
+    """Write a picture (BGR, uint8) in the format of the path's suffix, whole or not at all.
+
+    Raises:
+        OSError: the disk is full or not writable, or the format unknown.
+    """
+    encoded, data = cv2.imencode(path.suffix.lower(), np.ascontiguousarray(image))
+    if not encoded:
+        raise OSError(f"cannot encode '{path}'")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write(data.tobytes())
 
 
 class PictureDrawer:

@@ -8,7 +8,7 @@ The protocol, for any model:
   :func:`d2ext.codecs.heatmaps.maps_on_image` brings a map to the image. Names that have a colour of
   their own are in :data:`COLORS`; others take what is left.
 - Its ``Instances`` say what became of them: ``top_left_scores`` and ``bottom_right_scores`` mean that
-  boxes were found as corners, ``centers`` (N, 2), x and y in pixels, are centre points,
+  boxes were decoded as corners, ``centers`` (N, 2), x and y in pixels, are centre points,
   ``pred_keypoints`` joints.
 """
 

@@ -182,3 +182,21 @@ def test_checkpoints_hold_nothing_but_data(tmp_path: Path) -> None:
 def test_unknown_policy() -> None:
     with pytest.raises(ValueError, match="'strict'"):
         Checkpointer(nn.Linear(1, 1), fit="strict")
+
+
+@pytest.mark.parametrize("mark", [None, b"", b"\xff\xfe\x00", b"model_0000009.pth"])
+def test_a_lost_mark_is_found_again(tmp_path: Path, mark: bytes | None) -> None:
+    checkpointer = Checkpointer(nn.Linear(1, 1), str(tmp_path))
+    assert not checkpointer.has_checkpoint()
+    for name in ("model_0000003", "model_0000011", "model_best"):
+        checkpointer.save(name)
+    checkpointer.tag_last_checkpoint("model_0000003.pth")
+    assert checkpointer.get_checkpoint_file().endswith("model_0000003.pth")
+    (tmp_path / "last_checkpoint").unlink()
+    if mark is not None:
+        (tmp_path / "last_checkpoint").write_bytes(mark)
+    assert checkpointer.has_checkpoint()
+    assert checkpointer.get_checkpoint_file().endswith("model_0000011.pth")
+    checkpointer.save("model_final")
+    (tmp_path / "last_checkpoint").unlink()
+    assert checkpointer.get_checkpoint_file().endswith("model_final.pth")

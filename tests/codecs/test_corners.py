@@ -133,10 +133,10 @@ def test_any_number_of_objects(count: int) -> None:
     )
     assert targets.mask.sum(1).tolist() == [count, min(count, 1)]
     assert torch.isfinite(targets.top_left.heat).all()
-    index, kept = targets.bottom_right.index, targets.mask
+    index, keep = targets.bottom_right.index, targets.mask
     for i, image in enumerate(targets.bottom_right.heat):
-        labels = (torch.arange(count) % 7)[: int(kept[i].sum())]
-        assert (image.flatten(1)[labels, index[i][kept[i]]] == 1).all()
+        labels = (torch.arange(count) % 7)[: int(keep[i].sum())]
+        assert (image.flatten(1)[labels, index[i][keep[i]]] == 1).all()
 
 
 def drawn_maps() -> tuple[PointMaps, PointMaps]:
@@ -179,8 +179,8 @@ def test_pairs_are_the_published_ones(k: int, distance: float) -> None:
     assert pairs.scores.shape == (1, min(1000, k * k))
     expected = fixture.expected[f"decoded_K{k}_ae{distance}"]
     np.testing.assert_allclose(rows(pairs), expected, atol=1e-5)
-    kept = pairs.distances[pairs.scores > REJECTED]
-    assert kept.max() <= distance and kept.min() >= 0
+    keep = pairs.distances[pairs.scores > REJECTED]
+    assert keep.max() <= distance and keep.min() >= 0
 
 
 def test_corners_are_the_published_ones() -> None:
@@ -206,8 +206,8 @@ def test_every_rejection_counts() -> None:
     first = maps([(0, 4, 4, 0.0)])
     second = maps([(0, 8, 8, 0.3), (1, 8, 11, 0.0), (0, 11, 4, 0.6), (0, 2, 9, 0.0)])
     pairs = decode_corners(first, second, k=5)
-    found = pairs.boxes[pairs.scores > 0.9]
-    assert found.tolist() == [[4, 4, 8, 8]]
+    boxes = pairs.boxes[pairs.scores > 0.9]
+    assert boxes.tolist() == [[4, 4, 8, 8]]
     assert float(pairs.distances[0, 0]) == pytest.approx(0.3)
     pairs = decode_corners(first, second, k=5, max_distance=1.0)
     assert sorted(pairs.boxes[pairs.scores > 0.9].tolist()) == [[4, 4, 4, 11], [4, 4, 8, 8]]

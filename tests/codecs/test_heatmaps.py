@@ -13,6 +13,7 @@ from d2ext.codecs.heatmaps import (
     gather_at,
     gaussian_radius,
     local_peaks,
+    maps_on_image,
     top_k,
     top_k_per_class,
 )
@@ -114,10 +115,10 @@ def test_corner_maps_of_a_batch(
         values = torch.tensor(listed, dtype=torch.float64)
         values[:, 1:4:2] += (width - height) // 2  # centred in a square
         values[:, :4] = (values[:, :4] * 127 / width).clamp(0, 126)
-        kept = (values[:, 2] > values[:, 0]) & (values[:, 3] > values[:, 1])
-        boxes.append(values[kept, :4] * ratio)
-        classes.append(values[kept, 4].long() - 1)
-        images.append(torch.full((int(kept.sum()),), i))
+        keep = (values[:, 2] > values[:, 0]) & (values[:, 3] > values[:, 1])
+        boxes.append(values[keep, :4] * ratio)
+        classes.append(values[keep, 4].long() - 1)
+        images.append(torch.full((int(keep.sum()),), i))
     box, label, image = torch.cat(boxes), torch.cat(classes), torch.cat(images)
     sides = (box[:, 2:] - box[:, :2]).ceil()
     radii = gaussian_radius(sides[:, 1], sides[:, 0], overlap, variant).long()
@@ -203,3 +204,21 @@ def test_gather_at_takes_all_channels() -> None:
     assert torch.equal(values[1, 0], maps[1, :, 1, 0])
     strided = maps.contiguous(memory_format=torch.channels_last)
     assert torch.equal(gather_at(strided, index), values)
+
+
+def test_maps_lie_on_the_output_where_they_lie_on_the_image() -> None:
+    """The largest of two maps, worked out by hand: cells of 3x4 pixels from (5, 7)."""
+    maps = torch.zeros(2, 6, 5)
+    maps[0, 2, 1], maps[1, 4, 3] = 0.5, 1.0  # centres at (9.5, 17) and (15.5, 25)
+    to_image = torch.tensor([[3.0, 0.0, 5.0], [0.0, 4.0, 7.0]])
+    shown = maps_on_image(maps, to_image, (40, 50), (40, 50))
+    assert shown.shape == (40, 50)
+    for row, column, value in ((16, 9, 0.5), (17, 9, 0.5), (24, 15, 1.0), (25, 15, 1.0)):
+        assert float(shown[row, column]) == pytest.approx(value * 7 / 8, abs=1e-5)
+    # Nothing a cell or more from the centres.
+    assert shown[:13].eq(0).all() and shown[29:].eq(0).all()
+    assert shown[:, :6].eq(0).all() and shown[:, 19:].eq(0).all()
+    # On an output of three times the width and twice the height.
+    shown = maps_on_image(maps, to_image, (40, 50), (80, 150))
+    assert float(shown[33, 28]) == pytest.approx(0.5 * 15 / 16, abs=1e-5)
+    assert float(shown[50, 46]) == pytest.approx(15 / 16, abs=1e-5)

@@ -12,14 +12,9 @@ from fvcore.transforms.transform import TransformList
 from d2ext.codecs.affine import affine_matrix, invert_affine
 from d2ext.config import get_cfg
 from d2ext.data import build_augmentations
-from d2ext.data.augmentations import (
-    ColorLightingTransform,
-    DetectionInput,
-    PixelMirrorTransform,
-    RandomAffineWarp,
-    RandomColorLighting,
-    WarpTransform,
-)
+from d2ext.data.augmentations import DetectionInput
+from d2ext.data.augmentations.affine import PixelMirrorTransform, RandomAffineWarp, WarpTransform
+from d2ext.data.augmentations.lighting import ColorLightingTransform, RandomColorLighting
 from tests.reference.fixture import Fixture, draw_image
 
 REFERENCE = Path(__file__).parents[1] / "reference"
@@ -131,9 +126,6 @@ def test_what_leaves_the_window_is_cut() -> None:
     square = np.array([[20.0, 40], [50, 40], [50, 60], [20, 60]])
     (polygon,) = tfm.apply_polygons([square, square - 100])
     assert polygon.min() == 0 and polygon[:, 0].max() == 40
-    points = np.random.default_rng(0).uniform(0, 100, (9, 2))
-    np.testing.assert_allclose(tfm.inverse().apply_coords(tfm.apply_coords(points)), points)
-    assert tfm.inverse().apply_image(np.zeros((80, 80, 3), np.uint8)).shape == (100, 100, 3)
 
 
 def test_windows_of_the_crop() -> None:

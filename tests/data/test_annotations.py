@@ -84,6 +84,6 @@ def test_boxes_by_hand():
 
 def test_description():
     dropped = Counter()
-    kept = normalize_annotations([a for a, _ in FLAWED] + SOUND, dropped)
-    assert len(kept) == len(SOUND)
+    usable = normalize_annotations([a for a, _ in FLAWED] + SOUND, dropped)
+    assert len(usable) == len(SOUND)
     assert describe_dropped(dropped).startswith(f"4 ({BAD_BOX}), 2 (")

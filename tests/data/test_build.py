@@ -16,8 +16,9 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 
-from d2ext.config import get_cfg
+from d2ext.config import ConfigError, get_cfg
 from d2ext.data import (
+    MAPPER_REGISTRY,
     DatasetError,
     ImageReadError,
     build_test_loader,
@@ -419,3 +420,28 @@ def test_workers_leave_the_garbage_of_their_parent_alone(register, records, tmp_
         gc.enable()
     gc.collect()
     assert log.read_text() == f"{os.getpid()}\n"
+
+
+def test_a_mapper_of_one_s_own(register, records, monkeypatch):
+    class PairMapper:
+        def __init__(self, cfg, is_train):
+            self.is_train = is_train
+
+        def samples(self, records, dataset_names):
+            assert dataset_names == ([name] if not self.is_train else (name,))
+            return [{**a, "next": b} for a, b in itertools.pairwise(records)]
+
+        def __call__(self, record):
+            return {"pair": (record["image_id"], record["next"]["image_id"])}
+
+    name = register(records)
+    cfg = make_cfg(name)
+    cfg.INPUT.MAPPER = "PairMapper"
+    with pytest.raises(
+        ConfigError, match=r"INPUT.MAPPER is 'PairMapper'; known.*D2extDatasetMapper"
+    ):
+        build_train_loader(cfg)
+    monkeypatch.setitem(MAPPER_REGISTRY._obj_map, "PairMapper", PairMapper)
+    pairs = [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]
+    assert [x["pair"] for (x,) in build_test_loader(cfg, name)] == pairs
+    assert all(x["pair"] in pairs for x in next(iter(build_train_loader(cfg))))

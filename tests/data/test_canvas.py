@@ -9,15 +9,15 @@ from detectron2.structures import polygons_to_bitmask
 
 from d2ext.config import get_cfg
 from d2ext.data import build_augmentations
-from d2ext.data.augmentations import (
+from d2ext.data.augmentations.affine import PixelMirrorTransform
+from d2ext.data.augmentations.canvas import (
     CanvasCropTransform,
-    PixelMirrorTransform,
     RandomCanvasCrop,
     RandomPixelMirror,
-    ResizeToSquare,
     SquareCanvas,
 )
 from d2ext.data.augmentations.geometry import random_center
+from d2ext.data.augmentations.resize import ResizeToSquare
 from tests.data.scenes import COLORS, iou, object_at, paint_scene
 from tests.data.test_augmentations import augment, transformed
 
@@ -85,20 +85,6 @@ def test_odd_windows_lose_their_last_row_and_column() -> None:
     assert not window[4].any() and not window[:, 4].any()
     even = CanvasCropTransform(9, 9, 4, 4, 4, 4).apply_image(image)
     assert even.all()
-
-
-@pytest.mark.parametrize("size", [(7, 9), (8, 6), (4, 30)])
-def test_inverse_restores_what_the_window_had(size: tuple[int, int]) -> None:
-    image = np.random.default_rng(0).integers(1, 255, (11, 13, 3)).astype(np.uint8)
-    window = CanvasCropTransform(13, 11, 3, 6, *size)
-    back = window.inverse().apply_image(window.apply_image(image))
-    assert back.shape == image.shape
-    kept = back.any(axis=2)
-    assert kept.sum() > 0
-    np.testing.assert_array_equal(back[kept], image[kept])
-    points = np.array([[1.5, 2.0], [40.0, -3.0]])
-    np.testing.assert_allclose(window.inverse().apply_coords(window.apply_coords(points)), points)
-    assert window.inverse().inverse() is window
 
 
 def test_wrong_windows_are_refused() -> None:

@@ -1,20 +1,15 @@
 """Own data: one call registers, checks and configures; every problem is a clear error."""
 
 import argparse
-import copy
 import itertools
-import json
-import logging
 import uuid
 
-import pycocotools.mask as mask_util
 import pytest
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from d2ext.config import get_cfg
 from d2ext.data import DatasetError, build_test_loader, build_train_loader
-from d2ext.data.coco_json import check_coco_json
 from d2ext.data.custom import (
     add_dataset_arguments,
     apply_dataset_to_config,
@@ -23,42 +18,7 @@ from d2ext.data.custom import (
     register_from_arguments,
     register_own_dataset,
 )
-from tests.data.scenes import paint_scene, write_image
-
-# Not sorted and not contiguous, as own files often are.
-CATEGORIES = [{"id": 7, "name": "pear"}, {"id": 2, "name": "apple"}, {"id": 9, "name": "fig"}]
-
-
-def write_coco(folder, count=3, categories=CATEGORIES):
-    """A COCO-format file with ``count`` images; returns (json, images folder, content)."""
-    folder.mkdir()
-    categories = copy.deepcopy(categories)
-    images, annotations = [], []
-    for i in range(count):
-        scene = paint_scene(60, 80, seed=i)
-        write_image(folder / f"{i}.png", scene.image)
-        images.append({"id": 100 + i, "file_name": f"{i}.png", "height": 60, "width": 80})
-        for k in range(3):
-            x0, y0, x1, y1 = scene.polygon_annotations[k]["bbox"]
-            annotations.append(
-                {
-                    "id": 10 * i + k,
-                    "image_id": 100 + i,
-                    "category_id": categories[k % len(categories)]["id"],
-                    "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "area": int(scene.masks[k].sum()),
-                    "iscrowd": 0,
-                    "segmentation": scene.polygon_annotations[k]["segmentation"],
-                }
-            )
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    save(folder, content)
-    return str(folder / "data.json"), str(folder), content
-
-
-def save(folder, content):
-    text = content if isinstance(content, str) else json.dumps(content)
-    (folder / "data.json").write_text(text)
+from tests.data.coco_files import save, write_coco
 
 
 @pytest.fixture
@@ -295,97 +255,3 @@ class TestArguments:
         apply_dataset_to_config(cfg, name)
         assert cfg.DATASETS.TRAIN == ("coco_2017_train",)
         assert cfg.MODEL.YOLACT.NUM_CLASSES == 80
-
-
-class TestCocoJson:
-    @pytest.fixture
-    def coco(self, tmp_path):
-        json_file, images, content = write_coco(tmp_path / "set")
-
-        def check(change):
-            result = change(content)
-            # A change either edits the content or returns what the file shall hold instead.
-            save(tmp_path / "set", result if isinstance(result, dict | list | str) else content)
-            return check_coco_json(json_file, images)
-
-        check.folder = tmp_path / "set"
-        return check
-
-    def test_summary(self, coco):
-        summary = coco(lambda content: None)
-        assert summary.classes == ["apple", "pear", "fig"]
-        assert summary.category_ids == [2, 7, 9]
-        assert (summary.num_images, summary.num_annotations) == (3, 9)
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            (lambda c: "{", "not valid JSON"),
-            (lambda c: "", "not valid JSON"),
-            (lambda c: [], "holds a list"),
-            (lambda c: {"images": [], "annotations": []}, "'images' is empty"),
-            (lambda c: {**c, "images": {"a": 1}}, "malformed 'images'"),
-            (lambda c: {"images": c["images"], "annotations": []}, "has no 'categories'"),
-            (lambda c: {**c, "categories": []}, "'categories' is empty"),
-            (lambda c: c["images"][0].pop("width"), r"1 images have no 'width'.*id: 100"),
-            (lambda c: c["annotations"][2].pop("id"), r"1 annotations have no 'id'"),
-            (lambda c: c["annotations"][2].update(id=0), r"1 values of 'id'.*0 \(2 times\)"),
-            (lambda c: c["images"][1].update(id=100), r"'id' occur repeatedly in 'images'"),
-            (lambda c: c["categories"][1].update(name="pear"), r"'name'.*pear \(2 times\)"),
-            (
-                lambda c: c["annotations"][4].update(image_id=9999),
-                r"1 annotations have a image_id.*annotation 11 \(image_id 9999\)",
-            ),
-            (
-                lambda c: [a.update(category_id=1) for a in c["annotations"]] and None,
-                r"9 annotations have a category_id.*annotation 0 \(category_id 1\).*4 more",
-            ),
-            (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), r"annotation 0 \(\[1, 2, 3\]\)"),
-            (lambda c: c["annotations"][0].update(bbox=[]), "not four numbers"),
-            (lambda c: c["annotations"][0].update(ignore=1), "use 'iscrowd'"),
-            (lambda c: c["annotations"][0].update(keypoints=[1, 2, 2]), "'keypoints' of other"),
-        ],
-    )
-    def test_problems(self, coco, change, message):
-        with pytest.raises(DatasetError, match=message):
-            coco(change)
-
-    def test_all_problems_in_one_message(self, coco):
-        def change(content):
-            content["annotations"][0]["image_id"] = 5
-            content["annotations"][1]["category_id"] = 5
-
-        with pytest.raises(DatasetError, match=r"(?s)image_id 5.*\n.*category_id 5"):
-            coco(change)
-
-    def test_missing_files(self, tmp_path, coco):
-        with pytest.raises(DatasetError, match=r"none\.json' does not exist"):
-            check_coco_json(str(tmp_path / "none.json"), str(tmp_path))
-        with pytest.raises(DatasetError, match=r"image folder '.*none' does not exist"):
-            check_coco_json(str(coco.folder / "data.json"), str(tmp_path / "none"))
-        for i in range(2):
-            (coco.folder / f"{i}.png").unlink()
-        with pytest.raises(DatasetError, match=r"2 of 3 images looked for are not in.*0\.png, 1"):
-            coco(lambda content: None)
-
-    def test_few_missing_files_are_a_warning(self, coco, caplog):
-        def change(content):
-            first = content["images"][0]
-            content["images"] += [{**first, "id": 1000 + i} for i in range(30)]
-            content["images"].append({**first, "id": 1, "file_name": "gone.png"})
-
-        with caplog.at_level(logging.WARNING):
-            assert coco(change).num_images == 34
-        assert any("1 of 34 images" in r.getMessage() for r in caplog.records)
-
-    def test_what_is_fine(self, coco):
-        """Missing boxes, crowds, RLE and images without annotations are usable."""
-
-        def change(content):
-            del content["annotations"][0]["bbox"]
-            rle = mask_util.encode(paint_scene(60, 80).masks[0].astype("uint8", order="F"))
-            rle["counts"] = rle["counts"].decode()
-            content["annotations"][1].update(iscrowd=1, segmentation=rle)
-            content["annotations"] = content["annotations"][:3]
-
-        assert coco(change).num_annotations == 3

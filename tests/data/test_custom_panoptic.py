@@ -22,7 +22,6 @@ from PIL import Image
 
 from d2ext.config import get_cfg
 from d2ext.data import DatasetError, build_train_loader, get_dataset_dicts
-from d2ext.data.class_counts import _counts, counts_classes
 from d2ext.data.custom import (
     add_dataset_arguments,
     apply_dataset_to_config,
@@ -31,9 +30,10 @@ from d2ext.data.custom import (
     register_from_arguments,
     register_own_dataset,
 )
+from d2ext.data.dataset_facts import _keys, follows_data
 from d2ext.data.panoptic_json import check_panoptic_json
+from d2ext.data.panoptic_to_detection import panoptic_to_detection
 from d2ext.data.register_panoptic import register_cityscapes_folder
-from d2ext.data.separate import separate
 from d2ext.evaluation import build_evaluator
 from tests.data.panoptic_files import id_to_rgb, paint_ids, save, write_cityscapes, write_panoptic
 
@@ -118,12 +118,12 @@ def test_full_label_maps(name: str, files: dict[str, str]) -> None:
 def test_made_once_and_again_when_a_png_changes(files: dict[str, str], cache: Path) -> None:
     root = files["train_panoptic_root"]
     summary = check_panoptic_json(files["train_panoptic_json"], root, files["train_images"])
-    first = separate("some", summary, root)
+    first = panoptic_to_detection("some", summary, root)
     stamp = Path(first.json_file).stat().st_mtime_ns
-    assert separate("some", summary, root) == first
+    assert panoptic_to_detection("some", summary, root) == first
     assert Path(first.json_file).stat().st_mtime_ns == stamp
     os.utime(Path(root, "scene_1.png"), ns=(1, 1))
-    second = separate("some", summary, root)
+    second = panoptic_to_detection("some", summary, root)
     assert second != first and len(list((cache / "panoptic").iterdir())) == 2
     assert Path(second.json_file).read_text() == Path(first.json_file).read_text()
 
@@ -133,9 +133,9 @@ def test_many_images_are_shared_by_processes(
 ) -> None:
     root = files["train_panoptic_root"]
     summary = check_panoptic_json(files["train_panoptic_json"], root, files["train_images"])
-    alone = separate("alone", summary, root)
-    monkeypatch.setattr("d2ext.data.separate._PARALLEL_FROM", 1)
-    shared = separate("shared", summary, root)
+    alone = panoptic_to_detection("alone", summary, root)
+    monkeypatch.setattr("d2ext.data.panoptic_to_detection._PARALLEL_FROM", 1)
+    shared = panoptic_to_detection("shared", summary, root)
     assert Path(shared.json_file).read_text() == Path(alone.json_file).read_text()
 
 
@@ -150,8 +150,8 @@ def test_again_is_harmless_but_other_files_are_not(name: str, files: dict[str, s
 def test_default_root_and_given_instances(name: str, tmp_path: Path) -> None:
     """As COCO has it: PNGs in a folder named like the JSON file; own instances and stuff maps."""
     write_panoptic(tmp_path / "set")
-    (tmp_path / "set/panoptic.json").rename(tmp_path / "set/truth.json")
-    (tmp_path / "set/panoptic").rename(tmp_path / "set/truth")
+    (tmp_path / "set/panoptic.json").rename(tmp_path / "set/annotations.json")
+    (tmp_path / "set/panoptic").rename(tmp_path / "set/annotations")
     segmentation = [[5, 5, 20, 5, 20, 15, 5, 15]]
     instances = {
         "images": [
@@ -173,7 +173,7 @@ def test_default_root_and_given_instances(name: str, tmp_path: Path) -> None:
     }
     (tmp_path / "instances.json").write_text(json.dumps(instances))
     arguments = {
-        "train_panoptic_json": str(tmp_path / "set/truth.json"),
+        "train_panoptic_json": str(tmp_path / "set/annotations.json"),
         "train_images": str(tmp_path / "set/images"),
         "train_json": str(tmp_path / "instances.json"),
     }
@@ -195,12 +195,12 @@ def test_default_root_and_given_instances(name: str, tmp_path: Path) -> None:
 def test_images_with_only_void_crowd_or_stuff(name: str, tmp_path: Path) -> None:
     """They load and keep every field; the model decides what to learn of them."""
     content = write_panoptic(tmp_path / "set")
-    for number, kept in enumerate(([], [16_000_001], [1, 70000])):
+    for number, ids_left in enumerate(([], [16_000_001], [1, 70000])):
         ids, segments = paint_ids(number)
-        ids[~np.isin(ids, kept)] = 0
+        ids[~np.isin(ids, ids_left)] = 0
         Image.fromarray(id_to_rgb(ids)).save(tmp_path / f"set/panoptic/scene_{number}.png")
         entry = content["annotations"][number]
-        entry["segments_info"] = [s for s in segments if s["id"] in kept]
+        entry["segments_info"] = [s for s in segments if s["id"] in ids_left]
     save(tmp_path / "set", content)
     register_own_dataset(
         name,
@@ -316,12 +316,12 @@ def test_a_system_counts_in_its_own_way(name: str, files: dict[str, str]) -> Non
     cfg.MODEL.META_ARCHITECTURE = architecture = f"Counting_{uuid.uuid4().hex}"
     register_own_dataset(name, **files)
 
-    @counts_classes(architecture)
-    def count(classes: Any) -> dict[str, Any]:
+    @follows_data(architecture)
+    def keys(facts: Any) -> dict[str, Any]:
         return {
-            "MODEL.SEM_SEG_HEAD.NUM_CLASSES": classes.full,
-            "MODEL.ROI_HEADS.NUM_CLASSES": classes.things,
-            "MODEL.RETINANET.NUM_CLASSES": classes.stuff,
+            "MODEL.SEM_SEG_HEAD.NUM_CLASSES": facts.full,
+            "MODEL.ROI_HEADS.NUM_CLASSES": facts.things,
+            "MODEL.RETINANET.NUM_CLASSES": facts.stuff,
         }
 
     try:
@@ -332,7 +332,7 @@ def test_a_system_counts_in_its_own_way(name: str, files: dict[str, str]) -> Non
         with pytest.raises(DatasetError, match=r"is 3.*4 classes \(sky, grass, apple, pear\)"):
             check_config_against_data(cfg)
     finally:
-        del _counts[architecture]
+        del _keys[architecture]
 
 
 Change = Callable[[dict[str, Any]], Any]
@@ -369,7 +369,7 @@ Change = Callable[[dict[str, Any]], Any]
             r"1 of 3 panoptic PNGs.*'scene_2\.png' has height and width \(40, 60\).*\(41, 60\)",
         ),
         (lambda c: c.update(annotations=[{"id": 1}]), "not a panoptic file.*--train-json"),
-        (lambda c: c.update(categories={}), "has no 'categories'"),
+        (lambda c: c.update(categories={}), "malformed 'categories'"),
     ],
 )
 def test_problems(name: str, tmp_path: Path, change: Change, message: str) -> None:

@@ -1,4 +1,4 @@
-"""The mapper: everything moves together, crowds are kept apart, and bad input is a clear error."""
+"""The mapper: everything moves together, crowds stay apart, and bad input is a clear error."""
 
 import copy
 import logging
@@ -180,7 +180,7 @@ def test_detectron2s_crop_without_shapely(record):
 
 
 class TestCrowds:
-    def test_are_kept_apart(self, rle_record):
+    def test_stay_apart(self, rle_record):
         rle_record["annotations"][2]["iscrowd"] = 1
         sample = D2extDatasetMapper(make_cfg(), True)(rle_record)
         assert sample["instances"].gt_classes.tolist() == [0, 1, 3, 4]

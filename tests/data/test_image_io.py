@@ -190,3 +190,36 @@ def test_cache_keeps_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             assert not image.flags.writeable
     assert read == [*files, files[2]]
     assert cache(files[0], format="L").shape[:2] == (10, 20)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 16])
+def test_bits_that_are_used(tmp_path: Path, bits: int) -> None:
+    values = np.linspace(0, 2**bits - 1, 1000).astype(np.uint16)[None]
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    image = read_image(str(tmp_path / "deep.png"), "L")[0, :, 0]
+    assert (image[0], image[-1]) == (0, 255) and len(np.unique(image)) == 256
+    np.testing.assert_allclose(image, values[0] / (2**bits - 1) * 255, atol=0.51)
+
+
+def test_pages_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pages = [Image.new("RGB", (4, 3), color) for color in ("red", "blue")]
+    pages[0].save(tmp_path / "scan.tif", save_all=True, append_images=pages[1:])
+    image = read_image(str(tmp_path / "scan.tif"), "RGB")
+    assert image[0, 0].tolist() == [255, 0, 0]
+    assert "2 pages" in caplog.text
+
+
+def test_large_images_have_a_limit_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("1", (1000, 300)).save(tmp_path / "large.png")
+    assert read_image(str(tmp_path / "large.png")).shape == (300, 1000, 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
+    with pytest.raises(ImageReadError, match="D2EXT_MAX_MEGAPIXELS"):
+        read_image(str(tmp_path / "large.png"))
+
+
+def test_heic_names_its_package(tmp_path: Path) -> None:
+    (tmp_path / "IMG_0001.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(50))
+    with pytest.raises(ImageReadError):  # the package, or the broken file
+        read_image(str(tmp_path / "IMG_0001.HEIC"))

@@ -62,8 +62,8 @@ def test_scene_does_not_depend_on_order_nor_process(frames):
         "import sys; sys.path[:0] = sys.argv[1:]\n"
         "from tests.data.test_shapes import digest, draw_image\n"
         "draw_image(3, 'train', 77, 64, 96).image\n"
-        "found = {i: digest(draw_image(0, 'val', i, 256, 256)) for i in (7, 0, 31, 5)}\n"
-        "print(*(found[i] for i in (0, 5, 7, 31)))"
+        "digests = {i: digest(draw_image(0, 'val', i, 256, 256)) for i in (7, 0, 31, 5)}\n"
+        "print(*(digests[i] for i in (0, 5, 7, 31)))"
     )
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     result = subprocess.run(
@@ -90,8 +90,8 @@ def test_scenes_are_those_of_the_published_version(frames):
     for index, (names, boxes, color) in expected.items():
         frame = frames[index]
         assert [THING_CLASSES[segment.category] for segment in frame.segments] == names
-        found = [frame.annotation(segment, "rle")["bbox"] for segment in frame.segments]
-        np.testing.assert_allclose(found, boxes, atol=1.01)
+        measured = [frame.annotation(segment, "rle")["bbox"] for segment in frame.segments]
+        np.testing.assert_allclose(measured, boxes, atol=1.01)
         np.testing.assert_allclose(frame.image.mean((0, 1)), color, atol=0.5)
 
 
@@ -183,18 +183,18 @@ def test_polygons_of_awkward_masks(mask):
     mask = mask.astype(np.uint8)
     height, width = mask.shape
     polygons = mask_to_polygons(mask, 3, 2)
-    found = np.zeros((height + 5, width + 5), np.uint8)
+    covered = np.zeros((height + 5, width + 5), np.uint8)
     y, x = np.mgrid[0 : height + 5, 0 : width + 5] + 0.5
     for polygon in polygons:  # even-odd rule at the pixel centres
         points = np.array(polygon).reshape(-1, 2)
-        inside = np.zeros(found.shape, bool)
+        inside = np.zeros(covered.shape, bool)
         for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, 0), strict=True):
             crosses = (y0 > y) != (y1 > y)
             with np.errstate(divide="ignore", invalid="ignore"):
                 inside ^= crosses & (x < x0 + (y - y0) * (x1 - x0) / (y1 - y0))
-        assert not (found.astype(bool) & inside).any()  # polygons do not overlap
-        found |= inside.astype(np.uint8)
-    np.testing.assert_array_equal(found, np.pad(mask, ((2, 3), (3, 2))))
+        assert not (covered.astype(bool) & inside).any()  # polygons do not overlap
+        covered |= inside.astype(np.uint8)
+    np.testing.assert_array_equal(covered, np.pad(mask, ((2, 3), (3, 2))))
 
 
 def test_polygons_run_straight_along_slanted_edges():

@@ -70,7 +70,7 @@ def evaluate(evaluator, name, predict):
 
 
 def true_instances(record, rng=None) -> dict:
-    """The ground truth of a dict with exact masks as a prediction; with `rng`, somewhat off."""
+    """The annotations of a dict with exact masks as a prediction; with `rng`, somewhat off."""
     annotations = [a for a in record["annotations"] if not a["iscrowd"]]
     instances = Instances((record["height"], record["width"]))
     masks = [mask_util.decode(a["segmentation"]).astype(bool) for a in annotations]
@@ -133,10 +133,10 @@ def test_keypoint_dicts_and_json_are_one(names):
     loaded = load_coco_json(metadata.json_file, metadata.image_root, "tiny_again")
     for ours, theirs in zip(DatasetCatalog.get(names["keypoints"]), loaded, strict=True):
         for a, b in zip(ours["annotations"], theirs["annotations"], strict=True):
-            points, found = (np.reshape(x["keypoints"], (8, 3)) for x in (a, b))
-            np.testing.assert_array_equal(points[:, 2], found[:, 2])
+            points, loaded_points = (np.reshape(x["keypoints"], (8, 3)) for x in (a, b))
+            np.testing.assert_array_equal(points[:, 2], loaded_points[:, 2])
             labelled = points[:, 2] > 0
-            np.testing.assert_allclose(found[labelled], points[labelled], atol=0.0051)
+            np.testing.assert_allclose(loaded_points[labelled], points[labelled], atol=0.0051)
 
 
 def test_instance_evaluation(names):

@@ -205,15 +205,15 @@ def test_video(tmp_path):
         for time, name in enumerate(video["file_names"]):
             image = np.asarray(Image.open(folder / "frames" / name))
             np.testing.assert_array_equal(image, clip.frames[time].image)
-            found = {}
+            masks = {}
             for track in tracks["annotations"]:
                 if track["video_id"] == video["id"] and track["segmentations"][time]:
-                    found[track["track_id"]] = mask_util.decode(track["segmentations"][time])
+                    masks[track["track_id"]] = mask_util.decode(track["segmentations"][time])
             expected = {
                 s.number: clip.frames[time].panoptic == s.id for s in clip.frames[time].segments
             }
-            assert found.keys() == expected.keys()
-            for number, mask in found.items():
+            assert masks.keys() == expected.keys()
+            for number, mask in masks.items():
                 np.testing.assert_array_equal(mask, expected[number])
             flow = folder / "flow" / name.replace(".png", ".flo")
             assert flow.exists() == (time < 3)

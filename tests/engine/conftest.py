@@ -9,7 +9,8 @@ import pytest
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
-from d2ext.engine import Trainer, load_config
+from d2ext.config import load_config
+from d2ext.engine import Trainer
 from tests.engine import toy
 
 Train = Callable[..., Trainer]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from d2ext.checkpoint.io import CheckpointError, load_untrusted
-from d2ext.engine import ConfigError
+from d2ext.config import ConfigError
 from tests.engine import toy
 from tests.engine.conftest import Train
 

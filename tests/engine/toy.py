@@ -1,7 +1,7 @@
 """A detector and a data set small enough to train for some steps within a test.
 
 Each image is 16 x 16 with one bright rectangle; the model regresses it. Run as a program it is
-tools/train_net.py with both registered.
+`d2ext train` with both registered.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +28,16 @@ from torch import Tensor, nn
 
 SIDE = 16
 CLASSES = ("box",)
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @META_ARCH_REGISTRY.register()
 class ToyDetector(nn.Module):
     """One box per image; losses are means over images. MODEL.RESNETS.STEM_OUT_CHANNELS: width.
 
-    Environment variables: TOY_KILL_AT, iteration of a SIGKILL; TOY_INF_AT, iteration in which the
-    process of the highest rank has an infinite loss (and a finite gradient).
+    Environment variables name an iteration in which something happens to the process of the highest
+    rank: TOY_KILL_AT, a SIGKILL; TOY_RAISE_AT, an exception; TOY_INF_AT, an infinite loss (with a
+    finite gradient).
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -63,13 +66,16 @@ class ToyDetector(nn.Module):
                 result.pred_classes = torch.zeros(1, dtype=torch.int64)
                 results.append({"instances": result})
             return results
-        if os.environ.get("TOY_KILL_AT") == str(get_event_storage().iter):
+        last_rank = comm.get_rank() == comm.get_world_size() - 1
+        now = {k for k, v in os.environ.items() if v == str(get_event_storage().iter) and last_rank}
+        if "TOY_KILL_AT" in now:
             os.kill(os.getpid(), signal.SIGKILL)
+        if "TOY_RAISE_AT" in now:
+            raise LookupError("nothing there")
         target = torch.stack([x["instances"].gt_boxes.tensor[0] / SIDE for x in inputs])
         error = (boxes - target).abs()
         losses = {"loss_corner": error[:, :2].mean(), "loss_size": error[:, 2:].pow(2).mean()}
-        last_rank = comm.get_rank() == comm.get_world_size() - 1
-        if last_rank and os.environ.get("TOY_INF_AT") == str(get_event_storage().iter):
+        if "TOY_INF_AT" in now:
             losses["loss_corner"] = losses["loss_corner"] + float("inf")
         return losses
 
@@ -111,6 +117,28 @@ def register(json_file: Path, name: str = "toy") -> None:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
     register_coco_instances(name, {}, str(json_file), str(json_file.parent))
+
+
+def start(
+    json_file: Path, *arguments: str, starter: Sequence[str] = (sys.executable,), **environment: str
+) -> subprocess.Popen[str]:
+    """Start this module as a program: a training on the written data, with train_net's arguments."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    variables = {"TOY_DATA": str(json_file), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*starter, __file__, *arguments],
+        env={**os.environ, **variables, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait(process: subprocess.Popen[str], expected: int) -> str:
+    """What the program printed; its exit status must be ``expected``."""
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == expected, output
+    return output
 
 
 def options(output: Path, **more: object) -> list[str]:
@@ -156,10 +184,9 @@ def losses(output: Path) -> dict[int, float]:
 
 # In a spawned process this module is imported again under another name, hence not under __main__.
 if "TOY_DATA" in os.environ:
-    sys.path.insert(0, str(TOOLS))
     register(Path(os.environ["TOY_DATA"]))
 
 if __name__ == "__main__":
-    import train_net
+    from d2ext.tools import train
 
-    sys.exit(train_net.run())
+    sys.exit(train.run())

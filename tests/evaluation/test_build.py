@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, SemSegEvaluator
 
 from d2ext.config import get_cfg
-from d2ext.evaluation import COCOEvaluator, build_evaluator
+from d2ext.evaluation import EVALUATOR_REGISTRY, COCOEvaluator, build_evaluator
 from d2ext.evaluation.build import IfPredicted
 
 NAME = "evaluation_build"
@@ -79,6 +79,23 @@ def test_keypoint_constants_are_passed_on(metadata: Any, tmp_path: Path) -> None
     cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.1, 0.2]
     evaluator = build_evaluator(cfg, NAME, str(tmp_path))
     assert list(evaluator._kpt_oks_sigmas) == [0.1, 0.2]
+
+
+def test_an_evaluator_of_one_s_own(
+    metadata: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def count(cfg: Any, dataset_name: str, output_folder: str) -> DatasetEvaluator:
+        assert (dataset_name, output_folder) == (NAME, str(tmp_path))
+        return Counting()
+
+    monkeypatch.setitem(EVALUATOR_REGISTRY._obj_map, "count", count)
+    metadata.evaluator_type = "count"
+    assert isinstance(build_evaluator(get_cfg(), NAME, str(tmp_path)), Counting)
+
+
+def test_every_type_is_documented() -> None:
+    table = build_evaluator.__doc__ or ""
+    assert [name for name, _ in EVALUATOR_REGISTRY if f"``{name}``" not in table] == []
 
 
 def test_errors_say_what_to_do(metadata: Any, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ NAMES = ["square", "bar"]
 CATEGORY_IDS = [3, 7]
 
 
-def truth() -> list[tuple[int, list[float], int]]:
+def annotated() -> list[tuple[int, list[float], int]]:
     """(image id, XYXY, class) of two objects in each of three images."""
     boxes = []
     for image in (1, 2, 3):
@@ -38,7 +38,7 @@ def dataset(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     name = f"evaluation_{request.param}"
     images = [{"id": i, "file_name": f"{i}.png", "height": SIZE, "width": SIZE} for i in (1, 2, 3)]
     annotations = []
-    for k, (image, (x0, y0, x1, y1), label) in enumerate(truth()):
+    for k, (image, (x0, y0, x1, y1), label) in enumerate(annotated()):
         polygon = [[x0, y0, x1, y0, x1, y1, x0, y1]]
         annotations.append(
             {
@@ -56,7 +56,7 @@ def dataset(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     metadata.thing_classes = NAMES
     metadata.thing_dataset_id_to_contiguous_id = {c: i for i, c in enumerate(CATEGORY_IDS)}
     if request.param == "json":
-        path = tmp_path / "truth.json"
+        path = tmp_path / "annotations.json"
         categories = [{"id": c, "name": n} for c, n in zip(CATEGORY_IDS, NAMES, strict=True)]
         content = {"images": images, "annotations": annotations, "categories": categories}
         path.write_text(json.dumps(content))
@@ -107,8 +107,8 @@ def instances(
 
 def run(evaluator: Detectron2COCOEvaluator, per_image: dict[int, Instances]) -> dict:
     evaluator.reset()
-    for image, found in per_image.items():
-        evaluator.process([{"image_id": image}], [{"instances": found}])
+    for image, detections in per_image.items():
+        evaluator.process([{"image_id": image}], [{"instances": detections}])
     return evaluator.evaluate()
 
 
@@ -117,7 +117,7 @@ def noisy_predictions(with_masks: bool = True) -> dict[int, Instances]:
     result = {}
     for image in (1, 2, 3):
         boxes, classes = [], []
-        for _, box, label in (t for t in truth() if t[0] == image):
+        for _, box, label in (t for t in annotated() if t[0] == image):
             for _ in range(4):
                 moved = np.array(box) + random.normal(0, 2.0, 4)
                 moved[2:] = np.maximum(moved[2:], moved[:2] + 2)
@@ -184,7 +184,7 @@ def test_mask_scores_rank_masks_and_scores_rank_boxes(dataset: str, tmp_path: Pa
     """A good and a bad detection of each object, ranked in opposite order by the two scores."""
     per_image = {}
     for image in (1, 2, 3):
-        mine = [(box, label) for i, box, label in truth() if i == image]
+        mine = [(box, label) for i, box, label in annotated() if i == image]
         boxes = [box for box, _ in mine] + [[0.0, 50.0, 3.0, 53.0]] * 2
         masks = [box_mask(box) for box in boxes]
         per_image[image] = instances(
@@ -205,15 +205,15 @@ def test_mask_scores_rank_masks_and_scores_rank_boxes(dataset: str, tmp_path: Pa
 
 
 def test_boxes_without_area_are_left_out(dataset: str, tmp_path: Path) -> None:
-    box = truth()[0][1]
+    box = annotated()[0][1]
     nan = float("nan")
     boxes = [box, [5.0, 5.0, 5.0, 20.0], [5.0, 9.0, 8.0, 9.0], [nan, 0.0, 3.0, 3.0]]
     boxes.append([9.0, 9.0, 5.0, 5.0])  # both sides negative
-    found = instances(boxes, [0] * 5, [0.5, 0.9, 0.9, 0.9, 0.9], [box_mask(box)] * 5)
-    results = run(COCOEvaluator(dataset, output_dir=str(tmp_path)), {1: found})
+    detections = instances(boxes, [0] * 5, [0.5, 0.9, 0.9, 0.9, 0.9], [box_mask(box)] * 5)
+    results = run(COCOEvaluator(dataset, output_dir=str(tmp_path)), {1: detections})
     written = json.loads((tmp_path / "coco_instances_results.json").read_text())
     assert [r["bbox"] for r in written] == [[box[0], box[1], 20.0, 20.0]]
-    # One of three squares found, nothing false: recall 1/3 at precision 1.
+    # One of three squares detected, nothing false: recall 1/3 at precision 1.
     assert results["bbox"]["AP50"] == pytest.approx(100 * 34 / 101 / 2, abs=0.01)
 
 
@@ -224,12 +224,12 @@ def test_keypoints_in_a_row_count(dataset: str, tmp_path: Path) -> None:
         [5.0, 9.0, 5.0, 9.0],
         [8.0, 9.0, 5.0, 9.0],
     ]
-    found = Instances((SIZE, SIZE))
-    found.pred_boxes = Boxes(torch.tensor(boxes))
-    found.scores, found.pred_classes = torch.ones(4), torch.zeros(4, dtype=torch.int64)
-    found.pred_keypoints = torch.ones(4, 2, 3)
+    detections = Instances((SIZE, SIZE))
+    detections.pred_boxes = Boxes(torch.tensor(boxes))
+    detections.scores, detections.pred_classes = torch.ones(4), torch.zeros(4, dtype=torch.int64)
+    detections.pred_keypoints = torch.ones(4, 2, 3)
     evaluator = COCOEvaluator(dataset, ("bbox",), output_dir=str(tmp_path))
-    run(evaluator, {1: found})
+    run(evaluator, {1: detections})
     written = json.loads((tmp_path / "coco_instances_results.json").read_text())
     assert [r["bbox"] for r in written] == [[5.0, 9.0, 3.0, 0.0], [5.0, 9.0, 0.0, 3.0]]
 
@@ -252,13 +252,13 @@ def test_ten_thousand_detections_in_an_image(dataset: str, tmp_path: Path) -> No
     boxes = np.concatenate([corners, corners + 3], axis=1).astype(np.float32)
     classes = random.integers(0, 2, 10_000)
     scores = random.random(10_000) * 0.5
-    mine = [t for t in truth() if t[0] == 1]
+    mine = [t for t in annotated() if t[0] == 1]
     for k, (_, box, label) in enumerate(mine):
         boxes[100 * k], classes[100 * k], scores[100 * k] = box, label, 0.9
-    found = instances(boxes.tolist(), classes.tolist(), scores.tolist())
-    per_image = {1: found}
+    detections = instances(boxes.tolist(), classes.tolist(), scores.tolist())
+    per_image = {1: detections}
     for image in (2, 3):
-        mine = [t for t in truth() if t[0] == image]
+        mine = [t for t in annotated() if t[0] == image]
         per_image[image] = instances([t[1] for t in mine], [t[2] for t in mine], [0.8, 0.8])
     results = run(COCOEvaluator(dataset, output_dir=str(tmp_path)), per_image)
     assert results["bbox"]["AP"] == pytest.approx(100)
@@ -287,7 +287,7 @@ def test_full_disk_costs_the_file_not_the_scores(
 
 
 def test_masks_are_written_as_rle(dataset: str, tmp_path: Path) -> None:
-    box = truth()[0][1]
+    box = annotated()[0][1]
     run(
         COCOEvaluator(dataset, output_dir=str(tmp_path)),
         {1: instances([box], [0], [0.5], [box_mask(box)])},

@@ -14,7 +14,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 
 from d2ext.config import get_cfg
 from d2ext.data.errors import DatasetError
-from d2ext.data.landmarks import KINDS, kind_metadata
+from d2ext.data.landmarks import LANDMARK_DATASETS, landmark_metadata
 from d2ext.engine import launch
 from d2ext.evaluation import COCOEvaluator, LandmarkEvaluator, build_evaluator
 from d2ext.evaluation.landmark_metrics import (
@@ -34,9 +34,9 @@ NAN, INF = math.nan, math.inf
 
 
 def test_distances():
-    truth = np.array([[[0.0, 0, 2], [10, 10, 1], [5, 5, 0]], [[1, 1, 2], [2, 2, 2], [0, 0, 0]]])
+    targets = np.array([[[0.0, 0, 2], [10, 10, 1], [5, 5, 0]], [[1, 1, 2], [2, 2, 2], [0, 0, 0]]])
     predicted = np.array([[[3.0, 4], [10, 10], [0, 0]], [[NAN, NAN], [2, 3], [NAN, 1]]])
-    np.testing.assert_array_equal(distances(predicted, truth), [[5, 0, NAN], [INF, 1, NAN]])
+    np.testing.assert_array_equal(distances(predicted, targets), [[5, 0, NAN], [INF, 1, NAN]])
 
 
 def test_pck_by_hand():
@@ -73,22 +73,22 @@ def test_the_published_pck_table():
     """PCK at 0.5 of the published stacked hourglass code: strict, all annotated joints, pooled sides."""
     folder = Path(__file__).resolve().parents[1] / "reference/hourglass/data_and_eval"
     expected = Fixture(folder).expected
-    truth = np.zeros((24, 16, 3))
-    truth[..., :2] = 200 + 60 * draw_tensor("gt", (24, 1, 16, 2), 1)[:, 0]
+    targets = np.zeros((24, 16, 3))
+    targets[..., :2] = 200 + 60 * draw_tensor("gt", (24, 1, 16, 2), 1)[:, 0]
     visible = draw_tensor("visible", (24, 1, 16), 1)[:, 0] > -0.5
     missing = draw_tensor("missing", (24, 1, 16), 1)[:, 0] > 1.0
-    predicted = truth[..., :2] + 18 * draw_tensor("noise", (24, 1, 16, 2), 1)[:, 0]
+    predicted = targets[..., :2] + 18 * draw_tensor("noise", (24, 1, 16, 2), 1)[:, 0]
     heads = 60 + 10 * np.abs(draw_tensor("normalize", (24,), 1).astype(np.float64))
-    truth[..., 2] = 1
-    truth[missing] = 0
+    targets[..., 2] = 1
+    targets[missing] = 0
     visible[missing] = False
     groups = [range(16), *((0, 5), (1, 4), (2, 3), (6,), (7,), (8,), (9,))]
     groups += [(10, 15), (11, 14), (12, 13)]
     for name, people in (("training", slice(0, 4)), ("validation", slice(4, 24))):
-        for row, kept in enumerate((visible | ~visible, visible, ~visible)):
-            chosen = truth.copy()
-            chosen[~kept] = 0
-            errors = distances(predicted, chosen)[people]
+        for row, keep in enumerate((visible | ~visible, visible, ~visible)):
+            selected = targets.copy()
+            selected[~keep] = 0
+            errors = distances(predicted, selected)[people]
             hits, labelled = pck_counts(errors, heads[people], 0.5, strict=True)
             for column, group in enumerate(groups):
                 place = row, column
@@ -106,16 +106,16 @@ def test_norms():
         "head_box": [0.0, 0.0, 6.0, 8.0],
         "person_scale": 2.0,
     }
-    truth = np.zeros((2, 4, 3))
-    truth[0] = [[0, 0, 2], [2, 0, 2], [1, 4, 1], [9, 9, 0]]
-    truth[1] = truth[0]
-    truth[1, 1, 2] = 0
+    targets = np.zeros((2, 4, 3))
+    targets[0] = [[0, 0, 2], [2, 0, 2], [1, 4, 1], [9, 9, 0]]
+    targets[1] = targets[0]
+    targets[1, 1, 2] = 0
     norms = {"eyes": ((0, 1), (2,))}
-    found = {
-        name: instance_norm(name, [annotation] * 2, truth, norms).tolist()
+    norms_by_name = {
+        name: instance_norm(name, [annotation] * 2, targets, norms).tolist()
         for name in ("box", "side", "diagonal", "box_size", "head", "hourglass")
     }
-    assert found == {
+    assert norms_by_name == {
         "box": [pytest.approx(math.sqrt(1200))] * 2,
         "side": [40.0] * 2,
         "diagonal": [50.0] * 2,
@@ -124,13 +124,13 @@ def test_norms():
         "hourglass": [50.0] * 2,
     }
     # An eye that is not labelled gives no norm.
-    eyes = instance_norm("eyes", [annotation] * 2, truth, norms)
+    eyes = instance_norm("eyes", [annotation] * 2, targets, norms)
     np.testing.assert_array_equal(eyes, [4.0, NAN])
-    np.testing.assert_array_equal(point_distance(truth, (0,), (1,)), [2.0, NAN])
+    np.testing.assert_array_equal(point_distance(targets, (0,), (1,)), [2.0, NAN])
     with pytest.raises(DatasetError, match="choose from box, side"):
-        instance_norm("eye", [annotation], truth, norms)
+        instance_norm("eye", [annotation], targets, norms)
     with pytest.raises(DatasetError, match="head_box"):
-        instance_norm("head", [{"bbox": [0, 0, 1, 1]}], truth, norms)
+        instance_norm("head", [{"bbox": [0, 0, 1, 1]}], targets, norms)
 
 
 def annotation(points, box, **extra):
@@ -222,29 +222,29 @@ def test_evaluator_by_hand(faces, tmp_path, caplog):
     name, _ = faces
     evaluator = LandmarkEvaluator(name, output_dir=str(tmp_path / "new"))
     with caplog.at_level(logging.INFO):
-        found = run(
+        results = run(
             evaluator,
             ({"image_id": 0, "instances": given_boxes(2)}, instances([A, B])),
             ({"image_id": 2}, instances([A])),  # nobody is annotated there
         )
-    # Faces: 10 % / 3 and 10 % / 4; the third was not found: 100 %.
-    assert found["NME"] == pytest.approx((10 / 3 + 10 / 4 + 100) / 3)
-    assert found["FR@0.1"] == pytest.approx(100 / 3)
-    assert found["AUC@0.1"] == pytest.approx(((1 - 1 / 3) + (1 - 1 / 4)) / 3 * 100)
-    assert found["missing"] == pytest.approx(100 / 3)
-    assert found["NME-blur"] == pytest.approx(10 / 3)
-    assert found["NME_box"] == pytest.approx((200 / 40 / 3 + 400 / 80 / 4 + 100) / 3)
-    assert found["NME_diagonal"] == pytest.approx(
+    # Faces: 10 % / 3 and 10 % / 4; the third was not detected: 100 %.
+    assert results["NME"] == pytest.approx((10 / 3 + 10 / 4 + 100) / 3)
+    assert results["FR@0.1"] == pytest.approx(100 / 3)
+    assert results["AUC@0.1"] == pytest.approx(((1 - 1 / 3) + (1 - 1 / 4)) / 3 * 100)
+    assert results["missing"] == pytest.approx(100 / 3)
+    assert results["NME-blur"] == pytest.approx(10 / 3)
+    assert results["NME_box"] == pytest.approx((200 / 40 / 3 + 400 / 80 / 4 + 100) / 3)
+    assert results["NME_diagonal"] == pytest.approx(
         (200 / math.sqrt(3200) / 3 + 400 / math.sqrt(12800) / 4 + 100) / 3
     )
     # Of 11 labelled landmarks, the 4 of the third face are missed; errors 2 of 40 and 4 of 80 are on
     # the limit of 0.05.
-    assert found["PCK@0.05"] == found["PCK@0.2"] == pytest.approx(700 / 11)
-    assert found["NME-left_eye"] == pytest.approx((10 + 0 + 100) / 3)
-    assert found["NME-chin"] == pytest.approx((0 + 100) / 2)
+    assert results["PCK@0.05"] == results["PCK@0.2"] == pytest.approx(700 / 11)
+    assert results["NME-left_eye"] == pytest.approx((10 + 0 + 100) / 3)
+    assert results["NME-chin"] == pytest.approx((0 + 100) / 2)
     assert "| left_eye" in caplog.text
     written = json.loads((tmp_path / "new/landmark_results.json").read_text())
-    assert written["results"]["NME"] == found["NME"] and written["instances"] == 3
+    assert written["results"]["NME"] == results["NME"] and written["instances"] == 3
     assert written["landmarks"]["PCK@0.1 (%)"]["nose"] == pytest.approx(200 / 3)
     assert evaluator.instance_nme == pytest.approx([1 / 30, 1 / 40, 1.0])
     assert [a["id"] for a in evaluator.annotations] == [5, 6, 8]
@@ -273,14 +273,16 @@ def test_matching(faces):
     with pytest.raises(ValueError, match="cannot be matched"):
         score(instances([B, A]))
     # A single face needs no box.
-    found = run(evaluator, ({"image_id": 1}, instances([[(10, 10), (20, 10), (15, 15), (15, 20)]])))
-    assert found["PCK@0.05"] == pytest.approx(400 / 11)
+    results = run(
+        evaluator, ({"image_id": 1}, instances([[(10, 10), (20, 10), (15, 15), (15, 20)]]))
+    )
+    assert results["PCK@0.05"] == pytest.approx(400 / 11)
 
 
 def test_nothing_predicted(faces):
     name, _ = faces
-    found = run(LandmarkEvaluator(name), ({"image_id": 0}, instances([])))
-    assert found["NME"] == found["missing"] == 100 and found["PCK@0.2"] == 0
+    results = run(LandmarkEvaluator(name), ({"image_id": 0}, instances([])))
+    assert results["NME"] == results["missing"] == 100 and results["PCK@0.2"] == 0
 
 
 def test_wrong_use_is_a_clear_error(faces):
@@ -311,11 +313,13 @@ def test_pckh(faces):
         for one in record["annotations"]:
             one["head_box"] = [0, 0, 6, 8]  # 0.6 of the diagonal: 6
     MetadataCatalog.get(name).set(landmark_metrics=("pckh",), landmark_not_scored=(0,))
-    found = run(LandmarkEvaluator(name), ({"image_id": 0}, instances([A, B], ids=[5, 6])))
+    results = run(LandmarkEvaluator(name), ({"image_id": 0}, instances([A, B], ids=[5, 6])))
     # Without the left eye there are 8 landmarks; of the 5 of the first two faces, 4 off by 4 of 6.
-    assert found["PCKh@0.5"] == pytest.approx(400 / 8) and found["PCKh@0.1"] == found["PCKh@0.5"]
+    assert (
+        results["PCKh@0.5"] == pytest.approx(400 / 8) and results["PCKh@0.1"] == results["PCKh@0.5"]
+    )
     # The left eye's own value is there nevertheless: off by 2 of 6, right, missing.
-    assert found["PCKh@0.1-left_eye"] == pytest.approx(100 / 3)
+    assert results["PCKh@0.1-left_eye"] == pytest.approx(100 / 3)
 
 
 def test_mpii_without_head_boxes_says_what_it_does(caplog):
@@ -323,7 +327,7 @@ def test_mpii_without_head_boxes_says_what_it_does(caplog):
     points = [(i, 2 * i, 2) for i in range(16)]
     record = {"image_id": 0, "annotations": [annotation(points, [0, 0, 20, 40], id=1)]}
     DatasetCatalog.register(name, lambda: [record])
-    MetadataCatalog.get(name).set(**kind_metadata(KINDS["mpii"]))
+    MetadataCatalog.get(name).set(**landmark_metadata(LANDMARK_DATASETS["mpii"]))
     try:
         with caplog.at_level(logging.WARNING):
             evaluator = LandmarkEvaluator(name)
@@ -335,13 +339,13 @@ def test_mpii_without_head_boxes_says_what_it_does(caplog):
         moved[1, 0] += 1.2
         moved[6, 0] += 50  # the pelvis does not count
         output.pred_keypoints = moved[None]
-        found = run(evaluator, ({"image_id": 0}, output))
-        assert found["PCKh@0.5"] == pytest.approx(100 * 13 / 14)
+        results = run(evaluator, ({"image_id": 0}, output))
+        assert results["PCKh@0.5"] == pytest.approx(100 * 13 / 14)
         # Other metrics of the same data need no head.
         assert "PCKh@0.5" not in run(LandmarkEvaluator(name, ["pck"]), ({"image_id": 0}, output))
-        found_nme = run(LandmarkEvaluator(name, ["nme"]), ({"image_id": 0}, output))
-        assert found_nme["NME"] == pytest.approx(100 * (1.1 + 1.2 + 50) / 16 / math.sqrt(5))
-        assert "NME" not in found and found["PCK@0.2"] == pytest.approx(100 * 15 / 16)
+        nme = run(LandmarkEvaluator(name, ["nme"]), ({"image_id": 0}, output))
+        assert nme["NME"] == pytest.approx(100 * (1.1 + 1.2 + 50) / 16 / math.sqrt(5))
+        assert "NME" not in results and results["PCK@0.2"] == pytest.approx(100 * 15 / 16)
     finally:
         DatasetCatalog.remove(name)
         MetadataCatalog.pop(name)
@@ -350,8 +354,8 @@ def test_mpii_without_head_boxes_says_what_it_does(caplog):
 def test_several_processes(tmp_path):
     """What the processes saw is joined in the main one; the others return nothing."""
     launch(evaluate_a_part, 2, device="cpu", args=(str(tmp_path),))
-    found = json.loads((tmp_path / "0.json").read_text())["landmarks"]
-    assert found["missing"] == 0 and found["NME"] == pytest.approx((0 + 1 + 2 + 3 + 4) / 5)
+    results = json.loads((tmp_path / "0.json").read_text())["landmarks"]
+    assert results["missing"] == 0 and results["NME"] == pytest.approx((0 + 1 + 2 + 3 + 4) / 5)
     assert json.loads((tmp_path / "1.json").read_text()) is None
 
 
@@ -367,9 +371,9 @@ def test_build_evaluator_chooses_by_metadata(faces, tmp_path):
     assert isinstance(landmark, LandmarkEvaluator) and isinstance(coco, COCOEvaluator)
     evaluator.reset()
     box = [[0, 0, 40, 40], [100, 0, 180, 80]]
-    found = [(10.0, 10), (30, 10), (20, 20), (0, 0)]
+    points = [(10.0, 10), (30, 10), (20, 20), (0, 0)]
     pairs = [
-        ({"image_id": 0}, instances([found, B], boxes=box, ids=[5, 6])),
+        ({"image_id": 0}, instances([points, B], boxes=box, ids=[5, 6])),
         ({"image_id": 1}, instances([], boxes=torch.zeros(0, 4).tolist())),
         ({"image_id": 2}, instances([], boxes=torch.zeros(0, 4).tolist())),
     ]
@@ -379,7 +383,7 @@ def test_build_evaluator_chooses_by_metadata(faces, tmp_path):
         evaluator.process([one_input], [{"instances": output}])
     results = evaluator.evaluate()
     # Face b: 4 pixels off at one of 4 points: exp(-16 / (2 * 6400 * 0.2^2)) = 0.969. Two of three
-    # faces are found at every threshold.
+    # faces are hit at every threshold.
     assert 60 < results["keypoints"]["AP"] < 70
     assert results["landmarks"]["PCK@0.2"] == pytest.approx(700 / 11)
 
@@ -395,14 +399,14 @@ def test_perfect_predictions_on_real_annotations(kind, real_data, tmp_path):
         evaluator = build_evaluator(get_cfg(), name, str(tmp_path))
         evaluator.reset()
         for record in DatasetCatalog.get(name):
-            found = [a for a in record["annotations"] if a["num_keypoints"]]
+            annotations = [a for a in record["annotations"] if a["num_keypoints"]]
             output = Instances((record["height"], record["width"]))
-            output.pred_keypoints = torch.tensor([a["keypoints"] for a in found]).reshape(
-                len(found), -1, 3
+            output.pred_keypoints = torch.tensor([a["keypoints"] for a in annotations]).reshape(
+                len(annotations), -1, 3
             )
-            output.pred_boxes = Boxes(torch.tensor([a["bbox"] for a in found]))
-            output.scores = torch.ones(len(found))
-            output.pred_classes = torch.zeros(len(found), dtype=torch.int64)
+            output.pred_boxes = Boxes(torch.tensor([a["bbox"] for a in annotations]))
+            output.scores = torch.ones(len(annotations))
+            output.pred_classes = torch.zeros(len(annotations), dtype=torch.int64)
             evaluator.process([record], [{"instances": output}])
         results = evaluator.evaluate()
     finally:

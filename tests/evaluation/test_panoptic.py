@@ -41,7 +41,7 @@ def read(path: str) -> np.ndarray:
 
 
 def right_outputs(name: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """(input, output) of each image: panoptic, semantic and instances from the ground truth."""
+    """(input, output) of each image: panoptic, semantic and instances from the annotations."""
     metadata = MetadataCatalog.get(name)
     pairs = []
     for record in DatasetCatalog.get(name):

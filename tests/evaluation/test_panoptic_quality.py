@@ -1,4 +1,4 @@
-"""Panoptic quality, its analysis and its fast path agree with panopticapi and say the truth."""
+"""Panoptic quality, its analysis and its fast path agree with panopticapi and are right."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def output_of(name: str, ids: np.ndarray, classes: dict[int, int]) -> dict[str, 
     return {"panoptic_seg": (torch.from_numpy(ids.astype(np.int32)), segments)}
 
 
-class Truth:
+class Annotated:
     """JSON file and PNGs of a registered data set, with spoiled predictions."""
 
     def __init__(self, name: str, count: int) -> None:
@@ -119,24 +119,24 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(params=["own", pytest.param("real", marks=pytest.mark.real_data)])
-def truth(request: pytest.FixtureRequest) -> tuple[str, Truth]:
+def annotated(request: pytest.FixtureRequest) -> tuple[str, Annotated]:
     name = request.getfixturevalue("own") if request.param == "own" else REAL
     if request.param == "real":
         request.getfixturevalue("real_data")
-    return name, Truth(name, 12)
+    return name, Annotated(name, 12)
 
 
-def match_all(name: str, truth: Truth) -> list[Any]:
+def match_all(name: str, annotated: Annotated) -> list[Any]:
     classes = panoptic_classes(name)
     results = []
-    for entry, (ids, predicted) in zip(truth.entries, truth.predictions, strict=True):
+    for entry, (ids, predicted) in zip(annotated.entries, annotated.predictions, strict=True):
         segments = entry["segments_info"]
         places = np.zeros(ids.shape, np.int64)
         for place, segment_id in enumerate(predicted):
             places[ids == segment_id] = place + 1
         results.append(
             match_segments(
-                read_segments(f"{truth.folder}/{entry['file_name']}", segments),
+                read_segments(f"{annotated.folder}/{entry['file_name']}", segments),
                 np.array([classes.dataset_ids[s["category_id"]] for s in segments], np.int64),
                 np.array([bool(s["iscrowd"]) for s in segments]),
                 places,
@@ -147,9 +147,9 @@ def match_all(name: str, truth: Truth) -> list[Any]:
     return results
 
 
-def test_matching_agrees_with_panopticapi(truth: tuple[str, Truth], tmp_path: Path) -> None:
+def test_matching_agrees_with_panopticapi(annotated: tuple[str, Annotated], tmp_path: Path) -> None:
     """Every count of every class on every image."""
-    name, data = truth
+    name, data = annotated
     ids = panoptic_classes(name).dataset_ids
     seen = np.zeros(4)
     for result, stat in zip(match_all(name, data), data.panopticapi(tmp_path), strict=True):
@@ -158,18 +158,18 @@ def test_matching_agrees_with_panopticapi(truth: tuple[str, Truth], tmp_path: Pa
             if category not in data.categories:  # "things"
                 continue
             expected = stat[category]
-            found = (counts.tp[label], counts.fp[label], counts.fn[label])
-            assert found == (expected.tp, expected.fp, expected.fn)
+            counted = (counts.tp[label], counts.fp[label], counts.fn[label])
+            assert counted == (expected.tp, expected.fp, expected.fn)
             assert counts.iou[label] == pytest.approx(expected.iou, abs=1e-9)
-            seen += [*found, counts.iou[label]]
+            seen += [*counted, counts.iou[label]]
         mean = counts.mean_quality()[:3]
         average = stat.pq_average(data.categories, None)[0]
         assert mean == pytest.approx([average[k] for k in ("pq", "sq", "rq")], abs=1e-9)
     assert (seen > 5).all()
 
 
-def test_confusion_counts_every_segment_and_pixel_once(truth: tuple[str, Truth]) -> None:
-    name, data = truth
+def test_confusion_counts_every_segment_and_pixel_once(annotated: tuple[str, Annotated]) -> None:
+    name, data = annotated
     for result, entry, (ids, _) in zip(
         match_all(name, data), data.entries, data.predictions, strict=True
     ):
@@ -180,7 +180,7 @@ def test_confusion_counts_every_segment_and_pixel_once(truth: tuple[str, Truth])
         assert (np.diag(result.confusion)[:-1] == result.counts.tp).all()
 
 
-def evaluate(name: str, data: Truth, evaluator: Any, left_out: int = 0) -> Any:
+def evaluate(name: str, data: Annotated, evaluator: Any, left_out: int = 0) -> Any:
     records = {r["image_id"]: r for r in DatasetCatalog.get(name)}
     evaluator.reset()
     pairs = list(zip(data.entries, data.predictions, strict=True))
@@ -194,7 +194,7 @@ def evaluate(name: str, data: Truth, evaluator: Any, left_out: int = 0) -> Any:
 @pytest.mark.usefixtures("real_data")
 def test_hotcoco_agrees_with_panopticapi(tmp_path: Path) -> None:
     """On all real validation images, which is the condition for offering it."""
-    data = Truth(REAL, 50)
+    data = Annotated(REAL, 50)
     results = [
         evaluate(REAL, data, COCOPanopticEvaluator(REAL, str(tmp_path), backend=backend))
         for backend in ("panopticapi", "hotcoco")
@@ -212,7 +212,7 @@ def test_without_hotcoco_the_error_says_how_to_get_it(
     monkeypatch.setitem(__import__("sys").modules, "hotcoco.panoptic", None)
     evaluator = COCOPanopticEvaluator(own, str(tmp_path), backend="hotcoco")
     with pytest.raises(ImportError, match="pip install hotcoco"):
-        evaluate(own, Truth(own, 8), evaluator)
+        evaluate(own, Annotated(own, 8), evaluator)
     cfg = get_cfg()
     cfg.TEST.PANOPTIC_BACKEND = "hot"
     with pytest.raises(ValueError, match="choose 'panopticapi' or 'hotcoco'"):
@@ -221,7 +221,7 @@ def test_without_hotcoco_the_error_says_how_to_get_it(
 
 class TestEvaluator:
     def test_output_is_left_as_it_is(self, own: str, tmp_path: Path) -> None:
-        data = Truth(own, 1)
+        data = Annotated(own, 1)
         output = output_of(own, *data.predictions[0])
         before = [dict(s) for s in output["panoptic_seg"][1]]
         evaluator = COCOPanopticEvaluator(own, str(tmp_path))
@@ -246,7 +246,7 @@ class TestEvaluator:
     def test_processes_of_panopticapi(
         self, own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        data = Truth(own, 8)
+        data = Annotated(own, 8)
         alone = evaluate(own, data, COCOPanopticEvaluator(own, str(tmp_path)))
         monkeypatch.setattr("d2ext.evaluation.panoptic._PARALLEL_FROM", 1)
         monkeypatch.setattr("multiprocessing.cpu_count", lambda: 2)
@@ -256,7 +256,7 @@ class TestEvaluator:
     def test_image_without_prediction_counts_as_void(
         self, own: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        data = Truth(own, 8)
+        data = Annotated(own, 8)
         data.predictions = [
             (paint_ids(i)[0], {s["id"]: s["category_id"] for s in e["segments_info"]})
             for i, e in enumerate(data.entries)
@@ -267,13 +267,13 @@ class TestEvaluator:
         assert results["panoptic_seg"]["PQ"] == pytest.approx(600 / 7)
         assert results["panoptic_seg"]["SQ"] == pytest.approx(100)
 
-    @pytest.mark.parametrize("kept", [(1, 70000), (300,), ()])
-    def test_truth_without_things_or_stuff(self, tmp_path: Path, kept: tuple[int, ...]) -> None:
+    @pytest.mark.parametrize("selected", [(1, 70000), (300,), ()])
+    def test_without_things_or_stuff(self, tmp_path: Path, selected: tuple[int, ...]) -> None:
         """Only stuff, only things, only void: no division by zero."""
         content = write_panoptic(tmp_path / "set", 1)
         ids, segments = paint_ids(0)
-        ids[~np.isin(ids, kept)] = 0
-        content["annotations"][0]["segments_info"] = [s for s in segments if s["id"] in kept]
+        ids[~np.isin(ids, selected)] = 0
+        content["annotations"][0]["segments_info"] = [s for s in segments if s["id"] in selected]
         save(tmp_path / "set", content)
         Image.fromarray(id2rgb(ids)).save(tmp_path / "set/panoptic/scene_0.png")
         name = f"test_part_{uuid.uuid4().hex}"
@@ -290,11 +290,11 @@ class TestEvaluator:
         cfg.TEST.ANALYZE = True
         evaluator = build_evaluator(cfg, name, str(tmp_path / "out"))
         evaluator.reset()
-        output = output_of(name, ids, {i: {1: 12, 70000: 40, 300: 7}[i] for i in kept})
+        output = output_of(name, ids, {i: {1: 12, 70000: 40, 300: 7}[i] for i in selected})
         evaluator.process(DatasetCatalog.get(name), [output])
         results = evaluator.evaluate()["panoptic_seg"]
         for metric, group in (("PQ_th", (300,)), ("PQ_st", (1, 70000)), ("PQ", (1, 300, 70000))):
-            if set(group) & set(kept):
+            if set(group) & set(selected):
                 assert results[metric] == pytest.approx(100)
             else:
                 assert math.isnan(results[metric])
@@ -304,7 +304,7 @@ class TestEvaluator:
 
 class TestAnalysis:
     def test_tables_and_pictures(self, own: str, tmp_path: Path) -> None:
-        data = Truth(own, 8)
+        data = Annotated(own, 8)
         cfg = get_cfg()
         cfg.TEST.ANALYZE = True
         results = evaluate(own, data, build_evaluator(cfg, own, str(tmp_path)))["panoptic_seg"]
@@ -341,15 +341,15 @@ class TestAnalysis:
         picture = cv2.imread(str(pictures[0]))
         width = 3 * 400  # small images are enlarged
         assert picture.shape == (round(SIZE[0] * 400 / SIZE[1]) + 2 * 26, width, 3)
-        # Truth and prediction differ there, and both from the image.
+        # Annotated and prediction differ there, and both from the image.
         panels = [picture[52:, i * 400 : (i + 1) * 400].astype(int) for i in range(3)]
         for a, b in ((0, 1), (0, 2), (1, 2)):
             assert np.abs(panels[a] - panels[b]).mean() > 3
         assert cv2.imread(str(folder / "confusion.png")).std() > 5
 
     def test_renamed_class_is_found(self, own: str, tmp_path: Path) -> None:
-        """Pears taken for apples, and one apple not found."""
-        data = Truth(own, 8)
+        """Pears taken for apples, and one apple missed."""
+        data = Annotated(own, 8)
         data.predictions = []
         for number, entry in enumerate(data.entries):
             ids, _ = paint_ids(number)
@@ -417,7 +417,7 @@ def test_quality_of_counts() -> None:
 
 
 def test_only_the_worst_are_drawn_and_replace_older_pictures(own: str, tmp_path: Path) -> None:
-    data = Truth(own, 7)
+    data = Annotated(own, 7)
     for count in (2, 1):
         evaluate(own, data, PanopticAnalysis(own, str(tmp_path), num_pictures=count))
         images = json.loads((tmp_path / "analysis.json").read_text())["images"]

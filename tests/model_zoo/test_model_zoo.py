@@ -7,6 +7,7 @@ import torch
 from detectron2.config import CfgNode
 
 from d2ext import model_zoo
+from d2ext.config import ConfigError, load_config
 
 DEMO = "yolact/yolact_R_18_shapes.yaml"
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -26,7 +27,8 @@ def test_every_config_merges_into_the_defaults(name: str) -> None:
     cfg = model_zoo.get_config(name)
     assert isinstance(cfg, CfgNode)
     # Merging fails on unknown keys; what is left to see is that the file took effect.
-    assert cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN"
+    detectron2_s = name.startswith("baselines/")
+    assert detectron2_s or cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN"
     assert ("cuda" if torch.cuda.is_available() else "cpu") == cfg.MODEL.DEVICE
 
 
@@ -51,3 +53,26 @@ def test_only_configs_are_found(name: str) -> None:
 def test_trained_weights_are_refused_with_the_way_to_get_them() -> None:
     with pytest.raises(ValueError, match="convert_checkpoint"):
         model_zoo.get_config(DEMO, trained=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [
+        (DEMO, "YOLACT"),
+        ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", "GeneralizedRCNN"),
+        ("COCO-Detection/retinanet_R_50_FPN_1x.yaml", "RetinaNet"),  # holds a tag that runs code
+    ],
+)
+def test_config_files_by_name(name: str, architecture: str) -> None:
+    path = model_zoo.find_config_file(name)
+    assert path.endswith(name)
+    assert architecture == load_config(path).MODEL.META_ARCHITECTURE
+
+
+def test_config_files_by_path(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.touch()
+    assert model_zoo.find_config_file(str(path)) == str(path)
+    assert model_zoo.find_config_file("") == ""
+    with pytest.raises(ConfigError, match=r"no config file .*yolact/yolact_R_50_550\.yaml"):
+        model_zoo.find_config_file("yolact/yolact_R_51_550.yaml")

@@ -11,7 +11,7 @@ from detectron2.modeling import build_backbone
 from torch.nn import functional as F
 
 from d2ext.config import get_cfg
-from d2ext.modeling.cornernet_hourglass import FireBlock, ResidualBlock, CornerNetHourglass
+from d2ext.modeling.cornernet_hourglass import CornerNetHourglass, FireBlock, ResidualBlock
 from d2ext.modeling.inference import fold_norms
 
 

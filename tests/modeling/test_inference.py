@@ -5,18 +5,19 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, get_norm
 from detectron2.modeling import build_model
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from d2ext.layers.deform_conv import ModulatedDeformConv
-from d2ext.modeling.inference import InferenceNetwork, fold_norms
+from d2ext.modeling.inference import InferenceNetwork, _CapturedGraph, fold_norms
 from d2ext.testing import random_inputs, tiny_config
 
 
@@ -168,6 +169,66 @@ def test_unknown_settings_are_errors() -> None:
     for option in ({"mode": "fast"}, {"dtype": "int8"}):
         with pytest.raises(ValueError, match="is one of"):
             InferenceNetwork(nn.Identity(), lambda x: (x,), **option)
+
+
+class _Predictions(NamedTuple):
+    features: dict[str, Tensor]
+    logits: list[Tensor]
+
+
+class _TwoLevels(nn.Module):
+    """Predictions in a structure."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 1)
+
+    def forward(self, images: Tensor) -> _Predictions:
+        p2 = self.conv(images)
+        p3 = p2[:, :, ::2, ::2]
+        return _Predictions({"p2": p2, "p3": p3}, [p2.sum(dim=(2, 3)), p3.sum(dim=(2, 3))])
+
+
+def _assert_predictions(actual: Any, expected: _Predictions) -> None:
+    assert type(actual) is _Predictions and list(actual.features) == ["p2", "p3"]
+    for name, value in expected.features.items():
+        torch.testing.assert_close(actual.features[name], value, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(actual.logits, expected.logits, atol=1e-4, rtol=1e-5)
+
+
+def test_compiled_predictions_keep_their_structure(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    backend = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    network = _TwoLevels()
+    images = torch.randn(1, 3, 8, 6)
+    compiled = InferenceNetwork(network, lambda x: x, mode="compile")
+    with torch.no_grad():
+        _assert_predictions(compiled(images), network(images))
+    assert backend.frame_count == 1
+
+
+def test_a_graphs_predictions_are_the_callers() -> None:
+    """A replay writes into the same memory again."""
+    memory = _Predictions({"p2": torch.zeros(2), "p3": torch.zeros(1)}, [torch.zeros(3)])
+    graph = object.__new__(_CapturedGraph)
+    graph.input, graph.outputs = torch.zeros(1), memory
+    graph.graph = SimpleNamespace(replay=lambda: memory.features["p3"].add_(graph.input))
+    first, second = graph(torch.ones(1)), graph(torch.ones(1))
+    assert type(first) is _Predictions
+    assert first.features["p3"].item() == 1 and second.features["p3"].item() == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["cudagraph", "compile", "compile_cudagraph"])
+def test_graphs_keep_structure_on_the_gpu(cuda: torch.device, mode: str) -> None:
+    torch.backends.cudnn.allow_tf32 = False
+    network = _TwoLevels().to(cuda)
+    graph = InferenceNetwork(network, lambda x: x, mode=mode)
+    with torch.no_grad():
+        for _ in range(2):
+            images = torch.randn(1, 3, 8, 6, device=cuda)
+            _assert_predictions(graph(images), network(images))
 
 
 @pytest.mark.gpu

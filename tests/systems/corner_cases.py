@@ -11,7 +11,8 @@ from detectron2.structures import Boxes, Instances
 
 from d2ext import model_zoo
 from d2ext.checkpoint import convert_state_dict
-from d2ext.data.augmentations import ResizeToSquare, SquareCanvas
+from d2ext.data.augmentations.canvas import SquareCanvas
+from d2ext.data.augmentations.resize import ResizeToSquare
 from d2ext.systems.cornernet.model import CornerNet
 from tests.reference.fixture import Fixture, draw_image
 

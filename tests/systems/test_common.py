@@ -168,9 +168,9 @@ def test_predictor_reads_a_saved_checkpoint(
 def _write_dataset(folder: Path, inputs: list[dict[str, Any]]) -> Path:
     annotations = []
     for x in inputs:
-        truth = x["instances"]
+        annotated = x["instances"]
         for box, label, points in zip(
-            truth.gt_boxes, truth.gt_classes, truth.gt_keypoints.tensor, strict=True
+            annotated.gt_boxes, annotated.gt_classes, annotated.gt_keypoints.tensor, strict=True
         ):
             x1, y1, x2, y2 = box.tolist()
             annotations.append(

@@ -1,10 +1,8 @@
-"""tools/visualize_data.py: pictures of what the loader gives, bad samples skipped and reported."""
+"""`d2ext visualize-data`: pictures of what the loader gives, bad samples skipped and reported."""
 
-import importlib.util
 import json
 import logging
 import uuid
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,17 +11,9 @@ import torch
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
 
+from d2ext.tools import visualize_data
+from d2ext.utils.drawing import write_picture
 from tests.data.scenes import BACKGROUND, paint_scene, write_image
-
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "visualize_data.py"
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("visualize_data", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -68,8 +58,8 @@ def written(tmp_path):
     return sorted(path.name for path in (tmp_path / "out").iterdir())
 
 
-def test_annotations(tool, data, tmp_path):
-    assert tool.main([*data, "--source", "annotation", "--num", "9"]) == 0
+def test_annotations(data, tmp_path):
+    assert visualize_data.run([*data, "--source", "annotation", "--num", "9"]) == 0
     assert written(tmp_path) == [
         "0000_0.png",
         "0001_1.png",
@@ -85,28 +75,29 @@ def test_annotations(tool, data, tmp_path):
     assert (picture[free] == BACKGROUND).all(-1).mean() > 0.6
     assert (picture[~free] == scene[~free]).all(-1).mean() < 0.3
     montage = cv2.imread(str(tmp_path / "out" / "montage.png"))
-    assert montage.shape == (2 * tool.CELL, 2 * tool.CELL, 3)
+    assert montage.shape == (2 * visualize_data.CELL, 2 * visualize_data.CELL, 3)
 
 
-def test_loader_shows_the_training_stream(tool, data, tmp_path):
+def test_loader_shows_the_training_stream(data, tmp_path):
     opts = ["INPUT.AUGMENTATION.NAME", "ssd", "INPUT.AUGMENTATION.SIZE", "450", "SEED", "3"]
-    assert tool.main([*data, "--num", "6", *opts]) == 0
+    assert visualize_data.run([*data, "--num", "6", *opts]) == 0
     first = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     assert len(first) == 7  # the stream is endless: more samples than images
-    assert cv2.imread(str(tmp_path / "out" / "montage.png")).shape[0] == 2 * tool.CELL
+    assert cv2.imread(str(tmp_path / "out" / "montage.png")).shape[0] == 2 * visualize_data.CELL
     for path in (tmp_path / "out").glob("0*.png"):
         assert cv2.imread(str(path)).shape == (450, 450, 3)
     # Same seed, other batch size and workers: the same pictures.
     more = ["SOLVER.IMS_PER_BATCH", "4", "DATALOADER.NUM_WORKERS", "2"]
-    assert tool.main([*data, "--num", "6", *opts, *more]) == 0
+    assert visualize_data.run([*data, "--num", "6", *opts, *more]) == 0
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == first
 
 
 @pytest.mark.parametrize("source", ["annotation", "loader"])
-def test_bad_samples_are_reported(tool, data, tmp_path, caplog, source):
+def test_bad_samples_are_reported(data, tmp_path, caplog, source):
     (tmp_path / "images" / "2.png").write_bytes(b"")
+    arguments = [*data, "--source", source, "--num", "4", "MODEL.MASK_ON", "True"]
     with caplog.at_level(logging.ERROR):
-        assert tool.main([*data, "--source", source, "--num", "4", "MODEL.MASK_ON", "True"]) == 1
+        assert visualize_data.run(arguments) == 1
     assert any("2.png" in r.getMessage() for r in caplog.records)
     names = written(tmp_path)
     assert "montage.png" in names and not any("_2.png" in name for name in names)
@@ -119,26 +110,27 @@ def test_bad_samples_are_reported(tool, data, tmp_path, caplog, source):
         (["--dataset", "nonsense"], "no data set 'nonsense'"),
         (["--train-json", "a.json"], "add --dataset NAME"),
         ([], r"DATASETS.TRAIN"),
-        (["--num", "0"], "--num must be at least 1"),
+        (["--num", "0"], "no number from 1 on"),
         (["--config-file", "none.yaml"], "none.yaml"),
         (["INPUT.NONSENSE", "1"], "INPUT.NONSENSE"),
     ],
 )
-def test_errors_are_messages(tool, tmp_path, caplog, arguments, message):
-    with caplog.at_level(logging.ERROR):
-        assert tool.main([*arguments, "--output-dir", str(tmp_path / "out")]) in (1, 2)
-    assert message in caplog.text
+def test_errors_are_messages(tmp_path, capsys, arguments, message):
+    try:
+        status = visualize_data.run([*arguments, "--output-dir", str(tmp_path / "out")])
+    except SystemExit as stopped:  # how argparse ends
+        status = stopped.code
+    assert status == 2
+    assert message in capsys.readouterr().err
 
 
-def test_full_disk_leaves_no_half_file(tool, tmp_path, monkeypatch):
-    def full(self, data):
-        with open(self, "wb") as f:
-            f.write(data[:10])
+def test_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
+    def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("d2ext.files.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        tool.write_png(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
+        write_picture(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -160,43 +152,43 @@ class TestDraw:
         instances.gt_masks = BitMasks(mask)
         return {"image": torch.full((3, height, width), 100.0), "instances": instances}
 
-    def test_mask_is_drawn_where_it_is(self, tool):
+    def test_mask_is_drawn_where_it_is(self):
         sample = self.sample()
         sample["image"][:, :, 300:] = 400.0  # unclipped photometric distortion
-        picture = tool.draw(sample, self.metadata, "RGB")
+        picture = visualize_data.draw(sample, self.metadata, "RGB")
         assert (picture[260:, :260] == 100).all() and (picture[260:, 310:] == 255).all()
         assert (picture[20:200, 20:200] != 100).any(-1).mean() > 0.9
 
-    def test_channel_order(self, tool):
+    def test_channel_order(self):
         sample = {"image": torch.tensor([10, 20, 30])[:, None, None].expand(3, 450, 450)}
-        assert tool.draw(sample, self.metadata, "BGR")[5, 5].tolist() == [30, 20, 10]
-        assert tool.draw(sample, self.metadata, "RGB")[5, 5].tolist() == [10, 20, 30]
+        assert visualize_data.draw(sample, self.metadata, "BGR")[5, 5].tolist() == [30, 20, 10]
+        assert visualize_data.draw(sample, self.metadata, "RGB")[5, 5].tolist() == [10, 20, 30]
 
-    def test_keypoints(self, tool):
+    def test_keypoints(self):
         sample = self.sample()
         del sample["instances"].get_fields()["gt_masks"]
-        before = tool.draw(sample, self.metadata, "RGB")
+        before = visualize_data.draw(sample, self.metadata, "RGB")
         sample["instances"].gt_keypoints = Keypoints(torch.tensor([[[350.0, 300.0, 2.0]]]))
-        changed = np.argwhere((tool.draw(sample, self.metadata, "RGB") != before).any(-1))
+        changed = np.argwhere((visualize_data.draw(sample, self.metadata, "RGB") != before).any(-1))
         assert len(changed) and np.abs(changed.mean(0) - [300, 350]).max() < 2
 
-    def test_sem_seg_with_ignored_pixels(self, tool):
+    def test_sem_seg_with_ignored_pixels(self):
         sem_seg = torch.full((450, 450), 255)
         sem_seg[:, :225] = 1
         sample = {"image": torch.full((3, 450, 450), 100.0), "sem_seg": sem_seg}
-        picture = tool.draw(sample, self.metadata, "RGB")
+        picture = visualize_data.draw(sample, self.metadata, "RGB")
         assert (picture[:, 240:] == 100).all() and (picture[10:100, 10:100] != 100).any(-1).all()
 
-    def test_crowds_are_named(self, tool):
+    def test_crowds_are_named(self):
         sample = self.sample()
         sample["crowd_instances"] = Instances((450, 450))
         sample["crowd_instances"].gt_boxes = Boxes(torch.tensor([[300.0, 300.0, 400.0, 400.0]]))
         sample["crowd_instances"].gt_classes = torch.tensor([0])
-        picture = tool.draw(sample, self.metadata, "RGB")
+        picture = visualize_data.draw(sample, self.metadata, "RGB")
         assert (picture[340:360, 298:303] != 100).any()
 
     @pytest.mark.parametrize("shape", [(1, 1), (1, 5000), (700, 2)])
-    def test_extreme_shapes(self, tool, shape):
-        picture = tool.draw(self.sample(*shape), self.metadata, "RGB")
+    def test_extreme_shapes(self, shape):
+        picture = visualize_data.draw(self.sample(*shape), self.metadata, "RGB")
         assert max(picture.shape[:2]) >= 400
-        assert max(tool.shrink(picture).shape[:2]) <= tool.CELL
+        assert max(visualize_data.shrink(picture).shape[:2]) <= visualize_data.CELL

@@ -8,21 +8,19 @@ import cv2
 import numpy as np
 from fvcore.transforms.transform import HFlipTransform, Transform, TransformList
 
-from d2ext.codecs.affine import affine_matrix, invert_affine
-from d2ext.data.augmentations.base import LabelAwareAugmentation
-from d2ext.data.augmentations.geometry import clip_polygon, random_center
+from d2ext.codecs.affine import affine_matrix
+from d2ext.data.augmentations.base import LabelAwareAugmentation, WindowTransform
+from d2ext.data.augmentations.geometry import random_center
 
 _MODES = ("crop", "shift", "letterbox")
 
 
-class WarpTransform(Transform):
+class WarpTransform(WindowTransform):
     """Affine map of pixel indices, with zeros where the source has nothing.
 
     The same matrix moves pixels (whose index is their centre) and coordinates of boxes, polygons and
     keypoints (where the centre of the first pixel is 0.5), as published. Where the image shrinks or
     grows by a factor f the two part by (1 - f) / 2 pixels of the result.
-
-    Boxes are cut to the result, and so are polygons, exactly.
     """
 
     def __init__(
@@ -67,24 +65,6 @@ class WarpTransform(Transform):
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
         """(N, 2) points (x, y), also outside the result."""
         return coords @ self.matrix[:, :2].T + self.matrix[:, 2]
-
-    def apply_box(self, box: np.ndarray) -> np.ndarray:
-        """(N, 4) XYXY → the box around it, cut to the result; outside it the area is 0."""
-        limit = np.array([self.new_w, self.new_h] * 2)
-        return np.clip(super().apply_box(box), 0, limit)
-
-    def apply_polygons(self, polygons: list[np.ndarray]) -> list[np.ndarray]:
-        """List of (N, 2) polygons → those with area inside the result, cut exactly."""
-        window = (0.0, 0.0, float(self.new_w), float(self.new_h))
-        clipped = [clip_polygon(self.apply_coords(p), window) for p in polygons]
-        return [p for p in clipped if len(p)]
-
-    def inverse(self) -> Transform:
-        return WarpTransform(
-            invert_affine(self.matrix),
-            *(self.new_w, self.new_h, self.w, self.h),
-            ignore_label=self.ignore_label,
-        )
 
 
 class PixelMirrorTransform(HFlipTransform):

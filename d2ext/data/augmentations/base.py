@@ -6,6 +6,8 @@ import numpy as np
 from detectron2.data import transforms as T
 from fvcore.transforms.transform import Transform, TransformList
 
+from d2ext.data.augmentations.geometry import clip_polygon
+
 
 @runtime_checkable
 class DropsInstances(Protocol):
@@ -20,6 +22,34 @@ class ReportsVisibleShares(Protocol):
     """A transform after which training wants to know how much of each box is left."""
 
     reports_visible_shares: bool
+
+
+class PixelTransform(Transform):
+    """Base of transforms that change pixels, not places: coordinates, masks and labels stay."""
+
+    def apply_coords(self, coords: np.ndarray) -> np.ndarray:
+        return coords
+
+    def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
+        return segmentation
+
+
+class WindowTransform(Transform):
+    """Base of transforms whose result is a window of ``new_w`` × ``new_h`` pixels: boxes and polygons
+    are cut to it, so that a later expansion does not bring lost parts back."""
+
+    new_w: int
+    new_h: int
+
+    def apply_box(self, box: np.ndarray) -> np.ndarray:
+        """(N, 4) XYXY → cut to the window; boxes outside it get zero area."""
+        return np.clip(super().apply_box(box), 0, np.array([self.new_w, self.new_h] * 2))
+
+    def apply_polygons(self, polygons: list[np.ndarray]) -> list[np.ndarray]:
+        """List of (N, 2) polygons → those with area inside the window, cut exactly."""
+        window = (0.0, 0.0, float(self.new_w), float(self.new_h))
+        clipped = [clip_polygon(self.apply_coords(p), window) for p in polygons]
+        return [p for p in clipped if len(p)]
 
 
 class DetectionInput(T.AugInput):

@@ -127,9 +127,7 @@ def build_centernet_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augment
             flip_prob=c.FLIP_PROB,
         )
     ]
-    if c.COLOR_JITTER > 0 or c.LIGHTING > 0:
-        augmentations.append(RandomColorLighting(c.COLOR_JITTER, c.LIGHTING, cfg.INPUT.FORMAT))
-    return augmentations
+    return augmentations + _colors(cfg)
 
 
 @AUGMENTATION_REGISTRY.register_as("cornernet")

@@ -10,15 +10,14 @@ from detectron2.data import transforms as T
 from fvcore.transforms.transform import NoOpTransform, Transform
 
 from d2ext.data.augmentations.affine import PixelMirrorTransform
-from d2ext.data.augmentations.base import LabelAwareAugmentation
-from d2ext.data.augmentations.geometry import clip_polygon, random_center
+from d2ext.data.augmentations.base import LabelAwareAugmentation, WindowTransform
+from d2ext.data.augmentations.geometry import random_center
 
 
-class CanvasCropTransform(Transform):
+class CanvasCropTransform(WindowTransform):
     """The window of ``new_w`` × ``new_h`` pixels whose centre pixel is (``center_x``, ``center_y``).
 
-    The centre pixel of n pixels is number n // 2. Boxes and polygons are cut to the window, so that a
-    later expansion does not bring lost parts back.
+    The centre pixel of n pixels is number n // 2.
 
     Published quirk: of a window with an odd side, the last row or column stays zero even where the
     image goes on.
@@ -77,35 +76,6 @@ class CanvasCropTransform(Transform):
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
         """(N, 2) points (x, y), also outside the window."""
         return coords - np.array([self.left, self.top])
-
-    def apply_box(self, box: np.ndarray) -> np.ndarray:
-        """(N, 4) XYXY → cut to the window; boxes outside it get zero area."""
-        return np.clip(super().apply_box(box), 0, np.array([self.new_w, self.new_h] * 2))
-
-    def apply_polygons(self, polygons: list[np.ndarray]) -> list[np.ndarray]:
-        """List of (N, 2) polygons → those with area inside the window, cut exactly."""
-        window = (0.0, 0.0, float(self.new_w), float(self.new_h))
-        clipped = [clip_polygon(self.apply_coords(p), window) for p in polygons]
-        return [p for p in clipped if len(p)]
-
-    def inverse(self) -> Transform:
-        return _Uncrop(self)
-
-
-class _Uncrop(CanvasCropTransform):
-    """The image's size again, with zeros where the window had nothing."""
-
-    def __init__(self, crop: CanvasCropTransform) -> None:
-        Transform.__init__(self)
-        self.crop = crop
-        self.w, self.h, self.new_w, self.new_h = crop.new_w, crop.new_h, crop.w, crop.h
-        self.left, self.top, self.ignore_label = -crop.left, -crop.top, crop.ignore_label
-        # One more than the last row and column taken, less half the size: see _crop.
-        self.center_x = self.left + self.new_w - self.new_w // 2
-        self.center_y = self.top + self.new_h - self.new_h // 2
-
-    def inverse(self) -> Transform:
-        return self.crop
 
 
 class RandomCanvasCrop(LabelAwareAugmentation):

@@ -88,28 +88,17 @@ class RandomIoUCrop(T.Augmentation):
         # None: no crop. -inf: any crop.
         self._options: list[float | None] = [None, *min_ious, -np.inf]
 
-    def __call__(self, aug_input: T.AugInput) -> Transform:
-        boxes = getattr(aug_input, "boxes", None)
-        if boxes is not None and len(boxes):
-            crowd = getattr(aug_input, "crowd", None)
-            crowd = np.zeros(len(boxes), dtype=bool) if crowd is None else crowd
-            keep = getattr(aug_input, "keep", None)
-            if keep is not None:
-                boxes, crowd = boxes[keep], crowd[keep]
-        else:
-            boxes, crowd = np.zeros((0, 4)), np.zeros(0, dtype=bool)
-        tfm = self.get_transform(aug_input.image, boxes, crowd)
-        aug_input.transform(tfm)
-        return tfm
-
-    def get_transform(self, image: np.ndarray, boxes: np.ndarray, crowd: np.ndarray) -> Transform:
+    def get_transform(
+        self, image: np.ndarray, boxes: np.ndarray | None, crowd: np.ndarray, keep: np.ndarray
+    ) -> Transform:
         """
         Args:
             image: H×W×C
-            boxes: (N, 4) XYXY, pixels
-            crowd: (N,) bool
+            boxes: (N, 4) XYXY, pixels, or None
+            crowd, keep: (N,) bool, see :class:`DetectionInput`
         """
         h, w = image.shape[:2]
+        boxes, crowd = (np.zeros((0, 4)) if boxes is None else boxes)[keep], crowd[keep]
         if len(boxes) and crowd.all():
             return NoOpTransform()  # what repeated drawing would end with
         while True:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import cv2
 import numpy as np
-from fvcore.transforms.transform import CropTransform, NoOpTransform, Transform
+from fvcore.transforms.transform import NoOpTransform, Transform
 
 from d2ext.data.augmentations.base import LabelAwareAugmentation
 
@@ -79,9 +79,6 @@ class ExpandTransform(Transform):
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
         return coords + np.array([self.left, self.top])
-
-    def inverse(self) -> Transform:
-        return CropTransform(self.left, self.top, self.w, self.h, self.new_w, self.new_h)
 
 
 class RandomExpand(LabelAwareAugmentation):

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 from detectron2.data import transforms as T
-from fvcore.transforms.transform import NoOpTransform, Transform
+from fvcore.transforms.transform import Transform
+
+from d2ext.data.augmentations.base import PixelTransform
 
 # Principal components (columns) of the colours of ImageNet in [0, 1] and their standard deviations; rows
 # are blue, green, red (published code).
@@ -26,7 +28,7 @@ _TO_GREY = {"RGB": cv2.COLOR_RGB2GRAY, "BGR": cv2.COLOR_BGR2GRAY}
 _CHANGES = ("brightness", "contrast", "saturation")
 
 
-class ColorLightingTransform(Transform):
+class ColorLightingTransform(PixelTransform):
     """Brightness, contrast and saturation in a given order, then an added colour.
 
     The grey image and its mean, towards which saturation and contrast draw, are those of the image
@@ -76,16 +78,6 @@ class ColorLightingTransform(Transform):
         color = 255 * (_COMPONENTS @ (_DEVIATIONS * np.asarray(self.lighting, dtype=np.float64)))
         img += (color if self.image_format == "BGR" else color[::-1]).astype(np.float32)
         return img
-
-    def apply_coords(self, coords: np.ndarray) -> np.ndarray:
-        return coords
-
-    def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
-        return segmentation
-
-    def inverse(self) -> Transform:
-        """Of the geometry, which stays as it is."""
-        return NoOpTransform()
 
 
 class RandomColorLighting(T.Augmentation):

@@ -5,13 +5,15 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 from detectron2.data import transforms as T
-from fvcore.transforms.transform import NoOpTransform, Transform
+from fvcore.transforms.transform import Transform
+
+from d2ext.data.augmentations.base import PixelTransform
 
 _TO_HSV = {"RGB": cv2.COLOR_RGB2HSV, "BGR": cv2.COLOR_BGR2HSV}
 _FROM_HSV = {"RGB": cv2.COLOR_HSV2RGB, "BGR": cv2.COLOR_HSV2BGR}
 
 
-class PhotometricTransform(Transform):
+class PhotometricTransform(PixelTransform):
     """Brightness, then contrast and HSV changes in one of two orders. Coordinates do not change.
 
     The result is float32 and is not clipped to [0, 255], as published: a bright area that is made
@@ -58,16 +60,6 @@ class PhotometricTransform(Transform):
         if not self.contrast_first:
             img *= np.float32(self.contrast)
         return img
-
-    def apply_coords(self, coords: np.ndarray) -> np.ndarray:
-        return coords
-
-    def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
-        return segmentation
-
-    def inverse(self) -> Transform:
-        """Of the geometry, which stays as it is."""
-        return NoOpTransform()
 
 
 class RandomPhotometricDistortion(T.Augmentation):

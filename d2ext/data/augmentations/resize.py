@@ -45,9 +45,6 @@ class BilinearResizeTransform(Transform):
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
         return coords * np.array([self.new_w / self.w, self.new_h / self.h])
 
-    def inverse(self) -> Transform:
-        return BilinearResizeTransform(self.new_h, self.new_w, self.h, self.w)
-
 
 class ResizeToSquare(LabelAwareAugmentation):
     """Resize to ``size`` × ``size`` pixels, whatever the aspect ratio."""

@@ -6,50 +6,29 @@
     register_landmarks("faces_train", "wflw", "list_98pt_rect_attr_train.txt", "WFLW_images/")
 """
 
-from d2ext.data.landmarks.described import DESCRIBED, describe_datasets
-from d2ext.data.landmarks.kinds import KINDS, LandmarkKind, kind_metadata
-from d2ext.data.landmarks.mapper import TopDownMapper, TopDownTestMapper, make_crop_sample
-from d2ext.data.landmarks.register import (
-    load_landmarks,
-    register_landmarks,
-    write_coco_keypoints,
+from d2ext.data.dataset_facts import flip_indices
+from d2ext.data.landmarks import config  # noqa: F401  (registers its keys)
+from d2ext.data.landmarks.datasets import (
+    LANDMARK_DATASETS,
+    LandmarkDataset,
+    describe_datasets,
+    landmark_metadata,
 )
-from d2ext.data.landmarks.samples import (
-    add_detections,
-    flip_indices,
-    instance_crop_box,
-    instance_points,
-    instance_records,
-)
-from d2ext.data.landmarks.transforms import (
-    AffineCropTransform,
-    CutoutTransform,
-    RandomCropGeometry,
-    crop_transform,
-    half_body_box,
-)
+from d2ext.data.landmarks.mapper import TopDownMapper, TopDownTestMapper
+from d2ext.data.landmarks.register import load_landmarks, register_landmarks
+from d2ext.data.landmarks.samples import add_detections, instance_records
 
 describe_datasets()
 
 __all__ = [
-    "DESCRIBED",
-    "KINDS",
-    "AffineCropTransform",
-    "CutoutTransform",
-    "LandmarkKind",
-    "RandomCropGeometry",
+    "LANDMARK_DATASETS",
+    "LandmarkDataset",
     "TopDownMapper",
     "TopDownTestMapper",
     "add_detections",
-    "crop_transform",
     "flip_indices",
-    "half_body_box",
-    "instance_crop_box",
-    "instance_points",
     "instance_records",
-    "kind_metadata",
+    "landmark_metadata",
     "load_landmarks",
-    "make_crop_sample",
     "register_landmarks",
-    "write_coco_keypoints",
 ]

@@ -2,17 +2,17 @@
 
 from detectron2.config import CfgNode
 
+from d2ext.config import CONFIG_REGISTRY
 
+
+@CONFIG_REGISTRY.register()
 def add_landmark_data_config(cfg: CfgNode) -> None:
     """Add ``INPUT.LANDMARKS`` to ``cfg``, in place."""
     cfg.INPUT.LANDMARKS = c = CfgNode()
-    # True: a training sample is one annotated instance, cropped; a test sample is one image with
-    # the boxes to crop. False: images as with any other model.
-    c.ENABLED = False
     # How box and crop correspond, see d2ext.data.landmarks.geometry: "continuous" (as the model crops
     # test images), "index" or "udp". The crop's size and padding are the model's:
     # MODEL.LANDMARKS.INPUT_SIZE and CROP.PADDING.
-    c.GEOMETRY = "continuous"
+    c.CROP_GEOMETRY = "continuous"
     # Memory in MiB in which each worker of the training loader keeps images once it has read them
     c.CACHE_MB = 0
     # Boxes of test images: "annotations", "image" (the whole image is the crop), or the path of a

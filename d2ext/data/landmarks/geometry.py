@@ -13,8 +13,6 @@ import torch
 
 from d2ext.codecs.landmark_crops import pad_boxes
 
-__all__ = ["GEOMETRIES", "crop_matrix", "pad_box"]
-
 # How a padded box of width b becomes a crop of w pixels:
 # "continuous": edges onto edges, as in the model's own crops;
 # "index": pixel indices scale by w / b, as if the box's edges were pixels (HRNet and most others);

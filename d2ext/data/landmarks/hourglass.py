@@ -15,15 +15,6 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-__all__ = [
-    "HourglassDraws",
-    "crop_person",
-    "draw_hourglass",
-    "hourglass_matrix",
-    "hourglass_sample",
-    "map_points",
-]
-
 # Published ranges: ± 30 degrees; side factor 0.75 to 1.25; hue ± 0.2 of the circle; brightness ± 0.3;
 # saturation and contrast factors 0.5 to 1.5.
 _ROTATION, _SCALE_LOW, _SCALE_SPAN = 30.0, 0.75, 0.5

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.data import MetadataCatalog, detection_utils
+from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances, Keypoints
 
 from d2ext.data.augmentations.photometric import RandomPhotometricDistortion
+from d2ext.data.coco_results import category_ids
+from d2ext.data.dataset_facts import flip_indices
+from d2ext.data.dataset_mapper import MAPPER_REGISTRY
 from d2ext.data.errors import AnnotationError
-from d2ext.data.image_io import ImageCache, read_image
-from d2ext.data.landmarks.geometry import GEOMETRIES, pad_box
+from d2ext.data.image_io import ImageCache, ImageReader, read_image, read_record_image
+from d2ext.data.landmarks.geometry import pad_box
 from d2ext.data.landmarks.hourglass import draw_hourglass, hourglass_sample
 from d2ext.data.landmarks.samples import (
-    flip_indices,
+    Record,
+    add_detections,
     instance_crop_box,
     instance_points,
+    instance_records,
     usable_annotations,
 )
 from d2ext.data.landmarks.transforms import (
@@ -28,12 +33,7 @@ from d2ext.data.landmarks.transforms import (
     RandomCropGeometry,
     crop_transform,
     half_body_box,
-    mirror_points,
 )
-
-__all__ = ["TopDownMapper", "TopDownTestMapper", "make_crop_sample", "upper_body"]
-
-ImageReader = Callable[..., np.ndarray]
 
 # Change of each of brightness, contrast, saturation and hue, once colours are to change.
 _EACH_COLOR_PROB = 0.5
@@ -41,6 +41,12 @@ _EACH_COLOR_PROB = 0.5
 _HOURGLASS_STRIDE = 4
 # Points below which a body's lower half begins, by name.
 _LOWER = ("hip", "knee", "ankle", "pelvis")
+
+
+@MAPPER_REGISTRY.register()
+def build_top_down_mapper(cfg: CfgNode, is_train: bool) -> TopDownMapper | TopDownTestMapper:
+    """Training: a sample is one annotated instance, cropped. Test: one image with the boxes to crop."""
+    return TopDownMapper(cfg, True) if is_train else TopDownTestMapper(cfg)
 
 
 class TopDownMapper:
@@ -65,7 +71,6 @@ class TopDownMapper:
         image_format: str = "BGR",
         padding: float = 1.25,
         geometry: RandomCropGeometry | None = None,
-        plain_geometry: str = "continuous",
         recipe: str = "default",
         half_body_prob: float = 0.0,
         half_body_min_points: int = 8,
@@ -82,9 +87,8 @@ class TopDownMapper:
             flip_indices: (K,) which landmark takes the place of each when mirrored.
             image_format: "BGR" or "RGB".
             padding: factor on the box.
-            geometry: draws the crop's geometry; None: the plain crop.
-            plain_geometry: of crops without augmentation, see
-                :mod:`d2ext.data.landmarks.geometry`.
+            geometry: draws the crop's geometry; plain crops follow its rule
+                (:mod:`d2ext.data.landmarks.geometry`), too. None: plain crops, edges onto edges.
             recipe: "default", "hourglass" or "none"; see ``INPUT.LANDMARKS.RECIPE``.
             half_body_prob, half_body_min_points, upper: of half-body crops; ``upper`` (K,) tells the
                 points of the upper half.
@@ -99,11 +103,6 @@ class TopDownMapper:
             raise ValueError(
                 f"INPUT.LANDMARKS.RECIPE is {recipe!r}; choose default, hourglass or none."
             )
-        if plain_geometry not in GEOMETRIES:
-            raise ValueError(
-                f"INPUT.LANDMARKS.GEOMETRY is {plain_geometry!r}; choose from "
-                f"{', '.join(GEOMETRIES)}."
-            )
         if recipe == "hourglass" and size[0] != size[1]:
             raise ValueError(
                 f"The hourglass recipe needs a square MODEL.LANDMARKS.INPUT_SIZE: {size}."
@@ -117,7 +116,7 @@ class TopDownMapper:
         self.image_format = image_format
         self.padding = padding
         self.geometry = geometry
-        self.plain_geometry = plain_geometry
+        self.plain_geometry = "continuous" if geometry is None else geometry.geometry
         self.recipe = recipe
         self.half_body_prob = half_body_prob
         self.half_body_min_points = half_body_min_points
@@ -145,11 +144,10 @@ class TopDownMapper:
             "reader": ImageCache(c.CACHE_MB << 20) if c.CACHE_MB > 0 else read_image,
             "image_format": cfg.INPUT.FORMAT,
             "padding": model.CROP.PADDING,
-            "plain_geometry": c.GEOMETRY,
             "recipe": recipe,
             "geometry": RandomCropGeometry(
                 size,
-                c.GEOMETRY,
+                c.CROP_GEOMETRY,
                 rotation=c.ROTATION,
                 rotation_prob=c.ROTATION_PROB,
                 scale=c.SCALE,
@@ -174,6 +172,11 @@ class TopDownMapper:
             else None,
         }
 
+    @staticmethod
+    def samples(records: list[Record], dataset_names: Sequence[str]) -> list[Record]:
+        """One record for each annotated instance."""
+        return instance_records(records)
+
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         """
         Args:
@@ -190,7 +193,7 @@ class TopDownMapper:
             )
         annotation = record["annotations"][0]
         points = instance_points(annotation, len(self.flip_indices))
-        image = _read(record, self.image_format, self.reader)
+        image = read_record_image(dict(record), self.image_format, self.reader)
         box = np.array(instance_crop_box(annotation))
         if not np.isfinite(box).all():
             raise AnnotationError(
@@ -206,11 +209,17 @@ class TopDownMapper:
         result = {key: value for key, value in record.items() if key != "annotations"}
         result.setdefault("height", image.shape[0])
         result.setdefault("width", image.shape[1])
-        sample_dict = make_crop_sample(crop, crop_points, matrix)
-        sample_dict["instances"].gt_boxes = _map_box(annotation, matrix, self.size)
+        instances = Instances((crop.shape[0], crop.shape[1]))
+        instances.gt_boxes = _map_box(annotation, matrix, self.size)
+        instances.gt_classes = torch.zeros(1, dtype=torch.int64)
+        instances.gt_keypoints = Keypoints(torch.from_numpy(crop_points[None].astype(np.float32)))
+        picture = np.ascontiguousarray(crop.transpose(2, 0, 1), dtype=np.float32)
         return {
             **result,
-            **sample_dict,
+            "image": torch.from_numpy(picture),
+            "crop": True,
+            "instances": instances,
+            "crop_matrix": torch.from_numpy(np.array(matrix, dtype=np.float64)),
             "crop_box": torch.from_numpy(box),
             "flipped": flipped,
             "instance_id": annotation.get("id", 0),
@@ -230,7 +239,7 @@ class TopDownMapper:
         crop = transform.apply_image(image)
         points = _map_points(points, transform)
         if flipped:
-            points = mirror_points(points, self.flip_indices)
+            points = points[self.flip_indices]
         if augment and self.color is not None and np.random.uniform() < self.color_prob:
             crop = np.clip(self.color.get_transform(crop).apply_image(crop), 0, 255)
         if augment and np.random.uniform() < self.cutout_prob:
@@ -294,19 +303,41 @@ class TopDownTestMapper:
         *,
         image_format: str = "BGR",
         whole_image: bool = False,
+        detections: str = "",
+        min_score: float = 0.0,
         reader: ImageReader = read_image,
     ) -> None:
+        """
+        Args:
+            image_format: "BGR" or "RGB".
+            whole_image: give no boxes.
+            detections: path of a file of boxes that :meth:`samples` takes; "": those annotated.
+            min_score: of the file's boxes.
+            reader: takes a file name and ``format=``.
+        """
         self.image_format = image_format
         self.whole_image = whole_image
+        self.detections = detections
+        self.min_score = min_score
         self.reader = reader
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """From ``INPUT.FORMAT`` and ``INPUT.LANDMARKS.TEST_BOXES``."""
+        """From ``INPUT.FORMAT``, ``INPUT.LANDMARKS.TEST_BOXES`` and ``TEST_MIN_SCORE``."""
+        boxes = cfg.INPUT.LANDMARKS.TEST_BOXES
         return {
             "image_format": cfg.INPUT.FORMAT,
-            "whole_image": cfg.INPUT.LANDMARKS.TEST_BOXES == "image",
+            "whole_image": boxes == "image",
+            "detections": "" if boxes in ("annotations", "image") else boxes,
+            "min_score": cfg.INPUT.LANDMARKS.TEST_MIN_SCORE,
         }
+
+    def samples(self, records: list[Record], dataset_names: Sequence[str]) -> list[Record]:
+        """The images, with ``detections`` where they come from a file."""
+        if not self.detections:
+            return records
+        categories = category_ids(MetadataCatalog.get(dataset_names[0]))
+        return add_detections(records, self.detections, self.min_score, categories)
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         """
@@ -316,7 +347,7 @@ class TopDownTestMapper:
         Raises:
             SampleError: the image cannot be read.
         """
-        image = _read(record, self.image_format, self.reader)
+        image = read_record_image(dict(record), self.image_format, self.reader)
         result = {k: v for k, v in record.items() if k not in ("annotations", "detections")}
         result["height"], result["width"] = image.shape[:2]
         result["image"] = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
@@ -329,40 +360,18 @@ class TopDownTestMapper:
             instances.scores = torch.tensor([score for _, score in record["detections"]])
             instances.pred_classes = torch.zeros(len(boxes), dtype=torch.int64)
         elif "annotations" in record:
-            found = usable_annotations(record)
-            instances.gt_boxes = Boxes(_box_tensor([instance_crop_box(a) for a in found]))
+            annotations = usable_annotations(record)
+            instances.gt_boxes = Boxes(_box_tensor([instance_crop_box(a) for a in annotations]))
             instances.gt_classes = torch.tensor(
-                [a["category_id"] for a in found], dtype=torch.int64
+                [a["category_id"] for a in annotations], dtype=torch.int64
             )
             instances.instance_ids = torch.tensor(
-                [a.get("id", i) for i, a in enumerate(found)], dtype=torch.int64
+                [a.get("id", i) for i, a in enumerate(annotations)], dtype=torch.int64
             )
         else:
             return result
         result["instances"] = instances
         return result
-
-
-def make_crop_sample(crop: np.ndarray, points: np.ndarray, matrix: np.ndarray) -> dict[str, Any]:
-    """The part of a sample that a model trains on: ``image``, ``crop``, ``instances``,
-    ``crop_matrix``; see :class:`TopDownMapper`.
-
-    Args:
-        crop: (h, w, 3) in [0, 255]
-        points: (K, 3) x, y, v in the crop
-        matrix: (2, 3) image to crop
-    """
-    size = crop.shape[0], crop.shape[1]
-    instances = Instances(size)
-    instances.gt_classes = torch.zeros(1, dtype=torch.int64)
-    instances.gt_keypoints = Keypoints(torch.from_numpy(points[None].astype(np.float32)))
-    image = np.ascontiguousarray(crop.transpose(2, 0, 1), dtype=np.float32)
-    return {
-        "image": torch.from_numpy(image),
-        "crop": True,
-        "instances": instances,
-        "crop_matrix": torch.from_numpy(np.array(matrix, dtype=np.float64)),
-    }
 
 
 def random_cutout(crop: np.ndarray, size: tuple[float, float]) -> CutoutTransform:
@@ -394,15 +403,6 @@ def upper_body(dataset: str, names: Sequence[str] = ()) -> list[bool]:
     if names:
         return [name in names for name in known]
     return [not any(part in name for part in _LOWER) for name in known]
-
-
-def _read(record: dict[str, Any], image_format: str, reader: ImageReader) -> np.ndarray:
-    image = reader(record["file_name"], format=image_format)
-    try:
-        detection_utils.check_image_size(dict(record), image)
-    except detection_utils.SizeMismatchError as e:
-        raise AnnotationError(str(e)) from e
-    return image
 
 
 def _map_points(points: np.ndarray, transform: AffineCropTransform) -> np.ndarray:

@@ -9,28 +9,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from functools import partial
 from typing import Any
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import BoxMode
 
+from d2ext.data.coco_json import LANDMARKS, read_coco_json, read_json
+from d2ext.data.dataset_facts import category_keypoints
 from d2ext.data.errors import DatasetError
-from d2ext.data.landmarks.forms import FORMS, detect_form, read_json
-from d2ext.data.landmarks.kinds import KINDS, LandmarkKind, kind_metadata
-from d2ext.files import atomic_write
-
-__all__ = [
-    "custom_kind",
-    "landmark_kind",
-    "load_landmarks",
-    "read_head_boxes",
-    "register_landmarks",
-    "write_coco_keypoints",
-]
+from d2ext.data.landmarks.datasets import LANDMARK_DATASETS, LandmarkDataset, landmark_metadata
+from d2ext.data.landmarks.readers import READERS, detect_form
 
 logger = logging.getLogger(__name__)
 Record = dict[str, Any]
@@ -45,7 +35,7 @@ def register_landmarks(
     form: str | None = None,
     origin: float | None = None,
     head_boxes: str | None = None,
-) -> LandmarkKind:
+) -> LandmarkDataset:
     """Register a landmark data set. Registering the same again is harmless.
 
     Args:
@@ -55,7 +45,7 @@ def register_landmarks(
             ``sigmas``).
         annotations: file, or folder of ``.pts`` files.
         images: folder that file names are relative to.
-        form: of the file: "coco", "mpii", "wflw", "csv" or "pts"; found out if not given.
+        form: of the file: "coco", "mpii", "wflw", "csv" or "pts"; detected if not given.
         origin: index of the first pixel in the file; by default 1 for MPII's list and for ``.pts``,
             0 otherwise.
         head_boxes: for PCKh: MPII's ``mpii_gt_val.mat`` (read with SciPy), or a JSON list with
@@ -67,119 +57,99 @@ def register_landmarks(
     Raises:
         DatasetError: unknown kind or form, files that cannot be used, or a name that is taken.
     """
-    found = landmark_kind(kind, annotations)
-    form = form or detect_form(found, annotations)
-    if form not in FORMS:
-        raise DatasetError(f"Form '{form}' is not known; choose from {', '.join(FORMS)}.")
+    dataset = landmark_kind(kind, annotations)
+    form = form or detect_form(dataset, annotations)
+    if form not in READERS:
+        raise DatasetError(f"Form '{form}' is not known; choose from {', '.join(READERS)}.")
     source = (kind, annotations, images, form, origin, head_boxes)
     if name in DatasetCatalog.list():
         if MetadataCatalog.get(name).get("landmark_source") == source:
-            return found
+            return dataset
         raise DatasetError(f"Data set '{name}' is already registered. Choose another name.")
-    load = partial(load_landmarks, found, annotations, images, form, origin, head_boxes)
+    load = partial(load_landmarks, dataset, annotations, images, form, origin, head_boxes)
     load()  # errors belong here, not to the first epoch
     DatasetCatalog.register(name, load)
-    metadata = {**kind_metadata(found), "image_root": images, "landmark_source": source}
+    metadata = {**landmark_metadata(dataset), "image_root": images, "landmark_source": source}
     if form == "coco":
         metadata["thing_dataset_id_to_contiguous_id"] = {_category_id(annotations): 0}
-        if "oks" in found.metrics and not origin:
+        if "oks" in dataset.metrics and not origin:
             metadata["json_file"] = annotations  # COCO's own evaluation reads it
     MetadataCatalog.get(name).set(**metadata)
-    return found
+    return dataset
 
 
 def load_landmarks(
-    kind: LandmarkKind,
+    dataset: LandmarkDataset,
     annotations: str,
     images: str,
     form: str,
     origin: float | None = None,
     head_boxes: str | None = None,
 ) -> list[Record]:
-    """The data set as Detectron2's dicts; see :mod:`d2ext.data.landmarks.forms` for their fields.
+    """The data set as Detectron2's dicts; see :mod:`d2ext.data.landmarks.readers` for their fields.
 
     Raises:
         DatasetError: files that cannot be used.
     """
-    records = FORMS[form](kind, annotations, images, origin)
+    records = READERS[form](dataset, annotations, images, origin)
     if not any(record["annotations"] for record in records):
         raise DatasetError(f"'{annotations}' has no annotation.")
     if head_boxes is not None:
-        found = [a for record in records for a in record["annotations"]]
+        people = [a for record in records for a in record["annotations"]]
         boxes = read_head_boxes(head_boxes)
-        if len(boxes) != len(found):
+        if len(boxes) != len(people):
             raise DatasetError(
-                f"'{head_boxes}' has {len(boxes)} head boxes, '{annotations}' {len(found)} people."
+                f"'{head_boxes}' has {len(boxes)} head boxes, '{annotations}' {len(people)} people."
             )
-        for annotation, box in zip(_in_file_order(found, annotations, form), boxes, strict=True):
+        for annotation, box in zip(_in_file_order(people, annotations, form), boxes, strict=True):
             annotation["head_box"] = box.tolist()
     return records
 
 
-def _in_file_order(found: list[Record], path: str, form: str) -> list[Record]:
+def _in_file_order(people: list[Record], path: str, form: str) -> list[Record]:
     """Annotations, which records hold image by image, in the order of their file."""
     if form == "coco":
         place = {entry["id"]: i for i, entry in enumerate(read_json(path)["annotations"])}
-        return sorted(found, key=lambda annotation: place[annotation["id"]])
-    return sorted(found, key=lambda annotation: annotation["id"])  # numbered in the file's order
+        return sorted(people, key=lambda annotation: place[annotation["id"]])
+    return sorted(people, key=lambda annotation: annotation["id"])  # numbered in the file's order
 
 
-def landmark_kind(kind: str, annotations: str) -> LandmarkKind:
+def landmark_kind(kind: str, annotations: str) -> LandmarkDataset:
     """A kind by name; "custom" is read from the JSON file.
 
     Raises:
         DatasetError: unknown name, or a custom file without point names.
     """
-    if kind in KINDS:
-        return KINDS[kind]
+    if kind in LANDMARK_DATASETS:
+        return LANDMARK_DATASETS[kind]
     if kind == "custom":
         return custom_kind(annotations)
-    raise DatasetError(f"Landmark kind '{kind}' is not known; known: {', '.join(KINDS)}, custom.")
+    raise DatasetError(
+        f"Landmark kind '{kind}' is not known; known: {', '.join(LANDMARK_DATASETS)}, custom."
+    )
 
 
-def custom_kind(path: str) -> LandmarkKind:
-    """The kind that the (only) category of a COCO-keypoint JSON describes.
-
-    Without ``flip_pairs``, points whose names differ by left and right are pairs. Faces and the like
-    are evaluated by NME of the box; with ``sigmas``, by OKS.
+def custom_kind(path: str) -> LandmarkDataset:
+    """The kind that the (only) category of a COCO-keypoint JSON describes, see
+    :func:`~d2ext.data.dataset_facts.category_keypoints`. Faces and the like are evaluated by NME of the
+    box; with ``sigmas``, by OKS.
     """
-    content = read_json(path)
-    categories = content.get("categories") if isinstance(content, dict) else None
-    found = [c for c in categories or [] if c.get("keypoints")]
-    if len(found) != 1:
+    named = [c for c in read_coco_json(path, required=LANDMARKS).categories if c.get("keypoints")]
+    if len(named) != 1:
         raise DatasetError(
-            f"'{path}' has {len(found)} categories with 'keypoints'; a custom landmark set needs "
+            f"'{path}' has {len(named)} categories with 'keypoints'; a custom landmark set needs "
             "exactly one, with the points' names."
         )
-    category = found[0]
-    names = tuple(str(name) for name in category["keypoints"])
-    if len(set(names)) != len(names):
-        raise DatasetError(f"'{path}': names of keypoints occur repeatedly.")
-    place = {name: i for i, name in enumerate(names)}
-    pairs = category.get("flip_pairs")
-    if pairs is None:
-        pairs = [
-            (i, place[name.replace("left", "right")])
-            for name, i in place.items()
-            if "left" in name and name.replace("left", "right") in place
-        ]
-    sigmas = tuple(float(v) for v in category.get("sigmas", ()))
-    skeleton = tuple((a - 1, b - 1) for a, b in category.get("skeleton", []))
-    indices = [i for pair in (*pairs, *skeleton) for i in pair]
-    if not all(0 <= i < len(names) for i in indices) or len(sigmas) not in (0, len(names)):
-        raise DatasetError(
-            f"'{path}': 'flip_pairs' (0-based), 'skeleton' (1-based) or 'sigmas' do not fit its "
-            f"{len(names)} keypoints."
-        )
-    return LandmarkKind(
+    keypoints = category_keypoints(named[0])
+    return LandmarkDataset(
         "custom",
-        str(category.get("name", "object")),
-        names,
-        tuple((int(a), int(b)) for a, b in pairs),
-        skeleton,
-        sigmas,
+        str(named[0].get("name", "object")),
+        keypoints.names,
+        keypoints.flip_pairs,
+        keypoints.skeleton,
+        keypoints.sigmas,
         occlusion=True,
-        metrics=("oks", "pck") if sigmas else ("nme", "pck"),
+        metrics=("oks", "pck") if keypoints.sigmas else ("nme", "pck"),
     )
 
 
@@ -212,72 +182,9 @@ def read_head_boxes(path: str) -> np.ndarray:
     return boxes
 
 
-def write_coco_keypoints(records: list[Record], kind: LandmarkKind, path: str) -> None:
-    """Write a data set in COCO-keypoint form, from which :func:`register_landmarks` reads the same
-    targets (as the same kind, or as "custom"). Needs ``height`` and ``width`` of every image.
-    File names are written as they stand in ``records``.
-
-    Beside ``center`` and ``scale``, which are the published ones (of MPII 1-based and without its
-    shift), an annotation has ``crop_box`` [x0, y0, x1, y1], which wins over them in every kind.
-    """
-    images, annotations = [], []
-    for record in records:
-        images.append(
-            {
-                "id": record["image_id"],
-                "file_name": record["file_name"],
-                "height": record["height"],
-                "width": record["width"],
-            }
-        )
-        for annotation in record["annotations"]:
-            annotations.append(_coco_annotation(annotation, record["image_id"], kind))
-    category: Record = {
-        "id": 1,
-        "name": kind.category,
-        "keypoints": list(kind.keypoints),
-        "skeleton": [[a + 1, b + 1] for a, b in kind.skeleton],
-        "flip_pairs": [list(pair) for pair in kind.flip_pairs],
-    }
-    if kind.sigmas:
-        category["sigmas"] = list(kind.sigmas)
-    content = {"images": images, "annotations": annotations, "categories": [category]}
-    with atomic_write(path, "w") as f:
-        json.dump(content, f)
-
-
-def _coco_annotation(annotation: Record, image_id: Any, kind: LandmarkKind) -> Record:
-    points = np.array(annotation["keypoints"], dtype=np.float64).reshape(-1, 3)
-    points[points[:, 2] > 0, :2] -= 0.5
-    x0, y0, x1, y1 = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
-    result = {
-        "id": annotation["id"],
-        "image_id": image_id,
-        "category_id": 1,
-        "bbox": [x0, y0, x1 - x0, y1 - y0],
-        "area": annotation["area"],
-        "iscrowd": annotation.get("iscrowd", 0),
-        "keypoints": points.reshape(-1).tolist(),
-        "num_keypoints": int((points[:, 2] > 0).sum()),
-    }
-    if "crop_box" in annotation:
-        left, top, right, bottom = annotation["crop_box"]
-        x, y, scale = (left + right) / 2, (top + bottom) / 2, (right - left) / 200
-        if kind.name == "mpii":  # 1-based, without the shift, as in the source
-            x, y = x + 1, y + 1 - 15.0 * scale
-        result.update(center=[x, y], scale=scale, crop_box=[left, top, right, bottom])
-    if "head_box" in annotation:
-        left, top, right, bottom = annotation["head_box"]
-        result["bbox_head"] = [left, top, right - left, bottom - top]
-    for key in ("attributes", "box_size", "track_id", "segmentation"):
-        if key in annotation:
-            result[key] = annotation[key]
-    return result
-
-
 def _category_id(path: str) -> int:
     """Id of the category in a COCO-keypoint file, the first one with names of points if any has;
     Detectron2's evaluator wants it, and detections of other categories are left out."""
-    categories = read_json(path).get("categories") or [{"id": 1}]
+    categories = read_coco_json(path, required=LANDMARKS).categories or [{"id": 1}]
     named = [category for category in categories if category.get("keypoints")]
     return int((named or categories)[0].get("id", 1))

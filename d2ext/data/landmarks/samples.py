@@ -5,28 +5,14 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Collection, Sequence
-from itertools import compress
 from typing import Any
 
 import numpy as np
-from detectron2.data import Metadata, MetadataCatalog
-from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.structures import BoxMode
 
 from d2ext.data.annotations import describe_dropped
-from d2ext.data.dataset_dicts import shorten
+from d2ext.data.coco_results import read_coco_results
 from d2ext.data.errors import AnnotationError, DatasetError
-from d2ext.data.landmarks.forms import read_json
-
-__all__ = [
-    "add_detections",
-    "category_ids",
-    "flip_indices",
-    "in_categories",
-    "instance_crop_box",
-    "instance_points",
-    "instance_records",
-]
 
 logger = logging.getLogger(__name__)
 Record = dict[str, Any]
@@ -67,14 +53,14 @@ def instance_records(records: Sequence[Record]) -> list[Record]:
 
 def usable_annotations(record: Record, dropped: Counter[str] | None = None) -> list[Record]:
     """Annotations of an image that have landmarks to find, in their order."""
-    kept = []
+    usable = []
     for annotation in record.get("annotations", ()):
         reason = _flaw(annotation)
         if not reason:
-            kept.append(annotation)
+            usable.append(annotation)
         elif dropped is not None:
             dropped[reason] += 1
-    return kept
+    return usable
 
 
 def _flaw(annotation: Record) -> str:
@@ -93,6 +79,11 @@ def instance_crop_box(annotation: Record) -> list[float]:
     """XYXY of what is to be cropped, before padding: ``crop_box``, or else ``bbox``."""
     if "crop_box" in annotation:
         return [float(v) for v in annotation["crop_box"]]
+    return instance_box(annotation)
+
+
+def instance_box(annotation: Record) -> list[float]:
+    """XYXY of ``bbox``."""
     mode = annotation.get("bbox_mode", BoxMode.XYXY_ABS)
     box = [float(v) for v in annotation.get("bbox", (0, 0, 0, 0))]
     return list(BoxMode.convert(box, mode, BoxMode.XYXY_ABS))
@@ -116,68 +107,6 @@ def instance_points(annotation: Record, count: int | None = None) -> np.ndarray:
     return points
 
 
-def flip_indices(dataset: str) -> list[int]:
-    """For each landmark of a registered data set, which one takes its place in a mirrored picture.
-
-    Raises:
-        DatasetError: the data set has no ``keypoint_names``.
-    """
-    metadata = MetadataCatalog.get(dataset)
-    names = metadata.get("keypoint_names")
-    if not names:
-        raise DatasetError(
-            f"Data set '{dataset}' has no landmarks: its metadata has no keypoint_names. Register "
-            "it with d2ext.data.landmarks.register_landmarks."
-        )
-    partner = {name: name for name in names}
-    for a, b in metadata.get("keypoint_flip_map", ()):
-        if a not in partner or b not in partner:
-            raise DatasetError(f"Data set '{dataset}': keypoint_flip_map has unknown names {a, b}.")
-        partner[a], partner[b] = b, a
-    place = {name: i for i, name in enumerate(names)}
-    return [place[partner[name]] for name in names]
-
-
-def category_ids(metadata: Metadata) -> set[int] | None:
-    """Ids that files give to the categories of a data set, for :func:`in_categories`.
-
-    Where the metadata have no ``thing_dataset_id_to_contiguous_id`` (Detectron2 fills it in when
-    COCO's files are read), the ids that COCO has for its ``thing_classes``; None if it has none.
-    """
-    known = metadata.get("thing_dataset_id_to_contiguous_id")
-    if known:
-        return set(known)
-    names = metadata.get("thing_classes") or ()
-    return {category["id"] for category in COCO_CATEGORIES if category["name"] in names} or None
-
-
-def in_categories(
-    entries: Sequence[Record], categories: Collection[int] | None, path: str
-) -> list[bool]:
-    """Which detections are of the things with landmarks: a detector of many classes finds others, too.
-
-    Args:
-        entries: detections; ``category_id`` may be missing.
-        categories: ids, as the files have them, of the categories wanted; None or empty: not known.
-        path: of the file, for the log.
-
-    Returns:
-        for each entry: if any entry's ``category_id`` is among ``categories``, whether its own is or it
-        has none, otherwise True; the log tells if the categories of a file are not used.
-    """
-    given = {entry["category_id"] for entry in entries if "category_id" in entry}
-    wanted = given & set(categories or ())
-    if wanted:
-        return ["category_id" not in e or e["category_id"] in wanted for e in entries]
-    if given:
-        known = f"{sorted(categories)}, of which it has none" if categories else "not known"
-        logger.warning(
-            f"All boxes of '{path}' are looked into, of categories {shorten(sorted(given, key=str))}: "
-            f"the data set's own are {known}."
-        )
-    return [True] * len(entries)
-
-
 def add_detections(
     records: Sequence[Record],
     path: str,
@@ -188,32 +117,17 @@ def add_detections(
 
     Args:
         records: of images.
-        path: JSON list of detections in COCO's result format: ``image_id``, ``bbox`` (x, y, w, h),
-            ``score`` and, from a detector of several classes, ``category_id``; other keys are ignored.
-        min_score: detections below are left out.
-        categories: ids of the categories with landmarks, see :func:`in_categories` and
-            :func:`category_ids`.
+        path, min_score, categories: see :func:`~d2ext.data.coco_results.read_coco_results`.
 
     Returns:
         copies with ``detections``: a list of (XYXY box, score), best first; empty for images in
-        which nothing was found. Boxes without any side are left out.
+        which nothing was detected.
 
     Raises:
-        DatasetError: no such file, or not such a list.
+        DatasetError: no such file, or no list of detections.
     """
-    content = read_json(path)
-    if not isinstance(content, list) or not all(
-        isinstance(entry, dict) and {"image_id", "bbox", "score"} <= set(entry) for entry in content
-    ):
-        raise DatasetError(
-            f"'{path}' is no list of detections with 'image_id', 'bbox' and 'score' (COCO's result "
-            "format)."
-        )
-    found: dict[Any, list[tuple[list[float], float]]] = {r["image_id"]: [] for r in records}
-    for entry in compress(content, in_categories(content, categories, path)):
-        score = float(entry["score"])
-        if entry["image_id"] in found and score >= min_score:
-            x, y, w, h = (float(v) for v in entry["bbox"])
-            if min(w, h) >= 0 and max(w, h) > 0:
-                found[entry["image_id"]].append(([x, y, x + w, y + h], score))
-    return [{**r, "detections": sorted(found[r["image_id"]], key=lambda d: -d[1])} for r in records]
+    results = read_coco_results(path, min_score, categories)
+    return [
+        {**r, "detections": sorted(results.get(r["image_id"], []), key=lambda d: -d[1])}
+        for r in records
+    ]

@@ -10,19 +10,10 @@ from collections.abc import Sequence
 
 import cv2
 import numpy as np
-import torch
 from fvcore.transforms.transform import Transform
 
-from d2ext.codecs.landmark_crops import invert_affine
-from d2ext.data.landmarks.geometry import crop_matrix
-
-__all__ = [
-    "AffineCropTransform",
-    "CutoutTransform",
-    "RandomCropGeometry",
-    "half_body_box",
-    "mirror_points",
-]
+from d2ext.data.augmentations.base import PixelTransform
+from d2ext.data.landmarks.geometry import GEOMETRIES, crop_matrix
 
 
 class AffineCropTransform(Transform):
@@ -53,12 +44,8 @@ class AffineCropTransform(Transform):
         """(H, W) labels; new area is 0."""
         return self.apply_image(segmentation, cv2.INTER_NEAREST)
 
-    def inverse(self) -> Transform:
-        """Of the coordinates; an image keeps the crop's size."""
-        return AffineCropTransform(invert_affine(torch.from_numpy(self.matrix)).numpy(), self.size)
 
-
-class CutoutTransform(Transform):
+class CutoutTransform(PixelTransform):
     """Paints a rectangle over the crop. Landmarks stay where they are; :meth:`covers` tells which
     are hidden now."""
 
@@ -76,12 +63,6 @@ class CutoutTransform(Transform):
         img = img.copy()
         img[y0:y1, x0:x1] = self.fill
         return img
-
-    def apply_coords(self, coords: np.ndarray) -> np.ndarray:
-        return coords
-
-    def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
-        return segmentation
 
     def covers(self, points: np.ndarray) -> np.ndarray:
         """(N,) bool: which of the points (N, 2) lie under the rectangle."""
@@ -114,6 +95,10 @@ class RandomCropGeometry:
             shift: largest shift, fraction of the box's sides
             flip_prob: probability of a flip
         """
+        if geometry not in GEOMETRIES:
+            raise ValueError(
+                f"INPUT.LANDMARKS.CROP_GEOMETRY is {geometry!r}; choose from {', '.join(GEOMETRIES)}."
+            )
         self.size, self.geometry = size, geometry
         self.rotation, self.rotation_prob = rotation, rotation_prob
         self.scale, self.shift, self.flip_prob = scale, shift, flip_prob
@@ -128,7 +113,8 @@ class RandomCropGeometry:
         """
         # Always the same count of numbers, so that switching one thing off changes nothing else.
         factor = float(np.clip(1 + np.random.randn() * self.scale, 1 - self.scale, 1 + self.scale))
-        angle = float(np.clip(np.random.randn() * self.rotation, *self._rotation_limits()))
+        limit = 2 * self.rotation
+        angle = float(np.clip(np.random.randn() * self.rotation, -limit, limit))
         if np.random.uniform() >= self.rotation_prob:
             angle = 0.0
         offset = np.random.uniform(-1, 1, 2) * self.shift
@@ -137,9 +123,6 @@ class RandomCropGeometry:
         center = (box[:2] + box[2:]) / 2 + offset * sides
         box = np.concatenate([center - sides * factor / 2, center + sides * factor / 2])
         return crop_transform(box, self.size, self.geometry, angle, flip), flip
-
-    def _rotation_limits(self) -> tuple[float, float]:
-        return -2 * self.rotation, 2 * self.rotation
 
 
 def crop_transform(
@@ -151,11 +134,6 @@ def crop_transform(
 ) -> AffineCropTransform:
     """:func:`~d2ext.data.landmarks.geometry.crop_matrix` as a transform."""
     return AffineCropTransform(crop_matrix(box, size, geometry, rotation, flip), size)
-
-
-def mirror_points(points: np.ndarray, flip_indices: Sequence[int]) -> np.ndarray:
-    """Exchange left and right: row i of the result is row ``flip_indices[i]``."""
-    return points[np.asarray(flip_indices)]
 
 
 def half_body_box(
@@ -180,13 +158,13 @@ def half_body_box(
     if labelled.sum() <= min_points:
         return None
     halves = [points[labelled & upper, :2], points[labelled & ~upper, :2]]
-    chosen = halves[0] if prefers_upper and len(halves[0]) > 2 else halves[1]
-    if len(chosen) <= 2:
-        chosen = halves[0]
-    if len(chosen) < 2:
+    half = halves[0] if prefers_upper and len(halves[0]) > 2 else halves[1]
+    if len(half) <= 2:
+        half = halves[0]
+    if len(half) < 2:
         return None
-    low, high = chosen.min(axis=0), chosen.max(axis=0)
-    center = chosen.mean(axis=0)
+    low, high = half.min(axis=0), half.max(axis=0)
+    center = half.mean(axis=0)
     ratio = size[1] / size[0]
     height = 1.5 * max(high[1] - low[1], (high[0] - low[0]) / ratio)
     if not height > 0:

@@ -1,7 +1,7 @@
 """`shapes`: the built-in data set, textured scenes drawn from (seed, index).
 
 Importing this package registers ``shapes_train`` and ``shapes_val`` for every task (:mod:`.catalog`
-lists the names) and the ``shapes://`` paths under which their images are found. To have others::
+lists the names) and the ``shapes://`` paths under which their images lie. To have others::
 
     from d2ext.data.shapes import ShapesSet, register_shapes
     register_shapes(ShapesSet("val", num=50, height=320, width=480, seed=7), prefix="wide")

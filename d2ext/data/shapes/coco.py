@@ -129,15 +129,15 @@ def keypoints_json(frames: Iterable[tuple[int, str, Frame]]) -> dict[str, Any]:
     images, annotations = [], []
     for image_id, file_name, frame in frames:
         images.append(_image(frame, image_id, file_name))
-        found = _annotations(frame, image_id, "polygon")
-        for segment, annotation in zip(frame.segments, found, strict=True):
+        of_frame = _annotations(frame, image_id, "polygon")
+        for segment, annotation in zip(frame.segments, of_frame, strict=True):
             keypoints = frame.keypoints(segment)
             labelled = keypoints[:, 2] > 0
             keypoints[labelled, :2] -= 0.5
             annotation["category_id"] = 1
             annotation["keypoints"] = np.round(keypoints, 2).reshape(-1).tolist()
             annotation["num_keypoints"] = int(labelled.sum())
-        annotations.extend(found)
+        annotations.extend(of_frame)
     place = {name: i + 1 for i, name in enumerate(KEYPOINT_NAMES)}
     category = {
         "id": 1,

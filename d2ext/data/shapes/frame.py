@@ -1,4 +1,4 @@
-"""One picture of `shapes` with its ground truth."""
+"""One picture of `shapes` with its exact annotations."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -122,7 +122,7 @@ class Segment:
 
 
 class Frame:
-    """A scene seen once: the image and its exact ground truth, each computed when first asked for.
+    """A scene seen once: the image and its exact annotations, each computed when first asked for.
 
     Args:
         height, width: of the image in pixels.

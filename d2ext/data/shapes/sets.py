@@ -1,4 +1,4 @@
-"""Which pictures make up a data set, and under which paths they are found."""
+"""Which pictures make up a data set, and under which paths they lie."""
 
 import re
 from collections.abc import Iterator
@@ -68,13 +68,13 @@ class ShapesSet:
         return f"{index:012d}"
 
     def frame(self, index: int) -> Frame:
-        """Picture `index`; the last few are kept, since several files are read from each."""
+        """Picture `index`; the last few stay in memory, since several files are read from each."""
         if not 0 <= index < self.num_frames:
             raise IndexError(f"{self.name} has images 0 to {self.num_frames - 1}, not {index}")
         return self._frame(index)
 
     def frames(self) -> Iterator[Frame]:
-        """All pictures in order; none is kept."""
+        """All pictures in order; none stays in memory."""
         for index in range(self.num):
             yield draw_image(self.seed, self.split, index, self.height, self.width)
 
@@ -113,7 +113,7 @@ class VideoSet(ShapesSet):
         return f"{index // self.length:06d}_{index % self.length:06d}"
 
     def clip(self, number: int) -> Clip:
-        """Clip `number`; the last one is kept."""
+        """Clip `number`; the last one stays in memory."""
         if not 0 <= number < self.num:
             raise IndexError(f"{self.name} has clips 0 to {self.num - 1}, not {number}")
         return _clip(self.seed, self.split, number, self.height, self.width, self.length)

@@ -1,16 +1,24 @@
 """Settings of CenterNet (points). Defaults are the published ctdet models for COCO."""
 
+from typing import Any
+
 from detectron2.config import CfgNode
 
-from d2ext.modeling.dla import add_dla_config
-from d2ext.modeling.resnet_deconv import add_resnet_deconv_config
+from d2ext.config import CONFIG_REGISTRY
+from d2ext.data.dataset_facts import DatasetFacts, follows_data
 
 
+@follows_data("CenterNet")
+def _centernet_keys(facts: DatasetFacts) -> dict[str, Any]:
+    return {
+        "MODEL.CENTERNET.NUM_CLASSES": facts.things,
+        "MODEL.CENTERNET.POSE.FLIP_PAIRS": facts.flip_pairs,
+    }
+
+
+@CONFIG_REGISTRY.register()
 def add_centernet_config(cfg: CfgNode) -> None:
     """Add CenterNet's keys to ``cfg``, in place."""
-    add_dla_config(cfg)
-    add_resnet_deconv_config(cfg)
-
     centernet = cfg.MODEL.CENTERNET = CfgNode()
     # Classes of objects.
     centernet.NUM_CLASSES = 80

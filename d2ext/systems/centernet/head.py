@@ -6,6 +6,7 @@ Shapes: B images, h×w cells of the output, C classes, J joints.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
@@ -102,10 +103,12 @@ class CenterNetHead(nn.Module):
             nn.init.normal_(branch.output.weight, std=init_std)
             nn.init.zeros_(branch.conv.bias)
 
-    def predict(self, feature: Tensor, stack: int = -1) -> Predictions:
-        """The maps of one feature (B, channels, h, w); the last one by default."""
-        return {name: branch(feature) for name, branch in self.stacks[stack].items()}
+    def forward(self, features: Sequence[Tensor]) -> Any:
+        """Features → when training a list with the maps of each, otherwise those of the last one."""
 
-    def forward(self, features: Sequence[Tensor]) -> list[Predictions]:
-        """The maps of all features."""
-        return [self.predict(x, i) for i, x in enumerate(features)]
+        def predict(x: Tensor, stack: nn.ModuleDict) -> Predictions:
+            return {name: branch(x) for name, branch in stack.items()}
+
+        if not self.training:
+            return predict(features[-1], self.stacks[-1])
+        return [predict(x, stack) for x, stack in zip(features, self.stacks, strict=True)]

@@ -24,8 +24,9 @@ _SIZE_TARGETS = ("center", "dense", "class_specific")
 _JOINT_TARGETS = ("center", "dense")
 
 
-class CenterNetCriterion(nn.Module):
-    """Raw maps of every stack and targets → losses, weighted, the mean over the stacks.
+class CenterNetCriterion:
+    """Raw maps of every stack and targets → losses, weighted, the mean over the stacks; has no
+    parameters.
 
     Args:
         heatmap_weight, size_weight, offset_weight: of detection.
@@ -49,7 +50,6 @@ class CenterNetCriterion(nn.Module):
         size_target: str = "center",
         joint_target: str = "center",
     ) -> None:
-        super().__init__()
         for value, allowed, key in (
             (regression, tuple(_REGRESSIONS), "LOSS.REGRESSION"),
             (size_target, _SIZE_TARGETS, "SIZE_TARGET"),
@@ -69,7 +69,7 @@ class CenterNetCriterion(nn.Module):
             "loss_joint_offset": joint_offset_weight,
         }
 
-    def forward(
+    def __call__(
         self, stacks: Sequence[Predictions], targets: CenterNetTargets
     ) -> dict[str, Tensor]:
         """The weighted losses; see :meth:`terms`."""

@@ -15,7 +15,7 @@ Fields of the resulting ``Instances``, in pixels of the output image:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,7 +36,7 @@ _DISCARD = 0.001
 _FAR_AWAY = -10000.0
 
 
-class Detections(NamedTuple):
+class CenterDetections(NamedTuple):
     """Detections of a batch, best first, in cells of the output; or of one image (without B)."""
 
     boxes: Tensor
@@ -49,6 +49,21 @@ class Detections(NamedTuple):
     """(B, K, 2)."""
     joints: Tensor | None = None
     """(B, K, 2J): x, y, x, y, ..."""
+
+    def map_points(self, function: Callable[[Tensor], Tensor]) -> CenterDetections:
+        """The same detections at other places, by a function of coordinates (..., 2n) x, y, x, y, ..."""
+        points = [x for x in (self.boxes, self.centers, self.joints) if x is not None]
+        mapped = function(torch.cat(points, dim=-1))
+        boxes, centers, *joints = mapped.split([x.shape[-1] for x in points], dim=-1)
+        return self._replace(boxes=boxes, centers=centers, joints=joints[0] if joints else None)
+
+
+def probabilities(predictions: Predictions) -> Predictions:
+    """Raw maps → float32, heat maps as probabilities."""
+    return {
+        name: value.float().sigmoid() if name.endswith("heatmap") else value.float()
+        for name, value in predictions.items()
+    }
 
 
 def merge_mirrored(predictions: Predictions, flip_pairs: Sequence[Sequence[int]]) -> Predictions:
@@ -86,7 +101,7 @@ def _swap_joints(maps: Tensor, flip_pairs: Sequence[Sequence[int]], *, points: b
     return torch.cat([x if i % 2 else -x for i, x in enumerate(swapped.split(1, dim=1))], dim=1)
 
 
-def decode(predictions: Predictions, k: int = 100) -> Detections:
+def decode(predictions: Predictions, k: int = 100) -> CenterDetections:
     """Peaks of the heat map → boxes and, where the maps have them, joints.
 
     Args:
@@ -112,7 +127,7 @@ def decode(predictions: Predictions, k: int = 100) -> Detections:
         if "joint_heatmap" in predictions:
             joints = _refine_joints(joints, boxes, predictions, k)
         joints = joints.flatten(2)
-    return Detections(boxes, best.scores, best.classes, centers, joints)
+    return CenterDetections(boxes, best.scores, best.classes, centers, joints)
 
 
 def _refine_joints(joints: Tensor, boxes: Tensor, predictions: Predictions, k: int) -> Tensor:
@@ -147,7 +162,7 @@ def _refine_joints(joints: Tensor, boxes: Tensor, predictions: Predictions, k: i
     return torch.where(takes[..., None], peak, regressed).transpose(1, 2)
 
 
-def merge_scales(scales: Sequence[Detections], limit: int | None) -> Detections:
+def merge_scales(scales: Sequence[CenterDetections], limit: int | None) -> CenterDetections:
     """Detections of one image at several scales, in pixels, merged by Gaussian soft-NMS in each class.
 
     Published quirks: rows that soft-NMS discards stay, see :mod:`d2ext.layers.soft_nms`; and where a
@@ -170,7 +185,7 @@ def merge_scales(scales: Sequence[Detections], limit: int | None) -> Detections:
     joints = [x.joints for x in scales if x.joints is not None]
     if joints:
         owners = _joint_owners(boxes, original_scores, classes, rows)[order]
-    merged = Detections(
+    merged = CenterDetections(
         rows.boxes[order],
         scores,
         classes[index],
@@ -180,7 +195,7 @@ def merge_scales(scales: Sequence[Detections], limit: int | None) -> Detections:
     if limit is None or len(scores) <= limit:
         return merged
     count = int((scores >= scores[limit - 1]).sum())
-    return Detections(*(None if field is None else field[:count] for field in merged))
+    return CenterDetections(*(None if field is None else field[:count] for field in merged))
 
 
 def _joint_owners(boxes: Tensor, scores: Tensor, classes: Tensor, rows: SoftNMSRows) -> Tensor:
@@ -192,39 +207,39 @@ def _joint_owners(boxes: Tensor, scores: Tensor, classes: Tensor, rows: SoftNMSR
     for label in row_classes.unique():
         mine = row_classes == label
         members = (classes == label).nonzero()[:, 0]
-        chosen = rows.indices[mine & rows.kept]
-        discarded = members[~torch.isin(members, chosen)]
-        rounds = _discard_rounds(boxes, scores, chosen, discarded)
-        owners[mine] = owners.new_tensor(_replay(members.tolist(), chosen.tolist(), rounds))
+        selected = rows.indices[mine & rows.kept]
+        discarded = members[~torch.isin(members, selected)]
+        rounds = _discard_rounds(boxes, scores, selected, discarded)
+        owners[mine] = owners.new_tensor(_replay(members.tolist(), selected.tolist(), rounds))
     return owners
 
 
 def _discard_rounds(
-    boxes: Tensor, scores: Tensor, chosen: Tensor, discarded: Tensor
+    boxes: Tensor, scores: Tensor, selected: Tensor, discarded: Tensor
 ) -> dict[int, int]:
     """In which round each of ``discarded`` falls below the threshold, given the box of each round."""
-    low = torch.maximum(boxes[chosen, None, :2], boxes[None, discarded, :2])
-    high = torch.minimum(boxes[chosen, None, 2:], boxes[None, discarded, 2:])
+    low = torch.maximum(boxes[selected, None, :2], boxes[None, discarded, :2])
+    high = torch.minimum(boxes[selected, None, 2:], boxes[None, discarded, 2:])
     sides = (high - low + 1).clamp(min=0)  # a box counts its last pixel, as in soft-NMS
     common = sides.prod(dim=-1)
     area = (boxes[:, 2:] - boxes[:, :2] + 1).prod(dim=-1)
-    overlap = common / (area[chosen, None] + area[None, discarded] - common)
+    overlap = common / (area[selected, None] + area[None, discarded] - common)
     weighed = scores[discarded] * torch.exp(-(overlap**2) / _SIGMA).cumprod(dim=0)
     falls = (weighed < _DISCARD) & (overlap > 0)
     first = falls.int().argmax(dim=0)
     return dict(zip(discarded.tolist(), first.tolist(), strict=True))
 
 
-def _replay(members: list[int], chosen: list[int], rounds: dict[int, int]) -> list[int]:
+def _replay(members: list[int], selected: list[int], rounds: dict[int, int]) -> list[int]:
     """Where the joints of ``members`` end when the rounds of soft-NMS move them.
 
     Args:
         members: detections in the order in which they came.
-        chosen: the one that each round chooses.
+        selected: the one that each round selects.
         rounds: the round that discards each of the others.
     """
     array, owners, count = list(members), list(members), len(members)
-    for number, best in enumerate(chosen):
+    for number, best in enumerate(selected):
         place = array.index(best, number, count)
         for column in (array, owners):
             column[number], column[place] = column[place], column[number]

@@ -6,12 +6,15 @@ Shapes: B images, N object slots, J joints, C classes, h×w cells of the output.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from d2ext.codecs.heatmaps import draw_gaussians, gaussian_radius
+
+# Detectron2's keypoints are half a pixel more than COCO's, which the published code uses as they are.
+KEYPOINT_SHIFT = 0.5
 
 
 class ObjectAnnotations(NamedTuple):
@@ -23,6 +26,31 @@ class ObjectAnnotations(NamedTuple):
     """(n,) int64."""
     joints: Tensor | None = None
     """(n, J, 3) float32: x, y, and > 0 where the joint is annotated. None: no poses."""
+
+
+def read_annotations(inputs: dict[str, Any], stride: int, num_joints: int) -> ObjectAnnotations:
+    """Objects of one image, on a map of ``stride``; with joints if ``num_joints`` is above 0.
+
+    Raises:
+        ValueError: joints are asked for, and instances have none or another number of them.
+    """
+    instances = inputs["instances"]
+    boxes = instances.gt_boxes.tensor.float() / stride
+    if num_joints == 0:
+        return ObjectAnnotations(boxes, instances.gt_classes)
+    if not instances.has("gt_keypoints"):
+        raise ValueError(
+            "This CenterNet learns poses and the instances have no keypoints: the data set needs "
+            "`keypoints`, and MODEL.KEYPOINT_ON must be True so that the mapper keeps them."
+        )
+    joints = instances.gt_keypoints.tensor.float().clone()
+    if joints.shape[1] != num_joints:
+        raise ValueError(
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {num_joints}, and the annotations have "
+            f"{joints.shape[1]} keypoints."
+        )
+    joints[..., :2] = (joints[..., :2] - KEYPOINT_SHIFT) / stride
+    return ObjectAnnotations(boxes, instances.gt_classes, joints)
 
 
 class JointTargets(NamedTuple):

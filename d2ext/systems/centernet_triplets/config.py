@@ -5,9 +5,11 @@ The backbone's are in ``MODEL.CORNERNET_HOURGLASS`` (:mod:`d2ext.modeling.corner
 
 from detectron2.config import CfgNode
 
+from d2ext.config import CONFIG_REGISTRY
 from d2ext.systems.cornernet.config import corner_defaults
 
 
+@CONFIG_REGISTRY.register()
 def add_centernet_triplets_config(cfg: CfgNode) -> None:
     """Add the system's keys to ``cfg``, in place. Those of CornerNet have the same meaning."""
     node = cfg.MODEL.CENTERNET_TRIPLETS = corner_defaults()
@@ -15,8 +17,3 @@ def add_centernet_triplets_config(cfg: CfgNode) -> None:
     node.LOSS.MIN_OVERLAP = 0.7
     # Best points of each of the three kinds.
     node.TEST.TOP_K = 70
-    # A box of at most this area, in pixels of the image, needs a centre in its middle third, a larger
-    # one in its middle fifth.
-    node.TEST.SMALL_AREA = 22500.0
-    # Boxes that reach this many pixels or more out of the (scaled) image are rejected.
-    node.TEST.OUTSIDE_MARGIN = 5.0

@@ -5,15 +5,16 @@ Shapes: B images, c channels of the backbone's output, p pooled channels, h×w c
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from d2ext.codecs.corners import PointMaps
 from d2ext.layers import center_pool, corner_pool, corner_pool_pair
 from d2ext.modeling.cornernet_hourglass import ConvNormReLU
-from d2ext.systems.cornernet.head import CornerNetHead, PoolingModule
+from d2ext.systems.cornernet.head import CornerNetHead, PointHead, PoolingModule
 
 # Directions in which a corner looks for its sides: vertical, horizontal.
 _DIRECTIONS = {"top_left": ("top", "left"), "bottom_right": ("bottom", "right")}
@@ -66,21 +67,31 @@ class CenterPooling(PoolingModule):
 
 
 class CenterNetTripletsHead(CornerNetHead):
-    """CornerNet's head with cascade corner pooling, and centres."""
+    """CornerNet's head with cascade corner pooling, and centres; arguments as CornerNet's."""
 
-    def _build(
-        self, heads: Callable[..., nn.ModuleList], channels: int, pool_channels: int, norm: str
+    pooling = CascadeCornerPooling
+
+    def __init__(
+        self,
+        input_shape: Mapping[str, ShapeSpec],
+        *,
+        pool_channels: int = 128,
+        norm: str = "BN",
+        **point_head: Any,
     ) -> None:
-        def cascade(corner: str) -> Callable[[], nn.Module]:
-            return lambda: CascadeCornerPooling(channels, pool_channels, corner=corner, norm=norm)
-
-        self.top_left = heads(cascade("top_left"))
-        self.bottom_right = heads(cascade("bottom_right"))
-        self.center = heads(
-            lambda: CenterPooling(channels, pool_channels, norm=norm), embedding=False
+        super().__init__(input_shape, pool_channels=pool_channels, norm=norm, **point_head)
+        channels = input_shape["stack1"].channels
+        self.center = nn.ModuleList(
+            PointHead(
+                CenterPooling(channels, pool_channels, norm=norm),
+                channels=channels,
+                embedding=False,
+                **point_head,
+            )
+            for _ in range(self.num_stacks)
         )
 
-    def predict(self, stack: int, x: Tensor) -> CenterNetTripletsPredictions:
-        return CenterNetTripletsPredictions(
-            self.top_left[stack](x), self.bottom_right[stack](x), self.center[stack](x)
-        )
+    def predict(self, features: Sequence[Tensor], stack: int) -> CenterNetTripletsPredictions:
+        top_left, bottom_right = super().predict(features, stack)
+        center = self.center[stack](features[stack])
+        return CenterNetTripletsPredictions(top_left, bottom_right, center)

@@ -31,8 +31,8 @@ _POOLING_PARTS = {
 _KINDS = {"tl": "top_left", "br": "bottom_right", "ct": "center"}
 _PREDICTIONS = {"heats": "heat", "tags": "embedding", "regrs": "offset", "offs": "offset"}
 _LAYERS = {"0.conv": "hidden", "1": "output"}
-_BACKBONE = "network.backbone."
-_HEAD = "network.head."
+_BACKBONE = "backbone."
+_HEAD = "head."
 
 
 def _one_of(names: dict[str, str]) -> str:

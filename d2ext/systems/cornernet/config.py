@@ -5,7 +5,7 @@ The backbone's are in ``MODEL.CORNERNET_HOURGLASS`` (:mod:`d2ext.modeling.corner
 
 from detectron2.config import CfgNode
 
-from d2ext.modeling.cornernet_hourglass import add_cornernet_hourglass_config
+from d2ext.config import CONFIG_REGISTRY
 
 
 def corner_defaults() -> CfgNode:
@@ -36,18 +36,12 @@ def corner_defaults() -> CfgNode:
     test.FLIP = True
     # Best corners of each kind that are paired.
     test.TOP_K = 100
-    # Side of the square that a peak is the maximum of, cells.
-    test.PEAK_KERNEL = 3
     # Pairs whose embeddings are farther apart are rejected.
     test.MAX_DISTANCE = 0.5
     # Pairs that leave a pass of the network.
     test.MAX_PAIRS = 1000
-    # Soft-NMS within each class: "gaussian", "linear" or "hard".
-    test.NMS = "gaussian"
-    # Width of the Gaussian over IoU.
+    # Soft-NMS within each class: width of the Gaussian over IoU.
     test.NMS_SIGMA = 0.5
-    # IoU from which "linear" and "hard" suppress.
-    test.NMS_THRESH = 0.5
     # Scores below this end a box's life in soft-NMS.
     test.SCORE_THRESH = 0.001
     # True: boxes also move to the mean of those that they suppress, as published for several scales.
@@ -61,9 +55,9 @@ def corner_defaults() -> CfgNode:
     return node
 
 
+@CONFIG_REGISTRY.register()
 def add_cornernet_config(cfg: CfgNode) -> None:
     """Add CornerNet's keys to ``cfg``, in place."""
-    add_cornernet_hourglass_config(cfg)
     cfg.MODEL.CORNERNET = corner_defaults()
 
     saccade = cfg.MODEL.CORNERNET.SACCADE = CfgNode()

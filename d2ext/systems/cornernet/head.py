@@ -1,19 +1,22 @@
-"""CornerNet's corner pooling modules and predictions (arXiv 1808.01244, sections 3.3 and 3.4).
+"""CornerNet's corner pooling modules and predictions (arXiv 1808.01244, sections 3.3 and 3.4), and
+CornerNet-Saccade's attention.
 
-Shapes: B images, C classes, c channels of the backbone's output, p pooled channels, h×w cells.
+Shapes: B images, C classes, c channels of the backbone's output, p pooled channels, h×w cells, L levels
+of an hourglass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
+from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from d2ext.codecs.corners import PointMaps
 from d2ext.layers import corner_pool_pair
-from d2ext.modeling.fusion import conv_add_relu, conv_relu
-from d2ext.modeling.cornernet_hourglass import ConvNormReLU, conv_norm
+from d2ext.modeling.cornernet_hourglass import ConvNormReLU
+from d2ext.modeling.fusion import conv_add_relu, conv_norm, conv_relu
 
 # Bias of the heat maps' last layer at the start: a probability of 0.1 (published code).
 PRIOR_LOGIT = -2.19
@@ -85,9 +88,9 @@ class PointHead(nn.Module):
     Args:
         pooling: (B, c, h, w) → the same shape.
         channels: c.
+        num_classes: C.
         hidden: channels of the predictions' hidden layers.
         kernel: side of their kernels.
-        num_classes: C.
         embedding: also predict embeddings (centres have none).
     """
 
@@ -96,9 +99,9 @@ class PointHead(nn.Module):
         pooling: nn.Module,
         *,
         channels: int,
-        hidden: int,
-        kernel: int,
         num_classes: int,
+        hidden: int = 256,
+        kernel: int = 3,
         embedding: bool = True,
     ) -> None:
         super().__init__()
@@ -118,83 +121,91 @@ class CornerNetHead(nn.Module):
     """Corner modules and predictions on every stack of the backbone.
 
     Args:
-        channels: c.
-        num_stacks: stacks of the backbone.
-        num_classes, pool_channels, hidden, kernel, norm: see the modules above.
+        input_shape: the backbone's ``output_shape()``; :attr:`in_features` of it are used.
+        pool_channels, norm: see :class:`PoolingModule`.
+        point_head: ``num_classes``, ``hidden`` and ``kernel``, see :class:`PointHead`.
     """
+
+    pooling: ClassVar[Callable[..., PoolingModule]] = CornerPooling
 
     def __init__(
         self,
+        input_shape: Mapping[str, ShapeSpec],
         *,
-        channels: int,
-        num_stacks: int,
-        num_classes: int,
         pool_channels: int = 128,
-        hidden: int = 256,
-        kernel: int = 3,
         norm: str = "BN",
+        **point_head: Any,
     ) -> None:
         super().__init__()
-        self.num_stacks = num_stacks
-
-        def heads(pooling: Callable[[], nn.Module], embedding: bool = True) -> nn.ModuleList:
-            return nn.ModuleList(
+        self.in_features = [name for name in input_shape if name.removeprefix("stack").isdigit()]
+        self.num_stacks = len(self.in_features)
+        channels = input_shape["stack1"].channels
+        self.top_left, self.bottom_right = (
+            nn.ModuleList(
                 PointHead(
-                    pooling(),
+                    self.pooling(channels, pool_channels, corner=corner, norm=norm),
                     channels=channels,
-                    hidden=hidden,
-                    kernel=kernel,
-                    num_classes=num_classes,
-                    embedding=embedding,
+                    **point_head,
                 )
-                for _ in range(num_stacks)
+                for _ in range(self.num_stacks)
             )
-
-        self._build(heads, channels, pool_channels, norm)
-
-    def _build(
-        self, heads: Callable[..., nn.ModuleList], channels: int, pool_channels: int, norm: str
-    ) -> None:
-        """Make the heads of each kind of point; ``heads(pooling, embedding)`` gives one per stack."""
-        self.top_left = heads(
-            lambda: CornerPooling(channels, pool_channels, corner="top_left", norm=norm)
-        )
-        self.bottom_right = heads(
-            lambda: CornerPooling(channels, pool_channels, corner="bottom_right", norm=norm)
+            for corner in ("top_left", "bottom_right")
         )
 
-    def predict(self, stack: int, x: Tensor) -> tuple[PointMaps, ...]:
-        """Predictions of one stack on its feature (B, c, h, w)."""
+    def predict(self, features: Sequence[Tensor], stack: int) -> Any:
+        """Predictions of one stack."""
+        x = features[stack]
         return CornerNetPredictions(self.top_left[stack](x), self.bottom_right[stack](x))
 
-    def forward(
-        self, features: Sequence[Tensor], all_stacks: bool | None = None
-    ) -> list[tuple[PointMaps, ...]]:
-        """Features of the stacks → predictions.
-
-        Args:
-            features: ``num_stacks`` maps (B, c, h, w).
-            all_stacks: of every stack, or of the last one only; default: every one in training.
-        """
-        if all_stacks is None:
-            all_stacks = self.training
-        first = 0 if all_stacks else self.num_stacks - 1
-        return [self.predict(i, features[i]) for i in range(first, self.num_stacks)]
+    def forward(self, features: Sequence[Tensor]) -> Any:
+        """Features (B, c, h, w) in the order of :attr:`in_features` → when training a list with the
+        predictions of every stack, otherwise those of the last one."""
+        if not self.training:
+            return self.predict(features, self.num_stacks - 1)
+        return [self.predict(features, stack) for stack in range(self.num_stacks)]
 
 
-class CornerNetwork(nn.Module):
-    """Backbone and head: images (B, 3, H, W) → predictions of the last stack."""
+class SaccadePredictions(NamedTuple):
+    """What CornerNet-Saccade's network says of a batch, from one of its stacks."""
 
-    def __init__(self, backbone: nn.Module, head: CornerNetHead) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = head
-        self.features = [f"stack{i + 1}" for i in range(head.num_stacks)]
+    top_left: PointMaps
+    bottom_right: PointMaps
+    attention: tuple[Tensor, ...]
+    """L maps (B, 1, h, w) of logits, coarsest first."""
 
-    def forward(self, images: Tensor) -> tuple[PointMaps, ...]:
-        return self.predictions(images, all_stacks=False)[-1]
 
-    def predictions(self, images: Tensor, all_stacks: bool) -> list[tuple[PointMaps, ...]]:
-        """Of all stacks, or of the last one only."""
-        features = self.backbone(images)
-        return self.head([features[name] for name in self.features], all_stacks)
+class SaccadeHead(CornerNetHead):
+    """CornerNet's head and attention maps on every level of every stack (arXiv 1904.08900, section 3).
+
+    Args:
+        input_shape: of a backbone that also gives its levels, coarsest first.
+        hidden: see :class:`PointHead`.
+        corner_net: see :class:`CornerNetHead`.
+    """
+
+    def __init__(
+        self, input_shape: Mapping[str, ShapeSpec], *, hidden: int = 256, **corner_net: Any
+    ) -> None:
+        super().__init__(input_shape, hidden=hidden, **corner_net)
+        levels = [
+            [name for name in input_shape if name.startswith(f"{stack}_s")]
+            for stack in self.in_features
+        ]
+        self.num_levels = len(levels[0])
+        if self.num_levels == 0:
+            raise ValueError("CornerNetSaccade needs MODEL.CORNERNET_HOURGLASS.OUT_LEVELS True.")
+        # Their kernels are 3×3 whatever those of the corners are, as published.
+        self.attention = nn.ModuleList(
+            nn.ModuleList(Prediction(input_shape[name].channels, hidden, 1, 3) for name in names)
+            for names in levels
+        )
+        for level in (level for stack in self.attention for level in stack):
+            nn.init.constant_(level.output.bias, PRIOR_LOGIT)
+        self.in_features += [name for names in levels for name in names]
+
+    def predict(self, features: Sequence[Tensor], stack: int) -> SaccadePredictions:
+        first = self.num_stacks + stack * self.num_levels
+        levels = zip(self.attention[stack], features[first:], strict=False)
+        attention = tuple(predict(x) for predict, x in levels)
+        top_left, bottom_right = super().predict(features, stack)
+        return SaccadePredictions(top_left, bottom_right, attention)

@@ -13,12 +13,15 @@ Letters: B images, P pairs, N rows of an image.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
+from d2ext.codecs.boxes import clip_boxes
+from d2ext.codecs.canvas import Canvas, scale_points
 from d2ext.codecs.corners import REJECTED, CornerPairs
 from d2ext.layers import soft_nms_merge, soft_nms_rows
 
@@ -27,26 +30,10 @@ COLUMNS = 9
 _SCORE, _TOP_LEFT, _BOTTOM_RIGHT, _CLASS, _DISTANCE = range(4, 9)
 
 
-class View(NamedTuple):
-    """How an image lies in the network's input."""
-
-    scale: float
-    """Pixels of the scaled image per pixel of the image."""
-    size: tuple[int, int]
-    """(height, width) of the scaled image."""
-    canvas: tuple[int, int]
-    """(height, width) of the network's input."""
-    top: int
-    """Row of the input where the scaled image begins."""
-    left: int
-
-
 class SuppressionOptions(NamedTuple):
     """Of :func:`suppress`; see ``MODEL.CORNERNET.TEST``."""
 
-    method: str = "gaussian"
     sigma: float = 0.5
-    iou_threshold: float = 0.5
     score_threshold: float = 0.001
     merge: bool = False
     merge_exponent: float = 10.0
@@ -66,48 +53,28 @@ def rows_of_pairs(pairs: CornerPairs) -> Tensor:
     return torch.cat([pairs.boxes, torch.stack(single, dim=-1)], dim=-1)
 
 
-def mirror_boxes(boxes: Tensor, width: float) -> Tensor:
-    """Boxes (..., 4) of the mirror image → of the image, on maps of ``width`` cells."""
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    return torch.stack([width - x2, y1, width - x1, y2], dim=-1)
-
-
-def unplaced_boxes(boxes: Tensor, view: View, stride: int) -> Tensor:
-    """Boxes (..., 4) in cells → in pixels of the scaled image, not clipped.
-
-    Published quirk: a cell is as many pixels as the input has per cell of the maps, a little less than
-    the stride where the input's side is one less than a multiple of it.
-    """
-    height, width = view.canvas
-    # The stem rounds sizes up.
-    scale = boxes.new_tensor([width / -(-width // stride), height / -(-height // stride)] * 2)
-    border = boxes.new_tensor([view.left, view.top] * 2)
-    return boxes * scale - border
-
-
-def clip_and_rescale(boxes: Tensor, view: View) -> Tensor:
-    """Pixels of the scaled image → pixels of the image, clipped to it."""
-    height, width = view.size
-    limit = boxes.new_tensor([width, height] * 2)
-    return torch.minimum(boxes.clamp(min=0), limit) / view.scale
-
-
-def image_rows(rows: Tensor, view: View, stride: int) -> Tensor:
+def image_rows(rows: Tensor, canvas: Canvas, stride: int, margin: float = math.inf) -> Tensor:
     """Rows of one pass, of the image and (if there) of the mirror image, in pixels of the image.
 
     Args:
         rows: (1 or 2, P, COLUMNS) in cells.
+        margin: pairs that reach this many pixels or more out of the scaled image are rejected.
 
     Returns:
-        (N, COLUMNS) of the pairs that are not rejected.
+        (N, COLUMNS) of the pairs that are not rejected, clipped to the image.
     """
     boxes = rows[..., :4]
     if len(rows) == 2:
-        mirrored = mirror_boxes(boxes[1], -(-view.canvas[1] // stride))
-        boxes = torch.stack([boxes[0], mirrored])
-    boxes = clip_and_rescale(unplaced_boxes(boxes, view, stride), view)
-    rows = torch.cat([boxes, rows[..., 4:]], dim=-1).flatten(0, 1)
-    return rows[rows[:, _SCORE] > REJECTED]
+        x1, y1, x2, y2 = boxes[1].unbind(-1)
+        columns = canvas.map_size(stride)[1]
+        boxes = torch.stack([boxes[0], torch.stack([columns - x2, y1, columns - x1, y2], dim=-1)])
+    boxes = canvas.to_image(boxes, stride)
+    height, width = (side / canvas.scale for side in canvas.content)
+    margin = margin / canvas.scale
+    inside = (boxes[..., :2] > -margin).all(-1) & (rows[..., _SCORE] > REJECTED)
+    inside &= (boxes[..., 2] < width + margin) & (boxes[..., 3] < height + margin)
+    rows = torch.cat([clip_boxes(boxes, (height, width)), rows[..., 4:]], dim=-1)
+    return rows[inside]
 
 
 def suppress(rows: Tensor, options: SuppressionOptions) -> Tensor:
@@ -122,12 +89,7 @@ def suppress(rows: Tensor, options: SuppressionOptions) -> Tensor:
     Returns:
         (M, COLUMNS), best first.
     """
-    arguments: dict[str, Any] = {
-        "method": options.method,
-        "sigma": options.sigma,
-        "iou_threshold": options.iou_threshold,
-        "score_threshold": options.score_threshold,
-    }
+    arguments: dict[str, Any] = {"sigma": options.sigma, "score_threshold": options.score_threshold}
     classes = rows[:, _CLASS].long()
     if options.merge:
         result = soft_nms_merge(
@@ -170,12 +132,9 @@ def to_instances(
         clip: cut boxes to the output (CornerNet's are within a rounding error).
     """
     result = Instances(output_size)
-    height, width = output_size
-    scale = rows.new_tensor([width / image_size[1], height / image_size[0]] * 2)
-    boxes = Boxes(rows[:, :4] * scale)
-    if clip:
-        boxes.clip(output_size)
-    result.pred_boxes = boxes
+    scale = output_size[1] / image_size[1], output_size[0] / image_size[0]
+    boxes = scale_points(rows[:, :4], scale)
+    result.pred_boxes = Boxes(clip_boxes(boxes, output_size) if clip else boxes)
     result.scores = rows[:, _SCORE]
     result.pred_classes = rows[:, _CLASS].long()
     result.top_left_scores = rows[:, _TOP_LEFT]

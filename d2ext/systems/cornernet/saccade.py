@@ -1,7 +1,7 @@
 """CornerNet-Saccade (arXiv 1904.08900, section 3): look at the whole image small, then at places.
 
-The whole image is looked at in two small sizes. Attention maps (``saccade_head.py``) and confident boxes
-say where objects are and how large; :func:`suppress_locations` chooses among these places, crops
+The whole image is looked at in two small sizes. Attention maps (``head.py``) and confident boxes
+say where objects are and how large; :func:`suppress_locations` selects among these places, crops
 around them are looked at in turn, and soft-NMS joins all boxes.
 
 Letters: B views, P pairs, N rows, M locations of an image, S side of the network's input in pixels.
@@ -21,19 +21,15 @@ from detectron2.structures import Instances
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2ext.codecs.corners import decode_corners
+from d2ext.codecs.canvas import Canvas
+from d2ext.codecs.corners import REJECTED
 from d2ext.codecs.heatmaps import local_peaks
-from d2ext.modeling.cornernet_hourglass import CornerNetHourglass
-from d2ext.systems.cornernet.model import CornerNet, _image_size
-from d2ext.systems.cornernet.postprocess import rows_of_pairs, suppress, to_instances
-from d2ext.systems.cornernet.saccade_head import (
-    SaccadeCriterion,
-    SaccadeHead,
-    SaccadeNetwork,
-    SaccadePredictions,
-    SaccadeTargets,
-    encode_saccade,
-)
+from d2ext.modeling.meta_arch import MetaArch, image_size
+from d2ext.systems.cornernet.head import SaccadeHead, SaccadePredictions
+from d2ext.systems.cornernet.losses import SaccadeCriterion
+from d2ext.systems.cornernet.model import CornerNet
+from d2ext.systems.cornernet.postprocess import to_instances
+from d2ext.systems.cornernet.targets import SaccadeTargets, encode_saccade, read_boxes
 
 # Longer sides in pixels of large, medium and small boxes (more than), and the side at which the box is
 # looked at again (published code).
@@ -70,8 +66,8 @@ class Crop(NamedTuple):
     """Rows and columns of the image."""
     target: tuple[slice, slice]
     """Rows and columns of the input."""
-    offset: tuple[float, float]
-    """y, x of the window's corner in the image."""
+    corner: tuple[float, float]
+    """x, y of the window's corner in the image."""
 
 
 def crop_around(y: int, x: int, side: int, size: int, height: int, width: int) -> Crop:
@@ -85,7 +81,7 @@ def crop_around(y: int, x: int, side: int, size: int, height: int, width: int) -
         return slice(low, high), slice(middle - before, middle + after)
 
     rows, columns = axis(y, height), axis(x, width)
-    return Crop((rows[0], columns[0]), (rows[1], columns[1]), (float(y - half), float(x - half)))
+    return Crop((rows[0], columns[0]), (rows[1], columns[1]), (float(x - half), float(y - half)))
 
 
 def box_locations(rows: np.ndarray, min_score: float) -> np.ndarray:
@@ -106,8 +102,7 @@ def box_locations(rows: np.ndarray, min_score: float) -> np.ndarray:
 
 def attention_locations(
     attention: Sequence[np.ndarray],
-    scales: Sequence[float],
-    offsets: Sequence[tuple[float, float]],
+    canvases: Sequence[Canvas],
     strides: Sequence[int],
     factors: Sequence[float],
     threshold: float,
@@ -117,23 +112,25 @@ def attention_locations(
 
     Args:
         attention: for each level (B, h, w) probabilities, 0 beside peaks.
-        scales, offsets: of the B views.
+        canvases: of the B views.
         strides: pixels of the view per cell, for each level.
         factors: how much closer to look, for each level.
         size: (height, width) of the image.
     """
-    found = [np.zeros((0, 4))]
-    for view, (scale, offset) in enumerate(zip(scales, offsets, strict=True)):
+    locations = [np.zeros((0, 4))]
+    for view, canvas in enumerate(canvases):
         for level, stride, factor in zip(attention, strides, factors, strict=True):
-            if scale > _MAX_SCALE or factor * scale > _MAX_NEXT_SCALE:
+            scale = factor * canvas.scale
+            if canvas.scale > _MAX_SCALE or scale > _MAX_NEXT_SCALE:
                 continue
             rows, columns = np.where(level[view] > threshold)
-            ys, xs = rows * stride / scale + offset[0], columns * stride / scale + offset[1]
+            xs = columns * stride / canvas.scale + canvas.corner[0]
+            ys = rows * stride / canvas.scale + canvas.corner[1]
             inside = (ys >= 0) & (ys < size[0]) & (xs >= 0) & (xs < size[1])
             scores = level[view, rows, columns]
-            place = np.stack([ys, xs, np.full(len(ys), factor * scale), scores], axis=1)
-            found.append(place[inside])
-    return np.concatenate(found)
+            places = np.stack([ys, xs, np.full(len(ys), scale), scores], axis=1)
+            locations.append(places[inside])
+    return np.concatenate(locations)
 
 
 def suppress_locations(locations: np.ndarray) -> np.ndarray:
@@ -143,23 +140,27 @@ def suppress_locations(locations: np.ndarray) -> np.ndarray:
     """
     # As published, without a stable sort: equal scores come in NumPy's order, reversed.
     locations = locations[np.argsort(locations[:, 3])[::-1]]
-    kept = []
+    selected = []
     while len(locations):
         best = locations[0]
-        kept.append(best)
+        selected.append(best)
         distance = np.abs(locations[:, :2] - best[:2]).min(axis=1)
         ratio = best[2] / locations[:, 2]
         far = distance > _LOCATION_DISTANCE / best[2]
         other = (ratio > 1 + _SCALE_RATIO) | (ratio < 1 - _SCALE_RATIO)
-        stays = far | other
-        stays[0] = False
-        locations = locations[stays]
-    return np.stack(kept) if kept else np.zeros((0, 4))
+        keep = far | other
+        keep[0] = False
+        locations = locations[keep]
+    return np.stack(selected) if selected else np.zeros((0, 4))
 
 
 @META_ARCH_REGISTRY.register()
 class CornerNetSaccade(CornerNet):
     """CornerNet-Saccade on any hourglass that gives its levels."""
+
+    head_class = SaccadeHead
+    criterion_class = SaccadeCriterion
+    reject_border = True
 
     @configurable
     def __init__(self, *, options: SaccadeOptions | None = None, **corner_net: Any) -> None:
@@ -169,7 +170,7 @@ class CornerNetSaccade(CornerNet):
         """
         super().__init__(**corner_net)
         self.options = options or SaccadeOptions()
-        levels = len(self.network.level_names[0])
+        levels = self.head.num_levels
         sizes = {len(self.options.attention_scales), len(self.options.attention_ranges)}
         if sizes != {levels}:
             raise ValueError(
@@ -181,49 +182,49 @@ class CornerNetSaccade(CornerNet):
             raise ValueError(
                 f"MODEL.CORNERNET.SACCADE.INPUT_SIZE is a multiple of {unit} less one, not {size}."
             )
+        # Pixels of a view per cell of the attention maps.
+        self.attention_strides = [self.stride * 2**i for i in reversed(range(levels))]
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        node = cfg.MODEL.CORNERNET
-        c = node.SACCADE
-        arguments = cls._arguments(cfg, node, SaccadeHead, SaccadeCriterion)
+        saccade = cfg.MODEL.CORNERNET.SACCADE
         options = SaccadeOptions(
-            input_size=c.INPUT_SIZE,
-            first_sizes=tuple(c.FIRST_SIZES),
-            attention_threshold=c.ATTENTION_THRESH,
-            attention_scales=tuple(c.ATTENTION_SCALES),
-            attention_ranges=tuple((low, high) for low, high in c.ATTENTION_RANGES),
-            first_score=c.FIRST_SCORE,
-            confident_score=c.CONFIDENT_SCORE,
-            max_crops=c.MAX_CROPS,
-            min_side=c.MIN_SIDE,
-            min_share=c.MIN_SHARE,
-            clip_boxes=c.CLIP_BOXES,
+            input_size=saccade.INPUT_SIZE,
+            first_sizes=tuple(saccade.FIRST_SIZES),
+            attention_threshold=saccade.ATTENTION_THRESH,
+            attention_scales=tuple(saccade.ATTENTION_SCALES),
+            attention_ranges=tuple((low, high) for low, high in saccade.ATTENTION_RANGES),
+            first_score=saccade.FIRST_SCORE,
+            confident_score=saccade.CONFIDENT_SCORE,
+            max_crops=saccade.MAX_CROPS,
+            min_side=saccade.MIN_SIDE,
+            min_share=saccade.MIN_SHARE,
+            clip_boxes=saccade.CLIP_BOXES,
         )
-        return {**arguments, "options": options}
+        return {**super().from_config(cfg), "options": options}
 
-    @classmethod
-    def _head_arguments(cls, backbone: CornerNetHourglass) -> dict[str, Any]:
-        shapes = backbone.output_shape()
-        levels = [name for name in shapes if name.startswith("stack1_s")]
-        if not levels:
-            raise ValueError("CornerNetSaccade needs MODEL.CORNERNET_HOURGLASS.OUT_LEVELS True.")
-        return {"level_channels": [shapes[name].channels for name in levels]}
+    def preprocess(
+        self, batched_inputs: list[dict[str, Any]], scale: float | None = None
+    ) -> Tensor:
+        """The first views of each image, (B, 3, S, S); ``scale`` has no meaning here."""
+        views = [
+            self._views(self.upload(x), self._first_locations(image_size(x)))[0]
+            for x in batched_inputs
+        ]
+        return torch.cat(views)
 
-    def _network(self, backbone: CornerNetHourglass, head: SaccadeHead) -> SaccadeNetwork:
-        return SaccadeNetwork(backbone, head)
-
-    def _targets(
-        self, boxes: list[Tensor], classes: list[Tensor], canvas: tuple[int, ...], inputs: list[Any]
+    def encode_targets(
+        self, batched_inputs: list[dict[str, Any]], images: Tensor
     ) -> SaccadeTargets:
-        shares = []
-        for x, own in zip(inputs, boxes, strict=True):
-            instances = x["instances"]
-            visible = instances.has("gt_visible_shares")
-            shares.append(
-                instances.gt_visible_shares.to(self.device) if visible else own.new_ones(len(own))
-            )
-        height, width = canvas
+        """See :func:`encode_saccade`; without ``gt_visible_shares`` objects are visible as a whole."""
+        height, width = images.shape[-2:]
+        boxes, classes = read_boxes(batched_inputs, (height, width), self.device)
+        shares = [
+            x["instances"].gt_visible_shares.to(self.device)
+            if x["instances"].has("gt_visible_shares")
+            else own.new_ones(len(own))
+            for x, own in zip(batched_inputs, boxes, strict=True)
+        ]
         return encode_saccade(
             boxes,
             classes,
@@ -237,147 +238,124 @@ class CornerNetSaccade(CornerNet):
             min_share=self.options.min_share,
         )
 
-    # ------------------------------------------------------------------ inference
-
-    def _decode(self, predictions: Any) -> tuple[Tensor, ...]:
+    def _decode(self, predictions: SaccadePredictions) -> tuple[Tensor, ...]:
         """Raw predictions → rows (B, P, COLUMNS) in cells, and L attention maps (B, h, w)."""
-        assert isinstance(predictions, SaccadePredictions)
-        pairs = decode_corners(
-            *predictions[:2],
-            k=self.top_k,
-            kernel=self.peak_kernel,
-            max_distance=self.max_distance,
-            max_pairs=self.max_pairs,
-            reject_border=True,
-        )
+        (rows,) = super()._decode(predictions)
         peaks = [local_peaks(x.float().sigmoid())[:, 0] for x in predictions.attention]
-        return (rows_of_pairs(pairs), *peaks)
+        return (rows, *peaks)
 
-    def preprocess(
-        self, batched_inputs: list[dict[str, Any]], scale: float | None = None
-    ) -> Tensor:
-        """The first views of one image, (B, 3, S, S)."""
-        image = self._image(batched_inputs[0])
-        return self._cut(image, self._first_locations(*image.shape[-2:]))[0]
+    def inference(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Without further scales: the first views of all images at once, see :meth:`postprocess`."""
+        return MetaArch.inference(self, batched_inputs)
 
-    def _image(self, inputs: dict[str, Any]) -> Tensor:
-        return inputs["image"].to(self.device, non_blocking=True).float()
-
-    def _first_locations(self, height: int, width: int) -> np.ndarray:
-        """(B, 3): the whole image in each of the first sizes."""
-        scales = [np.float32(size / max(height, width)) for size in self.options.first_sizes]
-        return np.array([[height // 2, width // 2, scale] for scale in scales], dtype=np.float32)
-
-    def _cut(
-        self, image: Tensor, locations: np.ndarray
-    ) -> tuple[Tensor, list[tuple[float, float]]]:
-        """Views of the image (3, h, w) at locations (M, 3 or 4), and the views' corners."""
-        size = self.options.input_size
-        views = torch.zeros((len(locations), 3, size, size), device=self.device)
-        offsets = []
-        # As published, in the precision of the locations (float32 of the first ones): a view of the
-        # whole image is as large as the image, not a pixel less.
-        sides = np.divide(size, locations[:, 2], dtype=locations.dtype).astype(np.int64)
-        for view, (y, x), side in zip(views, locations[:, :2], sides, strict=True):
-            crop = crop_around(
-                int(y), int(x), max(1, int(side)), size, image.shape[-2], image.shape[-1]
-            )
-            offsets.append(crop.offset)
-            rows, columns = crop.target
-            shape = rows.stop - rows.start, columns.stop - columns.start
-            window = image[:, crop.source[0], crop.source[1]]
-            if min(shape) > 0 and window.numel() > 0:
-                view[:, rows, columns] = F.interpolate(
-                    window[None], shape, mode="bilinear", align_corners=False
-                )[0]
-        return self._normalize(views), offsets
-
-    def _look(self, views: Tensor) -> list[Tensor]:
-        """The network on views (B, 3, S, S), some at a time; what :meth:`_decode` gives, on the CPU."""
-        parts = []
-        for chunk in views.split(_BATCH):
-            count = len(chunk)
-            if self.inference_network.mode != "eager":
-                # Few different batch sizes, so that few graphs are captured.
-                chunk = F.pad(chunk, (0, 0, 0, 0, 0, 0, 0, -count % 8 if count > 2 else 0))
-            parts.append([x[:count].cpu() for x in self.inference_network(chunk)])
-        return [torch.cat(x) for x in zip(*parts, strict=True)]
-
-    def _to_image(
-        self, rows: Tensor, scales: np.ndarray, offsets: list[tuple[float, float]]
-    ) -> Tensor:
-        """Rows (B, P, COLUMNS) in cells of B views → in pixels of the image."""
-        size = self.options.input_size
-        pixels = rows[..., :4] / (-(-size // self.stride) / size)
-        boxes = pixels / torch.from_numpy(scales.astype(np.float32))[:, None, None]
-        corner = torch.tensor([[x, y, x, y] for y, x in offsets], dtype=torch.float32)
-        return torch.cat([boxes + corner[:, None], rows[..., 4:]], dim=-1)
-
-    @torch.no_grad()
-    def detect(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
-        """Detect on one image after the other."""
-        return [self._search(inputs) for inputs in batched_inputs]
-
-    @torch.no_grad()
-    def inference(
-        self, images: Tensor, batched_inputs: list[dict[str, Any]]
+    def postprocess(
+        self, predictions: tuple[Tensor, ...], batched_inputs: list[dict[str, Any]]
     ) -> list[dict[str, Instances]]:
-        """Detect, the first views of the first image being there already."""
-        first = self._search(batched_inputs[0], images)
-        return [first, *self.detect(batched_inputs[1:])]
+        """What the first views give, and what is seen where they say that one must look again →
+        ``instances`` with the fields listed in ``postprocess.py``."""
+        views = [x.cpu().chunk(len(batched_inputs)) for x in predictions]
+        results = []
+        for inputs, (first, *attention) in zip(
+            batched_inputs, zip(*views, strict=True), strict=True
+        ):
+            image = self.upload(inputs)
+            rows, locations = self.first_look(first, attention, image_size(inputs))
+            if len(locations):
+                crops, canvases = self._views(image, locations)
+                more = self._rows_on_image(self._look(crops), canvases)
+                rows = torch.cat([rows, more[more[:, 4] > REJECTED]])
+            results.append(self.result(inputs, [(rows,)]))
+        return results
 
-    def _search(
-        self, inputs: dict[str, Any], first_views: Tensor | None = None
-    ) -> dict[str, Instances]:
-        image = self._image(inputs)
-        height, width = image_size = _image_size(inputs)
-        rows, locations = self.first_pass(image, first_views)
-        if len(locations):
-            views, offsets = self._cut(image, locations)
-            found = self._to_image(self._look(views)[0], locations[:, 2], offsets).flatten(0, 1)
-            rows = torch.cat([rows, found[found[:, 4] > -1]])
-        rows = suppress(rows, self.suppression)
-        output_size = (inputs.get("height") or height, inputs.get("width") or width)
-        clip = self.options.clip_boxes
-        return {"instances": to_instances(rows.to(self.device), image_size, output_size, clip=clip)}
-
-    def first_pass(self, image: Tensor, views: Tensor | None = None) -> tuple[Tensor, np.ndarray]:
-        """The small views of an image (3, h, w) → boxes, and where to look.
+    def first_look(
+        self, rows: Tensor, attention: Sequence[Tensor], size: tuple[int, int]
+    ) -> tuple[Tensor, np.ndarray]:
+        """What :meth:`_decode` gives for the first views of an image of ``size`` → boxes, and where to
+        look.
 
         Returns:
             rows (N, COLUMNS) in pixels of the image, and locations (M, 4), best first.
         """
-        height, width = image.shape[-2:]
-        first = self._first_locations(height, width)
-        cut, offsets = self._cut(image, first)
-        found, *attention = self._look(cut if views is None else views)
-        rows = self._to_image(found, first[:, 2], offsets).flatten(0, 1)
+        canvases = [crop[1] for crop in self._crops(self._first_locations(size), size)]
+        rows = self._rows_on_image(rows, canvases)
         rows = rows[rows[:, 4] > self.options.first_score]
-        strides = [self.stride * 2**level for level in reversed(range(self.backbone.depth))]
         locations = attention_locations(
             [x.numpy() for x in attention],
-            first[:, 2].tolist(),
-            offsets,
-            strides,
+            canvases,
+            self.attention_strides,
             self.options.attention_scales,
             self.options.attention_threshold,
-            (height, width),
+            size,
         )
         confident = box_locations(rows.numpy(), self.options.confident_score)
         locations = suppress_locations(np.concatenate([locations, confident]))
         return rows, locations[: self.options.max_crops]
 
-    def _shown_maps(
-        self, inputs: dict[str, Any]
-    ) -> list[tuple[str, Tensor, float, tuple[float, float]]]:
+    def _first_locations(self, size: tuple[int, int]) -> np.ndarray:
+        """(B, 3): the whole image of ``size`` (height, width) in each of the first sizes."""
+        height, width = size
+        scales = [np.float32(side / max(size)) for side in self.options.first_sizes]
+        return np.array([[height // 2, width // 2, scale] for scale in scales], dtype=np.float32)
+
+    def _crops(self, locations: np.ndarray, size: tuple[int, int]) -> list[tuple[Crop, Canvas]]:
+        """The windows at locations (M, 3 or 4) of an image of ``size`` (height, width)."""
+        input_size = self.options.input_size
+        # As published, in the precision of the locations (float32 of the first ones): a view of the
+        # whole image is as large as the image, not a pixel less.
+        sides = np.divide(input_size, locations[:, 2], dtype=locations.dtype).astype(np.int64)
+        crops = []
+        for (y, x, scale, *_), side in zip(locations, sides, strict=True):
+            crop = crop_around(int(y), int(x), max(1, int(side)), input_size, *size)
+            content = tuple(s.stop - s.start for s in crop.target)
+            canvas = Canvas((input_size, input_size), content, float(scale), crop.corner)
+            crops.append((crop, canvas))
+        return crops
+
+    def _views(self, image: Tensor, locations: np.ndarray) -> tuple[Tensor, list[Canvas]]:
+        """Views (M, 3, S, S) of the image (3, h, w) at locations (M, 3 or 4)."""
+        image, size = image.float(), self.options.input_size
+        crops = self._crops(locations, (image.shape[-2], image.shape[-1]))
+        views = torch.zeros((len(crops), 3, size, size), device=self.device)
+        for view, (crop, canvas) in zip(views, crops, strict=True):
+            window = image[:, crop.source[0], crop.source[1]]
+            if min(canvas.content) > 0 and window.numel() > 0:
+                view[:, crop.target[0], crop.target[1]] = F.interpolate(
+                    window[None], canvas.content, mode="bilinear", align_corners=False
+                )[0]
+        return self.normalize(views), [canvas for _, canvas in crops]
+
+    def _look(self, views: Tensor) -> Tensor:
+        """The network on views (B, 3, S, S), some at a time → rows (B, P, COLUMNS) on the CPU."""
+        rows = []
+        for chunk in views.split(_BATCH):
+            count = len(chunk)
+            if self.inference_network.mode != "eager":
+                # Few different batch sizes, so that few graphs are captured.
+                chunk = F.pad(chunk, (0, 0, 0, 0, 0, 0, 0, -count % 8 if count > 2 else 0))
+            rows.append(self.inference_network(chunk)[0][:count].cpu())
+        return torch.cat(rows)
+
+    def _rows_on_image(self, rows: Tensor, canvases: Sequence[Canvas]) -> Tensor:
+        """Rows (B, P, COLUMNS) in cells of B views → (N, COLUMNS) in pixels of the image."""
+        boxes = [c.to_image(x[:, :4], self.stride) for c, x in zip(canvases, rows, strict=True)]
+        return torch.cat([torch.stack(boxes), rows[..., 4:]], dim=-1).flatten(0, 1)
+
+    def _instances(
+        self, rows: Tensor, image_size: tuple[int, int], output_size: tuple[int, int]
+    ) -> Instances:
+        return to_instances(rows, image_size, output_size, clip=self.options.clip_boxes)
+
+    def shown_maps(self, inputs: dict[str, Any]) -> list[tuple[str, Tensor, Tensor]]:
         """Of the last of the first views; ``attention`` of all levels."""
-        image = self._image(inputs)
-        location = self._first_locations(*image.shape[-2:])[-1:]
-        views, offsets = self._cut(image, location)
-        predictions = self.network(views)
-        scale = float(location[0, 2])
-        shift = offsets[0][1], offsets[0][0]
-        size = self.options.input_size
-        named = [("top_left", predictions[0].heat), ("bottom_right", predictions[1].heat)]
-        named += [("attention", logits) for logits in predictions.attention]
-        return [(name, maps, size / maps.shape[-1] / scale, shift) for name, maps in named]
+        location = self._first_locations(image_size(inputs))[-1:]
+        views, (canvas,) = self._views(self.upload(inputs), location)
+        top_left, bottom_right, attention = self.network(views)
+        shown = [
+            ("top_left", top_left.heat, self.stride),
+            ("bottom_right", bottom_right.heat, self.stride),
+        ]
+        shown += [
+            ("attention", maps, stride)
+            for maps, stride in zip(attention, self.attention_strides, strict=True)
+        ]
+        return [(name, x[0].float().sigmoid(), canvas.affine(stride)) for name, x, stride in shown]

@@ -1,14 +1,24 @@
 """Settings of landmark networks. Defaults are the published stacked hourglass for MPII."""
 
+from typing import Any
+
 from detectron2.config import CfgNode
 
-from d2ext.modeling.newell_hourglass import add_newell_hourglass_config
+from d2ext.config import CONFIG_REGISTRY
+from d2ext.data.dataset_facts import DatasetFacts, follows_data
 
 
+@follows_data("LandmarkNet")
+def _landmarks_keys(facts: DatasetFacts) -> dict[str, Any]:
+    return {
+        "MODEL.LANDMARKS.NUM_KEYPOINTS": facts.keypoints,
+        "MODEL.LANDMARKS.FLIP_INDICES": facts.flip_indices,
+    }
+
+
+@CONFIG_REGISTRY.register()
 def add_landmarks_config(cfg: CfgNode) -> None:
     """Add the keys of landmark networks to ``cfg``, in place."""
-    add_newell_hourglass_config(cfg)
-
     landmarks = cfg.MODEL.LANDMARKS = CfgNode()
     # K, the landmarks of an instance: 16 in MPII, 17 in COCO, 68 in 300W, 98 in WFLW, 8 in shapes.
     landmarks.NUM_KEYPOINTS = 16
@@ -31,7 +41,7 @@ def add_landmarks_config(cfg: CfgNode) -> None:
     # Boxes are widened to the input's aspect ratio, then enlarged by this factor (published: 1.25;
     # 1.0 for boxes that are enlarged already).
     landmarks.CROP.PADDING = 1.25
-    # Instances of one batch that are trained on at most, chosen at random, where images are not
+    # Instances of one batch that are trained on at most, selected at random, where images are not
     # cropped by the data mapper.
     landmarks.CROP.MAX_TRAINED = 64
 
@@ -46,10 +56,8 @@ def add_landmarks_config(cfg: CfgNode) -> None:
     # The shape is cut off beyond this many SIGMA; 3 leaves 6 * SIGMA + 1 cells a side, rounded down.
     # 0: not cut.
     target.WINDOW = 0.0
-    # Scale Cauchy targets to a peak of 1; False: sigma / (r^2 + sigma^2)^1.5, peak 1 / sigma^2.
-    target.UNIT_PEAK = True
     # How cells lie on pixels: "continuous", "index" (the common habit) or "udp".
-    target.GEOMETRY = "continuous"
+    target.CELL_GEOMETRY = "continuous"
 
     # From maps to points: "argmax", "quarter", "hourglass", "dark", "dark_udp", "taylor", "centroid".
     landmarks.DECODER = "hourglass"
@@ -57,12 +65,10 @@ def add_landmarks_config(cfg: CfgNode) -> None:
     landmarks.DECODER_BLUR = 11
 
     loss = landmarks.LOSS = CfgNode()
-    # Of maps: "mse", "adaptive_wing", "focal" (CENTER "rounded" or "hourglass") or "cross_entropy".
+    # Of maps: "mse", "adaptive_wing" or "cross_entropy".
     loss.MAPS = "mse"
     # Of coordinates (regression, integral): "l1", "smooth_l1" or "wing", in pixels of the input.
     loss.POINTS = "l1"
-    # Factor on the loss.
-    loss.WEIGHT = 1.0
 
     # Between a backbone that is no stacked hourglass and a head that learns maps: transposed
     # convolutions (4x4, stride 2, norm, ReLU), as in simple baselines.
@@ -78,17 +84,6 @@ def add_landmarks_config(cfg: CfgNode) -> None:
     # Width of a hidden layer; 0: none.
     landmarks.REGRESSION.HIDDEN = 0
 
-    # "IntegralHead": expectation under softmax(BETA * map).
-    landmarks.INTEGRAL = CfgNode()
-    landmarks.INTEGRAL.BETA = 1.0
-    # Take out the bias toward the middle, in inference.
-    landmarks.INTEGRAL.DEBIAS = False
-    # "exact": of what a map that is 0 away from its peak gives to all cells alike. "published":
-    # C/(C - 1) * (x - 1/(2C)) with C the sum of exp(BETA * map), which takes out far less.
-    landmarks.INTEGRAL.DEBIAS_FORMULA = "exact"
-    # Factor on a second loss that pulls the map toward a Gaussian of TARGET.SIGMA; 0: none.
-    landmarks.INTEGRAL.SHAPE_WEIGHT = 0.0
-
     # "SimCCHead"
     landmarks.SIMCC = CfgNode()
     # Bins per pixel.
@@ -101,7 +96,7 @@ def add_landmarks_config(cfg: CfgNode) -> None:
     test = landmarks.TEST = CfgNode()
     # Average with the prediction for the mirrored crop.
     test.FLIP = False
-    # Move the mirrored maps one cell to the right, as published with GEOMETRY "index".
+    # Move the mirrored maps one cell to the right, as published with CELL_GEOMETRY "index".
     test.FLIP_SHIFT = False
     # Crops that go through the network at once; bounds the memory.
     test.MAX_CROPS = 64

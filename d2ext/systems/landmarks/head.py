@@ -1,7 +1,6 @@
 """Heads: features → raw predictions, their losses, and what their codec decodes.
 
-Every head is a :class:`LandmarkHead`, found by its name in :data:`LANDMARK_HEAD_REGISTRY`; both are in
-:mod:`d2ext.systems.landmarks.head_base`.
+Every head is a :class:`LandmarkHead`, looked up by its name in :data:`LANDMARK_HEAD_REGISTRY`.
 
 Letters: N crops, K landmarks, W, H size of the crop, w, h of a map.
 """
@@ -9,36 +8,92 @@ Letters: N crops, K landmarks, W, H size of the crop, w, h of a map.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from fvcore.common.registry import Registry
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2ext.codecs.landmark_heatmaps import HeatmapCodec, draw_targets
-from d2ext.codecs.landmark_integral import IntegralCodec
+from d2ext.codecs.landmark_heatmaps import HeatmapCodec
+from d2ext.codecs.landmark_integral import IntegralCodec, cell_probabilities
 from d2ext.codecs.landmark_simcc import SimCCCodec
-from d2ext.codecs.landmarks import RegressionCodec, Size, to_cells
-from d2ext.systems.landmarks.head_base import (
-    LANDMARK_HEAD_REGISTRY,
-    LandmarkHead,
-    choose_feature,
-    input_size,
-)
+from d2ext.codecs.landmarks import LandmarkCodec, RegressionCodec, Size
 from d2ext.systems.landmarks.losses import (
-    MAP_ACTIVATIONS,
     MAP_LOSSES,
     POINT_LOSSES,
-    cross_entropy_loss,
     kl_loss,
     point_loss,
 )
+from d2ext.systems.landmarks.targets import LandmarkTargets
 
+# Smallest probability that has a logarithm.
+_LEAST = 1e-30
 # Deviation of the weights of last layers (simple baselines' published code).
 _LAST_LAYER_STD = 0.001
+
+
+LANDMARK_HEAD_REGISTRY = Registry("LANDMARK_HEAD")
+LANDMARK_HEAD_REGISTRY.__doc__ = """
+Heads of LandmarkNet by name: ``head(cfg, output shape of the backbone)`` gives a :class:`LandmarkHead`.
+"""
+
+
+class LandmarkHead(nn.Module):
+    """What :class:`~d2ext.systems.landmarks.model.LandmarkNet` wants of a head.
+
+    Attributes:
+        in_features: names of the backbone's features that it takes.
+        codec: between points and predictions.
+        learns_maps: whether a stacked hourglass predicts this head's maps itself.
+    """
+
+    in_features: list[str]
+    codec: LandmarkCodec
+    learns_maps = False
+
+    def forward(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+        """``in_features`` → raw predictions, all that the loss wants; the last ones count."""
+        raise NotImplementedError
+
+    def losses(self, raw: tuple[Tensor, ...], targets: LandmarkTargets) -> dict[str, Tensor]:
+        """Losses of raw predictions."""
+        raise NotImplementedError
+
+    def prediction(self, raw: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Raw predictions → what the codec decodes, float32; the last of them."""
+        return (raw[-1].float(),)
+
+    def average(self, one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Mean of two predictions."""
+        return tuple((a + b) / 2 for a, b in zip(one, other, strict=True))
+
+    def strength(self, prediction: tuple[Tensor, ...]) -> Tensor:
+        """Of heads that learn maps, those of a prediction for pictures: (N, K, h, w) in 0..1."""
+        raise NotImplementedError
+
+
+def input_size(cfg: CfgNode) -> Size:
+    """(W, H) of the network's input."""
+    height, width = cfg.MODEL.LANDMARKS.INPUT_SIZE
+    return width, height
+
+
+def select_feature(cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> str:
+    """Name of the backbone's feature that a head takes.
+
+    Raises:
+        ValueError: the backbone has no feature of the name in ``MODEL.LANDMARKS.IN_FEATURE``.
+    """
+    name = cfg.MODEL.LANDMARKS.IN_FEATURE
+    features = [key for key in shapes if not key.startswith("maps")]
+    if name and name not in features:
+        raise ValueError(
+            f'MODEL.LANDMARKS.IN_FEATURE is "{name}", but the backbone has {features}.'
+        )
+    return name or features[-1]
 
 
 class Upsampling(nn.Sequential):
@@ -87,15 +142,14 @@ class MapHead(LandmarkHead):
             nn.init.normal_(self.predictor.weight, std=_LAST_LAYER_STD)
             nn.init.zeros_(self.predictor.bias)
 
-    def forward(self, features: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    def forward(self, features: list[Tensor]) -> tuple[Tensor, ...]:
         """(N, K, h, w) of each stack."""
         if self.upsampling is None or self.predictor is None:
-            return tuple(features[name] for name in self.in_features)
-        return (self.predictor(self.upsampling(features[self.in_features[0]])),)
+            return tuple(features)
+        return (self.predictor(self.upsampling(features[0])),)
 
-    def strength(self, raw: tuple[Tensor, ...]) -> Tensor:
-        """The last stack's maps for pictures: (N, K, h, w) in 0..1."""
-        return self.prediction(raw)[0].clamp(0, 1)
+    def strength(self, prediction: tuple[Tensor, ...]) -> Tensor:
+        return prediction[0].clamp(0, 1)
 
     @staticmethod
     def arguments(cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> tuple[dict[str, Any], Size]:
@@ -115,7 +169,7 @@ class MapHead(LandmarkHead):
                     f"MODEL.LANDMARKS.NUM_KEYPOINTS is {c.NUM_KEYPOINTS}."
                 )
         else:
-            names = [choose_feature(cfg, shapes)]
+            names = [select_feature(cfg, shapes)]
             layers = c.UPSAMPLE.NUM_LAYERS
             stride = shapes[names[0]].stride // 2**layers
             if stride < 1:
@@ -144,17 +198,14 @@ class HeatmapHead(MapHead):
     """Heat maps: each cell of a landmark's map learns the value of a bump around it."""
 
     @configurable
-    def __init__(
-        self, *, codec: HeatmapCodec, loss: str = "mse", weight: float = 1.0, **kwargs: Any
-    ):
+    def __init__(self, *, codec: HeatmapCodec, loss: str = "mse", **kwargs: Any) -> None:
         """Args:
         codec: targets and decoding.
         loss: a key of ``MAP_LOSSES``.
-        weight: factor on the loss.
         kwargs: see :class:`MapHead`.
 
         Raises:
-            ValueError: an unknown loss; the focal loss with targets that never are 1.
+            ValueError: an unknown loss.
         """
         super().__init__(**kwargs)
         if loss not in MAP_LOSSES:
@@ -163,20 +214,10 @@ class HeatmapHead(MapHead):
             )
         self.codec: HeatmapCodec = codec
         self.loss = loss
-        self.weight = weight
         # What the target of one landmark sums to, in the middle of the map.
         middle = torch.tensor([[codec.input_size]], device="cpu") / 2
         (target,), _ = codec.encode(middle, torch.ones_like(middle[..., 0], dtype=torch.bool))
         self.mass = float(target.sum())
-        whole = codec.center in ("rounded", "hourglass")
-        if loss == "focal" and not (whole and float(target.max()) == 1):
-            raise ValueError(
-                "The focal loss wants targets that are exactly 1 at one cell: set "
-                'MODEL.LANDMARKS.TARGET.CENTER to "rounded" and UNIT_PEAK to True.'
-            )
-        if loss == "focal" and isinstance(self.predictor, nn.Conv2d):
-            # A first probability of 0.1 for every cell (arXiv 1904.07850).
-            nn.init.constant_(self.predictor.bias, -2.19)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> dict[str, Any]:
@@ -189,22 +230,18 @@ class HeatmapHead(MapHead):
             shape=c.TARGET.SHAPE,
             center=c.TARGET.CENTER,
             window=c.TARGET.WINDOW,
-            unit_peak=c.TARGET.UNIT_PEAK,
             decoder=c.DECODER,
             blur=c.DECODER_BLUR,
-            geometry=c.TARGET.GEOMETRY,
+            geometry=c.TARGET.CELL_GEOMETRY,
             flip_shift=c.TEST.FLIP_SHIFT,
         )
-        return {**arguments, "codec": codec, "loss": c.LOSS.MAPS, "weight": c.LOSS.WEIGHT}
+        return {**arguments, "codec": codec, "loss": c.LOSS.MAPS}
 
-    def losses(
-        self, raw: tuple[Tensor, ...], points: Tensor, labelled: Tensor
-    ) -> dict[str, Tensor]:
+    def losses(self, raw: tuple[Tensor, ...], targets: LandmarkTargets) -> dict[str, Tensor]:
         """``loss_heatmap``: mean over the stacks."""
-        (target,), weights = self.codec.encode(points, labelled)
-        function = MAP_LOSSES[self.loss]
-        stacks = [function(maps, target, weights) for maps in raw]
-        return {"loss_heatmap": torch.stack(stacks).mean() * self.weight}
+        (target,), weights = self.codec.encode(*targets)
+        stacks = [MAP_LOSSES[self.loss](maps, target, weights) for maps in raw]
+        return {"loss_heatmap": torch.stack(stacks).mean()}
 
     def prediction(self, raw: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The last stack's maps; with a loss on logits, as the targets that they stand for.
@@ -212,12 +249,9 @@ class HeatmapHead(MapHead):
         After a classification over all cells these are the probabilities times the sum of a target:
         1 at the peak where the network is as sure as the target, more where it is surer.
         """
-        maps = raw[-1].float()
-        activation = MAP_ACTIVATIONS.get(self.loss)
-        if activation == "sigmoid":
-            maps = maps.sigmoid()
-        elif activation == "softmax":
-            maps = maps.flatten(2).softmax(dim=-1).view_as(maps) * self.mass
+        (maps,) = super().prediction(raw)
+        if self.loss == "cross_entropy":
+            maps = cell_probabilities(maps) * self.mass
         return (maps,)
 
 
@@ -226,85 +260,46 @@ class IntegralHead(MapHead):
     """Soft-argmax (arXiv 1711.08229): coordinates are the expectation over a map."""
 
     @configurable
-    def __init__(
-        self,
-        *,
-        codec: IntegralCodec,
-        loss: str = "l1",
-        weight: float = 1.0,
-        shape_weight: float = 0.0,
-        sigma: float = 1.0,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *, codec: IntegralCodec, loss: str = "l1", **kwargs: Any) -> None:
         """Args:
         codec: targets and decoding.
         loss: a key of ``POINT_LOSSES``.
-        weight: factor on all.
-        shape_weight: factor on the divergence of the map from a Gaussian around the landmark.
-        sigma: deviation of that Gaussian in cells.
         kwargs: see :class:`MapHead`.
         """
         super().__init__(**kwargs)
         _check_point_loss(loss)
         self.codec: IntegralCodec = codec
         self.loss = loss
-        self.weight = weight
-        self.shape_weight = shape_weight
-        self.sigma = sigma
 
     @classmethod
     def from_config(cls, cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> dict[str, Any]:
         c = cfg.MODEL.LANDMARKS
         arguments, map_size = cls.arguments(cfg, shapes)
-        codec = IntegralCodec(
-            input_size=input_size(cfg),
-            map_size=map_size,
-            beta=c.INTEGRAL.BETA,
-            debias=c.INTEGRAL.DEBIAS,
-            geometry=c.TARGET.GEOMETRY,
-            formula=c.INTEGRAL.DEBIAS_FORMULA,
-        )
-        return {
-            **arguments,
-            "codec": codec,
-            "loss": c.LOSS.POINTS,
-            "weight": c.LOSS.WEIGHT,
-            "shape_weight": c.INTEGRAL.SHAPE_WEIGHT,
-            "sigma": c.TARGET.SIGMA,
-        }
+        codec = IntegralCodec(input_size(cfg), map_size, c.TARGET.CELL_GEOMETRY)
+        return {**arguments, "codec": codec, "loss": c.LOSS.POINTS}
 
-    def losses(
-        self, raw: tuple[Tensor, ...], points: Tensor, labelled: Tensor
-    ) -> dict[str, Tensor]:
-        """``loss_points`` and, with a shape weight, ``loss_shape``: means over the stacks."""
-        codec = self.codec
-        _, weights = codec.encode(points, labelled)
-        width = codec.input_size[0]
-        stacks = [point_loss(self.loss, self._points(maps), points, weights, width) for maps in raw]
-        losses = {"loss_points": torch.stack(stacks).mean() * self.weight}
-        if self.shape_weight > 0:
-            cells = to_cells(points, codec.input_size, codec.map_size, codec.geometry)
-            (target,), _ = draw_targets(cells, weights > 0, codec.map_size, sigma=self.sigma)
-            stacks = [cross_entropy_loss(codec.beta * maps, target, weights) for maps in raw]
-            losses["loss_shape"] = torch.stack(stacks).mean() * self.weight * self.shape_weight
-        return losses
+    def losses(self, raw: tuple[Tensor, ...], targets: LandmarkTargets) -> dict[str, Tensor]:
+        """``loss_points``: mean over the stacks."""
+        _, weights = self.codec.encode(*targets)
+        stacks = [
+            point_loss(
+                self.loss,
+                self.codec.points(maps),
+                targets.points,
+                weights,
+                self.codec.input_size[0],
+            )
+            for maps in raw
+        ]
+        return {"loss_points": torch.stack(stacks).mean()}
 
-    def _points(self, maps: Tensor) -> Tensor:
-        """Expectation as it is trained: without removal of the bias."""
-        return replace(self.codec, debias=False).points(maps)
-
-    def prediction(self, raw: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (raw[-1].float(),)
-
-    def strength(self, raw: tuple[Tensor, ...]) -> Tensor:
+    def strength(self, prediction: tuple[Tensor, ...]) -> Tensor:
         """Probabilities over the largest of each landmark."""
-        maps = self.codec.probabilities(raw[-1])
+        maps = cell_probabilities(prediction[0])
         return maps / maps.amax(dim=(-2, -1), keepdim=True)
 
     def average(self, one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """A map of the mean probabilities, see the codec's ``average``."""
-        (a,), (b,) = one, other
-        return (self.codec.average(a, b),)
+        return _average_logits(one, other)
 
 
 @LANDMARK_HEAD_REGISTRY.register()
@@ -322,7 +317,6 @@ class RegressionHead(LandmarkHead):
         pool: int = 1,
         hidden: int = 0,
         loss: str = "l1",
-        weight: float = 1.0,
     ) -> None:
         """Args:
         in_feature, in_channels: the backbone's feature.
@@ -331,15 +325,13 @@ class RegressionHead(LandmarkHead):
         pool: cells a side to which the feature is averaged.
         hidden: width of a hidden layer, 0 for none.
         loss: a key of ``POINT_LOSSES``.
-        weight: factor on the loss.
         """
         super().__init__()
         _check_point_loss(loss)
-        self.in_feature = in_feature
+        self.in_features = [in_feature]
         self.pool = pool
         self.codec: RegressionCodec = codec
         self.loss = loss
-        self.weight = weight
         width = in_channels * pool**2
         self.hidden = nn.Linear(width, hidden) if hidden else None
         self.predictor = nn.Linear(hidden or width, 2 * num_keypoints)
@@ -350,7 +342,7 @@ class RegressionHead(LandmarkHead):
     @classmethod
     def from_config(cls, cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> dict[str, Any]:
         c = cfg.MODEL.LANDMARKS
-        name = choose_feature(cfg, shapes)
+        name = select_feature(cfg, shapes)
         return {
             "in_feature": name,
             "in_channels": shapes[name].channels,
@@ -359,27 +351,21 @@ class RegressionHead(LandmarkHead):
             "pool": c.REGRESSION.POOL,
             "hidden": c.REGRESSION.HIDDEN,
             "loss": c.LOSS.POINTS,
-            "weight": c.LOSS.WEIGHT,
         }
 
-    def forward(self, features: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    def forward(self, features: list[Tensor]) -> tuple[Tensor, ...]:
         """(N, K, 2), x/W and y/H."""
-        x = F.adaptive_avg_pool2d(features[self.in_feature], self.pool).flatten(1)
+        x = F.adaptive_avg_pool2d(features[0], self.pool).flatten(1)
         if self.hidden is not None:
             x = F.relu(self.hidden(x))
-        return (self.predictor(x).view(len(x), -1, 2),)
+        return (self.predictor(x).unflatten(1, (-1, 2)),)
 
-    def losses(
-        self, raw: tuple[Tensor, ...], points: Tensor, labelled: Tensor
-    ) -> dict[str, Tensor]:
+    def losses(self, raw: tuple[Tensor, ...], targets: LandmarkTargets) -> dict[str, Tensor]:
         """``loss_points``."""
-        (_,), weights = self.codec.encode(points, labelled)
-        found = self.codec.decode(raw).points
-        value = point_loss(self.loss, found, points, weights, self.codec.input_size[0])
-        return {"loss_points": value * self.weight}
-
-    def prediction(self, raw: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (raw[0].float(),)
+        _, weights = self.codec.encode(*targets)
+        decoded = self.codec.decode(raw).points
+        value = point_loss(self.loss, decoded, targets.points, weights, self.codec.input_size[0])
+        return {"loss_points": value}
 
 
 @LANDMARK_HEAD_REGISTRY.register()
@@ -396,18 +382,15 @@ class SimCCHead(LandmarkHead):
         cells: int,
         num_keypoints: int,
         codec: SimCCCodec,
-        weight: float = 1.0,
     ) -> None:
         """Args:
         in_feature, in_channels, cells: the backbone's feature and how many cells it has.
         num_keypoints: K.
         codec: between points and bins.
-        weight: factor on the loss.
         """
         super().__init__()
-        self.in_feature = in_feature
+        self.in_features = [in_feature]
         self.codec: SimCCCodec = codec
-        self.weight = weight
         self.reduce = Conv2d(in_channels, num_keypoints, 1)
         self.along_x = nn.Linear(cells, codec.bins[0])
         self.along_y = nn.Linear(cells, codec.bins[1])
@@ -415,7 +398,7 @@ class SimCCHead(LandmarkHead):
     @classmethod
     def from_config(cls, cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> dict[str, Any]:
         c = cfg.MODEL.LANDMARKS
-        name = choose_feature(cfg, shapes)
+        name = select_feature(cfg, shapes)
         width, height = input_size(cfg)
         stride = shapes[name].stride
         if width % stride or height % stride:
@@ -428,31 +411,35 @@ class SimCCHead(LandmarkHead):
             "cells": (width // stride) * (height // stride),
             "num_keypoints": c.NUM_KEYPOINTS,
             "codec": SimCCCodec((width, height), c.SIMCC.RATIO, c.SIMCC.SIGMA, c.SIMCC.REFINE),
-            "weight": c.LOSS.WEIGHT,
         }
 
-    def forward(self, features: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    def forward(self, features: list[Tensor]) -> tuple[Tensor, ...]:
         """Logits (N, K, bins) along x and y."""
-        x = self.reduce(features[self.in_feature]).flatten(2)
+        x = self.reduce(features[0]).flatten(2)
         return self.along_x(x), self.along_y(x)
 
-    def losses(
-        self, raw: tuple[Tensor, ...], points: Tensor, labelled: Tensor
-    ) -> dict[str, Tensor]:
+    def losses(self, raw: tuple[Tensor, ...], targets: LandmarkTargets) -> dict[str, Tensor]:
         """``loss_bins``: mean of both axes."""
-        targets, weights = self.codec.encode(points, labelled)
-        axes = [kl_loss(r, t, weights) for r, t in zip(raw, targets, strict=True)]
-        return {"loss_bins": torch.stack(axes).mean() * self.weight}
+        bins, weights = self.codec.encode(*targets)
+        axes = [kl_loss(r, t, weights) for r, t in zip(raw, bins, strict=True)]
+        return {"loss_bins": torch.stack(axes).mean()}
 
     def prediction(self, raw: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(x.float() for x in raw)
 
     def average(self, one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Logarithm of the mean probability."""
-        return tuple(
-            ((a.softmax(dim=-1) + b.softmax(dim=-1)) / 2).clamp(min=1e-30).log()
-            for a, b in zip(one, other, strict=True)
-        )
+        return _average_logits(one, other)
+
+
+def _average_logits(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Logarithms of the mean probabilities over the cells or bins of each landmark."""
+    return tuple(
+        ((a.flatten(2).softmax(dim=-1) + b.flatten(2).softmax(dim=-1)) / 2)
+        .clamp(min=_LEAST)
+        .log()
+        .view_as(a)
+        for a, b in zip(one, other, strict=True)
+    )
 
 
 def _check_point_loss(name: str) -> None:

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2ext.modeling.heatmap_losses import penalty_reduced_focal_loss
-
 MapLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 PointLoss = Callable[[Tensor], Tensor]
 
@@ -62,13 +60,6 @@ def adaptive_wing_loss(
     return (values.mean(dim=(-2, -1)) * weights).sum() / max(weights.numel(), 1)
 
 
-def focal_loss(logits: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-    """CornerNet's focal loss (arXiv 1808.01244) on logits; positives are cells of exactly 1."""
-    counted = weights[..., None, None]
-    # A landmark that does not count has no positive that would enlarge the divisor.
-    return penalty_reduced_focal_loss(logits, target * (counted > 0), counted)
-
-
 def cross_entropy_loss(logits: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     """One classification over all cells of a landmark, against its target scaled to a sum of 1.
 
@@ -92,11 +83,8 @@ def kl_loss(logits: Tensor, target: Tensor, weights: Tensor) -> Tensor:
 MAP_LOSSES: dict[str, MapLoss] = {
     "mse": mse_loss,
     "adaptive_wing": adaptive_wing_loss,
-    "focal": focal_loss,
     "cross_entropy": cross_entropy_loss,
 }
-# What turns the maps of a network trained with a loss into probabilities; others are values already.
-MAP_ACTIVATIONS: dict[str, str] = {"focal": "sigmoid", "cross_entropy": "softmax"}
 
 
 def l1(distance: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """From landmarks in crops to Detectron2's ``Instances``.
 
-An instance found has ``pred_boxes`` (the box that was cropped, inside the image), ``scores``,
+An instance has ``pred_boxes`` (the box that was cropped, inside the image), ``scores``,
 ``pred_classes``, ``pred_keypoints`` (n, K, 3: x, y in the output image, score) and, on request,
 ``pred_keypoint_heatmaps`` (n, K, h, w), the maps that were decoded, and
 ``pred_keypoint_heatmap_matrices`` (n, 2, 3), affine maps from cells to the output image, both in
@@ -10,11 +10,13 @@ continuous coordinates.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
+
+from d2ext.codecs.landmark_crops import CropRegions
+from d2ext.layers.transfer import upload
 
 
 def instance_scores(keypoint_scores: Tensor, box_scores: Tensor, threshold: float) -> Tensor:
@@ -32,60 +34,60 @@ def instance_scores(keypoint_scores: Tensor, box_scores: Tensor, threshold: floa
     return box_scores * total / above.sum(dim=1).clamp(min=1)
 
 
-class Persons(NamedTuple):
-    """What is known of the N boxes of a batch beside their landmarks; on the model's device."""
-
-    boxes: Tensor
-    """(N, 4) XYXY float32 in the input image."""
-    classes: Tensor
-    """(N,) int64."""
-    scores: Tensor
-    """(N,) float32."""
-    valid: Tensor
-    """(N,) bool; False: the box held nothing of the image, the scores become 0."""
-    scales: Tensor
-    """(N, 2) float32: output size over input size, in x and y."""
-    limits: Tensor
-    """(N, 2) float32: width and height of the output."""
-
-
 def make_instances(
-    persons: Persons,
     points: Tensor,
     point_scores: Tensor,
-    counts: Sequence[int],
-    output_sizes: Sequence[tuple[int, int]],
+    regions: CropRegions,
     *,
+    image_sizes: Sequence[tuple[int, int]],
+    output_sizes: Sequence[tuple[int, int]],
     threshold: float,
+    heatmaps: tuple[Tensor, Tensor] | None = None,
 ) -> list[Instances]:
     """Instances of each image, at the size of the output.
 
     Args:
-        points: (N, K, 2) in the input image.
+        points: (N, K, 2) in the input images.
         point_scores: (N, K).
-        counts: how many of the N belong to each image.
-        output_sizes: (height, width) of each image.
+        regions: the N boxes; of those that are not valid the scores become 0.
+        image_sizes, output_sizes: (height, width) of each image and its output.
         threshold: see :func:`instance_scores`.
+        heatmaps: maps (N, K, h, w), and (N, 2, 3) from their cells to the input image.
     """
-    valid = persons.valid[:, None]
-    low = (persons.boxes[:, :2].nan_to_num(0, 0, 0) * persons.scales).clamp(min=0)
-    high = (persons.boxes[:, 2:].nan_to_num(0, 0, 0) * persons.scales).clamp(min=0)
-    low, high = torch.minimum(low, persons.limits), torch.minimum(high, persons.limits)
+    sides = torch.tensor(output_sizes).view(-1, 2).flip(1).float()
+    stretch = sides / torch.tensor(image_sizes).view(-1, 2).flip(1)
+    columns = [
+        regions.boxes.float(),
+        stretch[regions.images],
+        sides[regions.images],
+        regions.scores[:, None],
+        regions.valid[:, None],
+    ]
+    # One copy instead of five.
+    sent = upload(torch.cat(columns, dim=1), points.device)
+    boxes, scales, limits, box_scores, valid = sent.split([4, 2, 2, 1, 1], dim=1)
+    classes = upload(regions.classes, points.device)
+    low = torch.minimum((boxes[:, :2].nan_to_num(0, 0, 0) * scales).clamp(min=0), limits)
+    high = torch.minimum((boxes[:, 2:].nan_to_num(0, 0, 0) * scales).clamp(min=0), limits)
     # A box with its corners in the wrong order has no area either.
     boxes = torch.cat([low, torch.maximum(low, high)], dim=1)
-    scores = instance_scores(point_scores, persons.scores, threshold) * persons.valid
+    scores = instance_scores(point_scores, box_scores[:, 0], threshold) * valid[:, 0]
     keypoints = torch.cat(
-        [points * persons.scales[:, None], (point_scores * valid)[..., None]], dim=-1
+        [points * scales[:, None], (point_scores * valid)[..., None]], dim=-1
     ).nan_to_num(0, 0, 0)
     results = []
     first = 0
+    counts = regions.images.bincount(minlength=len(output_sizes)).tolist()
     for count, size in zip(counts, output_sizes, strict=True):
         here = slice(first, first + count)
         result = Instances(size)
         result.pred_boxes = Boxes(boxes[here])
         result.scores = scores[here]
-        result.pred_classes = persons.classes[here]
+        result.pred_classes = classes[here]
         result.pred_keypoints = keypoints[here]
+        if heatmaps is not None:
+            result.pred_keypoint_heatmaps = heatmaps[0][here]
+            result.pred_keypoint_heatmap_matrices = heatmaps[1][here] * scales[here, :, None]
         results.append(result)
         first += count
     return results

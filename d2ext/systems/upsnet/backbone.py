@@ -7,96 +7,17 @@ stage's first 1x1 convolution.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from detectron2.config import CfgNode
-from detectron2.layers import ShapeSpec, get_norm
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
-from detectron2.modeling.backbone.resnet import (
-    BasicStem,
-    BottleneckBlock,
-    ResNet,
-    build_resnet_backbone,
-)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2ext.layers.deform_conv import DeformConv
-
-# Blocks of the stages res2..res5, table 1 of arXiv 1512.03385.
-_BLOCKS_PER_STAGE = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
-
-
-class DeformBottleneck(BottleneckBlock):
-    """Detectron2's bottleneck with a deformable convolution (v1, without bias) as its 3x3."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        bottleneck_channels: int,
-        stride: int,
-        stride_in_1x1: bool,
-        norm: str,
-    ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            bottleneck_channels=bottleneck_channels,
-            stride=stride,
-            stride_in_1x1=stride_in_1x1,
-            norm=norm,
-        )
-        self.conv2: nn.Module = DeformConv(
-            bottleneck_channels,
-            bottleneck_channels,
-            stride=1 if stride_in_1x1 else stride,
-            bias=False,
-            norm=get_norm(norm, bottleneck_channels),
-        )
-
-
-def build_deform_resnet(
-    *,
-    depth: int,
-    in_channels: int = 3,
-    norm: str = "FrozenBN",
-    stride_in_1x1: bool = True,
-    deform_on_per_stage: Sequence[bool] = (False, True, True, True),
-    out_features: Sequence[str] = ("res2", "res3", "res4", "res5"),
-    freeze_at: int = 2,
-) -> ResNet:
-    """A bottleneck ResNet whose selected stages are deformable in every block.
-
-    Raises:
-        ValueError: ``depth`` has no bottleneck variant.
-    """
-    if depth not in _BLOCKS_PER_STAGE:
-        raise ValueError(
-            f"A deformable ResNet has depth {sorted(_BLOCKS_PER_STAGE)}, not {depth}: set "
-            "MODEL.RESNETS.DEPTH, or MODEL.RESNETS.DEFORM_ON_PER_STAGE to all False."
-        )
-    stem = BasicStem(in_channels=in_channels, out_channels=64, norm=norm)
-    stages, channels = [], 64
-    for i, num_blocks in enumerate(_BLOCKS_PER_STAGE[depth]):
-        width = 64 * 2**i
-        block = DeformBottleneck if deform_on_per_stage[i] else BottleneckBlock
-        stages.append(
-            [
-                block(
-                    channels if j == 0 else 4 * width,
-                    4 * width,
-                    bottleneck_channels=width,
-                    stride=2 if i > 0 and j == 0 else 1,
-                    stride_in_1x1=stride_in_1x1,
-                    norm=norm,
-                )
-                for j in range(num_blocks)
-            ]
-        )
-        channels = 4 * width
-    return ResNet(stem, stages, out_features=list(out_features)).freeze(freeze_at)
+from d2ext.modeling.resnet_dcn import build_deformable_resnet
 
 
 class GlobalContextFPN(FPN):
@@ -130,19 +51,8 @@ class GlobalContextFPN(FPN):
 def build_upsnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """ResNet of ``MODEL.RESNETS`` (deformable where ``DEFORM_ON_PER_STAGE`` says) with the FPN of
     ``MODEL.FPN``, with global context if ``MODEL.UPSNET.GLOBAL_CONTEXT``."""
-    resnet, fpn = cfg.MODEL.RESNETS, cfg.MODEL.FPN
-    if any(resnet.DEFORM_ON_PER_STAGE):
-        bottom_up = build_deform_resnet(
-            depth=resnet.DEPTH,
-            in_channels=input_shape.channels,
-            norm=resnet.NORM,
-            stride_in_1x1=resnet.STRIDE_IN_1X1,
-            deform_on_per_stage=resnet.DEFORM_ON_PER_STAGE,
-            out_features=resnet.OUT_FEATURES,
-            freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
-        )
-    else:
-        bottom_up = build_resnet_backbone(cfg, input_shape)
+    fpn = cfg.MODEL.FPN
+    bottom_up = build_deformable_resnet(cfg, input_shape, partial(DeformConv, bias=False))
     if cfg.MODEL.UPSNET.GLOBAL_CONTEXT:
         if fpn.NORM or fpn.FUSE_TYPE != "sum":
             raise ValueError(
@@ -160,8 +70,6 @@ def build_upsnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
 
 __all__ = [
-    "DeformBottleneck",
     "GlobalContextFPN",
-    "build_deform_resnet",
     "build_upsnet_fpn_backbone",
 ]

@@ -92,12 +92,10 @@ def detectron_anchors(stride: int, sizes: Sequence[float], ratios: Sequence[floa
     anchors = []
     for ratio in ratios:
         width = round((stride * stride / ratio) ** 0.5)
-        height = round(width * ratio)
         for size in sizes:
-            scaled_width, scaled_height = width * size / stride, height * size / stride
-            left = centre - 0.5 * (scaled_width - 1)
-            top = centre - 0.5 * (scaled_height - 1)
-            anchors.append([left, top, left + scaled_width, top + scaled_height])
+            sides = (width * size / stride, round(width * ratio) * size / stride)
+            left, top = (centre - 0.5 * (side - 1) for side in sides)
+            anchors.append([left, top, left + sides[0], top + sides[1]])
     return torch.tensor(anchors)
 
 
@@ -145,9 +143,9 @@ class PyramidRoIAlign(nn.Module):
         levels = self.levels(boxes)
         pooled = features[0].new_zeros((len(boxes), features[0].shape[1], self.size, self.size))
         for i, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
-            chosen = (levels == i).nonzero()[:, 0]
-            part = self._pool(feature, rois[chosen], stride)
-            pooled = pooled.index_put((chosen,), part.to(pooled.dtype))
+            selected = (levels == i).nonzero()[:, 0]
+            part = self._pool(feature, rois[selected], stride)
+            pooled = pooled.index_put((selected,), part.to(pooled.dtype))
         return pooled
 
     def _pool(self, feature: Tensor, rois: Tensor, stride: int) -> Tensor:

@@ -6,8 +6,6 @@ have it first.
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import Tensor
 
@@ -19,22 +17,18 @@ from d2ext.checkpoint.convert import (
     register_converter,
 )
 
-
-def _block(match: re.Match[str]) -> str:
-    return f"backbone.bottom_up.res{match[1]}.{match[2]}"
-
-
 _BLOCK = r"resnet_backbone\.res(\d)\.layers\.(\d+)"
+_OUR_BLOCK = r"backbone.bottom_up.res\1.\2"
 _RULES = (
     # The counters of batch norms, which are never trained here, count nothing.
     Rule(r"resnet_backbone\..*num_batches_tracked", None),
     Rule(r"resnet_backbone\.conv1\.conv1\.weight", "backbone.bottom_up.stem.conv1.weight"),
     Rule(r"resnet_backbone\.conv1\.bn1\.(\w+)", r"backbone.bottom_up.stem.conv1.norm.\1"),
-    Rule(rf"{_BLOCK}\.(conv\d)\.weight", lambda m: f"{_block(m)}.{m[3]}.weight"),
-    Rule(rf"{_BLOCK}\.conv2_offset\.(\w+)", lambda m: f"{_block(m)}.conv2.offset.{m[3]}"),
-    Rule(rf"{_BLOCK}\.bn(\d)\.(\w+)", lambda m: f"{_block(m)}.conv{m[3]}.norm.{m[4]}"),
-    Rule(rf"{_BLOCK}\.downsample\.0\.weight", lambda m: f"{_block(m)}.shortcut.weight"),
-    Rule(rf"{_BLOCK}\.downsample\.1\.(\w+)", lambda m: f"{_block(m)}.shortcut.norm.{m[3]}"),
+    Rule(rf"{_BLOCK}\.(conv\d)\.weight", rf"{_OUR_BLOCK}.\3.weight"),
+    Rule(rf"{_BLOCK}\.conv2_offset\.(\w+)", rf"{_OUR_BLOCK}.conv2.offset.\3"),
+    Rule(rf"{_BLOCK}\.bn(\d)\.(\w+)", rf"{_OUR_BLOCK}.conv\3.norm.\4"),
+    Rule(rf"{_BLOCK}\.downsample\.0\.weight", rf"{_OUR_BLOCK}.shortcut.weight"),
+    Rule(rf"{_BLOCK}\.downsample\.1\.(\w+)", rf"{_OUR_BLOCK}.shortcut.norm.\3"),
     Rule(r"fpn\.fpn_p(\d)_1x1\.(\w+)", r"backbone.fpn_lateral\1.\2"),
     Rule(r"fpn\.fpn_p(\d)\.(\w+)", r"backbone.fpn_output\1.\2"),
     Rule(r"fpn\.fpn_gap\.(\w+)", r"backbone.fpn_context.\1"),

@@ -5,19 +5,23 @@ What Detectron2 has a key for is set there, by the files in ``configs/upsnet``: 
 ``MODEL.ROI_MASK_HEAD``.
 """
 
+from typing import Any
+
 from detectron2.config import CfgNode
 
-from d2ext.data.class_counts import DatasetClasses, counts_classes
+from d2ext.config import CONFIG_REGISTRY
+from d2ext.data.dataset_facts import DatasetFacts, follows_data
 
 
-@counts_classes("UPSNet")
-def _class_counts(classes: DatasetClasses) -> dict[str, list[str] | None]:
+@follows_data("UPSNet")
+def _upsnet_keys(facts: DatasetFacts) -> dict[str, Any]:
     return {
-        "MODEL.ROI_HEADS.NUM_CLASSES": classes.things,
-        "MODEL.UPSNET.NUM_STUFF": classes.stuff,
+        "MODEL.ROI_HEADS.NUM_CLASSES": facts.things,
+        "MODEL.UPSNET.NUM_STUFF": facts.stuff,
     }
 
 
+@CONFIG_REGISTRY.register()
 def add_upsnet_config(cfg: CfgNode) -> None:
     """Add UPSNet's keys to ``cfg``, in place."""
     upsnet = cfg.MODEL.UPSNET = CfgNode()
@@ -42,7 +46,7 @@ def add_upsnet_config(cfg: CfgNode) -> None:
     loss = upsnet.LOSS = CfgNode()
     # Cross entropy of the semantic head (Cityscapes: 1).
     loss.SEMANTIC_WEIGHT = 0.2
-    # The same inside ground-truth boxes; multiplies SEMANTIC_WEIGHT. 0: off (Cityscapes).
+    # The same inside annotated boxes; multiplies SEMANTIC_WEIGHT. 0: off (Cityscapes).
     loss.SEMANTIC_ROI_WEIGHT = 0.2
     # Cross entropy of the panoptic head (Cityscapes: 0.5).
     loss.PANOPTIC_WEIGHT = 0.1
@@ -54,11 +58,11 @@ def add_upsnet_config(cfg: CfgNode) -> None:
     # "head": the parameter-free panoptic head; "heuristic": Detectron2's merge of the same boxes,
     # masks and semantic map, with MODEL.PANOPTIC_FPN.COMBINE.
     test.PANOPTIC = "head"
-    # Least score of an instance that enters the panoptic head.
+    # Least score of a candidate of the panoptic head.
     test.SCORE_THRESH = 0.6
     # IoU of the class-agnostic NMS among them.
     test.NMS_THRESH = 0.5
-    # At most so many instances enter.
+    # At most so many candidates.
     test.MAX_INSTANCES = 100
     # An instance is dropped if more than this share of its mask is covered by better ones of its class.
     test.OVERLAP_FRACTION = 0.3
@@ -68,7 +72,8 @@ def add_upsnet_config(cfg: CfgNode) -> None:
     test.STUFF_AREA_LIMIT = 4096
 
     aug = upsnet.TEST.AUG = CfgNode()
-    # Test-time augmentation of the semantic logits, boxes and masks; see tta.py.
+    # Test-time augmentation of the semantic logits, boxes and masks; see tta.py. d2ext's tools wrap the
+    # model for it; with a plain DefaultPredictor: `predictor.model = build_tta(cfg, predictor.model)`.
     aug.ENABLED = False
     # Short sides in pixels, in place of the image's as it comes (INPUT.MIN_SIZE_TEST); empty: as it
     # comes. The published code has no multi-scale testing.

@@ -1,4 +1,4 @@
-"""UPSNet's semantic head (arXiv 1901.03784, section 3.2).
+"""UPSNet's semantic head (arXiv 1901.03784, section 3.2), and what the whole network predicts.
 
 Shapes: B images, K semantic classes (stuff first, then things), h×w cells of stride 4, C channels.
 """
@@ -19,13 +19,24 @@ from torch.nn import functional as F
 from d2ext.layers.deform_conv import DeformConv
 
 
-class SemanticPrediction(NamedTuple):
+class SemanticPredictions(NamedTuple):
     """What the semantic head says of a batch."""
 
     features: Tensor
     """(B, L·C, h, w): the levels' features, one after the other."""
     score: Tensor
     """(B, K, h, w) logits."""
+
+
+class UPSNetPredictions(NamedTuple):
+    """What the network says of a batch, before it looks into regions."""
+
+    features: dict[str, Tensor]
+    """The pyramid."""
+    logits: list[Tensor]
+    deltas: list[Tensor]
+    """See :meth:`UPSNetRPN.predict`."""
+    semantic: SemanticPredictions
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
@@ -91,12 +102,12 @@ class UPSNetSemanticHead(nn.Module):
             feature = F.relu(layer(feature))
         return feature
 
-    def forward(self, pyramid: dict[str, Tensor]) -> SemanticPrediction:
-        """Pyramid, name → (B, C, h/2^i, w/2^i) → :class:`SemanticPrediction`."""
+    def forward(self, pyramid: dict[str, Tensor]) -> SemanticPredictions:
+        """Pyramid, name → (B, C, h/2^i, w/2^i) → :class:`SemanticPredictions`."""
         levels = [self.level_features(pyramid[name]) for name in self.in_features]
         levels = [levels[0]] + [
             F.interpolate(level, scale_factor=2.0**i, mode="bilinear", align_corners=False)
             for i, level in enumerate(levels[1:], start=1)
         ]
         features = torch.cat(levels, dim=1)
-        return SemanticPrediction(features, self.score(features))
+        return SemanticPredictions(features, self.score(features))

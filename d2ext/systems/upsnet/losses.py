@@ -72,7 +72,7 @@ def semantic_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def semantic_roi_loss(logits: Tensor, labels: Tensor, counts: Sequence[int]) -> Tensor:
-    """Cross entropy inside ground-truth boxes, mean over all pixels, unlabelled ones counting as 0.
+    """Cross entropy inside annotated boxes, mean over all pixels, unlabelled ones counting as 0.
 
     Args:
         logits: (G, S + T, s, s).

@@ -24,7 +24,7 @@ two may differ by a column or row. **An instance's channel is 0, not minus infin
 box**: it can win where everything else is negative.
 
 :func:`panoptic_logits` is that definition, differentiable, for training at stride 4.
-:class:`PanopticHead` is the inference: masks are pruned, then the arg max is taken without writing Z
+:func:`predict_panoptic` is the inference: masks are pruned, then the arg max is taken without writing Z
 down (:mod:`d2ext.layers.panoptic_fusion`).
 
 Letters: H×W map, n instances, M = 28.
@@ -35,7 +35,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from d2ext.layers.panoptic_fusion import fuse_panoptic, paste_weights, prune_masks, whole_boxes
 
@@ -53,14 +53,9 @@ class PanopticLogits(NamedTuple):
     """(1, H, W), (5); None without unknown channel."""
 
     @property
-    def instances(self) -> Tensor:
-        """(n, H, W), (4)."""
-        return self.semantic + self.mask
-
-    @property
     def joined(self) -> Tensor:
         """Z: (S + n [+ 1], H, W)."""
-        parts = [self.stuff, self.instances]
+        parts = [self.stuff, self.semantic + self.mask]  # (4)
         return torch.cat(parts if self.unknown is None else [*parts, self.unknown])
 
 
@@ -106,84 +101,60 @@ def panoptic_logits(
 
 
 class PanopticPrediction(NamedTuple):
-    """What :class:`PanopticHead` says of an image, at the size of the network input."""
+    """The panoptic map of an image, at the size of the network input."""
 
     labels: Tensor
     """(H, W) int32: stuff 0..S-1, instance S + its index, S + number of instances: unknown."""
     semantic: Tensor
     """(H, W) int32 arg max of the semantic logits, 0..S+T-1."""
-    kept: Tensor
+    keep: Tensor
     """(n',) int64: which candidates became instances, in channel order."""
-    masks: Tensor
-    """(n', M, M): their mask logits; zero where the one candidate that stands in for none is."""
+    classes: Tensor
+    """(n',) int64 of the instances; -1 for one that stands in for no candidate."""
+    scores: Tensor
+    """(n',)."""
 
 
-class PanopticHead(nn.Module):
-    """The panoptic head at inference. It has no parameters."""
+@torch.no_grad()
+def predict_panoptic(
+    score: Tensor,
+    boxes: Tensor,
+    classes: Tensor,
+    scores: Tensor,
+    masks: Tensor,
+    size: tuple[int, int],
+    *,
+    num_stuff: int,
+    overlap_fraction: float = 0.3,
+    unknown: bool = True,
+) -> PanopticPrediction:
+    """Prune the candidates' masks and take the arg max of Z.
 
-    def __init__(
-        self, *, num_stuff: int, overlap_fraction: float = 0.3, unknown: bool = True
-    ) -> None:
-        """Args:
+    Args:
+        score: (S + T, h, w) semantic logits; interpolated to the map's size (bilinear).
+        boxes: (n, 4) inclusive, in pixels of the map.
+        classes: (n,) int64 in 0..T-1.
+        scores: (n,).
+        masks: (n, M, M) logits of the instance's class.
+        size: (H, W) of the map, that of the padded network input.
         num_stuff: S.
         overlap_fraction: see :func:`d2ext.layers.panoptic_fusion.prune_masks`.
         unknown: whether there is the channel (5).
-        """
-        super().__init__()
-        self.num_stuff = num_stuff
-        self.overlap_fraction = overlap_fraction
-        self.unknown = unknown
-
-    @torch.no_grad()
-    def forward(
-        self,
-        score: Tensor,
-        boxes: Tensor,
-        classes: Tensor,
-        scores: Tensor,
-        masks: Tensor,
-        size: tuple[int, int],
-    ) -> PanopticPrediction:
-        """Prune the candidates' masks and take the arg max of Z.
-
-        Args:
-            score: (S + T, h, w) semantic logits; interpolated to the map's size (bilinear).
-            boxes: (n, 4) inclusive, in pixels of the map.
-            classes: (n,) int64 in 0..T-1.
-            scores: (n,).
-            masks: (n, M, M) logits of the instance's class.
-            size: (H, W) of the map, that of the padded network input.
-        """
-        if len(boxes) == 0:
-            boxes, classes, scores, masks = _nothing(score, masks.shape[-1])
-        kept = prune_masks(masks, boxes, classes, scores, size, self.overlap_fraction)
-        masks = masks[kept]
-        if len(kept) == 0:
-            # Published: the first candidate, without its mask.
-            kept = kept.new_zeros(1)
-            masks = boxes.new_zeros((1, *masks.shape[1:]))
-        labels, semantic = fuse_panoptic(
-            score,
-            boxes[kept],
-            classes[kept],
-            masks,
-            size,
-            num_stuff=self.num_stuff,
-            unknown=self.unknown,
-        )
-        return PanopticPrediction(labels, semantic, kept, masks)
-
-
-def _nothing(score: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What stands in for no candidate: a channel that is 0 everywhere, class -1.
-
-    Published, where a dummy box of zeros with class 0 (background) takes its place; where it wins, that
-    class reads as the last stuff class.
     """
-    box = score.new_zeros((1, 4), dtype=torch.float32)
-    return (
-        box,
-        box.new_full((1,), -1, dtype=torch.int64),
-        box.new_ones(1),
-        box.new_full((1, side, side), -1.0),
+    if len(boxes) == 0:
+        # Published: a dummy box of class 0 (background) stands in, which is a channel of zeros; where
+        # it wins, that class reads as the last stuff class.
+        boxes = score.new_zeros((1, 4), dtype=torch.float32)
+        classes, scores = classes.new_full((1,), -1), boxes.new_ones(1)
+        masks = boxes.new_full((1, *masks.shape[1:]), -1.0)
+    keep = prune_masks(masks, boxes, classes, scores, size, overlap_fraction)
+    masks = masks[keep]
+    if len(keep) == 0:
+        # Published: the first candidate, without its mask.
+        keep = keep.new_zeros(1)
+        masks = boxes.new_zeros((1, *masks.shape[1:]))
+    classes = classes[keep]
+    labels, semantic = fuse_panoptic(
+        score, boxes[keep], classes, masks, size, num_stuff=num_stuff, unknown=unknown
     )
+    return PanopticPrediction(labels, semantic, keep, classes, scores[keep])

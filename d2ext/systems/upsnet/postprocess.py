@@ -1,10 +1,11 @@
-"""From UPSNet's raw predictions to detections, candidates of the panoptic head and segments.
+"""From UPSNet's predictions to Detectron2's results, at the size of the output.
 
-Fields of the resulting ``Instances``: ``pred_boxes``, ``scores``, ``pred_classes``, ``pred_masks``.
 Boxes have their end behind the last pixel, as Detectron2's evaluators and the COCO format count (the
-published x2, y2 are one less).
+published x2, y2 are one less). Detections and the panoptic head's candidates are ``Instances`` of the
+unpadded network input with ``pred_boxes``, ``scores``, ``pred_classes`` and ``mask_logits`` (n, M, M).
 
-Letters: R regions, T thing classes, S stuff classes, n instances, h×w output.
+Letters: R regions, T thing classes, S stuff classes, n instances, h×w semantic score at stride 4, H×W
+output.
 """
 
 from __future__ import annotations
@@ -12,80 +13,72 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from detectron2.layers import paste_masks_in_image
+from detectron2.modeling.meta_arch.panoptic_fpn import combine_semantic_and_instance_outputs
+from detectron2.structures import Boxes, Instances
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision.ops import batched_nms, nms
 
-from d2ext.systems.upsnet.targets import IGNORE
+from d2ext.systems.upsnet.boxes import end_behind, inclusive
+from d2ext.systems.upsnet.panoptic_head import PanopticPrediction, predict_panoptic
 
-
-class Candidates(NamedTuple):
-    """Scored boxes of one image, best first."""
-
-    boxes: Tensor
-    """(n, 4)."""
-    classes: Tensor
-    """(n,) int64 in 0..T-1."""
-    scores: Tensor
-    """(n,) in 0..1."""
-
-
-class Detections(NamedTuple):
-    """One image's boxes, in pixels of the network input, with their mask logits."""
-
-    boxes: Candidates
-    masks: Tensor
-    """(n, M, M)."""
+CATEGORY_IDS = ("separated", "joint")
+# Of the semantic score.
+STRIDE = 4
 
 
 def select(
     boxes: Tensor,
     probabilities: Tensor,
+    image_size: tuple[int, int],
     *,
     score_threshold: float,
     nms_threshold: float,
     limit: int,
     across_classes: bool = False,
-) -> Candidates:
-    """Boxes above a score, after non-maximum suppression.
+) -> Instances:
+    """Boxes above a score, after non-maximum suppression, best first.
 
     Args:
         boxes: (R, T, 4), a box for each class.
         probabilities: (R, T).
+        image_size: (height, width) of the network input without padding.
         score_threshold: lower and equal scores are left out.
         nms_threshold: IoU above which the worse box is suppressed.
         limit: the best so many; more only if they score the same as the last of these.
         across_classes: suppress boxes of other classes too (the panoptic head's candidates).
     """
     regions, classes = (probabilities > score_threshold).nonzero(as_tuple=True)
-    scores, own = probabilities[regions, classes], boxes[regions, classes]
+    scores, boxes = probabilities[regions, classes], boxes[regions, classes]
     if across_classes:
-        kept = nms(own, scores, nms_threshold)
+        keep = nms(boxes, scores, nms_threshold)
     else:
-        kept = batched_nms(own, scores, classes, nms_threshold)
-    if len(kept) > limit:
-        kept = kept[scores[kept] >= scores[kept[limit - 1]]]
-    return Candidates(own[kept], classes[kept], scores[kept])
+        keep = batched_nms(boxes, scores, classes, nms_threshold)
+    if len(keep) > limit:
+        keep = keep[scores[keep] >= scores[keep[limit - 1]]]
+    result = Instances(image_size)
+    result.pred_boxes = Boxes(boxes[keep])
+    result.pred_classes, result.scores = classes[keep], scores[keep]
+    return result
 
 
 def nearest(maps: Tensor, image_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Crop maps (..., H, W) to the unpadded image and resize them (nearest) to (h, w).
+    """Crop padded maps (..., h', w') to the image (h, w) and resize them (nearest) to (H, W).
 
-    Output cell i is input cell floor(i · H / h).
+    Output cell i is input cell floor(i · h / H).
     """
     for dim, before, after in zip((-2, -1), image_size, size, strict=True):
-        if before == after:
-            maps = maps.narrow(dim, 0, before)
-        else:
-            index = torch.arange(after, device=maps.device) * before // after
-            maps = maps.index_select(dim, index)
+        index = torch.arange(after, device=maps.device) * before // after
+        maps = maps.index_select(dim, index)
     return maps
 
 
-class Cleaned(NamedTuple):
-    """A panoptic map after :func:`clean`."""
+class PanopticMap(NamedTuple):
+    """A panoptic map and the size of its parts."""
 
     labels: Tensor
-    """(h, w) int64: stuff 0..S-1, instances S..S+n-1, void -1."""
+    """(H, W) int64: stuff 0..S-1, instances S..S+n-1, void -1."""
     areas: Tensor
     """(S + n,) int64 pixels of each label."""
 
@@ -98,7 +91,7 @@ def clean(
     num_stuff: int,
     num_classes: int,
     stuff_area_limit: int,
-) -> Cleaned:
+) -> PanopticMap:
     """The published clean-up of a panoptic map, at the size of the output.
 
     An instance whose pixels the semantic map gives to another class in the majority becomes stuff if
@@ -107,8 +100,8 @@ def clean(
     reads as the last stuff class.
 
     Args:
-        labels: (h, w): stuff 0..S-1, instances S..S+n-1, unknown S+n.
-        semantic: (h, w) arg max of the semantic logits, 0..S+T-1.
+        labels: (H, W): stuff 0..S-1, instances S..S+n-1, unknown S+n.
+        semantic: (H, W) arg max of the semantic logits, 0..S+T-1.
         classes: (n,) of the instances, in 0..T-1; -1 for a stand-in.
         num_stuff: S.
         num_classes: S + T.
@@ -123,8 +116,8 @@ def clean(
     most, winner = votes.max(dim=1)  # of equal votes the lowest class wins
     to_stuff = (winner < num_stuff) & (2 * most >= votes.sum(dim=1))
     table = torch.arange(num_stuff + count + 1, device=labels.device)
-    kept = torch.where(classes < 0, num_stuff - 1, table[num_stuff : num_stuff + count])
-    table[num_stuff : num_stuff + count] = torch.where(to_stuff, winner, kept)
+    unchanged = torch.where(classes < 0, num_stuff - 1, table[num_stuff : num_stuff + count])
+    table[num_stuff : num_stuff + count] = torch.where(to_stuff, winner, unchanged)
     table[-1] = -1
     # Areas follow from the counts, without another look at the map.
     before = torch.bincount(labels.flatten(), minlength=num_stuff + count + 1)
@@ -134,70 +127,173 @@ def clean(
     lost = torch.zeros_like(table, dtype=torch.bool)
     lost[:-1] = (table[:-1] < num_stuff) & small[table[:-1].clamp(max=num_stuff - 1)]
     areas[:num_stuff][small] = 0
-    return Cleaned(table.masked_fill(lost, -1)[labels], areas[:-1])
+    return PanopticMap(table.masked_fill(lost, -1)[labels], areas[:-1])
 
 
 def segments(
-    cleaned: Cleaned,
-    classes: Tensor,
-    scores: Tensor,
-    *,
-    num_stuff: int,
-    category_ids: str,
+    panoptic: PanopticMap, classes: Tensor, scores: Tensor, *, num_stuff: int, category_ids: str
 ) -> tuple[Tensor, list[dict[str, Any]]]:
     """Detectron2's ``panoptic_seg``.
 
     Args:
-        cleaned: see :func:`clean`.
+        panoptic: a map of n instances.
         classes, scores: (n,) of the instances.
         num_stuff: S.
         category_ids: "separated" (things 0..T-1, stuff 1..S) or "joint" (stuff 0..S-1, things S..).
 
     Returns:
-        (h, w) int32 map of segment ids, 0 void; and for each segment ``id`` (from 1), ``category_id``,
+        (H, W) int32 map of segment ids, 0 void; and for each segment ``id`` (from 1), ``category_id``,
         ``isthing``, ``score`` (of the detection; 1 for stuff), ``area`` in pixels.
     """
-    separated = category_ids == "separated"
-    areas, kinds, confidences = cleaned.areas.tolist(), classes.tolist(), scores.tolist()
+    joint = category_ids == "joint"
+    areas = panoptic.areas.tolist()
+    categories = [*range(1 - joint, num_stuff + 1 - joint)]
+    categories += (classes + num_stuff * joint).tolist()
+    confidences = [1.0] * num_stuff + scores.tolist()
     ids = torch.zeros(len(areas) + 1, dtype=torch.int32)  # the last: void
     infos: list[dict[str, Any]] = []
     # Things first, as Detectron2's own merge.
     for label in [*range(num_stuff, len(areas)), *range(num_stuff)]:
         if areas[label] == 0:
             continue
-        thing = label >= num_stuff
-        if thing:
-            kind = kinds[label - num_stuff]
-            category = kind if separated else kind + num_stuff
-        else:
-            category = label + 1 if separated else label
         ids[label] = len(infos) + 1
         infos.append(
             {
                 "id": len(infos) + 1,
-                "category_id": category,
-                "isthing": thing,
-                "score": confidences[label - num_stuff] if thing else 1.0,
+                "category_id": categories[label],
+                "isthing": label >= num_stuff,
+                "score": confidences[label],
                 "area": areas[label],
             }
         )
-    return ids.to(cleaned.labels.device)[cleaned.labels], infos
+    return ids.to(panoptic.labels.device)[panoptic.labels], infos
 
 
-def two_channels(
-    labels: Tensor, cleaned: Cleaned, classes: Tensor, *, num_stuff: int
-) -> tuple[Tensor, Tensor]:
-    """The published result's form: a map of semantic ids and a map of instance numbers.
+class UPSNetPostprocessor:
+    """Makes ``instances``, ``sem_seg`` and ``panoptic_seg``.
 
-    Returns:
-        (h, w) ids, stuff 0..S-1, things S.., IGNORE void; (h, w) numbers: 0 for stuff and void, else
-        1 + the rank of the instance among those present before the clean-up.
+    Args:
+        num_stuff, num_things: S, T.
+        overlap_fraction, unknown: see :func:`predict_panoptic`.
+        category_ids: "separated" or "joint", see :func:`segments`.
+        stuff_area_limit: see :func:`clean`.
+        heuristic: instead of the panoptic head, merge the other heads' results with these thresholds
+            of Detectron2's ``combine_semantic_and_instance_outputs``.
     """
-    count = len(classes)
-    present = torch.bincount(labels.flatten().long(), minlength=num_stuff + count + 1)
-    rank = torch.cumsum(present[num_stuff : num_stuff + count] > 0, dim=0)
-    # The last entries serve void, -1.
-    kinds = torch.cat([torch.arange(num_stuff, device=labels.device), classes + num_stuff])
-    kinds = torch.cat([kinds, kinds.new_full((1,), IGNORE)])
-    numbers = torch.cat([rank.new_zeros(num_stuff), rank, rank.new_zeros(1)])
-    return kinds[cleaned.labels], numbers[cleaned.labels]
+
+    def __init__(
+        self,
+        *,
+        num_stuff: int,
+        num_things: int,
+        overlap_fraction: float = 0.3,
+        unknown: bool = True,
+        category_ids: str = "separated",
+        stuff_area_limit: int = 4096,
+        heuristic: dict[str, float] | None = None,
+    ) -> None:
+        if category_ids not in CATEGORY_IDS:
+            raise ValueError(
+                f'MODEL.UPSNET.CATEGORY_IDS is one of {CATEGORY_IDS}, not "{category_ids}".'
+            )
+        self.num_stuff = num_stuff
+        self.num_classes = num_stuff + num_things
+        self.overlap_fraction = overlap_fraction
+        self.unknown = unknown
+        self.category_ids = category_ids
+        self.stuff_area_limit = stuff_area_limit
+        self.heuristic = heuristic
+
+    def __call__(
+        self, score: Tensor, detections: Instances, candidates: Instances, size: tuple[int, int]
+    ) -> dict[str, Any]:
+        """One image's semantic score (S + T, h, w) of the padded input, detections and candidates of
+        the panoptic head → its results at ``size`` (height, width)."""
+        instances = self.instances(detections, size)
+        semantic = self.semantic_map(score, detections.image_size, size)
+        if self.heuristic is None:
+            prediction = self.fuse(score, candidates)
+            panoptic = self.segments(prediction, candidates.image_size, size)
+        else:
+            panoptic = self.merge(instances, semantic, self.heuristic)
+        return {"instances": instances, "sem_seg": semantic, "panoptic_seg": panoptic}
+
+    def fuse(self, score: Tensor, candidates: Instances) -> PanopticPrediction:
+        """The panoptic head on one image's semantic score (S + T, h, w) and candidates."""
+        return predict_panoptic(
+            score.float(),
+            inclusive(candidates.pred_boxes.tensor),
+            candidates.pred_classes,
+            candidates.scores,
+            candidates.mask_logits,
+            (STRIDE * score.shape[1], STRIDE * score.shape[2]),
+            num_stuff=self.num_stuff,
+            overlap_fraction=self.overlap_fraction,
+            unknown=self.unknown,
+        )
+
+    def segments(
+        self, prediction: PanopticPrediction, image_size: tuple[int, int], size: tuple[int, int]
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        """The panoptic map of an image of ``image_size`` → ``panoptic_seg`` at the output's size."""
+        panoptic = clean(
+            nearest(prediction.labels, image_size, size),
+            nearest(prediction.semantic, image_size, size),
+            prediction.classes,
+            num_stuff=self.num_stuff,
+            num_classes=self.num_classes,
+            stuff_area_limit=self.stuff_area_limit,
+        )
+        return segments(
+            panoptic,
+            prediction.classes,
+            prediction.scores,
+            num_stuff=self.num_stuff,
+            category_ids=self.category_ids,
+        )
+
+    def instances(self, detections: Instances, size: tuple[int, int]) -> Instances:
+        """Detections of one image at the size of the output: ``pred_boxes``, ``scores``,
+        ``pred_classes``, ``pred_masks``."""
+        scales = [after / before for after, before in zip(size, detections.image_size, strict=True)]
+        boxes = detections.pred_boxes.tensor
+        boxes = end_behind(inclusive(boxes) * boxes.new_tensor([*scales[::-1]] * 2))
+        boxes = torch.minimum(boxes, boxes.new_tensor([*size[::-1]] * 2))
+        result = Instances(size)
+        result.pred_boxes = Boxes(boxes)
+        result.scores = detections.scores
+        result.pred_classes = detections.pred_classes
+        result.pred_masks = paste_masks_in_image(
+            detections.mask_logits.sigmoid(), result.pred_boxes, size, threshold=0.5
+        ).to(torch.bool)
+        return result
+
+    def semantic_map(
+        self, score: Tensor, image_size: tuple[int, int], size: tuple[int, int]
+    ) -> Tensor:
+        """(S + T, h, w) score of the padded image → ``sem_seg`` logits at the size of the output."""
+        factors = (STRIDE * size[0] / image_size[0], STRIDE * size[1] / image_size[1])
+        # A cell more at either end, so that rounding of the factors leaves no line out; the
+        # interpolation repeats the border there as well.
+        cells = F.pad(score[None].float(), (0, 1, 0, 1), mode="replicate")
+        logits = F.interpolate(cells, scale_factor=factors, mode="bilinear", align_corners=False)
+        logits = logits[0, :, : size[0], : size[1]]
+        if self.category_ids == "joint":
+            return logits
+        things = logits[self.num_stuff :].amax(dim=0, keepdim=True)
+        return torch.cat([things, logits[: self.num_stuff]])
+
+    def merge(
+        self, instances: Instances, semantic: Tensor, thresholds: dict[str, float]
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        """``panoptic_seg`` by Detectron2's heuristic, from ``instances`` and ``sem_seg``."""
+        labels = semantic.argmax(dim=0)
+        joint = self.category_ids == "joint"
+        if joint:
+            labels = torch.where(labels < self.num_stuff, labels + 1, 0)
+        panoptic, infos = combine_semantic_and_instance_outputs(instances, labels, **thresholds)
+        for info in infos:
+            info.setdefault("score", 1.0)
+            if joint:
+                info["category_id"] += self.num_stuff if info["isthing"] else -1
+        return panoptic, infos

@@ -2,7 +2,7 @@
 
 Boxes are in "end behind" form (``boxes.py``), pixels of the network input. While training, the
 published code matches regions and codes their targets at the scale of the original image, so that the
-pixel which a box counts more is one of that image: ``Targets.pixel`` pixels of the network input.
+pixel which a box counts more is one of that image: ``UPSNetTargets.pixel`` pixels of the network input.
 
 Letters: N images, R regions, T thing classes, M side of a mask's logits (28).
 """
@@ -10,7 +10,7 @@ Letters: N images, R regions, T thing classes, M side of a mask's logits (28).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -23,18 +23,7 @@ from torch import Tensor
 
 from d2ext.systems.upsnet.boxes import PyramidRoIAlign, clip, end_behind, inclusive
 from d2ext.systems.upsnet.rpn import match
-from d2ext.systems.upsnet.targets import Targets
-
-
-class Regions(NamedTuple):
-    """Regions of one image to train on."""
-
-    boxes: Tensor
-    """(R, 4)."""
-    classes: Tensor
-    """(R,) int64, T for background."""
-    deltas: Tensor
-    """(R, 4) regression targets towards the matched object; meaningless for background."""
+from d2ext.systems.upsnet.targets import UPSNetTargets
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -81,73 +70,72 @@ class UPSNetROIHeads(StandardROIHeads):
     # Targets
 
     @torch.no_grad()
-    def sample(self, proposals: Instances, truth: Targets) -> Regions:
-        """Choose regions among proposals and objects, label them and code their targets.
+    def sample(self, proposals: Instances, targets: UPSNetTargets) -> Instances:
+        """Draw regions to train on from proposals and objects: ``proposal_boxes``, ``gt_classes`` (T for
+        background), ``gt_deltas`` (R, 4) towards the matched object, meaningless for background.
 
         Proposals are matched against crowds too and may become positives of a crowd's class; the
         crowds' own boxes are never regions.
         """
-        pixel = truth.pixel
-        own = inclusive(truth.instances.gt_boxes.tensor, pixel)
-        boxes = torch.cat([own, inclusive(proposals.proposal_boxes.tensor)])
+        pixel = targets.pixel
+        boxes = torch.cat(
+            [
+                inclusive(targets.instances.gt_boxes.tensor, pixel),
+                inclusive(proposals.proposal_boxes.tensor),
+            ]
+        )
         # Where the image was made smaller, a proposal of less than a pixel may have no width at all in
         # the image's own pixels.
         measured = end_behind(boxes, pixel)
         wide = (measured[:, 2:] > measured[:, :2]).all(dim=1)
         boxes, measured = boxes[wide], measured[wide]
-        objects = Boxes(torch.cat([truth.instances.gt_boxes.tensor, truth.crowd_boxes]))
-        kinds = torch.cat([truth.instances.gt_classes, truth.crowd_classes])
-        iou, best = match(objects, Boxes(measured))
+        objects = torch.cat([targets.instances.gt_boxes.tensor, targets.crowd_boxes])
+        object_classes = torch.cat([targets.instances.gt_classes, targets.crowd_classes])
+        iou, best = match(Boxes(objects), Boxes(measured))
         _, matched = self.proposal_matcher(iou)
         classes = torch.full_like(best, self.num_classes)
-        if len(kinds) > 0:
-            classes = torch.where(matched == 1, kinds[best], classes)
+        if len(objects) > 0:
+            classes = torch.where(matched == 1, object_classes[best], classes)
             classes = torch.where(matched == -1, -1, classes)
-        chosen = torch.cat(
+        selected = torch.cat(
             subsample_labels(
                 classes, self.batch_size_per_image, self.positive_fraction, self.num_classes
             )
         )
-        boxes = boxes[chosen]
-        return Regions(
-            end_behind(boxes),
-            classes[chosen],
-            self.code(boxes, objects.tensor[best[chosen]] if len(kinds) > 0 else None, pixel),
-        )
-
-    def code(self, boxes: Tensor, objects: Tensor | None, pixel: float) -> Tensor:
-        """Regression targets (R, 4) of inclusive boxes; zeros where there are no objects."""
-        if objects is None:
-            return torch.zeros_like(boxes)
-        return self.box_predictor.box2box_transform.get_deltas(end_behind(boxes, pixel), objects)
+        measured = measured[selected]
+        deltas = torch.zeros_like(measured)
+        if len(objects) > 0:
+            transform = self.box_predictor.box2box_transform
+            deltas = transform.get_deltas(measured, objects[best[selected]])
+        regions = Instances(proposals.image_size, gt_classes=classes[selected], gt_deltas=deltas)
+        regions.proposal_boxes = Boxes(end_behind(boxes[selected]))
+        return regions
 
     @torch.no_grad()
-    def mask_targets(self, boxes: Tensor, truth: Targets, size: int) -> Tensor:
+    def mask_targets(self, boxes: Tensor, targets: UPSNetTargets, size: int) -> Tensor:
         """What the mask head should say of positive regions.
 
         The mask is that of the object (not of a crowd) whose mask's extent overlaps the region
         most, drawn within the inclusive region.
 
         Args:
-            boxes: (R, 4) positive regions; nothing else is asked of ``truth`` than ``gt_masks``.
+            boxes: (R, 4) positive regions; nothing else is asked of ``targets`` than ``gt_masks``.
             size: M.
 
         Returns:
             (R, M, M) float32; zeros without objects (the regions are positives of a crowd then).
         """
-        regions = inclusive(boxes)
-        if len(truth.instances) == 0 or len(boxes) == 0:
+        if len(targets.instances) == 0 or len(boxes) == 0:
             return boxes.new_zeros((len(boxes), size, size))
-        masks: PolygonMasks | BitMasks = truth.instances.gt_masks
+        masks: PolygonMasks | BitMasks = targets.instances.gt_masks
         extents = masks.get_bounding_boxes().tensor.to(boxes.device).float()
-        pixel = truth.pixel
+        regions, pixel = inclusive(boxes), targets.pixel
         if isinstance(masks, PolygonMasks):
             extents = end_behind(extents, pixel)
         iou = pairwise_iou(Boxes(end_behind(regions, pixel)), Boxes(extents))
         nearest = iou.nan_to_num(0.0).argmax(dim=1)
-        regions = torch.cat(
-            [regions[:, :2], torch.maximum(regions[:, 2:], regions[:, :2] + pixel)], dim=1
-        )
+        low = regions[:, :2]
+        regions = torch.cat([low, torch.maximum(regions[:, 2:], low + pixel)], dim=1)
         return masks[nearest].crop_and_resize(regions, size).to(boxes.device).float()
 
 

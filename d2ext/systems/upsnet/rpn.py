@@ -12,12 +12,13 @@ from collections.abc import Sequence
 import torch
 from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY
 from detectron2.modeling.proposal_generator import RPN
-from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
+from detectron2.modeling.proposal_generator.proposal_utils import find_top_rpn_proposals
+from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import batched_nms
 
 from d2ext.systems.upsnet.boxes import clip
+from d2ext.systems.upsnet.head import UPSNetPredictions
 
 # Of a box's regression loss (published: sigma 3, that is 1 / 3²).
 SMOOTH_L1_BETA = 1.0 / 9.0
@@ -35,46 +36,32 @@ class UPSNetRPN(RPN):
     - proposals keep at least one pixel inside the image when they are clipped.
     """
 
-    def forward(
-        self,
-        images: ImageList,
-        features: dict[str, Tensor],
-        gt_instances: list[Instances] | None = None,
-    ) -> tuple[list[Instances], dict[str, Tensor]]:
-        """As the base class: proposals (``proposal_boxes``, ``objectness_logits``), and losses when
-        training."""
-        maps = [features[name] for name in self.in_features]
-        logits, deltas = self.predict(maps)
-        return self.propose(
-            images.image_sizes, self.anchor_generator(maps), logits, deltas, gt_instances
-        )
+    def predict(self, features: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Maps (N, C, h, w) of L levels → logits L × (N, h·w·a), deltas L × (N, h·w·a, 4).
 
-    def predict(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """L maps (N, C, h, w) → logits L × (N, h·w·a), deltas L × (N, h·w·a, 4)."""
-        logits, deltas = self.rpn_head(list(maps))
+        In float32, whatever the network runs in: coordinates need it.
+        """
+        logits, deltas = self.rpn_head([features[name] for name in self.in_features])
         return (
-            [x.permute(0, 2, 3, 1).flatten(1) for x in logits],
-            [x.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in deltas],
+            [x.permute(0, 2, 3, 1).flatten(1).float() for x in logits],
+            [x.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3).float() for x in deltas],
         )
 
     def propose(
         self,
+        predictions: UPSNetPredictions,
         image_sizes: Sequence[tuple[int, int]],
-        anchors: Sequence[Boxes],
-        logits: list[Tensor],
-        deltas: list[Tensor],
-        gt_instances: list[Instances] | None,
+        gt_instances: list[Instances] | None = None,
     ) -> tuple[list[Instances], dict[str, Tensor]]:
-        """Proposals and, when training, losses from what :meth:`predict` returns."""
-        # Coordinates need float32, whatever the network ran in.
-        logits = [x.float() for x in logits]
-        deltas = [x.float() for x in deltas]
+        """Proposals (``proposal_boxes``, ``objectness_logits``) of each image, and with
+        ``gt_instances`` the losses."""
+        logits, deltas = predictions.logits, predictions.deltas
+        anchors = self.anchor_generator([predictions.features[name] for name in self.in_features])
         losses = {}
-        if self.training:
-            assert gt_instances is not None, "UPSNetRPN needs gt_instances in training"
-            labels, boxes = self.label_and_sample_anchors(list(anchors), gt_instances)
-            losses = self.losses(list(anchors), logits, labels, deltas, boxes)
-        return self.predict_proposals(list(anchors), logits, deltas, list(image_sizes)), losses
+        if gt_instances is not None:
+            labels, boxes = self.label_and_sample_anchors(anchors, gt_instances)
+            losses = self.losses(anchors, logits, labels, deltas, boxes)
+        return self.predict_proposals(anchors, logits, deltas, list(image_sizes)), losses
 
     @torch.no_grad()
     def label_and_sample_anchors(
@@ -83,16 +70,16 @@ class UPSNetRPN(RPN):
         """Labels (A,) in {1 positive, 0 negative, -1 not trained on} and matched boxes (A, 4)."""
         every = Boxes.cat(anchors).tensor
         labels, matched = [], []
-        for truth in gt_instances:
-            height, width = truth.image_size
+        for targets in gt_instances:
+            height, width = targets.image_size
             inside = (every[:, :2] >= 0).all(1) & (every[:, 2] <= width) & (every[:, 3] <= height)
             inside = inside.nonzero()[:, 0]
             label = every.new_full((len(every),), -1, dtype=torch.int64)
             boxes = torch.zeros_like(every)
-            iou, best = match(truth.gt_boxes, Boxes(every[inside]))
+            iou, best = match(targets.gt_boxes, Boxes(every[inside]))
             label[inside] = self._sample(iou)
-            if len(truth) > 0:
-                boxes[inside] = truth.gt_boxes.tensor.to(every.dtype)[best]
+            if len(targets) > 0:
+                boxes[inside] = targets.gt_boxes.tensor.to(every.dtype)[best]
             labels.append(label)
             matched.append(boxes)
         return labels, matched
@@ -111,11 +98,11 @@ class UPSNetRPN(RPN):
         positives = (label == 1).nonzero()[:, 0]
         surplus = len(positives) - int(self.positive_fraction * self.batch_size_per_image)
         if surplus > 0:
-            label[positives[_choose(len(positives), surplus, label)]] = -1
+            label[positives[_permutation(positives)[:surplus]]] = -1
         wanted = self.batch_size_per_image - int((label == 1).sum())
         candidates = (highest < negative_iou).nonzero()[:, 0]
         if len(candidates) > wanted:
-            label[candidates[_choose(len(candidates), wanted, label)]] = 0
+            label[candidates[_permutation(candidates)[:wanted]]] = 0
         return label
 
     def losses(
@@ -159,63 +146,30 @@ class UPSNetRPN(RPN):
         pred_anchor_deltas: list[Tensor],
         image_sizes: list[tuple[int, int]],
     ) -> list[Instances]:
-        """The best ``pre_nms_topk`` of each level, NMS within it, the best ``post_nms_topk`` of all.
-
-        Raises:
-            FloatingPointError: predictions are not finite while training.
-        """
-        limit, keep_most = self.pre_nms_topk[self.training], self.post_nms_topk[self.training]
-        scores, boxes, levels = [], [], []
-        for level, (own, logits, deltas) in enumerate(
-            zip(anchors, pred_objectness_logits, pred_anchor_deltas, strict=True)
-        ):
-            best, order = logits.topk(min(limit, logits.shape[1]), dim=1)
-            chosen = deltas.gather(1, order[..., None].expand(-1, -1, 4))
-            decoded = self.box2box_transform.apply_deltas(
-                chosen.flatten(0, 1), own.tensor[order.flatten()]
-            )
-            scores.append(best)
-            boxes.append(decoded.unflatten(0, order.shape))
-            levels.append(order.new_full((order.shape[1],), level))
-        all_scores, all_boxes, level_of = (
-            torch.cat(scores, 1),
-            torch.cat(boxes, 1),
-            torch.cat(levels),
+        """As the base class; proposals keep at least one pixel inside the image."""
+        boxes = [
+            torch.stack([clip(x, *size) for x, size in zip(level, image_sizes, strict=True)])
+            for level in self._decode_proposals(anchors, pred_anchor_deltas)
+        ]
+        return find_top_rpn_proposals(
+            boxes,
+            pred_objectness_logits,
+            image_sizes,
+            self.nms_thresh,
+            self.pre_nms_topk[self.training],
+            self.post_nms_topk[self.training],
+            self.min_box_size,
+            self.training,
         )
-        finite = bool(torch.isfinite(all_scores).all() & torch.isfinite(all_boxes).all())
-        if self.training and not finite:
-            raise FloatingPointError("The RPN's predictions are not finite: training has diverged.")
-        results = []
-        for own_scores, own_boxes, (height, width) in zip(
-            all_scores, all_boxes, image_sizes, strict=True
-        ):
-            own_levels = level_of
-            if not finite:
-                valid = torch.isfinite(own_scores) & torch.isfinite(own_boxes).all(dim=1)
-                own_scores, own_boxes = own_scores[valid], own_boxes[valid]
-                own_levels = own_levels[valid]
-            clipped = clip(own_boxes, height, width)
-            sides = clipped[:, 2:] - clipped[:, :2]
-            if self.min_box_size > 1:  # every clipped box is a pixel wide
-                valid = (sides >= self.min_box_size).all(dim=1)
-                clipped, own_scores = clipped[valid], own_scores[valid]
-                own_levels = own_levels[valid]
-            kept = batched_nms(clipped, own_scores, own_levels, self.nms_thresh)[:keep_most]
-            result = Instances((height, width))
-            result.proposal_boxes = Boxes(clipped[kept])
-            result.objectness_logits = own_scores[kept]
-            results.append(result)
-        return results
 
 
-def match(truth: Boxes, boxes: Boxes) -> tuple[Tensor, Tensor]:
+def match(objects: Boxes, boxes: Boxes) -> tuple[Tensor, Tensor]:
     """IoU (G, R), and each box's best object (R,) int64 (0 where there is no object)."""
-    iou = pairwise_iou(truth, boxes)
-    if len(truth) == 0:
+    iou = pairwise_iou(objects, boxes)
+    if len(objects) == 0:
         return iou, torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
     return iou, iou.argmax(dim=0)
 
 
-def _choose(count: int, wanted: int, like: Tensor) -> Tensor:
-    """``wanted`` different indices below ``count``, at random."""
-    return torch.randperm(count, device=like.device)[:wanted]
+def _permutation(indices: Tensor) -> Tensor:
+    return torch.randperm(len(indices), device=indices.device)

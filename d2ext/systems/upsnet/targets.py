@@ -1,4 +1,4 @@
-"""Ground truth of UPSNet in the form its losses take.
+"""Annotations → what UPSNet's losses compare predictions with.
 
 Label ids of semantic maps: stuff 0..S-1, things S..S+T-1 (class + S), :data:`IGNORE` for no label.
 
@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
 
+from d2ext.modeling.meta_arch import image_size, output_size
 from d2ext.systems.upsnet.boxes import end_behind, image_scale, inclusive
 
 # Label of pixels and anchors that are not trained on.
@@ -24,8 +25,8 @@ IGNORE = 255
 NO_TARGET = -1
 
 
-class Targets(NamedTuple):
-    """Ground truth of one image; coordinates in pixels of the network input."""
+class UPSNetTargets(NamedTuple):
+    """Targets of one image; coordinates in pixels of the network input."""
 
     instances: Instances
     """``gt_boxes``, ``gt_classes``, ``gt_masks`` of the objects, without crowds, none without area."""
@@ -49,8 +50,8 @@ class Targets(NamedTuple):
 
 def read_targets(
     inputs: dict[str, Any], *, num_stuff: int, with_things: bool, device: torch.device
-) -> Targets:
-    """Detectron2's training dict → :class:`Targets`.
+) -> UPSNetTargets:
+    """Detectron2's training dict → :class:`UPSNetTargets`.
 
     Args:
         inputs: ``image`` (3, H, W), ``instances`` (``gt_boxes``, ``gt_classes``, ``gt_masks``),
@@ -60,20 +61,15 @@ def read_targets(
             Detectron2's separated ones, see :func:`full_labels`.
 
     Raises:
-        KeyError: no ``instances`` or no ``sem_seg``.
+        KeyError: no ``sem_seg``.
         ValueError: objects without masks, or a label map of another size.
     """
-    for key, advice in (
-        ("instances", "is the mapper built with is_train=True, and has the data set annotations?"),
-        (
-            "sem_seg",
-            "UPSNet trains on panoptic data, for example coco_2017_train_panoptic_separated.",
-        ),
-    ):
-        if key not in inputs:
-            raise KeyError(f"UPSNet's training inputs need `{key}`: {advice}")
-    height, width = inputs["image"].shape[-2:]
-    size = (height, width)
+    if "sem_seg" not in inputs:
+        raise KeyError(
+            "UPSNet's training inputs need `sem_seg`: UPSNet trains on panoptic data, for example "
+            "coco_2017_train_panoptic_separated."
+        )
+    size = image_size(inputs)
     if tuple(inputs["sem_seg"].shape) != size:
         raise ValueError(
             f"`sem_seg` has shape {tuple(inputs['sem_seg'].shape)} and the image {size}: the label "
@@ -85,27 +81,26 @@ def read_targets(
             "UPSNet trains on masks and these instances have none: the annotations need "
             "`segmentation`, and MODEL.MASK_ON must be True so that the mapper keeps it."
         )
-    original = (inputs.get("height", height), inputs.get("width", width))
+    original = output_size(inputs)
     scale = image_scale(size, original)
     boxes = instances.gt_boxes.tensor
-    instances = instances[(boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])]
+    instances = instances[(boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])].to(device)
+    objects = Instances(size)
+    objects.gt_boxes = Boxes(instances.gt_boxes.tensor.float())
+    objects.gt_classes = instances.gt_classes
     masks = torch.zeros((0, *size), dtype=torch.bool, device=device)
     if len(instances) > 0:
+        objects.gt_masks = instances.gt_masks
         masks = object_masks(instances.gt_masks, size, original if scale else size).to(device)
-    kept = Instances(size)
-    kept.gt_boxes = Boxes(instances.gt_boxes.tensor.to(device).float())
-    kept.gt_classes = instances.gt_classes.to(device)
-    if len(instances) > 0:
-        kept.gt_masks = instances.gt_masks.to(device)
-    crowd_boxes, crowd_classes = boxes.new_zeros((0, 4)), kept.gt_classes.new_zeros(0)
+    crowd_boxes, crowd_classes = boxes.new_zeros((0, 4)), objects.gt_classes.new_zeros(0)
     if "crowd_instances" in inputs:
         crowd = inputs["crowd_instances"]
         crowd_boxes, crowd_classes = crowd.gt_boxes.tensor, crowd.gt_classes
     semantic = inputs["sem_seg"].to(device, torch.int64, non_blocking=True)
     if not with_things:
-        semantic = full_labels(semantic, masks, kept.gt_classes, num_stuff)
-    return Targets(
-        kept,
+        semantic = full_labels(semantic, masks, objects.gt_classes, num_stuff)
+    return UPSNetTargets(
+        objects,
         crowd_boxes.to(device).float(),
         crowd_classes.to(device),
         semantic,
@@ -196,7 +191,7 @@ def quarter(maps: Tensor, padded: tuple[int, int]) -> Tensor:
 
 
 def panoptic_target(semantic: Tensor, masks: Tensor, num_stuff: int, *, unknown: bool) -> Tensor:
-    """Channel of the panoptic logits that each cell should choose.
+    """Channel of the panoptic logits that should win in each cell.
 
     Args:
         semantic: (h, w) int64 labels.
@@ -206,7 +201,7 @@ def panoptic_target(semantic: Tensor, masks: Tensor, num_stuff: int, *, unknown:
         unknown: whether there is an unknown channel, S + n.
 
     Returns:
-        (h, w) int64: a kept instance's channel where its mask is set (of overlapping ones the last),
+        (h, w) int64: an instance's channel where its mask is set (of overlapping ones the last),
         labelled or not; elsewhere stuff as labelled, NO_TARGET without label, and the unknown channel,
         or NO_TARGET without one, for everything else. (Published: 255 for NO_TARGET, which an image
         of more than 255 - S instances would collide with.)

@@ -5,35 +5,37 @@ The network sees several views of the image. In the frame of the image as it cam
 
 - semantic logits are averaged;
 - the boxes of all views, with the probabilities that their view gave them, compete in one NMS;
-- the mask logits of a chosen box are averaged over the views, each of which is asked about it;
+- the mask logits of a selected box are averaged over the views, each of which is asked about it;
 
 and the panoptic head works on these once.
 
-Letters: K views, S stuff and T thing classes, R regions, M side of mask logits.
+Letters: S stuff and T thing classes, R regions, M side of mask logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from detectron2.config import CfgNode, configurable
+from detectron2.structures import Boxes, Instances
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d2ext.modeling.meta_arch import image_size, output_size
+from d2ext.modeling.tta import TTA_REGISTRY
 from d2ext.systems.upsnet.boxes import clip
-from d2ext.systems.upsnet.postprocess import Candidates, Detections
-
-if TYPE_CHECKING:
-    from d2ext.systems.upsnet.model import Raw, UPSNet
+from d2ext.systems.upsnet.head import UPSNetPredictions
+from d2ext.systems.upsnet.model import UPSNet
 
 
-class View(NamedTuple):
+class AugmentedView(NamedTuple):
     """A view of an image, and what the network says of it."""
 
     size: tuple[int, int]
     """(height, width) without padding."""
-    raw: Raw
+    predictions: UPSNetPredictions
     flipped: bool
 
     def to_view(self, boxes: Tensor, frame: tuple[int, int]) -> Tensor:
@@ -51,7 +53,7 @@ class View(NamedTuple):
 
         Bilinear; cells in the padding repeat the border.
         """
-        own = self.raw.semantic.score.float()
+        own = self.predictions.semantic.score.float()
         grid = []
         for axis, flip in ((1, self.flipped), (0, False)):
             cells = torch.arange(padded[axis] // stride, device=own.device, dtype=torch.float32)
@@ -64,59 +66,66 @@ class View(NamedTuple):
         return F.grid_sample(own, points, padding_mode="border", align_corners=False)[0]
 
 
-class TestTimeAugmentation:
-    """Predicts on an image's views.
+@TTA_REGISTRY.register()
+class UPSNetWithTTA(nn.Module):
+    """Predicts on an image's views; in place of the model that it wraps, in inference."""
 
-    Args:
+    @configurable
+    def __init__(
+        self, model: UPSNet, *, min_sizes: Sequence[int], max_size: int, flip: bool
+    ) -> None:
+        """Args:
+        model: predicts on each view.
         min_sizes: short sides in pixels; empty: the image's own.
         max_size: longest side in pixels.
         flip: each scale also mirrored.
-    """
-
-    __test__ = False  # no test, whatever pytest thinks of the name
-
-    def __init__(self, *, min_sizes: Sequence[int], max_size: int, flip: bool) -> None:
+        """
+        super().__init__()
         if any(size < 1 for size in (*min_sizes, max_size)):
             raise ValueError(
                 "MODEL.UPSNET.TEST.AUG.MIN_SIZES and MAX_SIZE are positive numbers of pixels, not "
                 f"{list(min_sizes)} and {max_size}."
             )
+        self.model = model
+        self.training = model.training
         self.min_sizes = list(min_sizes)
         self.max_size = max_size
         self.flip = flip
 
-    def __call__(
-        self, model: UPSNet, image: Tensor, padded: tuple[int, int]
-    ) -> tuple[Tensor, Detections, Detections]:
-        """Predict.
+    @staticmethod
+    def enabled(cfg: CfgNode) -> bool:
+        """Whether the config asks for it."""
+        return cfg.MODEL.UPSNET.TEST.AUG.ENABLED
 
-        Args:
-            model: in evaluation mode.
-            image: (3, H, W) in 0..255.
-            padded: size of the padded network input of the image as it came.
+    @classmethod
+    def from_config(cls, cfg: CfgNode, model: UPSNet) -> dict[str, Any]:
+        aug = cfg.MODEL.UPSNET.TEST.AUG
+        options = {key.lower(): value for key, value in aug.items() if key != "ENABLED"}
+        return {"model": model, **options}
 
-        Returns:
-            semantic score (S + T, h, w) of the padded image, detections, candidates.
-        """
-        frame = (image.shape[-2], image.shape[-1])
-        views = self.views(model, image)
+    @torch.no_grad()
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """As :class:`UPSNet` in inference."""
+        return [self.predict(inputs) for inputs in batched_inputs]
+
+    def predict(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """One image's results."""
+        model, frame = self.model, image_size(inputs)
+        views = self.views(inputs["image"])
+        padded = model.preprocess([inputs]).shape[-2:]
         stride = model.sem_seg_head.stride
         score = torch.stack([view.score(padded, frame, stride) for view in views]).mean(dim=0)
-        boxes, probabilities = [], []
-        for view in views:
-            decoded, own = model.regions(view.raw, [view.size])[0]
-            boxes.append(view.from_view(decoded, frame))
-            probabilities.append(own)
-        found, entering = model.choose(torch.cat(boxes), torch.cat(probabilities))
-        return (
-            score,
-            Detections(found, _masks(model, views, found, frame)),
-            Detections(entering, _masks(model, views, entering, frame)),
-        )
+        regions = [model.predict_regions(view.predictions, [view.size])[0] for view in views]
+        boxes = [view.from_view(x[0], frame) for view, x in zip(views, regions, strict=True)]
+        probabilities = [x[1] for x in regions]
+        selected = model.select(torch.cat(boxes), torch.cat(probabilities), frame)
+        for instances in selected:
+            instances.mask_logits = self.masks(views, instances)
+        return model.postprocessor(score, *selected, output_size(inputs))
 
-    def views(self, model: UPSNet, image: Tensor) -> list[View]:
-        """The K views."""
-        image = image.to(model.device).float()
+    def views(self, image: Tensor) -> list[AugmentedView]:
+        """The views of an image (3, H, W) in 0..255."""
+        image = image.to(self.model.device).float()
         height, width = image.shape[-2:]
         views = []
         for short in self.min_sizes or [min(height, width)]:
@@ -128,22 +137,20 @@ class TestTimeAugmentation:
                     image[None], size, mode="bilinear", align_corners=False, antialias=True
                 )[0]
             for flipped in (False, True) if self.flip else (False,):
-                own = scaled.flip(-1) if flipped else scaled
-                raw = model.predict(model.preprocess([{"image": own}]))
-                views.append(View(size, raw, flipped))
+                images = self.model.preprocess([{"image": scaled.flip(-1) if flipped else scaled}])
+                views.append(AugmentedView(size, self.model.inference_network(images), flipped))
         return views
 
-
-def _masks(
-    model: UPSNet, views: Sequence[View], chosen: Candidates, frame: tuple[int, int]
-) -> Tensor:
-    """(n, M, M) mask logits of boxes in the image's frame, mean over the views."""
-    logits = []
-    for view in views:
-        own = Candidates(view.to_view(chosen.boxes, frame), chosen.classes, chosen.scores)
-        masks = model.masks(view.raw, [own])[0]
-        logits.append(masks.flip(-1) if view.flipped else masks)
-    return torch.stack(logits).mean(dim=0)
+    def masks(self, views: Sequence[AugmentedView], instances: Instances) -> Tensor:
+        """(n, M, M) mask logits of boxes in the image's frame, mean over the views."""
+        logits = []
+        for view in views:
+            own = Instances(view.size, pred_classes=instances.pred_classes)
+            boxes = view.to_view(instances.pred_boxes.tensor, instances.image_size)
+            own.pred_boxes = Boxes(boxes)
+            masks = self.model.predict_masks(view.predictions, [own])[0]
+            logits.append(masks.flip(-1) if view.flipped else masks)
+        return torch.stack(logits).mean(dim=0)
 
 
 def _factors(boxes: Tensor, before: tuple[int, int], after: tuple[int, int]) -> Tensor:

@@ -30,7 +30,7 @@ _HEAD_LAYER = {
 def _mask_scorer_layer(match: re.Match[str]) -> str:
     index = int(match[1])
     layer = "output" if index == 10 else f"convs.{index // 2}"
-    return f"criterion.mask_scorer.{layer}.{match[2]}"
+    return f"mask_scorer.{layer}.{match[2]}"
 
 
 _PYRAMID_AND_HEADS = (

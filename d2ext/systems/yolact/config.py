@@ -2,15 +2,12 @@
 
 from detectron2.config import CfgNode
 
-from d2ext.modeling.darknet import add_darknet_config
-from d2ext.modeling.resnet_dcn import add_resnet_dcn_config
+from d2ext.config import CONFIG_REGISTRY
 
 
+@CONFIG_REGISTRY.register()
 def add_yolact_config(cfg: CfgNode) -> None:
     """Add YOLACT's keys to ``cfg``, in place."""
-    add_darknet_config(cfg)
-    add_resnet_dcn_config(cfg)
-
     yolact = cfg.MODEL.YOLACT = CfgNode()
     # Thing classes, without background.
     yolact.NUM_CLASSES = 80

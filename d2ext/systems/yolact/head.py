@@ -93,7 +93,7 @@ class PredictionHead(nn.Module):
         x = conv_relu(self.tower, x)
 
         def flatten(y: Tensor, values: int) -> Tensor:
-            return y.permute(0, 2, 3, 1).reshape(len(y), -1, values)
+            return y.permute(0, 2, 3, 1).reshape(y.shape[0], -1, values)
 
         return (
             flatten(self.offsets(x), 4),
@@ -103,7 +103,7 @@ class PredictionHead(nn.Module):
 
 
 class MaskScorer(nn.Module):
-    """YOLACT++'s mask re-scoring: soft masks → their IoU with the truth, for each class.
+    """YOLACT++'s mask re-scoring: soft masks → their IoU with the targets, for each class.
 
     The strided convolutions have no padding, and the last layer has a ReLU too, so that an estimate
     can be exactly 0 (yolact/NOTES.md §2 and §11).

@@ -7,68 +7,42 @@ image, P positives of the batch, M positives of which masks are computed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from detectron2.utils import comm
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from d2ext.codecs.prior_boxes import BACKGROUND, PriorMatches, encode_boxes, match_priors
 from d2ext.layers import assemble_masks
 from d2ext.systems.yolact.head import MaskScorer, YOLACTPredictions
-
-# A cell of a resized mask belongs to the object above this (yolact/NOTES.md §6).
-_TARGET_THRESHOLD = 0.5
-
-
-class YOLACTTargets(NamedTuple):
-    """Ground truth of one image, on the network input."""
-
-    boxes: Tensor
-    """(n, 4) corner form, relative to the input (0..1), sides > 0."""
-    classes: Tensor
-    """(n,) int64, from 0."""
-    masks: Tensor
-    """(n, H, W) of any float dtype, 0 or 1, at any size."""
-    crowd_boxes: Tensor
-    """(c, 4) as ``boxes``."""
+from d2ext.systems.yolact.targets import MASK_THRESHOLD, YOLACTTargets, resize_masks
 
 
 def mine_negatives(logits: Tensor, labels: Tensor, negatives_per_positive: int) -> Tensor:
-    """Choose the hardest background priors of each image.
+    """Select the hardest background priors of each image.
 
-    Hardness is -log p(background). Neutral and positive priors are never chosen.
+    Hardness is -log p(background). Neutral and positive priors are never selected.
 
     Args:
         logits: (B, A, C + 1).
         labels: (B, A) as :class:`PriorMatches`.
 
     Returns:
-        (B, A) bool; an image has ``negatives_per_positive`` times its positives, A - 1 at most.
+        (B, A) bool; an image has ``negatives_per_positive`` times its positives, or all that it has.
     """
     with torch.no_grad():
         hardness = logits.float().logsumexp(dim=2) - logits[..., 0].float()
         hardness = hardness.masked_fill(labels != BACKGROUND, -1.0)
         rank = hardness.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         wanted = negatives_per_positive * (labels > 0).sum(dim=1, keepdim=True)
-        wanted = wanted.clamp(max=labels.shape[1] - 1)
         return (rank < wanted) & (labels == BACKGROUND)
 
 
-def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """(n, H, W) → (n, *size), 0 or 1: bilinear without antialiasing, thresholded."""
-    if len(masks) == 0:
-        return masks.new_zeros((0, *size))
-    resized = F.interpolate(masks[:, None], size, mode="bilinear", align_corners=False)[:, 0]
-    return (resized > _TARGET_THRESHOLD).to(masks.dtype)
-
-
-class YOLACTCriterion(nn.Module):
-    """Matches priors with ground truth and sums up the losses.
+class YOLACTCriterion:
+    """Matches priors with objects and sums up the losses; has no parameters.
 
     Args:
-        mask_scorer: YOLACT++'s re-scoring net, or None for no such loss.
         box_weight ... mask_iou_weight: factors of the terms.
         positive_iou, negative_iou, crowd_ioa: see :func:`match_priors`.
         negatives_per_positive: see :func:`mine_negatives`.
@@ -80,7 +54,6 @@ class YOLACTCriterion(nn.Module):
     def __init__(
         self,
         *,
-        mask_scorer: MaskScorer | None = None,
         box_weight: float = 1.5,
         class_weight: float = 1.0,
         mask_weight: float = 6.125,
@@ -94,12 +67,10 @@ class YOLACTCriterion(nn.Module):
         min_mask_iou_area: float = 25.0,
         normalizer: str = "local",
     ) -> None:
-        super().__init__()
         if normalizer not in ("local", "global"):
             raise ValueError(
                 f'MODEL.YOLACT.LOSS.NORMALIZER is "local" or "global", not "{normalizer}".'
             )
-        self.mask_scorer = mask_scorer
         self.box_weight = box_weight
         self.class_weight = class_weight
         self.mask_weight = mask_weight
@@ -128,8 +99,12 @@ class YOLACTCriterion(nn.Module):
             for target in targets
         ]
 
-    def forward(
-        self, predictions: YOLACTPredictions, priors: Tensor, targets: Sequence[YOLACTTargets]
+    def __call__(
+        self,
+        predictions: YOLACTPredictions,
+        priors: Tensor,
+        targets: Sequence[YOLACTTargets],
+        mask_scorer: MaskScorer | None = None,
     ) -> dict[str, Tensor]:
         """Losses of a batch.
 
@@ -137,6 +112,7 @@ class YOLACTCriterion(nn.Module):
             predictions: of the network.
             priors: (A, 4) centre form.
             targets: one per image.
+            mask_scorer: YOLACT++'s re-scoring net, or None for no such loss.
 
         Returns:
             ``loss_box``, ``loss_class``, ``loss_mask`` and, where the model has the heads,
@@ -160,7 +136,7 @@ class YOLACTCriterion(nn.Module):
             * (self.class_weight / normalizer),
         }
         loss_mask, loss_mask_iou = self._mask_losses(
-            predictions, targets, labels, image_of, prior_of, object_of, box_of
+            predictions, targets, mask_scorer, labels, image_of, prior_of, object_of, box_of
         )
         losses["loss_mask"] = loss_mask * (self.mask_weight / normalizer)
         if loss_mask_iou is not None:
@@ -192,13 +168,14 @@ class YOLACTCriterion(nn.Module):
         return F.smooth_l1_loss(offsets.float(), target, beta=1.0, reduction="sum")
 
     def _class_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        chosen = mine_negatives(logits, labels, self.negatives_per_positive) | (labels > 0)
-        return F.cross_entropy(logits[chosen].float(), labels[chosen], reduction="sum")
+        keep = mine_negatives(logits, labels, self.negatives_per_positive) | (labels > 0)
+        return F.cross_entropy(logits[keep].float(), labels[keep], reduction="sum")
 
     def _mask_losses(
         self,
         predictions: YOLACTPredictions,
         targets: Sequence[YOLACTTargets],
+        mask_scorer: MaskScorer | None,
         labels: Tensor,
         image_of: Tensor,
         prior_of: Tensor,
@@ -206,9 +183,9 @@ class YOLACTCriterion(nn.Module):
         box_of: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         """Sums of the mask loss and (with a re-scoring net) of the mask IoU loss; not normalised."""
-        chosen, scale = self._choose_masks(image_of, len(targets))
+        selected, scale = self._select_masks(image_of, len(targets))
         image_of, prior_of, object_of, box_of = (
-            x[chosen] for x in (image_of, prior_of, object_of, box_of)
+            x[selected] for x in (image_of, prior_of, object_of, box_of)
         )
         grid = (predictions.prototypes.shape[1], predictions.prototypes.shape[2])
         # (objects of the batch, h, w), then one target per positive: (M, h, w)
@@ -229,36 +206,37 @@ class YOLACTCriterion(nn.Module):
         sides = box_of[:, 2:] - box_of[:, :2]
         area = sides[:, 0] * grid[1] * sides[:, 1] * grid[0]
         loss_mask = (pixel_loss.sum(dim=(1, 2)) / area * scale[image_of]).sum()
-        if self.mask_scorer is None:
+        if mask_scorer is None:
             return loss_mask, None
         classes = labels[image_of, prior_of] - 1
-        return loss_mask, self._mask_iou_loss(masks, target_masks, classes)
+        return loss_mask, self._mask_iou_loss(mask_scorer, masks, target_masks, classes)
 
-    def _choose_masks(self, image_of: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
+    def _select_masks(self, image_of: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
         """Which of the P positives enter the mask loss, and what an image's sum is multiplied by.
 
         Returns:
-            indices (M,) into the positives, factors (B,) = all / chosen positives of the image.
+            indices (M,) into the positives, factors (B,) = all / selected positives of the image.
         """
         counts = torch.bincount(image_of, minlength=num_images)
         scale = counts.clamp(min=1) / counts.clamp(min=1, max=self.max_masks)
         if int(counts.max()) <= self.max_masks:
             return torch.arange(len(image_of), device=image_of.device), scale
-        chosen = []
+        selected = []
         for i in range(num_images):
             indices = (image_of == i).nonzero()[:, 0]
             order = torch.randperm(len(indices), device=indices.device)
-            chosen.append(indices[order[: self.max_masks]])
-        return torch.cat(chosen), scale
+            selected.append(indices[order[: self.max_masks]])
+        return torch.cat(selected), scale
 
-    def _mask_iou_loss(self, masks: Tensor, target_masks: Tensor, classes: Tensor) -> Tensor:
+    def _mask_iou_loss(
+        self, mask_scorer: MaskScorer, masks: Tensor, target_masks: Tensor, classes: Tensor
+    ) -> Tensor:
         """Smooth L1 between the predicted IoU of each mask and the actual one; summed."""
-        assert self.mask_scorer is not None
         large = target_masks.sum(dim=(1, 2)) > self.min_mask_iou_area
         masks, target_masks, classes = masks[large], target_masks[large], classes[large]
         if len(masks) == 0:
-            return masks.sum() + 0.0 * sum(p.sum() for p in self.mask_scorer.parameters())
-        predicted = self.mask_scorer(masks).gather(1, classes[:, None])[:, 0]
+            return masks.sum() + 0.0 * sum(p.sum() for p in mask_scorer.parameters())
+        predicted = mask_scorer(masks).gather(1, classes[:, None])[:, 0]
         return F.smooth_l1_loss(
             predicted.float(), mask_iou(masks, target_masks), beta=1.0, reduction="sum"
         )
@@ -286,7 +264,7 @@ def _binary_cross_entropy(probabilities: Tensor, target: Tensor) -> Tensor:
 def mask_iou(masks: Tensor, target_masks: Tensor) -> Tensor:
     """IoU of soft masks (N, h, w), thresholded, with binary ones; (N,), 0 where both are empty."""
     with torch.no_grad():
-        binary = (masks > _TARGET_THRESHOLD).to(target_masks.dtype)
+        binary = (masks > MASK_THRESHOLD).to(target_masks.dtype)
         intersection = (binary * target_masks).sum(dim=(1, 2))
         union = binary.sum(dim=(1, 2)) + target_masks.sum(dim=(1, 2)) - intersection
         return intersection / union.clamp(min=1)

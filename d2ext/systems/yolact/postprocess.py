@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
+from d2ext.codecs.boxes import clip_boxes
+from d2ext.codecs.canvas import scale_points
+
 # Score of an empty slot and of a suppressed candidate.
 EMPTY = -1.0
 
@@ -49,9 +52,9 @@ def _take_best(
         scores, priors, classes: (B, n): score or EMPTY, index into A, class of each candidate.
     """
     best, order = scores.topk(min(limit, scores.shape[1]), dim=1)
-    chosen = priors.gather(1, order)
+    selected = priors.gather(1, order)
     return Detections(
-        _gather(boxes, chosen), best, classes.gather(1, order), _gather(coefficients, chosen)
+        _gather(boxes, selected), best, classes.gather(1, order), _gather(coefficients, selected)
     )
 
 
@@ -159,16 +162,16 @@ def traditional_nms(
         boxes, scores, coefficients, strict=True
     ):
         priors, classes = (image_scores > score_threshold).nonzero(as_tuple=True)
-        kept_scores = image_scores[priors, classes]
+        scores_above = image_scores[priors, classes]
         pixels = image_boxes[priors].double() * input_size
         pixels[:, 2:] += 1
-        kept = batched_nms(pixels, kept_scores.double(), classes, float(below))[:max_detections]
-        priors, classes = priors[kept], classes[kept]
-        padding = (0, max_detections - len(kept))
+        keep = batched_nms(pixels, scores_above.double(), classes, float(below))[:max_detections]
+        priors, classes = priors[keep], classes[keep]
+        padding = (0, max_detections - len(keep))
         results.append(
             Detections(
                 torch.nn.functional.pad(image_boxes[priors], (0, 0, *padding)),
-                torch.nn.functional.pad(kept_scores[kept], padding, value=EMPTY),
+                torch.nn.functional.pad(scores_above[keep], padding, value=EMPTY),
                 torch.nn.functional.pad(classes, padding),
                 torch.nn.functional.pad(image_coefficients[priors], (0, 0, *padding)),
             )
@@ -182,17 +185,7 @@ def pixel_boxes(boxes: Tensor, height: int, width: int, *, truncate: bool) -> Te
     Coordinates are clipped to [0, width] and [0, height]; ``truncate`` cuts them to whole pixels, as the
     published evaluation does (yolact/NOTES.md §7.7).
     """
-    # Numbers instead of tensors of the limits: those would wait for the device.
-    x, y = boxes[:, 0::2].float() * width, boxes[:, 1::2].float() * height
-    pixels = torch.stack(
-        [
-            x.amin(dim=1).clamp(0, width),
-            y.amin(dim=1).clamp(0, height),
-            x.amax(dim=1).clamp(0, width),
-            y.amax(dim=1).clamp(0, height),
-        ],
-        dim=1,
-    )
+    pixels = clip_boxes(scale_points(boxes.float(), (width, height)), (height, width))
     return pixels.trunc() if truncate else pixels
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from d2ext.data.landmarks.datasets import LANDMARK_DATASETS
 from d2ext.data.landmarks.hourglass import (
     HourglassDraws,
     crop_person,
@@ -13,7 +14,6 @@ from d2ext.data.landmarks.hourglass import (
     hourglass_sample,
     map_points,
 )
-from d2ext.data.landmarks.kinds import KINDS
 from tests.reference.fixture import Fixture, draw_image
 
 FLIP = [5, 4, 3, 2, 1, 0, 6, 7, 8, 9, 15, 14, 13, 12, 11, 10]
@@ -64,8 +64,8 @@ def test_maps(published):
     np.testing.assert_allclose(maps, published.expected["transform_matrices"], atol=1e-5)
     points = np.array([(10, 20), (100.5, 77.3), (300.2, 250.9)])
     used = [maps[0], maps[1], np.linalg.inv(maps[0]), np.linalg.inv(maps[1])]
-    found = [map_points(points, matrix, truncate=True) for matrix in used]
-    np.testing.assert_array_equal(found, published.expected["transform_points"])
+    mapped = [map_points(points, matrix, truncate=True) for matrix in used]
+    np.testing.assert_array_equal(mapped, published.expected["transform_points"])
 
 
 def test_a_crop_without_pixels_is_an_error():
@@ -83,7 +83,7 @@ def test_half_of_the_draws_flip():
 
 def test_mpii_pairs_are_the_published_permutation():
     permutation = list(range(16))
-    for a, b in KINDS["mpii"].flip_pairs:
+    for a, b in LANDMARK_DATASETS["mpii"].flip_pairs:
         permutation[a], permutation[b] = b, a
     assert permutation == FLIP
 
@@ -102,8 +102,8 @@ def test_corners_that_come_out_whole_are_cut_as_published():
         back = np.linalg.inv(t)
         corners = np.array([np.dot(back, (v, v, 1.0))[:2].astype(int) for v in (0, 256)])
         own = np.linalg.inv(hourglass_matrix(center, scale, 256))
-        found = map_points(np.array([[0, 0], [256, 256]]), own, truncate=True)
-        np.testing.assert_array_equal(found, corners)
+        mapped = map_points(np.array([[0, 0], [256, 256]]), own, truncate=True)
+        np.testing.assert_array_equal(mapped, corners)
         exact = np.array(center) - 100 * scale
         whole += int((abs(exact - exact.round()) < 1e-9).all())
     assert whole > 100

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from PIL import Image
 
@@ -16,7 +16,6 @@ from d2ext.config import get_cfg
 from d2ext.data import build_test_loader, build_train_loader
 from d2ext.data.errors import AnnotationError, DatasetError, ImageReadError
 from d2ext.data.landmarks import (
-    RandomCropGeometry,
     TopDownMapper,
     TopDownTestMapper,
     add_detections,
@@ -24,7 +23,7 @@ from d2ext.data.landmarks import (
     instance_records,
 )
 from d2ext.data.landmarks.mapper import upper_body
-from d2ext.data.landmarks.samples import category_ids
+from d2ext.data.landmarks.transforms import RandomCropGeometry
 
 # A point on each of four coloured spots, then one that is not labelled.
 SPOTS = np.array([[40.0, 30.0], [70.0, 30.0], [45.0, 62.0], [66.0, 60.0]])
@@ -130,8 +129,8 @@ def test_augmented_points_stay_on_their_spots(record):
         matrix = sample["crop_matrix"].numpy()
         mapped = SPOTS @ matrix[:, :2].T + matrix[:, 2]
         mapped = mapped[[1, 0, 3, 2]] if sample["flipped"] else mapped
-        found = sample["instances"].gt_keypoints.tensor[0, :4, :2]
-        np.testing.assert_allclose(found, mapped, atol=1e-4)
+        points = sample["instances"].gt_keypoints.tensor[0, :4, :2]
+        np.testing.assert_allclose(points, mapped, atol=1e-4)
 
 
 def test_cutout_hides_and_half_body_zooms(record):
@@ -182,7 +181,6 @@ def test_hourglass_recipe(record):
     [
         ({"recipe": "hg"}, "RECIPE"),
         ({"recipe": "hourglass", "size": (64, 48)}, "square"),
-        ({"plain_geometry": "exact"}, "GEOMETRY"),
         ({"half_body_prob": 0.5}, "UPPER_BODY"),
     ],
 )
@@ -228,11 +226,11 @@ def test_instances_without_landmarks_are_left_out(record):
         {k: v for k, v in good.items() if k != "keypoints"},
     ]
     flat = {**good, "bbox": [5.0, 5.0, 20.0, 0.0]}  # padding gives it the input's shape
-    found = instance_records([{**record, "annotations": [*bad, good, flat]}, {**record}])
-    assert [r["annotations"] for r in found] == [[good], [flat], [good]]
+    samples = instance_records([{**record, "annotations": [*bad, good, flat]}, {**record}])
+    assert [r["annotations"] for r in samples] == [[good], [flat], [good]]
     with pytest.raises(DatasetError, match="No instance is left"):
         instance_records([{**record, "annotations": bad}])
-    sample = make_mapper()(found[1])
+    sample = make_mapper()(samples[1])
     np.testing.assert_allclose(sample["crop_box"], [2.5, -7.5, 27.5, 17.5])
 
 
@@ -253,7 +251,7 @@ def test_test_input(record):
 
 def test_detections(record, tmp_path):
     path = tmp_path / "detections.json"
-    found = [
+    detections = [
         {"image_id": 3, "bbox": [1, 2, 10, 20], "score": 0.4, "category_id": 1},
         {"image_id": 3, "bbox": [5, 6, 10, 20], "score": 0.9, "category_id": 1},
         {"image_id": 3, "bbox": [5, 6, 0, 20], "score": 0.3, "category_id": 1},
@@ -262,7 +260,7 @@ def test_detections(record, tmp_path):
         {"image_id": 3, "bbox": [5, 6, 10, 20], "score": 0.1, "category_id": 1},
         {"image_id": 9, "bbox": [5, 6, 10, 20], "score": 0.9, "category_id": 1},
     ]
-    path.write_text(json.dumps(found))
+    path.write_text(json.dumps(detections))
     records = add_detections([record, {**record, "image_id": 4}], str(path), 0.2)
     mapper = TopDownTestMapper(image_format="RGB")
     instances = mapper(records[0])["instances"]
@@ -274,41 +272,12 @@ def test_detections(record, tmp_path):
         add_detections([record], str(path))
 
 
-def test_only_detections_of_the_data_s_categories_count(record, tmp_path, caplog):
-    def scores(entries, categories):
-        path = tmp_path / "detections.json"
-        both = {"image_id": 3, "bbox": [1, 2, 3, 4]}
-        path.write_text(json.dumps([{**both, "score": s, **more} for s, more in entries]))
-        caplog.clear()
-        with caplog.at_level("WARNING", logger="d2ext"):
-            (result,) = add_detections([record], str(path), categories=categories)
-        return [s for _, s in result["detections"]]
-
-    person, ball, unnamed = {"category_id": 1}, {"category_id": 35}, {}
-    mixed = [(0.9, ball), (0.8, person), (0.7, unnamed), (0.6, person)]
-    assert scores(mixed, {1: 0}) == [0.8, 0.7, 0.6] and not caplog.text
-    assert scores(mixed, {35: 0, 2: 1}) == [0.9, 0.7]
-    # Categories that the data set does not have are not its: all count, and the log says so.
-    assert scores(mixed, {7: 0}) == scores(mixed, None) == [0.9, 0.8, 0.7, 0.6]
-    assert "of categories 1, 35: the data set's own are not known" in caplog.text
-    scores(mixed, {7: 0})
-    assert "own are [7], of which it has none" in caplog.text
-    assert scores([(0.5, unnamed), (0.4, unnamed)], {1: 0}) == [0.5, 0.4] and not caplog.text
-    # COCO's own ids where the data set's file has not been read.
-    assert category_ids(Metadata(thing_classes=["person"])) == {1}
-    assert category_ids(Metadata(thing_classes=["sports ball", "face"])) == {37}
-    mapping = {5: 0, 9: 1}
-    own = Metadata(thing_classes=["person"], thing_dataset_id_to_contiguous_id=mapping)
-    assert category_ids(own) == {5, 9}
-    assert category_ids(Metadata(thing_classes=["face"])) is category_ids(Metadata()) is None
-
-
 def config() -> CfgNode:
     cfg = get_cfg()
     if "LANDMARKS" not in cfg.MODEL:
         cfg.MODEL.LANDMARKS = CfgNode({"INPUT_SIZE": [64, 48], "CROP": {"PADDING": 1.25}})
     cfg.MODEL.LANDMARKS.INPUT_SIZE = [64, 48]
-    cfg.INPUT.LANDMARKS.ENABLED = True
+    cfg.INPUT.MAPPER = "build_top_down_mapper"
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("shapes_val_landmarks",)
     cfg.DATALOADER.NUM_WORKERS = 0
     cfg.SOLVER.IMS_PER_BATCH = 3
@@ -326,10 +295,10 @@ def test_loaders(tmp_path):
     (sample,) = next(iter(build_test_loader(cfg, "shapes_val_landmarks")))
     assert sample["image"].shape == (3, 256, 256) and len(sample["instances"]) > 0
     path = tmp_path / "detections.json"
-    found = {"image_id": 0, "bbox": [1, 2, 3, 4], "score": 1.0}
+    detection = {"image_id": 0, "bbox": [1, 2, 3, 4], "score": 1.0}
     known = MetadataCatalog.get("shapes_val_landmarks").thing_dataset_id_to_contiguous_id
-    other = {**found, "bbox": [5, 5, 5, 5], "category_id": max(known) + 1}
-    path.write_text(json.dumps([other, {**found, "category_id": max(known)}]))
+    other = {**detection, "bbox": [5, 5, 5, 5], "category_id": max(known) + 1}
+    path.write_text(json.dumps([other, {**detection, "category_id": max(known)}]))
     cfg.INPUT.LANDMARKS.TEST_BOXES = str(path)
     (sample,) = next(iter(build_test_loader(cfg, "shapes_val_landmarks")))
     assert sample["instances"].pred_boxes.tensor.tolist() == [[1, 2, 4, 6]]
@@ -340,7 +309,7 @@ def test_every_setting_reaches_the_mapper():
     c = cfg.INPUT.LANDMARKS
     c.HALF_BODY_PROB, c.CUTOUT_PROB, c.COLOR_PROB, c.RECIPE = 0.1, 0.2, 0.3, "default"
     c.ROTATION, c.ROTATION_PROB, c.SCALE, c.SHIFT, c.FLIP_PROB = 11.0, 0.7, 0.35, 0.05, 0.25
-    c.UPPER_BODY, c.HALF_BODY_MIN_POINTS, c.GEOMETRY = ["top", "mouth"], 5, "udp"
+    c.UPPER_BODY, c.HALF_BODY_MIN_POINTS, c.CROP_GEOMETRY = ["top", "mouth"], 5, "udp"
     cfg.MODEL.LANDMARKS.CROP.PADDING = 1.5
     mapper = TopDownMapper(cfg, True)
     g = mapper.geometry
@@ -376,12 +345,12 @@ def test_shapes_landmarks():
     metadata = MetadataCatalog.get("shapes_val_landmarks")
     assert len(metadata.keypoint_names) == 8 and metadata.evaluator_type == "landmarks"
     assert flip_indices("shapes_val_landmarks") == [1, 0, 2, 3, 5, 4, 7, 6]
-    found = [r["annotations"][0] for r in instance_records(records)]
-    assert len(found) > 400
-    occlusion = np.array([a["occlusion"] for a in found])
+    annotations = [r["annotations"][0] for r in instance_records(records)]
+    assert len(annotations) > 400
+    occlusion = np.array([a["occlusion"] for a in annotations])
     assert occlusion.min() == 0 and 0.4 < occlusion.max() < 0.5
-    assert {a["attributes"]["occluded"] for a in found} == {True, False}
-    for annotation in found:
+    assert {a["attributes"]["occluded"] for a in annotations} == {True, False}
+    for annotation in annotations:
         points = np.array(annotation["keypoints"]).reshape(8, 3)
         x0, y0, x1, y1 = annotation["bbox"]
         labelled = points[points[:, 2] > 0]

@@ -303,7 +303,7 @@ def test_dla_computes_what_its_published_names_mean() -> None:
     with torch.no_grad():
         expected = PublishedDLA(published)(x)
         features = model.backbone(x)["dla_up"]
-        actual = model.head.predict(features)
+        actual = model.head([features])
     for ours, theirs in (("heatmap", "hm"), ("size", "wh"), ("offset", "reg")):
         difference = (actual[ours] - expected[theirs]).norm() / expected[theirs].norm()
         assert difference < 1e-5, theirs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from d2ext.layers.opencv_resample import resize_like_opencv
 from d2ext.systems.centernet.losses import CenterNetCriterion
-from d2ext.systems.centernet.postprocess import Detections, decode, merge_mirrored, merge_scales
-from d2ext.systems.centernet.preprocess import placement
+from d2ext.systems.centernet.postprocess import (
+    CenterDetections,
+    decode,
+    merge_mirrored,
+    merge_scales,
+)
+from d2ext.systems.centernet.preprocess import padded_canvas, warped_canvas
 from d2ext.systems.centernet.targets import (
     CenterNetTargets,
     ObjectAnnotations,
@@ -41,14 +48,14 @@ def test_network_inputs(kind: str, number: int, scale: float) -> None:
     height, width, seed = ((300, 420, 5), (260, 130, 6))[number]
     image = torch.from_numpy(draw_image(height, width, seed)).permute(2, 0, 1)
     divisibility = 128 if kind == "keep_res_hourglass" else 32
-    place = placement(
-        (height, width),
-        scale,
-        stride=4,
-        divisibility=divisibility,
-        fixed_size=(256, 256) if kind == "fix_res" else None,
+    place = (
+        warped_canvas((height, width), scale, (256, 256))
+        if kind == "fix_res"
+        else padded_canvas((height, width), scale, divisibility)
     )
-    canvas, back = place.draw(image), place.back
+    if scale != 1:
+        image = resize_like_opencv(image, *place.content)
+    canvas = place.draw(image)
     name = f"{kind}_image{number}_scale{scale}"
     # With a resize before it, a byte in a thousand differs by one.
     tolerance = 1e-6 if scale != 1.25 else 2e-4
@@ -58,16 +65,16 @@ def test_network_inputs(kind: str, number: int, scale: float) -> None:
     # `meta` may hold the size of the output map or of the input
     cells = 1 if rows * 4 == canvas.shape[1] else 4
     middle = torch.tensor([columns / cells / 2, rows / cells / 2])
-    np.testing.assert_allclose(back.apply(middle) * scale, [x, y], rtol=1e-5)
-    assert back.scale * scale == pytest.approx(side / (columns / cells))
+    np.testing.assert_allclose(place.to_image(middle, 4) * scale, [x, y], rtol=1e-5)
+    assert float(place.affine(4)[0, 0]) * scale == pytest.approx(side / (columns / cells))
 
 
 def test_points_return_to_the_image() -> None:
     fixture = Fixture(REFERENCE / "preprocessing")
-    back = placement((300, 420), 1.0, stride=4, divisibility=32, fixed_size=(512, 512)).back
+    place = warped_canvas((300, 420), 1.0, (512, 512))
     points = torch.tensor([[0.0, 0.0], [10.5, 3.25], [127.0, 127.0]])
     np.testing.assert_allclose(
-        back.apply(points), fixture.expected["transform_preds"], rtol=1e-5, atol=1e-3
+        place.to_image(points, 4), fixture.expected["transform_preds"], rtol=1e-5, atol=1e-3
     )
 
 
@@ -149,13 +156,13 @@ def test_targets_of_kept_resolution() -> None:
     fixture = Fixture(REFERENCE / "targets")
     boxes, classes = _boxes(fixture)
     image = torch.from_numpy(draw_image(220, 260, seed=5)).permute(2, 0, 1)
-    place = placement((220, 260), 1.0, stride=4, divisibility=32)
-    canvas, back = place.draw(image), place.back
+    place = padded_canvas((220, 260), 1.0, 32)
+    canvas = place.draw(image)
     mean, std = [0.40789654, 0.44719302, 0.47026115], [0.28863828, 0.27408164, 0.27809835]
     assert (
         fixture.compare("keep_res_input", _normalized(canvas, np.array(mean), np.array(std))) < 1e-5
     )
-    cells = (boxes - torch.tensor([back.x_shift, back.y_shift] * 2)) / back.scale
+    cells = (boxes - torch.tensor(place.corner * 2)) * place.scale / 4
     targets = encode_targets([ObjectAnnotations(cells.float(), classes)], (56, 72), 80)
     assert fixture.compare("keep_res_hm", targets.heatmap[0]) < 1e-6
 
@@ -293,16 +300,16 @@ def _drawn(number: int, batch: int, height: int, width: int, *, pose: bool, size
     return maps
 
 
-def _rows(found: Detections) -> np.ndarray:
+def _rows(detections) -> np.ndarray:
     """Of one image: box, score, joints if any, class."""
-    columns = [found.boxes, found.scores[:, None]]
-    if found.joints is not None:
-        columns.append(found.joints)
-    return torch.cat([*columns, found.classes[:, None].float()], dim=1).numpy()
+    columns = [detections.boxes, detections.scores[:, None]]
+    if detections.joints is not None:
+        columns.append(detections.joints)
+    return torch.cat([*columns, detections.classes[:, None].float()], dim=1).numpy()
 
 
-def _of_first(found: Detections) -> Detections:
-    return Detections(*(None if x is None else x[0] for x in found))
+def _of_first(detections: CenterDetections) -> CenterDetections:
+    return CenterDetections(*(None if x is None else x[0] for x in detections))
 
 
 def _assert_close(actual: np.ndarray, expected: np.ndarray, pixels: float = 0.05) -> None:
@@ -335,8 +342,8 @@ def test_decoded_boxes() -> None:
 def test_decoded_poses(case: str, left_out: tuple[str, ...]) -> None:
     expected = Fixture(REFERENCE / "decode").expected
     maps = _drawn(2, 1, 40, 56, pose=True)
-    found = decode({k: v for k, v in maps.items() if k not in left_out})
-    _assert_close(_rows(_of_first(found)), expected[case], 1e-3)
+    detections = decode({k: v for k, v in maps.items() if k not in left_out})
+    _assert_close(_rows(_of_first(detections)), expected[case], 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -354,26 +361,21 @@ def test_whole_runs(case: str, scales: tuple[float, ...], soft_nms: bool) -> Non
     fixture = Fixture(REFERENCE / "decode")
     expected, pose = fixture.expected[case], case.startswith("pose")
     fixed = (256, 256) if case == "ct_fix_res_nms" else None
-    found = []
+    detections = []
     for i, scale in enumerate(scales):
-        place = placement((200, 300), scale, stride=4, divisibility=32, fixed_size=fixed)
-        back = place.back
+        place = (
+            padded_canvas((200, 300), scale, 32)
+            if fixed is None
+            else warped_canvas((200, 300), scale, fixed)
+        )
         batch, height, width = fixture.manifest["inputs"]["run_shapes"][case][i]
-        assert place.canvas == (4 * height, 4 * width)
+        assert place.size == (4 * height, 4 * width)
         maps = _drawn(i, batch, height, width, pose=pose)
         if batch == 2:
             maps = merge_mirrored(maps, FLIP_PAIRS)
         one = _of_first(decode(maps))
-        found.append(
-            Detections(
-                back.apply(one.boxes),
-                one.scores,
-                one.classes,
-                back.apply(one.centers),
-                None if one.joints is None else back.apply(one.joints),
-            )
-        )
-    result = merge_scales(found, None if pose else 100) if soft_nms else found[0]
+        detections.append(one.map_points(partial(place.to_image, stride=4)))
+    result = merge_scales(detections, None if pose else 100) if soft_nms else detections[0]
     rows = _rows(result)
     if pose:
         rows = rows[:, :-1]
@@ -422,7 +424,7 @@ def test_stale_poses_have_foreign_joints() -> None:
     owners = expected[:, 5]
     assert len(np.unique(owners)) == 60 > len(np.unique(expected[:, 0]))  # some rows are stale
     tensor = torch.from_numpy(rows).float()
-    found = Detections(
+    detections = CenterDetections(
         tensor[:, :4],
         tensor[:, 4],
         torch.zeros(60, dtype=torch.int64),
@@ -430,7 +432,11 @@ def test_stale_poses_have_foreign_joints() -> None:
         tensor[:, 5:],
     )
     merged = merge_scales(
-        [Detections(*(x[:25] for x in found)), Detections(*(x[25:] for x in found))], None
+        [
+            CenterDetections(*(x[:25] for x in detections)),
+            CenterDetections(*(x[25:] for x in detections)),
+        ],
+        None,
     )
     order = np.argsort(-expected[:, 4], kind="stable")
     assert merged.joints is not None

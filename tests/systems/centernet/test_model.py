@@ -12,7 +12,6 @@ from torch import nn
 
 from d2ext import model_zoo
 from d2ext.data import build_augmentations
-from d2ext.systems.centernet.postprocess import Detections
 from d2ext.systems.centernet.targets import ObjectAnnotations, encode_targets
 from d2ext.testing import NUM_CLASSES, random_inputs, tiny_config
 
@@ -64,8 +63,8 @@ def test_variants_train_and_detect(options: dict[str, object], heads: dict[str, 
     sum(losses.values()).backward()
     for name, channels in heads.items():
         assert model.head.stacks[0][name].output.out_channels == channels
-    found = model.eval()(random_inputs(1))[0]["instances"]
-    assert len(found) == 10 and not found.has("pred_keypoints")
+    detections = model.eval()(random_inputs(1))[0]["instances"]
+    assert len(detections) == 10 and not detections.has("pred_keypoints")
 
 
 def test_dense_poses_train() -> None:
@@ -85,11 +84,11 @@ def test_several_scales_and_mirror(pose: bool) -> None:
     torch.manual_seed(0)
     model = build_model(cfg).eval()
     for result in model([*random_inputs(1), *random_inputs(1, height=90, width=40)]):
-        found = result["instances"]
+        detections = result["instances"]
         # Three times ten; poses are not limited.
-        assert len(found) == (30 if pose else 12)
-        assert (found.scores.diff() <= 0).all()
-        assert found.has("pred_keypoints") == pose
+        assert len(detections) == (30 if pose else 12)
+        assert (detections.scores.diff() <= 0).all()
+        assert detections.has("pred_keypoints") == pose
 
 
 def test_mirrored_image_gives_mirrored_detections() -> None:
@@ -121,10 +120,10 @@ def test_results_follow_the_requested_size() -> None:
 def test_fixed_resolution_sees_the_whole_image() -> None:
     model = _detector(TEST__KEEP_RESOLUTION=False, TEST__INPUT_SIZE=[64, 96]).eval()
     for size in ((60, 80), (30, 300), (500, 100)):
-        place = model.placement(size, 1.0)
-        assert place.canvas == (64, 96)
+        place = model.canvas(size, 1.0)
+        assert place.size == (64, 96)
         corners = torch.tensor([[0.0, 0.0], [24.0, 16.0]], dtype=torch.float64)
-        low, high = place.back.apply(corners)
+        low, high = place.to_image(corners, 4)
         # the longer side fills the width; the published code does not look at the height
         assert float(high[0] - low[0]) == pytest.approx(max(size))
         assert model([{"image": torch.zeros(3, *size)}])[0]["instances"].image_size == size
@@ -141,7 +140,7 @@ def test_keypoints_are_in_detectron2s_convention() -> None:
     instances.gt_classes = torch.zeros(1, dtype=torch.int64)
     points = torch.tensor([[[15.5, 20.5, 2.0], [30.0, 30.5, 2.0], [44.5, 13.5, 1.0]]])
     instances.gt_keypoints = Keypoints(points)
-    targets = model.encode([{"instances": instances}], (64, 64))
+    targets = model.encode_targets([{"instances": instances}], torch.zeros(1, 3, 64, 64))
     assert targets.joints is not None
     # As published, the network learns coordinates of COCO, half a pixel less.
     cell = torch.tensor([targets.index[0, 0] % 16, targets.index[0, 0] // 16])
@@ -166,10 +165,8 @@ def test_keypoints_are_in_detectron2s_convention() -> None:
         "joint_offset": at_cells(joints.offset[0], joints.index[0]),
     }
     fields = model._decode(maps)
-    back = model.placement((64, 64), 1.0).back
-    assert back.apply(torch.zeros(2)).tolist() == [0.0, 0.0]
-    found = model._to_images(Detections(*fields), [{"image": torch.zeros(3, 64, 64)}], 1.0)
-    result = model._result({"image": torch.zeros(3, 64, 64)}, found)["instances"]
+    assert model.canvas((64, 64), 1.0).to_image(torch.zeros(2), 4).tolist() == [0.0, 0.0]
+    result = model.postprocess(fields, [{"image": torch.zeros(3, 64, 64)}])[0]["instances"]
     torch.testing.assert_close(result.pred_keypoints[0, :, :2], points[0, :, :2])
     torch.testing.assert_close(result.pred_boxes.tensor[0], torch.tensor([10.0, 12.0, 50.0, 40.0]))
 
@@ -232,9 +229,9 @@ def test_images_of_a_batch_do_not_mix() -> None:
 def test_images_of_odd_sizes(size: tuple[int, int], keep: bool) -> None:
     model = _detector(TEST__KEEP_RESOLUTION=keep, TEST__INPUT_SIZE=[64, 64]).eval()
     image = torch.randint(0, 255, (3, *size), dtype=torch.uint8)
-    found = model([{"image": image}])[0]["instances"]
-    assert found.image_size == size and torch.isfinite(found.pred_boxes.tensor).all()
-    model.test_scales = [0.3, 1.0]
+    detections = model([{"image": image}])[0]["instances"]
+    assert detections.image_size == size and torch.isfinite(detections.pred_boxes.tensor).all()
+    model.scales = [0.3, 1.0]
     assert len(model([{"image": image}])[0]["instances"]) > 0
 
 
@@ -248,15 +245,15 @@ def test_training_images_far_from_square(size: tuple[int, int]) -> None:
 
 def test_top_k_larger_than_the_map() -> None:
     model = _detector(TEST__TOP_K=5000).eval()
-    found = model([{"image": torch.zeros(3, 20, 20, dtype=torch.uint8)}])[0]["instances"]
-    assert len(found) == NUM_CLASSES * 8 * 8
+    detections = model([{"image": torch.zeros(3, 20, 20, dtype=torch.uint8)}])[0]["instances"]
+    assert len(detections) == NUM_CLASSES * 8 * 8
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_images_of_nan_give_no_crash(value: float) -> None:
     model = _detector().eval()
-    found = model([{"image": torch.full((3, 40, 50), value)}])[0]["instances"]
-    assert torch.isfinite(found.pred_boxes.tensor).all()
+    detections = model([{"image": torch.full((3, 40, 50), value)}])[0]["instances"]
+    assert torch.isfinite(detections.pred_boxes.tensor).all()
 
 
 def test_missing_annotations_are_explained() -> None:

@@ -28,7 +28,7 @@ def test_targets_and_training(real_coco: Path) -> None:
     objects = 0
     for start in (0, 4):
         batch = [mapper(x) for x in data[start : start + 4]]
-        targets = model.encode(batch, (128, 128))
+        _, targets = model.training_batch(batch)
         for i, sample in enumerate(batch):
             boxes = sample["instances"].gt_boxes.tensor.float() / 4
             boxes = boxes.clamp(0, 31)
@@ -44,5 +44,5 @@ def test_targets_and_training(real_coco: Path) -> None:
         assert all(torch.isfinite(p.grad).all() for p in model.parameters())
         optimizer.step()
     assert objects > 20
-    found = model.eval()([{"image": batch[0]["image"]}])[0]["instances"]
-    assert len(found) == 100 and torch.isfinite(found.pred_boxes.tensor).all()
+    detections = model.eval()([{"image": batch[0]["image"]}])[0]["instances"]
+    assert len(detections) == 100 and torch.isfinite(detections.pred_boxes.tensor).all()

@@ -30,6 +30,14 @@ PUBLISHED = {"heatmap": "hm", "size": "wh", "offset": "reg"}
 RAW_TOLERANCE = 1e-4
 
 
+def all_maps(model: CenterNet, features: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Of every stack, as in training; norms stay as they are."""
+    model.head.training = True
+    maps = model.head([features[name] for name in model.network.in_features])
+    model.head.training = False
+    return maps
+
+
 class Case:
     """A fixture, the model with its weights, and what the network says of the fixture's image."""
 
@@ -55,12 +63,12 @@ class Case:
         self.image = torch.from_numpy(
             draw_image(height, width, seed=3 if name == "resdcn18_ctdet" else 2)
         ).permute(2, 0, 1)
-        place = self.model.placement((height, width), 1.0)
-        self.canvas, self.back = place.draw(self.image), place.back
+        self.place = self.model.canvas((height, width), 1.0)
+        self.canvas = self.place.draw(self.image)
         with torch.no_grad():
             self.images = self.model.preprocess([{"image": self.image}])
             self.features = self.model.backbone(self.images)
-            self.maps = self.model.head([self.features[f] for f in self.model.in_features])
+            self.maps = all_maps(self.model, self.features)
 
 
 @pytest.fixture(scope="module", params=list(CASES))
@@ -104,11 +112,11 @@ def test_intermediate_maps(case: Case) -> None:
                 assert case.fixture.compare(name, case.features[f"stack{i + 1}"]) < RAW_TOLERANCE
 
 
-def _rows(found: Any) -> np.ndarray:
+def _rows(detections: Any) -> np.ndarray:
     """Detections of one image → x1, y1, x2, y2, score, class."""
-    scores, classes = found.scores[:, None], found.classes[:, None].float()
-    boxes = getattr(found, "boxes", None)
-    boxes = found.pred_boxes.tensor if boxes is None else boxes
+    scores, classes = detections.scores[:, None], detections.classes[:, None].float()
+    boxes = getattr(detections, "boxes", None)
+    boxes = detections.pred_boxes.tensor if boxes is None else boxes
     return torch.cat([boxes, scores, classes], dim=1).numpy()
 
 
@@ -133,36 +141,35 @@ def test_detections(case: Case, flip: bool) -> None:
     """Through the whole model: from the image to its pixels."""
     kind = "flip" if flip else "single"
     model, expected = case.model, case.fixture.expected
-    model.flip_test = flip
+    model.flip = flip
     try:
         maps = case.maps[-1] if flip else {k: v[:1] for k, v in case.maps[-1].items()}
         boxes, scores, classes, _ = (x[0] for x in model._decode(maps))
-        found = None
+        detections = None
         if case.name != "hourglass_ctdet":  # once more through it takes too long
-            found = model([{"image": case.image}])[0]["instances"]
+            detections = model([{"image": case.image}])[0]["instances"]
     finally:
-        model.flip_test = True
+        model.flip = True
     rows = torch.cat([boxes, scores[:, None], classes[:, None].float()], dim=1).numpy()
     _assert_same_detections(rows, expected[f"decoded_{kind}"], 0.05 / 4)
     # published: class, box, score
     listed = expected[f"detections_{kind}"]
     listed = np.concatenate([listed[:, 1:6], listed[:, :1]], axis=1)
-    rows[:, :4] = case.back.apply(boxes).numpy()
+    rows[:, :4] = case.place.to_image(boxes, 4).numpy()
     _assert_same_detections(rows, listed, 0.05)
-    if found is not None:
-        found.scores, found.classes = found.scores, found.pred_classes
-        _assert_same_detections(_rows(found), listed, 0.05)
-        assert (np.diff(found.scores) <= 0).all()
+    if detections is not None:
+        detections.scores, detections.classes = detections.scores, detections.pred_classes
+        _assert_same_detections(_rows(detections), listed, 0.05)
+        assert (np.diff(detections.scores) <= 0).all()
 
 
 def _training_inputs(case: Case) -> tuple[Tensor, list[dict[str, Any]]]:
     """The canvas normalised as in training, and the boxes on it."""
     listed = torch.tensor(case.fixture.manifest["inputs"]["loss"]["boxes_x1_y1_x2_y2_category"])
-    cells = 1 / case.model.head.stride
-    shift = torch.tensor([case.back.x_shift, case.back.y_shift] * 2)
+    shift = torch.tensor(case.place.corner * 2)
     instances = Instances(tuple(case.canvas.shape[-2:]))
-    # place() maps cells to pixels; its inverse is a shift by whole pixels
-    instances.gt_boxes = Boxes((listed[:, :4] - shift) * (1 / (case.back.scale * cells)))
+    # the canvas only shifts, by whole pixels
+    instances.gt_boxes = Boxes((listed[:, :4] - shift) * case.place.scale)
     instances.gt_classes = listed[:, 4].long() - 1
     return case.canvas, [{"image": case.canvas, "instances": instances}]
 
@@ -175,12 +182,11 @@ def test_targets_losses_and_gradients(case: Case) -> None:
     model.pixel_mean.copy_(torch.tensor(exact.PIXEL_MEAN).view(3, 1, 1))
     model.pixel_std.copy_(torch.tensor(exact.PIXEL_STD).view(3, 1, 1))
     _, inputs = _training_inputs(case)
-    images = model.training_images(inputs)
+    images, targets = model.training_batch(inputs)
     model.pixel_mean.copy_(before[0])
     model.pixel_std.copy_(before[1])
     assert fixture.compare("training_input", images[0]) < 1e-6
 
-    targets = model.encode(inputs, images.shape[-2:])
     assert fixture.compare("target_hm", targets.heatmap[0]) < 1e-6
     count = len(targets.index[0])
     np.testing.assert_array_equal(targets.index[0], expected["target_ind"][:count])
@@ -190,8 +196,7 @@ def test_targets_losses_and_gradients(case: Case) -> None:
     assert expected["target_reg_mask"][count:].sum() == 0
 
     model.requires_grad_(True)
-    features = model.backbone(images)
-    stacks = model.head([features[name] for name in model.in_features])
+    stacks = all_maps(model, model.backbone(images))
     losses = model.criterion(stacks, targets)
     terms = [model.criterion.terms(maps, targets) for maps in stacks]
     for ours, theirs in (("heatmap", "hm"), ("size", "wh"), ("offset", "off")):

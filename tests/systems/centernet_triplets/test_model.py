@@ -9,13 +9,13 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from d2ext import model_zoo
 from d2ext.checkpoint import convert_state_dict
 from d2ext.checkpoint.convert import ConversionError
+from d2ext.codecs.canvas import centered
 from d2ext.systems.centernet_triplets.postprocess import (
     confirm_by_centers,
-    pass_boxes,
-    pass_centers,
+    image_centers,
     to_instances,
 )
-from d2ext.systems.cornernet.postprocess import COLUMNS, View
+from d2ext.systems.cornernet.postprocess import COLUMNS, image_rows
 from d2ext.testing import random_inputs, tiny_config
 
 CONFIGS = [
@@ -54,19 +54,19 @@ def test_centres_confirm_small_boxes_in_the_middle_third() -> None:
         (45, 29, 1, False),
         (45, 45, 2, False),
     ):
-        found = confirm_by_centers(rows, torch.tensor([[x, y, 0.3, label]]), 22500.0)
-        assert len(found) == passes, (x, y, label)
+        detections = confirm_by_centers(rows, torch.tensor([[x, y, 0.3, label]]))
+        assert len(detections) == passes, (x, y, label)
         if passes:
-            assert float(found[0, 4]) == pytest.approx((2 * 0.6 + 0.3) / 3)
-            assert found[0, COLUMNS:].tolist() == pytest.approx([x, y, 0.3])
+            assert float(detections[0, 4]) == pytest.approx((2 * 0.6 + 0.3) / 3)
+            assert detections[0, COLUMNS:].tolist() == pytest.approx([x, y, 0.3])
 
 
 def test_large_boxes_need_a_centre_in_the_middle_fifth() -> None:
     rows = torch.tensor([box_row(0, 0, 150, 150, 0.6, 1), box_row(0, 0, 150, 151, 0.5, 1)])
     inside_third = torch.tensor([[55.0, 75, 0.3, 1]])
-    assert confirm_by_centers(rows, inside_third, 22500.0)[:, 3].tolist() == [150]
+    assert confirm_by_centers(rows, inside_third)[:, 3].tolist() == [150]
     inside_fifth = torch.tensor([[65.0, 75, 0.3, 1]])
-    assert confirm_by_centers(rows, inside_fifth, 22500.0)[:, 3].tolist() == [150, 151]
+    assert confirm_by_centers(rows, inside_fifth)[:, 3].tolist() == [150, 151]
 
 
 def test_the_first_centre_counts_not_the_best() -> None:
@@ -74,41 +74,41 @@ def test_the_first_centre_counts_not_the_best() -> None:
     centers = torch.tensor(
         [[5.0, 5, 0.99, 1], [45, 45, 0.2, 1], [46, 46, 0.9, 1], [30, 30, 0.5, 0]]
     )
-    found = confirm_by_centers(rows, centers, 22500.0)
+    detections = confirm_by_centers(rows, centers)
     # Sorted by the new score: 1.7 / 3 before 1.4 / 3.
-    assert found[:, 7].tolist() == [0, 1]
-    assert float(found[1, 4]) == pytest.approx(1.4 / 3)
+    assert detections[:, 7].tolist() == [0, 1]
+    assert float(detections[1, 4]) == pytest.approx(1.4 / 3)
 
 
 @pytest.mark.parametrize(("boxes", "centers"), [(0, 3), (3, 0), (0, 0)])
 def test_nothing_to_confirm(boxes: int, centers: int) -> None:
     rows = torch.rand(boxes, COLUMNS)
-    found = confirm_by_centers(rows, torch.rand(centers, 4), 22500.0)
-    assert found.shape == (0, COLUMNS + 3)
-    assert len(to_instances(found, (10, 10), (20, 20))) == 0
+    detections = confirm_by_centers(rows, torch.rand(centers, 4))
+    assert detections.shape == (0, COLUMNS + 3)
+    assert len(to_instances(detections, (10, 10), (20, 20))) == 0
 
 
 def test_boxes_that_reach_far_out_are_rejected() -> None:
-    view = View(1.0, (60, 60), (63, 63), 1, 1)
+    canvas = centered((60, 60), (63, 63))
     cell = 63 / 16
 
-    def found(x1: float, y1: float, x2: float, y2: float) -> int:
+    def detections(x1: float, y1: float, x2: float, y2: float) -> int:
         """Box in pixels of the image."""
         cells = [(v + 1) / cell for v in (x1, y1, x2, y2)]
         rows = torch.tensor([[[*cells, 0.5, 0.5, 0.5, 0.0, 0.0]]])
-        return len(pass_boxes(rows, view, 4, 5.0))
+        return len(image_rows(rows, canvas, 4, 5.0))
 
-    assert found(-4.9, -4.9, 64.9, 64.9) == 1
-    assert found(-5.1, 0, 30, 30) == 0
-    assert found(0, 0, 30, 65.1) == 0
+    assert detections(-4.9, -4.9, 64.9, 64.9) == 1
+    assert detections(-5.1, 0, 30, 30) == 0
+    assert detections(0, 0, 30, 65.1) == 0
 
 
 def test_centres_of_the_mirror_image() -> None:
-    view = View(1.0, (60, 60), (63, 63), 1, 1)
+    canvas = centered((60, 60), (63, 63))
     centers = torch.tensor([[[3.0, 4, 0.5, 2]], [[13.0, 4, 0.4, 2]]])
-    found = pass_centers(centers, view, 4)
-    torch.testing.assert_close(found[0, :2], found[1, :2])
-    assert found[:, 2].tolist() == pytest.approx([0.5, 0.4])
+    detections = image_centers(centers, canvas, 4)
+    torch.testing.assert_close(detections[0, :2], detections[1, :2])
+    assert detections[:, 2].tolist() == pytest.approx([0.5, 0.4])
 
 
 def test_centres_are_those_of_the_unscaled_image() -> None:

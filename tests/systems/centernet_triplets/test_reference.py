@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from d2ext.codecs.canvas import centered
 from d2ext.codecs.corners import (
     CornerTargets,
     PointMaps,
@@ -17,16 +18,15 @@ from d2ext.codecs.corners import (
     encode_corners,
 )
 from d2ext.systems.centernet_triplets.head import CascadeCornerPooling, CenterPooling
-from d2ext.systems.centernet_triplets.losses import CenterNetTripletsCriterion
 from d2ext.systems.centernet_triplets.postprocess import (
     confirm_by_centers,
-    pass_boxes,
-    pass_centers,
+    image_centers,
     rows_of_centers,
 )
+from d2ext.systems.cornernet.losses import CornerNetCriterion
 from d2ext.systems.cornernet.postprocess import (
     SuppressionOptions,
-    View,
+    image_rows,
     rows_of_pairs,
     suppress,
 )
@@ -99,7 +99,7 @@ def test_pooling_modules(kind: str) -> None:
 
 def compare_terms(
     fixture: Fixture,
-    criterion: CenterNetTripletsCriterion,
+    criterion: CornerNetCriterion,
     stacks: list[tuple[PointMaps, ...]],
     targets: CornerTargets,
     prefix: str = "",
@@ -153,7 +153,7 @@ def test_losses_of_drawn_maps() -> None:
         return PointMaps(draw("heat", 5, 1.5, -2.0), draw("offset", 2, 0.6), tag)
 
     stacks = [tuple(maps(s, kind) for kind in KINDS) for s in range(2)]
-    criterion = CenterNetTripletsCriterion()
+    criterion = CornerNetCriterion()
     compare_terms(fixture, criterion, stacks, targets)
     sum(criterion(stacks, targets).values()).backward()
     for s, stack in enumerate(stacks):
@@ -176,16 +176,16 @@ def check_postprocessing(
 ) -> Tensor:
     """Boxes and centres in pixels, through the centre check and soft-NMS; returns the detections."""
     expected = fixture.expected
-    passed = confirm_by_centers(boxes, centers, 22500.0)
+    passed = confirm_by_centers(boxes, centers)
     before = expected["before_soft_nms"]
     assert_detections(passed[:, [7, 0, 1, 2, 3, 4]].numpy(), before[:, :6])
     # Whether soft-NMS drops a box depends on the order of its array.
     passed_by_class = passed[passed[:, 7].argsort(stable=True)]
     np.testing.assert_allclose(passed_by_class[:, :4], before[:, 1:5], atol=0.05)
     np.testing.assert_allclose(passed_by_class[:, 5:7], before[:, 6:], atol=1e-4)
-    found = suppress(passed, options)
-    assert_detections(found[:, [7, 0, 1, 2, 3, 4]].numpy(), expected["detections"])
-    return found
+    detections = suppress(passed, options)
+    assert_detections(detections[:, [7, 0, 1, 2, 3, 4]].numpy(), expected["detections"])
+    return detections
 
 
 def test_decoding_of_drawn_maps() -> None:
@@ -204,17 +204,19 @@ def test_decoding_of_drawn_maps() -> None:
     ]
     rows = rows_of_pairs(decode_corners(*maps[:2], k=70))
     centers = rows_of_centers(decode_points(maps[2], 70))
-    view = View(1.0, (300, 420), (383, 511), 191 - 150, 255 - 210)
+    canvas = centered((300, 420), (383, 511))
     np.testing.assert_allclose(numbered(rows), fixture.expected["decoded_0"], atol=2e-3, rtol=1e-4)
     # ours: x, y, score, class
     np.testing.assert_allclose(
         centers[..., [0, 1, 3, 2]], fixture.expected["centers_0"], atol=2e-3, rtol=1e-4
     )
-    boxes, places = pass_boxes(rows, view, 4, 5.0), pass_centers(centers, view, 4)
-    found = check_postprocessing(fixture, boxes, places, SuppressionOptions())
+    boxes, places = image_rows(rows, canvas, 4, 5.0), image_centers(centers, canvas, 4)
+    detections = check_postprocessing(fixture, boxes, places, SuppressionOptions())
     # Each detection's score before soft-NMS is the mean of its three points' scores.
-    assert found.shape[1] == 12
-    assert (found[:, 4] <= (found[:, 5] + found[:, 6] + found[:, 11]) / 3 + 1e-5).all()
+    assert detections.shape[1] == 12
+    assert (
+        detections[:, 4] <= (detections[:, 5] + detections[:, 6] + detections[:, 11]) / 3 + 1e-5
+    ).all()
 
 
 def test_network() -> None:
@@ -243,7 +245,7 @@ def test_network() -> None:
         for name, module in watched.items()
     ]
     with torch.no_grad():
-        view = model.view((230, 250), 1.0)
+        canvas = model.canvas((230, 250), 1.0)
         batch = model.preprocess([{"image": image}])
         raw = network(batch)
         rows, centers = model._decode(raw)
@@ -264,7 +266,7 @@ def test_network() -> None:
         ]
     )
     assert fixture.compare("heat_channel_mean_std", statistics) < RAW_TOLERANCE
-    boxes, places = pass_boxes(rows, view, 4, 5.0), pass_centers(centers, view, 4)
+    boxes, places = image_rows(rows, canvas, 4, 5.0), image_centers(centers, canvas, 4)
     # The published code scales its arrays in place: recorded are pixels of the image.
     np.testing.assert_allclose(
         boxes[:, :8], fixture.expected["decoded"][:, 1:], atol=5e-3, rtol=1e-4
@@ -275,7 +277,7 @@ def test_network() -> None:
         atol=5e-3,
         rtol=1e-4,
     )
-    found = check_postprocessing(fixture, boxes, places, model.suppression)
+    detections = check_postprocessing(fixture, boxes, places, model.suppression)
 
     # The whole way, with the network's output taken from before.
     forward = network.forward
@@ -283,9 +285,9 @@ def test_network() -> None:
     result = model([{"image": image, "height": 460, "width": 250}])[0]["instances"]
     network.forward = forward
     scale = torch.tensor([1.0, 2.0, 1.0, 2.0])
-    torch.testing.assert_close(result.pred_boxes.tensor, found[:, :4] * scale)
-    torch.testing.assert_close(result.scores, found[:, 4])
-    torch.testing.assert_close(result.centers, found[:, 9:11] * scale[:2])
+    torch.testing.assert_close(result.pred_boxes.tensor, detections[:, :4] * scale)
+    torch.testing.assert_close(result.scores, detections[:, 4])
+    torch.testing.assert_close(result.centers, detections[:, 9:11] * scale[:2])
     boxes = result.pred_boxes.tensor
     low, high = boxes[:, :2], boxes[:, 2:]
     assert ((result.centers - (low + high) / 2).abs() < (high - low) / 6 + 1e-3).all()
@@ -300,7 +302,8 @@ def test_network() -> None:
     for parameter in published.values():
         parameter.requires_grad_(True)
     images, targets = model.training_batch(squared_inputs(fixture, (2, 3), 255))
-    stacks = network.predictions(images, all_stacks=True)
+    model.head.training = True  # of every stack; norms stay as they are
+    stacks = network(images)
     compare_terms(fixture, model.criterion, stacks, targets, prefix="loss_")
     sum(model.criterion(stacks, targets).values()).backward()
     for name, parameter in published.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +15,13 @@ from torch import nn
 
 from d2ext import model_zoo
 from d2ext.checkpoint import convert_state_dict
+from d2ext.checkpoint.checkpointer import Checkpointer
 from d2ext.checkpoint.convert import ConversionError
+from d2ext.codecs.canvas import centered
 from d2ext.systems.cornernet.model import CornerNet, canvas_side
 from d2ext.systems.cornernet.postprocess import (
     COLUMNS,
     SuppressionOptions,
-    View,
     best_rows,
     image_rows,
     suppress,
@@ -56,9 +58,9 @@ def test_every_config_builds(name: str) -> None:
 def published_squeeze_names(model: CornerNet) -> dict[str, torch.Tensor]:
     """A state dict as CornerNet-Lite writes it, made from ours by hand-written replacements."""
     words = [
-        ("network.head.top_left.", "tl."),
-        ("network.head.bottom_right.", "br."),
-        ("network.backbone.", "hg."),
+        ("head.top_left.", "tl."),
+        ("head.bottom_right.", "br."),
+        ("backbone.", "hg."),
         (".conv.norm.", ".bn."),
         ("squeeze.norm.", "bn1."),
         ("squeeze.", "conv1."),
@@ -154,7 +156,7 @@ def test_checkpoints_without_counters_convert() -> None:
         "pre.0.bn.running_var": torch.ones(1),
     }
     converted = convert_state_dict("cornernet", state)
-    assert converted["network.backbone.stem.0.conv.norm.num_batches_tracked"] == 0
+    assert converted["backbone.stem.0.conv.norm.num_batches_tracked"] == 0
 
 
 @pytest.mark.parametrize(
@@ -176,8 +178,6 @@ def test_other_checkpoints_are_refused(state: dict[str, torch.Tensor]) -> None:
         ("MODEL.CORNERNET.TEST.SCALES", [], "SCALES"),
         ("MODEL.CORNERNET.TEST.SCALES", [1.0, 0.0], "SCALES"),
         ("MODEL.CORNERNET.TEST.TOP_K", 0, "TOP_K"),
-        ("MODEL.CORNERNET.TEST.PEAK_KERNEL", 2, "PEAK_KERNEL"),
-        ("MODEL.CORNERNET.TEST.NMS", "matrix", "TEST.NMS"),
         ("MODEL.CORNERNET_HOURGLASS.BLOCK", "dense", "CORNERNET_HOURGLASS.BLOCK"),
         ("MODEL.BACKBONE.NAME", "build_resnet_backbone", "build_cornernet_hourglass_backbone"),
         ("MODEL.INFERENCE.MODE", "fast", "INFERENCE.MODE"),
@@ -196,6 +196,18 @@ def test_training_needs_instances() -> None:
     del inputs[0]["instances"]
     with pytest.raises(KeyError, match="instances"):
         model(inputs)
+
+
+@pytest.mark.parametrize("architecture", ["CornerNet", "CornerNetSaccade", "CenterNetTriplets"])
+def test_checkpoints_of_earlier_versions_load(architecture: str, tmp_path: Path) -> None:
+    """Backbone and head were parts of `network`; their order, the optimizer's, is the same."""
+    model, other = (build_model(tiny_config(architecture)) for _ in range(2))
+    state = model.state_dict()
+    torch.save({"model": {f"network.{k}": v for k, v in state.items()}}, tmp_path / "old.pth")
+    Checkpointer(other, fit="exact").load(str(tmp_path / "old.pth"))
+    assert all(torch.equal(v, state[k]) for k, v in other.state_dict().items())
+    first = [name.split(".")[0] for name, _ in model.named_parameters()]
+    assert first == sorted(first) and set(first) == {"backbone", "head"}
 
 
 @pytest.mark.parametrize(
@@ -274,11 +286,11 @@ def test_images_of_several_sizes_train_together() -> None:
 
 
 def test_mirror_image_finds_the_mirrored_boxes() -> None:
-    view = View(1.0, (50, 60), (63, 63), 6, 1)
+    canvas = centered((50, 60), (63, 63))
     row = torch.tensor([[[3.0, 4.0, 9.0, 10.0, 0.5, 0.4, 0.6, 2.0, 0.1]]])
     mirrored = row.clone()
     mirrored[..., 0], mirrored[..., 2] = 16 - 9.0, 16 - 3.0
-    both = image_rows(torch.cat([row, mirrored]), view, 4)
+    both = image_rows(torch.cat([row, mirrored]), canvas, 4)
     torch.testing.assert_close(both[0], both[1])
     scale = 63 / 16
     torch.testing.assert_close(
@@ -288,16 +300,16 @@ def test_mirror_image_finds_the_mirrored_boxes() -> None:
     assert torch.equal(both[0, 4:], row[0, 0, 4:])
 
 
-def test_scaled_view_is_clipped_then_scaled_back() -> None:
-    view = View(2.0, (50, 60), (63, 63), 6, 1)
+def test_scaled_canvas_is_clipped_then_scaled_back() -> None:
+    canvas = centered((50, 60), (63, 63), 2.0)
     row = torch.tensor([[[-1.0, 4.0, 99.0, 10.0, 0.5, 0.4, 0.6, 2.0, 0.1]]])
-    found = image_rows(row, view, 4)
+    detections = image_rows(row, canvas, 4)
     scale = 63 / 16
     expected = torch.tensor([0, (4 * scale - 6) / 2, 30, (10 * scale - 6) / 2])
-    torch.testing.assert_close(found[0, :4], expected)
+    torch.testing.assert_close(detections[0, :4], expected)
     rejected = row.clone()
     rejected[..., 4] = -1
-    assert image_rows(rejected, view, 4).shape == (0, COLUMNS)
+    assert image_rows(rejected, canvas, 4).shape == (0, COLUMNS)
 
 
 def test_several_scales_and_merging() -> None:
@@ -362,9 +374,8 @@ def test_inference_in_low_precision_is_close() -> None:
     torch.testing.assert_close(close[0, :best, 4], exact[0, :best, 4], atol=0.02, rtol=0.05)
     # What benchmarks call is what the model does.
     direct = model(inputs)[0]["instances"]
-    torch.testing.assert_close(
-        model.inference(images, inputs)[0]["instances"].scores, direct.scores
-    )
+    staged = model.postprocess((exact,), inputs)[0]["instances"]
+    torch.testing.assert_close(staged.scores, direct.scores)
 
 
 @pytest.mark.parametrize("architecture", ["CornerNet", "CornerNetSaccade", "CenterNetTriplets"])
@@ -391,9 +402,9 @@ def test_heat_maps_lie_on_the_image(architecture: str, names: set[str]) -> None:
     model = build_model(tiny_config(architecture)).eval()
     inputs = random_inputs(1, height=50, width=70)[0]
     inputs.update(height=100, width=140)
-    (found,) = model.heatmaps([inputs])
-    assert found.keys() == names
-    for heat in found.values():
+    (shown,) = model.heatmaps([inputs])
+    assert shown.keys() == names
+    for heat in shown.values():
         assert heat.shape == (100, 140) and heat.min() >= 0 and heat.max() <= 1
     if architecture == "CornerNet":
         # Nothing is lost on the way from the cells to the image.
@@ -401,7 +412,7 @@ def test_heat_maps_lie_on_the_image(architecture: str, names: set[str]) -> None:
             maps = model.network(model.preprocess([inputs])[:1])
         for name, own in zip(("top_left", "bottom_right"), maps, strict=True):
             best = float(own.heat.sigmoid().max())
-            assert float(found[name].max()) == pytest.approx(best, abs=0.02)
+            assert float(shown[name].max()) == pytest.approx(best, abs=0.02)
 
 
 @pytest.mark.parametrize("architecture", ["CornerNet", "CornerNetSaccade", "CenterNetTriplets"])

@@ -12,14 +12,13 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
+from d2ext.codecs.canvas import Canvas
 from d2ext.codecs.corners import CornerTargets, PointMaps, encode_corners
-from d2ext.data.augmentations import (
-    CanvasCropTransform,
-    PixelMirrorTransform,
-    ResizeToSquare,
-)
+from d2ext.data.augmentations.affine import PixelMirrorTransform
+from d2ext.data.augmentations.canvas import CanvasCropTransform
+from d2ext.data.augmentations.resize import ResizeToSquare
 from d2ext.systems.cornernet.losses import CornerNetCriterion
-from d2ext.systems.cornernet.postprocess import View, image_rows, suppress
+from d2ext.systems.cornernet.postprocess import image_rows, suppress
 from tests.reference import GRADIENT_TOLERANCE
 from tests.reference.fixture import Fixture, draw_image, draw_tensor
 from tests.systems.corner_cases import (
@@ -184,7 +183,7 @@ class Case:
             for name, module in watched.items()
         ]
         with torch.no_grad():
-            self.view = self.model.view((180, 300), 1.0)
+            self.canvas = self.model.canvas((180, 300), 1.0)
             self.input = self.model.preprocess([{"image": self.image}])
             self.raw = network(self.input)
         for hook in hooks:
@@ -217,21 +216,21 @@ def test_raw_outputs(case: Case) -> None:
 def test_pairs(case: Case) -> None:
     """The recorded rows are in pixels of the image: the published code scales its array in place."""
     expected = case.fixture.expected["decoded"]
-    rows = image_rows(case.rows, case.view, case.model.stride)[:, :8]
+    rows = image_rows(case.rows, case.canvas, case.model.stride)[:, :8]
     np.testing.assert_allclose(rows, expected[:, 1:], atol=5e-3, rtol=1e-4)
-    kept = (case.rows[..., 4] > -1).sum(dim=1)
-    assert kept.tolist() == [(expected[:, 0] == i).sum() for i in range(2)]
+    keep = (case.rows[..., 4] > -1).sum(dim=1)
+    assert keep.tolist() == [(expected[:, 0] == i).sum() for i in range(2)]
 
 
 def test_detections(case: Case) -> None:
-    rows = image_rows(case.rows, case.view, case.model.stride)
+    rows = image_rows(case.rows, case.canvas, case.model.stride)
     expected = case.fixture.expected["before_soft_nms"]
     assert_detections(rows[:, [7, 0, 1, 2, 3, 4]].numpy(), expected[:, :6])
     # Whether soft-NMS drops a box depends on the order of its array.
     order = np.argsort(rows[:, 7].numpy(), kind="stable")
     np.testing.assert_allclose(rows[order, :4], expected[:, 1:5], atol=0.05)
-    found = suppress(rows, case.model.suppression)[:, [7, 0, 1, 2, 3, 4]]
-    assert_detections(found.numpy(), case.fixture.expected["detections"])
+    detections = suppress(rows, case.model.suppression)[:, [7, 0, 1, 2, 3, 4]]
+    assert_detections(detections.numpy(), case.fixture.expected["detections"])
 
 
 def test_model_gives_these_detections(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +262,9 @@ def test_network_losses_and_gradients(case: Case) -> None:
     for parameter in published.values():
         parameter.requires_grad_(True)
     images, targets = model.training_batch(squared_inputs(fixture, (1, 2), 255))
-    stacks = network.predictions(images, all_stacks=True)
+    model.head.training = True  # of every stack; norms stay as they are
+    stacks = network(images)
+    model.head.training = False
     compare_terms(fixture, model.criterion, stacks, targets, "offset", prefix="loss_")
     total = sum(model.criterion(stacks, targets).values())
     assert total.item() == pytest.approx(float(fixture.expected["loss_total"]), rel=1e-4)
@@ -279,10 +280,11 @@ def test_view_of_the_largest_image() -> None:
     model = build_model(tiny_config("CornerNet"))
     unit = model.backbone.size_divisibility
     image = torch.full((3, 2 * unit - 1, 2 * unit - 2), 7, dtype=torch.uint8)
-    view = model.view(tuple(image.shape[1:]), 1.0)
+    canvas = model.canvas(tuple(image.shape[1:]), 1.0)
     (pixels, mirrored) = model.preprocess([{"image": image}]) * model.pixel_std + model.pixel_mean
     assert torch.equal(mirrored, pixels.flip(-1))
-    assert view == View(1.0, (2 * unit - 1, 2 * unit - 2), (2 * unit - 1, 2 * unit - 1), 0, 0)
+    sizes = (2 * unit - 1, 2 * unit - 1), (2 * unit - 1, 2 * unit - 2)
+    assert canvas == Canvas(*sizes, scale=1.0, corner=(0, 0))
     expected = torch.zeros_like(pixels)
     expected[:, :-1, :-1] = 7
     torch.testing.assert_close(pixels, expected, atol=1e-4, rtol=0)

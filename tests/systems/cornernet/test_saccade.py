@@ -15,14 +15,12 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from fvcore.transforms.transform import TransformList
 from torch import Tensor
 
+from d2ext.codecs.canvas import Canvas
 from d2ext.config import get_cfg
 from d2ext.data import D2extDatasetMapper
-from d2ext.data.augmentations import (
-    ContentCropTransform,
-    DetectionInput,
-    PixelMirrorTransform,
-    RandomObjectCrop,
-)
+from d2ext.data.augmentations import DetectionInput
+from d2ext.data.augmentations.affine import PixelMirrorTransform
+from d2ext.data.augmentations.saccade import ContentCropTransform, RandomObjectCrop
 from d2ext.data.dataset_mapper import _visible_shares
 from d2ext.systems.cornernet.postprocess import COLUMNS, suppress
 from d2ext.systems.cornernet.saccade import (
@@ -32,7 +30,7 @@ from d2ext.systems.cornernet.saccade import (
     crop_around,
     suppress_locations,
 )
-from d2ext.systems.cornernet.saccade_head import SaccadeTargets, encode_saccade
+from d2ext.systems.cornernet.targets import SaccadeTargets, encode_saccade
 from d2ext.testing import random_inputs, tiny_config
 from tests.reference.fixture import Fixture, draw_image
 from tests.systems.corner_cases import assert_detections, build_with_weights
@@ -85,11 +83,11 @@ def training_sample(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         shares = _visible_shares([{"bbox": box} for box in boxes], transforms)
         image = transforms.apply_image(image)
         boxes = torch.from_numpy(np.clip(transforms.apply_box(boxes), 0, 255)).float()
-        kept = ((boxes[:, 2:] - boxes[:, :2]) > 1e-5).all(dim=1)
+        keep = ((boxes[:, 2:] - boxes[:, :2]) > 1e-5).all(dim=1)
         instances = Instances((255, 255))
-        instances.gt_boxes = Boxes(boxes[kept])
-        instances.gt_classes = torch.tensor([o[4] - 1 for o in objects])[kept]
-        instances.gt_visible_shares = shares[kept]
+        instances.gt_boxes = Boxes(boxes[keep])
+        instances.gt_classes = torch.tensor([o[4] - 1 for o in objects])[keep]
+        instances.gt_visible_shares = shares[keep]
         pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         inputs.append({"image": pixels, "instances": instances})
     assert next(calls, None) is None
@@ -131,9 +129,9 @@ def test_training_sample(monkeypatch: pytest.MonkeyPatch) -> None:
             )
     np.testing.assert_allclose(corners.top_left.heat, expected["target_tl_heat"], atol=1e-6)
     np.testing.assert_allclose(corners.bottom_right.heat, expected["target_br_heat"], atol=1e-6)
-    np.testing.assert_array_equal(targets.top_left_valid, expected["target_tl_valid"])
-    np.testing.assert_array_equal(targets.bottom_right_valid, expected["target_br_valid"])
-    assert not targets.top_left_valid.all()
+    np.testing.assert_array_equal(targets.corners.top_left.valid, expected["target_tl_valid"])
+    np.testing.assert_array_equal(targets.corners.bottom_right.valid, expected["target_br_valid"])
+    assert not targets.corners.top_left.valid.all()
     for level, attention in enumerate(targets.attention):
         np.testing.assert_array_equal(attention, expected[f"target_att_{level}"])
 
@@ -148,7 +146,7 @@ class Case:
         pixels = draw_image(400, 420, seed=4).transpose(2, 0, 1)
         self.inputs = {"image": torch.from_numpy(np.ascontiguousarray(pixels))}
         self.seen: dict[str, Tensor] = {}
-        backbone = self.model.network.backbone
+        backbone = self.model.backbone
         watched = {
             "stem": backbone.stem,
             "hourglass_0": backbone.stacks[0],
@@ -212,26 +210,24 @@ def test_search(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     model = case.model
     calls: list[Tensor] = []
 
-    def look(views: Tensor) -> list[Tensor]:
+    def look(views: Tensor) -> Tensor:
         calls.append(views)
-        if len(calls) == 1:
-            return list(model._decode(case.raw))
-        return [recorded_rows("second_decoded", len(views))]
+        return recorded_rows("second_decoded", len(views))
 
     monkeypatch.setattr(model, "_look", look)
-    rows, locations = model.first_pass(case.inputs["image"].float())
+    monkeypatch.setattr(model.network, "forward", lambda images: case.raw)
+    first, *attention = model._decode(case.raw)
+    rows, locations = model.first_look(first, attention, (400, 420))
     expected = FIXTURE.expected["locations"]
     np.testing.assert_allclose(locations, expected, atol=1e-3, rtol=1e-4)
-    calls.clear()
     result = model([case.inputs])[0]["instances"]
-    assert FIXTURE.compare("second_images", calls[1]) < 1e-5
-    found = [result.pred_classes[:, None], result.pred_boxes.tensor, result.scores[:, None]]
-    assert_detections(torch.cat(found, 1).numpy(), FIXTURE.expected["detections"])
+    assert FIXTURE.compare("second_images", calls[0]) < 1e-5
+    detections = [result.pred_classes[:, None], result.pred_boxes.tensor, result.scores[:, None]]
+    assert_detections(torch.cat(detections, 1).numpy(), FIXTURE.expected["detections"])
     monkeypatch.undo()
 
-    offsets = model._cut(case.inputs["image"].float(), locations)[1]
-    second = model._to_image(recorded_rows("second_decoded", 8), locations[:, 2], offsets)
-    second = second.flatten(0, 1)
+    canvases = [canvas for _, canvas in model._crops(locations, (400, 420))]
+    second = model._rows_on_image(recorded_rows("second_decoded", 8), canvases)
     before = torch.cat([rows, second[second[:, 4] > -1]])
     assert_detections(
         before[:, [7, 0, 1, 2, 3, 4]].numpy(), FIXTURE.expected["before_soft_nms"][:, :6]
@@ -239,7 +235,7 @@ def test_search(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(suppress(before, model.suppression)) == len(result)
 
     with torch.no_grad():
-        maps = model.network(calls[1][:CROPS])
+        maps = model.network(calls[0][:CROPS])
     tags = FIXTURE.expected["second_tl_tag"][:CROPS]
     error = np.linalg.norm(maps[0].embedding[..., ::4, ::4].numpy() - tags) / np.linalg.norm(tags)
     assert error < RAW_TOLERANCE
@@ -250,9 +246,11 @@ def test_losses(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     model, expected = case.model, FIXTURE.expected
     with torch.no_grad():
         images, targets = model.training_batch(training_sample(monkeypatch))
-        stacks = model.network.predictions(images, all_stacks=True)
+        model.head.training = True  # of every stack; norms stay as they are
+        stacks = model.network(images)
+        model.head.training = False
         for s, predictions in enumerate(stacks):
-            terms = model.criterion.saccade_terms(predictions, targets)
+            terms = model.criterion.terms(predictions, targets)
             recorded = {
                 "heat": [f"focal_tl_{s}", f"focal_br_{s}"],
                 "pull": [f"pull_{s}"],
@@ -276,7 +274,7 @@ def test_crop_by_hand() -> None:
     crop = crop_around(10, 50, 63, 63, 40, 60)
     assert crop.source == (slice(0, 40), slice(19, 60))
     assert crop.target == (slice(21, 61), slice(0, 41))
-    assert crop.offset == (-21, 19)
+    assert crop.corner == (19, -21)
     doubled = crop_around(30, 30, 31, 63, 60, 60)
     assert doubled.source == (slice(15, 45), slice(15, 45))
     # 31 pixels become 63: 15 on either side of the middle become int(15 * 63 / 31).
@@ -289,8 +287,8 @@ def test_the_whole_image_is_seen_whole() -> None:
     model.options = model.options._replace(input_size=255, first_sizes=(255,))
     image = torch.zeros(3, 400, 420)
     image[:, :, :2] = 255
-    views, offsets = model._cut(image, model._first_locations(400, 420))
-    assert offsets == [(-10.0, 0.0)]
+    views, (canvas,) = model._views(image, model._first_locations((400, 420)))
+    assert canvas.corner == (0.0, -10.0)
     pixels = views * model.pixel_std + model.pixel_mean
     assert pixels[0, 0, 127, 0] == pytest.approx(255, abs=1e-2)
 
@@ -305,13 +303,13 @@ def test_locations_of_boxes() -> None:
             [7, 7, 7, 7, 0.9],
         ]
     )
-    found = box_locations(rows, 0.5)
-    assert found[:3].tolist() == [
+    locations = box_locations(rows, 0.5)
+    assert locations[:3].tolist() == [
         [10, 48.25, 192 / 96.5, 1],
         [42, 26, 64 / 64, 1],
         [21, 10, 24 / 32, 1],
     ]
-    assert len(found) == 4 and np.isfinite(found).all()
+    assert len(locations) == 4 and np.isfinite(locations).all()
 
 
 def test_locations_of_attention() -> None:
@@ -320,16 +318,19 @@ def test_locations_of_attention() -> None:
     attention[1][0, 7, 0] = 0.4
     attention[1][0, 0, 0] = 0.3  # not above the threshold
     attention[0][1, 3, 3] = 0.8  # outside the image
-    found = attention_locations(
-        attention, [0.5, 1.5], [(-4.0, 6.0), (80, 80)], [16, 8], [1, 2], 0.3, (120, 90)
-    )
-    assert found.tolist() == [[28, 70, 0.5, 0.9], [108, 6, 1.0, 0.4]]
+
+    def views(*scales: float, corners: Any = ((0, 0), (0, 0))) -> list[Canvas]:
+        return [Canvas((64, 64), (64, 64), *x) for x in zip(scales, corners, strict=True)]
+
+    canvases = views(0.5, 1.5, corners=((6.0, -4.0), (80, 80)))
+    locations = attention_locations(attention, canvases, [16, 8], [1, 2], 0.3, (120, 90))
+    assert locations.tolist() == [[28, 70, 0.5, 0.9], [108, 6, 1.0, 0.4]]
     # Too close already; close enough for the finer map only.
     for scale, factors, count in ((2.1, [1, 1], 0), (1.9, [1, 3], 2), (1.9, [3, 2], 1)):
-        found = attention_locations(
-            attention, [scale] * 2, [(0, 0)] * 2, [16, 8], factors, 0.3, (500, 500)
+        locations = attention_locations(
+            attention, views(scale, scale), [16, 8], factors, 0.3, (500, 500)
         )
-        assert len(found) == count
+        assert len(locations) == count
 
 
 def test_near_locations_are_one() -> None:
@@ -341,8 +342,8 @@ def test_near_locations_are_one() -> None:
             [100, 100, 1.3, 0.3],  # of another scale
         ]
     )
-    kept = suppress_locations(locations)
-    assert kept[:, 3].tolist() == [0.6, 0.5, 0.3]
+    selected = suppress_locations(locations)
+    assert selected[:, 3].tolist() == [0.6, 0.5, 0.3]
     assert suppress_locations(np.zeros((0, 4))).shape == (0, 4)
 
 
@@ -358,7 +359,7 @@ def test_objects_that_are_neither_positive_nor_negative() -> None:
         attention_ranges=[[48, 128], [24, 48], [0, 24]],
     )
     assert targets.corners.mask.tolist() == [[False, False, True]]
-    assert [int((~v).any(dim=(2, 3)).sum()) for v in targets[1:3]] == [2, 2]
+    assert [int((~x.valid).any(dim=(2, 3)).sum()) for x in targets.corners[:2]] == [2, 2]
     assert [int(a.sum()) for a in targets.attention] == [1, 1, 1]
     assert [tuple(a.shape) for a in targets.attention] == [
         (1, 1, 8, 8),
@@ -451,5 +452,6 @@ def test_images_far_from_square(size: tuple[int, int]) -> None:
     # Benchmarks hand over the first views.
     inputs = random_inputs(1)
     direct = model(inputs)[0]["instances"]
-    staged = model.inference(model.preprocess(inputs), inputs)[0]["instances"]
-    torch.testing.assert_close(direct.scores, staged.scores)
+    with torch.no_grad():
+        staged = model.postprocess(model.inference_network(model.preprocess(inputs)), inputs)
+    torch.testing.assert_close(direct.scores, staged[0]["instances"].scores)

@@ -71,9 +71,9 @@ def test_predicts_and_draws_without_data(name: str) -> None:
     hourglass.CHANNELS, hourglass.STEM_CHANNELS, hourglass.NUM_STACKS = 32, [8, 16, 32], 1
     predictor = DefaultPredictor(cfg)
     picture = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
-    found = predictor(picture)["instances"]
+    detections = predictor(picture)["instances"]
     _, landmarks, _ = CONFIGS[name]
-    assert found.pred_keypoints.shape == (1, landmarks, 3)
+    assert detections.pred_keypoints.shape == (1, landmarks, 3)
     if name == "hourglass_2stack_overfit":
         assert not cfg.DATASETS.TEST  # for whatever data --dataset names
         metadata = None
@@ -85,11 +85,11 @@ def test_predicts_and_draws_without_data(name: str) -> None:
         assert partners != list(range(landmarks))
         assert [partners[i] for i in partners] == list(range(landmarks))
     points = torch.tensor([[10.0 + i % 10 * 7, 10 + i // 10 * 4, 1.0] for i in range(landmarks)])
-    found.pred_keypoints = points[None]
+    detections.pred_keypoints = points[None]
     drawn = {}
     for lines in (True, False):
         visualizer = Visualizer(picture, metadata if lines else None)
-        drawn[lines] = visualizer.draw_instance_predictions(found).get_image()
+        drawn[lines] = visualizer.draw_instance_predictions(detections).get_image()
     assert (drawn[True] != picture).any()
     if metadata is not None:
         assert (drawn[True] != drawn[False]).any(axis=-1).sum() > 50

@@ -127,12 +127,12 @@ def test_flip_test_and_decoded_joints(case: Case) -> None:
 
 def test_final_joints(case: Case) -> None:
     with torch.no_grad():
-        found = case.model(case.inputs)[0]["instances"]
+        detections = case.model(case.inputs)[0]["instances"]
     expected = case.fixture.expected["keypoints_image"]
-    np.testing.assert_array_equal(found.pred_keypoints[0, :, :2], expected[:, :2])
-    np.testing.assert_allclose(found.pred_keypoints[0, :, 2], expected[:, 2], atol=1e-4)
+    np.testing.assert_array_equal(detections.pred_keypoints[0, :, :2], expected[:, :2])
+    np.testing.assert_allclose(detections.pred_keypoints[0, :, 2], expected[:, 2], atol=1e-4)
     # Detectron2 and the published code agree on the coordinates: these are whole numbers.
-    assert (found.pred_keypoints[..., :2] == found.pred_keypoints[..., :2].trunc()).all()
+    assert (detections.pred_keypoints[..., :2] == detections.pred_keypoints[..., :2].trunc()).all()
 
 
 def test_chunks_and_many_persons_give_the_same(case: Case) -> None:
@@ -141,11 +141,11 @@ def test_chunks_and_many_persons_give_the_same(case: Case) -> None:
     instances.pred_boxes = Boxes(instances.pred_boxes.tensor + shift)
     case.model.max_crops = 2
     with torch.no_grad():
-        found = case.model([{**case.inputs[0], "instances": instances}])[0]["instances"]
+        detections = case.model([{**case.inputs[0], "instances": instances}])[0]["instances"]
     expected = case.fixture.expected["keypoints_image"]
     for i in (0, 2):
-        np.testing.assert_array_equal(found.pred_keypoints[i, :, :2], expected[:, :2])
-    assert not torch.equal(found.pred_keypoints[1], found.pred_keypoints[0])
+        np.testing.assert_array_equal(detections.pred_keypoints[i, :, :2], expected[:, :2])
+    assert not torch.equal(detections.pred_keypoints[1], detections.pred_keypoints[0])
 
 
 def test_unused_skip_layers_are_all_that_is_left_out(case: Case) -> None:
@@ -153,10 +153,12 @@ def test_unused_skip_layers_are_all_that_is_left_out(case: Case) -> None:
     assert len(case.published) == 742
     left = len(case.published) - len(case.converted)
     skips = [k for k in case.published if ".skip_layer." in k]
-    kept = [k for k in case.converted if ".shortcut." in k]
+    shortcuts = [k for k in case.converted if ".shortcut." in k]
     # Only the first and the last block of the stem change the width.
-    assert kept == [f"backbone.stem{i}.shortcut.{x}" for i in (1, 3) for x in ("weight", "bias")]
-    assert left == len(skips) - len(kept) > 0
+    assert shortcuts == [
+        f"backbone.stem{i}.shortcut.{x}" for i in (1, 3) for x in ("weight", "bias")
+    ]
+    assert left == len(skips) - len(shortcuts) > 0
 
 
 def test_eight_stacks_have_the_published_size() -> None:
@@ -178,7 +180,7 @@ def samples() -> list[tuple[Tensor, Tensor]]:
     """The two training samples: image (3, 256, 256) in 0..255, joints (16, 3) in heat-map pixels."""
     inputs = Fixture(REFERENCE / "data_and_eval").manifest["inputs"]
     flip = Fixture(REFERENCE / "hg2_mpii").manifest["inputs"]["flip_pairs"]
-    found = []
+    result = []
     for sample, seed in (("sample_a", 3), ("sample_b", 4)):
         given = inputs[sample]
         numbers = dict(given["random_numbers_in_order"])
@@ -187,10 +189,10 @@ def samples() -> list[tuple[Tensor, Tensor]]:
         joints = np.array(given["keypoints_x_y_visible"], dtype=np.float64)
         center, scale = given["center_xy"], given["scale"]
         drawn = hourglass_sample(image, joints, center, scale, flip, HourglassDraws(**numbers))
-        found.append(
+        result.append(
             (255 * torch.from_numpy(drawn[0]).permute(2, 0, 1), torch.from_numpy(drawn[1]))
         )
-    return found
+    return result
 
 
 def crop_sample(image: Tensor, joints: Tensor) -> dict[str, Any]:
@@ -204,7 +206,8 @@ def crop_sample(image: Tensor, joints: Tensor) -> dict[str, Any]:
 def test_loss_and_gradients(case: Case, samples: list[tuple[Tensor, Tensor]]) -> None:
     fixture, model = case.fixture, case.model
     inputs = [crop_sample(*sample) for sample in samples]
-    images, points, labelled = model.training_crops(inputs)
+    images, targets = model.training_batch(inputs)
+    points, labelled = targets
     assert fixture.compare("training_images", images.numpy()) < RAW_TOLERANCE
     (target,), weights = model.head.codec.encode(points, labelled)
     assert fixture.compare("training_heatmaps", target.numpy()) < 1e-6
@@ -216,11 +219,14 @@ def test_loss_and_gradients(case: Case, samples: list[tuple[Tensor, Tensor]]) ->
         "grad_outs_0_conv_weight": model.backbone.stacks[0].predictor.weight,
         "grad_outs_last_conv_bias": model.backbone.stacks[1].predictor.bias,
     }
-    raw = model.head(model.backbone(images))  # batch norms as in evaluation
+    features = model.backbone(images)
+    raw = model.head(
+        [features[name] for name in model.head.in_features]
+    )  # batch norms as in evaluation
     stacks = [((maps - target) ** 2).mean(dim=(1, 2, 3)) for maps in raw]
     per_stack = torch.stack(stacks, dim=1).detach()
     assert fixture.compare("loss_per_image_and_stack", per_stack.numpy()) < RAW_TOLERANCE
-    losses = model.head.losses(raw, points, labelled)
+    losses = model.losses(raw, targets)
     assert list(losses) == ["loss_heatmap"]
     loss = losses["loss_heatmap"]
     assert fixture.compare("loss_total", loss.detach().numpy()) < RAW_TOLERANCE

@@ -9,21 +9,25 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Instances
+from detectron2.utils.events import EventStorage
 from torch import Tensor
 
 from d2ext import model_zoo
 from d2ext.checkpoint import ConversionError, convert_state_dict
 from d2ext.checkpoint.checkpointer import Checkpointer
+from d2ext.engine.predictor import BatchPredictor
+from d2ext.engine.trainer import Trainer
 from d2ext.layers.deform_conv import DeformConv
-from d2ext.systems.upsnet.backbone import DeformBottleneck
+from d2ext.modeling.tta import build_tta
 from d2ext.systems.upsnet.boxes import PyramidRoIAlign, clip, detectron_anchors, inclusive
 from d2ext.systems.upsnet.model import UPSNet
-from d2ext.systems.upsnet.postprocess import Cleaned, clean, nearest, segments, select
-from d2ext.systems.upsnet.targets import Targets
-from d2ext.systems.upsnet.tta import TestTimeAugmentation
+from d2ext.systems.upsnet.postprocess import PanopticMap, clean, nearest, segments, select
+from d2ext.systems.upsnet.targets import UPSNetTargets
+from d2ext.systems.upsnet.tta import UPSNetWithTTA
 from d2ext.testing import NUM_CLASSES, NUM_STUFF, random_inputs, tiny_config
 
 
@@ -81,9 +85,10 @@ def test_proposals_of_no_width_in_the_images_own_pixels_are_not_trained_on(model
     maps = torch.zeros(40, 40, dtype=torch.int64), torch.ones(1, 40, 40, dtype=torch.bool)
     proposals = Instances((40, 40))
     proposals.proposal_boxes = _boxes([[5.0, 5.0, 5.5, 15.0], [4.0, 5.0, 20.0, 21.0]])
-    regions = model.roi_heads.sample(proposals, Targets(objects, *nothing, *maps, pixel=0.1))
-    assert regions.deltas.isfinite().all()
-    widths = regions.boxes[:, 2] - regions.boxes[:, 0]
+    regions = model.roi_heads.sample(proposals, UPSNetTargets(objects, *nothing, *maps, pixel=0.1))
+    assert regions.gt_deltas.isfinite().all()
+    boxes = regions.proposal_boxes.tensor
+    widths = boxes[:, 2] - boxes[:, 0]
     assert len(widths) == 2 and (widths > 10).all()
 
 
@@ -102,8 +107,8 @@ def test_select_keeps_ties_with_the_last() -> None:
     boxes = torch.tensor([[0.0, 0, 9, 9], [20.0, 0, 29, 9], [40.0, 0, 49, 9]])[:, None]
     scores = torch.tensor([[0.9], [0.7], [0.7]])
     options = {"score_threshold": 0.1, "nms_threshold": 0.5}
-    assert len(select(boxes, scores, limit=1, **options).scores) == 1
-    assert len(select(boxes, scores, limit=2, **options).scores) == 3
+    assert len(select(boxes, scores, (10, 50), limit=1, **options).scores) == 1
+    assert len(select(boxes, scores, (10, 50), limit=2, **options).scores) == 3
 
 
 # ---------------------------------------------------------------- training on bad input
@@ -169,13 +174,13 @@ def test_losses_of_several_images_are_the_mean_of_each_ones() -> None:
 
 
 def test_the_share_of_instances_that_keep_their_channel(model: UPSNet) -> None:
-    drawn = [model.draw_kept(10) for _ in range(20)]
+    drawn = [model.sample_instances(10) for _ in range(20)]
     assert {len(x) for x in drawn} == {7}
     assert all(len(set(x.tolist())) == 7 for x in drawn)
     assert len({tuple(x.tolist()) for x in drawn}) > 1
-    assert len(model.draw_kept(1)) == 1
-    assert len(model.draw_kept(0)) == 0
-    assert build(LOSS__KEEP_FRACTION=1.0).draw_kept(5).tolist() == [0, 1, 2, 3, 4]
+    assert len(model.sample_instances(1)) == 1
+    assert len(model.sample_instances(0)) == 0
+    assert build(LOSS__KEEP_FRACTION=1.0).sample_instances(5).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_a_best_match_may_become_negative_and_few_candidates_do_not(model: UPSNet) -> None:
@@ -216,8 +221,8 @@ def test_small_stuff_becomes_void() -> None:
 @pytest.mark.parametrize("panoptic", ["head", "heuristic"])
 def test_ids_of_segments_and_channels(category_ids: str, panoptic: str) -> None:
     model = build(CATEGORY_IDS=category_ids, TEST__PANOPTIC=panoptic).eval()
-    model.outputs.combine_score_threshold = 0.0
-    model.outputs.combine_stuff_area_limit = 1
+    if panoptic == "heuristic":
+        model.postprocessor.heuristic.update(instances_score_thresh=0.0, stuff_area_thresh=1)
     result = model(random_inputs(1))[0]
     joint = category_ids == "joint"
     assert len(result["sem_seg"]) == NUM_STUFF + (NUM_CLASSES if joint else 1)
@@ -258,7 +263,7 @@ def test_more_instances_than_ids_of_a_byte() -> None:
         category_ids="separated",
     )
     assert len(infos) == count and panoptic.max() == count
-    assert isinstance(cleaned, Cleaned)
+    assert isinstance(cleaned, PanopticMap)
 
 
 def test_clean_up_gives_an_instance_to_stuff_by_half_of_its_pixels() -> None:
@@ -289,9 +294,9 @@ def test_semantic_logits_at_any_size(model: UPSNet) -> None:
     for image_size in ((40, 60), (33, 60), (40, 59)):
         for height in range(1, 90, 4):
             size = (height, height * 3 // 2 + 1)
-            assert model.outputs.semantic_map(score, image_size, size).shape[1:] == size
+            assert model.postprocessor.semantic_map(score, image_size, size).shape[1:] == size
     # At the network's own size, the logits are those of the network.
-    own = model.outputs.semantic_map(score, (37, 58), (37, 58))
+    own = model.postprocessor.semantic_map(score, (37, 58), (37, 58))
     full = torch.nn.functional.interpolate(score[None], scale_factor=4, mode="bilinear")[0]
     torch.testing.assert_close(own[1:], full[:NUM_STUFF, :37, :58])
     torch.testing.assert_close(own[0], full[NUM_STUFF:, :37, :58].amax(dim=0))
@@ -304,11 +309,7 @@ def test_one_view_changes_nothing(model: UPSNet) -> None:
     model.eval()
     inputs = random_inputs(2)
     plain = model(inputs)
-    model.augmentation = TestTimeAugmentation(min_sizes=[], max_size=4000, flip=False)
-    try:
-        augmented = model(inputs)
-    finally:
-        model.augmentation = None
+    augmented = UPSNetWithTTA(model, min_sizes=[], max_size=4000, flip=False)(inputs)
     for a, b in zip(plain, augmented, strict=True):
         torch.testing.assert_close(a["sem_seg"], b["sem_seg"], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(a["instances"].scores, b["instances"].scores)
@@ -318,7 +319,7 @@ def test_one_view_changes_nothing(model: UPSNet) -> None:
 
 
 def test_a_mirrored_image_gives_the_mirrored_result() -> None:
-    model = build(TEST__AUG__ENABLED=True, TEST__AUG__MIN_SIZES=[64, 96]).eval()
+    model = UPSNetWithTTA(build().eval(), min_sizes=[64, 96], max_size=4000, flip=True)
     # Sides that are multiples of the padding: nothing else breaks the symmetry.
     inputs = random_inputs(1, height=64, width=96)
     mirrored = [{**inputs[0], "image": inputs[0]["image"].flip(-1)}]
@@ -335,9 +336,9 @@ def test_a_mirrored_image_gives_the_mirrored_result() -> None:
 def test_views_of_an_image_fit_on_each_other(model: UPSNet) -> None:
     """Boxes and semantic logits go to a view and come back, for odd sizes too."""
     model.eval()
-    augmentation = TestTimeAugmentation(min_sizes=[61, 97], max_size=120, flip=True)
+    augmented = UPSNetWithTTA(model, min_sizes=[61, 97], max_size=120, flip=True)
     image = random_inputs(1)[0]["image"]
-    views = augmentation.views(model, image)
+    views = augmented.views(image)
     assert [v.size for v in views] == [(61, 81), (61, 81), (90, 120), (90, 120)]
     boxes = torch.tensor([[3.0, 4.0, 30.0, 50.0], [0.0, 0.0, 80.0, 60.0]])
     for view in views:
@@ -345,13 +346,69 @@ def test_views_of_an_image_fit_on_each_other(model: UPSNet) -> None:
         torch.testing.assert_close(view.from_view(there, (60, 80)), boxes)
         assert there[1].tolist() == [0, 0, view.size[1], view.size[0]]
         # A score that tells the column of the image, at the cells of the view.
-        cells = view.raw.semantic.score.shape[-1]
+        cells = view.predictions.semantic.score.shape[-1]
         columns = (torch.arange(cells) + 0.5) * 4 / view.size[1] * 80
         columns = 80 - columns if view.flipped else columns
-        told = view.raw.semantic._replace(score=columns.expand(1, 1, 25, cells))
-        score = view._replace(raw=view.raw._replace(semantic=told)).score((64, 96), (60, 80), 4)
+        told = view.predictions.semantic._replace(score=columns.expand(1, 1, 25, cells))
+        told = view._replace(predictions=view.predictions._replace(semantic=told))
+        score = told.score((64, 96), (60, 80), 4)
         expected = (torch.arange(24) + 0.5) * 4
         torch.testing.assert_close(score[0, 3, 1:19], expected[1:19])
+
+
+def test_the_config_switches_augmentation_on(
+    model: UPSNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.eval()
+    cfg = tiny_config("UPSNet")
+    assert build_tta(cfg, model) is model
+    cfg.MODEL.UPSNET.TEST.AUG.ENABLED = True
+    cfg.MODEL.UPSNET.TEST.AUG.MIN_SIZES = [40]
+    predictor = BatchPredictor(cfg, model)
+    assert predictor.model.model is model
+    evaluated = []
+    monkeypatch.setattr(
+        DefaultTrainer, "test", lambda cfg, model, evaluators: evaluated.append(model)
+    )
+    Trainer.test(cfg, model)
+    assert isinstance(evaluated[0], UPSNetWithTTA) and not evaluated[0].training
+    assert [v.size for v in predictor.model.views(random_inputs(1)[0]["image"])] == [(40, 53)] * 2
+    image = random_inputs(1)[0]["image"].permute(1, 2, 0).byte().numpy()
+    assert predictor([image])[0]["panoptic_seg"][0].shape == (60, 80)
+    cfg.MODEL.UPSNET.TEST.AUG.MIN_SIZES = [0]
+    with pytest.raises(ValueError, match="MIN_SIZES"):
+        build_tta(cfg, model)
+
+
+# ---------------------------------------------------------------- pictures
+
+
+@pytest.mark.parametrize("category_ids", ["separated", "joint"])
+def test_pictures_change_no_number_of_the_training(category_ids: str) -> None:
+    inputs = random_inputs(2)
+    losses, states, pictures = [], [], []
+    for period in (0, 1):
+        model = build(CATEGORY_IDS=category_ids).train()
+        model.vis_period = period
+        # Statistics that a picture must not move.
+        model.roi_heads.box_head.add_module("norm", torch.nn.BatchNorm1d(32))
+        torch.manual_seed(1)
+        np.random.seed(1)
+        with EventStorage(0) as storage, torch.autocast("cpu", torch.bfloat16):
+            losses.append({k: float(v.detach()) for k, v in model(inputs).items()})
+            pictures.append(storage._vis_data)
+        states.append([*model.state_dict().values(), torch.get_rng_state(), np.random.rand()])
+        assert all(module.training for module in model.modules())
+    assert losses[0] == losses[1]
+    assert all(np.array_equal(a, b) for a, b in zip(*states, strict=True))
+    assert not pictures[0]
+    ((_, picture, _),) = pictures[1]
+    assert picture.shape == (3, 60, 160) and 0 <= picture.min() < picture.max() <= 1
+    # The annotations are the objects on two kinds of stuff, each in a colour of its own.
+    left = picture[:, :, :80]
+    seen = inputs[0]["image"].numpy() / 255
+    assert np.abs(left - seen).mean() > 0.05
+    assert np.abs(left[:, 5:25, 2:6].mean((1, 2)) - left[:, 35:55, 2:6].mean((1, 2))).max() > 0.1
 
 
 # ---------------------------------------------------------------- configs and weights
@@ -363,13 +420,11 @@ def test_views_of_an_image_fit_on_each_other(model: UPSNet) -> None:
         ("CATEGORY_IDS", "contiguous", "CATEGORY_IDS"),
         ("TEST__PANOPTIC", "magic", "PANOPTIC"),
         ("LOSS__KEEP_FRACTION", 0.0, "KEEP_FRACTION"),
-        ("TEST__AUG__MIN_SIZES", [0], "MIN_SIZES"),
     ],
 )
 def test_wrong_settings(key: str, value: Any, message: str) -> None:
-    changes = {key: value, "TEST__AUG__ENABLED": True}
     with pytest.raises(ValueError, match=message):
-        build(**changes)
+        build(**{key: value})
 
 
 def _weightless(name: str) -> CfgNode:
@@ -387,7 +442,7 @@ def test_deformable_backbone_of_the_published_config() -> None:
     assert [len(s) for s in stages.values()] == [3, 4, 23, 3]
     for name, stage in stages.items():
         for block in stage:
-            assert isinstance(block, DeformBottleneck) == (name != "res2")
+            assert isinstance(block.conv2, DeformConv) == (name != "res2")
             assert isinstance(block.conv1.norm, FrozenBatchNorm2d)
         if name != "res2":
             assert stage[0].conv1.stride == (2, 2) and stage[0].conv2.stride == 1

@@ -22,9 +22,8 @@ from d2ext.systems.upsnet import losses as L
 from d2ext.systems.upsnet import targets as T
 from d2ext.systems.upsnet.boxes import clip, end_behind, inclusive
 from d2ext.systems.upsnet.model import UPSNet
-from d2ext.systems.upsnet.panoptic_head import PanopticHead, panoptic_logits
-from d2ext.systems.upsnet.postprocess import Candidates, clean, nearest, select, two_channels
-from d2ext.systems.upsnet.roi_heads import Regions
+from d2ext.systems.upsnet.panoptic_head import panoptic_logits, predict_panoptic
+from d2ext.systems.upsnet.postprocess import PanopticMap, clean, nearest, select
 from tests.reference.fixture import Fixture, draw_image, draw_tensor
 
 REFERENCE = Path(__file__).parents[2] / "reference" / "upsnet"
@@ -94,21 +93,23 @@ def void_as_255(labels: Tensor, channels: int) -> np.ndarray:
 @pytest.mark.parametrize("unknown", [True, False])
 @pytest.mark.parametrize("case", ["test", "nothing_detected", "all_masks_empty"])
 def test_panoptic_map(head_case: HeadCase, case: str, unknown: bool) -> None:
-    chosen = {"test": slice(None), "nothing_detected": slice(0), "all_masks_empty": slice(3)}[case]
+    used = {"test": slice(None), "nothing_detected": slice(0), "all_masks_empty": slice(3)}[case]
     masks = torch.full_like(head_case.masks, -1.0) if case == "all_masks_empty" else head_case.masks
-    head = PanopticHead(num_stuff=11, overlap_fraction=0.3, unknown=unknown)
-    result = head(
+    result = predict_panoptic(
         head_case.score,
-        head_case.boxes[chosen],
-        head_case.classes[chosen],
-        head_case.scores[chosen],
-        masks[chosen],
+        head_case.boxes[used],
+        head_case.classes[used],
+        head_case.scores[used],
+        masks[used],
         head_case.size,
+        num_stuff=11,
+        overlap_fraction=0.3,
+        unknown=unknown,
     )
     expected = head_case.expected
-    np.testing.assert_array_equal(result.kept, expected[f"{case}.keep"])
+    np.testing.assert_array_equal(result.keep, expected[f"{case}.keep"])
     name = f"{case}.map" + ("" if unknown else "_without_void")
-    labels = void_as_255(result.labels, 11 + len(result.kept))
+    labels = void_as_255(result.labels, 11 + len(result.keep))
     np.testing.assert_array_equal(labels, expected[name][0])
     np.testing.assert_array_equal(result.semantic, expected["test.semantic_argmax"][0])
 
@@ -118,12 +119,12 @@ def test_panoptic_logits_at_inference_and_in_training(head_case: HeadCase) -> No
         ("test", "keep", upsample(head_case.score[None], 4)[0], 1),
         ("train", "keep_inds", head_case.score, 4),
     ):
-        kept = torch.from_numpy(head_case.expected[f"{case}.{indices}"]).long()
+        keep = torch.from_numpy(head_case.expected[f"{case}.{indices}"]).long()
         logits = panoptic_logits(
             semantic,
-            head_case.boxes[kept] / scale,
-            head_case.classes[kept],
-            head_case.masks[kept],
+            head_case.boxes[keep] / scale,
+            head_case.classes[keep],
+            head_case.masks[keep],
             num_stuff=11,
         )
         assert logits.unknown is not None
@@ -141,15 +142,15 @@ def test_panoptic_target_and_loss(head_case: HeadCase, drop: bool) -> None:
     expected = head_case.expected
     labels = torch.from_numpy(expected["train.semantic_label"]).long()
     masks = torch.from_numpy(expected["train.masks"])
-    kept = torch.from_numpy(expected["train.keep_inds"]).long() if drop else torch.arange(12)
-    target = T.panoptic_target(labels, masks[kept], 11, unknown=drop)
+    keep = torch.from_numpy(expected["train.keep_inds"]).long() if drop else torch.arange(12)
+    target = T.panoptic_target(labels, masks[keep], 11, unknown=drop)
     name = "train.target" if drop else "train.target_without_drop"
     np.testing.assert_array_equal(as_published(target), expected[name][0])
     logits = panoptic_logits(
         head_case.score,
-        head_case.boxes[kept] / 4,
-        head_case.classes[kept],
-        head_case.masks[kept],
+        head_case.boxes[keep] / 4,
+        head_case.classes[keep],
+        head_case.masks[keep],
         num_stuff=11,
         unknown=drop,
     )
@@ -158,18 +159,38 @@ def test_panoptic_target_and_loss(head_case: HeadCase, drop: bool) -> None:
     assert loss == pytest.approx(float(expected[name]), rel=1e-5)
 
 
+def two_channels(
+    labels: Tensor, panoptic: PanopticMap, classes: Tensor, *, num_stuff: int
+) -> tuple[Tensor, Tensor]:
+    """The published result's form: a map of semantic ids and a map of instance numbers.
+
+    Returns:
+        (h, w) ids, stuff 0..S-1, things S.., 255 void; (h, w) numbers: 0 for stuff and void, else
+        1 + the rank of the instance among those present before the clean-up.
+    """
+    count = len(classes)
+    present = torch.bincount(labels.flatten().long(), minlength=num_stuff + count + 1)
+    rank = torch.cumsum(present[num_stuff : num_stuff + count] > 0, dim=0)
+    # The last entries serve void, -1.
+    ids = torch.cat([torch.arange(num_stuff, device=labels.device), classes + num_stuff])
+    ids = torch.cat([ids, ids.new_full((1,), T.IGNORE)])
+    numbers = torch.cat([rank.new_zeros(num_stuff), rank, rank.new_zeros(1)])
+    return ids[panoptic.labels], numbers[panoptic.labels]
+
+
 @pytest.mark.parametrize("limit", [0, 150])
 def test_clean_up(head_case: HeadCase, limit: int) -> None:
-    head = PanopticHead(num_stuff=11, overlap_fraction=0.3)
-    result = head(
+    result = predict_panoptic(
         head_case.score,
         head_case.boxes,
         head_case.classes,
         head_case.scores,
         head_case.masks,
         head_case.size,
+        num_stuff=11,
+        overlap_fraction=0.3,
     )
-    classes = head_case.classes[result.kept]
+    classes = head_case.classes[result.keep]
     cleaned = clean(
         result.labels,
         result.semantic,
@@ -194,27 +215,29 @@ def test_boxes_and_nms(head_case: HeadCase, name: str) -> None:
     # The published background is class 0.
     decoded = Box2BoxTransform((10.0, 10.0, 5.0, 5.0)).apply_deltas(deltas, rois)
     decoded = clip(decoded.unflatten(1, (9, 4))[:, 1:], *settings["clip_to"])
-    found = select(
+    selected = select(
         decoded,
         scores.softmax(1)[:, 1:],
+        tuple(settings["clip_to"]),
         score_threshold=settings[name]["score"],
         nms_threshold=settings[name]["nms"],
         limit=settings[name]["top"],
         across_classes=name != "detect",
     )
-    match_detections(found, expected, name)
+    match_detections(selected, expected, name)
 
 
-def match_detections(found: Candidates, expected: dict[str, np.ndarray], name: str) -> None:
+def match_detections(selected: Instances, expected: dict[str, np.ndarray], name: str) -> None:
     """One to one, in the published order: by class, then score; candidates by score."""
     stem = "panoptic.candidate_" if name == "panoptic" else f"{name}."
-    boxes, classes, scores = (x.numpy() for x in found)
+    boxes, classes = selected.pred_boxes.tensor, selected.pred_classes.numpy()
+    scores = selected.scores.numpy()
     order = np.arange(len(scores))
     if not name.startswith("panoptic"):
         order = np.lexsort((-scores, classes))
     np.testing.assert_array_equal(classes[order] + 1, expected[f"{stem}classes"])
     np.testing.assert_allclose(scores[order], expected[f"{stem}scores"], atol=1e-4)
-    published = inclusive(torch.from_numpy(boxes[order])).numpy()
+    published = inclusive(boxes[order]).numpy()
     np.testing.assert_allclose(published, expected[f"{stem}boxes"], atol=0.05)
 
 
@@ -248,11 +271,12 @@ class InferenceCase:
         ]
         with torch.no_grad():
             self.images = self.model.preprocess(self.inputs)
-            self.raw = self.model.predict(self.images)
-            self.detections, self.candidates = self.model.detect(self.raw, [(height, width)])
-            self.score = self.raw.semantic.score[0]
-            padded = (self.images.shape[-2], self.images.shape[-1])
-            self.prediction = self.model.outputs.unify(self.score, self.candidates[0], padded)
+            self.predictions = self.model.inference_network(self.images)
+            ((self.detections, self.candidates),) = self.model.detect(
+                self.predictions, [(height, width)]
+            )
+            self.score = self.predictions.semantic.score[0]
+            self.prediction = self.model.postprocessor.fuse(self.score, self.candidates)
 
 
 @pytest.fixture(scope="module")
@@ -261,45 +285,46 @@ def inference() -> Iterator[InferenceCase]:
 
 
 def test_dense_outputs(inference: InferenceCase) -> None:
-    model, raw = inference.model, inference.raw
+    model, predictions = inference.model, inference.predictions
     with torch.no_grad():
         x = inference.images
         stages = model.backbone.bottom_up(x)
-        features = [raw.features[n] for n in model.proposal_generator.in_features]
+        features = [predictions.features[n] for n in model.proposal_generator.in_features]
         logits, deltas = model.proposal_generator.rpn_head(features)
         outputs = {"backbone.pool1": model.backbone.bottom_up.stem(x)}
         head = model.sem_seg_head
-        outputs["semantic.offset_p2"] = head.layers[0].offset(raw.features["p2"])
+        outputs["semantic.offset_p2"] = head.layers[0].offset(predictions.features["p2"])
         for i in range(2, 6):
-            outputs[f"semantic.subnet.p{i}"] = head.level_features(raw.features[f"p{i}"])
+            outputs[f"semantic.subnet.p{i}"] = head.level_features(predictions.features[f"p{i}"])
     for i in range(2, 6):
         outputs[f"backbone.res{i}"] = stages[f"res{i}"]
     for i in range(2, 7):
-        outputs[f"fpn.p{i}"] = raw.features[f"p{i}"]
+        outputs[f"fpn.p{i}"] = predictions.features[f"p{i}"]
         outputs[f"rpn.cls_score.p{i}"] = logits[i - 2]
         outputs[f"rpn.bbox_pred.p{i}"] = deltas[i - 2]
-    outputs["semantic.feat"] = raw.semantic.features
-    outputs["semantic.score"] = raw.semantic.score
-    outputs["semantic.logits"] = upsample(raw.semantic.score, 4)
+    outputs["semantic.feat"] = predictions.semantic.features
+    outputs["semantic.score"] = predictions.semantic.score
+    outputs["semantic.logits"] = upsample(predictions.semantic.score, 4)
     check(inference.fixture, outputs)
 
 
 def test_proposals(inference: InferenceCase) -> None:
-    rpn, raw = inference.model.proposal_generator, inference.raw
-    anchors = rpn.anchor_generator([raw.features[name] for name in rpn.in_features])
+    rpn, predictions = inference.model.proposal_generator, inference.predictions
     with torch.no_grad():
-        proposals, _ = rpn.propose([(250, 310)], anchors, raw.logits, raw.deltas, None)
+        proposals, _ = rpn.propose(predictions, [(250, 310)])
     ours = inclusive(proposals[0].proposal_boxes.tensor)
     np.testing.assert_allclose(ours, inference.expected["rois"][:, 1:], atol=0.05)
 
 
 def test_box_and_mask_heads(inference: InferenceCase) -> None:
-    model, raw, fixture = inference.model, inference.raw, inference.fixture
+    model, predictions, fixture = inference.model, inference.predictions, inference.fixture
     heads = model.roi_heads
     boxes = end_behind(torch.from_numpy(inference.expected["rois"][:, 1:]))
     with torch.no_grad():
-        pooled = heads.box_pooler([raw.features[f"p{i}"] for i in range(2, 6)], [Boxes(boxes)])
-        logits, deltas = heads.predict_boxes(raw.features, [boxes])
+        pooled = heads.box_pooler(
+            [predictions.features[f"p{i}"] for i in range(2, 6)], [Boxes(boxes)]
+        )
+        logits, deltas = heads.predict_boxes(predictions.features, [boxes])
         hidden = heads.box_head(pooled)
     published_logits = torch.cat([logits[:, -1:], logits[:, :-1]], dim=1)
     check(
@@ -313,31 +338,32 @@ def test_box_and_mask_heads(inference: InferenceCase) -> None:
 
 
 def test_detections(inference: InferenceCase) -> None:
-    match_detections(inference.detections[0].boxes, inference.expected, "det")
-    match_detections(inference.candidates[0].boxes, inference.expected, "panoptic")
-    boxes = inference.detections[0].boxes
-    order = np.lexsort((-boxes.scores.numpy(), boxes.classes.numpy()))
+    match_detections(inference.detections, inference.expected, "det")
+    match_detections(inference.candidates, inference.expected, "panoptic")
+    detections = inference.detections
+    order = np.lexsort((-detections.scores.numpy(), detections.pred_classes.numpy()))
     check(
         inference.fixture,
         {
-            "det.mask_logits": inference.detections[0].masks[order],
-            "panoptic.candidate_mask_logits": inference.candidates[0].masks,
+            "det.mask_logits": detections.mask_logits[order],
+            "panoptic.candidate_mask_logits": inference.candidates.mask_logits,
         },
     )
 
 
 def test_panoptic_outputs(inference: InferenceCase) -> None:
     expected, prediction = inference.expected, inference.prediction
-    candidates = inference.candidates[0].boxes
-    np.testing.assert_array_equal(prediction.kept, expected["panoptic.keep"])
-    classes, scores = candidates.classes[prediction.kept], candidates.scores[prediction.kept]
+    candidates = inference.candidates
+    np.testing.assert_array_equal(prediction.keep, expected["panoptic.keep"])
+    candidates = candidates[prediction.keep]
+    classes, scores = candidates.pred_classes, candidates.scores
     np.testing.assert_array_equal(classes + 1, expected["panoptic.classes"])
     np.testing.assert_allclose(scores, expected["panoptic.scores"], atol=1e-4)
     logits = panoptic_logits(
         upsample(inference.score[None], 4)[0],
-        inclusive(candidates.boxes[prediction.kept]),
+        inclusive(candidates.pred_boxes.tensor),
         classes,
-        prediction.masks,
+        candidates.mask_logits,
         num_stuff=53,
     )
     assert logits.unknown is not None
@@ -350,7 +376,7 @@ def test_panoptic_outputs(inference: InferenceCase) -> None:
     }
     check(inference.fixture, {k: v[None] for k, v in outputs.items()})
     # The fixture's own checks: a change of 1e-6 in the weights moves 1.2e-5 of the pixels.
-    labels = void_as_255(prediction.labels, 53 + len(prediction.kept))
+    labels = void_as_255(prediction.labels, 53 + len(prediction.keep))
     assert (labels != expected["panoptic.map"][0]).mean() < 1e-4
     assert (prediction.semantic.numpy() != expected["semantic.argmax"][0]).mean() < 1e-4
     # Exactly: the arg max of the logits that were just compared.
@@ -359,7 +385,7 @@ def test_panoptic_outputs(inference: InferenceCase) -> None:
 
 def test_cleaned_result_and_segments(inference: InferenceCase) -> None:
     prediction, size = inference.prediction, (250, 310)
-    classes = inference.candidates[0].boxes.classes[prediction.kept]
+    classes = inference.candidates.pred_classes[prediction.keep]
     labels = nearest(prediction.labels, size, size)
     cleaned = clean(
         labels,
@@ -377,8 +403,8 @@ def test_cleaned_result_and_segments(inference: InferenceCase) -> None:
     panoptic, infos = inference.model(inference.inputs)[0]["panoptic_seg"]
     semantic = torch.full(size, 255)
     for info in infos:
-        kind = info["category_id"] + 53 if info["isthing"] else info["category_id"] - 1
-        semantic[panoptic == info["id"]] = kind
+        category = info["category_id"] + 53 if info["isthing"] else info["category_id"] - 1
+        semantic[panoptic == info["id"]] = category
     np.testing.assert_array_equal(semantic, ids)
     assert {i["id"] for i in infos if i["isthing"]} == set(panoptic[numbers > 0].unique().tolist())
 
@@ -410,23 +436,23 @@ class TrainingCase:
             }
         ]
         for key, crowd in (("instances", 0), ("crowd_instances", 1)):
-            chosen = [a for a in inputs["annotations"] if a["iscrowd"] == crowd]
+            selected = [a for a in inputs["annotations"] if a["iscrowd"] == crowd]
             instances = Instances(size)
-            boxes = torch.tensor([a["bbox"] for a in chosen])
+            boxes = torch.tensor([a["bbox"] for a in selected])
             instances.gt_boxes = Boxes(
                 torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1) * 1.6
             )
-            instances.gt_classes = torch.tensor([a["category_id"] - 1 for a in chosen])
+            instances.gt_classes = torch.tensor([a["category_id"] - 1 for a in selected])
             if not crowd:
                 instances.gt_masks = PolygonMasks(
-                    [[np.array(p) * 1.6 for p in a["segmentation"]] for a in chosen]
+                    [[np.array(p) * 1.6 for p in a["segmentation"]] for a in selected]
                 )
             self.batch[0][key] = instances
-        self.truth = T.read_targets(
+        self.targets = T.read_targets(
             self.batch[0], num_stuff=53, with_things=True, device=torch.device("cpu")
         )
         self.images = self.model.preprocess(self.batch)
-        self.raw = self.model.inference_network.network(self.images)
+        self.predictions = self.model.network(self.images)
 
 
 @pytest.fixture(scope="module")
@@ -435,23 +461,23 @@ def training() -> Iterator[TrainingCase]:
 
 
 def test_training_targets(training: TrainingCase) -> None:
-    expected, truth = training.expected, training.truth
+    expected, targets = training.expected, training.targets
     check(training.fixture, {"input.data": training.images})
     padded = training.images.shape[-2:]
-    labels = F.pad(truth.semantic, (0, padded[1] - truth.semantic.shape[1]), value=T.IGNORE)
+    labels = F.pad(targets.semantic, (0, padded[1] - targets.semantic.shape[1]), value=T.IGNORE)
     np.testing.assert_array_equal(labels, expected["target.semantic"][0])
-    quarter = T.quarter(truth.semantic, padded)
+    quarter = T.quarter(targets.semantic, padded)
     np.testing.assert_array_equal(quarter, expected["target.semantic_quarter"][0])
-    masks = T.quarter(truth.masks.to(torch.uint8), padded)
+    masks = T.quarter(targets.masks.to(torch.uint8), padded)
     np.testing.assert_array_equal(masks, expected["target.masks_quarter"])
-    boxes = inclusive(truth.instances.gt_boxes.tensor, truth.pixel)
+    boxes = inclusive(targets.instances.gt_boxes.tensor, targets.pixel)
     np.testing.assert_array_equal(T.crop_labels(labels, boxes, 28), expected["target.semantic_roi"])
-    kept = torch.from_numpy(expected["panoptic.keep_inds"]).long()
-    np.testing.assert_allclose(boxes[kept], expected["panoptic.gt_rois"][:, 1:], rtol=1e-5)
-    target = T.panoptic_target(quarter, masks[kept], 53, unknown=True)
+    keep = torch.from_numpy(expected["panoptic.keep_inds"]).long()
+    np.testing.assert_allclose(boxes[keep], expected["panoptic.gt_rois"][:, 1:], rtol=1e-5)
+    target = T.panoptic_target(quarter, masks[keep], 53, unknown=True)
     np.testing.assert_array_equal(as_published(target), expected["panoptic.target"][0])
     rois = end_behind(torch.from_numpy(expected["mask.rois"][:, 1:]))
-    mask_targets = training.model.roi_heads.mask_targets(rois, truth, 28)
+    mask_targets = training.model.roi_heads.mask_targets(rois, targets, 28)
     np.testing.assert_array_equal(mask_targets, expected["mask.targets"])
 
 
@@ -472,14 +498,14 @@ def _stored_rpn(training: TrainingCase) -> tuple[Tensor, Tensor]:
 def test_anchor_labels(training: TrainingCase) -> None:
     """Our drawing differs; what may be drawn, and the targets, do not."""
     rpn = training.model.proposal_generator
-    anchors = rpn.anchor_generator([training.raw.features[f"p{i}"] for i in range(2, 7)])
+    anchors = rpn.anchor_generator([training.predictions.features[f"p{i}"] for i in range(2, 7)])
     stored, targets = _stored_rpn(training)
     rpn.batch_size_per_image, size = 10**6, rpn.batch_size_per_image
     try:
-        labels, _ = rpn.label_and_sample_anchors(anchors, [training.truth.rpn_instances])
+        labels, _ = rpn.label_and_sample_anchors(anchors, [training.targets.rpn_instances])
         every = labels[0]
         rpn.batch_size_per_image = 256
-        labels, boxes = rpn.label_and_sample_anchors(anchors, [training.truth.rpn_instances])
+        labels, boxes = rpn.label_and_sample_anchors(anchors, [training.targets.rpn_instances])
     finally:
         rpn.batch_size_per_image = size
     # Too few candidates for a million: no negatives, all positives.
@@ -501,8 +527,11 @@ def test_region_sampling(training: TrainingCase) -> None:
     rois = torch.from_numpy(expected["rcnn.rois"][:, 1:])
     heads = training.model.roi_heads
     proposals = Instances((256, 333), proposal_boxes=Boxes(end_behind(rois)))
-    found = heads.sample(proposals, training.truth)
-    ours = {tuple(np.round(b, 2)): i for i, b in enumerate(inclusive(found.boxes).tolist())}
+    sampled = heads.sample(proposals, training.targets)
+    ours = {
+        tuple(np.round(b, 2)): i
+        for i, b in enumerate(inclusive(sampled.proposal_boxes.tensor).tolist())
+    }
     published = (expected["rcnn.labels"] - 1) % 81
     published[published == 80] = 80
     compared = 0
@@ -511,37 +540,44 @@ def test_region_sampling(training: TrainingCase) -> None:
         if j is None:
             continue
         compared += 1
-        assert int(found.classes[j]) == int(published[i])
+        assert int(sampled.gt_classes[j]) == int(published[i])
         if published[i] < 80:
             target = expected["rcnn.bbox_targets"][i]
-            np.testing.assert_allclose(found.deltas[j], target, atol=1e-4)
+            np.testing.assert_allclose(sampled.gt_deltas[j], target, atol=1e-4)
     assert compared > 400
     # Positives: the objects, and a proposal matched to the crowd, whose own box is not among them.
-    crowd = training.truth.crowd_boxes[0]
-    assert not (inclusive(found.boxes) - inclusive(crowd, 1.6)).abs().amax(1).lt(0.1).any()
+    crowd = training.targets.crowd_boxes[0]
+    assert (
+        not (inclusive(sampled.proposal_boxes.tensor) - inclusive(crowd, 1.6))
+        .abs()
+        .amax(1)
+        .lt(0.1)
+        .any()
+    )
 
 
 def test_losses_and_gradients(training: TrainingCase, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, model = training.expected, training.model
     labels, targets = _stored_rpn(training)
     rpn, heads = model.proposal_generator, model.roi_heads
-    anchors = rpn.anchor_generator([training.raw.features[f"p{i}"] for i in range(2, 7)])
+    anchors = rpn.anchor_generator([training.predictions.features[f"p{i}"] for i in range(2, 7)])
     every = torch.cat([x.tensor for x in anchors])
     boxes = rpn.box2box_transform.apply_deltas(targets, every)
     rois = end_behind(torch.from_numpy(expected["rcnn.rois"][:, 1:]))
     classes = torch.from_numpy(expected["rcnn.labels"]).long()
-    regions = Regions(
-        rois,
-        torch.where(classes == 0, 80, classes - 1),
-        torch.from_numpy(expected["rcnn.bbox_targets"]),
+    regions = Instances(
+        (256, 333),
+        proposal_boxes=Boxes(rois),
+        gt_classes=torch.where(classes == 0, 80, classes - 1),
+        gt_deltas=torch.from_numpy(expected["rcnn.bbox_targets"]),
     )
-    kept = torch.from_numpy(expected["panoptic.keep_inds"]).long()
+    keep = torch.from_numpy(expected["panoptic.keep_inds"]).long()
     # What the published code drew at random.
     monkeypatch.setattr(rpn, "label_and_sample_anchors", lambda *_: ([labels], [boxes]))
     monkeypatch.setattr(heads, "sample", lambda *_: regions)
-    monkeypatch.setattr(model, "draw_kept", lambda _: kept)
+    monkeypatch.setattr(model, "sample_instances", lambda _: keep)
     model.zero_grad()
-    losses = model.losses(training.raw, [training.truth])
+    losses = model.losses(training.predictions, [training.targets])
 
     names = training.fixture.manifest["inputs"]["losses"]
     published = dict(zip(names, expected["losses"].tolist(), strict=True))
@@ -585,11 +621,11 @@ def _published_to_ours(fixture: Fixture) -> dict[str, str]:
 
 def test_raw_outputs_in_training(training: TrainingCase) -> None:
     """Raw outputs of the training pass."""
-    raw, fixture, model = training.raw, training.fixture, training.model
+    predictions, fixture, model = training.predictions, training.fixture, training.model
     logits, deltas = model.proposal_generator.rpn_head(
-        [raw.features[n] for n in model.proposal_generator.in_features]
+        [predictions.features[n] for n in model.proposal_generator.in_features]
     )
-    outputs = {"semantic.score": raw.semantic.score}
+    outputs = {"semantic.score": predictions.semantic.score}
     for i, stride in enumerate((4, 8, 16, 32, 64)):
         outputs[f"rpn.cls_score.s{stride}"] = logits[i]
         outputs[f"rpn.bbox_pred.s{stride}"] = deltas[i]

@@ -1,4 +1,4 @@
-"""Ground truth of UPSNet: label maps, masks, and what it refuses."""
+"""Targets of UPSNet: label maps, masks, and what it refuses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from d2ext.testing import NUM_STUFF, random_inputs
 CPU = torch.device("cpu")
 
 
-def read(inputs: dict, with_things: bool = False) -> T.Targets:
+def read(inputs: dict, with_things: bool = False) -> T.UPSNetTargets:
     return T.read_targets(inputs, num_stuff=NUM_STUFF, with_things=with_things, device=CPU)
 
 
@@ -56,8 +56,8 @@ def test_inputs_that_lack_something_are_refused() -> None:
 def test_objects_without_area_are_left_out() -> None:
     inputs = random_inputs(1)[0]
     inputs["instances"].gt_boxes.tensor[1, 2] = inputs["instances"].gt_boxes.tensor[1, 0]
-    truth = read(inputs)
-    assert len(truth.instances) == len(truth.masks) == 2
+    targets = read(inputs)
+    assert len(targets.instances) == len(targets.masks) == 2
 
 
 def test_polygons_are_drawn_at_the_size_of_the_original_image() -> None:
@@ -92,9 +92,9 @@ def test_a_crop_has_no_scale_and_trains_at_its_own_size() -> None:
     inputs["instances"].gt_masks = PolygonMasks(
         [[np.array([1.0, 1.0, 9.0, 1.0, 9.0, 9.0])] for _ in range(3)]
     )
-    truth = read(inputs)
-    assert truth.pixel == 1.0
-    assert truth.masks.shape == (3, 60, 80) and truth.masks.any(dim=(1, 2)).all()
+    targets = read(inputs)
+    assert targets.pixel == 1.0
+    assert targets.masks.shape == (3, 60, 80) and targets.masks.any(dim=(1, 2)).all()
 
 
 def test_quarter_size_rounds_half_to_even() -> None:
@@ -138,9 +138,9 @@ def test_crowds_and_the_form_of_boxes() -> None:
     crowd.gt_classes = torch.tensor([1])
     inputs["crowd_instances"] = crowd
     inputs.update(height=30, width=40)
-    truth = read(inputs)
-    assert truth.crowd_boxes.tolist() == [[1.0, 2.0, 30.0, 40.0]]
-    assert truth.pixel == 2.0
+    targets = read(inputs)
+    assert targets.crowd_boxes.tolist() == [[1.0, 2.0, 30.0, 40.0]]
+    assert targets.pixel == 2.0
     # The RPN's boxes end one pixel of the network input behind the last pixel, not two.
-    difference = truth.instances.gt_boxes.tensor - truth.rpn_instances.gt_boxes.tensor
+    difference = targets.instances.gt_boxes.tensor - targets.rpn_instances.gt_boxes.tensor
     assert difference.tolist() == [[0.0, 0.0, 1.0, 1.0]] * 3

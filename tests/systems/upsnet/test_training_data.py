@@ -8,7 +8,7 @@ from detectron2.data import DatasetCatalog
 
 from d2ext import model_zoo
 from d2ext.data import D2extDatasetMapper
-from d2ext.data.class_counts import check_config_against_data
+from d2ext.data.dataset_facts import check_config_against_data
 from d2ext.systems.upsnet.targets import read_targets
 
 CONFIG = "upsnet/upsnet_shapes.yaml"
@@ -28,11 +28,11 @@ def test_full_and_separated_labels_agree(flip: str) -> None:
     for record in records:
         labels = []
         for mapper, with_things in zip(mappers, (True, False), strict=True):
-            truth = read_targets(
+            targets = read_targets(
                 mapper(record), num_stuff=6, with_things=with_things, device=torch.device("cpu")
             )
-            labels.append(truth.semantic)
-            assert truth.pixel == 160 / 256
+            labels.append(targets.semantic)
+            assert targets.pixel == 160 / 256
         full, made = labels
         assert full.shape == (160, 160)
         assert set(full.unique().tolist()) - {255} <= set(range(14))
@@ -41,7 +41,7 @@ def test_full_and_separated_labels_agree(flip: str) -> None:
         differing = (full != made) & (made != 255)
         assert differing.float().mean() < 0.01
         # Masks lie where the map has their class.
-        for mask, kind in zip(truth.masks, truth.instances.gt_classes, strict=True):
+        for mask, kind in zip(targets.masks, targets.instances.gt_classes, strict=True):
             assert (full[mask] == 6 + kind).float().mean() > 0.5
 
 

@@ -9,11 +9,10 @@ from d2ext.codecs.prior_boxes import BACKGROUND, NEUTRAL, prior_boxes, to_corner
 from d2ext.systems.yolact.head import MaskScorer, YOLACTPredictions
 from d2ext.systems.yolact.losses import (
     YOLACTCriterion,
-    YOLACTTargets,
     mask_iou,
     mine_negatives,
-    resize_masks,
 )
+from d2ext.systems.yolact.targets import YOLACTTargets, resize_masks
 
 
 def test_negatives_are_the_hardest_background_priors() -> None:
@@ -29,6 +28,12 @@ def test_images_without_positives_give_no_negatives() -> None:
     labels = torch.tensor([[BACKGROUND] * 4, [1, BACKGROUND, BACKGROUND, BACKGROUND]])
     chosen = mine_negatives(torch.randn(2, 4, 3), labels, 3)
     assert chosen.sum(dim=1).tolist() == [0, 3]
+
+
+def test_all_negatives_are_taken_where_there_are_too_few() -> None:
+    labels = torch.tensor([[1, 2, NEUTRAL, BACKGROUND], [1, 2, 1, 2]])
+    chosen = mine_negatives(torch.randn(2, 4, 3), labels, 3)
+    assert chosen.tolist() == [[False, False, False, True], [False] * 4]
 
 
 def test_masks_are_resized_without_antialiasing() -> None:
@@ -95,10 +100,26 @@ def test_small_objects_do_not_train_the_mask_scorer() -> None:
     predictions = predictions._replace(prototypes=torch.zeros(1, 80, 80, 2))
     scorer = MaskScorer(2)
     torch.nn.init.ones_(scorer.output.bias)
-    large = YOLACTCriterion(mask_scorer=scorer)(predictions, priors, targets)
+    large = YOLACTCriterion()(predictions, priors, targets, scorer)
     assert large["loss_mask_iou"] > 0
-    limit = YOLACTCriterion(mask_scorer=scorer, min_mask_iou_area=400)
-    assert limit(predictions, priors, targets)["loss_mask_iou"] == 0
+    limit = YOLACTCriterion(min_mask_iou_area=400)
+    assert limit(predictions, priors, targets, scorer)["loss_mask_iou"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "positives_of_others", "expected"),
+    [("local", 5, 3), ("local", -3, 3), ("global", 5, 2), ("global", -3, 0.25)],
+)
+def test_normalizer_of_four_processes(
+    monkeypatch: pytest.MonkeyPatch, name: str, positives_of_others: int, expected: float
+) -> None:
+    """Positives here, or their mean over the processes; 1 positive at least counts in all."""
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 4)
+    monkeypatch.setattr(
+        "torch.distributed.all_reduce", lambda count: count.add_(positives_of_others)
+    )
+    criterion = YOLACTCriterion(normalizer=name)
+    assert criterion._count(3, torch.device("cpu")) == expected
 
 
 def test_normalizer_is_checked() -> None:

@@ -58,7 +58,7 @@ def test_pyramid_takes_any_size(backbone: str, size: tuple[int, int]) -> None:
 def test_priors_cover_all_predictions() -> None:
     model = build_model(tiny_config("YOLACT")).eval()
     pyramid = model.backbone(torch.rand(1, 3, 64, 64))
-    predictions = model.head([pyramid[name] for name in model.features])
+    predictions = model.head([pyramid[name] for name in model.network.in_features])
     assert len(model.priors(predictions.feature_sizes)) == predictions.logits.shape[1]
     assert predictions.prototypes.shape == (1, 16, 16, 8)
 

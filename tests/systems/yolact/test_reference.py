@@ -48,7 +48,7 @@ class Case:
             self.images = self.model.preprocess(self.inputs)
             self.bottom_up = self.model.backbone.bottom_up(self.images)
             self.pyramid = self.model.backbone(self.images)
-            self.raw = self.model.head([self.pyramid[f] for f in self.model.features])
+            self.raw = self.model.head([self.pyramid[f] for f in self.model.network.in_features])
             self.semantic = self.model.head.semantic(self.pyramid["p3"])
 
     def read(self, image: dict[str, int]) -> dict[str, Any]:
@@ -206,12 +206,11 @@ def test_losses_targets_and_gradients(case: Case) -> None:
     model.zero_grad()
     try:
         images = model.preprocess(batch)
-        pyramid = model.backbone(images)
-        predictions = model.head([pyramid[name] for name in model.features])
+        predictions = model.network(images)
         priors = model.priors(predictions.feature_sizes)
-        targets = [model._targets(x) for x in batch]
+        targets = model.encode_targets(batch, images)
         matches = model.criterion.match(priors, targets)
-        losses = model.criterion(predictions, priors, targets)
+        losses = model.losses(predictions, targets)
     finally:
         model.eval()
 

@@ -1,0 +1,74 @@
+"""How an image lies in a network's input, and the way from the network's maps back to the image.
+
+Places are continuous pixels and cells: (0, 0) is the outer corner of the first one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """The input of a network, with an image of one scale somewhere on it."""
+
+    size: tuple[int, int]
+    """(height, width) of the input."""
+    content: tuple[int, int]
+    """(height, width) of the image at its scale."""
+    scale: float
+    """Pixels of the input per pixel of the image."""
+    corner: tuple[float, float]
+    """x, y of the input's corner, in pixels of the image."""
+
+    def draw(self, image: Tensor) -> Tensor:
+        """An image (3, h, w) of at most :attr:`content`, centred → (3, *size), zero elsewhere."""
+        top, left = _margins(self.content, self.size)
+        canvas = image.new_zeros((image.shape[0], *self.size))
+        canvas[:, top : top + image.shape[1], left : left + image.shape[2]] = image
+        return canvas
+
+    def map_size(self, stride: int) -> tuple[int, int]:
+        """(height, width) in cells of maps of this stride; networks round it up."""
+        return -(-self.size[0] // stride), -(-self.size[1] // stride)
+
+    def to_image(self, points: Tensor, stride: int) -> Tensor:
+        """Cells (..., 2n) x, y, x, y, ... of maps of this stride → pixels of the image.
+
+        Published quirk: a cell is as many pixels as the input has per cell of the maps, a little less
+        than the stride where the input's side is one less than a multiple of it.
+        """
+        return scale_points(points, self._cell(stride), self.corner)
+
+    def affine(self, stride: int) -> Tensor:
+        """:meth:`to_image` as (2, 3) float64."""
+        (width, height), (x, y) = self._cell(stride), self.corner
+        return torch.tensor([[width, 0, x], [0, height, y]], dtype=torch.float64)
+
+    def _cell(self, stride: int) -> tuple[float, float]:
+        """(width, height) of a cell in pixels of the image."""
+        rows, columns = self.map_size(stride)
+        return self.size[1] / columns / self.scale, self.size[0] / rows / self.scale
+
+
+def centered(content: tuple[int, int], size: tuple[int, int], scale: float = 1.0) -> Canvas:
+    """An image of ``content`` (height, width) with its centre pixel on that of an input of ``size``."""
+    top, left = _margins(content, size)
+    return Canvas(size, content, scale, (-left / scale, -top / scale))
+
+
+def _margins(content: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Rows above and columns left of what is centred."""
+    return size[0] // 2 - content[0] // 2, size[1] // 2 - content[1] // 2
+
+
+def scale_points(
+    points: Tensor, scale: tuple[float, float], shift: tuple[float, float] = (0.0, 0.0)
+) -> Tensor:
+    """Coordinates (..., 2n) x, y, x, y, ... times ``scale`` plus ``shift``, both (x, y)."""
+    # Numbers instead of tensors: those would wait for the device.
+    x, y = points.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([x * scale[0] + shift[0], y * scale[1] + shift[1]], dim=-1).flatten(-2)

@@ -1,0 +1,327 @@
+"""What a data set says of itself, and the config keys that follow from it.
+
+Names of classes and keypoints, mirror pairs, skeleton and the constants of keypoint similarity come
+from a COCO-format file (:func:`category_metadata`) into Detectron2's metadata, and from there, for data
+of every kind, into :class:`DatasetFacts` and the config.
+
+Which keys of a config follow from which facts depends on the meta-architecture. Those of Detectron2 are
+known; for any other one it is ``MODEL.<NAME>.NUM_CLASSES`` of the section of the same name, counting
+things. A system that has others says so where it adds its keys::
+
+    @follows_data("UPSNet")
+    def upsnet_keys(facts: DatasetFacts) -> dict[str, Any]:
+        return {
+            "MODEL.ROI_HEADS.NUM_CLASSES": facts.things,
+            "MODEL.SEM_SEG_HEAD.NUM_CLASSES": facts.full,
+        }
+
+``--dataset`` then sets these keys, and :func:`check_config_against_data` compares them with the data.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+
+from d2ext.data.dataset_dicts import check_same_classes, load_dataset
+from d2ext.data.errors import DatasetError, shorten
+from d2ext.data.panoptic import is_panoptic, panoptic_classes
+
+# COCO's per-keypoint OKS constants lie between 0.025 and 0.107 and exist for its 17 keypoints
+# only; other keypoints get a value in the middle unless the config or the data have their own.
+_COCO_KEYPOINTS = 17
+_DEFAULT_OKS_SIGMA = 0.05
+_COLORS = ((0, 200, 80), (255, 128, 0), (51, 153, 255))  # left, right, neither: as in COCO pictures
+
+Names = list[str] | None
+Pairs = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Keypoints:
+    """The keypoints of a category.
+
+    Attributes:
+        names: of the K keypoints
+        flip_pairs: those that change places when the picture is mirrored
+        skeleton: pairs to draw a line between
+        sigmas: K constants of COCO's object keypoint similarity; empty: there are none
+    """
+
+    names: tuple[str, ...]
+    flip_pairs: Pairs
+    skeleton: Pairs = ()
+    sigmas: tuple[float, ...] = ()
+
+
+def mirror_pairs(names: Sequence[str]) -> Pairs:
+    """Keypoints whose names differ by left and right."""
+    place = {name: i for i, name in enumerate(names)}
+    return tuple(
+        (i, place[name.replace("left", "right")])
+        for name, i in place.items()
+        if "left" in name and name.replace("left", "right") in place
+    )
+
+
+def category_keypoints(category: dict[str, Any]) -> Keypoints:
+    """Keypoints of a category of a COCO-format file: ``keypoints`` and, as far as it has them,
+    ``skeleton`` (counted from 1), ``flip_pairs`` (from 0; else by names) and ``sigmas``.
+
+    Raises:
+        DatasetError: names that repeat, or the rest does not fit them
+    """
+    names = tuple(str(name) for name in category["keypoints"])
+    where = f"category '{category.get('name')}'"
+    if len(set(names)) != len(names):
+        raise DatasetError(f"Names of keypoints of {where} occur repeatedly.")
+    pairs = category.get("flip_pairs")
+    flip_pairs = mirror_pairs(names) if pairs is None else tuple((int(a), int(b)) for a, b in pairs)
+    skeleton = tuple((int(a) - 1, int(b) - 1) for a, b in category.get("skeleton", []))
+    sigmas = tuple(float(v) for v in category.get("sigmas", ()))
+    indices = [i for pair in (*flip_pairs, *skeleton) for i in pair]
+    if not all(0 <= i < len(names) for i in indices) or len(sigmas) not in (0, len(names)):
+        raise DatasetError(
+            f"'flip_pairs' (0-based), 'skeleton' (1-based) or 'sigmas' of {where} do not fit its "
+            f"{len(names)} keypoints."
+        )
+    return Keypoints(names, flip_pairs, skeleton, sigmas)
+
+
+def keypoint_metadata(keypoints: Keypoints) -> dict[str, Any]:
+    """Detectron2's metadata of keypoints, and ``keypoint_oks_sigmas``."""
+    names = keypoints.names
+
+    def color(a: str, b: str) -> tuple[int, int, int]:
+        if a.startswith("left") or b.startswith("left"):
+            return _COLORS[0]
+        return _COLORS[1] if a.startswith("right") or b.startswith("right") else _COLORS[2]
+
+    lines = [(names[a], names[b]) for a, b in keypoints.skeleton]
+    return {
+        "keypoint_names": names,
+        "keypoint_flip_map": [(names[a], names[b]) for a, b in keypoints.flip_pairs],
+        "keypoint_connection_rules": [(a, b, color(a, b)) for a, b in lines],
+        "keypoint_oks_sigmas": keypoints.sigmas,
+    }
+
+
+def category_metadata(categories: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Detectron2's metadata of the categories of a COCO-format file, by ascending id."""
+    metadata: dict[str, Any] = {
+        "thing_classes": [c["name"] for c in categories],
+        "thing_dataset_id_to_contiguous_id": {c["id"]: i for i, c in enumerate(categories)},
+    }
+    for category in categories:
+        if category.get("keypoints"):  # all have the same
+            return {**metadata, **keypoint_metadata(category_keypoints(category))}
+    return metadata
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """What is known of a registered data set; None: it has nothing of that kind.
+
+    Attributes:
+        things: classes of instances
+        semantic: ``stuff_classes``, the classes of its semantic maps; "things" first in the
+            separated form of panoptic data
+        stuff: of panoptic data, stuff alone, without "things"
+        full: of panoptic data, stuff and then things, the classes of a full label map
+        keypoints: their names
+        flip_indices: which keypoint takes the place of each in a mirrored picture; empty: not known
+        flip_pairs: the same as [i, j] lists
+        sigmas: of keypoint similarity
+    """
+
+    things: Names
+    semantic: Names
+    stuff: Names = None
+    full: Names = None
+    keypoints: Names = None
+    flip_indices: list[int] | None = None
+    sigmas: list[float] | None = None
+
+    @property
+    def flip_pairs(self) -> list[list[int]] | None:
+        if self.flip_indices is None:
+            return None
+        return [[i, j] for i, j in enumerate(self.flip_indices) if i < j]
+
+
+def dataset_facts(dataset_name: str) -> DatasetFacts:
+    """The facts of a registered data set; many data sets know them only once loaded."""
+    metadata = MetadataCatalog.get(dataset_name)
+    if metadata.get("thing_classes") is None and metadata.get("stuff_classes") is None:
+        load_dataset(dataset_name)
+    panoptic = panoptic_classes(dataset_name) if is_panoptic(dataset_name) else None
+    names = metadata.get("keypoint_names")
+    has_mirrors = metadata.get("keypoint_flip_map") is not None
+    sigmas = metadata.get("keypoint_oks_sigmas")
+    return DatasetFacts(
+        # The standard form of panoptic data lists stuff among its thing classes, too.
+        things=metadata.get("thing_classes") if panoptic is None else panoptic.things,
+        semantic=metadata.get("stuff_classes"),
+        stuff=None if panoptic is None else panoptic.stuff,
+        full=None if panoptic is None else panoptic.full,
+        keypoints=list(names) if names else None,
+        flip_indices=(flip_indices(dataset_name) if has_mirrors else []) if names else None,
+        sigmas=list(sigmas) if sigmas else None,
+    )
+
+
+def flip_indices(dataset_name: str) -> list[int]:
+    """For each keypoint of a data set, which one takes its place in a mirrored picture.
+
+    Raises:
+        DatasetError: the metadata have no ``keypoint_names``, or pairs of unknown names
+    """
+    metadata = MetadataCatalog.get(dataset_name)
+    names = metadata.get("keypoint_names")
+    if not names:
+        raise DatasetError(
+            f"Data set '{dataset_name}' has no landmarks: its metadata has no keypoint_names. Register "
+            "it with d2ext.data.landmarks.register_landmarks."
+        )
+    partner = {name: name for name in names}
+    for a, b in metadata.get("keypoint_flip_map", ()):
+        if a not in partner or b not in partner:
+            raise DatasetError(
+                f"Data set '{dataset_name}': keypoint_flip_map has unknown names {a, b}."
+            )
+        partner[a], partner[b] = b, a
+    place = {name: i for i, name in enumerate(names)}
+    return [place[partner[name]] for name in names]
+
+
+KeyFunction = Callable[[DatasetFacts], dict[str, Any]]
+_keys: dict[str, KeyFunction] = {}
+
+
+def follows_data(*architectures: str) -> Callable[[KeyFunction], KeyFunction]:
+    """Decorator for a function that says which keys of the config follow from which facts.
+
+    The function gets :class:`DatasetFacts` and returns ``{key: value}``. A key whose last word begins
+    with ``NUM_`` gets the length of the value, a list of names; None leaves a key alone.
+
+    Args:
+        architectures: values of ``MODEL.META_ARCHITECTURE`` that it speaks for
+    """
+
+    def add(function: KeyFunction) -> KeyFunction:
+        for architecture in architectures:
+            _keys[architecture] = function
+        return function
+
+    return add
+
+
+@follows_data("GeneralizedRCNN")
+def _rcnn(facts: DatasetFacts) -> dict[str, Any]:
+    return {"MODEL.ROI_HEADS.NUM_CLASSES": facts.things}
+
+
+@follows_data("PanopticFPN")
+def _panoptic_fpn(facts: DatasetFacts) -> dict[str, Any]:
+    return {**_rcnn(facts), **_semantic_segmentor(facts)}
+
+
+@follows_data("SemanticSegmentor")
+def _semantic_segmentor(facts: DatasetFacts) -> dict[str, Any]:
+    return {"MODEL.SEM_SEG_HEAD.NUM_CLASSES": facts.semantic}
+
+
+@follows_data("RetinaNet")
+def _retinanet(facts: DatasetFacts) -> dict[str, Any]:
+    return {"MODEL.RETINANET.NUM_CLASSES": facts.things}
+
+
+@follows_data("ProposalNetwork")
+def _proposal_network(facts: DatasetFacts) -> dict[str, Any]:
+    return {}
+
+
+def set_config_from_data(cfg: CfgNode, dataset_name: str) -> None:
+    """Set every key of ``cfg`` that follows from a registered data set, in place.
+
+    That is ``NUM_CLASSES`` of every section of ``cfg.MODEL`` (of ``SEM_SEG_HEAD`` only if the data
+    has semantic classes), what the meta-architecture says (:func:`follows_data`), and with keypoints
+    their number and, unless the config's fit, the constants of their similarity.
+    """
+    facts = dataset_facts(dataset_name)
+    for section, node in cfg.MODEL.items():
+        if not isinstance(node, CfgNode) or "NUM_CLASSES" not in node:
+            continue
+        names = facts.semantic if section == "SEM_SEG_HEAD" else facts.things
+        if names is not None:
+            node.NUM_CLASSES = len(names)
+    for key, value in _keys_of(cfg, facts).items():
+        if value is not None:
+            section, leaf = _section_of(cfg, key)
+            section[leaf] = len(value) if leaf.startswith("NUM_") else value
+    if facts.keypoints is not None:
+        count = len(facts.keypoints)
+        cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = count
+        if len(cfg.TEST.KEYPOINT_OKS_SIGMAS) != count:
+            default = [] if count == _COCO_KEYPOINTS else [_DEFAULT_OKS_SIGMA] * count
+            cfg.TEST.KEYPOINT_OKS_SIGMAS = facts.sigmas or default
+
+
+def check_config_against_data(cfg: CfgNode, *, train: bool = True) -> None:
+    """Check that the counts of the model are those of ``cfg.DATASETS``.
+
+    Args:
+        cfg: its meta-architecture says which counts matter
+        train: False leaves ``cfg.DATASETS.TRAIN`` alone (evaluation only)
+
+    Raises:
+        DatasetError: a mismatch; the message says which key to set to which value
+    """
+    dataset_names = [*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST]
+    for name in dataset_names:
+        for key, value, names in _counts(cfg, dataset_facts(name)):
+            if value != len(names):
+                what = "keypoints" if key.endswith("KEYPOINTS") else "classes"
+                raise DatasetError(
+                    f"{key} is {value}, but data set '{name}' has {len(names)} {what} "
+                    f"({shorten(names)}). Set {key} to {len(names)} in the config or at the end of the "
+                    "command line; --dataset sets it by itself."
+                )
+    if dataset_names:
+        check_same_classes(dataset_names)
+
+
+def _counts(cfg: CfgNode, facts: DatasetFacts) -> Iterator[tuple[str, int, list[str]]]:
+    """Key, its value in the config, and the names that it counts."""
+    keys = _keys_of(cfg, facts)
+    if cfg.MODEL.KEYPOINT_ON and not any(key.endswith("NUM_KEYPOINTS") for key in keys):
+        keys["MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"] = facts.keypoints
+    for key, names in keys.items():
+        section, leaf = _section_of(cfg, key)
+        if leaf.startswith("NUM_") and names is not None:
+            yield key, section[leaf], names
+
+
+def _keys_of(cfg: CfgNode, facts: DatasetFacts) -> dict[str, Any]:
+    """Keys that the meta-architecture reads, with the facts that they follow."""
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    if architecture in _keys:
+        return _keys[architecture](facts)
+    return {
+        f"MODEL.{section}.NUM_CLASSES": facts.things
+        for section, node in cfg.MODEL.items()
+        if section.replace("_", "").lower() == architecture.lower()
+        and isinstance(node, CfgNode)
+        and "NUM_CLASSES" in node
+    }
+
+
+def _section_of(cfg: CfgNode, key: str) -> tuple[CfgNode, str]:
+    """The node that holds a key, and the key's last word."""
+    *path, leaf = key.split(".")
+    node = cfg
+    for word in path:
+        node = node[word]
+    return node, leaf

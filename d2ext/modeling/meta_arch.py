@@ -1,0 +1,237 @@
+"""What all meta-architectures share; a model adds its network, losses and results.
+
+Training runs :meth:`~MetaArch.training_batch`, the network and :meth:`~MetaArch.losses`; inference runs
+:meth:`~MetaArch.preprocess`, the network (as ``MODEL.INFERENCE`` says, see
+:mod:`d2ext.modeling.inference`) with the model's decoding, and :meth:`~MetaArch.postprocess`.
+
+Letters: B images, H, W size of the network's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data.detection_utils import convert_image_to_rgb
+from detectron2.modeling import Backbone
+from detectron2.structures import Instances
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from d2ext.modeling.inference import InferenceNetwork
+
+
+class BackboneWithHead(nn.Module):
+    """Images (B, 3, H, W) → what the head predicts on some of the backbone's features, finest first."""
+
+    def __init__(self, backbone: Backbone, head: nn.Module, in_features: Sequence[str]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.in_features = list(in_features)
+
+    def forward(self, images: Tensor) -> Any:
+        features = self.backbone(images)
+        return self.head([features[name] for name in self.in_features])
+
+
+class MetaArch(nn.Module):
+    """Base class of the meta-architectures.
+
+    A subclass builds its modules, calls :meth:`set_network`, and fills in :meth:`preprocess`,
+    :meth:`encode_targets`, :meth:`losses` and :meth:`postprocess`; one that trains on other images than
+    it predicts on overrides :meth:`training_batch`, one that looks at an image more than once
+    :meth:`inference`.
+    """
+
+    # (old, new) prefixes of parameters that checkpoints of earlier versions have under another name.
+    RENAMED_PARAMETERS: ClassVar[tuple[tuple[str, str], ...]] = ()
+
+    def __init__(
+        self,
+        *,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        input_format: str = "BGR",
+        inference_mode: str = "eager",
+        inference_dtype: str = "float32",
+        channels_last: bool = False,
+        vis_period: int = 0,
+    ) -> None:
+        """Args:
+        pixel_mean, pixel_std: per channel of ``input_format``, in 0..255.
+        input_format: channel order of the images, for pictures only.
+        inference_mode, inference_dtype, channels_last: see :class:`InferenceNetwork`.
+        vis_period: iterations between pictures of the training in TensorBoard; 0 for none.
+        """
+        super().__init__()
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+        self.input_format = input_format
+        self.vis_period = vis_period
+        self._inference_options: dict[str, Any] = {
+            "mode": inference_mode,
+            "dtype": inference_dtype,
+            "channels_last": channels_last,
+        }
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """This class's constructor arguments; subclasses add theirs."""
+        return {
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "input_format": cfg.INPUT.FORMAT,
+            "inference_mode": cfg.MODEL.INFERENCE.MODE,
+            "inference_dtype": cfg.MODEL.INFERENCE.DTYPE,
+            "channels_last": cfg.MODEL.INFERENCE.CHANNELS_LAST,
+            "vis_period": cfg.VIS_PERIOD,
+        }
+
+    def set_network(self, network: nn.Module, decode: Callable[[Any], Any]) -> None:
+        """Say what runs between images and losses or results; the last step of a constructor.
+
+        Args:
+            network: images (B, 3, H, W) → predictions. Its parts are modules of the model, so its
+                parameters are not registered again.
+            decode: in inference, predictions → tensors whose shapes do not depend on values, see
+                :class:`InferenceNetwork`.
+        """
+        # In a tuple, so that neither the network nor the copy that inference keeps is a submodule.
+        self._inference = (InferenceNetwork(network, decode, **self._inference_options),)
+
+    @property
+    def network(self) -> nn.Module:
+        """Images → predictions, with the weights that are trained."""
+        return self.inference_network.network
+
+    @property
+    def inference_network(self) -> InferenceNetwork:
+        """Network and decoding as :meth:`inference` runs them; benchmarks time it."""
+        return self._inference[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(
+        self, batched_inputs: list[dict[str, Any]]
+    ) -> dict[str, Tensor] | list[dict[str, Any]]:
+        """Detectron2's contract.
+
+        Args:
+            batched_inputs: for each image a dict with ``image`` (3, h, w) in 0..255, any size;
+                ``height``, ``width`` of the wanted output (missing or None: of the image); in training
+                ``instances`` and whatever else :meth:`encode_targets` reads.
+
+        Returns:
+            In training a dict of scalar losses; otherwise for each image a dict of results, see
+            :meth:`postprocess`.
+
+        Raises:
+            KeyError: training inputs without ``instances``.
+        """
+        if not self.training:
+            return self.inference(batched_inputs)
+        if not all("instances" in inputs for inputs in batched_inputs):
+            raise KeyError(
+                "Training needs `instances` for each image: the data mapper did not provide them "
+                "(is it built with is_train=True, and has the data set annotations?)."
+            )
+        images, targets = self.training_batch(batched_inputs)
+        predictions = self.network(images)
+        if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
+            state = np.random.get_state()  # Detectron2's visualizer draws colours at random
+            with torch.no_grad():
+                name, picture = self.draw_training(batched_inputs, images, targets, predictions)
+            np.random.set_state(state)
+            get_event_storage().put_image(name, picture)
+        return self.losses(predictions, targets)
+
+    # What a model fills in, in the order in which it runs
+
+    def preprocess(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
+        """Images as they come → the network's input, (B, 3, H, W), normalised."""
+        raise NotImplementedError
+
+    def encode_targets(self, batched_inputs: list[dict[str, Any]], images: Tensor) -> Any:
+        """What the losses compare predictions on ``images`` (B, 3, H, W) with."""
+        raise NotImplementedError
+
+    def losses(self, predictions: Any, targets: Any) -> dict[str, Tensor]:
+        """Scalar losses, weighted."""
+        raise NotImplementedError
+
+    def postprocess(
+        self, predictions: Any, batched_inputs: list[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """Decoded predictions → for each image Detectron2's results at the size of the output."""
+        raise NotImplementedError
+
+    def draw_training(
+        self, batched_inputs: list[dict[str, Any]], images: Tensor, targets: Any, predictions: Any
+    ) -> tuple[str, Tensor]:
+        """Name and picture (3, h, w) in 0..1 of targets beside predictions, at ``VIS_PERIOD``."""
+        raise NotImplementedError
+
+    def training_batch(self, batched_inputs: list[dict[str, Any]]) -> tuple[Tensor, Any]:
+        """The network's input when training, and its targets."""
+        images = self.preprocess(batched_inputs)
+        return images, self.encode_targets(batched_inputs, images)
+
+    @torch.no_grad()
+    def inference(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Results of each image; see :meth:`postprocess`."""
+        images = self.preprocess(batched_inputs)
+        return self.postprocess(self.inference_network(images), batched_inputs)
+
+    # What models use
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """(..., 3, H, W) in 0..255 → what the network was trained on."""
+        return (images - self.pixel_mean) / self.pixel_std
+
+    def upload(self, inputs: dict[str, Any]) -> Tensor:
+        """An image, as it comes, on the model's device."""
+        return inputs["image"].to(self.device, non_blocking=True)
+
+    def draw_pair(
+        self, inputs: dict[str, Any], detections: Instances, *, masks: bool = False
+    ) -> tuple[str, Tensor]:
+        """Annotations beside detections on the image of ``inputs``; see :meth:`draw_training`."""
+        from detectron2.utils.visualizer import Visualizer  # pulls in matplotlib
+
+        image = inputs["image"].permute(1, 2, 0).clamp(0, 255).cpu()
+        image = convert_image_to_rgb(image, self.input_format)
+        annotations, detections = inputs["instances"].to("cpu"), detections.to("cpu")
+        pictures = []
+        for prefix, instances in (("gt", annotations), ("pred", detections)):
+            shown = {"boxes": instances.get(f"{prefix}_boxes")}
+            if masks and instances.has(f"{prefix}_masks"):
+                shown["masks"] = instances.get(f"{prefix}_masks")
+            if isinstance(shown.get("masks"), Tensor):
+                shown["masks"] = shown["masks"].numpy()
+            pictures.append(Visualizer(image).overlay_instances(**shown).get_image())
+        joined = torch.from_numpy(np.concatenate(pictures, axis=1)).permute(2, 0, 1)
+        return "Left: annotations. Right: detections", joined.float() / 255
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for old, new in self.RENAMED_PARAMETERS:
+            for key in [key for key in state_dict if key.startswith(prefix + old)]:
+                state_dict[prefix + new + key.removeprefix(prefix + old)] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def image_size(inputs: dict[str, Any]) -> tuple[int, int]:
+    """(height, width) of an input's image."""
+    height, width = inputs["image"].shape[-2:]
+    return height, width
+
+
+def output_size(inputs: dict[str, Any]) -> tuple[int, int]:
+    """(height, width) of an input's results; missing or None: the image's."""
+    height, width = image_size(inputs)
+    return inputs.get("height") or height, inputs.get("width") or width

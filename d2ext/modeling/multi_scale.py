@@ -1,0 +1,115 @@
+"""Base of detectors that see images whole, each on a canvas of its own, at one or more scales.
+
+Letters: B images, H×W pixels of a canvas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2ext.codecs.canvas import Canvas
+from d2ext.codecs.heatmaps import maps_on_image
+from d2ext.modeling.meta_arch import MetaArch, image_size, output_size
+
+
+class MultiScaleMetaArch(MetaArch):
+    """A subclass fills in :meth:`canvas`, :meth:`draw`, :meth:`detections`, :meth:`result` and
+    :meth:`shown_maps`, beside what :class:`MetaArch` asks for."""
+
+    def __init__(self, *, scales: Sequence[float], flip: bool, **meta_arch: Any) -> None:
+        """Args:
+        scales: of the image in inference, one pass of the network each.
+        flip: also pass the mirror image.
+        meta_arch: see :class:`MetaArch`.
+        """
+        super().__init__(**meta_arch)
+        if not scales or min(scales) <= 0:
+            raise ValueError(
+                f"TEST.SCALES holds positive factors, at least one; not {list(scales)}."
+            )
+        self.scales = [float(scale) for scale in scales]
+        self.flip = flip
+
+    def canvas(self, size: tuple[int, int], scale: float) -> Canvas:
+        """How an image of ``size`` (height, width) is shown to the network."""
+        raise NotImplementedError
+
+    def draw(self, image: Tensor, canvas: Canvas) -> Tensor:
+        """(3, h, w) → (3, H, W) in 0..255: the image, brought to its scale, on the canvas."""
+        raise NotImplementedError
+
+    def detections(
+        self, predictions: tuple[Tensor, ...], batched_inputs: list[dict[str, Any]], scale: float
+    ) -> list[Any]:
+        """Decoded predictions of a pass → what it detects on each image, in its pixels."""
+        raise NotImplementedError
+
+    def result(self, inputs: dict[str, Any], passes: list[Any]) -> dict[str, Any]:
+        """Detections of one image at each scale → its results."""
+        raise NotImplementedError
+
+    def shown_maps(self, inputs: dict[str, Any]) -> list[tuple[str, Tensor, Tensor]]:
+        """Name, probabilities (C, h, w) and map from cells to pixels (2, 3) of one image's heat maps."""
+        raise NotImplementedError
+
+    def preprocess(
+        self, batched_inputs: list[dict[str, Any]], scale: float | None = None
+    ) -> Tensor:
+        """Images that share a canvas → (B, 3, H, W) and, if wanted, B mirror images.
+
+        Around the images there are zeros, before the normalisation as published.
+
+        Args:
+            scale: one of the test scales; default: the first of them.
+        """
+        scale = self.scales[0] if scale is None else scale
+        canvases = [
+            self.draw(self.upload(x), self.canvas(image_size(x), scale)) for x in batched_inputs
+        ]
+        images = self.normalize(torch.stack(canvases))
+        return torch.cat([images, images.flip(-1)]) if self.flip else images
+
+    @torch.no_grad()
+    def inference(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Images of any sizes, at all scales; those that share a canvas go through together."""
+        runs = []
+        for scale in self.scales:
+            groups: dict[tuple[int, int], list[int]] = {}
+            for i, inputs in enumerate(batched_inputs):
+                groups.setdefault(self.canvas(image_size(inputs), scale).size, []).append(i)
+            for members in groups.values():
+                group = [batched_inputs[i] for i in members]
+                predictions = self.inference_network(self.preprocess(group, scale))
+                runs.append((members, group, predictions, scale))
+        passes: list[list[Any]] = [[] for _ in batched_inputs]
+        for members, group, predictions, scale in runs:
+            for i, own in zip(members, self.detections(predictions, group, scale), strict=True):
+                passes[i].append(own)
+        return [self.result(x, own) for x, own in zip(batched_inputs, passes, strict=True)]
+
+    def postprocess(
+        self, predictions: tuple[Tensor, ...], batched_inputs: list[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """Of one pass, at the first scale."""
+        passes = self.detections(predictions, batched_inputs, self.scales[0])
+        return [self.result(x, [own]) for x, own in zip(batched_inputs, passes, strict=True)]
+
+    @torch.no_grad()
+    def heatmaps(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+        """What the network sees where, at the first test scale; see :mod:`d2ext.utils.heatmaps`.
+
+        Returns:
+            for each image maps by name, (height, width) of the output, in 0..1.
+        """
+        results = []
+        for inputs in batched_inputs:
+            shown: dict[str, Tensor] = {}
+            for name, maps, to_image in self.shown_maps(inputs):
+                heat = maps_on_image(maps, to_image, image_size(inputs), output_size(inputs))
+                shown[name] = torch.maximum(shown.get(name, heat), heat)
+            results.append(shown)
+        return results

@@ -1,0 +1,1 @@
+"""The command line: ``d2ext COMMAND`` (see :mod:`d2ext.tools.main`). Nothing imports this package."""

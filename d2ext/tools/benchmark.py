@@ -1,0 +1,292 @@
+"""Measure operators against their floor, and whole models stage by stage.
+
+    d2ext benchmark operators --output operators.json
+    d2ext benchmark model --config-file yolact/yolact_R_50_550.yaml \\
+        --dtype bfloat16 --mode cudagraph --channels-last --batch-size 1 16 --output model.json
+
+What "model" times. Total: from images as BGR bytes in the host's memory to the model's results at the
+size of the images, on the device, the device having finished. Its parts:
+
+- upload: images to the device, channel order;
+- preprocess: resize to the network's input, normalisation;
+- network: backbone and heads;
+- choice: decoding of boxes, NMS, choice of the detections;
+- results: masks assembled at the size of the image, Instances built.
+
+Latency is the median over single calls, each waited for; throughput is that of calls back to
+back, median of three rounds. A part that follows from a difference of two measurements is a difference
+of medians. FLOPs are those of the network (multiply and add count as two), without what is elementwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from tabulate import tabulate
+
+from d2ext.checkpoint.io import CheckpointError
+from d2ext.config import ConfigError, add_options_argument, load_config
+from d2ext.data.errors import ImageReadError
+from d2ext.data.image_io import read_image
+from d2ext.data.shapes import draw_image
+from d2ext.engine.predictor import BatchPredictor
+from d2ext.files import atomic_write
+from d2ext.model_zoo import find_config_file
+from d2ext.tools.command_line import add_config_argument, make_parser, positive
+from d2ext.tools.model_benchmark import (
+    STAGES,
+    BoxPredictor,
+    Clock,
+    count_flops,
+    environment,
+    lower_score_thresholds,
+    measure_batch,
+    settle_norms,
+)
+
+
+def model_config(args: argparse.Namespace) -> tuple[CfgNode, list[str]]:
+    """The config to measure, and remarks on what was changed in it."""
+    cfg = load_config(find_config_file(args.config_file), args.opts)
+    cfg.MODEL.WEIGHTS = args.weights or cfg.MODEL.WEIGHTS
+    if args.device:
+        cfg.MODEL.DEVICE = args.device
+    cfg.MODEL.INFERENCE.MODE = args.mode
+    cfg.MODEL.INFERENCE.DTYPE = args.dtype
+    cfg.MODEL.INFERENCE.CHANNELS_LAST = args.channels_last
+    remarks = []
+    threshold = args.score_thresh
+    if threshold is None and not cfg.MODEL.WEIGHTS:
+        threshold = 0.0
+    if threshold is not None:
+        changed = lower_score_thresholds(cfg, threshold)
+        remarks.append(f"score threshold {threshold:g}, so that detections come out")
+        if not changed:
+            remarks[-1] = "the config has no score threshold to lower"
+    if not cfg.MODEL.WEIGHTS:
+        remarks.append("random weights, batch norms settled on the image")
+    return cfg, remarks
+
+
+def example_image(args: argparse.Namespace) -> tuple[np.ndarray, str]:
+    """The image to measure on (H×W×3, BGR, uint8), and what it is."""
+    if args.image is None:
+        height, width = args.image_size or (480, 640)
+        image = draw_image(0, "benchmark", 0, height, width).image[:, :, ::-1]
+        return np.ascontiguousarray(image), f"drawn image of {width}x{height}"
+    image = read_image(args.image, "BGR")
+    if args.image_size:
+        height, width = args.image_size
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+    height, width = image.shape[:2]
+    return np.ascontiguousarray(image), f"'{Path(args.image).name}' at {width}x{height}"
+
+
+def run_model(args: argparse.Namespace) -> dict[str, Any]:
+    """Carry ``d2ext benchmark model`` out, printing as it goes."""
+    cfg, remarks = model_config(args)
+    device = torch.device(cfg.MODEL.DEVICE)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    image, described = example_image(args)
+    torch.manual_seed(0)
+    predictor = BoxPredictor(cfg, args.boxes) if args.boxes else BatchPredictor(cfg)
+    inputs = predictor.upload([image, np.ascontiguousarray(image[:, ::-1])])
+    if not cfg.MODEL.WEIGHTS:
+        settle_norms(predictor.model, inputs)
+    iterations = args.iters or (100 if device.type == "cuda" else 10)
+    clock = Clock(device, iterations, args.warmup)
+    report: dict[str, Any] = {
+        "config": args.config_file,
+        "environment": environment(device),
+        "mode": args.mode,
+        "dtype": args.dtype,
+        "channels_last": args.channels_last,
+        "image": described,
+        "remarks": remarks,
+        "iterations": iterations,
+        "parameters": sum(p.numel() for p in predictor.model.parameters()),
+        "flops_per_image": count_flops(predictor.model, inputs[:1]),
+        "batches": [],
+    }
+    print_head(report)
+    for size in args.batch_size:
+        report["batches"].append(measure_batch(predictor, [image] * size, clock))
+    print_batches(report["batches"])
+    return report
+
+
+def print_head(report: dict[str, Any]) -> None:
+    env = report["environment"]
+    print(f"{report['config']}: {report['mode']}, {report['dtype']}", end="")
+    print(", channels last" if report["channels_last"] else "")
+    print(", ".join(f"{key} {value}" for key, value in env.items()))
+    print(f"Input: {report['image']}. " + "; ".join(report["remarks"]))
+    print(
+        f"{report['parameters'] / 1e6:.1f} M parameters, "
+        f"{report['flops_per_image'] / 1e9:.1f} GFLOPs an image (multiply and add: two)\n"
+    )
+
+
+def print_batches(batches: list[dict[str, Any]]) -> None:
+    names = [s for s in (*STAGES, "model") if any(s in b["stages_ms"] for b in batches)]
+    rows = []
+    for batch in batches:
+        stages, latency, output = batch["stages_ms"], batch["latency_ms"], batch["output"]
+        memory = batch.get("peak_allocated_mib")
+        row: dict[str, Any] = {"batch": batch["batch_size"]}
+        row |= {name: stages.get(name) for name in names}
+        row["total p10..p90"] = f"{latency['p10']:.2f}..{latency['p90']:.2f}"
+        row["images/s"] = batch["images_per_second"]
+        row["peak MiB (reserved)"] = (
+            "n/a" if memory is None else f"{memory:.0f} ({batch['peak_reserved_mib']:.0f})"
+        )
+        row["detections"] = output.get("detections_per_image", "n/a")
+        row["box share"] = f"{output.get('mean_box_share', 0):.0%}"
+        rows.append(row)
+    print(tabulate(rows, headers="keys", floatfmt=".3f"))
+    print("Times in ms for the whole batch, medians; images/s back to back.")
+
+
+def run_operators(args: argparse.Namespace) -> dict[str, Any]:
+    """Carry ``d2ext benchmark operators`` out."""
+    from d2ext.layers import benchmark
+
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtypes = [getattr(torch, name) for name in args.dtype]
+    bandwidth = benchmark.copy_bandwidth(device)
+    report: dict[str, Any] = {"environment": environment(device)}
+    print(", ".join(f"{key} {value}" for key, value in report["environment"].items()))
+    print(f"copy: {bandwidth / 1e9:.0f} GB/s (read + written); floor: bytes / copy")
+    if "masks" in args.only:
+        report["rows"] = benchmark.benchmark_masks(
+            device,
+            dtypes,
+            detections=args.detections,
+            sizes=args.sizes,
+            repeats=args.iters,
+            bandwidth=bandwidth,
+        )
+        print("\nMask assembly")
+        print(benchmark.format_rows(report["rows"], benchmark.MASK_COLUMNS))
+    if "pooling" in args.only:
+        batches = args.pool_batches or ([8, 1] if device.type == "cuda" else [1])
+        report["pooling"] = benchmark.benchmark_pooling(
+            device,
+            dtypes,
+            batches=batches,
+            side=args.pool_side,
+            channels_last=[False, True] if args.pool_channels_last else [False],
+            repeats=args.iters,
+            bandwidth=bandwidth,
+        )
+        print("\nCorner pooling (plain PyTorch: cummax with flips)")
+        print(benchmark.format_rows(report["pooling"], benchmark.POOL_COLUMNS))
+    if not all(row["compiled"] for name in ("rows", "pooling") for row in report.get(name, [])):
+        print("The compiled operators are not available: both columns are plain PyTorch.")
+    return report
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.lower().partition("x")
+    return positive(height), positive(width)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
+    commands = parser.add_subparsers(required=True, metavar="{operators,model}")
+    dtypes = ("float32", "bfloat16", "float16")
+
+    operators = commands.add_parser("operators", help="operators, plain PyTorch and the floor")
+    add = operators.add_argument
+    operators.set_defaults(command=run_operators)
+    add("--dtype", nargs="+", choices=dtypes, default=["float32", "bfloat16"])
+    add("--detections", type=positive, default=100, metavar="N")
+    add(
+        "--sizes",
+        nargs="+",
+        type=_size,
+        default=[(550, 550), (1080, 1920)],
+        metavar="HxW",
+        help="of the binary masks (default: 550x550 1080x1920)",
+    )
+    add(
+        "--only",
+        nargs="+",
+        choices=("masks", "pooling"),
+        default=["masks", "pooling"],
+        help="operators to measure (default: all)",
+    )
+    add(
+        "--pool-batches",
+        nargs="+",
+        type=positive,
+        metavar="B",
+        help="of the maps that are pooled, B x 128 x side x side (default: GPU 8 1, CPU 1)",
+    )
+    add("--pool-side", type=positive, default=128, metavar="N", help="their side (default: 128)")
+    add("--pool-channels-last", action="store_true", help="pool channels_last maps too")
+    add("--iters", type=positive, default=20, help="samples (default: 20)")
+
+    model = commands.add_parser("model", help="a whole model, stage by stage")
+    add = model.add_argument
+    model.set_defaults(command=run_model)
+    add_config_argument(model)
+    add("--weights", metavar="FILE", help="checkpoint (default: random weights)")
+    add("--dtype", choices=dtypes, default="float32")
+    add("--mode", choices=("eager", "cudagraph", "compile", "compile_cudagraph"), default="eager")
+    add("--channels-last", action="store_true")
+    add("--batch-size", nargs="+", type=positive, default=[1], metavar="N")
+    add(
+        "--boxes",
+        type=positive,
+        metavar="N",
+        help="boxes in each image, for models that look into boxes (default: the whole image)",
+    )
+    add("--image", metavar="FILE", help="image to measure on (default: drawn)")
+    add(
+        "--image-size",
+        nargs=2,
+        type=positive,
+        metavar=("H", "W"),
+        help="resize the image beforehand (default: its own size; drawn: 480 640)",
+    )
+    add("--iters", type=positive, metavar="N", help="measured calls (default: GPU 100, CPU 10)")
+    add("--warmup", type=positive, default=5, metavar="N", help="calls before (default: 5)")
+    add(
+        "--score-thresh",
+        type=float,
+        metavar="SCORE",
+        help="score threshold (default: the config's with --weights, 0 with random weights)",
+    )
+    for command in (operators, model):
+        command.add_argument("--device", help="for example cuda:1 (default: a GPU if there is one)")
+        command.add_argument(
+            "--output", type=Path, metavar="FILE", help="JSON file for the figures"
+        )
+    add_options_argument(model)
+    return parser
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the tool; its exit status: 0, or 2 if the command, config or a file is wrong."""
+    args = build_parser().parse_args(arguments)
+    try:
+        report = args.command(args)
+    except (ConfigError, CheckpointError, ImageReadError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(args.output, "w") as file:
+            json.dump(report, file, indent=1)
+        print(f"Figures in {args.output}")
+    return 0

@@ -1,0 +1,264 @@
+"""Measures a model stage by stage: what `d2ext benchmark model` times."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from detectron2.config import CfgNode
+from detectron2.structures import Boxes, Instances
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from d2ext.engine.predictor import BatchPredictor
+from d2ext.modeling.inference import InferenceNetwork
+from d2ext.modeling.meta_arch import MetaArch
+
+# Keys below MODEL that hold the score below which a system drops candidates.
+_SCORE_KEYS = ("SCORE_THRESH", "SCORE_THRESH_TEST")
+_ROUNDS = 3
+STAGES = ("upload", "preprocess", "network", "choice", "results", "total")
+
+
+class Clock:
+    """Times functions on a device.
+
+    Args:
+        device: waited for before and after each measurement.
+        iterations: calls that are measured.
+        warmup: calls before them, which also compile, capture and choose algorithms.
+    """
+
+    def __init__(self, device: torch.device, iterations: int, warmup: int) -> None:
+        self.device, self.iterations, self.warmup = device, iterations, warmup
+
+    def wait(self) -> None:
+        """Wait until the device has done all that it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def latency(self, function: Callable[[], Any]) -> list[float]:
+        """Milliseconds of single calls."""
+        for _ in range(self.warmup):
+            function()
+        times = []
+        for _ in range(self.iterations):
+            self.wait()
+            start = time.perf_counter()
+            function()
+            self.wait()
+            times.append(1e3 * (time.perf_counter() - start))
+        return times
+
+    def median(self, function: Callable[[], Any]) -> float:
+        """Median of :meth:`latency`."""
+        return statistics.median(self.latency(function))
+
+    def rate(self, function: Callable[[], Any]) -> float:
+        """Calls a second, back to back."""
+        rates = []
+        for _ in range(_ROUNDS):
+            self.wait()
+            start = time.perf_counter()
+            for _ in range(self.iterations):
+                function()
+            self.wait()
+            rates.append(self.iterations / (time.perf_counter() - start))
+        return statistics.median(rates)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What the numbers depend on, beside the model."""
+    known: dict[str, Any] = {
+        "device": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+    }
+    if device.type == "cuda":
+        known["device"] = torch.cuda.get_device_name(device)
+        known["cuda"] = torch.version.cuda
+        known["cudnn"] = torch.backends.cudnn.version()
+        known["cudnn_benchmark"] = torch.backends.cudnn.benchmark
+        known["tf32"] = torch.backends.cudnn.allow_tf32
+    return known
+
+
+def lower_score_thresholds(cfg: CfgNode, value: float) -> list[str]:
+    """Set every score threshold below ``cfg.MODEL``; the keys that were changed."""
+    changed = []
+
+    def visit(node: CfgNode, prefix: str) -> None:
+        for key, entry in node.items():
+            if isinstance(entry, CfgNode):
+                visit(entry, f"{prefix}{key}.")
+            elif key in _SCORE_KEYS:
+                node[key] = value
+                changed.append(f"{prefix}{key}")
+
+    visit(cfg.MODEL, "MODEL.")
+    return changed
+
+
+@torch.no_grad()
+def settle_norms(model: nn.Module, inputs: list[dict[str, Any]]) -> None:
+    """Give batch norms of random weights the statistics of ``inputs``.
+
+    Without this, activations of a random ResNet grow from block to block, and boxes without area or
+    of infinite size make the work after the network unlike that of a trained model.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm.momentum, norm.training) for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum, norm.training = None, True
+    run_network(model, inputs)
+    for norm, (momentum, training) in zip(norms, before, strict=True):
+        norm.momentum, norm.training = momentum, training
+
+
+def run_network(model: nn.Module, inputs: list[dict[str, Any]]) -> None:
+    """The network alone, eagerly; of a model that is not ours, all of it."""
+    if isinstance(model, MetaArch):
+        model.inference_network.network(model.preprocess(inputs))
+    else:
+        model(inputs)
+
+
+def network_only(faster: InferenceNetwork) -> InferenceNetwork:
+    """The same network in the same mode, without the choice of detections."""
+
+    def tensors(raw: Any) -> tuple[Tensor, ...]:
+        if isinstance(raw, Tensor):
+            return (raw,)
+        values = raw.values() if isinstance(raw, dict) else raw
+        nested = (tensors(x) for x in values if isinstance(x, (Tensor, dict, tuple, list)))
+        return tuple(x for part in nested for x in part)
+
+    name = str(faster.dtype).removeprefix("torch.")
+    return InferenceNetwork(
+        faster.network,
+        tensors,
+        mode=faster.mode,
+        dtype=name,
+        channels_last=faster.memory_format == torch.channels_last,
+    )
+
+
+def count_flops(model: nn.Module, inputs: list[dict[str, Any]]) -> int:
+    """FLOPs of convolutions and matrix products, in float32 and eager mode; multiply-add = 2."""
+    mapping = {torch.ops.torchvision.deform_conv2d: _deform_conv_flops}
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        run_network(model, inputs)
+    return counter.get_total_flops()
+
+
+def _deform_conv_flops(
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    *_: Any,
+    out_shape: Any = None,
+    **__: Any,
+) -> int:
+    """As for a convolution; the bilinear samples are not counted."""
+    batch, out_channels, height, width = out_shape
+    channels, kernel_height, kernel_width = weight_shape[1:]
+    taps = channels * kernel_height * kernel_width
+    return 2 * batch * out_channels * height * width * taps
+
+
+class BoxPredictor(BatchPredictor):
+    """Gives a model that looks into boxes the same number of drawn ones in each image."""
+
+    def __init__(self, cfg: CfgNode, count: int) -> None:
+        super().__init__(cfg)
+        self.count = count
+
+    def upload(
+        self, images: Sequence[np.ndarray], boxes: Sequence[Instances] | None = None
+    ) -> list[dict[str, Any]]:
+        """As the base class; boxes of a quarter to three quarters of the image's sides."""
+        rng = np.random.default_rng(0)
+        drawn = []
+        for image in images:
+            sides = rng.uniform(0.25, 0.75, (self.count, 2))
+            corners = rng.uniform(0, 1, (self.count, 2)) * (1 - sides)
+            shares = np.concatenate([corners, corners + sides], axis=1)
+            height, width = image.shape[:2]
+            instances = Instances((height, width))
+            pixels = shares * [width, height, width, height]
+            instances.pred_boxes = Boxes(torch.from_numpy(pixels))
+            drawn.append(instances)
+        return super().upload(images, drawn)
+
+
+def measure_batch(
+    predictor: BatchPredictor, images: list[np.ndarray], clock: Clock
+) -> dict[str, Any]:
+    """Stages, latency, throughput and memory for one batch."""
+    device = predictor.device
+    result: dict[str, Any] = {"batch_size": len(images)}
+    with torch.no_grad():
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        times = clock.latency(lambda: predictor(images))
+        result["latency_ms"] = _spread(times)
+        result["images_per_second"] = len(images) * clock.rate(lambda: predictor(images))
+        if device.type == "cuda":
+            # Memory of CUDA graphs counts as reserved, not as allocated.
+            result["peak_allocated_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
+            result["peak_reserved_mib"] = torch.cuda.max_memory_reserved(device) / 2**20
+        stages = stage_times(predictor, images, clock)
+        stages["total"] = result["latency_ms"]["median"]
+        result["output"] = describe_output(predictor(images))
+    result["stages_ms"] = stages
+    return result
+
+
+def stage_times(
+    predictor: BatchPredictor, images: list[np.ndarray], clock: Clock
+) -> dict[str, float]:
+    """Milliseconds of the parts of the total."""
+    model = predictor.model
+    inputs = predictor.upload(images)
+    stages = {"upload": clock.median(lambda: predictor.upload(images))}
+    if not isinstance(model, MetaArch):
+        stages["model"] = clock.median(lambda: model(inputs))
+        return stages
+    batch = model.preprocess(inputs)
+    faster = model.inference_network
+    alone = network_only(faster)
+    stages["preprocess"] = clock.median(lambda: model.preprocess(inputs))
+    stages["network"] = clock.median(lambda: alone(batch))
+    chosen = clock.median(lambda: faster(batch))
+    stages["choice"] = max(chosen - stages["network"], 0.0)
+    finished = clock.median(lambda: model.postprocess(faster(batch), inputs))
+    stages["results"] = max(finished - chosen, 0.0)
+    return stages
+
+
+def describe_output(outputs: list[dict[str, Any]]) -> dict[str, Any]:
+    """How much there was to assemble: detections an image, their boxes' share of the image."""
+    described: dict[str, Any] = {}
+    found = [output["instances"] for output in outputs if "instances" in output]
+    if found:
+        described["detections_per_image"] = statistics.mean(len(x) for x in found)
+        shares = [
+            x.pred_boxes.area().float().mean().item() / (x.image_size[0] * x.image_size[1])
+            for x in found
+            if len(x) and x.has("pred_boxes")
+        ]
+        described["mean_box_share"] = statistics.mean(shares) if shares else 0.0
+    return described
+
+
+def _spread(times: Sequence[float]) -> dict[str, float]:
+    low, high = np.percentile(times, [10, 90]).tolist()
+    return {"median": statistics.median(times), "p10": low, "p90": high}

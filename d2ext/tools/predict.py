@@ -1,0 +1,380 @@
+"""Predict on images, folders, videos or a camera, with any system: pictures and COCO results.
+
+    d2ext predict --config-file yolact/yolact_R_50_550.yaml --output out/ \\
+        --input photo.jpg holiday/ "frames/*.png" --opts MODEL.WEIGHTS model_final.pth
+    d2ext predict --config-file ... --video-input clip.mp4 --output clip_out.mp4
+    d2ext predict --config-file ... --webcam 0 --output camera.mp4
+    d2ext predict --config-file centernet/centernet_dla34_512.yaml --draw heatmaps ...
+    d2ext predict --config-file landmarks/hourglass_2stack_coco_256x192.yaml --input a.jpg \\
+        --output out/ --detector faster_rcnn.yaml --detector-weights detector.pth --opts ...
+
+A model that looks into boxes (landmarks) gets them from --detector, any detector of d2ext or
+Detectron2 (a path, or a name in either model zoo), or from --boxes, a JSON list of detections in COCO's
+result form, whose image_id is that of coco_images.json below; of a list with categories, those of the
+model's own data set. Without them the whole image is its box.
+
+Pictures keep their names, and below a folder also the sub-folder; kinds other than JPEG and PNG become
+PNG. Beside them (named after the file, where the output is one file) appear
+
+- coco_results.json: a list of COCO results (box, score, category, mask as RLE), as COCO's tools read
+  them;
+- coco_images.json: which file has which image_id, in COCO's format (images, categories). The id is the
+  number that is the file's name, if all files have such names and all differ (as in COCO); otherwise
+  files count from 1. In a video it is the number of the frame, from 1.
+
+A file that cannot be read is reported and skipped. Exit status: 0; 1 if something was skipped or could
+not be written; 2 if there is nothing to do or the command is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import tqdm
+from detectron2.data.catalog import Metadata
+from detectron2.utils.logger import setup_logger
+
+from d2ext.config import add_options_argument, load_config
+from d2ext.data.coco_results import category_ids
+from d2ext.data.errors import ImageReadError
+from d2ext.data.image_io import read_image
+from d2ext.engine.predictor import BatchPredictor
+from d2ext.engine.top_down import BoxFile, BoxSource, Detector
+from d2ext.model_zoo import find_config_file
+from d2ext.tools.command_line import CommandError, add_config_argument, make_parser, positive
+from d2ext.tools.prediction_files import Job, ResultWriter, plan_images, plan_video
+from d2ext.utils.drawing import PictureDrawer, VideoDrawer, class_metadata, select, write_picture
+from d2ext.utils.heatmaps import SeesHeatmaps
+from d2ext.utils.video import Camera, VideoError, VideoReader, video_writer
+
+logger = logging.getLogger("d2ext.tools.predict")
+
+Item = TypeVar("Item")
+
+
+def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+def predict(
+    predictor: BatchPredictor,
+    images: list[np.ndarray],
+    args: argparse.Namespace,
+    image_ids: Sequence[int] = (),
+    boxes: BoxSource | None = None,
+) -> list[dict[str, Any] | str]:
+    """The output for each image, instances chosen by score, or why there is none.
+
+    Args:
+        boxes: gives the boxes to look into; wants ``image_ids``.
+    """
+    try:
+        found = None if boxes is None else boxes(image_ids, images)
+        outputs = predictor(images) if found is None else predictor(images, found)
+        if args.heatmaps and images:
+            maps = predictor.model.heatmaps(predictor.upload(images, found))
+            outputs = [o | {"heatmaps": m} for o, m in zip(outputs, maps, strict=True)]
+    except torch.cuda.OutOfMemoryError:
+        if len(images) == 1:
+            height, width = images[0].shape[:2]
+            return [f"{width}x{height} pixels do not fit into the device's memory"]
+        return [
+            output
+            for i, image in enumerate(images)
+            for output in predict(predictor, [image], args, image_ids[i : i + 1], boxes)
+        ]
+    for output in outputs:
+        if "instances" in output:
+            output["instances"] = select(output["instances"], args.confidence_threshold)
+    return list(outputs)
+
+
+def run_on_images(
+    predictor: BatchPredictor,
+    jobs: Sequence[Job],
+    metadata: Metadata,
+    args: argparse.Namespace,
+    boxes: BoxSource | None = None,
+) -> list[str]:
+    """Predict on images; what went wrong, a line for each."""
+    problems: list[str] = []
+    drawer = PictureDrawer(metadata, args.max_drawn)
+    instances = 0
+    with ExitStack() as stack:
+        results = ResultWriter(stack, args.output, metadata)
+        progress = stack.enter_context(tqdm.tqdm(total=len(jobs), unit="image"))
+        for batch in batches(jobs, args.batch_size):
+            read: list[tuple[Job, np.ndarray]] = []
+            for job in batch:
+                try:
+                    read.append((job, read_image(str(job.source), "BGR")))
+                except ImageReadError as error:
+                    problems.append(str(error))
+            images, ids = [image for _, image in read], [job.image_id for job, _ in read]
+            outputs = predict(predictor, images, args, ids, boxes)
+            for (job, image), output in zip(read, outputs, strict=True):
+                if isinstance(output, str):
+                    problems.append(f"'{job.source}': {output}")
+                    continue
+                instances += len(output.get("instances", ()))
+                if args.pictures:
+                    write_picture(job.target, drawer(image, output))
+                # last, for it shifts keypoints to COCO's convention in place
+                results.write(job.image_id, str(job.source), image.shape, output)
+            progress.update(len(batch))
+    logger.info("%d instances in %d images.", instances, len(jobs) - len(problems))
+    logger.info("Results in %s", args.output)
+    return problems
+
+
+def run_on_video(
+    predictor: BatchPredictor,
+    reader: VideoReader | Camera,
+    target: Path,
+    metadata: Metadata,
+    args: argparse.Namespace,
+    boxes: BoxSource | None = None,
+) -> list[str]:
+    """Predict on a video, a stream or a camera; what went wrong, a line for each.
+
+    Ctrl-C ends the video; what was predicted until then is written.
+
+    Raises:
+        VideoError: no frame can be read.
+        OSError: the video cannot be written.
+    """
+    problems: list[str] = []
+    wanted = min(n for n in (args.max_frames, reader.length, sys.maxsize) if n is not None)
+    number = 0
+    with ExitStack() as stack:
+        stack.callback(reader.release)
+        results = ResultWriter(stack, target, metadata)
+        show: Callable[[np.ndarray, float], None] | None = None
+        if args.pictures:
+            show = stack.enter_context(video_writer(target, reader.rate))
+        drawer = VideoDrawer(metadata, args.max_drawn)
+        total = wanted if wanted < sys.maxsize else None
+        progress = stack.enter_context(tqdm.tqdm(total=total, unit="frame"))
+        try:
+            for frames in batches(itertools.islice(reader, wanted), args.batch_size):
+                ids = range(number + 1, number + 1 + len(frames))
+                outputs = predict(predictor, [x.image for x in frames], args, ids, boxes)
+                for (image, seconds), output in zip(frames, outputs, strict=True):
+                    number += 1
+                    if isinstance(output, str):
+                        raise VideoError(f"Cannot predict on {reader.name}: {output}.")
+                    if show is not None:
+                        show(drawer(image, output), seconds)
+                    results.write(number, f"{reader.name}#{number}", image.shape, output)
+                    progress.update()
+        except KeyboardInterrupt:
+            logger.info("Interrupted: finishing what was predicted until now.")
+        if number == 0:
+            raise VideoError(f"No frame could be read from {reader.name}.")
+    if reader.skipped > 0:
+        problems.append(
+            f"{reader.skipped} frames of {reader.name}, which are damaged or missing; {number} were "
+            "predicted on."
+        )
+    logger.info("%d frames. Results in %s", number, target.parent)
+    return problems
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add_config_argument(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--input", nargs="+", metavar="PATH", help="images, folders (searched in depth), patterns"
+    )
+    source.add_argument(
+        "--video-input",
+        metavar="FILE",
+        help="a video file, or a stream's address (rtsp://, http://)",
+    )
+    source.add_argument(
+        "--webcam",
+        nargs="?",
+        const=0,
+        type=int,
+        metavar="INDEX",
+        help="a camera (default 0), until Ctrl-C or --max-frames",
+    )
+    add(
+        "--output",
+        required=True,
+        type=lambda text: Path(text).expanduser(),
+        metavar="PATH",
+        help="a folder; or a file for one image or video",
+    )
+    add(
+        "--confidence-threshold",
+        type=score,
+        default=0.5,
+        metavar="SCORE",
+        help="draw and write instances from this score on (default: %(default)s)",
+    )
+    add("--batch-size", type=positive, default=1, metavar="N", help="images per pass (default: 1)")
+    add(
+        "--max-drawn",
+        type=positive,
+        default=200,
+        metavar="N",
+        help="draw only the best N instances of a picture; all are written (default: %(default)s)",
+    )
+    add("--max-frames", type=positive, metavar="N", help="stop a video after N frames")
+    add(
+        "--draw",
+        choices=("results", "heatmaps"),
+        default="results",
+        help="heatmaps: also the heat maps, corners and centres that CornerNet, CenterNet and their "
+        "like read their results from",
+    )
+    add("--no-pictures", dest="pictures", action="store_false", help="write COCO results only")
+    add(
+        "--class-names",
+        metavar="FILE",
+        help="text file, one class name a line; default: those of the config's data set",
+    )
+    looked_into = parser.add_mutually_exclusive_group()
+    looked_into.add_argument(
+        "--detector",
+        metavar="CONFIG",
+        help="config of a detector that finds the boxes to look into",
+    )
+    looked_into.add_argument(
+        "--boxes", metavar="FILE", help="JSON list of detections (COCO's result form): the boxes"
+    )
+    add("--detector-weights", metavar="FILE", help="the detector's checkpoint")
+    add(
+        "--detector-classes",
+        nargs="+",
+        metavar="NAME",
+        help="of the detector, to look into (default: the model's own class if the detector has it, "
+        "otherwise all)",
+    )
+    add(
+        "--box-threshold",
+        type=float,
+        default=0.5,
+        metavar="SCORE",
+        help="look into boxes from this score on (default: %(default)s)",
+    )
+    add_options_argument(parser)
+    return parser
+
+
+def score(text: str) -> float:
+    """A number in 0..1, for ``add_argument(type=...)``."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no score in 0..1")
+    return float(text)
+
+
+def read_class_names(path: str) -> list[str]:
+    names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    if not any(names):
+        raise CommandError(f"--class-names '{path}' holds no name.")
+    return [name for name in names if name]
+
+
+def build_box_source(args: argparse.Namespace, metadata: Metadata) -> BoxSource | None:
+    """What ``--detector`` or ``--boxes`` ask for.
+
+    Raises:
+        ValueError, FileNotFoundError: the detector's config or checkpoint or the file is wrong.
+    """
+    if args.boxes:
+        return BoxFile(args.boxes, args.box_threshold, category_ids(metadata))
+    if not args.detector:
+        return None
+    cfg = load_config(find_config_file(args.detector))
+    if args.detector_weights:
+        cfg.MODEL.WEIGHTS = args.detector_weights
+    if not cfg.MODEL.WEIGHTS:
+        logger.warning("The detector's MODEL.WEIGHTS is empty: detecting with random weights.")
+    names = list(class_metadata(cfg).get("thing_classes") or [])
+    wanted = args.detector_classes
+    if wanted is None:
+        own = metadata.get("thing_classes") or []
+        wanted = [name for name in names if name in own] or None
+    unknown = [name for name in wanted or () if name not in names]
+    if unknown:
+        raise CommandError(
+            f"The detector has no class {', '.join(map(repr, unknown))}; it has {names or 'no names'}."
+        )
+    ids = None if wanted is None else [names.index(name) for name in wanted]
+    return Detector(BatchPredictor(cfg), args.box_threshold, ids)
+
+
+def prepare(args: argparse.Namespace) -> Callable[[], list[str]]:
+    """Do all that can find the command wrong; the rest is for the caller to run.
+
+    Raises:
+        ValueError, FileNotFoundError: the command, the config or the checkpoint is wrong.
+    """
+    args.heatmaps = args.draw == "heatmaps" and args.pictures
+    names = read_class_names(args.class_names) if args.class_names else None
+    # Wrong paths are found before the model is built, which takes long.
+    if args.input:
+        jobs = plan_images(args.input, args.output)
+    else:
+        source = args.video_input if args.webcam is None else args.webcam
+        target = plan_video(source, args.output)
+        reader = Camera(source) if isinstance(source, int) else VideoReader(source)
+    cfg = load_config(find_config_file(args.config_file), args.opts)
+    cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = args.confidence_threshold
+    cfg.freeze()
+    if not cfg.MODEL.WEIGHTS:
+        logger.warning("MODEL.WEIGHTS is empty: predicting with random weights.")
+    predictor = BatchPredictor(cfg)
+    if args.heatmaps and not isinstance(predictor.model, SeesHeatmaps):
+        raise CommandError(
+            f"--draw heatmaps: {cfg.MODEL.META_ARCHITECTURE} has no heat maps; CornerNet, CenterNet and "
+            "others that find objects as points have."
+        )
+    metadata = class_metadata(cfg, names)
+    boxes = build_box_source(args, metadata)
+    if args.input:
+        return lambda: run_on_images(predictor, jobs, metadata, args, boxes)
+    return lambda: run_on_video(predictor, reader, target, metadata, args, boxes)
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the tool; its exit status."""
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    if (args.detector_weights or args.detector_classes) and not args.detector:
+        parser.error("--detector-weights and --detector-classes belong to --detector.")
+    setup_logger(name="d2ext")
+    setup_logger(name="fvcore")
+    try:
+        work = prepare(args)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        problems = work()
+    except VideoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: cannot write to '{args.output}': {error}", file=sys.stderr)
+        return 1
+    for problem in problems:
+        print(f"skipped: {problem}", file=sys.stderr)
+    if problems:
+        print(f"{len(problems)} skipped, the rest is done.", file=sys.stderr)
+    return 1 if problems else 0

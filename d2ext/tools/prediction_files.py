@@ -1,0 +1,193 @@
+"""Which files `d2ext predict` reads and writes: pictures, videos, COCO results."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import logging
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.data.catalog import Metadata
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+
+from d2ext.data.image_io import is_image
+from d2ext.files import json_list
+from d2ext.tools.command_line import CommandError
+from d2ext.utils.drawing import name_classes
+from d2ext.utils.video import VIDEO_SUFFIXES, check_video_path, is_stream
+
+logger = logging.getLogger("d2ext.tools.predict")
+
+# What names a file and no folder.
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
+# What pictures are written as under their own names.
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png"}
+# What is no name of a folder, whether it can be written or not.
+MOVIE_SUFFIXES = {*VIDEO_SUFFIXES, ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv"}
+RESULTS, IMAGES = "coco_results.json", "coco_images.json"
+
+
+class Job(NamedTuple):
+    """One image to predict on."""
+
+    source: Path
+    target: Path
+    """Where its picture goes."""
+    image_id: int
+
+
+def find_sources(inputs: Iterable[str]) -> list[tuple[Path, Path]]:
+    """Files, folders and patterns → (file, name of its picture below the output folder).
+
+    Of a folder, all files that are images by their content; the log names the others. Files that do not
+    exist stay in the list, for the report; a file that is named twice appears once.
+    """
+    found: dict[Path, Path] = {}
+    for entry in inputs:
+        path = Path(entry).expanduser()
+        matches = [path] if path.exists() else [Path(m) for m in sorted(glob.glob(str(path)))]
+        if not matches and not glob.has_magic(entry):
+            matches = [path]
+        for match in matches:
+            if match.is_dir():
+                files = sorted(f for f in match.rglob("*") if f.is_file())
+                others = [file.name for file in files if not is_image(str(file))]
+                if others:
+                    shown = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+                    logger.info("%d files in %s are no images: %s", len(others), match, shown)
+                for file in files:
+                    if file.name not in others:
+                        found.setdefault(file, file.relative_to(match))
+            else:
+                found.setdefault(match, Path(match.name))
+    return list(found.items())
+
+
+def plan_images(inputs: Sequence[str], output: Path) -> list[Job]:
+    """The images to predict on, with different targets and ids.
+
+    Raises:
+        CommandError: there is none, or a picture would overwrite an input.
+    """
+    sources = find_sources(inputs)
+    if not any(source.exists() for source, _ in sources):
+        raise CommandError(f"No image found in {' '.join(map(repr, inputs))}.")
+    if is_file_name(output):
+        if len(sources) > 1:
+            raise CommandError(
+                f"--output '{output}' is one file and there are {len(sources)} images: name a folder."
+            )
+        if output.suffix.lower() not in PICTURE_SUFFIXES:
+            raise CommandError(f"--output '{output}': pictures are written as .jpg or .png.")
+        targets = [output]
+    else:
+        targets = [output / name for name in unique_names([name for _, name in sources])]
+    originals = {source.resolve() for source, _ in sources}
+    for target in targets:
+        if target.resolve() in originals:
+            raise CommandError(f"'{target}' would overwrite an input: choose another --output.")
+    ids = image_ids([source for source, _ in sources])
+    return [
+        Job(source, target, image_id)
+        for (source, _), target, image_id in zip(sources, targets, ids, strict=True)
+    ]
+
+
+def is_file_name(output: Path) -> bool:
+    """Whether ``--output`` names a file: it ends like one and is no folder."""
+    return output.suffix.lower() in IMAGE_SUFFIXES | MOVIE_SUFFIXES and not output.is_dir()
+
+
+def unique_names(names: Sequence[Path]) -> list[Path]:
+    """Names of pictures: JPEG or PNG, no two equal even where upper and lower case are one."""
+    taken: set[str] = set()
+    result = []
+    for name in names:
+        if name.suffix.lower() not in PICTURE_SUFFIXES:
+            name = name.with_name(name.name + ".png")
+        candidate = name
+        for i in itertools.count(2):
+            if str(candidate).lower() not in taken:
+                break
+            candidate = name.with_name(f"{name.stem}_{i}{name.suffix}")
+        taken.add(str(candidate).lower())
+        result.append(candidate)
+    return result
+
+
+def image_ids(files: Sequence[Path]) -> list[int]:
+    """COCO's ids where all names are different numbers, otherwise 1, 2, ..."""
+    if all(file.stem.isascii() and file.stem.isdigit() for file in files):
+        numbers = [int(file.stem) for file in files]
+        if len(set(numbers)) == len(numbers):
+            return numbers
+    return list(range(1, len(files) + 1))
+
+
+def plan_video(source: str | int, output: Path) -> Path:
+    """Where the video goes; its results go beside it.
+
+    Raises:
+        VideoError: the output is no name of a video.
+        CommandError: it would overwrite the input.
+    """
+    name = f"camera_{source}.mp4" if isinstance(source, int) else f"{Path(source).stem}.mp4"
+    target = output if is_file_name(output) else output / name
+    check_video_path(target)
+    if (
+        not isinstance(source, int)
+        and not is_stream(source)
+        and target.resolve() == Path(source).resolve()
+    ):
+        raise CommandError(f"'{target}' would overwrite the input: choose another --output.")
+    return target
+
+
+class ResultWriter:
+    """Writes COCO results and the list of images as they come.
+
+    Args:
+        output: the output folder or file.
+        metadata: class names, and the data set's own category ids where it has them.
+    """
+
+    def __init__(self, stack: ExitStack, output: Path, metadata: Metadata) -> None:
+        ids = metadata.get("thing_dataset_id_to_contiguous_id") or {}
+        self._category = {contiguous: category for category, contiguous in ids.items()}
+        self._metadata = metadata
+        self._others: dict[str, Any] = {}
+        self._add_categories(torch.tensor([0]))
+        self._result = stack.enter_context(json_list(self._path(output, RESULTS)))
+        self._image = stack.enter_context(
+            json_list(self._path(output, IMAGES), key="images", others=self._others)
+        )
+
+    def _add_categories(self, classes: torch.Tensor) -> None:
+        self._metadata = name_classes(self._metadata, classes)
+        self._others["categories"] = [
+            {"id": self._category.get(i, i), "name": name}
+            for i, name in enumerate(self._metadata.thing_classes)
+        ]
+
+    @staticmethod
+    def _path(output: Path, name: str) -> Path:
+        path = output.with_name(f"{output.stem}_{name}") if is_file_name(output) else output / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def write(
+        self, image_id: int, file: str, shape: tuple[int, ...], output: dict[str, Any]
+    ) -> None:
+        """Add one image of ``shape`` (H, W, ...) and the instances found in it."""
+        height, width = shape[:2]
+        self._image({"id": image_id, "file_name": file, "height": height, "width": width})
+        if "instances" in output:
+            self._add_categories(output["instances"].pred_classes)
+            for result in instances_to_coco_json(output["instances"], image_id):
+                category = result["category_id"]
+                result["category_id"] = self._category.get(category, category)
+                self._result(result)

@@ -1,0 +1,140 @@
+"""Train any model of d2ext or Detectron2, then evaluate it.
+
+Examples:
+    d2ext train --config-file yolact/yolact_R_50_550.yaml --num-gpus 8
+    d2ext train --config-file yolact/yolact_R_18_shapes.yaml MODEL.DEVICE cpu
+    d2ext train --config-file CONFIG --dataset fruits --train-json train.json \\
+        --train-images train/ --val-json val.json --val-images val/
+    d2ext train --config-file CONFIG --dataset streets --train-panoptic-json train.json \\
+        --train-panoptic-root train_png/ --train-images train/
+    d2ext train --config-file CONFIG --resume
+    d2ext train --config-file CONFIG --eval-only --analyze MODEL.WEIGHTS model_final.pth
+
+Options are those of Detectron2's train_net.py, and more; KEY VALUE pairs at the end change the config.
+OUTPUT_DIR gets checkpoints, logs, and the last evaluation's results as results.json.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from d2ext.checkpoint.checkpointer import Checkpointer
+from d2ext.checkpoint.io import CheckpointError
+from d2ext.config import ConfigError, load_config, merge_options
+from d2ext.data import DataError
+from d2ext.data.custom import (
+    add_dataset_arguments,
+    apply_dataset_to_config,
+    check_config_against_data,
+    register_from_arguments,
+)
+from d2ext.engine import Trainer, set_cpu_threads
+from d2ext.engine.processes import RankError, launch
+from d2ext.evaluation import check_analysis
+from d2ext.files import atomic_write
+from d2ext.model_zoo import find_config_file
+
+
+def build_parser(doc: str | None = __doc__) -> argparse.ArgumentParser:
+    """Detectron2's arguments and those that register data sets; ``doc`` becomes the help's text."""
+    summary, _, details = (doc or "").partition("\n\n")
+    parser = default_argument_parser(epilog=details)
+    parser.description = summary
+    add_dataset_arguments(parser)
+    parser.add_argument(
+        "--analyze",
+        action="store_true",
+        help="also write where panoptic quality is lost: per class, per image, between classes, as "
+        "tables and pictures (in OUTPUT_DIR/inference/analysis)",
+    )
+    # None: not given, see launch.
+    parser.set_defaults(dist_url="auto", num_gpus=None, num_machines=None, machine_rank=None)
+    for action in parser._actions:
+        if action.dest == "num_gpus":
+            action.help = "processes on this machine: one per GPU, or on the CPU (MODEL.DEVICE cpu)"
+        elif action.dest == "config_file":
+            action.help = "path of a config file, or its name in the model zoo"
+        elif action.dest == "dist_url":
+            action.help = "tcp://HOST:PORT of machine 0; not needed on a single machine"
+    return parser
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """Config of the command line; registers the data sets that it names."""
+    args.config_file = find_config_file(args.config_file)
+    name = register_from_arguments(args)
+    cfg = load_config(args.config_file)
+    if name is not None:
+        apply_dataset_to_config(cfg, name)
+    merge_options(cfg, args.opts)  # they win over what --dataset sets
+    check_config_against_data(cfg, train=not args.eval_only)
+    if args.analyze:
+        cfg.TEST.ANALYZE = True
+    if cfg.TEST.ANALYZE:
+        for dataset in cfg.DATASETS.TEST:
+            check_analysis(dataset)
+    cfg.freeze()
+    return cfg
+
+
+def main(args: argparse.Namespace) -> dict[str, Any] | None:
+    """What each process does. Returns the results of the evaluation."""
+    cfg = setup(args)
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2ext")
+    results: dict[str, Any] | None
+    if args.eval_only:
+        results = evaluate(cfg, resume=args.resume)
+    else:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        results = trainer.train()
+    if comm.is_main_process() and results:
+        with atomic_write(Path(cfg.OUTPUT_DIR) / "results.json", "w") as file:
+            json.dump(results, file, indent=1, default=float)
+    return results
+
+
+def evaluate(cfg: CfgNode, *, resume: bool) -> dict[str, Any]:
+    """Evaluate ``MODEL.WEIGHTS``, or with ``resume`` the last checkpoint in ``OUTPUT_DIR``."""
+    if not cfg.DATASETS.TEST:
+        raise ConfigError("There is nothing to evaluate: set DATASETS.TEST or pass --dataset.")
+    set_cpu_threads(cfg)
+    model = Trainer.build_model(cfg)
+    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, fit="exact")
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    results = Trainer.test(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
+
+
+def run(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> int:
+    """Parse, start the processes, wait. Returns the exit status."""
+    args = (parser or build_parser()).parse_args(arguments)
+    try:
+        device = setup(args).MODEL.DEVICE
+        launch(
+            main,
+            args.num_gpus,
+            args.num_machines,
+            args.machine_rank,
+            args.dist_url,
+            device=device,
+            args=(args,),
+        )
+    except (ConfigError, CheckpointError, DataError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, FloatingPointError, RankError) as error:  # the log has the traceback
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,132 @@
+"""The comparisons that `d2ext compare` knows: their configs exist, and they measure what they say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, Instances
+
+from d2ext.data.shapes import ShapesSet, register_shapes
+from d2ext.tools import compare
+from d2ext.tools.compare import landmark_heads, panoptic, runner
+from tests.data.panoptic_files import write_panoptic
+
+
+@pytest.mark.parametrize("make", [landmark_heads.landmark_heads, panoptic.panoptic])
+def test_arms_have_configs_and_equal_budgets(make: Any, tmp_path: Path) -> None:
+    comparison = make()
+    words = [make.__name__.replace("_", "-"), "--output", str(tmp_path)]
+    runs = runner.plan(comparison, runner.build_parser().parse_args(words), [])
+    assert [run.arm for run in runs] == list(comparison.arms)
+    for run in runs:  # small stuff is dropped alike
+        models = run.cfg.MODEL
+        limits = (models.PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT, models.UPSNET.TEST.STUFF_AREA_LIMIT)
+        assert len(set(limits)) == 1 or make is landmark_heads.landmark_heads
+
+
+@pytest.mark.slow
+def test_panoptic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On own data, of which the processes learn from the command line."""
+    monkeypatch.setenv("D2EXT_CACHE", str(tmp_path / "cache"))
+    data = ["--dataset", "test_compare_panoptic"]
+    for split in ("train", "val"):
+        write_panoptic(tmp_path / split, 2)
+        for option, file in (("panoptic-json", "panoptic.json"), ("images", "images")):
+            data += [f"--{split}-{option}", str(tmp_path / split / file)]
+        data += [f"--{split}-panoptic-root", str(tmp_path / split / "panoptic")]
+    options = ["MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0"]
+    options += ["MODEL_EMA.ENABLED", "False", "INPUT.MIN_SIZE_TRAIN", "(64,)"]
+    output = ["--output", str(tmp_path / "out"), "--iterations", "2"]
+    assert compare.run(["panoptic", *data, *output, "--opts", *options]) == 0
+    runs = {r["arm"]: r for r in json.loads((tmp_path / "out/comparison.json").read_text())["runs"]}
+    columns = panoptic.panoptic().columns
+    assert all(set(columns) <= set(run["results"]) for run in runs.values())
+    # The same trained heads: what does not depend on the merging is the same.
+    for key in ("segm/AP", "sem_seg/mIoU"):
+        head, rules = (runs[arm]["results"][key] for arm in ("upsnet", "upsnet_rules"))
+        assert head == rules or (head != head and rules != rules)
+    assert "MODEL.UPSNET.TEST.PANOPTIC" in runs["upsnet_rules"]["arguments"]
+    for name in ("train", "val"):
+        DatasetCatalog.remove(f"test_compare_panoptic_{name}")
+
+
+@pytest.fixture(scope="module")
+def few():
+    """``few_val_landmarks`` of `shapes`."""
+    names = list(register_shapes(ShapesSet("val", 4, 128, 128, seed=5), prefix="few"))
+    yield
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+class OnePixelOff(torch.nn.Module):
+    """Returns the annotated points, one pixel to the right; notes what it has seen."""
+
+    def __init__(self, annotations: list[dict[str, Any]]) -> None:
+        super().__init__()
+        self.annotations, self.next, self.painted = annotations, 0, 0
+
+    def forward(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        results = []
+        for one in inputs:
+            ids = one["instances"].instance_ids
+            points = [
+                self.annotations[(self.next + i) % len(self.annotations)]["keypoints"]
+                for i in range(len(ids))
+            ]
+            self.next += len(ids)
+            output = Instances((128, 128), instance_ids=ids)
+            output.pred_keypoints = torch.tensor(points).reshape(len(points), -1, 3)
+            output.pred_keypoints[..., 0] += 1
+            results.append({"instances": output})
+        return results
+
+
+@pytest.mark.usefixtures("few")
+def test_errors_of_landmarks() -> None:
+    config = ["--config-file", "landmarks/regression_shapes.yaml", "MODEL.DEVICE", "cpu"]
+    config += ["DATASETS.TEST", "('few_val_landmarks',)", "DATALOADER.NUM_WORKERS", "0"]
+    cfg = runner.read_config(config)
+    evaluator = landmark_heads.LandmarkEvaluator("few_val_landmarks", ["nme"], distributed=False)
+    annotations = evaluator.annotations
+    results, series = landmark_heads.measure(cfg, OnePixelOff(annotations))
+    errors = 100 / np.sqrt([a["area"] for a in annotations])
+    hidden = np.array([a["occlusion"] for a in annotations])
+    assert results["median"] == pytest.approx(np.median(errors), rel=1e-4)
+    assert results["visible"] == pytest.approx(errors[hidden < 0.02].mean(), rel=1e-4)
+    assert results["occluded"] == pytest.approx(errors[hidden >= 0.1].mean(), rel=1e-4)
+    assert results["failures"] == pytest.approx(100 * (errors > 10).mean())
+    drawn = np.array(series["errors"])
+    np.testing.assert_allclose(drawn[:, 0], np.sort(errors), rtol=1e-4)
+    assert drawn[-1, 1] == 100
+    assert [x for x, *_ in series["painted"]] == [100 * share for share in landmark_heads.CUTOUTS]
+    assert series["painted"][3][1] == pytest.approx(errors.mean(), rel=1e-4)
+    bins = [errors[(a <= hidden) & (hidden < b)] for a, b in landmark_heads.OCCLUSION_BINS]
+    expected = [e.mean() for e in bins if len(e)]
+    assert [y for _, y, _ in series["hidden"]] == pytest.approx(expected, rel=1e-4)
+
+
+def test_painted_share() -> None:
+    instances = Instances((100, 100))
+    instances.gt_boxes = Boxes(torch.tensor([[10.0, 20, 90, 80]]))
+    instances.instance_ids = torch.tensor([3])
+    one = {"image": torch.zeros(3, 100, 100, dtype=torch.uint8) + 7, "instances": instances}
+    places = set()
+    for image_id in range(5):
+        one["image_id"] = image_id
+        painted = landmark_heads.paint_over(one, 0.25)["image"]
+        assert painted.equal(landmark_heads.paint_over(one, 0.25)["image"])
+        changed = (painted != 7).any(0)
+        ys, xs = changed.nonzero().unbind(1)
+        assert changed.sum() == (xs.max() - xs.min() + 1) * (ys.max() - ys.min() + 1)
+        assert abs(int(changed.sum()) - 0.25 * 80 * 60) < 100
+        assert xs.min() >= 10 and xs.max() < 90 and ys.min() >= 20 and ys.max() < 80
+        places.add(int(xs.min()))
+    assert len(places) > 2 and (one["image"] == 7).all()

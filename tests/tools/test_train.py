@@ -1,0 +1,188 @@
+"""`d2ext train` from outside: its command line, kills, several processes."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from d2ext.checkpoint.io import load_untrusted
+from d2ext.tools import train
+from tests.engine import toy
+
+
+@pytest.fixture(scope="module")
+def toy_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy.write_data(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_run_equals_an_uninterrupted_one(toy_json: Path, tmp_path: Path) -> None:
+    """SIGKILL in iteration 7; checkpoints are of iterations 2 and 5."""
+    common = {
+        "SOLVER__MAX_ITER": 12,
+        "SOLVER__CHECKPOINT_PERIOD": 3,
+        "MODEL__RESNETS__WIDTH_PER_GROUP": 64,  # dropout: depends on the generators' states
+        "DATASETS__TEST": "('toy',)",
+    }
+    run = toy.options(tmp_path / "run", **common, DATALOADER__NUM_WORKERS=1)
+    toy.wait(toy.start(toy_json, *run, TOY_KILL_AT="7"), -signal.SIGKILL)
+    assert (tmp_path / "run/last_checkpoint").read_text() == "model_0000005.pth"
+    assert sorted(toy.losses(tmp_path / "run")) == list(range(7))  # nothing logged was lost
+    resumed = toy.start(toy_json, "--resume", *run)
+
+    toy.register(toy_json)
+    assert train.run(toy.options(tmp_path / "whole", **common)) == 0  # meanwhile
+    output = toy.wait(resumed, 0)
+    assert "Starting training from iteration 6" in output
+    whole, parts = toy.losses(tmp_path / "whole"), toy.losses(tmp_path / "run")
+    assert sorted(whole) == list(range(12))
+    assert whole == parts
+    assert toy.metrics(tmp_path / "whole") == toy.metrics(tmp_path / "run")
+    weights = [load_untrusted(tmp_path / x / "model_final.pth")["model"] for x in ("whole", "run")]
+    for name in weights[0]:
+        assert torch.equal(weights[0][name], weights[1][name]), name
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(
+    toy_json: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In iteration 4 one of the processes has an infinite loss; both must skip it.
+    monkeypatch.setenv("TOY_INF_AT", "4")
+    common = {
+        "MODEL__RESNETS__NORM": "none",  # its statistics are those of a process
+        "MODEL_EMA__ENABLED": True,
+        "DATASETS__TEST": "('toy',)",
+        "TEST__BEST_METRIC": "bbox/AP50",
+        "SOLVER__MAX_ITER": 10,
+    }
+    two = toy.start(toy_json, "--num-gpus", "2", *toy.options(tmp_path / "two", **common))
+    toy.register(toy_json)
+    assert train.run(toy.options(tmp_path / "one", **common)) == 0
+    output = toy.wait(two, 0)
+    assert "World size: 2" in output
+    one, both = toy.losses(tmp_path / "one"), toy.losses(tmp_path / "two")
+    assert sorted(one) == sorted(both) == [0, 1, 2, 3, 5, 6, 7, 8, 9]
+    assert [both[i] for i in both] == pytest.approx([one[i] for i in one], abs=1e-5)
+    for file in ("model_final.pth", "model_best.pth"):
+        a, b = (load_untrusted(tmp_path / x / file)["model"] for x in ("one", "two"))
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-5)
+    results = [
+        json.loads((tmp_path / x / "inference/coco_instances_results.json").read_text())
+        for x in ("one", "two")
+    ]
+    by_image = [sorted(x, key=lambda r: r["image_id"]) for x in results]
+    assert [r["image_id"] for r in by_image[1]] == list(range(1, 13))  # each image once
+    for a, b in zip(*by_image, strict=True):
+        assert b["bbox"] == pytest.approx(a["bbox"], abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def trained(toy_json: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of a finished run."""
+    output = tmp_path_factory.mktemp("trained") / "run"
+    toy.register(toy_json)
+    assert train.run(toy.options(output, SOLVER__MAX_ITER=3, SOLVER__STEPS="(2,)")) == 0
+    return output
+
+
+@pytest.fixture
+def registered(toy_json: Path) -> None:
+    toy.register(toy_json)
+
+
+@pytest.mark.usefixtures("registered")
+def test_evaluation_only(trained: Path, tmp_path: Path) -> None:
+    test = {"DATASETS__TEST": "('toy',)"}
+    weights = {"MODEL__WEIGHTS": trained / "model_final.pth"}
+    arguments = ["--eval-only", *toy.options(tmp_path / "evaluation", **test, **weights)]
+    assert train.run(arguments) == 0
+    assert not list((tmp_path / "evaluation").glob("model*"))  # nothing was trained
+    a = tmp_path / "evaluation/inference/coco_instances_results.json"
+    assert train.run(["--eval-only", "--resume", *toy.options(trained, **test)]) == 0
+    b = trained / "inference/coco_instances_results.json"
+    assert a.read_text() == b.read_text() and len(json.loads(a.read_text())) == 12
+    files = [folder / "results.json" for folder in (tmp_path / "evaluation", trained)]
+    results, resumed = (json.loads(file.read_text())["bbox"] for file in files)
+    assert results["AP50"] == resumed["AP50"] >= results["AP"] >= 0
+
+
+@pytest.mark.usefixtures("registered")
+def test_expected_results_decide_the_exit_status(trained: Path, tmp_path: Path) -> None:
+    options = toy.options(
+        tmp_path,
+        DATASETS__TEST="('toy',)",
+        MODEL__WEIGHTS=trained / "model_final.pth",
+        TEST__EXPECTED_RESULTS="[['bbox', 'AP', 100.0, 1.0]]",
+    )
+    with pytest.raises(SystemExit) as stopped:
+        train.run(["--eval-only", *options])
+    assert stopped.value.code == 1
+
+
+def error_of(capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    """Exit status 2 and what follows ``error:``, the last thing printed."""
+    assert train.run(list(arguments)) == 2
+    _, _, text = capsys.readouterr().err.rpartition("error: ")
+    assert "Traceback" not in text
+    return text
+
+
+@pytest.mark.usefixtures("registered")
+def test_command_line_errors(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    for arguments, message in (
+        (["--config-file", "yolact/yolact_R_51_550.yaml"], "no config file"),
+        ([*toy.options(tmp_path), "SOLVER.BASE_LRR", "1"], "mean SOLVER.BASE_LR"),
+        ([*toy.options(tmp_path), "SEED"], "pairs KEY VALUE"),
+        (toy.options(tmp_path, DATASETS__TRAIN="('nothing',)"), "'nothing' is not registered"),
+        (toy.options(tmp_path, SOLVER__IMS_PER_BATCH=0), "SOLVER.IMS_PER_BATCH is 0"),
+        (["--eval-only", *toy.options(tmp_path)], "nothing to evaluate"),
+        (["--num-gpus", "0", *toy.options(tmp_path)], "at least 1"),
+        (["--num-gpus", "1000", *toy.options(tmp_path), "MODEL.DEVICE", "cuda"], "--num-gpus 1000"),
+        (["--num-machines", "2", *toy.options(tmp_path)], "--dist-url tcp://"),
+    ):
+        assert message in error_of(capsys, *arguments), message
+
+
+@pytest.mark.usefixtures("registered")
+def test_checkpoint_errors(capsys: pytest.CaptureFixture, trained: Path, tmp_path: Path) -> None:
+    weights = trained / "model_final.pth"
+    wider = {"MODEL__RESNETS__STEM_OUT_CHANNELS": 6}
+    cut = tmp_path / "cut.pth"
+    cut.write_bytes(weights.read_bytes()[:1000])
+    for changes, message in (
+        ({"MODEL__WEIGHTS": weights, **wider}, "of the backbone"),
+        ({"MODEL__WEIGHTS": cut}, "damaged or cut short"),
+        ({"MODEL__WEIGHTS": tmp_path / "absent.pth"}, "does not exist"),
+    ):
+        options = toy.options(tmp_path / "out", **changes)
+        assert message in error_of(capsys, *options)
+    options = toy.options(tmp_path, MODEL__WEIGHTS=weights, DATASETS__TEST="('toy',)", **wider)
+    text = error_of(capsys, "--eval-only", *options)
+    assert "of another shape" in text and "backbone.0.weight: checkpoint (4, 3, 3, 3)" in text
+
+
+def test_diverged_training_ends_with_advice(
+    toy_json: Path, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    toy.register(toy_json)
+    options = toy.options(tmp_path, SOLVER__BASE_LR=1e20, SOLVER__NON_FINITE_LOSS_LIMIT=3)
+    assert train.run(options) == 1
+    error = capsys.readouterr().err
+    assert "error: Loss or gradient is not finite" in error and "SOLVER.BASE_LR" in error
+
+
+def test_own_data_from_the_command_line(toy_json: Path, tmp_path: Path) -> None:
+    files = ["json", str(toy_json), "images", str(toy_json.parent)]
+    data = [f"--{split}-{files[i]}={files[i + 1]}" for split in ("train", "val") for i in (0, 2)]
+    options = toy.options(tmp_path, SOLVER__MAX_ITER=2, SOLVER__STEPS="()")
+    start = options.index("DATASETS.TRAIN")
+    del options[start : start + 4]  # --dataset sets DATASETS.TRAIN and TEST
+    assert train.run(["--dataset", "own", *data, *options]) == 0
+    assert sorted(toy.losses(tmp_path)) == [0, 1]
+    assert (tmp_path / "inference/coco_instances_results.json").is_file()
