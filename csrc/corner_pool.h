@@ -75,8 +75,8 @@ inline Lines lines_of(const at::Tensor& x, at::MemoryFormat format, int64_t axis
 }
 
 // The operators on one device, given its kernels:
-//   Kernels::scan<scalar_t>(x, addend or null, out, lines, reverse): out = running maximum (+
-//   addend) Kernels::scan_backward<scalar_t>(x, grad, grad_x, lines, reverse)
+//   Kernels::scan<scalar_t>(x, out, lines, reverse): out = running maximum
+//   Kernels::scan_backward<scalar_t>(x, grad, grad_x, lines, reverse)
 template <typename Kernels>
 at::Tensor corner_pool(const at::Tensor& x, int64_t axis, bool reverse) {
   check_map("corner_pool", "input", x);
@@ -89,7 +89,7 @@ at::Tensor corner_pool(const at::Tensor& x, int64_t axis, bool reverse) {
   }
   const at::Tensor dense = x.contiguous(format);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "corner_pool", [&] {
-    Kernels::template scan<scalar_t>(dense.const_data_ptr<scalar_t>(), nullptr,
+    Kernels::template scan<scalar_t>(dense.const_data_ptr<scalar_t>(),
                                      out.mutable_data_ptr<scalar_t>(), lines_of(x, format, axis),
                                      reverse);
   });
@@ -117,17 +117,6 @@ at::Tensor corner_pool_backward(const at::Tensor& grad, const at::Tensor& x, int
             grad_x.mutable_data_ptr<scalar_t>(), lines_of(x, format, axis), reverse);
       });
   return grad_x;
-}
-
-template <typename Kernels>
-std::tuple<at::Tensor, at::Tensor> corner_pool_pair_backward(const at::Tensor& grad,
-                                                             const at::Tensor& vertical,
-                                                             const at::Tensor& horizontal,
-                                                             bool reverse) {
-  check_map("corner_pool_pair_backward", "vertical", vertical);
-  check_same("corner_pool_pair_backward", "vertical", vertical, "horizontal", horizontal);
-  return {corner_pool_backward<Kernels>(grad, vertical, 2, reverse),
-          corner_pool_backward<Kernels>(grad, horizontal, 3, reverse)};
 }
 
 }  // namespace d2ext

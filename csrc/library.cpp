@@ -39,10 +39,6 @@ TORCH_LIBRARY(d2ext, m) {
   // axis: 2 (H) or 3 (W); reverse: the scan begins at the axis' end.
   m.def("corner_pool(Tensor x, int axis, bool reverse) -> Tensor");
   m.def("corner_pool_backward(Tensor grad, Tensor x, int axis, bool reverse) -> Tensor");
-  m.def("corner_pool_pair(Tensor vertical, Tensor horizontal, bool reverse) -> Tensor");
-  m.def(
-      "corner_pool_pair_backward(Tensor grad, Tensor vertical, Tensor horizontal, bool reverse) "
-      "-> (Tensor, Tensor)");
   m.def(
       "soft_nms(Tensor boxes, Tensor scores, Tensor? corner_scores, Tensor sizes, int method, "
       "float sigma, float iou_threshold, float score_threshold, float weight_exp) "

@@ -59,10 +59,10 @@ inline const T* in_arithmetic(const scalar_t* from, T* buffer, int64_t count) {
 }
 
 // Lines of `length` elements, `step` apart in scan order, `count` <= kTile of them adjacent.
-// out = running maximum (+ addend, unless null; it may be out, as x may).
+// out = running maximum; it may be x.
 template <typename T, typename scalar_t>
-inline void scan_tile(const scalar_t* x, const scalar_t* addend, scalar_t* out, int64_t length,
-                      int64_t step, int64_t count) {
+inline void scan_tile(const scalar_t* x, scalar_t* out, int64_t length, int64_t step,
+                      int64_t count) {
   T running[kTile];
   T values[kTile] = {};
   std::fill_n(running, kTile, kLowest<T>);
@@ -71,15 +71,7 @@ inline void scan_tile(const scalar_t* x, const scalar_t* addend, scalar_t* out, 
     for (int64_t c = 0; c < kTile; ++c) {
       running[c] = raised(running[c], row[c]);
     }
-    if (addend == nullptr) {
-      convert(running, out + l * step, count);
-      continue;
-    }
-    convert(addend + l * step, values, count);
-    for (int64_t c = 0; c < kTile; ++c) {
-      values[c] += running[c];
-    }
-    convert(values, out + l * step, count);
+    convert(running, out + l * step, count);
   }
 }
 
@@ -209,29 +201,20 @@ void for_tiles(const Lines& lines, bool reverse, const Work& work) {
 }
 
 struct Cpu {
-  // out = running maximum (+ addend, unless null; it may be out).
   template <typename scalar_t>
-  static void scan(const scalar_t* x, const scalar_t* addend, scalar_t* out, const Lines& lines,
-                   bool reverse) {
+  static void scan(const scalar_t* x, scalar_t* out, const Lines& lines, bool reverse) {
     using T = at::opmath_type<scalar_t>;
     const int64_t length = lines.length;
     for_tiles(lines, reverse, [&](const Tiles& tiles) {
       std::vector<T> buffer(tiles.along ? length * kTile : 0);
-      std::vector<T> addends(addend == nullptr ? 0 : buffer.size());
       T* cells = buffer.data() + (tiles.along ? tiles.first : 0);
       tiles.each([&](int64_t first, int64_t count) {
         if (tiles.along) {
           transpose(x + first, length, buffer.data(), kTile, count, length);
-          const T* own = nullptr;
-          if (addend != nullptr) {
-            transpose(addend + first, length, addends.data(), kTile, count, length);
-            own = addends.data() + tiles.first;
-          }
-          scan_tile<T, T>(cells, own, cells, length, tiles.step, count);
+          scan_tile<T, T>(cells, cells, length, tiles.step, count);
           transpose(buffer.data(), kTile, out + first, length, length, count);
         } else {
-          scan_tile<T>(x + first, addend == nullptr ? nullptr : addend + first, out + first, length,
-                       tiles.step, count);
+          scan_tile<T>(x + first, out + first, length, tiles.step, count);
         }
       });
     });
@@ -263,47 +246,11 @@ struct Cpu {
   }
 };
 
-Tensor corner_pool_pair_cpu(const Tensor& vertical, const Tensor& horizontal, bool reverse) {
-  check_map("corner_pool_pair", "vertical", vertical);
-  check_same("corner_pool_pair", "vertical", vertical, "horizontal", horizontal);
-  const auto format = format_of(vertical);
-  Tensor out = empty_map(vertical);
-  if (out.numel() == 0) {
-    return out;
-  }
-  const Tensor v = vertical.contiguous(format);
-  const Tensor h = horizontal.contiguous(format);
-  // Image by image or plane by plane: the sum finds the rows in the cache.
-  const bool planes = format == at::MemoryFormat::Contiguous;
-  Lines across = lines_of(out, format, 3);
-  Lines down = lines_of(out, format, 2);
-  const int64_t parts = down.outer;
-  across.outer /= parts;
-  down.outer = 1;
-  const int64_t size = out.numel() / parts;
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, out.scalar_type(), "corner_pool_pair_cpu", [&] {
-        scalar_t* target = out.mutable_data_ptr<scalar_t>();
-        const auto work = [&](int64_t begin, int64_t end) {
-          for (int64_t first = begin * size; first < end * size; first += size) {
-            scalar_t* own = target + first;
-            Cpu::scan<scalar_t>(h.const_data_ptr<scalar_t>() + first, nullptr, own, across,
-                                reverse);
-            Cpu::scan<scalar_t>(v.const_data_ptr<scalar_t>() + first, own, own, down, reverse);
-          }
-        };
-        planes ? at::parallel_for(0, parts, grain_for(size), work) : work(0, parts);
-      });
-  return out;
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(d2ext, CPU, m) {
   m.impl("corner_pool", corner_pool<Cpu>);
   m.impl("corner_pool_backward", corner_pool_backward<Cpu>);
-  m.impl("corner_pool_pair", corner_pool_pair_cpu);
-  m.impl("corner_pool_pair_backward", corner_pool_pair_backward<Cpu>);
 }
 
 }  // namespace d2ext

@@ -51,12 +51,12 @@ __device__ __forceinline__ int32_t rows_left(int64_t left) {
   return static_cast<int32_t>(max(int64_t{0}, min(int64_t{kColumnRows}, left)));
 }
 
-// out = running maximum; kAdd: + addend, which may be out itself. Two blocks of the most threads
-// share a multiprocessor, so that one loads while the other stores.
-template <typename scalar_t, int V, bool kAdd>
+// out = running maximum. Two blocks of the most threads share a multiprocessor, so that one loads
+// while the other stores.
+template <typename scalar_t, int V>
 __global__ void __launch_bounds__(kColumnThreads, 2)
-    column_scan_kernel(const scalar_t* __restrict__ x, const scalar_t* addend, scalar_t* out,
-                       Lines lines, bool reverse) {
+    column_scan_kernel(const scalar_t* __restrict__ x, scalar_t* __restrict__ out, Lines lines,
+                       bool reverse) {
   using P = Pack<scalar_t, V>;
   __shared__ P totals[kColumnThreads];
   const int32_t tx = threadIdx.x;
@@ -102,17 +102,11 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
       __syncthreads();
     }
     scalar_t* target = out + start;
-    const scalar_t* other = kAdd ? addend + start : nullptr;
 #pragma unroll
     for (int r = 0; r < kColumnRows; ++r) {
       running = maximum(running, parts[r]);
       if (r < rows) {
-        if constexpr (kAdd) {
-          store_pack(target, sum(running, load_pack<scalar_t, V>(other)));
-          other += at.step;
-        } else {
-          store_pack(target, running);
-        }
+        store_pack(target, running);
       }
       target += at.step;
     }
@@ -138,11 +132,11 @@ __device__ __forceinline__ void scan_lanes(acc_t (&own)[N], acc_t (&before)[N], 
   }
 }
 
-// out = running maximum; kAdd: + addend, which may be out itself.
-template <typename scalar_t, int V, bool kReverse, bool kAdd>
+// out = running maximum.
+template <typename scalar_t, int V, bool kReverse>
 __global__ void __launch_bounds__(kScanThreads)
-    row_scan_kernel(const scalar_t* __restrict__ x, const scalar_t* addend, scalar_t* out,
-                    int64_t count, int64_t length, int32_t lanes) {
+    row_scan_kernel(const scalar_t* __restrict__ x, scalar_t* __restrict__ out, int64_t count,
+                    int64_t length, int32_t lanes) {
   using P = Pack<scalar_t, V>;
   using acc_t = typename P::acc_t;
   const int32_t lane = threadIdx.x % lanes;
@@ -193,12 +187,7 @@ __global__ void __launch_bounds__(kScanThreads)
         result.set(place, running);
       }
       if (line + u < count && index < packs) {
-        const int64_t position = (line + u) * length + offset;
-        if constexpr (kAdd) {
-          store_pack(out + position, sum(result, load_pack<scalar_t, V>(addend + position)));
-        } else {
-          store_pack(out + position, result);
-        }
+        store_pack(out + (line + u) * length + offset, result);
       }
     }
   }
@@ -242,36 +231,33 @@ inline int32_t lanes_for(int64_t packs) {
   return best;
 }
 
-// x, addend and out: dense, of one layout; kAdd: out = running maximum + addend.
-template <bool kAdd, typename scalar_t>
-void launch_scan(const scalar_t* x, const scalar_t* addend, scalar_t* out, const Lines& lines,
-                 bool reverse) {
+// x and out: dense, of one layout.
+template <typename scalar_t>
+void launch_scan(const scalar_t* x, scalar_t* out, const Lines& lines, bool reverse) {
   const auto stream = c10::cuda::getCurrentCUDAStream();
   constexpr int kFull = kFullPack<scalar_t>;
   if (lines.inner > 1) {
     const auto launch = [&](auto kernel, int32_t width) {
       const ColumnLaunch config(lines, width);
-      kernel<<<config.blocks, config.threads, 0, stream>>>(x, addend, out, lines, reverse);
+      kernel<<<config.blocks, config.threads, 0, stream>>>(x, out, lines, reverse);
     };
-    if (full_packs<scalar_t>(lines.inner, x, addend, out)) {
-      launch(column_scan_kernel<scalar_t, kFull, kAdd>, kFull);
+    if (full_packs<scalar_t>(lines.inner, x, out)) {
+      launch(column_scan_kernel<scalar_t, kFull>, kFull);
     } else {
-      launch(column_scan_kernel<scalar_t, 1, kAdd>, 1);
+      launch(column_scan_kernel<scalar_t, 1>, 1);
     }
   } else {
     const auto launch = [&](auto kernel, int32_t width) {
       const int32_t lanes = lanes_for(lines.length / width);
       const uint32_t blocks = blocks_for(lines.outer, kScanThreads / lanes * kRowLines);
-      kernel<<<blocks, kScanThreads, 0, stream>>>(x, addend, out, lines.outer, lines.length, lanes);
+      kernel<<<blocks, kScanThreads, 0, stream>>>(x, out, lines.outer, lines.length, lanes);
     };
-    if (full_packs<scalar_t>(lines.length, x, addend, out)) {
-      launch(reverse ? row_scan_kernel<scalar_t, kFull, true, kAdd>
-                     : row_scan_kernel<scalar_t, kFull, false, kAdd>,
+    if (full_packs<scalar_t>(lines.length, x, out)) {
+      launch(reverse ? row_scan_kernel<scalar_t, kFull, true>
+                     : row_scan_kernel<scalar_t, kFull, false>,
              kFull);
     } else {
-      launch(reverse ? row_scan_kernel<scalar_t, 1, true, kAdd>
-                     : row_scan_kernel<scalar_t, 1, false, kAdd>,
-             1);
+      launch(reverse ? row_scan_kernel<scalar_t, 1, true> : row_scan_kernel<scalar_t, 1, false>, 1);
     }
   }
   C10_CUDA_KERNEL_LAUNCH_CHECK();

@@ -143,18 +143,6 @@ __device__ __forceinline__ Pack<scalar_t, V> maximum(const Pack<scalar_t, V>& a,
   return result;
 }
 
-template <typename scalar_t, int V>
-__device__ __forceinline__ Pack<scalar_t, V> sum(const Pack<scalar_t, V>& a,
-                                                 const Pack<scalar_t, V>& b) {
-  Pack<scalar_t, V> result;
-  result.fill(0);
-#pragma unroll
-  for (int i = 0; i < V; ++i) {
-    result.set(i, a[i] + b[i]);
-  }
-  return result;
-}
-
 // Whether memory can be read and written in full packs: runs of `run` elements, each beginning on a
 // multiple of 16 bytes.
 template <typename scalar_t, typename... Pointers>

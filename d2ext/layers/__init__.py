@@ -7,7 +7,6 @@ from d2ext.layers.corner_pool import (
     center_pool,
     corner_pool,
     corner_pool_pair,
-    corner_pool_pair_reference,
     corner_pool_reference,
 )
 from d2ext.layers.panoptic_fusion import (
@@ -35,7 +34,6 @@ __all__ = [
     "center_pool",
     "corner_pool",
     "corner_pool_pair",
-    "corner_pool_pair_reference",
     "corner_pool_reference",
     "extension_info",
     "fuse_panoptic",

@@ -29,7 +29,6 @@ _OPERATORS = (
     "assemble_masks",
     "assemble_binary_masks",
     "corner_pool",
-    "corner_pool_pair",
     "soft_nms",
     "prune_masks",
     "fuse_panoptic",

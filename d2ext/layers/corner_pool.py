@@ -19,8 +19,8 @@ running maximum is NaN, and the first NaN met holds it.
 maxima again. In float32 that moves 8 bytes an element forward and 12 backward; an index of one byte
 would move 9 and 9, and keep one byte more for each element.
 
-**Precision.** Maxima are exact in every dtype. Sums (of gradients; of the two poolings) are formed in
-float32, float64 for float64, and rounded once. Autocast leaves the operators alone: they take their
+**Precision.** Maxima are exact in every dtype. Sums of gradients are formed in float32, float64 for
+float64, and rounded once. Autocast leaves the operators alone: they take their
 input as it comes, and two inputs that differ in dtype are promoted to their common one.
 """
 
@@ -38,7 +38,6 @@ __all__ = [
     "center_pool",
     "corner_pool",
     "corner_pool_pair",
-    "corner_pool_pair_reference",
     "corner_pool_reference",
 ]
 
@@ -69,7 +68,7 @@ def corner_pool(x: Tensor, direction: str) -> Tensor:
 
 
 def corner_pool_pair(vertical: Tensor, horizontal: Tensor, corner: str) -> Tensor:
-    """The two poolings that find a corner, added, in one pass over memory.
+    """The two poolings that find a corner, added.
 
     Args:
         vertical: (B, C, H, W), floating point, any strides; pooled to the top or bottom.
@@ -83,11 +82,12 @@ def corner_pool_pair(vertical: Tensor, horizontal: Tensor, corner: str) -> Tenso
     Raises:
         ValueError: a wrong corner, shapes, dtypes or devices that do not fit together.
     """
-    if not compiled_for(vertical.device):
-        return corner_pool_pair_reference(vertical, horizontal, corner)
+    if corner not in _CORNERS:
+        raise ValueError(f"corner must be one of {', '.join(_CORNERS)}, got {corner!r}")
     vertical, horizontal = _promote(vertical, horizontal)
-    _, reverse = _scan_of(_directions_of(corner)[0])
-    return torch.ops.d2ext.corner_pool_pair.default(vertical, horizontal, reverse)
+    _check_pair("corner_pool_pair", vertical, horizontal)
+    down, across = _CORNERS[corner]
+    return corner_pool(vertical, down) + corner_pool(horizontal, across)
 
 
 def center_pool(vertical: Tensor, horizontal: Tensor) -> Tensor:
@@ -152,15 +152,6 @@ def corner_pool_reference(x: Tensor, direction: str) -> Tensor:
     return pooled.flip(axis) if reverse else pooled
 
 
-def corner_pool_pair_reference(vertical: Tensor, horizontal: Tensor, corner: str) -> Tensor:
-    """:func:`corner_pool_pair` in plain PyTorch; differentiable to any order."""
-    vertical_direction, horizontal_direction = _directions_of(corner)
-    vertical, horizontal = _promote(vertical, horizontal)
-    _check_pair("corner_pool_pair", vertical, horizontal)
-    pooled = corner_pool_reference(vertical, vertical_direction)
-    return pooled + corner_pool_reference(horizontal, horizontal_direction)
-
-
 @torch.no_grad()
 def _holders(x: Tensor, axis: int) -> Tensor:
     """int64, x's shape: where along ``axis`` the running maximum of each element comes from."""
@@ -184,12 +175,6 @@ def _scan_of(direction: str) -> tuple[int, bool]:
     if direction not in _SCANS:
         raise ValueError(f"direction must be one of {', '.join(_SCANS)}, got {direction!r}")
     return _SCANS[direction]
-
-
-def _directions_of(corner: str) -> tuple[str, str]:
-    if corner not in _CORNERS:
-        raise ValueError(f"corner must be one of {', '.join(_CORNERS)}, got {corner!r}")
-    return _CORNERS[corner]
 
 
 def _promote(vertical: Tensor, horizontal: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,33 +227,14 @@ if has_extension():
     def _corner_pool_backward_fake(grad: Tensor, x: Tensor, axis: int, reverse: bool) -> Tensor:
         return _empty_map(x)
 
-    @torch.library.register_fake("d2ext::corner_pool_pair")
-    def _corner_pool_pair_fake(vertical: Tensor, horizontal: Tensor, reverse: bool) -> Tensor:
-        return _empty_map(vertical)
-
-    @torch.library.register_fake("d2ext::corner_pool_pair_backward")
-    def _corner_pool_pair_backward_fake(
-        grad: Tensor, vertical: Tensor, horizontal: Tensor, reverse: bool
-    ) -> tuple[Tensor, Tensor]:
-        return _empty_map(vertical), _empty_map(horizontal)
-
     # Only the inputs are kept: backward finds the maxima again.
 
-    def _keep_single(ctx: Any, inputs: tuple[Tensor, int, bool], output: Tensor) -> None:
+    def _keep(ctx: Any, inputs: tuple[Tensor, int, bool], output: Tensor) -> None:
         x, ctx.axis, ctx.reverse = inputs
         ctx.save_for_backward(x)
 
-    def _single_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         backward = torch.ops.d2ext.corner_pool_backward.default
         return backward(grad, *ctx.saved_tensors, ctx.axis, ctx.reverse), None, None
 
-    def _keep_pair(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
-        vertical, horizontal, ctx.reverse = inputs
-        ctx.save_for_backward(vertical, horizontal)
-
-    def _pair_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        backward = torch.ops.d2ext.corner_pool_pair_backward.default
-        return *backward(grad, *ctx.saved_tensors, ctx.reverse), None
-
-    register_gradient("corner_pool", _single_backward, _keep_single)
-    register_gradient("corner_pool_pair", _pair_backward, _keep_pair)
+    register_gradient("corner_pool", _backward, _keep)

@@ -18,7 +18,6 @@ from d2ext.layers import (
     center_pool,
     corner_pool,
     corner_pool_pair,
-    corner_pool_pair_reference,
     corner_pool_reference,
     has_cuda_extension,
     has_extension,
@@ -71,8 +70,10 @@ def operator(implementation: str, name: str) -> Callable[..., Tensor]:
     if name == "center":
         return center_pool
     if name in CORNERS:
-        pair = corner_pool_pair_reference if reference else corner_pool_pair
-        return lambda vertical, horizontal: pair(vertical, horizontal, name)
+        if not reference:
+            return lambda vertical, horizontal: corner_pool_pair(vertical, horizontal, name)
+        down, across = _CORNERS[name]
+        return lambda v, h: corner_pool_reference(v, down) + corner_pool_reference(h, across)
     single = corner_pool_reference if reference else corner_pool
     return lambda x: single(x, name)
 
@@ -365,10 +366,8 @@ def test_opcheck(implementation, memory_format):
     y.requires_grad_()
     operators = torch.ops.d2ext
     torch.library.opcheck(operators.corner_pool.default, (x, 2, True))
-    torch.library.opcheck(operators.corner_pool_pair.default, (x, y, False))
     x, y = x.detach(), y.detach()
     torch.library.opcheck(operators.corner_pool_backward.default, (grad, x, 3, False))
-    torch.library.opcheck(operators.corner_pool_pair_backward.default, (grad, x, y, True))
 
 
 @pytest.mark.parametrize("implementation", COMPILED)
@@ -433,11 +432,10 @@ def test_wrong_arguments_are_named(implementation):
             with pytest.raises(ValueError, match="one shape"):
                 function(x, x[:, :1])
     single = corner_pool_reference if implementation == "reference" else corner_pool
-    pair = corner_pool_pair_reference if implementation == "reference" else corner_pool_pair
     with pytest.raises(ValueError, match=r"direction must be one of top.*got 'up'"):
         single(x, "up")
     with pytest.raises(ValueError, match=r"corner must be one of top_left.*got 'top'"):
-        pair(x, x, "top")
+        corner_pool_pair(x, x, "top")
     with pytest.raises(ValueError, match="direction"):
         CornerPool("up")
 
@@ -465,8 +463,8 @@ def test_without_the_extension_the_reference_runs_and_warns(monkeypatch):
         assert torch.equal(corner_pool(x, "top"), corner_pool_reference(x, "top"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pair = corner_pool_pair(x, y, "top_left")
-        assert torch.equal(pair, corner_pool_pair_reference(x, y, "top_left"))
+        pooled = corner_pool_reference(x, "top") + corner_pool_reference(y, "left")
+        assert torch.equal(corner_pool_pair(x, y, "top_left"), pooled)
 
 
 # ---------------------------------------------------------------- GPU
