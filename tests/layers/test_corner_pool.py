@@ -72,7 +72,7 @@ def operator(implementation: str, name: str) -> Callable[..., Tensor]:
     if name in CORNERS:
         if not reference:
             return lambda vertical, horizontal: corner_pool_pair(vertical, horizontal, name)
-        down, across = _CORNERS[name]
+        down, across = {"top_left": ("top", "left"), "bottom_right": ("bottom", "right")}[name]
         return lambda v, h: corner_pool_reference(v, down) + corner_pool_reference(h, across)
     single = corner_pool_reference if reference else corner_pool
     return lambda x: single(x, name)
