@@ -16,17 +16,16 @@ namespace {
 
 using at::Tensor;
 
-// Output rows of a block: 4 times larger than the grid, 16 of them lie between 6 grid rows.
-#ifndef D2EXT_BLOCK_ROWS
-#define D2EXT_BLOCK_ROWS 16
-#endif
-constexpr int32_t kBlockRows = D2EXT_BLOCK_ROWS;
-// Words of four pixels that a warp writes: its last lane only lends its pixels to the one before.
-constexpr int32_t kWarpWords = 31;
-constexpr int32_t kMostWarps = 8;
-constexpr int32_t kBlockColumns = kMostWarps * kWarpWords * 4;
-// Shared memory for the interpolated grid rows, at most.
-constexpr int64_t kLineBytes = 32 * 1024;
+constexpr int32_t kThreads = 256;
+constexpr int32_t kWarps = kThreads / 32;
+// Output rows of a block: 4 times larger than the grid, they lie between 10 grid rows.
+constexpr int32_t kBlockRows = 32;
+// Output columns of a block, at most.
+constexpr int32_t kBlockColumns = 640;
+// Pixels that a warp finishes at a time, one word of 4 for each lane.
+constexpr int32_t kSegment = 128;
+// Shared memory for the interpolated grid rows, at most: room for one segment of any of them.
+constexpr int64_t kLineBytes = 2 * kBlockRows * kSegment * sizeof(double);
 // What a block gets without being asked for, less than 48 KiB by what the kernel declares itself.
 constexpr size_t kUnaskedBytes = 40 * 1024;
 constexpr uint32_t kVectorBytes = sizeof(uint4);
@@ -76,26 +75,39 @@ inline int32_t slots_of(bool shared_rows, double scale) {
   return shared_rows ? static_cast<int32_t>(kBlockRows * scale) + 3 : 2 * kBlockRows;
 }
 
-// An output row of a block: the lines in shared memory that it lies between, and its place there.
-template <typename acc_t>
-struct RowTap {
-  int32_t low;
-  int32_t high;
-  acc_t high_weight;
-};
+// Four pixels from 16-byte aligned lines, as the bytes of a word.
+__device__ __forceinline__ uint32_t four_pixels(const float* low, const float* high,
+                                                const Tap<float>& row, float threshold) {
+  const float4 a = *reinterpret_cast<const float4*>(low);
+  const float4 b = *reinterpret_cast<const float4*>(high);
+  uint32_t bytes = row.low_weight * a.x + row.high_weight * b.x > threshold ? 0x1u : 0u;
+  bytes |= row.low_weight * a.y + row.high_weight * b.y > threshold ? 0x100u : 0u;
+  bytes |= row.low_weight * a.z + row.high_weight * b.z > threshold ? 0x10000u : 0u;
+  bytes |= row.low_weight * a.w + row.high_weight * b.w > threshold ? 0x1000000u : 0u;
+  return bytes;
+}
+
+__device__ __forceinline__ uint32_t four_pixels(const double* low, const double* high,
+                                                const Tap<double>& row, double threshold) {
+  uint32_t bytes = 0;
+#pragma unroll
+  for (int32_t i = 0; i < 4; ++i) {
+    bytes |= row.low_weight * low[i] + row.high_weight * high[i] > threshold ? 1u << (8 * i) : 0u;
+  }
+  return bytes;
+}
 
 // A block writes kBlockRows x block_columns pixels of one mask. It interpolates the grid rows that
-// these lie between along the row, once each, in shared memory. A thread then goes down four
-// columns, with what lies above and below them in registers.
+// these lie between along the row, once each, in shared memory; from two such lines a thread then
+// makes four pixels at a time.
 template <typename acc_t>
-__global__ void __launch_bounds__(kMostWarps * 32) binary_kernel(BinaryArguments<acc_t> in) {
+__global__ void __launch_bounds__(kThreads) binary_kernel(BinaryArguments<acc_t> in) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
-  acc_t* lines = reinterpret_cast<acc_t*>(shared_bytes);  // (slots, pitch): threshold - value
-  __shared__ RowTap<acc_t> taps[kBlockRows];
+  acc_t* lines = reinterpret_cast<acc_t*>(shared_bytes);  // (slots, pitch)
+  __shared__ Tap<acc_t> taps[kBlockRows];
   __shared__ MaskRegion region;
   const int32_t lane = threadIdx.x % 32;
   const int32_t warp = threadIdx.x / 32;
-  const int32_t threads = blockDim.x;
   const int32_t top = static_cast<int32_t>(blockIdx.x) / in.blocks_x * kBlockRows;
   const int32_t left = static_cast<int32_t>(blockIdx.x) % in.blocks_x * in.block_columns;
   const int32_t rows = min(kBlockRows, in.height - top);
@@ -105,43 +117,42 @@ __global__ void __launch_bounds__(kMostWarps * 32) binary_kernel(BinaryArguments
   // Cells outside the box count as 0; pixels cropped at the output are never set: no comparison
   // with a NaN is true.
   const bool background = !in.crop_after && acc_t(0) > in.threshold;
-  const acc_t outside = in.crop_after ? static_cast<acc_t>(NAN) : in.threshold;
-  const uint32_t background_word = background ? 0x01010101u : 0u;
-  const int32_t first = source_tap(top, scale_y, in.grid_height).low;
-  for (int32_t y = threadIdx.x; y < rows; y += threads) {
-    const Tap<acc_t> tap = source_tap(top + y, scale_y, in.grid_height);
-    taps[y] = in.shared_rows ? RowTap<acc_t>{tap.low - first, tap.high - first, tap.high_weight}
-                             : RowTap<acc_t>{2 * y, 2 * y + 1, tap.high_weight};
+  const acc_t outside = in.crop_after ? static_cast<acc_t>(NAN) : acc_t(0);
+  const uint32_t word = background ? 0x01010101u : 0u;
+  const uint4 background_vector = make_uint4(word, word, word, word);
+  if (static_cast<int32_t>(threadIdx.x) < rows) {
+    taps[threadIdx.x] =
+        source_tap(top + static_cast<int32_t>(threadIdx.x), scale_y, in.grid_height);
   }
 
   for (int32_t n = blockIdx.y; n < in.detections; n += gridDim.y) {
     uint8_t* target = in.out + (static_cast<int64_t>(n) * in.height + top) * in.width + left;
-    if (threadIdx.x == 0) {
+    if (warp == 0) {
       MaskRegion own;
       const int64_t image = in.batch_index == nullptr ? 0 : in.batch_index[n];
       if (image >= 0 && image < in.images) {
         own = mask_region(in.boxes + static_cast<int64_t>(n) * 4, in.grid_height, in.grid_width,
                           in.height, in.width, in.crop_after, in.padding);
       }
-      region = own;
+      if (lane == 0) {
+        region = own;
+      }
     }
     __syncthreads();
     const Range xs = intersect(region.out_x, {left, left + columns});
     const Range ys = intersect(region.out_y, {top, top + rows});
-    const Range cell_x = region.cell_x;
-    const Range cell_y = region.cell_y;
     if (xs.empty() || ys.empty()) {
-      // Whole rows: one run, shared out to the warps in whole vectors.
-      const bool run = columns == in.width;
-      const int32_t length = run ? rows * columns : columns;
-      const int32_t share = run ? ((length + threads / 32 - 1) / (threads / 32) + 15) / 16 * 16 : 1;
-      const uint4 vector =
-          make_uint4(background_word, background_word, background_word, background_word);
-      if (run && warp * share < length) {
-        fill_row(target + warp * share, min(share, length - warp * share), vector, lane);
-      }
-      for (int32_t y = warp; !run && y < rows; y += threads / 32) {
-        fill_row(target + static_cast<int64_t>(y) * in.width, columns, vector, lane);
+      if (columns == in.width) {  // adjacent rows: one run, shared out to the warps
+        const int32_t length = rows * columns;
+        const int32_t share = ((length + kWarps - 1) / kWarps + 15) / 16 * 16;
+        const int32_t begin = warp * share;
+        if (begin < length) {
+          fill_row(target + begin, min(share, length - begin), background_vector, lane);
+        }
+      } else {
+        for (int32_t y = warp; y < rows; y += kWarps) {
+          fill_row(target + static_cast<int64_t>(y) * in.width, columns, background_vector, lane);
+        }
       }
       __syncthreads();  // before `region` is written again
       continue;
@@ -149,77 +160,79 @@ __global__ void __launch_bounds__(kMostWarps * 32) binary_kernel(BinaryArguments
 
     // Line s holds grid row first + s or, where output rows do not share, a row's two neighbours.
     const acc_t* grid = in.probabilities + static_cast<int64_t>(n) * in.grid_height * in.grid_width;
-    const int32_t slots = in.shared_rows ? taps[rows - 1].high + 1 : 2 * rows;
-    for (int32_t i = threadIdx.x; i < in.pitch; i += threads) {
+    const Range cell_x = region.cell_x;
+    const Range cell_y = region.cell_y;
+    const int32_t first = taps[ys.begin - top].low;
+    const int32_t slots = in.shared_rows ? taps[ys.end - 1 - top].high - first + 1 : 2 * ys.size();
+    for (int32_t i = threadIdx.x; i < in.pitch; i += kThreads) {
       const int32_t x = left + i;
-      const bool within = xs.contains(x);
-      const Tap<acc_t> tap = source_tap(within ? x : left, scale_x, in.grid_width);
+      if (!xs.contains(x)) {
+        for (int32_t slot = 0; slot < slots; ++slot) {
+          lines[slot * in.pitch + i] = outside;
+        }
+        continue;
+      }
+      const Tap<acc_t> tap = source_tap(x, scale_x, in.grid_width);
       const bool low_inside = cell_x.contains(tap.low);
       const bool high_inside = cell_x.contains(tap.high);
-#pragma unroll 8
+      const acc_t* low_cells = grid + tap.low;
+      const acc_t* high_cells = grid + tap.high;
+#pragma unroll 4
       for (int32_t slot = 0; slot < slots; ++slot) {
         int32_t y = first + slot;
         if (!in.shared_rows) {
-          const Tap<acc_t> row = source_tap(top + slot / 2, scale_y, in.grid_height);
+          const Tap<acc_t>& row = taps[ys.begin - top + slot / 2];
           y = slot % 2 == 0 ? row.low : row.high;
         }
-        const bool inside = within && cell_y.contains(y);
-        const acc_t* cells = grid + y * in.grid_width;
-        const acc_t low = inside && low_inside ? cells[tap.low] : acc_t(0);
-        const acc_t high = inside && high_inside ? cells[tap.high] : acc_t(0);
-        const acc_t value = low + tap.high_weight * (high - low);
-        lines[slot * in.pitch + i] = within ? in.threshold - value : outside;
+        const bool inside = cell_y.contains(y);
+        const int32_t offset = y * in.grid_width;
+        const acc_t low = inside && low_inside ? low_cells[offset] : acc_t(0);
+        const acc_t high = inside && high_inside ? high_cells[offset] : acc_t(0);
+        lines[slot * in.pitch + i] = tap.low_weight * low + tap.high_weight * high;
       }
     }
     __syncthreads();
 
-    const int32_t x = 4 * (warp * kWarpWords + lane);  // the thread's first pixel
-    const int32_t column = min(x, in.pitch - 4);
-    acc_t above[4];
-    acc_t step[4];
-    int32_t held_low = -1;
-    int32_t held_high = -1;
-    for (int32_t y = 0; y < rows; ++y) {
+    for (int32_t y = warp; y < rows; y += kWarps) {
       uint8_t* row_target = target + static_cast<int64_t>(y) * in.width;
-      const RowTap<acc_t> row = taps[y];
-      // Where the upper line has weight 0 the tap names the lower one twice.
-      if (row.low != held_low || row.high != held_high) {
-        held_low = row.low;
-        held_high = row.high;
-        const acc_t* from = lines + column;
-        const auto low = *reinterpret_cast<const Four<acc_t>*>(from + held_low * in.pitch);
-        const auto high = *reinterpret_cast<const Four<acc_t>*>(from + held_high * in.pitch);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          above[i] = low.values[i];
-          step[i] = high.values[i] - low.values[i];
-        }
+      if (!ys.contains(top + y)) {
+        fill_row(row_target, columns, background_vector, lane);
+        continue;
       }
-      uint32_t bytes = 0;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        bytes |= above[i] + row.high_weight * step[i] < acc_t(0) ? 1u << (8 * i) : 0u;
-      }
-      bytes = ys.contains(top + y) ? bytes : background_word;
-      // Whole words of memory begin `skip` pixels later; their last bytes come from the next lane.
-      const uint32_t skip =
-          (0u - static_cast<uint32_t>(reinterpret_cast<uintptr_t>(row_target))) % 4;
-      const uint32_t next = __shfl_down_sync(0xffffffffu, bytes, 1);
-      const uint32_t word = __funnelshift_r(bytes, next, 8 * skip);
-      const int32_t begin = x + static_cast<int32_t>(skip);
-      if (lane < kWarpWords) {
-        if (begin + 4 <= columns) {
-          __stcs(reinterpret_cast<uint32_t*>(row_target + begin), word);
+      const Tap<acc_t> row = taps[y];
+      const int32_t slot = 2 * (top + y - ys.begin);
+      const acc_t* low = lines + (in.shared_rows ? row.low - first : slot) * in.pitch;
+      const acc_t* high = lines + (in.shared_rows ? row.high - first : slot + 1) * in.pitch;
+      // A lane makes pixels x to x + 3. Words of global memory begin `shift` pixels before: their
+      // first bytes come from the lane to the left.
+      const uint32_t shift = (4 - reinterpret_cast<uintptr_t>(row_target) % 4) % 4;
+      uint32_t carried = 0;  // the last lane's pixels of the step before
+      for (int32_t begin = 0; begin < columns; begin += kSegment) {
+        const int32_t x = begin + 4 * lane;
+        // `pitch` reaches to the end of the last word, so this reads what was written.
+        const uint32_t bytes = x < columns ? four_pixels(low + x, high + x, row, in.threshold) : 0u;
+        if (shift == 0) {
+          if (x + 4 <= columns) {
+            __stcs(reinterpret_cast<uint32_t*>(row_target + x), bytes);
+          }
         } else {
-          for (int32_t i = 0; begin + i < columns; ++i) {
-            row_target[begin + i] = static_cast<uint8_t>(word >> (8 * i));
+          uint32_t before = __shfl_up_sync(0xffffffffu, bytes, 1);
+          before = lane == 0 ? carried : before;
+          carried = __shfl_sync(0xffffffffu, bytes, 31);
+          // The word that begins at pixel x - 4 + shift.
+          const int32_t word_x = x - 4 + static_cast<int32_t>(shift);
+          if (word_x >= 0 && word_x + 4 <= columns) {
+            __stcs(reinterpret_cast<uint32_t*>(row_target + word_x),
+                   __funnelshift_r(before, bytes, 8 * shift));
           }
         }
-        if (x == 0) {
-          for (int32_t i = 0; i < min(static_cast<int32_t>(skip), columns); ++i) {
-            row_target[i] = static_cast<uint8_t>(bytes >> (8 * i));
-          }
-        }
+      }
+      // What is left of whole words at either end, at most 3 pixels each.
+      const int32_t head = min(static_cast<int32_t>(shift), columns);
+      const int32_t tail = head + (columns - head) / 4 * 4;
+      const int32_t edge = lane < head ? lane : tail + lane - head;
+      if (edge < columns && (lane < head || edge >= tail)) {
+        row_target[edge] = row.low_weight * low[edge] + row.high_weight * high[edge] > in.threshold;
       }
     }
     __syncthreads();
@@ -248,18 +261,17 @@ void launch_binary(const HeldInputs& held, int64_t height, int64_t width, double
   arguments.height = static_cast<int32_t>(height);
   arguments.width = static_cast<int32_t>(width);
   arguments.shared_rows = height > in.height;
-  // The columns are shared out evenly.
+  // The columns are shared out evenly, in whole segments where there is more than one block.
   const double scale = static_cast<double>(in.height) / static_cast<double>(height);
   const int64_t slots = slots_of(arguments.shared_rows, scale);
   const int64_t room = kLineBytes / (slots * static_cast<int64_t>(sizeof(acc_t)));
-  const int64_t most = std::min<int64_t>(kBlockColumns, room / 16 * 16);
-  const int64_t even = (width - 1) / ((width - 1) / most + 1) + 1;
+  const int64_t most = std::min<int64_t>(kBlockColumns, room / kSegment * kSegment);
+  const int64_t blocks_x = (width - 1) / most + 1;
+  const int64_t even = (width - 1) / blocks_x + 1;
   arguments.block_columns =
-      static_cast<int32_t>(even == width ? width : std::min(most, (even + 15) / 16 * 16));
+      static_cast<int32_t>(blocks_x == 1 ? width : (even + kSegment - 1) / kSegment * kSegment);
   arguments.blocks_x = static_cast<int32_t>((width - 1) / arguments.block_columns + 1);
   arguments.pitch = (arguments.block_columns + 3) / 4 * 4;
-  const int32_t words = arguments.pitch / 4;
-  const int32_t threads = (words + kWarpWords - 1) / kWarpWords * 32;
   arguments.threshold = static_cast<acc_t>(threshold);
   arguments.padding = in.padding;
   arguments.crop_after = crop_after;
@@ -276,7 +288,7 @@ void launch_binary(const HeldInputs& held, int64_t height, int64_t width, double
                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(shared)));
   }
-  binary_kernel<acc_t><<<blocks, threads, shared, c10::cuda::getCurrentCUDAStream()>>>(arguments);
+  binary_kernel<acc_t><<<blocks, kThreads, shared, c10::cuda::getCurrentCUDAStream()>>>(arguments);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -1,7 +1,10 @@
 // CUDA kernels of assemble_masks and its gradient.
 #include <ATen/Dispatch.h>
+#include <ATen/cuda/CUDAContext.h>
+#include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -38,17 +41,18 @@ Tensor assemble_masks_cuda(const Tensor& prototypes, const Tensor& coefficients,
   return masks;
 }
 
-// A thread keeps one cell's K prototypes and their gradients in registers and goes through the
-// detections of its image among the `share` of its block. Both sums are written as parts, which a
-// second step adds without atomics, so that the bits are the same every time: those of the
-// prototypes to grad_cells (splits, B, h, w, k), those of the coefficients, over the tile, to
-// partials (tiles, N, k), zero before.
-// kFits: all channels are among the K in registers; else the block has K of them, and logits are
-// summed from memory. kGroup: detections between two barriers.
+// A thread keeps one cell's K prototypes and their gradients in registers and goes through those of
+// the `share` detections of its block that are of its image. It writes the sums of its cells to
+// `cell_sums` (splits, B, h, w, k rounded up to K), and what the tile's cells add to the gradient
+// of the coefficients to `coefficient_sums` (tiles, N, k), zero before. Summing these over splits
+// and tiles in a second step, without atomics, gives the same bits every time. kFits: all channels
+// are among the K in registers; else blocks choose K of them, and logits are summed from memory.
+// kGroup: detections between two barriers.
 template <typename scalar_t, typename acc_t, int K, bool kFits, int kGroup>
-__global__ void __launch_bounds__(kTileCells)
+__global__ void __launch_bounds__(kTileCells, sizeof(acc_t) == 4 ? 3 : 1)
     backward_kernel(MaskInputs<scalar_t, acc_t> in, bool vectors, const scalar_t* __restrict__ grad,
-                    int32_t share, acc_t* __restrict__ grad_cells, acc_t* __restrict__ partials) {
+                    int32_t splits, int32_t share, acc_t* __restrict__ cell_sums,
+                    acc_t* __restrict__ coefficient_sums) {
   constexpr int kPitch = K + 1;  // odd: threads of a warp fall into different banks
   __shared__ acc_t cells[kTileCells * kPitch];
   __shared__ __align__(16) acc_t grad_logits[kGroup * kTileCells];
@@ -58,17 +62,18 @@ __global__ void __launch_bounds__(kTileCells)
   __shared__ Range member_y[kTileCells];
   __shared__ int32_t warp_counts[kTileCells / 32];
 
-  const Tile tile(in, blockIdx.x, threadIdx.x);
+  const Tile tile(in, blockIdx.x, threadIdx.x, 1);
+  const bool inside = tile.inside(in, 0);
+  const int32_t y = tile.first_y;
   const int32_t image = blockIdx.y;
-  const int32_t windows = (in.channels + K - 1) / K;
-  const int32_t window = static_cast<int32_t>(blockIdx.z) % windows * K;
-  const int32_t split = static_cast<int32_t>(blockIdx.z) / windows;
+  const int32_t split = blockIdx.z % splits;
+  const int32_t window = blockIdx.z / splits * K;
   const int32_t end = min(in.detections, (split + 1) * share);
   const int32_t lane = threadIdx.x % 32;
   const int32_t warp = threadIdx.x / 32;
   const int64_t grid_cells = static_cast<int64_t>(in.height) * in.width;
-  const scalar_t* cell = in.cell(image, tile.inside ? tile.y : 0, tile.inside ? tile.x : 0);
-  const int64_t position = static_cast<int64_t>(tile.y) * in.width + tile.x;
+  const scalar_t* cell = in.cell(image, inside ? y : 0, inside ? tile.x : 0);
+  const int64_t position = static_cast<int64_t>(y) * in.width + tile.x;
 
   acc_t values[K];
   acc_t totals[K];
@@ -86,13 +91,14 @@ __global__ void __launch_bounds__(kTileCells)
   for (int c = 0; c < K; ++c) {
     totals[c] = 0;
     // Cells beyond the grid have no gradient, but 0 x NaN would still be NaN.
-    cells[threadIdx.x * kPitch + c] = tile.inside ? values[c] : acc_t(0);
+    cells[threadIdx.x * kPitch + c] = inside ? values[c] : acc_t(0);
   }
 
   for (int32_t first = split * share; first < end; first += kTileCells) {
     // The detections of this image whose boxes meet the tile, in order.
-    const int32_t own = static_cast<int32_t>(threadIdx.x);
-    const int32_t candidate = end - first > own ? first + own : -1;
+    const int32_t candidate = end - first > static_cast<int32_t>(threadIdx.x)
+                                  ? first + static_cast<int32_t>(threadIdx.x)
+                                  : -1;
     Range xs;
     Range ys;
     bool related = candidate >= 0 && in.image(candidate) == image;
@@ -138,8 +144,8 @@ __global__ void __launch_bounds__(kTileCells)
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) {
         above[j] = 0;
-        if (j < count && tile.inside && member_x[start + j].contains(tile.x) &&
-            member_y[start + j].contains(tile.y)) {
+        if (j < count && inside && member_x[start + j].contains(tile.x) &&
+            member_y[start + j].contains(y)) {
           above[j] = static_cast<acc_t>(grad[members[start + j] * grid_cells + position]);
         }
       }
@@ -147,8 +153,8 @@ __global__ void __launch_bounds__(kTileCells)
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) {
         acc_t grad_logit = 0;
-        if (j < count && tile.inside && member_x[start + j].contains(tile.x) &&
-            member_y[start + j].contains(tile.y)) {
+        if (j < count && inside && member_x[start + j].contains(tile.x) &&
+            member_y[start + j].contains(y)) {
           const acc_t* weights = coefficients + j * K;
           const acc_t logit = kFits ? dot(values, weights) : dot_any(in, cell, members[start + j]);
           const acc_t p = sigmoid(logit);
@@ -167,12 +173,21 @@ __global__ void __launch_bounds__(kTileCells)
       const int32_t channel = threadIdx.x % K;
       const int32_t row = threadIdx.x / K;
       acc_t sums[kSums] = {};
-#pragma unroll 8
-      for (int32_t i = 0; i < kTileCells; ++i) {
-        const acc_t value = cells[i * kPitch + channel];
+#pragma unroll 4
+      for (int32_t i = 0; i < kTileCells; i += 4) {
+        acc_t values_there[4];
+#pragma unroll
+        for (int u = 0; u < 4; ++u) {
+          values_there[u] = cells[(i + u) * kPitch + channel];
+        }
 #pragma unroll
         for (int s = 0; s < kSums; ++s) {
-          sums[s] += value * grad_logits[(row + s * kStep) * kTileCells + i];
+          const Four<acc_t> gradients = *reinterpret_cast<const Four<acc_t>*>(
+              grad_logits + (row + s * kStep) * kTileCells + i);
+#pragma unroll
+          for (int u = 0; u < 4; ++u) {
+            sums[s] += values_there[u] * gradients.values[u];
+          }
         }
       }
 #pragma unroll
@@ -180,66 +195,31 @@ __global__ void __launch_bounds__(kTileCells)
         const int32_t j = row + s * kStep;
         if (j < count && window + channel < in.channels) {
           const int64_t n = static_cast<int64_t>(blockIdx.x) * in.detections + members[start + j];
-          partials[n * in.channels + window + channel] = sums[s];
+          coefficient_sums[n * in.channels + window + channel] = sums[s];
         }
       }
       __syncthreads();
     }
   }
 
-  if (!tile.inside) {
-    return;
-  }
-  acc_t* target =
-      grad_cells + window +
-      ((static_cast<int64_t>(split) * in.images + image) * grid_cells + position) * in.channels;
+  if (inside) {
+    acc_t* target = cell_sums +
+                    ((static_cast<int64_t>(split) * in.images + image) * grid_cells + position) *
+                        (gridDim.z / splits * K) +
+                    window;
 #pragma unroll
-  for (int c = 0; c < K; c += 4) {
-    if (in.channels % 4 == 0 && window + c < in.channels) {
-      *reinterpret_cast<Four<acc_t>*>(target + c) = {totals[c], totals[c + 1], totals[c + 2],
-                                                     totals[c + 3]};
-    } else {
-#pragma unroll
-      for (int i = c; i < c + 4; ++i) {
-        if (window + i < in.channels) {
-          target[i] = totals[i];
-        }
-      }
+    for (int c = 0; c < K; c += 4) {
+      reinterpret_cast<Four<acc_t>*>(target)[c / 4] = {totals[c], totals[c + 1], totals[c + 2],
+                                                       totals[c + 3]};
     }
   }
 }
 
-// Blocks that keep a GPU busy: few images have few tiles, so that their detections are shared out.
-constexpr int32_t kWantedBlocks = 640;
-
-template <typename scalar_t>
-void launch_backward(const HeldInputs& held, const Tensor& grad, double padding, Tensor& grad_cells,
-                     Tensor& partials) {
-  using acc_t = at::opmath_type<scalar_t>;
-  constexpr int32_t kChannels = 32;
-  const auto in = held.view<scalar_t>(padding);
-  const int32_t tiles = in.tiles_x() * in.tiles_y();
-  const int32_t wanted = std::clamp(kWantedBlocks / tiles / in.images, 1, 8);
-  const int32_t share = (in.detections + wanted - 1) / wanted;
-  const int32_t splits = (in.detections + share - 1) / share;
-  grad_cells =
-      at::empty({splits, in.images, in.height, in.width, in.channels}, held.boxes.options());
-  partials = at::zeros({tiles, in.detections, in.channels}, held.boxes.options());
-  const dim3 grid(tiles, in.images, (in.channels + kChannels - 1) / kChannels * splits);
-  const auto launch = [&](auto kernel) {
-    kernel<<<grid, kTileCells, 0, c10::cuda::getCurrentCUDAStream()>>>(
-        in, vectors_of_channels(held.prototypes, kChannels), grad.const_data_ptr<scalar_t>(), share,
-        grad_cells.mutable_data_ptr<acc_t>(), partials.mutable_data_ptr<acc_t>());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-  };
-  if constexpr (sizeof(acc_t) == sizeof(double)) {
-    launch(backward_kernel<scalar_t, acc_t, kChannels, false, 8>);
-  } else if (in.channels <= kChannels) {
-    launch(backward_kernel<scalar_t, acc_t, kChannels, true, 16>);
-  } else {
-    launch(backward_kernel<scalar_t, acc_t, kChannels, false, 16>);
-  }
-}
+// Blocks that a multiprocessor holds: one alone would wait most of the time, so the detections are
+// split where the grid gives less.
+constexpr int64_t kBlocksEach = 3;
+// Channels of a thread.
+constexpr int kChannels = 32;
 
 std::tuple<Tensor, Tensor> assemble_masks_backward_cuda(
     const Tensor& grad, const Tensor& prototypes, const Tensor& coefficients, const Tensor& boxes,
@@ -248,19 +228,49 @@ std::tuple<Tensor, Tensor> assemble_masks_backward_cuda(
                     padding);
   check_mask_gradient(grad, prototypes, coefficients);
   const c10::cuda::CUDAGuard guard(prototypes.device());
-  Tensor grad_prototypes = at::empty_like(prototypes);
-  if (coefficients.size(0) == 0) {
-    return {grad_prototypes.zero_(), at::zeros_like(coefficients)};
+  const int64_t detections = coefficients.size(0);
+  if (detections == 0) {
+    return {at::zeros_like(prototypes), at::zeros_like(coefficients)};
   }
   const HeldInputs held(prototypes, coefficients, boxes, batch_index);
   const Tensor dense_grad = grad.contiguous();
-  Tensor grad_cells;
-  Tensor partials;
+  const auto sizes = held.prototypes.sizes();  // B, h, w, k
+  const int64_t tiles = ((sizes[1] - 1) / kTileHeight + 1) * ((sizes[2] - 1) / kTileWidth + 1);
+  const int64_t processors = at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
+  // Two halves at most, so that their sum is one addition.
+  const bool halves = detections > 16 && 2 * tiles * sizes[0] <= kBlocksEach * processors;
+  const int64_t share = halves ? ((detections - 1) / 32 + 1) * 16 : detections;
+  const int64_t splits = (detections - 1) / share + 1;
+  const int64_t windows = (sizes[3] - 1) / kChannels + 1;
+  const auto options = held.boxes.options();
+  const Tensor cell_sums =
+      at::empty({splits, sizes[0], sizes[1], sizes[2], windows * kChannels}, options);
+  const Tensor coefficient_sums = at::zeros({tiles, detections, sizes[3]}, options);
   AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, prototypes.scalar_type(), "assemble_masks_backward_cuda",
-      [&] { launch_backward<scalar_t>(held, dense_grad, padding, grad_cells, partials); });
-  grad_prototypes.copy_(grad_cells.sum(0).view(prototypes.sizes()));
-  return {grad_prototypes, at::empty_like(coefficients).copy_(partials.sum(0))};
+      at::kHalf, at::kBFloat16, prototypes.scalar_type(), "assemble_masks_backward_cuda", [&] {
+        using acc_t = at::opmath_type<scalar_t>;
+        // Two registers hold a float64: fewer detections at a time, and no prototypes.
+        constexpr bool kSingle = sizeof(acc_t) == sizeof(float);
+        constexpr int kGroup = kSingle ? 16 : 8;
+        const auto in = held.view<scalar_t>(padding);
+        const dim3 grid(static_cast<uint32_t>(tiles), static_cast<uint32_t>(sizes[0]),
+                        static_cast<uint32_t>(windows * splits));
+        auto* kernel = backward_kernel<scalar_t, acc_t, kChannels, false, kGroup>;
+        if (kSingle && windows == 1) {
+          kernel = backward_kernel<scalar_t, acc_t, kChannels, kSingle, kGroup>;
+        }
+        kernel<<<grid, kTileCells, 0, c10::cuda::getCurrentCUDAStream()>>>(
+            in, vectors_of_channels(held.prototypes, kChannels),
+            dense_grad.const_data_ptr<scalar_t>(), static_cast<int32_t>(splits),
+            static_cast<int32_t>(share), cell_sums.mutable_data_ptr<acc_t>(),
+            coefficient_sums.mutable_data_ptr<acc_t>());
+        C10_CUDA_KERNEL_LAUNCH_CHECK();
+      });
+  Tensor grad_prototypes = at::empty_like(prototypes);
+  const Tensor sums = cell_sums.narrow(4, 0, sizes[3]);
+  Tensor batched = prototypes.dim() == 3 ? grad_prototypes.unsqueeze(0) : grad_prototypes;
+  splits == 1 ? batched.copy_(sums[0]) : at::add_out(batched, sums[0], sums[1]);
+  return {grad_prototypes, at::empty_like(coefficients).copy_(coefficient_sums.sum(0))};
 }
 
 }  // namespace

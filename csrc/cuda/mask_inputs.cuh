@@ -63,28 +63,35 @@ struct MaskInputs {
   __host__ __device__ __forceinline__ int32_t tiles_x() const {
     return (width + kTileWidth - 1) / kTileWidth;
   }
-  __host__ __device__ __forceinline__ int32_t tiles_y() const {
-    return (height + kTileHeight - 1) / kTileHeight;
+  // For blocks whose threads have `cells` cells each.
+  __host__ __device__ __forceinline__ int32_t tiles_y(int32_t cells) const {
+    return (height - 1) / (kTileHeight * cells) + 1;
   }
 };
 
-// The tile of a block, and the cell of a thread.
+// The tile of a block, and a thread's cells: they lie kTileHeight rows apart. Tiles reach beyond
+// the grid.
 struct Tile {
   Range xs;
   Range ys;
   int32_t x;
-  int32_t y;
-  bool inside;  // the cell is on the grid: tiles reach beyond it
+  int32_t first_y;
 
   template <typename Inputs>
-  __device__ __forceinline__ Tile(const Inputs& in, int32_t tile, int32_t thread) {
+  __device__ __forceinline__ Tile(const Inputs& in, int32_t tile, int32_t thread, int32_t cells) {
     const int32_t left = tile % in.tiles_x() * kTileWidth;
-    const int32_t top = tile / in.tiles_x() * kTileHeight;
+    const int32_t top = tile / in.tiles_x() * kTileHeight * cells;
     xs = {left, left + kTileWidth};
-    ys = {top, top + kTileHeight};
+    ys = {top, top + kTileHeight * cells};
     x = left + thread % kTileWidth;
-    y = top + thread / kTileWidth;
-    inside = x < in.width && y < in.height;
+    first_y = top + thread / kTileWidth;
+  }
+
+  __device__ __forceinline__ int32_t y(int32_t u) const { return first_y + u * kTileHeight; }
+
+  template <typename Inputs>
+  __device__ __forceinline__ bool inside(const Inputs& in, int32_t u) const {
+    return x < in.width && y(u) < in.height;
   }
 };
 
@@ -114,7 +121,7 @@ __device__ __forceinline__ void load_cell(const MaskInputs<scalar_t, acc_t>& in,
 
 template <int K, typename acc_t>
 __device__ __forceinline__ acc_t dot(const acc_t (&values)[K], const acc_t* coefficients) {
-  acc_t sums[4] = {};  // four sums that do not wait for each other
+  acc_t sums[4] = {};  // that do not wait for each other
 #pragma unroll
   for (int c = 0; c < K; ++c) {
     sums[c % 4] += values[c] * coefficients[c];
