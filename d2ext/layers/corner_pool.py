@@ -87,7 +87,7 @@ def corner_pool_pair(vertical: Tensor, horizontal: Tensor, corner: str) -> Tenso
     vertical, horizontal = _promote(vertical, horizontal)
     _check_pair("corner_pool_pair", vertical, horizontal)
     down, across = _CORNERS[corner]
-    return corner_pool(vertical, down) + corner_pool(horizontal, across)
+    return corner_pool(vertical, down).add_(corner_pool(horizontal, across))
 
 
 def center_pool(vertical: Tensor, horizontal: Tensor) -> Tensor:
