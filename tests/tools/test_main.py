@@ -62,7 +62,6 @@ def test_evaluation_is_offered_without_what_only_training_needs(
     assert evaluate.run(["--config-file", "yolact/yolact_R_18_shapes.yaml", "SEED"]) == 2
 
 
-@pytest.mark.slow
 def test_programs_start_from_any_folder(tmp_path: Path) -> None:
     for words in (["-m", "d2ext", "info"], [str(ROOT / "tools" / "train_net.py"), "--help"]):
         done = subprocess.run(

@@ -19,7 +19,6 @@ def toy_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toy.write_data(tmp_path_factory.mktemp("toy"))
 
 
-@pytest.mark.slow
 def test_killed_and_resumed_run_equals_an_uninterrupted_one(toy_json: Path, tmp_path: Path) -> None:
     """SIGKILL in iteration 7; checkpoints are of iterations 2 and 5."""
     common = {
@@ -47,7 +46,6 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(toy_json: Path, tmp_
         assert torch.equal(weights[0][name], weights[1][name]), name
 
 
-@pytest.mark.slow
 def test_two_processes_give_what_one_gives(
     toy_json: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,7 +30,6 @@ def test_arms_have_configs_and_equal_budgets(make: Any, tmp_path: Path) -> None:
         assert len(set(limits)) == 1 or make is landmark_heads.landmark_heads
 
 
-@pytest.mark.slow
 def test_panoptic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On own data, of which the processes learn from the command line."""
     monkeypatch.setenv("D2EXT_CACHE", str(tmp_path / "cache"))

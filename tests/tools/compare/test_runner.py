@@ -68,7 +68,6 @@ def run(toy_json: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return run
 
 
-@pytest.mark.slow
 def test_arms_seeds_and_resume(
     run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
@@ -112,7 +111,6 @@ def test_arms_seeds_and_resume(
     assert "made with other settings" in capfd.readouterr().err
 
 
-@pytest.mark.slow
 def test_budget_in_seconds(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "_PILOT", 6)
     monkeypatch.setattr(runner, "read_metrics", lambda file: [{"iteration": 5, "time": 0.25}])
