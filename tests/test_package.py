@@ -50,8 +50,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel of this checkout, built without compiling and without the network."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    # A copy of the tracked files: building writes build/ and egg-info beside pyproject.toml.
-    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True)
+    # A copy of what git holds or would add: building writes build/ and egg-info beside pyproject.toml.
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+    )
     if listing.returncode != 0:
         pytest.skip("needs a git checkout")
     for name in filter(None, listing.stdout.decode().split("\0")):

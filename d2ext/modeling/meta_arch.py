@@ -72,6 +72,8 @@ class MetaArch(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
         self.input_format = input_format
         self.vis_period = vis_period
+        # In a tuple, so that neither the network nor the copy that inference keeps is a submodule.
+        self._inference: tuple[InferenceNetwork, ...] = ()
         self._inference_options: dict[str, Any] = {
             "mode": inference_mode,
             "dtype": inference_dtype,
@@ -100,7 +102,6 @@ class MetaArch(nn.Module):
             decode: in inference, predictions → tensors whose shapes do not depend on values, see
                 :class:`InferenceNetwork`.
         """
-        # In a tuple, so that neither the network nor the copy that inference keeps is a submodule.
         self._inference = (InferenceNetwork(network, decode, **self._inference_options),)
 
     @property
@@ -111,6 +112,10 @@ class MetaArch(nn.Module):
     @property
     def inference_network(self) -> InferenceNetwork:
         """Network and decoding as :meth:`inference` runs them; benchmarks time it."""
+        if not self._inference:
+            raise RuntimeError(
+                f"{type(self).__name__}'s constructor must end with set_network(...)."
+            )
         return self._inference[0]
 
     @property

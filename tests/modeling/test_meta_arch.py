@@ -80,6 +80,12 @@ def test_training_without_instances_is_refused() -> None:
         Toy().train()([image_of(), inputs])
 
 
+def test_a_model_without_network_says_what_is_missing() -> None:
+    model = MetaArch(pixel_mean=[0.0] * 3, pixel_std=[1.0] * 3)
+    with pytest.raises(RuntimeError, match="set_network"):
+        _ = model.network
+
+
 def test_pictures_come_at_their_period() -> None:
     model = Toy(vis_period=2).train()
     with EventStorage(0) as storage:

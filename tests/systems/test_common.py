@@ -16,6 +16,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
 from torch import nn
 
 import d2ext.systems
@@ -59,7 +60,7 @@ def test_every_registered_architecture_is_tested() -> None:
         for name, cls in META_ARCH_REGISTRY
         if cls.__module__.startswith(d2ext.systems.__name__)
     }
-    assert registered == set(tiny_architectures())
+    assert registered == set(tiny_architectures()), "each has a row in d2ext.testing._TINY"
 
 
 def test_training_lowers_the_loss(model: nn.Module) -> None:
@@ -104,6 +105,17 @@ def test_trains_without_objects(model: nn.Module, kind: str) -> None:
     sum(losses.values()).backward()
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
     assert all(g is not None and torch.isfinite(g).all() for g in gradients)
+
+
+def test_training_is_drawn(architecture: str, model: nn.Module) -> None:
+    model.train()
+    model.vis_period = 1
+    with EventStorage() as storage:
+        model(random_inputs())
+        ((_, picture, _),) = storage._vis_data
+    if "bbox" in tiny_tasks(architecture):  # two images side by side; others draw crops
+        assert picture.shape == (3, 60, 160)
+    assert picture.min() >= 0 and picture.max() <= 1
 
 
 def test_inference_has_the_contracted_form(architecture: str, model: nn.Module) -> None:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.structures import Boxes, Instances
-from detectron2.utils.events import EventStorage
 from torch import nn
 
 from d2ext import model_zoo
@@ -376,17 +375,6 @@ def test_inference_in_low_precision_is_close() -> None:
     direct = model(inputs)[0]["instances"]
     staged = model.postprocess((exact,), inputs)[0]["instances"]
     torch.testing.assert_close(staged.scores, direct.scores)
-
-
-@pytest.mark.parametrize("architecture", ["CornerNet", "CornerNetSaccade", "CenterNetTriplets"])
-def test_training_is_drawn(architecture: str) -> None:
-    cfg = tiny_config(architecture)
-    cfg.VIS_PERIOD = 1
-    model = build_model(cfg).train()
-    with EventStorage() as storage:
-        model(random_inputs(2))
-        ((_, picture, _),) = storage._vis_data
-    assert picture.shape == (3, 60, 160)
 
 
 @pytest.mark.parametrize(
