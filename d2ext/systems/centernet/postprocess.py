@@ -200,14 +200,14 @@ def merge_scales(scales: Sequence[CenterDetections], limit: int | None) -> Cente
 
 def _joint_owners(boxes: Tensor, scores: Tensor, classes: Tensor, rows: SoftNMSRows) -> Tensor:
     """(N,) int64: whose joints lie in each row after soft-NMS, see :func:`merge_scales`."""
-    if bool(rows.kept.all()):
+    if bool(rows.keep.all()):
         return rows.indices
     owners = rows.indices.clone()
     row_classes = classes[rows.indices]
     for label in row_classes.unique():
         mine = row_classes == label
         members = (classes == label).nonzero()[:, 0]
-        selected = rows.indices[mine & rows.kept]
+        selected = rows.indices[mine & rows.keep]
         discarded = members[~torch.isin(members, selected)]
         rounds = _discard_rounds(boxes, scores, selected, discarded)
         owners[mine] = owners.new_tensor(_replay(members.tolist(), selected.tolist(), rounds))

@@ -105,7 +105,7 @@ def suppress(rows: Tensor, options: SuppressionOptions) -> Tensor:
     rows = rows[result.indices]
     rows = torch.cat([result.boxes, result.scores[:, None], rows[:, _TOP_LEFT:]], dim=1)
     if not options.keep_stale:
-        rows = rows[result.kept]
+        rows = rows[result.keep]
     return best_rows(rows, options.max_detections)
 
 
