@@ -37,7 +37,7 @@ _TORCH_TYPES = {
 
 
 class Refused(ValueError):
-    """The pickle asks for something that is not data; ``args[0]`` is its name."""
+    """The pickle refers to something that is not data; ``args[0]`` is its name."""
 
 
 class Global(NamedTuple):

@@ -82,7 +82,7 @@ class BatchPredictor:
         model: use this one, already loaded, instead of building it.
 
     Attributes:
-        model: the model, with the test-time augmentation that ``cfg`` asks for.
+        model: the model, with test-time augmentation if ``cfg`` enables it.
 
     Raises:
         CheckpointError: ``MODEL.WEIGHTS`` is unreadable or of another model.

@@ -338,7 +338,7 @@ def _check_fusion(
         )
     if not 0 < num_stuff < len(score):
         raise ValueError(
-            f"num_stuff must leave stuff and things, so lie in 1..{len(score) - 1}, got {num_stuff}"
+            f"num_stuff must be in 1..{len(score) - 1}, to leave stuff and things, got {num_stuff}"
         )
     _check_size(size)
     things = len(score) - num_stuff

@@ -25,7 +25,7 @@ from d2ext.modeling.inference import InferenceNetwork
 
 
 class BackboneWithHead(nn.Module):
-    """Images (B, 3, H, W) → the head's predictions from some of the backbone's features, finest first."""
+    """Images (B, 3, H, W) → the head's predictions on features of the backbone, finest first."""
 
     def __init__(self, backbone: Backbone, head: nn.Module, in_features: Sequence[str]) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ from torch import nn
 TTA_REGISTRY = Registry("TTA")
 TTA_REGISTRY.__doc__ = """
 Wrappers, called ``<meta-architecture>WithTTA``: ``Wrapper(cfg, model)`` predicts as the model does, and
-``Wrapper.enabled(cfg)`` says whether the config asks for it.
+``Wrapper.enabled(cfg)`` says whether the config enables it.
 """
 
 

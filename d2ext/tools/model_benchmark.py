@@ -245,7 +245,7 @@ def stage_times(
 
 
 def describe_output(outputs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Detections per image, and their boxes' share of the image, on which the time for results depends."""
+    """Detections per image and their boxes' share of it, on which the time for results depends."""
     described: dict[str, Any] = {}
     detections = [output["instances"] for output in outputs if "instances" in output]
     if detections:

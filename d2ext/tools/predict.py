@@ -262,8 +262,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--detector-classes",
         nargs="+",
         metavar="NAME",
-        help="of the detector whose boxes are used (default: the model's own class if the detector has it, "
-        "otherwise all)",
+        help="the detector's classes whose boxes are used (default: the model's own class if the "
+        "detector has it, otherwise all)",
     )
     add(
         "--box-threshold",

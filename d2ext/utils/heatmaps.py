@@ -5,10 +5,10 @@ The protocol, for any model:
 - The model has a method ``heatmaps(batched_inputs) -> list[dict[str, Tensor]]`` (:class:`SeesHeatmaps`).
   For each input it returns maps by name, each (height, width) of the output (``height`` and ``width`` of
   the input, else the image's): confidence in 0..1, the maximum over classes.
-  :func:`d2ext.codecs.heatmaps.maps_on_image` resamples maps to the image. :data:`COLORS` has the colours
-  of known names; others get the remaining colours.
+  :func:`d2ext.codecs.heatmaps.maps_on_image` resamples maps to the image. :data:`COLORS` has the
+  colours of known names; others get the remaining colours.
 - Fields of its ``Instances`` say which points to draw: with ``top_left_scores`` and
-  ``bottom_right_scores`` the corners of boxes; ``centers`` (N, 2), x and y in pixels; ``pred_keypoints``.
+  ``bottom_right_scores`` the corners of boxes; ``centers`` (N, 2), x, y in pixels; ``pred_keypoints``.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def add_centernet_config(cfg: CfgNode) -> None:
     # Standard deviation of the heads' initial weights, except the heat maps' (published: resdcn 0.001).
     # 0: PyTorch's initial weights.
     centernet.HEAD_INIT_STD = 0.0
-    # Only the first annotations of an image, up to this number, become targets (published: 128, poses 32).
+    # Only this many first annotations of an image become targets (published: 128, poses 32).
     centernet.MAX_OBJECTS = 128
     # IoU that determines the radius of the Gaussians.
     centernet.MIN_OVERLAP = 0.7

@@ -199,7 +199,7 @@ def merge_scales(scales: Sequence[CenterDetections], limit: int | None) -> Cente
 
 
 def _joint_owners(boxes: Tensor, scores: Tensor, classes: Tensor, rows: SoftNMSRows) -> Tensor:
-    """(N,) int64: the detection whose joints are in each row after soft-NMS, see :func:`merge_scales`."""
+    """(N,) int64: whose joints are in each row after soft-NMS, see :func:`merge_scales`."""
     if bool(rows.keep.all()):
         return rows.indices
     owners = rows.indices.clone()
@@ -218,7 +218,7 @@ def _joint_owners(boxes: Tensor, scores: Tensor, classes: Tensor, rows: SoftNMSR
 def _discard_rounds(
     boxes: Tensor, scores: Tensor, selected: Tensor, discarded: Tensor
 ) -> dict[int, int]:
-    """Round in which each of ``discarded`` falls below the threshold; round i selects ``selected[i]``."""
+    """Round in which each of ``discarded`` is discarded; round i selects ``selected[i]``."""
     low = torch.maximum(boxes[selected, None, :2], boxes[None, discarded, :2])
     high = torch.minimum(boxes[selected, None, 2:], boxes[None, discarded, 2:])
     sides = (high - low + 1).clamp(min=0)  # a box counts its last pixel, as in soft-NMS

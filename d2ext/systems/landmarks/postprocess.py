@@ -1,9 +1,9 @@
 """From landmarks in crops to Detectron2's ``Instances``.
 
 Instances have ``pred_boxes`` (the input boxes, clipped to the image), ``scores``, ``pred_classes``,
-``pred_keypoints`` (n, K, 3: x, y in the output image, score) and, with ``MODEL.LANDMARKS.TEST.HEATMAPS``,
-``pred_keypoint_heatmaps`` (n, K, h, w), the maps that were decoded, and
-``pred_keypoint_heatmap_matrices`` (n, 2, 3), affine maps from cells to the output image, both in
+``pred_keypoints`` (n, K, 3: x, y in the output image, score) and, with
+``MODEL.LANDMARKS.TEST.HEATMAPS``, ``pred_keypoint_heatmaps`` (n, K, h, w), the maps that were decoded,
+and ``pred_keypoint_heatmap_matrices`` (n, 2, 3), affine maps from cells to the output image, both in
 continuous coordinates.
 """
 

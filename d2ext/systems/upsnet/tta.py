@@ -94,7 +94,7 @@ class UPSNetWithTTA(nn.Module):
 
     @staticmethod
     def enabled(cfg: CfgNode) -> bool:
-        """Whether the config asks for it."""
+        """Whether the config enables it."""
         return cfg.MODEL.UPSNET.TEST.AUG.ENABLED
 
     @classmethod

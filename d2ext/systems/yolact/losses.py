@@ -7,6 +7,7 @@ image, P positives of the batch, M positives of which masks are computed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from detectron2.utils import comm
@@ -40,6 +41,7 @@ def mine_negatives(logits: Tensor, labels: Tensor, negatives_per_positive: int) 
         return (rank < wanted) & (labels == BACKGROUND)
 
 
+@dataclass(kw_only=True)
 class YOLACTCriterion:
     """Matches priors with objects and sums up the losses; has no parameters.
 
@@ -52,38 +54,24 @@ class YOLACTCriterion:
         normalizer: "local" or "global", how the number of positives is counted over processes.
     """
 
-    def __init__(
-        self,
-        *,
-        box_weight: float = 1.5,
-        class_weight: float = 1.0,
-        mask_weight: float = 6.125,
-        semantic_weight: float = 1.0,
-        mask_iou_weight: float = 25.0,
-        positive_iou: float = 0.5,
-        negative_iou: float = 0.4,
-        crowd_ioa: float = 0.7,
-        negatives_per_positive: int = 3,
-        max_masks: int = 100,
-        min_mask_iou_area: float = 25.0,
-        normalizer: str = "local",
-    ) -> None:
-        if normalizer not in ("local", "global"):
+    box_weight: float = 1.5
+    class_weight: float = 1.0
+    mask_weight: float = 6.125
+    semantic_weight: float = 1.0
+    mask_iou_weight: float = 25.0
+    positive_iou: float = 0.5
+    negative_iou: float = 0.4
+    crowd_ioa: float = 0.7
+    negatives_per_positive: int = 3
+    max_masks: int = 100
+    min_mask_iou_area: float = 25.0
+    normalizer: str = "local"
+
+    def __post_init__(self) -> None:
+        if self.normalizer not in ("local", "global"):
             raise ValueError(
-                f'MODEL.YOLACT.LOSS.NORMALIZER is "local" or "global", not "{normalizer}".'
+                f'MODEL.YOLACT.LOSS.NORMALIZER is "local" or "global", not "{self.normalizer}".'
             )
-        self.box_weight = box_weight
-        self.class_weight = class_weight
-        self.mask_weight = mask_weight
-        self.semantic_weight = semantic_weight
-        self.mask_iou_weight = mask_iou_weight
-        self.positive_iou = positive_iou
-        self.negative_iou = negative_iou
-        self.crowd_ioa = crowd_ioa
-        self.negatives_per_positive = negatives_per_positive
-        self.max_masks = max_masks
-        self.min_mask_iou_area = min_mask_iou_area
-        self.normalizer = normalizer
 
     def match(self, priors: Tensor, targets: Sequence[YOLACTTargets]) -> list[PriorMatches]:
         """Match the priors (A, 4) with each image's objects."""
