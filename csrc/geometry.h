@@ -1,6 +1,6 @@
-// Where a detection's box lies on the prototype grid and on the output grid, and which grid cells
-// an output pixel interpolates between. Shared by the CPU and the CUDA kernels, so that both agree
-// to the last cell.
+// The cells of a detection's box on the prototype grid and on the output grid, and the grid cells
+// that an output pixel is interpolated from. Shared by the CPU and the CUDA kernels, so that both
+// agree in every cell.
 #pragma once
 
 #include <cmath>
@@ -29,7 +29,7 @@ D2EXT_HOST_DEVICE Range intersect(Range a, Range b) {
 }
 
 // a * b, rounded: never contracted with a following addition into one multiply-add, which would
-// move a crop limit that lies on a cell against the plain PyTorch path.
+// shift a crop limit that lies on a cell, unlike in the plain PyTorch path.
 template <typename T>
 D2EXT_HOST_DEVICE T rounded_product(T a, T b) {
 #ifdef __CUDA_ARCH__
@@ -44,9 +44,8 @@ D2EXT_HOST_DEVICE T rounded_product(T a, T b) {
 #endif
 }
 
-// Cells kept between two relative sides of a box: the sides times the grid's size, ordered, widened
-// by `padding` cells, clamped to [0, size]; cell i is kept iff low <= i < high. A NaN keeps
-// nothing.
+// Cells between two relative sides of a box: the sides times the grid's size, ordered, widened by
+// `padding` cells, clamped to [0, size]; cell i is inside iff low <= i < high. With a NaN no cell is.
 template <typename T>
 D2EXT_HOST_DEVICE Range crop_range(T side_a, T side_b, int32_t size, T padding) {
   const T a = rounded_product(side_a, static_cast<T>(size));

@@ -17,7 +17,7 @@
 
 namespace d2ext {
 
-// a * x + b * y, rounded in the same way wherever it stands: where the best thing's logit is also
+// a * x + b * y, rounded in the same way everywhere: where the best thing's logit is also
 // the best instance's semantic view, their difference must be 0.
 template <typename T>
 D2EXT_HOST_DEVICE T blend(T a, T x, T b, T y) {
@@ -68,7 +68,7 @@ struct WholeBox {
 };
 
 // int(x1)..int(x2) for the mask, int(x1)..round(x2), half to even, for the semantic logits; ends
-// included. Coordinates beyond 2^29 are cut; a NaN makes the box empty.
+// included. Coordinates are clamped to 2^29; a NaN makes the box empty.
 template <typename T>
 D2EXT_HOST_DEVICE WholeBox whole_box(const T* box) {
   constexpr double kFar = 1 << 29;

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files that appear only when complete."""
 
 import json
 import os
@@ -11,7 +11,7 @@ __all__ = ["atomic_write", "json_list"]
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open a file that appears under ``path`` only when all of it is on disk.
+    """Open a file that appears under ``path`` only when it is complete on disk.
 
     The data goes to ``<path>.tmp-<process id>``, is flushed to the disk, and is then renamed. If
     the body raises (disk full, killed), ``path`` keeps what it held before and the temporary file
@@ -39,7 +39,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
 def json_list(
     path: str | os.PathLike[str], *, key: str | None = None, others: Mapping[str, Any] | None = None
 ) -> Iterator[Callable[[Any], None]]:
-    """Write a JSON list element by element, so that it never lies in memory as a whole.
+    """Write a JSON list element by element, without holding all of it in memory.
 
     Gives the function that appends an element (``ValueError`` for NaN and infinity, which JSON lacks).
     The file appears when the body ends without error, see :func:`atomic_write`.

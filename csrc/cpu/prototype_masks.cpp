@@ -1,5 +1,5 @@
 // CPU kernels of prototype mask assembly. A detection costs what its box covers: probabilities are
-// computed row by row inside it, kept in a buffer of one row, and consumed at once.
+// computed row by row inside it, in a buffer of one row, and used at once.
 #include "../prototype_masks.h"
 
 #include <ATen/Dispatch.h>
@@ -388,7 +388,7 @@ struct TapTable {
 };
 
 // One detection's grid rows, interpolated along x to the output's width. An output row reads two
-// of them and the next output row mostly the same two, so two are kept.
+// of them and the next output row mostly the same two, so two are stored.
 template <typename T>
 class InterpolatedRows {
  public:

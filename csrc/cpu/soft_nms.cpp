@@ -1,6 +1,6 @@
-// Soft non-maximum suppression as CornerNet publishes it (d2ext/layers/soft_nms.py describes it): a
-// round weighs all boxes left, a vector at a time; only where boxes are discarded are they moved
-// one by one.
+// Soft non-maximum suppression as CornerNet publishes it (see d2ext/layers/soft_nms.py): a round
+// weights all remaining boxes, a vector at a time; only if boxes are discarded are they moved one by
+// one.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/arange.h>
@@ -36,7 +36,7 @@ struct Settings {
   float weight_exp;
 };
 
-// What a round computes of the boxes left: arrays of one value for each box.
+// Results of a round: arrays with one value for each remaining box.
 struct RoundArrays {
   const float* x1;
   const float* y1;
@@ -158,7 +158,7 @@ class Suppression {
     }
   }
 
-  // The number of rows kept.
+  // The number of rows that are not stale.
   int64_t run() {
     const RoundArrays arrays = {x1_.data(),     y1_.data(),       x2_.data(),      y2_.data(),
                                 scores_.data(), overlaps_.data(), weights_.data(), weighed_.data()};
@@ -193,8 +193,8 @@ class Suppression {
     std::swap(indices_[a], indices_[b]);
   }
 
-  // Goes through the boxes left in order: takes scores over, overwrites a box below the threshold
-  // by the array's last one (which keeps its former score where it was), and merges into box `row`.
+  // Visits the remaining boxes in order: stores their scores, overwrites a box below the threshold
+  // with the array's last one (whose copy keeps its former score), and merges into box `row`.
   void settle(int64_t row) {
     const float* corners = corner_scores_;
     float share1 = corners == nullptr ? 0 : corners[2 * row];
@@ -259,7 +259,7 @@ void check_rows(const char* argument, const Tensor& tensor, at::IntArrayRef size
 }
 
 // boxes (N, 4), scores (N,), corner_scores (N, 2) or none: class by class; sizes: boxes of each
-// class. Returns boxes, scores, indices and kept, as d2ext.layers.SoftNMSRows.
+// class. Returns boxes, scores, indices and keep, as d2ext.layers.SoftNMSRows.
 std::tuple<Tensor, Tensor, Tensor, Tensor> soft_nms_cpu(const Tensor& boxes, const Tensor& scores,
                                                         const std::optional<Tensor>& corner_scores,
                                                         const Tensor& sizes, int64_t method,
@@ -300,7 +300,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> soft_nms_cpu(const Tensor& boxes, con
   Tensor out_boxes = at::empty({count, 4}, boxes.options());
   Tensor out_scores = at::empty({count}, boxes.options());
   Tensor indices = at::empty({count}, boxes.options().dtype(at::kLong));
-  Tensor kept = at::zeros({count}, boxes.options().dtype(at::kBool));
+  Tensor keep = at::zeros({count}, boxes.options().dtype(at::kBool));
   const float* from_boxes = dense_boxes.const_data_ptr<float>();
   const float* from_scores = dense_scores.const_data_ptr<float>();
   const float* from_corners =
@@ -308,8 +308,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> soft_nms_cpu(const Tensor& boxes, con
   float* to_boxes = out_boxes.mutable_data_ptr<float>();
   float* to_scores = out_scores.mutable_data_ptr<float>();
   int64_t* to_indices = indices.mutable_data_ptr<int64_t>();
-  bool* to_kept = kept.mutable_data_ptr<bool>();
-  // Few boxes are not worth waking another thread.
+  bool* to_keep = keep.mutable_data_ptr<bool>();
+  // Few boxes are not worth another thread.
   const int64_t grain = count < 256 ? std::max<int64_t>(classes, 1) : 1;
   at::parallel_for(0, classes, grain, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
@@ -317,11 +317,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> soft_nms_cpu(const Tensor& boxes, con
       Suppression suppression(from_boxes + 4 * begin, from_scores + begin,
                               from_corners == nullptr ? nullptr : from_corners + 2 * begin, size[c],
                               settings);
-      std::fill_n(to_kept + begin, suppression.run(), true);
+      std::fill_n(to_keep + begin, suppression.run(), true);
       suppression.write(to_boxes + 4 * begin, to_scores + begin, to_indices + begin, begin);
     }
   });
-  return {out_boxes, out_scores, indices, kept};
+  return {out_boxes, out_scores, indices, keep};
 }
 
 }  // namespace

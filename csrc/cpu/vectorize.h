@@ -1,5 +1,5 @@
-// Loops compiled for several instruction sets, the widest of which that the processor has is chosen
-// at run time: a wheel built anywhere runs fast everywhere. Loops are plain; the compiler
+// Loops compiled for several instruction sets; the widest that the processor has is selected at run
+// time: a wheel built anywhere runs fast everywhere. Loops are plain; the compiler
 // vectorises them.
 #pragma once
 

@@ -1,6 +1,5 @@
-// Gradient of running maxima along lines of a dense map, from the map itself: which elements take
-// over is found again, so that forward keeps nothing but its input. No atomics: the same bits every
-// time.
+// Gradient of running maxima along lines of a dense map, from the map itself: the maxima are
+// recomputed, so that forward saves only its input. No atomics: the same bits every time.
 //
 // In scan order a run begins with each element that takes over; the sum of the run's gradients goes
 // to it, 0 to the others.

@@ -246,7 +246,7 @@ __device__ __forceinline__ void sum_over_block(uint64_t& area, uint64_t& both) {
   __syncthreads();  // before the sums are written again
 }
 
-// Block b decides on all instances of the class of the b-th best one, if that is its class's best.
+// Block b decides on all instances of the b-th best one's class, if that is the best of its class.
 // `covered` (instances, height, words) is zero at first; the block uses plane b.
 template <typename T>
 __global__ void __launch_bounds__(kClassThreads)
@@ -254,11 +254,11 @@ __global__ void __launch_bounds__(kClassThreads)
                  int32_t instances, int32_t height, int32_t width, int32_t words,
                  double overlap_fraction, uint32_t* covered, bool* keep) {
   const int64_t kind = classes[order[blockIdx.x]];
-  int found = 0;
+  int decided = 0;  // an earlier block has this class
   for (int32_t p = threadIdx.x; p < static_cast<int32_t>(blockIdx.x); p += kClassThreads) {
-    found |= classes[order[p]] == kind;
+    decided |= classes[order[p]] == kind;
   }
-  if (__syncthreads_or(found)) {
+  if (__syncthreads_or(decided)) {
     return;
   }
   const int64_t plane = static_cast<int64_t>(height) * words;
@@ -283,16 +283,16 @@ __global__ void __launch_bounds__(kClassThreads)
       both += __popc(mask & own[word]);
     }
     sum_over_block(area, both);
-    const bool kept =
+    const bool stays =
         area > 0 && static_cast<double>(both) / static_cast<double>(area) <= overlap_fraction;
-    if (kept) {
+    if (stays) {
       for (int64_t i = threadIdx.x; i < total; i += kClassThreads) {
         const int64_t word = (rows.begin + i / across) * words + first + i % across;
         own[word] |= bits[n * plane + word];
       }
     }
     if (threadIdx.x == 0) {
-      keep[p] = kept;
+      keep[p] = stays;
     }
     __syncthreads();
   }

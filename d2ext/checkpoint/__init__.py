@@ -1,4 +1,4 @@
-"""Conversion of published checkpoints, and reading of files that strangers made."""
+"""Conversion of published checkpoints, and safe reading of untrusted files."""
 
 from d2ext.checkpoint import torchvision  # noqa: F401  (registers its converter)
 from d2ext.checkpoint.convert import (

@@ -20,7 +20,7 @@ __all__ = ["CheckpointSaveError", "Checkpointer", "WeightsCheckpointer"]
 
 logger = logging.getLogger(__name__)
 
-# Below these shares a checkpoint is taken for one of another backbone, see _backbone_overlap. First
+# Below these shares a checkpoint counts as one of another backbone, see _backbone_overlap. First
 # share: a ResNet classifier into ResNet + FPN 1.0; R-50 into R-101 and back 0.5; R-101 into R-152
 # and back 0.67. Second share: a R-18 classifier into R-18 + FPN 0.79.
 _MIN_BACKBONE_OVERLAP = (0.75, 0.5)
@@ -39,7 +39,7 @@ class Checkpointer(DetectionCheckpointer):
     - Files are read with :func:`d2ext.checkpoint.io.load_untrusted`: no code in them runs.
     - A plain torchvision ResNet state dict (``layer1.0.conv1.weight``, ...) is renamed to
       Detectron2's names, so torchvision's ImageNet weights serve as ``MODEL.WEIGHTS``.
-    - A file, and the ``last_checkpoint`` mark, appear under their names only when complete.
+    - A file, and the ``last_checkpoint`` mark, appear only when complete.
     - Weights that do not fit the model raise :class:`CheckpointError`, see ``fit``.
 
     Args:
@@ -49,7 +49,7 @@ class Checkpointer(DetectionCheckpointer):
             ``"exact"``: nothing; every parameter has its counterpart (evaluation, resuming).
             ``"finetune"``: heads may differ, each difference is logged as a warning; the backbones
             must agree by name and shape in 3/4 of the parts that both have, and in 1/2 overall.
-            ``"any"``: everything may differ, with warnings (Detectron2's behaviour).
+            ``"any"``: anything may differ, with warnings (Detectron2's behaviour).
         save_to_disk: whether this process writes; by default only the main process.
         checkpointables: further objects with ``state_dict``/``load_state_dict``.
     """
@@ -96,7 +96,7 @@ class Checkpointer(DetectionCheckpointer):
             raise CheckpointSaveError(
                 f"Could not write checkpoint {path} ({_root_cause(error)}). Earlier checkpoints "
                 "are unharmed. Free space on the disk or choose another OUTPUT_DIR; "
-                "SOLVER.CHECKPOINT_MAX_TO_KEEP limits how many checkpoints are kept."
+                "SOLVER.CHECKPOINT_MAX_TO_KEEP limits the number of checkpoints."
             ) from error
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -105,7 +105,7 @@ class Checkpointer(DetectionCheckpointer):
             file.write(last_filename_basename)
 
     def remove_unfinished(self) -> None:
-        """Remove what a killed process left of checkpoints that it was writing."""
+        """Remove unfinished checkpoint files of a killed process."""
         if not self.save_to_disk or not os.path.isdir(self.save_dir):
             return
         for name in os.listdir(self.save_dir):
@@ -122,8 +122,8 @@ class Checkpointer(DetectionCheckpointer):
         return bool(self.get_checkpoint_file())
 
     def get_checkpoint_file(self) -> str:
-        """The checkpoint that ``last_checkpoint`` names; where that is lost, the one of most iterations;
-        "" if there is none."""
+        """The checkpoint named in ``last_checkpoint``; if that file is missing, the one with the most
+        iterations; "" if there is none."""
         try:
             with open(os.path.join(self.save_dir, "last_checkpoint"), encoding="utf-8") as file:
                 path = os.path.join(self.save_dir, file.read().strip())
@@ -187,7 +187,7 @@ class Checkpointer(DetectionCheckpointer):
                 "matching_heuristics": True,
             }
         else:
-            # Other projects' habits: the weights under one of these names, or at the top.
+            # Other projects keep the weights under one of these names, or at the top level.
             state = next((data[k] for k in ("state_dict", "model_state_dict") if k in data), data)
             if is_torchvision_resnet(state):
                 state = convert_torchvision_resnet(state)
@@ -208,7 +208,7 @@ class Checkpointer(DetectionCheckpointer):
         missing = [k for k in incompatible.missing_keys if not _is_counter(k)]
         unexpected = [k for k in incompatible.unexpected_keys if not _is_counter(k)]
         wrong = incompatible.incorrect_shapes
-        # load_state_dict sees a parameter of the wrong shape as missing, for it was taken out.
+        # load_state_dict reports a parameter of the wrong shape as missing, since it was removed.
         wrong_names = {name for name, _, _ in wrong}
         missing = [k for k in missing if k not in wrong_names]
         if self.fit == "exact":
@@ -280,14 +280,13 @@ def _is_counter(name: str) -> bool:
 def _backbone_overlap(
     model: nn.Module, missing: list[str], unexpected: list[str], heuristics: bool
 ) -> tuple[float, float]:
-    """How much of the model's and the checkpoint's backbones is common, two shares from 0 to 1.
+    """How much the model's and the checkpoint's backbones have in common, two shares from 0 to 1.
 
-    Weights and biases are counted, by name and shape. (Statistics are not: a FrozenBatchNorm2d
-    without them in the checkpoint is filled silently.) A model without a ``backbone`` is compared
-    as a whole.
+    Weights and biases are compared by name and shape. (Statistics are not: a FrozenBatchNorm2d without
+    them in the checkpoint is filled silently.) A model without a ``backbone`` is compared as a whole.
 
     Returns:
-        Share within those children of the backbone that have anything in common (a pyramid on a
+        Share within those children of the backbone that have anything in common (so a pyramid on a
         pretrained classifier does not count, a stage with other blocks does), and share overall.
     """
 

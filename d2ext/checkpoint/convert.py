@@ -1,7 +1,7 @@
 """Published state dict → d2ext state dict.
 
-A system describes its published parameter names by rules (:class:`Rule`) and registers a converter;
-this engine applies them, and refuses what no rule explains, so that nothing is lost silently.
+A system describes its published parameter names by rules (:class:`Rule`) and registers a converter.
+Names that no rule matches are an error, so that nothing is lost silently.
 """
 
 from __future__ import annotations
@@ -84,30 +84,30 @@ def available_converters() -> list[str]:
 
 
 def unwrap(checkpoint: object) -> dict[str, Tensor]:
-    """Find the state dict in what a checkpoint file holds.
+    """The state dict in a checkpoint file's content.
 
-    Takes a plain state dict or one under ``state_dict`` or ``model``; drops a ``module.`` prefix, which
-    data-parallel training leaves.
+    It may be plain or under ``state_dict`` or ``model``; the ``module.`` prefix of data-parallel
+    training is dropped.
 
     Raises:
         ConversionError: there is none.
     """
-    found = checkpoint
+    state = checkpoint
     for key in ("state_dict", "model"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
             break
-    if not isinstance(found, Mapping) or not found:
+    if not isinstance(state, Mapping) or not state:
         raise ConversionError(
             f"The checkpoint holds a {type(checkpoint).__name__} without a state dict "
             "(a mapping from parameter names to tensors)."
         )
-    strangers = [str(k) for k, v in found.items() if not isinstance(v, Tensor)]
-    if strangers:
+    others = [str(k) for k, v in state.items() if not isinstance(v, Tensor)]
+    if others:
         raise ConversionError(
-            f"The checkpoint's state dict holds entries that are no tensors: {strangers[:5]}."
+            f"The checkpoint's state dict holds entries that are no tensors: {others[:5]}."
         )
-    state_dict = {str(k): v for k, v in found.items()}
+    state_dict = {str(k): v for k, v in state.items()}
     if all(name.startswith("module.") for name in state_dict):
         state_dict = {name.removeprefix("module."): v for name, v in state_dict.items()}
     return state_dict

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from d2ext.checkpoint.convert import Rule, StateDict
 
-# Parts of a block: published → ours. Those of fire modules are as `name_fire_parts` calls them.
+# Parts of a block: published → ours. Names of fire modules' parts come from `name_fire_parts`.
 _PARTS = {
     "conv1": "conv1",
     "bn1": "conv1.norm",
@@ -36,7 +36,7 @@ def hourglass_rules(source: str = "", target: str = "backbone.") -> tuple[Rule, 
 
     Args:
         source: regular expression before the published names, without groups.
-        target: what our names begin with.
+        target: prefix of our names.
     """
 
     def place(match: re.Match[str], where: str) -> str:

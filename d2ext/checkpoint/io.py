@@ -1,9 +1,9 @@
 """Reading checkpoint files without running any code that they may contain.
 
-A ``.pth`` file is a pickle, and a pickle is a program. Files come from strangers: those of
-``torch.save`` are read with ``torch.load(weights_only=True)``, and the NumPy pickles of Detectron2's
-model zoo (``.pkl``) and files that keep NumPy numbers beside the weights by
-:mod:`d2ext.checkpoint.pickles`. What a file is, its content says, not its name.
+A ``.pth`` file is a pickle, and a pickle is a program, so untrusted files are read with care: those of
+``torch.save`` with ``torch.load(weights_only=True)``, the NumPy pickles of Detectron2's model zoo
+(``.pkl``) and files with NumPy numbers beside the weights by :mod:`d2ext.checkpoint.pickles`. A file's
+kind is recognised by its content, not its name.
 """
 
 import os

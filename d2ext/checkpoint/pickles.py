@@ -1,9 +1,9 @@
-"""Reading pickles of weights as data: a pickle is a program, and this interpreter builds nothing that
-it names.
+"""Reading pickles of weights as data: a pickle is a program, and this interpreter calls nothing that it
+names.
 
-It knows the instructions that make numbers, strings and containers, and the few calls with which NumPy
-and PyTorch write arrays and tensors; these are made here, from bytes of exactly the right size. All
-else is refused by name.
+It supports the instructions for numbers, strings and containers, and the few calls with which NumPy and
+PyTorch save arrays and tensors, which are built here from bytes of exactly the right size. Anything else
+is refused by name.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _TORCH_TYPES = {
 
 
 class Refused(ValueError):
-    """The pickle asks for something that is not data; ``args[0]`` is its name."""
+    """The pickle refers to something that is not data; ``args[0]`` is its name."""
 
 
 class Global(NamedTuple):
-    """A name that the pickle asks for; never looked up."""
+    """A name that the pickle refers to; never looked up."""
 
     module: str
     name: str
@@ -58,7 +58,7 @@ class _Dtype:
 
 
 class _Array:
-    """An array under construction; ``value`` is None until its content has come."""
+    """An array under construction; ``value`` is None until its content was read."""
 
     value: np.ndarray | None = None
 
@@ -305,14 +305,14 @@ def _torch_call(function: Global, arguments: tuple[Any, ...]) -> Any:
     raise Refused(str(function))
 
 
-# More nodes than any checkpoint has, and deeper than any: a small file may describe these by
-# referring to itself.
+# Limits beyond any checkpoint: a small file could describe more nodes, or deeper ones, by referring to
+# itself.
 _MOST_NODES, _DEEPEST = 10_000_000, 100
 
 
 def checked(data: Any) -> Any:
-    """Data without surprises for those who walk through it: arrays are finished, nothing contains
-    itself, shared parts don't multiply, and no tensor shows much more than it holds.
+    """Data that is safe to traverse: arrays are finished, nothing contains itself, shared parts don't
+    multiply, and no tensor has much more elements than its storage.
 
     Args:
         data: of :func:`read_pickle` or ``torch.load``.

@@ -19,7 +19,7 @@ def resnet_rules(source: str, stages: str, target: str, first_stage: int) -> tup
     Args:
         source: regular expression before the stem's names, without groups.
         stages: regular expression before a stage's number, without groups.
-        target: what Detectron2's names begin with.
+        target: prefix of Detectron2's names.
         first_stage: number of the first stage; Detectron2 names it after the paper, res2.
     """
 

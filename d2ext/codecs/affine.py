@@ -18,7 +18,7 @@ def affine_matrix(
     size: tuple[int, int],
     rotation: float = 0.0,
 ) -> np.ndarray:
-    """Map that takes a window of the image to a whole result, with one scale for both axes.
+    """Map of a window of the image onto the result, with one scale for both axes.
 
     Args:
         center: (x, y) of the window in the image, pixels.

@@ -1,4 +1,4 @@
-"""What is done to boxes of every kind."""
+"""Operations on boxes that several systems use."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def clip_boxes(boxes: Tensor, size: tuple[float, float], *, min_overlap: float = 0.0) -> Tensor:
-    """Boxes (..., 4) XYXY cut to an image of ``size`` (height, width), their corners ordered.
+    """Boxes (..., 4) XYXY clipped to an image of ``size`` (height, width), with ordered corners.
 
     Args:
-        min_overlap: what stays of each side, wherever the box is.
+        min_overlap: length of each side that stays inside, wherever the box is.
     """
-    # Numbers instead of tensors of the limits: those would wait for the device.
+    # Limits as numbers: tensors of them would wait for the device.
     height, width = size
     x, y = boxes[..., 0::2], boxes[..., 1::2]
     return torch.stack(

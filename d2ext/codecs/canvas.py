@@ -1,6 +1,6 @@
-"""How an image lies in a network's input, and the way from the network's maps back to the image.
+"""How an image is placed in a network's input, and how cells of its maps map back to the image.
 
-Places are continuous pixels and cells: (0, 0) is the outer corner of the first one.
+Coordinates are continuous pixels and cells: (0, 0) is the outer corner of the first one.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Canvas:
-    """The input of a network, with an image of one scale somewhere on it."""
+    """The input of a network, with a scaled image placed on it."""
 
     size: tuple[int, int]
     """(height, width) of the input."""
     content: tuple[int, int]
-    """(height, width) of the image at its scale."""
+    """(height, width) of the scaled image."""
     scale: float
     """Pixels of the input per pixel of the image."""
     corner: tuple[float, float]
@@ -38,8 +38,8 @@ class Canvas:
     def to_image(self, points: Tensor, stride: int) -> Tensor:
         """Cells (..., 2n) x, y, x, y, ... of maps of this stride → pixels of the image.
 
-        Published quirk: a cell is as many pixels as the input has per cell of the maps, a little less
-        than the stride where the input's side is one less than a multiple of it.
+        Published quirk: a cell's side is the input's side over the number of cells, which is a little
+        less than the stride where the input's side is one less than a multiple of it.
         """
         return scale_points(points, self._cell(stride), self.corner)
 
@@ -55,13 +55,13 @@ class Canvas:
 
 
 def centered(content: tuple[int, int], size: tuple[int, int], scale: float = 1.0) -> Canvas:
-    """An image of ``content`` (height, width) with its centre pixel on that of an input of ``size``."""
+    """Canvas of ``size`` with an image of ``content`` (height, width), centre pixel on centre pixel."""
     top, left = _margins(content, size)
     return Canvas(size, content, scale, (-left / scale, -top / scale))
 
 
 def _margins(content: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """Rows above and columns left of what is centred."""
+    """Rows above and columns left of the centred image."""
     return size[0] // 2 - content[0] // 2, size[1] // 2 - content[1] // 2
 
 
@@ -69,6 +69,6 @@ def scale_points(
     points: Tensor, scale: tuple[float, float], shift: tuple[float, float] = (0.0, 0.0)
 ) -> Tensor:
     """Coordinates (..., 2n) x, y, x, y, ... times ``scale`` plus ``shift``, both (x, y)."""
-    # Numbers instead of tensors: those would wait for the device.
+    # Numbers: tensors of them would wait for the device.
     x, y = points.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([x * scale[0] + shift[0], y * scale[1] + shift[1]], dim=-1).flatten(-2)

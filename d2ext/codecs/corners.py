@@ -18,7 +18,7 @@ from d2ext.codecs.heatmaps import draw_gaussians, gather_at, gaussian_radius, lo
 
 # Score of a rejected pair.
 REJECTED = -1.0
-# Of the standard deviation of the corners' Gaussians (published code).
+# The corners' Gaussians have standard deviation (2 r + 1) / this (published code).
 _CORNER_DIVISOR = 6.0
 
 
@@ -30,7 +30,7 @@ class PointTargets(NamedTuple):
     index: Tensor
     """(B, N) int64 cell of each object's point, y * W + x; 0 in empty slots."""
     offset: Tensor
-    """(B, N, 2) float32, what the cell cuts off (x, y), in 0..1; 0 in empty slots."""
+    """(B, N, 2) float32, position (x, y) within the cell, in 0..1; 0 in empty slots."""
     valid: Tensor | None = None
     """(B, C, H, W) bool, which cells of ``heat`` count; None: all."""
 
@@ -58,24 +58,24 @@ def encode_corners(
 ) -> CornerTargets:
     """Annotations of a batch → targets.
 
-    Boxes are cut to the input; of what has no area then, the slot stays empty. As published, the cut
-    is at the last pixel's index (size - 1), so that every corner lies in a cell. Objects that share
-    a cell share its peak, and each has its own slot. There is no limit on the number of objects (the
-    published code fails beyond 128).
+    Boxes are clipped to the input; if no area remains, the slot stays empty. As published, the limit is
+    the last pixel's index (size - 1), so that every corner lies in a cell. Objects in the same cell
+    share its peak, but each has a slot. There is no limit on the number of objects (the published code
+    fails beyond 128).
 
     Args:
         boxes: for each image (n, 4) XYXY in pixels of the network input.
         classes: for each image (n,) int64 in 0..C - 1.
         input_size: (height, width) of the network input, pixels.
         output_size: (H, W).
-        min_overlap: IoU that a box with both corners moved by the Gaussians' radius still has.
+        min_overlap: IoU with the object of a box whose corners are both off by the Gaussians' radius.
         radius_variant: see :func:`gaussian_radius`.
         center_divisor: the centres' Gaussians have the corners' radius r and standard deviation
-            (2 r + 1) / this; the corners' is (2 r + 1) / 6. None: no targets of centres.
+            (2 r + 1) / this. None: no targets for centres.
     """
     device = boxes[0].device
     count = max(1, *(len(b) for b in boxes)) if boxes else 1
-    # float64, as the published code computes cells in.
+    # float64, as the published code computes cells.
     padded = torch.zeros((len(boxes), count, 4), dtype=torch.float64, device=device)
     labels = torch.zeros((len(boxes), count), dtype=torch.int64, device=device)
     for i, (b, c) in enumerate(zip(boxes, classes, strict=True)):
@@ -93,7 +93,7 @@ def encode_corners(
         min_overlap,
         radius_variant,
     )
-    # Of an empty slot the radius may be no number.
+    # The radius of an empty slot may be NaN.
     radii = torch.where(mask, radii, torch.zeros_like(radii)).long().clamp(min=0)
 
     def targets(x: Tensor, y: Tensor, divisor: float) -> PointTargets:
@@ -121,11 +121,11 @@ def _point_targets(
     size: tuple[int, int],
     divisor: float,
 ) -> PointTargets:
-    """places (B, N, 2) in cells, fractions and all; labels, radii, mask (B, N)."""
+    """places (B, N, 2) in fractional cells; labels, radii, mask (B, N)."""
     batch = len(places)
     places = places * mask[..., None]
     cells = places.long()
-    # An empty slot draws a peak of height 0.
+    # Empty slots draw a peak of height 0.
     image = torch.arange(batch, device=places.device)[:, None]
     heat = draw_gaussians(
         size,
@@ -169,7 +169,7 @@ class CornerPairs(NamedTuple):
     """Pairs of a top-left and a bottom-right corner, best first."""
 
     boxes: Tensor
-    """(B, P, 4) XYXY in cells; of rejected pairs, anything."""
+    """(B, P, 4) XYXY in cells; meaningless for rejected pairs."""
     scores: Tensor
     """(B, P) mean of the corners' scores, or :data:`REJECTED`."""
     top_left_scores: Tensor
@@ -183,8 +183,8 @@ class CornerPairs(NamedTuple):
 
 
 def decode_points(maps: PointMaps, k: int) -> Points:
-    """The best ``k`` peaks over classes and cells, all cells if the map has fewer; of ``maps`` the
-    embeddings are not used."""
+    """The best ``k`` peaks over classes and cells (all cells if there are fewer); embeddings are not
+    used."""
     best = top_k(local_peaks(maps.heat.float().sigmoid()), k)
     offset = gather_at(maps.offset, best.index).float()
     return Points(
@@ -213,7 +213,7 @@ def decode_corners(
             bottom-right ones in the last (CornerNet-Saccade: its crops cut objects there).
 
     Returns:
-        P = min(max_pairs, K * K), whatever the values are.
+        Always P = min(max_pairs, K * K) pairs.
     """
     tl, br = (decode_points(maps, k) for maps in (top_left, bottom_right))
     assert top_left.embedding is not None and bottom_right.embedding is not None

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from d2ext.codecs.affine import invert_affine
 from d2ext.layers import affine_crops
 
-# Numbers that one step of draw_gaussians holds at most.
+# Most numbers that one step of draw_gaussians holds.
 _DRAWING_LIMIT = 1 << 24
 
 
@@ -41,8 +41,8 @@ def gaussian_radius(heights: Tensor, widths: Tensor, min_overlap: float, variant
     """How far corners may move so that the box still overlaps the object's by ``min_overlap``.
 
     Args:
-        heights, widths: sides of the objects in cells, any one shape. The published codes round them up
-            to whole cells before.
+        heights, widths: sides of the objects in cells, of one shape. The published codes round them up
+            to whole cells first.
         min_overlap: IoU in 0..1 (exclusive).
         variant: "cornernet": the smallest radius of the three ways in which both corners may move
             (outwards, inwards, one each). "centernet" and "triplets": these published codes divide by
@@ -50,7 +50,7 @@ def gaussian_radius(heights: Tensor, widths: Tensor, min_overlap: float, variant
             that of the third way times 4 * min_overlap / 2, and no radius in the sense above.
 
     Returns:
-        float64, in cells; the published codes cut it to a whole number.
+        float64, in cells; the published codes round it down.
     """
     if variant not in ("cornernet", "centernet", "triplets"):
         raise ValueError(
@@ -90,13 +90,13 @@ def draw_gaussians(
 ) -> Tensor:
     """Class maps with a Gaussian at each object, the larger value where they overlap.
 
-    A Gaussian has standard deviation (2 * radius + 1) / divisor and is cut to the square of ``radius``
-    cells around its centre, where it is ``peaks``, exactly 1 by default.
+    A Gaussian has standard deviation (2 * radius + 1) / divisor, reaches ``radius`` cells in x and y,
+    and is ``peaks`` at its centre (by default exactly 1).
 
     Args:
         size: (H, W).
-        num_classes: maps to draw; a batch is drawn at once with classes numbered through its images.
-        cells: (N, 2) int64 (x, y), all inside the map: the caller leaves others out.
+        num_classes: number of maps. A batch is drawn at once by numbering classes over its images.
+        cells: (N, 2) int64 (x, y), all inside the map.
         radii: (N,) int64, not negative.
         classes: (N,) int64 in 0..num_classes - 1.
         divisor: CornerNet and CenterNet 6; the centres of CenterNet with triplets 5.
@@ -131,7 +131,7 @@ def draw_gaussians(
 
 
 def local_peaks(heat: Tensor) -> Tensor:
-    """Set to 0 what is below the maximum of its 3 x 3 surroundings.
+    """Set to 0 every cell that is below the maximum of its 3 x 3 neighbourhood.
 
     Equal neighbours on a plateau are all peaks, as published.
 
@@ -184,15 +184,15 @@ def gather_at(maps: Tensor, index: Tensor) -> Tensor:
 def maps_on_image(
     maps: Tensor, to_image: Tensor, image_size: tuple[int, int], output_size: tuple[int, int]
 ) -> Tensor:
-    """The largest of maps at the place of the image that they were computed from, for pictures.
+    """Maximum over maps, resampled to the image for drawing.
 
     Args:
         maps: (C, h, w); cell (i, j) covers [j, j + 1) x [i, i + 1).
         to_image: (2, 3), cells to pixels of the image.
-        image_size, output_size: (height, width) of the image and of what is returned.
+        image_size, output_size: (height, width) of the image and of the result.
 
     Returns:
-        (height, width) of the output, float32, bilinear, 0 outside the maps.
+        ``output_size``, float32, bilinear, 0 outside the maps.
     """
     stretch = [image_size[1] / output_size[1], image_size[0] / output_size[0], 1]
     to_cells = invert_affine(to_image.double()) * to_image.new_tensor(stretch, dtype=torch.float64)

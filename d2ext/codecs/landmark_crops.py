@@ -13,13 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Largest coordinate of a box that is cropped; what lies beyond is no place in an image.
+# Coordinates of cropped boxes are clamped to this; no image is larger.
 _FAR = 1e6
 
 
 def has_side(boxes: Tensor) -> Tensor:
-    """Which boxes can be cropped: finite, corners in order, and a positive width or height. Padding
-    gives a box without height (two points in a row) the shape of the input.
+    """Which boxes can be cropped: finite, corners in order, width or height positive. (Padding gives a
+    box without height, as of two points in a row, the shape of the input.)
 
     Args:
         boxes: (N, 4) XYXY.
@@ -82,10 +82,10 @@ class CropRegions(NamedTuple):
     matrices: Tensor
     """(N, 2, 3) float64, crop to image."""
     valid: Tensor
-    """(N,) bool: finite, with a side (a line has one, a dot none), and not all outside the image."""
+    """(N,) bool: see :func:`has_side`, and not wholly outside the image."""
 
     def select(self, index: Tensor) -> CropRegions:
-        """Those of an increasing index."""
+        """The regions at an increasing index."""
         return CropRegions(*(field[index] for field in self))
 
 
@@ -103,7 +103,7 @@ def crop_regions(
         size: (h, w).
         padding: see :func:`pad_boxes`.
     """
-    # Over all boxes at once: operators on each image's few boxes would take longer than a small network.
+    # All boxes at once: operators on each image's few boxes would take longer than a small network.
     nothing = torch.zeros((0, 4), dtype=torch.float64), torch.zeros(0).long(), torch.zeros(0)
     boxes, classes, scores = map(torch.cat, zip(nothing, *detections, strict=True))
     counts = torch.tensor([len(scores) for _, _, scores in detections], dtype=torch.int64)
@@ -111,7 +111,7 @@ def crop_regions(
     limits = boxes.new_tensor(image_sizes).view(-1, 2).flip(1)[images]
     inside = ((boxes[:, 2:] > 0) & (boxes[:, :2] < limits)).all(dim=1)
     valid = has_side(boxes) & inside
-    # In place of an invalid box any pixel: its result does not count.
+    # An invalid box is replaced by some pixel: its result does not count.
     anywhere = boxes.new_tensor([0.0, 0.0, 1.0, 1.0])
     cropped = torch.where(valid[:, None], boxes, anywhere).clamp(-_FAR, _FAR)
     padded = pad_boxes(cropped, size, padding)

@@ -1,11 +1,11 @@
 """Landmarks ↔ maps: Gaussian and Cauchy targets; argmax, quarter offset, DARK, Taylor, centroid.
 
 Gaussian targets as in the stacked hourglass (arXiv 1603.06937), simple baselines (arXiv 1804.06208),
-DARK (arXiv 1910.06278) and UDP (arXiv 1911.07524). No landmark system with Cauchy targets is published;
-they are an option of our own. The expectation over a map: :mod:`d2ext.codecs.landmark_integral`.
+DARK (arXiv 1910.06278) and UDP (arXiv 1911.07524). Cauchy targets are ours; no published landmark
+system has them. For the expectation over a map see :mod:`d2ext.codecs.landmark_integral`.
 
 Letters as in :mod:`d2ext.codecs.landmarks`. Cell coordinates count from the centre of the first cell.
-How far decode(encode(x)) may lie from x is stated at :class:`HeatmapCodec` and tested.
+:class:`HeatmapCodec` states how far decode(encode(x)) may be from x; tests check it.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def profile(squared: Tensor, sigma: float, shape: str) -> Tensor:
 
 
 def support(sigma: float, window: float = 3.0) -> int:
-    """Cells a side of a target that is cut off: 2 window sigma + 1, so 6 sigma + 1 for the usual window.
+    """Side in cells of a target that is cut off: 2 window sigma + 1, rounded down.
 
-    Where that is no whole number it is rounded down: 4 for sigma 0.5, 5 for 0.7, 10 for 1.5.
+    With the usual window that is 6 sigma + 1: 4 for sigma 0.5, 5 for 0.7, 10 for 1.5.
     """
     return int(2 * window * sigma + 1 + 1e-6)
 
@@ -74,19 +74,19 @@ def draw_targets(
         cells: (N, K, 2), cell coordinates.
         labelled: (N, K) bool.
         sigma, shape: see :func:`profile`.
-        center: where the bump stands. "exact": at the point. "rounded": at the cell that holds it.
-            "window": at the point, cut off around that cell (UDP). "hourglass": as the
-            published stacked hourglass does: at the cell, truncated toward zero (so that -0.7 is
-            cell 0), within 3 sigma + 1 cells, only if x > 0 in continuous cell coordinates; what is
-            not drawn is a map of zeros that counts like the others.
-        window: the bump is cut off beyond this many sigma in x and y, 0: nowhere ("window": 3). Left
-            are :func:`support` cells a side, wherever the point lies between cells: those nearest to
-            it ("exact") or to its cell, so for whole sigma the same in both cases, those up to 3 sigma
-            from the point's cell. Of an even number, one more lies above and left of the cell.
+        center: centre of the bump. "exact": the point. "rounded": the cell that contains it.
+            "window": the point, but cut off around that cell (UDP). "hourglass", as the published
+            stacked hourglass: the cell, truncated toward zero (so that -0.7 is cell 0), within
+            3 sigma + 1 cells, only if x > 0 in continuous cell coordinates; a landmark that is not
+            drawn gets a map of zeros that counts like the others.
+        window: the bump is cut off beyond this many sigma in x and y; 0: nowhere ("window": 3).
+            What remains is :func:`support` cells a side: those nearest to the point ("exact") or to its
+            cell; for whole sigma these are the same, all cells up to 3 sigma from the point's cell. If
+            their number is even, there is one more above and left of the cell.
 
     Returns:
-        one target (N, K, h, w), and weights: 0 where not labelled or where nothing is left of the bump
-        in the map. One that is not cut off counts up to 3 sigma from the outermost cells' centres (in
+        one target (N, K, h, w), and weights: 0 where not labelled or where no part of the bump is in
+        the map. A bump that is not cut off counts up to 3 sigma from the outermost cells' centres (in
         whole cells, rounded down; from the point if "exact", else from its cell).
 
     Raises:
@@ -157,12 +157,12 @@ def decode_quarter(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode_hourglass(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """As the published stacked hourglass does.
+    """Decode as the published stacked hourglass does.
 
-    Values above 1 become 1, so that the first cell of a plateau wins. What is no maximum of its 3x3
-    neighbours becomes 0; in a map without a positive value such a cell therefore beats the negative
-    peak. The point moves a quarter of a cell in x and y, on a tie toward the lower side too. A point
-    whose value is not positive stays at the corner of its cell.
+    Values above 1 become 1, so that the first cell of a plateau wins. A cell that is not the maximum of
+    its 3x3 neighbourhood becomes 0, so that it beats the peak of a map without positive values. The
+    point always moves a quarter of a cell in x and y, on a tie toward the lower side. A point whose
+    value is not positive stays at the corner of its cell.
     """
     maps = maps.clamp(max=1)
     peaks = maps * (F.max_pool2d(maps, 3, stride=1, padding=1) == maps)
@@ -196,9 +196,9 @@ def decode_dark(maps: Tensor, blur: int = 11) -> tuple[Tensor, Tensor]:
 
 
 def decode_dark_udp(maps: Tensor, blur: int = 11) -> tuple[Tensor, Tensor]:
-    """DARK in the variant of UDP (arXiv 1911.07524): clipped maps, repeated edges, differences over
-    one cell, a mixed derivative from the two corners on the main diagonal, as its published code takes
-    it, a small number on the Hessian's diagonal; at every cell."""
+    """DARK in UDP's variant (arXiv 1911.07524): clipped maps, repeated edges, differences over one
+    cell, the mixed derivative from the two corners on the main diagonal (as in the published code), a
+    small number added to the Hessian's diagonal; at every cell."""
     cells, scores = decode_argmax(maps)
     x, y = cells.long().unbind(-1)
     logs = gaussian_blur(maps, blur).clamp(*_UDP_RANGE).log()
@@ -217,18 +217,18 @@ def decode_dark_udp(maps: Tensor, blur: int = 11) -> tuple[Tensor, Tensor]:
 def decode_taylor(
     maps: Tensor, shape: str = "gaussian", sigma: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One Newton step in the space where the target's shape is a parabola: exact for exact targets.
+    """One Newton step after a transform that makes the target a parabola: exact for exact targets.
 
-    That is log(map) for Gaussian targets and map^(-2/3) for Cauchy targets. No blur. Values below
-    1/1000 of the maximum tell nothing: they are set to that, and without all four corners there is no
-    mixed derivative. At a border the differences are taken one cell further in. The step is at most
-    one cell in x and in y; where the map has no maximum in this space, the quarter offset is taken
-    instead, and the best cell where a side of the map is shorter than 3 cells.
+    The transform is log(map) for Gaussian targets and map^(-2/3) for Cauchy targets. No blur. Values
+    below 1/1000 of the maximum carry no information: they are set to that, and if one of the four
+    corners is among them, the mixed derivative is 0. At a border the differences are taken one cell
+    further in. The step is at most one cell in x and in y. Where the transformed map has no maximum,
+    the quarter offset is used instead; where a side of the map is shorter than 3 cells, the best cell.
 
     Args:
-        sigma: the target's width in cells. At a border, of a narrow target (a Gaussian below 0.8 cells,
-            a Cauchy one that is cut off) only two values may tell something; with a known curvature
-            these suffice. None: do without.
+        sigma: the target's width in cells; gives the curvature, which is needed at a border for narrow
+            targets (a Gaussian below 0.8 cells, a Cauchy one that is cut off), where only two values
+            carry information. None: not used.
     """
     cells, scores = decode_argmax(maps)
     height, width = maps.shape[-2:]
@@ -261,7 +261,7 @@ def decode_taylor(
 
 
 def _parabola(values: Tensor, floor: Tensor, shape: str) -> Tensor:
-    """Values of maps in the space where their shape is a parabola."""
+    """Values of maps, transformed so that the target's shape is a parabola."""
     values = values.clamp(min=floor)
     return values.log() if shape == "gaussian" else -((values / floor) ** (-2 / 3))
 
@@ -272,10 +272,10 @@ def _line(
     """First and second derivative at the middle of three cells, (..., 3) → (...) each.
 
     Args:
-        inward: 0 where the middle one is the best cell; 1 or -1 where that is at the border, the first
-            or the last of the three.
-        curvature: second derivative for the latter, where the cell farthest from the border is not
-            above the floor. None: unknown.
+        inward: 0 where the middle one is the best cell; 1 or -1 where the best cell is at the border,
+            as the first or the last of the three.
+        curvature: second derivative to use at a border where the cell farthest from it is not above the
+            floor. None: unknown.
     """
     line = _parabola(values, floor, shape)
     left, middle, right = line.unbind(-1)
@@ -293,10 +293,10 @@ def _line(
 def decode_centroid(maps: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
     """The centre of mass of the best cell's surroundings, cells up to ``ceil(3 sigma)`` away.
 
-    For maps that are probabilities: where a landmark may lie in several places near each other, the
-    mean is nearer to it than the most likely one, and averages over the network's errors in single
-    cells. Around the peak only (local soft-argmax, as arXiv 2111.02360 has it), so that another place
-    far away does not draw the point into the middle.
+    For maps that are probabilities: if the landmark may be in several nearby cells, their mean is a
+    better estimate than the most likely cell, and averages out the network's errors. Only around the
+    peak (local soft-argmax, as in arXiv 2111.02360), so that a second peak far away does not pull the
+    point into the middle.
     """
     cells, scores = decode_argmax(maps)
     height, width = maps.shape[-2:]
@@ -311,7 +311,7 @@ def decode_centroid(maps: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
 
 
 def gaussian_blur(maps: Tensor, side: int) -> Tensor:
-    """Blur each map (zeros outside) and scale it to its old maximum.
+    """Blur each map (zeros outside) and restore its maximum.
 
     The kernel has OpenCV's deviation for its side, 0.3 ((side - 1) / 2 - 1) + 0.8. (For sides up to 7,
     in newer versions 9, OpenCV itself takes weights rounded to simple fractions.)
@@ -403,11 +403,11 @@ class HeatmapCodec(LandmarkCodec):
     centroid   exact, Cauchy, sigma 0.5     0.1 at least 3 sigma from the border; 0.9
     =========  ===========================  ====================================================
 
-    A point outside the crop has weight 0, or is decoded near the nearest place inside: 0.5 cells at most
+    A point outside the crop has weight 0, or is decoded near the nearest point inside: within 0.5 cells
     with argmax, quarter, dark and taylor, 0.75 with hourglass, 1 with centroid and with dark_udp and
-    Gaussian targets. Not so with the centre "hourglass": what has x <= 0 or lies in no cell, as x = W
-    does, has an empty map and, as published, a weight of 1. It is decoded at the crop's first corner
-    (argmax: first cell), as far away as the crop is large.
+    Gaussian targets. The centre "hourglass" is different: a point with x <= 0 or in no cell (such as
+    x = W) has an empty map and, as published, weight 1. It is decoded at the crop's first corner
+    (argmax: first cell), however far away that is.
 
     Attributes:
         map_size: (w, h).
@@ -415,8 +415,7 @@ class HeatmapCodec(LandmarkCodec):
         decoder: a key of :data:`DECODERS`.
         blur: see :func:`decode_dark`.
         geometry: see :func:`d2ext.codecs.landmarks.to_cells`.
-        flip_shift: move un-mirrored maps one cell to the right, as is published with the geometry
-            "index".
+        flip_shift: shift un-mirrored maps one cell to the right, as published with the geometry "index".
     """
 
     input_size: Size

@@ -32,8 +32,8 @@ def cell_probabilities(maps: Tensor) -> Tensor:
 class IntegralCodec(LandmarkCodec):
     """The expectation over a map. Prediction: one tensor (N, K, h, w), not normalised.
 
-    The point is the mean of the cells' positions under softmax(map), so never outside the outermost
-    cells' centres, and, as every cell has some weight, too near the middle. For maps whose softmax is a
+    The point is the mean of the cells' positions under softmax(map): it is never outside the outermost
+    cells' centres and, as every cell has some weight, biased towards the middle. If softmax(map) is a
     bump of deviation sigma, points at least 3 sigma inside the map are decoded within 0.05 cells.
 
     The score is the probability within two cells of the point, in 0..1.

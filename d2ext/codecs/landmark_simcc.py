@@ -59,8 +59,8 @@ class SimCCCodec(LandmarkCodec):
     def decode(self, prediction: tuple[Tensor, ...]) -> Decoded:
         """Best bin of each axis.
 
-        The score is the smaller of the two maxima of the probabilities, over the value that a label
-        has at its peak, at most 1.
+        The score is the smaller of the two axes' largest probabilities, divided by a label's value at
+        its peak; at most 1.
         """
         # A label's peak, for a point at the middle of a bin.
         peak = min(1.0, 1 / (self.sigma * math.sqrt(2 * math.pi)))

@@ -1,4 +1,4 @@
-"""Landmarks ↔ what a network predicts: the interface of the codecs, geometry, and regression.
+"""Landmarks ↔ predictions: the interface of the codecs, geometry, and coordinate regression.
 
 A codec turns points in the network's input into training targets, and predictions into points. Points
 are continuous pixel coordinates of the crop: (0, 0) is the outer corner of the first pixel, whose
@@ -22,10 +22,10 @@ Size = tuple[int, int]
 
 
 class Encoded(NamedTuple):
-    """What a network is trained on."""
+    """Training targets."""
 
     targets: tuple[Tensor, ...]
-    """Of the codec's own kind, float32."""
+    """float32; their meaning depends on the codec."""
     weights: Tensor
     """(N, K) float32 in 0..1; 0: the landmark does not count."""
 
@@ -40,7 +40,7 @@ class Decoded(NamedTuple):
 
 
 class LandmarkCodec(ABC):
-    """One way to write landmarks as a network's output.
+    """One encoding of landmarks as a network's output.
 
     A prediction is a tuple of tensors, each with N and K as its first dimensions.
     """
@@ -52,8 +52,7 @@ class LandmarkCodec(ABC):
         """Training targets.
 
         Args:
-            points: (N, K, 2) float, anywhere, also outside the crop; where not labelled, anything
-                finite.
+            points: (N, K, 2) float, also outside the crop; any finite value where not labelled.
             labelled: (N, K) bool.
         """
 
@@ -63,10 +62,10 @@ class LandmarkCodec(ABC):
 
     @abstractmethod
     def mirror(self, prediction: tuple[Tensor, ...], partners: Tensor) -> tuple[Tensor, ...]:
-        """The prediction for a mirrored crop, as one for the crop itself.
+        """Turn the prediction for a mirrored crop into one for the crop.
 
         Args:
-            partners: (K,) int64, the landmark that each one becomes in a mirror image.
+            partners: (K,) int64, the landmark that each one becomes when mirrored.
         """
 
 
@@ -75,9 +74,10 @@ def to_cells(points: Tensor, input_size: Size, map_size: Size, geometry: str) ->
 
     Args:
         points: (..., 2) continuous pixel coordinates.
-        geometry: "continuous": both are areas, x/W*w - 0.5, free of bias; "index": pixel index times
-            w/W, the common habit, in which mirrored maps are off by one cell less one pixel; "udp":
-            pixel index times (w-1)/(W-1), the corners' centres on each other (arXiv 1911.07524).
+        geometry: "continuous": pixels and cells are areas, x/W*w - 0.5, without bias; "index": pixel
+            index times w/W, the usual way, in which mirrored maps are off by one cell less one pixel;
+            "udp": pixel index times (w-1)/(W-1), which aligns the corner pixels' and cells' centres
+            (arXiv 1911.07524).
 
     Raises:
         ValueError: another geometry.
@@ -95,8 +95,8 @@ def to_pixels(cells: Tensor, input_size: Size, map_size: Size, geometry: str) ->
 def _scales_and_shifts(
     input_size: Size, map_size: Size, geometry: str
 ) -> list[tuple[float, float]]:
-    """(scale, shift) from pixels to cells, of x and of y. Numbers, since a tensor made of them would
-    have to be copied to the device, which a CUDA graph cannot do."""
+    """(scale, shift) from pixels to cells, of x and of y, as numbers: a tensor would have to be copied
+    to the device, which a CUDA graph cannot do."""
     if geometry not in GEOMETRIES:
         raise ValueError(f'The geometry of maps is one of {GEOMETRIES}, not "{geometry}".')
     less = 1 if geometry == "udp" else 0
@@ -116,13 +116,13 @@ def inside(points: Tensor, size: Size) -> Tensor:
 class RegressionCodec(LandmarkCodec):
     """Coordinates as numbers: x/W and y/H. Prediction: one tensor (N, K, 2). Exact anywhere.
 
-    There is nothing in the prediction that a score could be taken from: it is 1.
+    The prediction has no information for a score: it is 1.
     """
 
     input_size: Size
 
     def encode(self, points: Tensor, labelled: Tensor) -> Encoded:
-        """One target (N, K, 2). Landmarks outside the crop count too: numbers can say so."""
+        """One target (N, K, 2). Landmarks outside the crop count too."""
         return Encoded((points.float() / points.new_tensor(self.input_size),), labelled.float())
 
     def decode(self, prediction: tuple[Tensor, ...]) -> Decoded:

@@ -35,13 +35,13 @@ def prior_boxes(
     Args:
         feature_sizes: (rows, columns) of each level.
         scales: side lengths in pixels of each level's priors.
-        aspect_ratios: width / height; the inner loop, the scales are the outer one.
+        aspect_ratios: width / height; these vary faster than the scales.
         input_size: side of the network input in pixels; sides are divided by it.
-        square: height = width = scale·sqrt(ratio). The published YOLACT models have this instead of
+        square: height = width = scale·sqrt(ratio), as in the published YOLACT models, instead of
             height = scale / sqrt(ratio) (yolact/NOTES.md §4 and §11).
 
     Returns:
-        (A, 4) float32; the prior of a cell runs fastest, then column, row, level.
+        (A, 4) float32; a cell's priors vary fastest, then column, row, level.
     """
     if len(feature_sizes) != len(scales):
         raise ValueError(
@@ -101,12 +101,12 @@ def decode_boxes(offsets: Tensor, priors: Tensor) -> Tensor:
 
 
 class PriorMatches(NamedTuple):
-    """What each prior is trained towards."""
+    """Training target of each prior."""
 
     labels: Tensor
     """(A,) int64: class + 1 for positives, :data:`BACKGROUND`, or :data:`NEUTRAL` (not trained)."""
     objects: Tensor
-    """(A,) int64: the object with which the prior overlaps most (or to which it is forced)."""
+    """(A,) int64: the object with which the prior overlaps most, or to which it was assigned."""
 
 
 def match_priors(
@@ -121,10 +121,10 @@ def match_priors(
 ) -> PriorMatches:
     """Match priors with annotations (yolact/NOTES.md §5).
 
-    A prior takes the object of its highest IoU; it is positive from ``positive_iou``, neutral below it
-    and background below ``negative_iou``. Then each object is given one prior for itself, greedily
-    by IoU over all (object, prior) pairs. A non-positive prior of which more than ``crowd_ioa`` of the
-    area lies in a crowd region is neutral.
+    A prior takes the object of highest IoU. It is positive from ``positive_iou`` up, background below
+    ``negative_iou``, neutral in between. Then each object is assigned one prior, greedily by IoU over
+    all (object, prior) pairs. A non-positive prior with more than ``crowd_ioa`` of its area in a crowd
+    region is neutral.
 
     Args:
         priors: (A, 4) in centre form.
@@ -153,7 +153,7 @@ def match_priors(
 
 
 def _force_best_priors(iou: Tensor) -> tuple[Tensor, Tensor]:
-    """Give each object one prior: repeatedly the pair of the highest IoU, then both are taken.
+    """Assign each object one prior: repeatedly the pair of highest IoU among those still free.
 
     Args:
         iou: (N, A).
@@ -162,10 +162,10 @@ def _force_best_priors(iou: Tensor) -> tuple[Tensor, Tensor]:
         objects (n,), priors (n,) with n = min(N, A); both int64.
     """
     num_objects, num_priors = iou.shape
-    # N objects take at most N priors, so an object's N best ones always hold a free one: the greedy
-    # choice needs N·N numbers instead of N passes over N·A. Equal IoUs are common (priors inside a
-    # large object); the first prior wins, as in a search for the maximum from the front. The
-    # decrement is below the spacing of float32 numbers above 0.02.
+    # N objects take at most N priors, so one of an object's N best is always free: N·N numbers suffice
+    # instead of N passes over N·A. Equal IoUs are common (priors inside a large object); the first prior
+    # wins, as in a search for the maximum from the front. The decrement is below the spacing of float32
+    # numbers above 0.02.
     tie_break = torch.arange(num_priors, device=iou.device, dtype=torch.float64) * 1e-14
     candidates = (iou.double() - tie_break).topk(min(num_objects, num_priors), dim=1).indices
     values = iou.gather(1, candidates)

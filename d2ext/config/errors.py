@@ -1,4 +1,4 @@
-"""What a user can get wrong in a config."""
+"""Errors of config files and options."""
 
 
 class ConfigError(ValueError):

@@ -44,7 +44,7 @@ def load_config(config_file: str = "", overrides: Sequence[str] = ()) -> CfgNode
 
 
 def add_options_argument(parser: argparse.ArgumentParser) -> None:
-    """Add ``--opts KEY VALUE ...``: what is left of the command line, for :func:`load_config`."""
+    """Add ``--opts KEY VALUE ...``, the rest of the command line, for :func:`load_config`."""
     parser.add_argument(
         "--opts",
         nargs=argparse.REMAINDER,
@@ -68,10 +68,10 @@ def _merge(cfg: CfgNode, merge: Callable[[], None], source: str) -> None:
     try:
         merge()
     except (KeyError, AssertionError) as error:
-        found = _UNKNOWN_KEY.search(str(error))
-        if found is None:
+        match = _UNKNOWN_KEY.search(str(error))
+        if match is None:
             raise ConfigError(f"Error in {source}: {error}") from error
-        key = found.group(1).strip("'\"")
+        key = match.group(1).strip("'\"")
         near = _nearest(key, list(_keys(cfg)))
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise ConfigError(f"Unknown config key {key} in {source}.{hint}") from error

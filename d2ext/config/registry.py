@@ -1,4 +1,4 @@
-"""Detectron2's defaults plus those of every part that has settings of its own."""
+"""Detectron2's defaults plus those of all parts of d2ext."""
 
 import torch
 from detectron2.config import CfgNode
@@ -15,7 +15,7 @@ A part registers its own when it is imported. Each may count on Detectron2's key
 
 
 def add_d2ext_config(cfg: CfgNode) -> None:
-    """Add the keys of all parts of d2ext to ``cfg``, in place. Keys that are there keep their values.
+    """Add the keys of all parts of d2ext to ``cfg``, in place. Existing keys keep their values.
 
     ``cfg`` then also understands the keys of earlier versions (:mod:`d2ext.config.renamed`).
     """

@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 
 class Renamed(NamedTuple):
-    """What became of a key, or of the keys of a section."""
+    """Today's form of a key, or of the keys of a section."""
 
     key: str | None
     """Its name now, which may be the same; None: it has no effect any more."""
@@ -33,7 +33,7 @@ RENAMED = {
     "SOLVER.CHECKPOINT_FAILURE": Renamed(None),  # training always goes on
     "SOLVER.NON_FINITE_LOSS": Renamed(None),  # SOLVER.NON_FINITE_LOSS_LIMIT 1 stops at the first
 }
-# Options that no published system has: their one value in use is now how it is done.
+# Former options of which only one value was in use; that is now the behaviour.
 for _key in (
     "MODEL.CENTERNET_TRIPLETS.TEST.NMS",
     "MODEL.CENTERNET_TRIPLETS.TEST.NMS_THRESH",

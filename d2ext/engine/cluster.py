@@ -1,4 +1,4 @@
-"""What torchrun and SLURM's srun say, in environment variables, about the processes they started."""
+"""Environment variables of torchrun and SLURM's srun that describe the processes they started."""
 
 import re
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ class Place:
     local_size: int
     """Processes on each machine."""
     url: str
-    """Where they meet: ``tcp://HOST:PORT`` of the machine of rank 0, ``file://`` or ``env://``."""
+    """Rendezvous: ``tcp://HOST:PORT`` of the machine of rank 0, ``file://`` or ``env://``."""
     starter: str
     """"torchrun", "srun" or "launch"."""
 

@@ -1,4 +1,4 @@
-"""Settings of the training engine, beside those that Detectron2 has."""
+"""Settings of the training engine that Detectron2 does not have."""
 
 from detectron2.config import CfgNode
 
@@ -50,7 +50,7 @@ def add_engine_config(cfg: CfgNode) -> None:
     # Start with a shorter memory: after n updates the share is min(DECAY, (1 + n) / (10 + n)).
     cfg.MODEL_EMA.WARMUP = True
 
-    # Metric by which the best checkpoint (model_best.pth) is chosen at every evaluation, for
+    # Metric by which the best checkpoint (model_best.pth) is selected at every evaluation, for
     # example "segm/AP"; with several test sets "<data set>/segm/AP". Empty: none is written.
     cfg.TEST.BEST_METRIC = ""
     # "max" or "min": which value of BEST_METRIC is best.

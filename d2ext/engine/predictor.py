@@ -25,7 +25,7 @@ from d2ext.modeling.tta import build_tta
 
 
 class Predictor:
-    """A model, ready for one image after the other::
+    """A model that predicts on one image at a time::
 
         predictor = d2ext.Predictor("yolact/yolact_R_50_550.yaml", "model_final.pth")
         instances = predictor("photo.jpg")["instances"]
@@ -72,17 +72,17 @@ class Predictor:
 class BatchPredictor:
     """Builds the model of a config, loads its weights and runs it on lists of BGR images.
 
-    Takes the conventions of ``detectron2.engine.DefaultPredictor`` (BGR in, ``INPUT.FORMAT`` to the
-    model, ``INPUT.MIN_SIZE_TEST`` and ``MAX_SIZE_TEST``, output at the size of the image), and differs
-    in three points: several images at once; images go to the device as bytes and change their channel
-    order there; weights that do not fit the model are an error.
+    Follows ``detectron2.engine.DefaultPredictor`` (BGR in, ``INPUT.FORMAT`` to the model,
+    ``INPUT.MIN_SIZE_TEST`` and ``MAX_SIZE_TEST``, output at the size of the image) with three
+    differences: several images at once; images go to the device as bytes, where channels are reordered;
+    weights that do not fit the model are an error.
 
     Args:
         cfg: the config; ``MODEL.WEIGHTS`` empty leaves random weights.
         model: use this one, already loaded, instead of building it.
 
     Attributes:
-        model: the model, with the test-time augmentation that ``cfg`` asks for.
+        model: the model, with test-time augmentation if ``cfg`` enables it.
 
     Raises:
         CheckpointError: ``MODEL.WEIGHTS`` is unreadable or of another model.
@@ -109,8 +109,8 @@ class BatchPredictor:
 
         Args:
             images: H×W×3 uint8 arrays, BGR, each of any size.
-            boxes: for models that look into boxes: ``pred_boxes`` in pixels of each image, and
-                whatever else there is of them.
+            boxes: for top-down models: ``pred_boxes`` in pixels of each image, and optionally other
+                fields.
 
         Returns:
             for each image ``image`` (3, h, w) uint8 in the model's channel order, ``height``, ``width``,
@@ -125,8 +125,8 @@ class BatchPredictor:
             {"image": tensor, "height": image.shape[0], "width": image.shape[1]}
             for tensor, image in zip(tensors, images, strict=True)
         ]
-        for x, found in zip(inputs, boxes or (), strict=boxes is not None):
-            x["instances"] = _resized(found, tuple(x["image"].shape[-2:]))
+        for x, instances in zip(inputs, boxes or (), strict=boxes is not None):
+            x["instances"] = _resized(instances, tuple(x["image"].shape[-2:]))
         return inputs
 
     def _prepare(self, image: np.ndarray) -> np.ndarray:
@@ -140,7 +140,7 @@ class BatchPredictor:
 
     def _upload(self, arrays: list[np.ndarray]) -> Tensor:
         """n x (h, w, 3) bytes → (n, 3, h, w) in the model's channel order, on its device."""
-        # Bytes are copied as they lie in memory, and turned there.
+        # Bytes are copied in their memory order, and permuted on the device.
         tensor = upload_alike([torch.from_numpy(array) for array in arrays], self.device)
         tensor = tensor.permute(0, 3, 1, 2)
         return tensor.flip(1) if self.cfg.INPUT.FORMAT == "RGB" else tensor

@@ -1,4 +1,4 @@
-"""Boxes for models that look into boxes (landmarks): from a file, or from a detector."""
+"""Boxes for top-down models (landmarks): from a file, or from a detector."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["BoxFile", "BoxSource", "Detector"]
 
 
 class BoxSource:
-    """Gives each image the boxes to look into."""
+    """Gives the boxes of each image that are cropped."""
 
     def __call__(self, image_ids: Sequence[int], images: Sequence[np.ndarray]) -> list[Instances]:
         """Boxes of images.
@@ -52,7 +52,7 @@ class BoxFile(BoxSource):
             raise ConfigError(f"The boxes cannot be read from '{path}': {error}") from error
 
     def __call__(self, image_ids: Sequence[int], images: Sequence[np.ndarray]) -> list[Instances]:
-        """None for an image that the file does not name."""
+        """No boxes for an image that is not in the file."""
         return [
             _instances(image.shape, self._detections.get(image_id, []))
             for image_id, image in zip(image_ids, images, strict=True)
@@ -67,12 +67,12 @@ def _instances(shape: Sequence[int], detections: list[tuple[list[float], float]]
 
 
 class Detector(BoxSource):
-    """Boxes that any detector of Detectron2 or d2ext finds.
+    """Boxes from any detector of Detectron2 or d2ext.
 
     Args:
         predictor: runs the detector.
         threshold: boxes of a lower score are left out.
-        classes: contiguous ids of the classes to look into; None: all.
+        classes: contiguous ids of the classes to use; None: all.
     """
 
     def __init__(

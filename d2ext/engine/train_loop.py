@@ -40,10 +40,10 @@ class StepTrainer(SimpleTrainer):
 
     **Accumulation.** The data of a step are cut into ``accumulation_steps`` micro-batches of equal
     size, in order, and their gradients averaged. The result equals that of the whole batch, up to
-    rounding, for a model whose loss is a mean over images. A loss divided by a count found in the
-    batch, such as the number of positive anchors, is divided by the count of each micro-batch: the
-    micro-batches then weigh equally, as processes do in Detectron2. Batch normalisation in training
-    mode sees micro-batches.
+    rounding, for a model whose loss is a mean over images. A loss divided by a count in the batch, such
+    as the number of positive anchors, is divided by the count in each micro-batch: micro-batches then
+    have equal weight, as processes do in Detectron2. Batch normalisation in training mode uses the
+    statistics of micro-batches.
 
     **Losses that are not finite.** A step counts as bad if any loss, or (without loss scaling) the
     norm of the gradient, is NaN or infinite in any process; all processes decide alike. Such a step
@@ -146,7 +146,7 @@ class StepTrainer(SimpleTrainer):
                 except FloatingPointError as error:
                     if comm.get_world_size() > 1:
                         raise
-                    logger.warning("The model found a value that is not finite: %s", error)
+                    logger.warning("The model reported a value that is not finite: %s", error)
                     return {}, False
                 if isinstance(losses, Tensor):
                     losses = {"total_loss": losses}

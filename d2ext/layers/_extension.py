@@ -1,7 +1,7 @@
 """Finds and loads the compiled operators (``csrc/``, built by ``setup.py``), if they are there.
 
-Importing d2ext never fails because they are absent: every operator has a plain PyTorch
-implementation, which is chosen by availability.
+Importing d2ext never fails because they are absent: every operator then runs its plain PyTorch
+implementation.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _OPERATORS = (
 
 @dataclass(frozen=True)
 class ExtensionInfo:
-    """What of d2ext is compiled.
+    """How the compiled operators were built.
 
     Attributes:
         path: the library's file; None if d2ext was installed uncompiled.
@@ -46,7 +46,7 @@ class ExtensionInfo:
         cuda: version of CUDA that it was compiled for; None if it has CPU kernels only.
         cuda_archs: GPU architectures, as in ``TORCH_CUDA_ARCH_LIST``.
         compiler: C++ compiler.
-        error: why a library that is there cannot be used; None if it can be, or is not there.
+        error: why an existing library cannot be used; None if it can be, or if there is none.
     """
 
     path: Path | None = None
@@ -110,7 +110,7 @@ _warned: set[str] = set()
 
 
 def extension_info() -> ExtensionInfo:
-    """What of d2ext is compiled, and whether it can be used."""
+    """How the compiled operators were built, and whether they can be used."""
     return _info
 
 
@@ -154,7 +154,7 @@ def _warn_uncompiled(device_type: str) -> None:
 def register_gradient(
     name: str, backward: Callable[..., Any], setup_context: Callable[..., None]
 ) -> None:
-    """The gradient of ``d2ext::name``; that of ``d2ext::name_backward`` is an error.
+    """Register the gradient of ``d2ext::name``; second derivatives raise an error.
 
     Registered on the operators themselves, so that torch.autograd, torch.compile and export see it.
     """

@@ -1,4 +1,4 @@
-"""Crops of images by affine maps, all of an image in one call of the sampler.
+"""Crops of images by affine maps: all crops of a batch in one call of the sampler.
 
 Coordinates are continuous pixels: (0, 0) is the outer corner of the first pixel.
 
@@ -15,8 +15,8 @@ from torch.nn import functional as F
 def affine_crops(images: Tensor, matrices: Tensor, size: tuple[int, int]) -> Tensor:
     """Warp images, bilinearly, without low-pass; 0 outside the image.
 
-    What OpenCV's ``warpAffine`` with a black border gives, which however rounds positions to 1/32
-    pixel.
+    The same as OpenCV's ``warpAffine`` with a black border, except that OpenCV rounds positions to
+    1/32 pixel.
 
     Args:
         images: (B, C, H, W), any dtype.
@@ -27,7 +27,7 @@ def affine_crops(images: Tensor, matrices: Tensor, size: tuple[int, int]) -> Ten
         (B, n, C, h, w) float32.
 
     Raises:
-        ValueError: shapes that do not belong together.
+        ValueError: shapes that do not fit together.
     """
     _check(images, matrices, 4, (2, 3))
     height, width = size
@@ -65,16 +65,16 @@ def truncated_crops(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Ten
     return _sample(images, axes[0][:, :, None, :].expand(shape), axes[1][..., None].expand(shape))
 
 
-def _check(images: Tensor, places: Tensor, dims: int, last: tuple[int, ...]) -> None:
+def _check(images: Tensor, regions: Tensor, dims: int, last: tuple[int, ...]) -> None:
     if (
         images.dim() != 4
-        or places.dim() != dims
-        or tuple(places.shape[2:]) != last
-        or len(places) != len(images)
+        or regions.dim() != dims
+        or tuple(regions.shape[2:]) != last
+        or len(regions) != len(images)
     ):
         raise ValueError(
-            f"Crops take images (B, C, H, W) and places (B, n, {', '.join(map(str, last))}), not "
-            f"{tuple(images.shape)} and {tuple(places.shape)}."
+            f"Crops take images (B, C, H, W) and regions (B, n, {', '.join(map(str, last))}), not "
+            f"{tuple(images.shape)} and {tuple(regions.shape)}."
         )
 
 
@@ -84,9 +84,9 @@ def _sample(images: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
     channels = images.shape[1]
     if xs.numel() == 0 or images.numel() == 0:
         return torch.zeros((batch, count, channels, height, width), device=images.device)
-    # The sampler counts from -1 to 1 between the outer corners.
+    # grid_sample wants coordinates from -1 to 1 between the outer corners.
     grid = torch.stack([xs * (2 / images.shape[3]) - 1, ys * (2 / images.shape[2]) - 1], dim=-1)
-    # An image's crops lie below each other, so that the image need not be repeated.
+    # An image's crops are stacked vertically, so that the image need not be repeated.
     grid = grid.view(batch, count * height, width, 2)
     sampled = F.grid_sample(images.float(), grid, align_corners=False)
     return sampled.view(batch, channels, count, height, width).transpose(1, 2).contiguous()

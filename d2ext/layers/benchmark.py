@@ -1,4 +1,4 @@
-"""Operators beside plain PyTorch and beside the floor that memory sets.
+"""Times of the operators compared with plain PyTorch and with the floor that memory sets.
 
 The floor of a case is the bytes that it must move (inputs read once, outputs written once) over the
 bandwidth of a large copy on the same device, measured in the same run. Times are medians in
@@ -51,13 +51,13 @@ def measure(
     bandwidth: float,
     repeats: int,
 ) -> dict[str, Any]:
-    """Times of ours and of plain PyTorch.
+    """Times of our operator and of plain PyTorch.
 
     Args:
-        example: an input, for its device and dtype.
+        example: an input; gives the device and dtype.
         moved: bytes that must be moved.
         bandwidth: of a copy, bytes per second.
-        repeats: samples of the times of calls.
+        repeats: how often a call is timed.
 
     Returns:
         ``dtype``, ``compiled``, times in ms (:data:`MASK_COLUMNS`; of graphs None on a CPU), ``speedup``
@@ -88,7 +88,7 @@ def measure(
 
 
 def format_rows(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
-    """The columns ``names`` of some figures as a table."""
+    """The columns ``names`` of ``rows`` as a text table."""
     table = [tuple(names)] + [tuple(_cell(row[name]) for name in names) for row in rows]
     widths = [max(len(line[i]) for line in table) for i in range(len(names))]
     return "\n".join(
@@ -127,8 +127,8 @@ def benchmark_pooling(
     repeats: int = 20,
     bandwidth: float,
 ) -> list[dict[str, Any]]:
-    """Directions and corners beside ``torch.cummax`` with flips, on maps (B, 128, side, side):
-    :func:`measure` for every case, forward and forward + backward."""
+    """:func:`measure` for all directions and corners against ``torch.cummax`` with flips, on maps
+    (B, 128, side, side), forward and forward + backward."""
     rows = []
     cases = [(b, last, d) for b in batches for last in channels_last for d in dtypes]
     for batch, last, dtype in cases:
@@ -192,9 +192,9 @@ def benchmark_masks(
     repeats: int = 20,
     bandwidth: float,
 ) -> list[dict[str, Any]]:
-    """``assemble_binary_masks`` of ``sizes``, and ``assemble_masks`` forward + backward:
-    :func:`measure` for every case. Boxes are "random" (sides 5 to 65 % of the image, anywhere) or
-    "full" (every box is the image, the worst case)."""
+    """:func:`measure` for ``assemble_binary_masks`` at ``sizes`` and for ``assemble_masks`` forward +
+    backward. Boxes are "random" (sides 5 to 65 % of the image, anywhere) or "full" (every box is the
+    whole image, the worst case)."""
     rows = []
     for dtype, kind in [(d, k) for d in dtypes for k in ("random", "full")]:
         inputs = _mask_inputs(device, dtype, detections, kind)
@@ -251,7 +251,7 @@ def _mask_inputs(device: torch.device, dtype: torch.dtype, detections: int, kind
 
 
 def _plain_masks(prototypes: Tensor, coefficients: Tensor, boxes: Tensor) -> Tensor:
-    """Probabilities as separate operations, in the inputs' dtype."""
+    """Probabilities by separate operations, in the inputs' dtype."""
     height, width, _ = prototypes.shape
     masks = (coefficients @ prototypes.flatten(0, 1).T).unflatten(1, (height, width)).sigmoid()
     columns = _keep(boxes[:, 0], boxes[:, 2], width)

@@ -4,24 +4,24 @@
 Shapes: B images, C channels, H x W cells.
 
 - :func:`corner_pool`: running maximum towards one side of the map.
-- :func:`corner_pool_pair`: the two poolings of a corner, of two maps, added.
+- :func:`corner_pool_pair`: sum of the two poolings of a corner, each of its own map.
 - :func:`center_pool`: maximum of the whole column of one map plus maximum of the whole row of another.
 
-**Gradient.** It goes wholly to the element that holds the maximum. Among equal ones that is the one
-that the published operator meets first in its scan (only a strictly greater one replaces it): the
-nearest to the side where the scan begins, for :func:`center_pool` the lowest of a column and the
-rightmost of a row. (``torch.cummax`` takes the last one met, ``torch.amax`` divides among all.)
+**Gradient.** It goes to the element that holds the maximum. Of equal elements that is the first in the
+published operator's scan (only a strictly greater one replaces it): the one nearest to the side where
+the scan begins; for :func:`center_pool` the lowest of a column and the rightmost of a row.
+(``torch.cummax`` takes the last in the scan, ``torch.amax`` divides the gradient among all.)
 
-**Not finite.** NaN counts as greater than every number, as in ``torch.cummax``: from a NaN on, the
-running maximum is NaN, and the first NaN met holds it.
+**NaN** counts as greater than every number, as in ``torch.cummax``: from the first NaN on, the running
+maximum is NaN, and that first NaN gets the gradient.
 
-**Memory.** Forward keeps nothing but its input, which a ReLU before it keeps anyway; backward finds the
-maxima again. In float32 that moves 8 bytes an element forward and 12 backward; an index of one byte
-would move 9 and 9, and keep one byte more for each element.
+**Memory.** Forward saves only its input, which a preceding ReLU saves anyway; backward recomputes the
+maxima. In float32 that moves 8 bytes an element forward and 12 backward; saving an index of one byte
+would move 9 and 9, and take one byte more for each element.
 
-**Precision.** Maxima are exact in every dtype. Sums of gradients are formed in float32, float64 for
-float64, and rounded once. Autocast leaves the operators alone: they take their
-input as it comes, and two inputs that differ in dtype are promoted to their common one.
+**Precision.** Maxima are exact in every dtype. Gradients are summed in float32 (float64 for float64)
+and rounded once. Autocast does not change the operators' dtype; two inputs of different dtypes are
+promoted to their common one.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def corner_pool(x: Tensor, direction: str) -> Tensor:
 
 
 def corner_pool_pair(vertical: Tensor, horizontal: Tensor, corner: str) -> Tensor:
-    """The two poolings that find a corner, added.
+    """The sum of the two poolings that detect a corner.
 
     Args:
         vertical: (B, C, H, W), floating point, any strides; pooled to the top or bottom.
@@ -94,8 +94,8 @@ def center_pool(vertical: Tensor, horizontal: Tensor) -> Tensor:
     """Maximum of the cell's column of ``vertical`` plus maximum of its row of ``horizontal``.
 
     Equal to ``corner_pool(corner_pool(vertical, "top"), "bottom") +
-    corner_pool(corner_pool(horizontal, "left"), "right")``, gradient included. Plain PyTorch: it is too
-    small a part of CenterNet for a kernel.
+    corner_pool(corner_pool(horizontal, "left"), "right")``, gradient included. Plain PyTorch: it takes
+    too little of CenterNet's time for a kernel to pay.
 
     Args:
         vertical, horizontal: (B, C, H, W), floating point, any strides.
@@ -114,13 +114,11 @@ def center_pool(vertical: Tensor, horizontal: Tensor) -> Tensor:
 
 
 def _last_maximum(x: Tensor, axis: int) -> Tensor:
-    """Maximum along ``axis``, kept with size 1; the gradient goes to the last of equal ones."""
+    """Maximum along ``axis``, which becomes 1 long; the gradient goes to the last of equal ones."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         return x.amax(axis, keepdim=True)
-    flipped = x.flip(axis)
-    return flipped.gather(
-        axis, flipped.argmax(axis, keepdim=True)
-    )  # argmax: the first of equal ones
+    flipped = x.flip(axis)  # argmax gives the first of equal ones
+    return flipped.gather(axis, flipped.argmax(axis, keepdim=True))
 
 
 class CornerPool(nn.Module):
@@ -155,7 +153,7 @@ def corner_pool_reference(x: Tensor, direction: str) -> Tensor:
 @torch.no_grad()
 def _holders(x: Tensor, axis: int) -> Tensor:
     """int64, x's shape: where along ``axis`` the running maximum of each element comes from."""
-    # float32 holds every float16 and bfloat16, and cummax does not know these everywhere.
+    # float32 holds every float16 and bfloat16, for which some devices lack cummax.
     values = x.double() if x.dtype == torch.float64 else x.float()
     running = values.cummax(axis).values
     earlier = running.narrow(axis, 0, x.shape[axis] - 1)
@@ -227,9 +225,9 @@ if has_extension():
     def _corner_pool_backward_fake(grad: Tensor, x: Tensor, axis: int, reverse: bool) -> Tensor:
         return _empty_map(x)
 
-    # Only the inputs are kept: backward finds the maxima again.
+    # Only the input is saved: backward recomputes the maxima.
 
-    def _keep(ctx: Any, inputs: tuple[Tensor, int, bool], output: Tensor) -> None:
+    def _save(ctx: Any, inputs: tuple[Tensor, int, bool], output: Tensor) -> None:
         x, ctx.axis, ctx.reverse = inputs
         ctx.save_for_backward(x)
 
@@ -237,4 +235,4 @@ if has_extension():
         backward = torch.ops.d2ext.corner_pool_backward.default
         return backward(grad, *ctx.saved_tensors, ctx.axis, ctx.reverse), None, None
 
-    register_gradient("corner_pool", _backward, _keep)
+    register_gradient("corner_pool", _backward, _save)

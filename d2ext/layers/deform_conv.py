@@ -1,5 +1,5 @@
-"""Deformable convolution on torchvision's operator: v1 (arXiv 1703.06211) and, with weights for its
-taps, v2 (DCNv2, arXiv 1811.11168).
+"""Deformable convolution on torchvision's operator: v1 (arXiv 1703.06211) and v2, which also weights
+the taps (DCNv2, arXiv 1811.11168).
 
 Shapes: B images, C channels, H×W input cells, h×w output cells, K = kernel_h·kernel_w taps.
 """
@@ -14,8 +14,8 @@ from torchvision.ops import deform_conv2d
 def _supported(predicted: Tensor) -> torch.dtype:
     """The dtype to run the operator in.
 
-    It wants one dtype for all its arguments, and has no kernels for bfloat16, nor for float16 on the
-    CPU; it runs in float32 there and the caller casts the result back.
+    It needs one dtype for all its arguments, and has no kernels for bfloat16, nor for float16 on the
+    CPU; there it runs in float32 and the caller casts the result back.
     """
     dtype = predicted.dtype
     if dtype == torch.bfloat16 or (dtype == torch.float16 and not predicted.is_cuda):
@@ -24,22 +24,31 @@ def _supported(predicted: Tensor) -> torch.dtype:
 
 
 class _Deformable(nn.Module):
-    """What both versions are made of: the weights, and the inner convolution under the name it has in
-    checkpoints. It starts at zero."""
+    """Common part of both versions: the weights, and the inner convolution that predicts the taps,
+    which starts at zero.
+
+    Args:
+        in_channels, out_channels: channels of the input and of the output.
+        kernel_size, stride, padding, dilation: as in :class:`torch.nn.Conv2d`, square only.
+        bias: adds one learnable value to each output channel.
+        norm: module applied to the output, or None.
+    """
+
+    _inner: str
+    """Name of the inner convolution in checkpoints."""
+    _channels_per_tap: int
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int,
+        kernel_size: int = 3,
         *,
-        inner: str,
-        channels_per_tap: int,
-        stride: int,
-        padding: int,
-        dilation: int,
-        bias: bool,
-        norm: nn.Module | None,
+        stride: int = 1,
+        padding: int = 1,
+        dilation: int = 1,
+        bias: bool = True,
+        norm: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.in_channels = in_channels
@@ -52,21 +61,21 @@ class _Deformable(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         predictor = nn.Conv2d(
             in_channels,
-            channels_per_tap * self.taps,
+            self._channels_per_tap * self.taps,
             kernel_size,
             stride=stride,
             padding=padding,
             dilation=dilation,
         )
-        self.add_module(inner, predictor)
+        self.add_module(self._inner, predictor)
         self.norm = norm
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(predictor.weight)
         nn.init.zeros_(predictor.bias)
 
     def _convolve(self, x: Tensor, offsets: Tensor, logits: Tensor | None) -> Tensor:
-        """The operator, in a dtype that it has; it reads outside the image where an offset is NaN (and
-        may crash), and gets a finite one there. The caller sees to it that the result is NaN."""
+        """The operator, in a dtype for which it has kernels. Where an offset is NaN it would read
+        outside the image and may crash, so it gets 0 there; the caller makes the result NaN."""
         dtype = _supported(offsets)
         return deform_conv2d(
             x.to(dtype),
@@ -87,38 +96,11 @@ class DeformConv(_Deformable):
     """3x3-style convolution whose taps move by what an inner convolution predicts.
 
     The inner convolution ``offset`` has 2K output channels: offsets in cells, interleaved (y, x) per
-    tap in row-major tap order. It starts at zero, so that a new layer is a plain convolution.
-
-    Args:
-        in_channels, out_channels: channels of the input and of the output.
-        kernel_size, stride, padding: as in :class:`torch.nn.Conv2d`, square only.
-        bias: adds one learnable value to each output channel.
-        norm: module applied to the output, or None.
+    tap in row-major tap order. It starts at zero, so that a new layer is a plain convolution. Arguments
+    as for :class:`ModulatedDeformConv`.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int = 3,
-        *,
-        stride: int = 1,
-        padding: int = 1,
-        bias: bool = True,
-        norm: nn.Module | None = None,
-    ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            inner="offset",
-            channels_per_tap=2,
-            stride=stride,
-            padding=padding,
-            dilation=1,
-            bias=bias,
-            norm=norm,
-        )
+    _inner, _channels_per_tap = "offset", 2
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) → (B, out_channels, h, w)."""
@@ -143,34 +125,11 @@ class ModulatedDeformConv(_Deformable):
         norm: module applied to the output, or None.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int = 3,
-        *,
-        stride: int = 1,
-        padding: int = 1,
-        dilation: int = 1,
-        bias: bool = True,
-        norm: nn.Module | None = None,
-    ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            inner="offset_mask",
-            channels_per_tap=3,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            bias=bias,
-            norm=norm,
-        )
+    _inner, _channels_per_tap = "offset_mask", 3
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) → (B, out_channels, h, w)."""
         offsets, logits = self.offset_mask(x).split([2 * self.taps, self.taps], dim=1)
-        # Where an offset is NaN, so are the tap weights of the same place, and with them the result.
+        # Where an offset is NaN, so is the tap's weight, and with it the result.
         output = self._convolve(x, offsets, logits)
         return output if self.norm is None else self.norm(output)

@@ -1,8 +1,8 @@
 """Bilinear resampling of byte images as OpenCV does it, on any device.
 
-OpenCV resizes and warps bytes in integer arithmetic: places are rounded to 1/32 pixel, weights to
+OpenCV resizes and warps bytes in integer arithmetic: positions are rounded to 1/32 pixel, weights to
 1/2048 or 1/32768, results to bytes. Published models were trained and measured with it; doing the same
-here keeps the image on its device.
+here lets the image stay on its device.
 
 Shapes: image (C, H, W), H and W at least 1.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# OpenCV's numbers: bits of a place between two pixels, of its steps, and of the weights.
+# OpenCV's constants: bits of a position between two pixels, bits of a step, and a weight of 1.
 _PLACE_BITS = 5
 _STEP_BITS = 10
 _RESIZE_ONE = 2048
@@ -29,7 +29,7 @@ def _bytes(image: Tensor) -> Tensor:
 
 
 def _resize_weights(new: int, old: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For each new pixel its two old ones and their weights (of 2048), on the CPU."""
+    """For each new pixel the two old ones and their weights (2048 is 1), on the CPU."""
     place = ((torch.arange(new, dtype=torch.float64) + 0.5) * (old / new) - 0.5).float()
     first = place.floor()
     part = place - first
@@ -90,7 +90,7 @@ def warp_like_opencv(
     x, y = (place.to(image.device) for place in places)
     parts = 1 << _PLACE_BITS
     x_part, y_part = (x & (parts - 1)).int(), (y & (parts - 1)).int()
-    # In the padded image the index is one more; what lies farther outside reads the padding.
+    # The padding shifts indices by one; what lies farther outside reads the padding.
     x0, y0 = (x >> _PLACE_BITS) + 1, (y >> _PLACE_BITS) + 1
     rows_in, columns_in = values.shape[1], values.shape[2]
     result = torch.zeros((values.shape[0], height, width), dtype=torch.int32, device=image.device)

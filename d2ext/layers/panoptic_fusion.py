@@ -5,14 +5,14 @@ Shapes: n instances with M×M mask logits, S stuff and T thing classes, h×w sem
 - :func:`prune_masks`: which instances stay, by score, when those of a class overlap.
 - :func:`fuse_panoptic`: arg max over stuff, instances and "unknown", without their logits in memory.
 
-Both run compiled kernels (``csrc/``) where these are available and the plain PyTorch functions
-``*_reference`` elsewhere; the results agree but for pixels whose two best logits agree up to rounding.
+Both run compiled kernels (``csrc/``) where available and the plain PyTorch functions ``*_reference``
+elsewhere; the results agree except at pixels whose two best logits are equal up to rounding.
 
-**Boxes** are (x1, y1, x2, y2) in pixels of the map, x2 and y2 *included*; :func:`whole_boxes` says which
-pixels they cover.
+**Boxes** are (x1, y1, x2, y2) in pixels of the map, x2 and y2 *included*; :func:`whole_boxes` gives the
+pixels that they cover.
 
 **Precision.** Everything is computed in float32, or in float64 for float64 logits, whatever the dtype of
-the arguments. Autocast leaves the operators alone. There are no gradients: the results are integers.
+the arguments, under autocast too. There are no gradients: the results are integers.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def whole_boxes(boxes: Tensor) -> WholeBoxes:
 
 
 def paste_weights(first: Tensor, last: Tensor, size: int, cells: int) -> Tensor:
-    """Matrices that resize ``cells`` values to pixels first..last of a line of ``size`` (bilinear,
-    half-pixel centres, ends repeated), 0 elsewhere.
+    """Matrices that resize ``cells`` values to the pixels first..last of a line of ``size`` pixels
+    (bilinear, half-pixel centres, ends repeated), with 0 elsewhere.
 
     Args:
         first, last: (n,) int64.
@@ -84,22 +84,22 @@ def prune_masks(
     size: tuple[int, int],
     overlap_fraction: float = 0.3,
 ) -> Tensor:
-    """Drop instances that better ones of their class cover.
+    """Drop instances that are covered by better ones of their class.
 
-    From the best score down: the mask is the pixels of the map where the logits, resized to the box,
-    are positive. An instance is dropped if its mask is empty, or if more than ``overlap_fraction`` of it
-    is covered by the masks of kept instances of the same class.
+    Instances are visited by falling score. A mask is the pixels of the map where the logits, resized to
+    the box, are positive. An instance is dropped if its mask is empty, or if more than
+    ``overlap_fraction`` of it is covered by earlier instances of its class that were not dropped.
 
     Args:
         masks: (n, M, M) logits.
         boxes: (n, 4).
         classes: (n,) int64.
-        scores: (n,); of equal ones the first comes first.
+        scores: (n,); equal ones in their order.
         size: (H, W) of the map.
         overlap_fraction: in 0..1.
 
     Returns:
-        (n',) int64 indices of the kept, by falling score.
+        (n',) int64 indices of the instances that stay, by falling score.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
@@ -133,16 +133,16 @@ def fuse_panoptic(
         masks: (n, M, M) logits.
         size: (H, W).
         num_stuff: S.
-        unknown: whether there is a channel after the instances for things that none of them covers.
+        unknown: add a channel after the instances for things that no instance covers.
 
     Returns:
-        labels (H, W) int32, 0..S-1 stuff, S.. instances, S + n unknown; and the arg max of the semantic
-        logits (H, W) int32.
+        labels (H, W) int32: 0..S-1 stuff, S..S+n-1 instances, S + n unknown; and the arg max of the
+        semantic logits (H, W) int32.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
-        IndexError: a class outside of -1..T-1, on the CPU. A compiled operator on a GPU does not wait to
-            look: such an instance counts as one of class -1.
+        IndexError: a class outside of -1..T-1, on the CPU. The GPU kernel does not check, which would
+            make the host wait: it treats such an instance as one of class -1.
     """
     if not compiled_for(score.device):
         return fuse_panoptic_reference(
@@ -193,7 +193,7 @@ def prune_masks_reference(
     kinds = classes.tolist()
     places = whole_boxes(boxes).mask.tolist()
     covered: dict[int, Tensor] = {}
-    kept = []
+    selected = []
     for i in order:
         logits, rows, columns = _pasted(masks[i], places[i], size)
         mask = logits > 0
@@ -204,8 +204,8 @@ def prune_masks_reference(
         if area == 0 or both / area > overlap_fraction:
             continue
         region |= mask
-        kept.append(i)
-    return torch.tensor(kept, dtype=torch.int64, device=masks.device)
+        selected.append(i)
+    return torch.tensor(selected, dtype=torch.int64, device=masks.device)
 
 
 @torch.no_grad()
@@ -219,9 +219,9 @@ def fuse_panoptic_reference(
     num_stuff: int,
     unknown: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`fuse_panoptic` in plain PyTorch: one instance after the other, within its box.
+    """:func:`fuse_panoptic` in plain PyTorch, one instance after the other, within its box.
 
-    Holds, beside results, a few maps of H×W and one of the classes' for each class that occurs.
+    Besides the results it holds a few H×W maps, and one for each class that occurs.
     """
     _check_fusion(score, boxes, classes, masks, size, num_stuff)
     count = len(boxes)
@@ -231,7 +231,7 @@ def fuse_panoptic_reference(
     places = whole_boxes(boxes)
     kinds = classes.tolist()
     maps = {c: _upsampled(score[None, [num_stuff + c]], size)[0, 0] for c in set(kinds) if c >= 0}
-    # The lowest instance that covers a pixel with neither view: its logit there is 0.
+    # The first instance of which neither view covers the pixel: its logit there is 0.
     first_outside = torch.zeros(size, dtype=torch.int32, device=score.device)
     coverings = torch.zeros(size, dtype=torch.int32, device=score.device)
     inside_best = torch.full(size, -torch.inf, device=score.device)
@@ -276,7 +276,7 @@ def _upsampled(score: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _best_channel(score: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """(C, h, w) → largest value over the channels at (H, W) and the first channel that has it, int32."""
+    """(C, h, w) → maximum over the channels at (H, W), and the first channel that has it, int32."""
     best = torch.full(size, -torch.inf, device=score.device)
     labels = torch.zeros(size, dtype=torch.int32, device=score.device)
     for start in range(0, len(score), _CHUNK_CHANNELS):
@@ -338,7 +338,7 @@ def _check_fusion(
         )
     if not 0 < num_stuff < len(score):
         raise ValueError(
-            f"num_stuff must leave stuff and things, so lie in 1..{len(score) - 1}, got {num_stuff}"
+            f"num_stuff must be in 1..{len(score) - 1}, to leave stuff and things, got {num_stuff}"
         )
     _check_size(size)
     things = len(score) - num_stuff

@@ -5,17 +5,16 @@ Shapes: B images, h x w grid of k prototypes, N detections, H x W output.
 - :func:`assemble_masks`: probabilities on the prototype grid, differentiable (training).
 - :func:`assemble_binary_masks`: boolean masks at the image's size (inference), fused.
 
-Both run compiled kernels (``csrc/``) where these are available and the plain PyTorch functions
-``*_reference`` elsewhere; the results agree up to rounding.
+Both run compiled kernels (``csrc/``) where available and the plain PyTorch functions ``*_reference``
+elsewhere; the results agree up to rounding.
 
 **Crop rule.** Box sides times the grid's size, ordered, widened by ``padding`` cells on each side,
-clamped to [0, size]; the cell with index i is kept iff low <= i < high. A box with a NaN side keeps
-nothing.
+clamped to [0, size]; cell i is inside iff low <= i < high. A box with a NaN side contains no cell.
 
 **Precision.** float16 and bfloat16 are multiplied and summed in float32, float32 in float32, float64
-in float64; box limits are computed in float32 (float64 for float64 prototypes) whatever the
-prototypes' dtype is. Autocast leaves the operators alone: they take prototypes and coefficients as
-they come, and two that differ in dtype are promoted to their common one.
+in float64; box limits are computed in float32 (float64 for float64 prototypes). Autocast does not
+change the operators' dtype; prototypes and coefficients of different dtypes are promoted to their
+common one.
 """
 
 from __future__ import annotations
@@ -65,8 +64,8 @@ def assemble_masks(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
-        IndexError: a batch_index outside [0, B) on the CPU. A compiled operator on a GPU does not
-            wait to look: such a detection gets an empty mask and no gradient.
+        IndexError: a batch_index outside [0, B) on the CPU. The GPU kernel does not check, which
+            would make the host wait: such a detection gets an empty mask and no gradient.
     """
     prototypes, coefficients = _promote(prototypes, coefficients)
     if not compiled_for(prototypes.device):
@@ -98,12 +97,12 @@ def assemble_binary_masks(
     Args:
         prototypes, coefficients, boxes, batch_index: as for :func:`assemble_masks`.
         size: (H, W) of the masks, in pixels.
-        threshold: a pixel is set iff its probability is above.
+        threshold: a pixel is set iff its probability is above this.
         crop: "before": probabilities are cropped on the prototype grid, before they are resized
             (published YOLACT); "after": the resized mask is cropped, by the same rule on the H x W
             grid.
-        padding: cells of the grid that is cropped by which the crop is wider than the box on each
-            side, >= 0.
+        padding: cells (of the grid on which is cropped) by which the crop is wider than the box on
+            each side, >= 0.
 
     Returns:
         (N, H, W) bool.
@@ -191,7 +190,7 @@ def assemble_binary_masks_reference(
         )
         above = resized[:, 0] > threshold
         if crop == "after":
-            above &= _kept(boxes[part].to(probabilities.dtype), height, width, padding)
+            above &= _cells_inside(boxes[part].to(probabilities.dtype), height, width, padding)
         masks[part] = above
     return masks
 
@@ -210,8 +209,8 @@ def _cropped_probabilities(
     if math.isinf(padding):
         return probabilities
     _, height, width = probabilities.shape
-    kept = _kept(boxes.to(dtype), height, width, padding)
-    return torch.where(kept, probabilities, probabilities.new_zeros(()))
+    keep = _cells_inside(boxes.to(dtype), height, width, padding)
+    return torch.where(keep, probabilities, probabilities.new_zeros(()))
 
 
 def _logits(prototypes: Tensor, coefficients: Tensor, batch_index: Tensor | None) -> Tensor:
@@ -234,14 +233,14 @@ def _image_logits(prototypes: Tensor, coefficients: Tensor) -> Tensor:
     return flat.unflatten(1, prototypes.shape[:2])
 
 
-def _kept(boxes: Tensor, height: int, width: int, padding: float) -> Tensor:
-    """(N, height, width) bool: the cells that the crop rule keeps."""
-    columns = _kept_along(boxes[:, 0], boxes[:, 2], width, padding)
-    rows = _kept_along(boxes[:, 1], boxes[:, 3], height, padding)
+def _cells_inside(boxes: Tensor, height: int, width: int, padding: float) -> Tensor:
+    """(N, height, width) bool: the cells inside the boxes by the crop rule."""
+    columns = _inside_along(boxes[:, 0], boxes[:, 2], width, padding)
+    rows = _inside_along(boxes[:, 1], boxes[:, 3], height, padding)
     return rows[:, :, None] & columns[:, None, :]
 
 
-def _kept_along(side_a: Tensor, side_b: Tensor, size: int, padding: float) -> Tensor:
+def _inside_along(side_a: Tensor, side_b: Tensor, size: int, padding: float) -> Tensor:
     a = side_a * size
     b = side_b * size
     low = (torch.minimum(a, b) - padding).clamp(0, size)
@@ -365,9 +364,9 @@ if has_extension():
     ) -> Tensor:
         return prototypes.new_empty((coefficients.shape[0], height, width), dtype=torch.bool)
 
-    # The logits are computed again in backward, so only the inputs are kept.
+    # Only the inputs are saved: backward recomputes the logits.
 
-    def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         *tensors, ctx.padding = inputs
         ctx.save_for_backward(*tensors)
 
@@ -375,4 +374,4 @@ if has_extension():
         backward = torch.ops.d2ext.assemble_masks_backward.default
         return *backward(grad, *ctx.saved_tensors, ctx.padding), None, None, None
 
-    register_gradient("assemble_masks", _backward, _keep_inputs)
+    register_gradient("assemble_masks", _backward, _save_inputs)

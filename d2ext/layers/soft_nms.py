@@ -3,18 +3,18 @@
 
 Shapes: N boxes.
 
-In each round the box of highest score is chosen, and the scores of those left are weighed by their
-IoU with it; a box whose score falls below the threshold is discarded. Classes do not see each other.
+Each round selects the box of highest score and lowers the scores of the remaining ones by their IoU
+with it; a box whose score falls below the threshold is discarded. Classes are treated separately.
 
-What the published code does and changes numbers:
+Quirks of the published code that change numbers:
 
-- IoU counts pixels: a box is ``x2 - x1 + 1`` wide, on real coordinates too.
+- IoU counts pixels: a box is ``x2 - x1 + 1`` wide, also with fractional coordinates.
 - A discarded box is overwritten by the last one of the array, which then is one shorter. The
-  published evaluation goes on with the whole array all the same, so that what was moved counts
-  again, with the score that it had then: the *stale* rows of :func:`soft_nms_rows`.
-- Among equal scores the first of the array, as it is then, is chosen.
-- Boxes and their scores move in the array, corner scores do not: merging weighs a box with the corner
-  scores of the row in which it lies at that time.
+  published evaluation nevertheless uses the whole array, so that a moved box counts twice, the second
+  time with the score it had before the move: the *stale* rows of :func:`soft_nms_rows`.
+- Of equal scores, the first in the array's current order is selected.
+- Boxes and their scores move in the array, corner scores do not: merging weights a box with the corner
+  scores of the row in which it currently lies.
 
 Everything is computed in float32, on the CPU: rounds depend on each other.
 """
@@ -38,14 +38,14 @@ class SoftNMSRows(NamedTuple):
 
     Attributes:
         indices: (N,) int64, the input box that each row holds; a stale row repeats one.
-        scores: (N,) float32, weighed. Those of the rows kept descend within a class.
-        kept: (N,) bool; False: a stale row. In a class the rows kept come first.
-        boxes: (N, 4) float32, x1, y1, x2, y2; as they came in, or merged.
+        scores: (N,) float32, weighted; descending within a class, stale rows aside.
+        keep: (N,) bool; False: a stale row. Within a class, stale rows come last.
+        boxes: (N, 4) float32, x1, y1, x2, y2; as given, or merged.
     """
 
     indices: Tensor
     scores: Tensor
-    kept: Tensor
+    keep: Tensor
     boxes: Tensor
 
 
@@ -59,21 +59,21 @@ def soft_nms(
     iou_threshold: float = 0.5,
     score_threshold: float = 0.001,
 ) -> tuple[Tensor, Tensor]:
-    """Soft-NMS class by class: the boxes kept, best first.
+    """Soft-NMS class by class: the boxes that stay, best first.
 
     Args:
         boxes: (N, 4), x1, y1, x2, y2 in pixels, x2 and y2 counting as inside.
         scores: (N,).
         classes: (N,) integers; None: all boxes are of one class.
-        method: what an IoU does to a score. "gaussian": times exp(-IoU² / sigma); "linear": times
-            1 - IoU where that is above ``iou_threshold``; "hard": 0 there, as in plain NMS.
+        method: how the IoU lowers a score. "gaussian": times exp(-IoU² / sigma); "linear": times
+            1 - IoU where the IoU is above ``iou_threshold``; "hard": 0 there, as in plain NMS.
         sigma: of "gaussian", > 0.
         iou_threshold: of "linear" and "hard"; "gaussian" has none.
-        score_threshold: a box whose weighed score is below is discarded. A box that overlaps with
-            none chosen before is kept whatever its score is.
+        score_threshold: a box whose weighted score is below this is discarded. A box that overlaps
+            with no selected one stays whatever its score is.
 
     Returns:
-        Indices (K,) int64 of the boxes kept and their weighed scores (K,) float32, by descending
+        Indices (K,) int64 of the boxes that stay and their weighted scores (K,) float32, by descending
         score (equal ones in order of class), on the boxes' device.
 
     Raises:
@@ -88,8 +88,8 @@ def soft_nms(
         iou_threshold=iou_threshold,
         score_threshold=score_threshold,
     )
-    kept_scores, order = rows.scores[rows.kept].sort(descending=True, stable=True)
-    return rows.indices[rows.kept][order], kept_scores
+    weighted, order = rows.scores[rows.keep].sort(descending=True, stable=True)
+    return rows.indices[rows.keep][order], weighted
 
 
 def soft_nms_rows(
@@ -121,11 +121,11 @@ def soft_nms_merge(
     iou_threshold: float = 0.5,
     score_threshold: float = 0.001,
 ) -> SoftNMSRows:
-    """Soft-NMS in which a box chosen moves towards the boxes that it weighs.
+    """Soft-NMS in which a selected box moves towards the boxes whose scores it lowers.
 
-    Each corner becomes the mean of that corner over the box chosen (weight 1) and the boxes left that
-    overlap with it (weight (1 - w)^weight_exp, w being the factor of their score), each times the
-    corner's score.
+    Each corner becomes the weighted mean of that corner over the selected box (weight 1) and the
+    remaining boxes that overlap with it (weight (1 - w)^weight_exp, w being the factor of their score),
+    each weight times the corner's score.
 
     Args:
         boxes, scores, classes, method, sigma, iou_threshold, score_threshold: as for
@@ -134,7 +134,7 @@ def soft_nms_merge(
         weight_exp: 10 in CornerNet's multi-scale configuration.
 
     Returns:
-        All N rows of the published array; the rows kept are ``.kept``.
+        All N rows of the published array.
 
     Raises:
         ValueError: a wrong method, value, shape, dtype or device.
@@ -183,7 +183,7 @@ def _run(
     if corner_scores is not None:
         corners = corner_scores.to("cpu", torch.float32)[order]
     if compiled_for(own_boxes.device):
-        found = torch.ops.d2ext.soft_nms.default(
+        own_boxes, own_scores, indices, keep = torch.ops.d2ext.soft_nms.default(
             own_boxes,
             own_scores,
             corners,
@@ -194,17 +194,16 @@ def _run(
             score_threshold,
             weight_exp,
         )
-        own_boxes, own_scores, indices, kept = found
     else:
         rounds = _Rounds(method, sigma, iou_threshold, score_threshold, weight_exp)
-        indices, kept = rounds.run(own_boxes, own_scores, corners, sizes.tolist())
+        indices, keep = rounds.run(own_boxes, own_scores, corners, sizes.tolist())
     return SoftNMSRows(
-        order[indices].to(device), own_scores.to(device), kept.to(device), own_boxes.to(device)
+        order[indices].to(device), own_scores.to(device), keep.to(device), own_boxes.to(device)
     )
 
 
 def _by_class(classes: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
-    """Order of the boxes by class, as they came within one, and the number of each class."""
+    """Stable order of the boxes by class, and the number of boxes of each class."""
     if classes is None:
         return torch.arange(count), torch.tensor([count])
     ordered, order = classes.cpu().sort(stable=True)
@@ -215,7 +214,7 @@ def _by_class(classes: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
 
 
 class _Rounds:
-    """The rounds in plain PyTorch, a few operations on all boxes left in each."""
+    """The rounds in plain PyTorch: each is a few operations on all remaining boxes."""
 
     def __init__(
         self,
@@ -231,22 +230,22 @@ class _Rounds:
     def run(
         self, boxes: Tensor, scores: Tensor, corners: Tensor | None, sizes: list[int]
     ) -> tuple[Tensor, Tensor]:
-        """Works on boxes and scores in place; returns (indices, kept)."""
+        """Changes boxes and scores in place; returns (indices, keep)."""
         indices = torch.arange(len(boxes))
-        kept = torch.zeros(len(boxes), dtype=torch.bool)
+        keep = torch.zeros(len(boxes), dtype=torch.bool)
         begin = 0
         for size in sizes:
             part = slice(begin, begin + size)
             own = None if corners is None else corners[part]
             count = self._one_class(boxes[part], scores[part], indices[part], own)
-            kept[begin : begin + count] = True
+            keep[begin : begin + count] = True
             begin += size
-        return indices, kept
+        return indices, keep
 
     def _one_class(
         self, boxes: Tensor, scores: Tensor, indices: Tensor, corners: Tensor | None
     ) -> int:
-        """The number of rows kept."""
+        """The number of rows that are not stale."""
         count, row = len(boxes), 0
         while row < count:
             best = row + int(scores[row:count].argmax())
@@ -255,13 +254,13 @@ class _Rounds:
             left = slice(row + 1, count)
             overlaps = _pixel_iou(boxes[row], boxes[left])
             weights = self._weights(overlaps)
-            weighed = scores[left] * weights
-            dropped = (overlaps > 0) & (weighed < self.score_threshold)
+            weighted = scores[left] * weights
+            dropped = (overlaps > 0) & (weighted < self.score_threshold)
             moves = _Moves(dropped)
             if corners is not None:
                 shares = torch.where(overlaps > 0, (1 - weights) ** self.weight_exp, 0.0)
                 boxes[row] = _merged(boxes[row:count], corners[row:count], shares, moves)
-            scores[left] = torch.where(moves.stale, scores[left], weighed[moves.sources])
+            scores[left] = torch.where(moves.stale, scores[left], weighted[moves.sources])
             boxes[left] = boxes[left][moves.sources]
             indices[left] = indices[left][moves.sources]
             count -= moves.dropped
@@ -276,14 +275,14 @@ class _Rounds:
 
 
 class _Moves:
-    """How the boxes left move when those dropped are overwritten by the last one of the array.
+    """How the remaining boxes move when dropped ones are overwritten by the last one of the array.
 
     Attributes:
-        sources: (L,) for each place, the place whose box it holds afterwards.
-        stale: (L,) bool; the place holds a copy of a box that was moved, with its former score.
-        visited, places: for each step of the loop over the array, the former place of the box that
-            is looked at, and its place then.
-        dropped: the number of boxes dropped.
+        sources: (L,) for each place, the former place of the box that it holds afterwards.
+        stale: (L,) bool; the place holds a copy of a moved box, with its former score.
+        visited, places: for each step of the loop over the array, the former and the current place of
+            the box that is visited.
+        dropped: the number of dropped boxes.
     """
 
     def __init__(self, dropped: Tensor) -> None:
@@ -309,7 +308,7 @@ class _Moves:
 
 
 def _merged(boxes: Tensor, corners: Tensor, shares: Tensor, moves: _Moves) -> Tensor:
-    """(4,): mean corners of row 0, with share 1, and of the rows after it, weighed by corner score."""
+    """(4,): mean corners of row 0 (share 1) and of the rows after it, weighted by corner score."""
     shares = torch.cat([shares.new_ones(1), shares[moves.visited]])
     visited = torch.cat([boxes[:1], boxes[1:][moves.visited]])
     weights = shares[:, None] * torch.cat([corners[:1], corners[1:][moves.places]])
@@ -318,7 +317,7 @@ def _merged(boxes: Tensor, corners: Tensor, shares: Tensor, moves: _Moves) -> Te
 
 
 def _pixel_iou(box: Tensor, boxes: Tensor) -> Tensor:
-    """(L,): IoU of one box with L boxes in the convention of pixels; 0 where they do not overlap."""
+    """(L,): IoU of one box with L boxes, counting pixels; 0 where they do not overlap."""
     low = torch.maximum(box[:2], boxes[:, :2])
     high = torch.minimum(box[2:], boxes[:, 2:])
     sides = high - low + 1

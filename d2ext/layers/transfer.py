@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
-    """``values`` on ``device``, without waiting for what the device is doing.
+    """``values`` on ``device``, without waiting for the work queued there.
 
-    A copy from ordinary memory waits until the GPU has done all work before it, so that the host
-    cannot prepare the next batch meanwhile; one from pinned memory does not. Values that are on a
-    device, or pinned, already are copied as they are.
+    A copy from ordinary memory waits until the GPU has finished all earlier work, so that the host
+    cannot prepare the next batch meanwhile; one from pinned memory does not. Values that already are on
+    a device, or pinned, are copied directly.
     """
     if device.type == "cuda" and values.device.type == "cpu" and not values.is_pinned():
         values = values.pin_memory()

@@ -85,13 +85,13 @@ def get_config(config_path: str, trained: bool = False) -> CfgNode:
 
     Args:
         config_path: file name relative to ``configs/``.
-        trained: kept for compatibility with ``detectron2.model_zoo``. d2ext distributes no weights,
-            so ``True`` is an error: convert a published checkpoint with
-            ``d2ext convert`` and set ``cfg.MODEL.WEIGHTS`` to the result.
+        trained: exists for compatibility with ``detectron2.model_zoo``. d2ext distributes no weights,
+            so ``True`` is an error: convert a published checkpoint with ``d2ext convert`` and set
+            ``cfg.MODEL.WEIGHTS`` to the result.
 
     Raises:
         FileNotFoundError: there is no such config.
-        ValueError: ``trained`` was asked for.
+        ValueError: ``trained`` is True.
     """
     file = get_config_file(config_path)
     if trained:

@@ -1,8 +1,8 @@
 """The stacked hourglass of CornerNet (arXiv 1808.01244, section 3.5; CornerNet-Lite, arXiv 1904.08900).
 
-Unlike Newell's, it reduces with strided convolutions, not with pooling, and widens towards the
-bottom. Built of residual blocks it is hourglass-104 (two stacks), -52 (one) or -54 (three shallow
-ones, CornerNet-Saccade); built of fire modules it is CornerNet-Squeeze's.
+Unlike Newell's, it downsamples with strided convolutions instead of pooling, and widens towards the
+bottom. With residual blocks it is hourglass-104 (two stacks), -52 (one) or -54 (three shallow ones,
+CornerNet-Saccade); with fire modules it is CornerNet-Squeeze's.
 
 Shapes: input (B, 3, H, W); s stride of the stem (4 or 8), n reductions in a stack, C channels of the
 output; every output ``stack{i}`` is (B, C, H/s, W/s), sizes rounded up.
@@ -57,11 +57,11 @@ class ResidualBlock(nn.Module):
 
 
 class FireBlock(nn.Module):
-    """CornerNet-Squeeze's: 1×1 squeeze, then 1×1 and depth-wise 3×3 side by side.
+    """Block of CornerNet-Squeeze: 1×1 squeeze, then 1×1 and depth-wise 3×3 side by side.
 
-    Published quirks: no ReLU after the squeeze, and no projection, so that only blocks that keep
-    stride and width have a skip. The published norm over both halves is one for each half here,
-    which is the same.
+    Published quirks: no ReLU after the squeeze, and no projection, so that only blocks with equal
+    input and output shapes have a skip. The published norm over both halves is split into one for each
+    half, which is equivalent.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, norm: str, stride: int = 1) -> None:
@@ -144,7 +144,7 @@ class CornerNetHourglass(Backbone):
 
     Args:
         in_channels: of the image.
-        num_stacks: hourglasses in a row.
+        num_stacks: number of hourglasses, one after the other.
         channels: at each level of an hourglass, n + 1 numbers; the first is the stem's output.
         blocks: at each level, n + 1 numbers.
         block: "residual" or "fire".
@@ -224,11 +224,11 @@ class CornerNetHourglass(Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """Images have sides of a multiple of this, or of one less, as the published ones have."""
+        """Image sides are a multiple of this, or one less, as in the published models."""
         return self.stride * 2**self.depth
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W) → ``stack1``, ``stack2``, ... and, if asked for, the levels.
+        """(B, 3, H, W) → ``stack1``, ``stack2``, ... and, with ``out_levels``, the levels.
 
         Raises:
             ValueError: H or W does not fit :attr:`size_divisibility`.
@@ -260,13 +260,13 @@ def add_cornernet_hourglass_config(cfg: CfgNode) -> None:
     The defaults are hourglass-104.
     """
     hourglass = cfg.MODEL.CORNERNET_HOURGLASS = CfgNode()
-    # Hourglasses in a row.
+    # Number of hourglasses, one after the other.
     hourglass.NUM_STACKS = 2
     # Channels at each level, from the stem's output to the bottom; one more than reductions.
     hourglass.CHANNELS = [256, 256, 384, 384, 384, 512]
     # Blocks at each level.
     hourglass.BLOCKS = [2, 2, 2, 2, 2, 4]
-    # "residual", or "fire" as CornerNet-Squeeze has it (transposed convolutions between levels).
+    # "residual", or "fire" as in CornerNet-Squeeze (with transposed convolutions between levels).
     hourglass.BLOCK = "residual"
     # Channels of the stem's 7x7 convolution (stride 2).
     hourglass.STEM_CHANNELS = 128

@@ -37,12 +37,11 @@ class DLABlock(nn.Module):
 
 
 class DLATree(nn.Module):
-    """One aggregation node: two blocks and the root that joins them with what was collected.
+    """One aggregation node: two blocks and the root that joins them with the node's children.
 
     Args:
-        in_channels, out_channels: widths.
         stride: of the first block.
-        extra_channels: width of all the children that :meth:`forward` gets.
+        extra_channels: total width of the children that :meth:`forward` gets.
         keep_input: the down-sampled input is a child of the root.
     """
 
@@ -125,7 +124,7 @@ class DLA34(Backbone):
             widths = _CHANNELS[level - 1 : level + 1]
             tree: nn.Module
             if depth == 1:
-                # Published: from level 3 on roots join the down-sampled input.
+                # As published, from level 3 on the root joins the down-sampled input.
                 tree = DLATree(*widths, stride=2, norm=norm, keep_input=level > 2)
             else:
                 tree = DLATwoLevelTree(*widths, stride=2, norm=norm)
@@ -139,11 +138,11 @@ class DLA34(Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """Max pooling and strided convolution agree on the size of even maps only."""
+        """Max pooling and strided convolution give the same size only for even maps."""
         return 32
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W) → the wanted levels."""
+        """(B, 3, H, W) → the levels named in ``out_features``."""
         x = conv_relu(self.stem, x)
         outputs = {}
         for level in range(len(_CHANNELS)):
@@ -155,14 +154,14 @@ class DLA34(Backbone):
 
 
 class IterativeAggregation(nn.Module):
-    """Fuses maps of falling resolution, each with the result so far (IDA).
+    """Fuses maps of falling resolution one by one with the result so far (IDA).
 
-    Every map but the first is brought to the width and the resolution of the first, added to the one
-    before and convolved.
+    Each map after the first is projected to ``out_channels``, enlarged to the first map's resolution,
+    added to the result so far and convolved.
 
     Args:
         in_channels: of each map, the finest first.
-        factors: by which each map but the first is enlarged.
+        factors: enlargement of each map after the first.
         out_channels: of all results.
     """
 
@@ -192,9 +191,9 @@ class IterativeAggregation(nn.Module):
 class DLAUp(Backbone):
     """DLA-34 and its up-sampling path to stride 4.
 
-    First every level from the deepest but one upwards is fused with all that is below it: the next
-    level, and what the steps before made of the deeper ones. Then the fused maps of strides 4, 8 and
-    16 are fused once more. Published quirk: the latter leaves out the map of stride 32.
+    Every level from the second deepest upwards is fused with the next deeper level and the results of
+    the previous step. Then the fused maps of strides 4, 8 and 16 are fused once more. Published quirk:
+    this last step leaves out the map of stride 32.
 
     Args:
         bottom_up: computes ``level2`` to ``level5``.
@@ -208,7 +207,7 @@ class DLAUp(Backbone):
         self.bottom_up = bottom_up
         shapes = bottom_up.output_shape()
         widths = [shapes[name].channels for name in self._LEVELS]
-        # From the deepest pair on; what a step returns has the width of its finest level.
+        # From the deepest pair upwards; a step's results have the width of its finest level.
         self.steps = nn.ModuleList()
         for start in range(len(widths) - 2, -1, -1):
             below = [widths[start + 1]] * (len(widths) - 1 - start)

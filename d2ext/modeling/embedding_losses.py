@@ -1,8 +1,7 @@
-"""Pull and push: embeddings that tell which points belong to one object.
+"""Pull and push losses for embeddings that tell which points belong to one object.
 
 Shared by CornerNet (arXiv 1808.01244, equations 4 and 5; Newell's associative embedding, arXiv
-1611.05424) and CenterNet with triplets (arXiv 1904.08189). Computed in float32, whatever the
-predictions are.
+1611.05424) and CenterNet with triplets (arXiv 1904.08189). Computed in float32.
 
 Letters: B images, N object slots of an image, n objects of an image.
 """
@@ -19,14 +18,14 @@ _EPSILON = 1e-4
 def pull_push_loss(first: Tensor, second: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Pull both points of an object to their mean, push the means of objects apart.
 
-    Pull is the sum over objects of both squared distances to the mean, over (n + 1e-4). Push is the
-    sum over all ordered pairs, an object with itself among them, of
+    Pull is the sum over objects of both squared distances to the mean, divided by (n + 1e-4). Push is
+    the sum over all ordered pairs, including an object with itself, of
     (max(0, 1 - distance) - 1 / (n + 1e-4)) / (n (n - 1) + 1e-4).
 
     Published quirks: both are *summed* over images, so they grow with the images per process. The
-    pairs of an object with itself are taken back by the subtraction, which also takes a constant from
-    every other pair; an image with one object adds a constant of nearly 1 (in 1e-4 / 1e-4) without
-    gradient. The published code fails on a batch of one image; this one does not.
+    subtraction cancels the pairs of an object with itself, but also takes a constant from every other
+    pair; an image with one object adds a constant of nearly 1 (1e-4 / 1e-4) without gradient. The
+    published code fails on a batch of one image; this one does not.
 
     Args:
         first, second: (B, N) embeddings of the two points; any finite values in empty slots.

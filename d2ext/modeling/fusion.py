@@ -1,7 +1,7 @@
 """Convolutions with norm, addition and ReLU, for inference on NVIDIA GPUs in one cuDNN kernel.
 
-PyTorch runs a convolution's bias, a residual addition and a ReLU as kernels of their own, which move
-each activation through memory once more. In low precision they take as long as the convolutions.
+PyTorch runs a convolution's bias, a residual addition and a ReLU as separate kernels, each of which
+reads and writes the activations again. In low precision they take as long as the convolutions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def conv_norm(
 ) -> Conv2d:
     """k×k convolution without bias, padded to keep the size at stride 1, and its norm.
 
-    Weights start as PyTorch draws them: the published models are trained from that.
+    PyTorch's initial weights: the published models were trained from these.
     """
     return Conv2d(
         in_channels,
@@ -103,7 +103,7 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def _is_plain(conv: nn.Module) -> bool:
-    """A convolution with a bias that does nothing but convolve."""
+    """Whether this is a convolution with a bias, without norm or activation."""
     if not isinstance(conv, nn.Conv2d) or conv.bias is None or isinstance(conv.padding, str):
         return False
     return not isinstance(conv, Conv2d) or (conv.norm is None and conv.activation is None)
@@ -113,8 +113,8 @@ def fuse_activations(module: nn.Module) -> None:
     """Prepare a module whose norms are folded, in place, for inference on an NVIDIA GPU.
 
     Detectron2's residual blocks and stem are replaced by fused ones, and convolutions that are
-    followed by a ReLU through :func:`conv_relu` or :func:`conv_add_relu` are marked. What does not
-    qualify stays as it is.
+    followed by a ReLU through :func:`conv_relu` or :func:`conv_add_relu` are marked. Other modules stay
+    as they are.
     """
     for child in module.modules():
         if _is_plain(child):

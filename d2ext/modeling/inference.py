@@ -21,7 +21,7 @@ from d2ext.modeling.fusion import fuse_activations
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MODES = ("eager", "cudagraph", "compile", "compile_cudagraph")
-# Runs before a capture: lazily created handles and algorithm choices settle.
+# Runs before a capture, so that handles are created and algorithms selected.
 _WARMUP_RUNS = 3
 
 
@@ -35,15 +35,15 @@ def add_inference_config(cfg: CfgNode) -> None:
     cfg.MODEL.INFERENCE.MODE = "eager"
     # Arithmetic of the network: "float32", "bfloat16" or "float16". Decoding stays in float32.
     cfg.MODEL.INFERENCE.DTYPE = "float32"
-    # Channels-last memory format, which convolutions in low precision want on NVIDIA GPUs.
+    # Channels-last memory format; faster for convolutions in low precision on NVIDIA GPUs.
     cfg.MODEL.INFERENCE.CHANNELS_LAST = False
 
 
 def fold_norms(module: nn.Module) -> None:
     """Fold batch norms, in place, into the convolutions that hold them as ``norm``.
 
-    Takes what Detectron2's ``Conv2d`` and d2ext's convolutions look like: ``weight`` (O, I, kh, kw),
-    ``bias``, ``norm``. Norms whose statistics depend on the input stay.
+    These have attributes ``weight`` (O, I, kh, kw), ``bias`` and ``norm``, as Detectron2's ``Conv2d``
+    and d2ext's convolutions do. Norms whose statistics depend on the input stay.
     """
     for conv in module.modules():
         norm = getattr(conv, "norm", None)
@@ -63,22 +63,22 @@ def fold_norms(module: nn.Module) -> None:
 class InferenceNetwork:
     """Runs ``decode(network(images))``, on a prepared copy of the network where that is faster.
 
-    The copy has its batch norms folded, the wanted dtype and memory format; modules with a method
-    ``prepare_inference()`` may change themselves in it, with folded norms. It is made at the first
-    call. When weights have changed (as training and ``load_state_dict`` change them, in place; writing
-    through ``parameter.data`` is not seen) the new values are written into the copy, so that graphs
-    and compiled code live on. Replacing modules of the network after the first call is not seen.
+    The copy has folded batch norms, ``dtype`` and memory format; then modules with a method
+    ``prepare_inference()`` may change themselves in it. It is made at the first call. When weights have
+    changed in place (by training or ``load_state_dict``; writing through ``parameter.data`` goes
+    unnoticed), the new values are written into the copy, so that graphs and compiled code stay valid.
+    Modules must not be replaced after the first call.
 
     Args:
         network: module of one argument, images (B, 3, H, W) float32.
-        decode: function of its output, returning tensors of value-independent shapes (except in mode
-            "eager", where any shapes will do), in tuples, named tuples, lists or dicts as it likes.
+        decode: function of its output, returning tensors in (nested) tuples, named tuples, lists or
+            dicts; except in mode "eager", their shapes must not depend on values.
         mode: "eager", "cudagraph", "compile" or "compile_cudagraph".
         dtype: "float32", "bfloat16" or "float16".
         channels_last: run the copy in channels-last memory format.
 
     Raises:
-        ValueError: unknown mode or dtype; a CUDA graph asked for on another device.
+        ValueError: unknown mode or dtype; a CUDA graph on another device than a GPU.
     """
 
     def __init__(
@@ -103,10 +103,10 @@ class InferenceNetwork:
         self._forget()
 
     def _forget(self) -> None:
-        """Drop the copy and all that was made of it."""
+        """Drop the copy, its graphs and its compiled code."""
         self._prepared: nn.Module | None = None
-        # The network's weights when the copy was made: walking through the modules for them at
-        # every call would take longer than a small network.
+        # The network's weights when the copy was made; collecting them from the modules at every
+        # call would take longer than running a small network.
         self._watched: list[Tensor] = []
         self._fingerprint: list[tuple[int, int]] = []
         self._compiled: Callable[[Tensor], Any] | None = None
@@ -114,7 +114,7 @@ class InferenceNetwork:
         self._graphs: dict[torch.Size, _CapturedGraph] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Graphs and compiled code can be neither copied nor pickled; the next call makes them anew.
+        # Graphs and compiled code can be neither copied nor pickled; the next call rebuilds them.
         dropped = ("_prepared", "_watched", "_fingerprint", "_compiled", "_seen", "_graphs")
         return {key: value for key, value in self.__dict__.items() if key not in dropped}
 
@@ -136,8 +136,7 @@ class InferenceNetwork:
         if self.mode == "eager":
             return self._run(images)
         if images.shape not in self._seen:
-            # What ``decode`` keeps for the next call (prior boxes) is there before it is compiled
-            # or captured.
+            # Fills the caches of ``decode`` (prior boxes) before it is compiled or captured.
             self._run(images)
             self._seen.add(images.shape)
         function = self._run if self._compiled is None else self._compiled
@@ -188,8 +187,8 @@ class _CapturedGraph:
     """A CUDA graph of ``function`` for inputs of one shape, dtype and memory format.
 
     Args:
-        pool: memory of another graph, to share; results are copied out, so graphs that run one after
-            the other may overwrite each other's.
+        pool: memory of another graph, to share: results are copied out, so graphs that run one after
+            the other may overwrite each other's memory.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
-"""What all meta-architectures share; a model adds its network, losses and results.
+"""Base class of the meta-architectures; a model adds its network, losses and post-processing.
 
 Training runs :meth:`~MetaArch.training_batch`, the network and :meth:`~MetaArch.losses`; inference runs
-:meth:`~MetaArch.preprocess`, the network (as ``MODEL.INFERENCE`` says, see
-:mod:`d2ext.modeling.inference`) with the model's decoding, and :meth:`~MetaArch.postprocess`.
+:meth:`~MetaArch.preprocess`, the network with the model's decoding (see
+:mod:`d2ext.modeling.inference`), and :meth:`~MetaArch.postprocess`.
 
 Letters: B images, H, W size of the network's input.
 """
@@ -25,7 +25,7 @@ from d2ext.modeling.inference import InferenceNetwork
 
 
 class BackboneWithHead(nn.Module):
-    """Images (B, 3, H, W) → what the head predicts on some of the backbone's features, finest first."""
+    """Images (B, 3, H, W) → the head's predictions on features of the backbone, finest first."""
 
     def __init__(self, backbone: Backbone, head: nn.Module, in_features: Sequence[str]) -> None:
         super().__init__()
@@ -41,13 +41,13 @@ class BackboneWithHead(nn.Module):
 class MetaArch(nn.Module):
     """Base class of the meta-architectures.
 
-    A subclass builds its modules, calls :meth:`set_network`, and fills in :meth:`preprocess`,
-    :meth:`encode_targets`, :meth:`losses` and :meth:`postprocess`; one that trains on other images than
-    it predicts on overrides :meth:`training_batch`, one that looks at an image more than once
-    :meth:`inference`.
+    A subclass builds its modules, calls :meth:`set_network`, and implements :meth:`preprocess`,
+    :meth:`encode_targets`, :meth:`losses` and :meth:`postprocess`. It overrides :meth:`training_batch`
+    if its training input differs from :meth:`preprocess`, and :meth:`inference` if it runs the network
+    more than once for an image.
     """
 
-    # (old, new) prefixes of parameters that checkpoints of earlier versions have under another name.
+    # (old, new) prefixes of parameters that had another name in earlier versions' checkpoints.
     RENAMED_PARAMETERS: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     def __init__(
@@ -82,7 +82,7 @@ class MetaArch(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """This class's constructor arguments; subclasses add theirs."""
+        """Arguments of this class's constructor; subclasses add theirs."""
         return {
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
@@ -94,11 +94,11 @@ class MetaArch(nn.Module):
         }
 
     def set_network(self, network: nn.Module, decode: Callable[[Any], Any]) -> None:
-        """Say what runs between images and losses or results; the last step of a constructor.
+        """Set what runs between images and losses or results; the last step of a constructor.
 
         Args:
-            network: images (B, 3, H, W) → predictions. Its parts are modules of the model, so its
-                parameters are not registered again.
+            network: images (B, 3, H, W) → predictions. It is not registered as a submodule: its parts
+                are already modules of the model.
             decode: in inference, predictions → tensors whose shapes do not depend on values, see
                 :class:`InferenceNetwork`.
         """
@@ -129,7 +129,7 @@ class MetaArch(nn.Module):
 
         Args:
             batched_inputs: for each image a dict with ``image`` (3, h, w) in 0..255, any size;
-                ``height``, ``width`` of the wanted output (missing or None: of the image); in training
+                ``height``, ``width`` of the output (missing or None: of the image); in training
                 ``instances`` and whatever else :meth:`encode_targets` reads.
 
         Returns:
@@ -149,21 +149,21 @@ class MetaArch(nn.Module):
         images, targets = self.training_batch(batched_inputs)
         predictions = self.network(images)
         if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
-            state = np.random.get_state()  # Detectron2's visualizer draws colours at random
+            state = np.random.get_state()  # Detectron2's visualizer uses random colours
             with torch.no_grad():
                 name, picture = self.draw_training(batched_inputs, images, targets, predictions)
             np.random.set_state(state)
             get_event_storage().put_image(name, picture)
         return self.losses(predictions, targets)
 
-    # What a model fills in, in the order in which it runs
+    # Methods that a model implements, in the order in which they run
 
     def preprocess(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
-        """Images as they come → the network's input, (B, 3, H, W), normalised."""
+        """Images of the inputs → the network's input, (B, 3, H, W), normalised."""
         raise NotImplementedError
 
     def encode_targets(self, batched_inputs: list[dict[str, Any]], images: Tensor) -> Any:
-        """What the losses compare predictions on ``images`` (B, 3, H, W) with."""
+        """Targets for the predictions on ``images`` (B, 3, H, W)."""
         raise NotImplementedError
 
     def losses(self, predictions: Any, targets: Any) -> dict[str, Tensor]:
@@ -193,14 +193,14 @@ class MetaArch(nn.Module):
         images = self.preprocess(batched_inputs)
         return self.postprocess(self.inference_network(images), batched_inputs)
 
-    # What models use
+    # Helpers for models
 
     def normalize(self, images: Tensor) -> Tensor:
-        """(..., 3, H, W) in 0..255 → what the network was trained on."""
+        """(..., 3, H, W) in 0..255 → pixel mean subtracted, divided by the deviation."""
         return (images - self.pixel_mean) / self.pixel_std
 
     def upload(self, inputs: dict[str, Any]) -> Tensor:
-        """An image, as it comes, on the model's device."""
+        """The input's image on the model's device."""
         return inputs["image"].to(self.device, non_blocking=True)
 
     def draw_pair(

@@ -1,4 +1,4 @@
-"""Base of detectors that see images whole, each on a canvas of its own, at one or more scales.
+"""Base class of detectors that run on whole images, each on a canvas, at one or more scales.
 
 Letters: B images, H×W pixels of a canvas.
 """
@@ -17,8 +17,8 @@ from d2ext.modeling.meta_arch import MetaArch, image_size, output_size
 
 
 class MultiScaleMetaArch(MetaArch):
-    """A subclass fills in :meth:`canvas`, :meth:`draw`, :meth:`detections`, :meth:`result` and
-    :meth:`shown_maps`, beside what :class:`MetaArch` asks for."""
+    """A subclass implements :meth:`canvas`, :meth:`draw`, :meth:`detections`, :meth:`result` and
+    :meth:`shown_maps`, besides :meth:`encode_targets` and :meth:`losses` of :class:`MetaArch`."""
 
     def __init__(self, *, scales: Sequence[float], flip: bool, **meta_arch: Any) -> None:
         """Args:
@@ -35,17 +35,17 @@ class MultiScaleMetaArch(MetaArch):
         self.flip = flip
 
     def canvas(self, size: tuple[int, int], scale: float) -> Canvas:
-        """How an image of ``size`` (height, width) is shown to the network."""
+        """How an image of ``size`` (height, width) is placed in the network's input."""
         raise NotImplementedError
 
     def draw(self, image: Tensor, canvas: Canvas) -> Tensor:
-        """(3, h, w) → (3, H, W) in 0..255: the image, brought to its scale, on the canvas."""
+        """(3, h, w) → (3, H, W) in 0..255: the scaled image on the canvas."""
         raise NotImplementedError
 
     def detections(
         self, predictions: tuple[Tensor, ...], batched_inputs: list[dict[str, Any]], scale: float
     ) -> list[Any]:
-        """Decoded predictions of a pass → what it detects on each image, in its pixels."""
+        """Decoded predictions of a pass → each image's detections, in pixels of the image."""
         raise NotImplementedError
 
     def result(self, inputs: dict[str, Any], passes: list[Any]) -> dict[str, Any]:
@@ -53,15 +53,15 @@ class MultiScaleMetaArch(MetaArch):
         raise NotImplementedError
 
     def shown_maps(self, inputs: dict[str, Any]) -> list[tuple[str, Tensor, Tensor]]:
-        """Name, probabilities (C, h, w) and map from cells to pixels (2, 3) of one image's heat maps."""
+        """One image's heat maps: name, probabilities (C, h, w), map from cells to pixels (2, 3)."""
         raise NotImplementedError
 
     def preprocess(
         self, batched_inputs: list[dict[str, Any]], scale: float | None = None
     ) -> Tensor:
-        """Images that share a canvas → (B, 3, H, W) and, if wanted, B mirror images.
+        """Images with canvases of one size → (B, 3, H, W), followed by B mirror images if ``flip``.
 
-        Around the images there are zeros, before the normalisation as published.
+        Around the images there are zeros, as published added before the normalisation.
 
         Args:
             scale: one of the test scales; default: the first of them.
@@ -75,7 +75,7 @@ class MultiScaleMetaArch(MetaArch):
 
     @torch.no_grad()
     def inference(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Images of any sizes, at all scales; those that share a canvas go through together."""
+        """Images of any sizes, at all scales; images with canvases of one size run as a batch."""
         runs = []
         for scale in self.scales:
             groups: dict[tuple[int, int], list[int]] = {}
@@ -87,20 +87,20 @@ class MultiScaleMetaArch(MetaArch):
                 runs.append((members, group, predictions, scale))
         passes: list[list[Any]] = [[] for _ in batched_inputs]
         for members, group, predictions, scale in runs:
-            for i, own in zip(members, self.detections(predictions, group, scale), strict=True):
-                passes[i].append(own)
-        return [self.result(x, own) for x, own in zip(batched_inputs, passes, strict=True)]
+            for i, one in zip(members, self.detections(predictions, group, scale), strict=True):
+                passes[i].append(one)
+        return [self.result(x, each) for x, each in zip(batched_inputs, passes, strict=True)]
 
     def postprocess(
         self, predictions: tuple[Tensor, ...], batched_inputs: list[dict[str, Any]]
     ) -> list[dict[str, Any]]:
-        """Of one pass, at the first scale."""
+        """Results of a single pass, at the first scale."""
         passes = self.detections(predictions, batched_inputs, self.scales[0])
-        return [self.result(x, [own]) for x, own in zip(batched_inputs, passes, strict=True)]
+        return [self.result(x, [one]) for x, one in zip(batched_inputs, passes, strict=True)]
 
     @torch.no_grad()
     def heatmaps(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
-        """What the network sees where, at the first test scale; see :mod:`d2ext.utils.heatmaps`.
+        """Heat maps at the first test scale, for drawing; see :mod:`d2ext.utils.heatmaps`.
 
         Returns:
             for each image maps by name, (height, width) of the output, in 0..1.

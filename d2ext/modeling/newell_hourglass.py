@@ -1,12 +1,12 @@
 """Stacked hourglass network for landmarks (Newell et al., arXiv 1603.06937), as the published PyTorch
 code builds it.
 
-Every stack ends in features and, with ``num_maps`` > 0, in score maps, which are supervised; features
-and maps of a stack return, each through a 1x1 convolution, to the input of the next one. The maps are
-therefore a part of the backbone: a head takes them as they come.
+Every stack outputs features and, with ``num_maps`` > 0, score maps, which are supervised; both are
+added, each through a 1x1 convolution, to the input of the next stack. The maps are therefore part of
+the backbone: a head uses them unchanged.
 
 Letters: B images, H, W their size, C channels, K maps, i = 1..n stack. Every convolution has a bias,
-also those that a norm follows. Width and height must be multiples of 4 * 2^depth.
+even where a norm follows. Width and height must be multiples of 4 * 2^depth.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from d2ext.modeling.fusion import conv_relu, take_bias
 def add_newell_hourglass_config(cfg: CfgNode) -> None:
     """Add the keys of :class:`NewellHourglass` to ``cfg``, in place; defaults as published."""
     hourglass = cfg.MODEL.NEWELL_HOURGLASS = CfgNode()
-    # Hourglasses in a row; published models have 8 and 2.
+    # Number of hourglasses, one after the other; published models have 8 and 2.
     hourglass.NUM_STACKS = 2
-    # Maps that each stack predicts, one for each landmark; 0: none. LandmarkNet sets it, as its head
-    # wants it.
+    # Maps that each stack predicts, one for each landmark; 0: none. LandmarkNet sets this to suit its
+    # head.
     hourglass.NUM_MAPS = 16
     # Channels between the hourglasses and inside them.
     hourglass.CHANNELS = 256
     # Channels after the 7x7 convolution and after the stem's first and second residual block.
     hourglass.STEM_CHANNELS = [64, 128, 128]
-    # Times that an hourglass halves its resolution.
+    # How often an hourglass halves its resolution.
     hourglass.DEPTH = 4
-    # Channels that the levels inside an hourglass have more than its outermost one.
+    # Channels by which the inner levels of an hourglass are wider than its outermost one.
     hourglass.INCREASE = 0
-    # Whether each level has INCREASE more than the one around it. False, as published: only the
-    # second level widens, and those inside it keep that width.
+    # Whether each level is INCREASE wider than the one around it. False, as published: only the
+    # second level widens, and those inside it have the same width.
     hourglass.INCREASE_EVERY_LEVEL = False
     # Norm, a name that Detectron2's get_norm knows. "" is not possible.
     hourglass.NORM = "BN"
@@ -73,13 +73,13 @@ class PreActivationResidual(nn.Module):
         return self.shortcut(x) + self.conv3(conv_relu(self.conv2, inner))
 
     def fold_biases(self, offset: Tensor) -> Tensor:
-        """Take ``x - offset`` for x from now on, and leave the biases of the sum out of the output.
+        """Expect ``x - offset`` as input from now on, and leave the sum's biases out of the output.
 
         Args:
-            offset: (in,), the same at every place.
+            offset: (in,), for each channel.
 
         Returns:
-            (out,), what the output lacks.
+            (out,), the offset by which the output is now too small.
         """
         self.pre_norm.running_mean.sub_(offset)
         missing = take_bias(self.conv3)
@@ -94,8 +94,8 @@ class Hourglass(nn.Module):
 
     Args:
         channels: of input and output.
-        increases: for each of the ``depth`` levels below the first, from the outside to the inside,
-            the channels that it has more than the one around it.
+        increases: for each of the ``depth`` levels below the first, outermost first, by how many
+            channels it is wider than the one around it.
         norm: see :class:`PreActivationResidual`.
     """
 
@@ -117,7 +117,7 @@ class Hourglass(nn.Module):
         return self.up(x) + F.interpolate(low, scale_factor=2, mode="nearest")
 
     def fold_biases(self, offset: Tensor) -> Tensor:
-        """See :meth:`PreActivationResidual.fold_biases`; pooling and resizing move with an offset."""
+        """See :meth:`PreActivationResidual.fold_biases`; pooling and resizing preserve an offset."""
         low = offset
         for part in (self.low1, self.low2, self.low3):
             assert isinstance(part, PreActivationResidual | Hourglass)
@@ -125,13 +125,13 @@ class Hourglass(nn.Module):
         return self.up.fold_biases(offset) + low
 
 
-class Stack(nn.Module):
-    """An hourglass, the features after it, the maps of them, and what goes on to the next stack.
+class HourglassStack(nn.Module):
+    """An hourglass, the features and maps computed from it, and the input of the next stack.
 
     Args:
         channels, increases, norm: see :class:`Hourglass`.
         maps: K; 0 for a stack without maps.
-        last: nothing goes on.
+        last: there is no next stack.
     """
 
     def __init__(
@@ -156,10 +156,10 @@ class Stack(nn.Module):
         return features, maps, x
 
     def fold_biases(self, offset: Tensor) -> Tensor:
-        """See :meth:`PreActivationResidual.fold_biases`; features and maps keep their values, the
-        input of the next stack lacks what is returned.
+        """See :meth:`PreActivationResidual.fold_biases`; features and maps keep their values, only the
+        next stack's input is too small by the returned offset.
 
-        Both ways back are linear in the features, so they become one convolution.
+        Both merge convolutions are linear in the features, so they become one.
         """
         inner = self.residual.fold_biases(self.hourglass.fold_biases(offset))
         if self.conv.bias is not None:
@@ -204,9 +204,8 @@ class NewellHourglass(Backbone):
         channels: C.
         stem_channels: after the 7x7 convolution and the stem's first two residual blocks.
         depth: levels below the first; 4 reaches 1/16 of the hourglass's input.
-        increase: channels that the second level has more than the first.
-        increase_every_level: the levels inside it widen as well; in the published network they do
-            not.
+        increase: channels by which the second level is wider than the first.
+        increase_every_level: deeper levels widen as well; in the published network they do not.
         norm: a name that Detectron2's ``get_norm`` knows.
         in_channels: of the images.
 
@@ -235,7 +234,7 @@ class NewellHourglass(Backbone):
         self.stem3 = PreActivationResidual(third, channels, norm)
         increases = [increase] + [increase if increase_every_level else 0] * (depth - 1)
         self.stacks = nn.ModuleList(
-            Stack(channels, increases, num_maps, norm, last=i == num_stacks - 1)
+            HourglassStack(channels, increases, num_maps, norm, last=i == num_stacks - 1)
             for i in range(num_stacks)
         )
         self._out_feature_channels = {}
@@ -267,20 +266,20 @@ class NewellHourglass(Backbone):
 
     @torch.no_grad()
     def prepare_inference(self) -> None:
-        """Work without the biases of residual sums, in place, for inference, with the same outputs.
+        """Remove the biases of residual sums for inference, in place, with the same outputs.
 
-        PyTorch adds the bias of a convolution that no ReLU follows in a pass of its own, which takes
-        as long as the convolution. Those that end in a residual sum only shift it, and the next norm
-        can take the shift back. Needs folded norms; where some are left, nothing is changed.
+        PyTorch adds the bias of a convolution without ReLU in a separate pass, which takes as long as
+        the convolution. Before a residual sum it only shifts the sum, and the next norm can undo the
+        shift. Needs folded norms; if some are left, nothing is changed.
         """
-        # All norms are of one kind: where those of convolutions were folded, the others have a mean too.
+        # All norms are of one kind: if those of convolutions were folded, the others have a mean too.
         if any(getattr(m, "norm", None) is not None for m in self.modules()):
             return
         offset = torch.zeros_like(self.stem1.pre_norm.running_mean)
         for stem in (self.stem1, self.stem2, self.stem3):
             offset = stem.fold_biases(offset)
         for stack in self.stacks:
-            assert isinstance(stack, Stack)
+            assert isinstance(stack, HourglassStack)
             offset = stack.fold_biases(offset)
 
     def stem(self, images: Tensor) -> Tensor:

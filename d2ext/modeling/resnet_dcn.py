@@ -27,7 +27,7 @@ def add_resnet_dcn_config(cfg: CfgNode) -> None:
 def build_deformable_resnet(
     cfg: CfgNode, input_shape: ShapeSpec, conv: Callable[..., nn.Module]
 ) -> ResNet:
-    """Detectron2's ResNet of ``cfg.MODEL.RESNETS``, some of its 3x3 convolutions replaced.
+    """Detectron2's ResNet from ``cfg.MODEL.RESNETS`` with some 3x3 convolutions replaced.
 
     Args:
         conv: (in_channels, out_channels, stride, norm) → a deformable 3x3 convolution, for the blocks
@@ -53,6 +53,6 @@ def build_deformable_resnet(
 
 @BACKBONE_REGISTRY.register()
 def build_resnet_dcn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
-    """With :class:`ModulatedDeformConv`, which has a bias although a norm follows, as published
-    checkpoints do."""
+    """ResNet with :class:`ModulatedDeformConv`, which has a bias although a norm follows, as in
+    published checkpoints."""
     return build_deformable_resnet(cfg, input_shape, ModulatedDeformConv)

@@ -35,7 +35,7 @@ class DeconvStage(nn.Module):
                 in_channels, out_channels, 4, stride=2, padding=1, bias=False
             )
             nn.init.normal_(self.up.weight, std=0.001)
-        # Not called `norm`: it is no norm of a convolution that could take it in.
+        # Not called `norm`, so that fold_norms does not take it for the norm of a convolution.
         self.up_norm = get_norm(norm, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class ResNetDeconv(Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """Images have sides of a multiple of this: the coarsest map is enlarged by powers of 2."""
+        """Image sides are multiples of this: the coarsest map is enlarged by powers of 2."""
         return self.coarsest_stride
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -104,7 +104,7 @@ def add_resnet_deconv_config(cfg: CfgNode) -> None:
     deconv = cfg.MODEL.DECONV = CfgNode()
     # Feature of the ResNet (MODEL.RESNETS) to start from.
     deconv.IN_FEATURE = "res5"
-    # Channels of each stage, which doubles the resolution. Without deformable convolutions the
+    # Channels of each stage; a stage doubles the resolution. Without deformable convolutions the
     # published net has 256, 256, 256.
     deconv.CHANNELS = [256, 128, 64]
     # A modulated deformable convolution before each transposed one.

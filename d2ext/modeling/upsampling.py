@@ -1,4 +1,4 @@
-"""Parts of networks that return to a high resolution: transposed and deformable convolutions."""
+"""Layers for up-sampling paths: transposed and deformable convolutions."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def upsampling(channels: int, factor: int, *, depthwise: bool) -> nn.ConvTranspo
     Kernel 2 * factor, padding factor / 2, no bias.
 
     Args:
-        depthwise: each channel by itself. Otherwise the channels mix: the bilinear kernel stands
-            between equal channels, PyTorch's random start everywhere else.
+        depthwise: one group for each channel. Otherwise channels mix: the bilinear kernel maps each
+            channel to itself, and the other weights start as PyTorch's random ones.
     """
     conv = nn.ConvTranspose2d(
         channels,

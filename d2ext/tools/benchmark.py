@@ -10,12 +10,12 @@ size of the images, on the device, the device having finished. Its parts:
 - upload: images to the device, channel order;
 - preprocess: resize to the network's input, normalisation;
 - network: backbone and heads;
-- choice: decoding of boxes, NMS, choice of the detections;
+- choice: decoding of boxes, NMS, selection of the detections;
 - results: masks assembled at the size of the image, Instances built.
 
-Latency is the median over single calls, each waited for; throughput is that of calls back to
-back, median of three rounds. A part that follows from a difference of two measurements is a difference
-of medians. FLOPs are those of the network (multiply and add count as two), without what is elementwise.
+Latency is the median of single calls; throughput is measured on calls back to back, median of three
+rounds. Parts that cannot be timed alone are differences of two medians. FLOPs are those of the network
+(multiply and add count as two), without elementwise operations.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--boxes",
         type=positive,
         metavar="N",
-        help="boxes in each image, for models that look into boxes (default: the whole image)",
+        help="boxes in each image, for top-down models (default: the whole image)",
     )
     add("--image", metavar="FILE", help="image to measure on (default: drawn)")
     add(

@@ -25,7 +25,7 @@ def add_config_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on, for ``add_argument(type=...)``."""
+    """A whole number of at least 1, for ``add_argument(type=...)``."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is no number from 1 on")
     return int(text)

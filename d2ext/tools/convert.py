@@ -41,7 +41,7 @@ StateDict = Mapping[str, Tensor]
 
 # Systems whose files are backbones trained on a classification task.
 BACKBONE_SYSTEMS = ("torchvision_resnet",)
-# Names shown of a list.
+# Number of names shown of a list.
 _SHOWN = 6
 
 
@@ -95,7 +95,7 @@ def is_counter(name: str) -> bool:
 
 
 def left_out(published: StateDict, converted: StateDict) -> list[str]:
-    """Published parameters of which the result holds nothing, told by their memory.
+    """Published parameters that are not in the result, compared by their memory.
 
     Converters rename; one that computes a new tensor shows its source here too.
     """
@@ -166,7 +166,7 @@ def check_backbone(converted: dict[str, Tensor], model: nn.Module) -> list[str]:
     filled = {k for k in own if k in placed and placed[k].shape == own[k].shape}
     sources = {placed[k].untyped_storage().data_ptr() for k in filled}
     unused = [k for k, v in weights.items() if v.untyped_storage().data_ptr() not in sources]
-    # A block of which nothing was found: the net is deeper than the weights.
+    # A block without any weights: the net is deeper than the checkpoint.
     blocks = {".".join(k.split(".")[:2]) for k in filled}
     missing = [k for k in own if ".".join(k.split(".")[:2]) not in blocks]
     if unused or missing:

@@ -32,14 +32,14 @@ class Clock:
     Args:
         device: waited for before and after each measurement.
         iterations: calls that are measured.
-        warmup: calls before them, which also compile, capture and choose algorithms.
+        warmup: calls before them, which also compile, capture and select algorithms.
     """
 
     def __init__(self, device: torch.device, iterations: int, warmup: int) -> None:
         self.device, self.iterations, self.warmup = device, iterations, warmup
 
     def wait(self) -> None:
-        """Wait until the device has done all that it was given."""
+        """Wait until the device has finished all its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -74,7 +74,7 @@ class Clock:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What the numbers depend on, beside the model."""
+    """Hardware and versions that the numbers depend on."""
     known: dict[str, Any] = {
         "device": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
@@ -125,7 +125,7 @@ def settle_norms(model: nn.Module, inputs: list[dict[str, Any]]) -> None:
 
 
 def run_network(model: nn.Module, inputs: list[dict[str, Any]]) -> None:
-    """The network alone, eagerly; of a model that is not ours, all of it."""
+    """Run the network alone, eagerly; of a model that is not d2ext's, the whole model."""
     if isinstance(model, MetaArch):
         model.inference_network.network(model.preprocess(inputs))
     else:
@@ -133,7 +133,7 @@ def run_network(model: nn.Module, inputs: list[dict[str, Any]]) -> None:
 
 
 def network_only(faster: InferenceNetwork) -> InferenceNetwork:
-    """The same network in the same mode, without the choice of detections."""
+    """The same network in the same mode, without decoding."""
 
     def tensors(raw: Any) -> tuple[Tensor, ...]:
         if isinstance(raw, Tensor):
@@ -175,7 +175,7 @@ def _deform_conv_flops(
 
 
 class BoxPredictor(BatchPredictor):
-    """Gives a model that looks into boxes the same number of drawn ones in each image."""
+    """Gives a top-down model the same number of random boxes in each image."""
 
     def __init__(self, cfg: CfgNode, count: int) -> None:
         super().__init__(cfg)
@@ -237,22 +237,22 @@ def stage_times(
     alone = network_only(faster)
     stages["preprocess"] = clock.median(lambda: model.preprocess(inputs))
     stages["network"] = clock.median(lambda: alone(batch))
-    chosen = clock.median(lambda: faster(batch))
-    stages["choice"] = max(chosen - stages["network"], 0.0)
+    decoded = clock.median(lambda: faster(batch))
+    stages["choice"] = max(decoded - stages["network"], 0.0)
     finished = clock.median(lambda: model.postprocess(faster(batch), inputs))
-    stages["results"] = max(finished - chosen, 0.0)
+    stages["results"] = max(finished - decoded, 0.0)
     return stages
 
 
 def describe_output(outputs: list[dict[str, Any]]) -> dict[str, Any]:
-    """How much there was to assemble: detections an image, their boxes' share of the image."""
+    """Detections per image and their boxes' share of it, on which the time for results depends."""
     described: dict[str, Any] = {}
-    found = [output["instances"] for output in outputs if "instances" in output]
-    if found:
-        described["detections_per_image"] = statistics.mean(len(x) for x in found)
+    detections = [output["instances"] for output in outputs if "instances" in output]
+    if detections:
+        described["detections_per_image"] = statistics.mean(len(x) for x in detections)
         shares = [
             x.pred_boxes.area().float().mean().item() / (x.image_size[0] * x.image_size[1])
-            for x in found
+            for x in detections
             if len(x) and x.has("pred_boxes")
         ]
         described["mean_box_share"] = statistics.mean(shares) if shares else 0.0

@@ -8,7 +8,7 @@
     d2ext predict --config-file landmarks/hourglass_2stack_coco_256x192.yaml --input a.jpg \\
         --output out/ --detector faster_rcnn.yaml --detector-weights detector.pth --opts ...
 
-A model that looks into boxes (landmarks) gets them from --detector, any detector of d2ext or
+A top-down model (landmarks) gets its boxes from --detector, any detector of d2ext or
 Detectron2 (a path, or a name in either model zoo), or from --boxes, a JSON list of detections in COCO's
 result form, whose image_id is that of coco_images.json below; of a list with categories, those of the
 model's own data set. Without them the whole image is its box.
@@ -54,7 +54,7 @@ from d2ext.tools.command_line import CommandError, add_config_argument, make_par
 from d2ext.tools.prediction_files import Job, ResultWriter, plan_images, plan_video
 from d2ext.utils.drawing import PictureDrawer, VideoDrawer, class_metadata, select, write_picture
 from d2ext.utils.heatmaps import SeesHeatmaps
-from d2ext.utils.video import Camera, VideoError, VideoReader, video_writer
+from d2ext.utils.video import CameraReader, VideoError, VideoReader, video_writer
 
 logger = logging.getLogger("d2ext.tools.predict")
 
@@ -74,16 +74,16 @@ def predict(
     image_ids: Sequence[int] = (),
     boxes: BoxSource | None = None,
 ) -> list[dict[str, Any] | str]:
-    """The output for each image, instances chosen by score, or why there is none.
+    """The output for each image, instances selected by score, or the reason why there is none.
 
     Args:
-        boxes: gives the boxes to look into; wants ``image_ids``.
+        boxes: gives the boxes to crop; needs ``image_ids``.
     """
     try:
-        found = None if boxes is None else boxes(image_ids, images)
-        outputs = predictor(images) if found is None else predictor(images, found)
+        given = None if boxes is None else boxes(image_ids, images)
+        outputs = predictor(images) if given is None else predictor(images, given)
         if args.heatmaps and images:
-            maps = predictor.model.heatmaps(predictor.upload(images, found))
+            maps = predictor.model.heatmaps(predictor.upload(images, given))
             outputs = [o | {"heatmaps": m} for o, m in zip(outputs, maps, strict=True)]
     except torch.cuda.OutOfMemoryError:
         if len(images) == 1:
@@ -107,7 +107,7 @@ def run_on_images(
     args: argparse.Namespace,
     boxes: BoxSource | None = None,
 ) -> list[str]:
-    """Predict on images; what went wrong, a line for each."""
+    """Predict on images; returns the errors, a line each."""
     problems: list[str] = []
     drawer = PictureDrawer(metadata, args.max_drawn)
     instances = 0
@@ -140,13 +140,13 @@ def run_on_images(
 
 def run_on_video(
     predictor: BatchPredictor,
-    reader: VideoReader | Camera,
+    reader: VideoReader | CameraReader,
     target: Path,
     metadata: Metadata,
     args: argparse.Namespace,
     boxes: BoxSource | None = None,
 ) -> list[str]:
-    """Predict on a video, a stream or a camera; what went wrong, a line for each.
+    """Predict on a video, a stream or a camera; returns the errors, a line each.
 
     Ctrl-C ends the video; what was predicted until then is written.
 
@@ -252,7 +252,7 @@ def build_parser() -> argparse.ArgumentParser:
     looked_into.add_argument(
         "--detector",
         metavar="CONFIG",
-        help="config of a detector that finds the boxes to look into",
+        help="config of a detector for the boxes of a top-down model",
     )
     looked_into.add_argument(
         "--boxes", metavar="FILE", help="JSON list of detections (COCO's result form): the boxes"
@@ -262,15 +262,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--detector-classes",
         nargs="+",
         metavar="NAME",
-        help="of the detector, to look into (default: the model's own class if the detector has it, "
-        "otherwise all)",
+        help="the detector's classes whose boxes are used (default: the model's own class if the "
+        "detector has it, otherwise all)",
     )
     add(
         "--box-threshold",
         type=float,
         default=0.5,
         metavar="SCORE",
-        help="look into boxes from this score on (default: %(default)s)",
+        help="use boxes with at least this score (default: %(default)s)",
     )
     add_options_argument(parser)
     return parser
@@ -291,7 +291,7 @@ def read_class_names(path: str) -> list[str]:
 
 
 def build_box_source(args: argparse.Namespace, metadata: Metadata) -> BoxSource | None:
-    """What ``--detector`` or ``--boxes`` ask for.
+    """The source of boxes named by ``--detector`` or ``--boxes``.
 
     Raises:
         ValueError, FileNotFoundError: the detector's config or checkpoint or the file is wrong.
@@ -320,20 +320,20 @@ def build_box_source(args: argparse.Namespace, metadata: Metadata) -> BoxSource 
 
 
 def prepare(args: argparse.Namespace) -> Callable[[], list[str]]:
-    """Do all that can find the command wrong; the rest is for the caller to run.
+    """Do everything that can show an error in the command; returns the rest, for the caller to run.
 
     Raises:
         ValueError, FileNotFoundError: the command, the config or the checkpoint is wrong.
     """
     args.heatmaps = args.draw == "heatmaps" and args.pictures
     names = read_class_names(args.class_names) if args.class_names else None
-    # Wrong paths are found before the model is built, which takes long.
+    # Check paths before building the model, which takes long.
     if args.input:
         jobs = plan_images(args.input, args.output)
     else:
         source = args.video_input if args.webcam is None else args.webcam
         target = plan_video(source, args.output)
-        reader = Camera(source) if isinstance(source, int) else VideoReader(source)
+        reader = CameraReader(source) if isinstance(source, int) else VideoReader(source)
     cfg = load_config(find_config_file(args.config_file), args.opts)
     cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = args.confidence_threshold
     cfg.freeze()
@@ -343,7 +343,7 @@ def prepare(args: argparse.Namespace) -> Callable[[], list[str]]:
     if args.heatmaps and not isinstance(predictor.model, SeesHeatmaps):
         raise CommandError(
             f"--draw heatmaps: {cfg.MODEL.META_ARCHITECTURE} has no heat maps; CornerNet, CenterNet and "
-            "others that find objects as points have."
+            "others that predict objects as points have."
         )
     metadata = class_metadata(cfg, names)
     boxes = build_box_source(args, metadata)

@@ -22,11 +22,11 @@ from d2ext.utils.video import VIDEO_SUFFIXES, check_video_path, is_stream
 
 logger = logging.getLogger("d2ext.tools.predict")
 
-# What names a file and no folder.
+# Suffixes that name a file, not a folder.
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
-# What pictures are written as under their own names.
+# Suffixes of pictures that are written under the same name.
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png"}
-# What is no name of a folder, whether it can be written or not.
+# Suffixes that do not name a folder, whether or not they can be written.
 MOVIE_SUFFIXES = {*VIDEO_SUFFIXES, ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv"}
 RESULTS, IMAGES = "coco_results.json", "coco_images.json"
 
@@ -46,7 +46,7 @@ def find_sources(inputs: Iterable[str]) -> list[tuple[Path, Path]]:
     Of a folder, all files that are images by their content; the log names the others. Files that do not
     exist stay in the list, for the report; a file that is named twice appears once.
     """
-    found: dict[Path, Path] = {}
+    sources: dict[Path, Path] = {}
     for entry in inputs:
         path = Path(entry).expanduser()
         matches = [path] if path.exists() else [Path(m) for m in sorted(glob.glob(str(path)))]
@@ -61,10 +61,10 @@ def find_sources(inputs: Iterable[str]) -> list[tuple[Path, Path]]:
                     logger.info("%d files in %s are no images: %s", len(others), match, shown)
                 for file in files:
                     if file.name not in others:
-                        found.setdefault(file, file.relative_to(match))
+                        sources.setdefault(file, file.relative_to(match))
             else:
-                found.setdefault(match, Path(match.name))
-    return list(found.items())
+                sources.setdefault(match, Path(match.name))
+    return list(sources.items())
 
 
 def plan_images(inputs: Sequence[str], output: Path) -> list[Job]:
@@ -182,7 +182,7 @@ class ResultWriter:
     def write(
         self, image_id: int, file: str, shape: tuple[int, ...], output: dict[str, Any]
     ) -> None:
-        """Add one image of ``shape`` (H, W, ...) and the instances found in it."""
+        """Add one image of ``shape`` (H, W, ...) and its instances."""
         height, width = shape[:2]
         self._image({"id": image_id, "file_name": file, "height": height, "width": width})
         if "instances" in output:

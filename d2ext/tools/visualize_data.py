@@ -1,4 +1,4 @@
-"""Draw ground truth: as annotated, or as training gets it, after augmentation.
+"""Draw annotations: as annotated, or as training gets them, after augmentation.
 
     d2ext visualize-data --config-file yolact/yolact_R_50_550.yaml --num 16
     d2ext visualize-data --config-file CONFIG --source annotation --num 8

@@ -23,9 +23,9 @@ from d2ext.utils.heatmaps import draw_points, overlay_heatmaps
 def class_metadata(cfg: CfgNode, class_names: Sequence[str] | None = None) -> Metadata:
     """Names and colours of the classes that a config's model predicts.
 
-    They come from the first registered data set of ``DATASETS.TEST`` and ``DATASETS.TRAIN`` that names
-    its thing classes; ``class_names``, if given, replaces the names, and then nothing is taken from a
-    data set. Classes without a name are called by their number, see :func:`name_classes`.
+    ``class_names``, or those of the first registered data set in ``DATASETS.TEST`` and
+    ``DATASETS.TRAIN`` that names its thing classes. Classes without a name are called by their number,
+    see :func:`name_classes`.
     """
     if class_names is not None:
         return Metadata(name="class names", thing_classes=list(class_names))
@@ -49,15 +49,15 @@ def name_classes(metadata: Metadata, classes: torch.Tensor) -> Metadata:
 
 
 def select(instances: Instances, threshold: float) -> Instances:
-    """Instances from a score of ``threshold`` on, best first, on the CPU.
+    """Instances with a score of at least ``threshold``, best first, on the CPU.
 
-    Where masks have scores of their own (``mask_scores``), these become the ``scores``: what is shown
-    and what is ranked is then the product of class score and predicted mask quality, as in the
-    published display of YOLACT++ (yolact/NOTES.md §7.6).
+    ``mask_scores``, if there are any, become the ``scores``: instances are then ranked and shown by the
+    product of class score and predicted mask quality, as in the published display of YOLACT++
+    (yolact/NOTES.md §7.6).
     """
     scores = instances.mask_scores if instances.has("mask_scores") else instances.scores
     order = scores.argsort(descending=True, stable=True)
-    # Before the transfer: masks of what is not wanted stay where they are.
+    # Before the transfer, so that other masks are not copied.
     selected = instances[order[scores[order] >= threshold]].to("cpu")
     if selected.has("mask_scores"):
         selected.scores = selected.mask_scores
@@ -67,7 +67,7 @@ def select(instances: Instances, threshold: float) -> Instances:
 
 @contextmanager
 def _fixed_colors(seed: int) -> Iterator[None]:
-    """Detectron2 draws its colours from NumPy's global generator: give it a fixed state for a while."""
+    """Fix the state of NumPy's global generator, from which Detectron2 draws its colours."""
     state = np.random.get_state()
     np.random.seed(seed)
     try:
@@ -91,7 +91,7 @@ def write_picture(path: Path, image: np.ndarray) -> None:
 
 
 class PictureDrawer:
-    """Draws what a model says of single pictures.
+    """Draws a model's predictions on single pictures.
 
     Args:
         metadata: see :func:`class_metadata`.
@@ -155,7 +155,7 @@ class VideoDrawer(PictureDrawer):
 
     def __call__(self, image: np.ndarray, output: dict[str, Any]) -> np.ndarray:
         self._frame += 1
-        # another seed for each frame, or new objects would take the colours of the last ones
+        # another seed for each frame, or new objects would get the colours of the last ones
         with _fixed_colors(zlib.crc32(b"frame %d" % self._frame)):
             return self._draw_all(image[:, :, ::-1], output)[:, :, ::-1]
 

@@ -1,15 +1,14 @@
-"""Pictures of what keypoint detectors see: heat maps, corners and centres over the image.
+"""Pictures of keypoint detectors' heat maps, corners and centres over the image.
 
 The protocol, for any model:
 
 - The model has a method ``heatmaps(batched_inputs) -> list[dict[str, Tensor]]`` (:class:`SeesHeatmaps`).
   For each input it returns maps by name, each (height, width) of the output (``height`` and ``width`` of
-  the input, else the image's), in 0..1, larger where the network is surer, the maximum over classes.
-  :func:`d2ext.codecs.heatmaps.maps_on_image` brings a map to the image. Names that have a colour of
-  their own are in :data:`COLORS`; others take what is left.
-- Its ``Instances`` say what became of them: ``top_left_scores`` and ``bottom_right_scores`` mean that
-  boxes were decoded as corners, ``centers`` (N, 2), x and y in pixels, are centre points,
-  ``pred_keypoints`` joints.
+  the input, else the image's): confidence in 0..1, the maximum over classes.
+  :func:`d2ext.codecs.heatmaps.maps_on_image` resamples maps to the image. :data:`COLORS` has the
+  colours of known names; others get the remaining colours.
+- Fields of its ``Instances`` say which points to draw: with ``top_left_scores`` and
+  ``bottom_right_scores`` the corners of boxes; ``centers`` (N, 2), x, y in pixels; ``pred_keypoints``.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ COLORS = {
     "attention": (220, 80, 255),
 }
 _OTHERS = ((0, 220, 220), (255, 120, 0), (160, 120, 255), (200, 200, 80))
-# How much of the image stays below the maps, so that they can be seen on bright ones.
+# Brightness of the image below the maps, so that they are visible on bright images.
 _DIMMED = 0.6
 
 
@@ -46,7 +45,7 @@ class SeesHeatmaps(Protocol):
 def overlay_heatmaps(image: np.ndarray, maps: Mapping[str, Tensor]) -> np.ndarray:
     """Colour an image (H×W×3, RGB, uint8) where maps (H, W) are high; a new image.
 
-    The opacity is the square root of the map, so that weak peaks are seen, too.
+    The opacity is the square root of the map, so that weak peaks are visible too.
     """
     result = image.astype(np.float32) * _DIMMED
     others = iter(_OTHERS)

@@ -33,7 +33,7 @@ class VideoError(ValueError):
     """A video cannot be read, or written under the given name."""
 
 
-class Frame(NamedTuple):
+class VideoFrame(NamedTuple):
     """A picture of a video."""
 
     image: np.ndarray
@@ -91,7 +91,7 @@ class VideoReader:
         if not self._container.streams.video:
             raise VideoError(f"'{self.name}' has no pictures, only sound or text.")
 
-    def __iter__(self) -> Iterator[Frame]:
+    def __iter__(self) -> Iterator[VideoFrame]:
         import av
 
         failures, shown, start = 0, 0, time.monotonic()
@@ -105,7 +105,7 @@ class VideoReader:
                     shown, failures = shown + 1, 0
                     image = frame.to_ndarray(format="bgr24")
                     # The file's angle is that of the picture, counter-clockwise.
-                    yield Frame(
+                    yield VideoFrame(
                         np.ascontiguousarray(np.rot90(image, frame.rotation // 90)), seconds
                     )
             except av.error.FFmpegError as error:
@@ -138,7 +138,7 @@ class VideoReader:
         self._container.close()
 
 
-class Camera:
+class CameraReader:
     """Frames of a camera, as :class:`VideoReader` gives them.
 
     Args:
@@ -159,13 +159,13 @@ class Camera:
         rate = self._capture.get(cv2.CAP_PROP_FPS)
         self.rate = rate if math.isfinite(rate) and 0 < rate <= _HIGHEST_RATE else _DEFAULT_RATE
 
-    def __iter__(self) -> Iterator[Frame]:
+    def __iter__(self) -> Iterator[VideoFrame]:
         start = time.monotonic()
         while True:
             success, image = self._capture.read()
             if not success:
                 return
-            yield Frame(image, time.monotonic() - start)
+            yield VideoFrame(image, time.monotonic() - start)
 
     def release(self) -> None:
         """Give the camera back."""

@@ -64,7 +64,7 @@ def test_published_rows(implementation, method, seed, spread):
         assert torch.equal(found.boxes, rows[found.indices, :4])
     expected = fixture.expected[f"soft_nms_{method}_seed{seed}"]
     count = int(fixture.expected[f"soft_nms_{method}_seed{seed}_kept"])
-    assert found.kept.tolist() == [True] * count + [False] * (40 - count)
+    assert found.keep.tolist() == [True] * count + [False] * (40 - count)
     np.testing.assert_allclose(found.boxes, expected[:, :4], rtol=1e-5, atol=1e-3)
     np.testing.assert_allclose(found.scores, expected[:, 4], rtol=1e-5, atol=1e-6)
 
@@ -74,9 +74,9 @@ def test_the_rows_kept_come_out_best_first(implementation):
     classes = torch.arange(60) % 3
     indices, weighed = soft_nms(boxes, scores, classes, score_threshold=0.05)
     rows = soft_nms_rows(boxes, scores, classes, score_threshold=0.05)
-    assert 0 < len(indices) == int(rows.kept.sum()) < 60
+    assert 0 < len(indices) == int(rows.keep.sum()) < 60
     assert (weighed.diff() <= 0).all() and len(set(indices.tolist())) == len(indices)
-    expected = dict(zip(rows.indices[rows.kept].tolist(), rows.scores[rows.kept], strict=True))
+    expected = dict(zip(rows.indices[rows.keep].tolist(), rows.scores[rows.keep], strict=True))
     assert all(expected[i] == s for i, s in zip(indices.tolist(), weighed, strict=True))
 
 
@@ -137,7 +137,7 @@ def test_classes_do_not_see_each_other(implementation):
         parts.append(part._replace(indices=members[part.indices]))
     for name in SoftNMSRows._fields:
         assert torch.equal(getattr(rows, name), torch.cat([getattr(p, name) for p in parts]))
-    assert not rows.kept.all()
+    assert not rows.keep.all()
 
 
 def test_of_equal_scores_the_first_is_chosen(implementation):
@@ -171,7 +171,7 @@ def test_merging_moves_a_box_to_its_equals(implementation):
     # "hard": both weigh 1, times 0.9 and 0.3 (top left), 0.5 and 0.5 (bottom right).
     expected = [0.5, 0.5, 11.0, 11.0]
     torch.testing.assert_close(found.boxes[0], torch.tensor(expected))
-    assert found.kept.tolist() == [True, True, False]
+    assert found.keep.tolist() == [True, True, False]
     torch.testing.assert_close(found.boxes[1], boxes[2])
 
 
@@ -202,7 +202,7 @@ def test_compiled_equals_plain(monkeypatch, method, weight_exp):
     monkeypatch.setattr(_extension, "_warned", {"cpu"})
     for actual, expected in zip(compiled, run(), strict=True):
         assert torch.equal(actual.indices, expected.indices)
-        assert torch.equal(actual.kept, expected.kept) and not expected.kept.all()
+        assert torch.equal(actual.keep, expected.keep) and not expected.keep.all()
         torch.testing.assert_close(actual.scores, expected.scores, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(actual.boxes, expected.boxes, rtol=1e-4, atol=1e-3)
 
@@ -240,7 +240,7 @@ def test_no_boxes_and_odd_boxes(implementation):
     scores[9] = math.nan
     for method in METHODS:
         rows = soft_nms_rows(boxes, scores, method=method)
-        assert len(rows.indices) == 20 and rows.kept.any()
+        assert len(rows.indices) == 20 and rows.keep.any()
 
 
 def test_wrong_arguments_are_named(implementation):

@@ -29,7 +29,8 @@ _HEAD = rf"({'|'.join(_HEADS)})"
 
 
 def _branch(layer: str, head: int = 1, stack: int | None = None) -> Callable[[re.Match[str]], str]:
-    """Our name of a head's layer, from the groups that hold head and stack; the leaf is the last."""
+    """Our name of a head's layer, from the numbers of the groups with head and stack; the last group
+    is the leaf."""
 
     def name(match: re.Match[str]) -> str:
         number = "0" if stack is None else match[stack]
@@ -80,17 +81,17 @@ _TREE = r"base\.level(\d)\.((?:tree[12]\.)?)"
 
 
 def _tree(match: re.Match[str]) -> str:
-    """What a tree is called: ``level3.tree1``, or ``level2`` where there is one level only."""
+    """Prefix of a tree's names: ``level3.tree1.``, or ``level2.`` if it has only one level."""
     return f"{_DLA_BASE}level{match[1]}.{match[2]}"
 
 
 def _conv_or_norm(part: str, leaf: str) -> str:
-    """The last part of a convolution's name, 0 or ``conv``, or of its norm's, 1 or ``bn``."""
+    """Leaf of a convolution (part 0 or ``conv``) or of its norm (1 or ``bn``)."""
     return leaf if part in ("0", "conv") else f"norm.{leaf}"
 
 
 def _aggregation(match: re.Match[str]) -> str:
-    """``dla_up.ida_<i>`` or ``ida_up``, and the list that a step belongs to."""
+    """Our name of a step of ``dla_up.ida_<i>`` or ``ida_up``."""
     where = "fusion" if match[1] == "ida_up" else f"steps.{match[1][-1]}"
     lists = {"proj": "projections", "up": "ups", "node": "nodes"}
     return f"backbone.{where}.{lists[match[2]]}.{int(match[3]) - 1}"
@@ -104,7 +105,7 @@ def _dla_rules(state_dict: StateDict) -> tuple[Rule, ...]:
     return (
         # the ImageNet classifier
         Rule(r"base\.fc\.(weight|bias)", None),
-        # projections of two-level trees: computed and never used in the published network
+        # projections of two-level trees, which the published network computes but never uses
         Rule(dead, None),
         Rule(
             r"base\.base_layer\.([01])\.(\w+)",
@@ -145,9 +146,9 @@ def _dla_rules(state_dict: StateDict) -> tuple[Rule, ...]:
 def convert_centernet(state_dict: StateDict) -> dict[str, Tensor]:
     """Published CenterNet checkpoint → :class:`CenterNet`'s state dict.
 
-    Takes ctdet and multi_pose models of resdcn_N, res_N, dla_34 and hourglass. Left out are, of DLA, the
-    ImageNet classifier ``base.fc`` and the projections ``base.level3.project`` and
-    ``base.level4.project``, which the published network never uses.
+    For ctdet and multi_pose models with resdcn_N, res_N, dla_34 and hourglass. Of DLA, unused weights
+    are dropped: the ImageNet classifier ``base.fc``, and ``base.level3.project`` and
+    ``base.level4.project``.
 
     Raises:
         ConversionError: the names are not those of a CenterNet checkpoint.

@@ -26,23 +26,23 @@ def add_centernet_config(cfg: CfgNode) -> None:
     centernet.IN_FEATURES = ["deconv"]
     # Channels of the heads' hidden layers (published: resdcn 64, DLA and hourglass 256).
     centernet.HEAD_CHANNELS = 64
-    # Standard deviation of the heads' first weights, the heat maps' excepted (published: resdcn 0.001).
-    # 0: as PyTorch draws them.
+    # Standard deviation of the heads' initial weights, except the heat maps' (published: resdcn 0.001).
+    # 0: PyTorch's initial weights.
     centernet.HEAD_INIT_STD = 0.0
-    # Annotations of an image that become targets, the first ones (published: 128, poses 32).
+    # Only this many first annotations of an image become targets (published: 128, poses 32).
     centernet.MAX_OBJECTS = 128
-    # The IoU from which the radius of the Gaussians is computed.
+    # IoU that determines the radius of the Gaussians.
     centernet.MIN_OVERLAP = 0.7
-    # Where the size of boxes is learnt: "center": at the centre; "dense": at all cells under the
+    # Where the size of boxes is trained: "center": at the centre; "dense": at all cells under the
     # Gaussian; "class_specific": at the centre, in channels of the object's class.
     centernet.SIZE_TARGET = "center"
 
-    # With MODEL.KEYPOINT_ON the model also finds MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS joints of each
-    # object, as offsets from its centre and as peaks of their own.
+    # With MODEL.KEYPOINT_ON the model also predicts MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS joints of each
+    # object, as offsets from its centre and as peaks of joint heat maps.
     pose = centernet.POSE = CfgNode()
-    # Joints that change places in a mirror image.
+    # Joints that swap in a mirror image.
     pose.FLIP_PAIRS = [[1, 2], [3, 4], [5, 6], [7, 8], [9, 10], [11, 12], [13, 14], [15, 16]]
-    # Where joint offsets are learnt: "center" or "dense".
+    # Where joint offsets are trained: "center" or "dense".
     pose.TARGET = "center"
 
     loss = centernet.LOSS = CfgNode()
@@ -52,26 +52,26 @@ def add_centernet_config(cfg: CfgNode) -> None:
     loss.JOINT_WEIGHT = 1.0
     loss.JOINT_HEATMAP_WEIGHT = 1.0
     loss.JOINT_OFFSET_WEIGHT = 1.0
-    # Sizes and offsets at centres: "l1" (over values) or "smooth_l1" (over objects).
+    # Loss of sizes and offsets at centres: "l1" (mean over values) or "smooth_l1" (over objects).
     loss.REGRESSION = "l1"
 
     test = centernet.TEST = CfgNode()
-    # Peaks that become detections.
+    # Number of peaks that become detections.
     test.TOP_K = 100
-    # True: the image is padded to the backbone's divisibility (all published COCO results). False: it is
-    # warped into INPUT_SIZE, its aspect ratio kept.
+    # True: pad the image to the backbone's divisibility (all published COCO results). False: warp it
+    # into INPUT_SIZE at its aspect ratio.
     test.KEEP_RESOLUTION = True
     # (height, width) of the network input without KEEP_RESOLUTION, pixels.
     test.INPUT_SIZE = [512, 512]
-    # Average with the mirrored image.
+    # Average predictions with those for the mirror image.
     test.FLIP = False
-    # Sizes at which the image is seen; several are merged by soft-NMS.
+    # Scales of the image; the results of several are merged by soft-NMS.
     test.SCALES = [1.0]
     # Soft-NMS also with one scale.
     test.SOFT_NMS = False
-    # Detections kept of several scales, and ties with the last of them (poses: all are kept, as
+    # Limit of detections after merging scales, plus ties with the last one (poses: no limit, as
     # published).
     test.MAX_DETECTIONS = 100
-    # Cut boxes to the image, and order their corners. Published: no; boxes may reach outside, and have
-    # negative sides before the sizes are learnt.
+    # Clip boxes to the image and order their corners. Published: no; boxes may extend beyond the image,
+    # and early in training have negative sides.
     test.CLIP_BOXES = False

@@ -25,10 +25,10 @@ Predictions = dict[str, Tensor]
 ``joint_offset``          2          x, y of a joint in its cell
 ========================  =========  ===============================================================
 
-The last three with poses only.
+The last three only with poses.
 """
 
-# Probability 0.1 at the start, so that the many negatives do not swamp the first steps.
+# Initial probability 0.1, so that the many negatives do not dominate the first steps.
 _HEATMAP_BIAS = -2.19
 
 
@@ -62,11 +62,11 @@ class CenterNetHead(nn.Module):
     """A branch for each map, for each feature.
 
     Args:
-        input_shapes: of the features, in their order; all of one stride.
+        input_shapes: of the features, in order; all of one stride.
         channels: see :func:`head_channels`.
         hidden: channels of the hidden layers.
-        init_std: standard deviation of the first weights of all branches but the heat maps'; 0: as
-            PyTorch draws them.
+        init_std: standard deviation of the initial weights of all branches except the heat maps'; 0:
+            PyTorch's initial weights.
     """
 
     def __init__(
@@ -90,10 +90,10 @@ class CenterNetHead(nn.Module):
         )
         for stack in self.stacks:
             for name, branch in stack.items():
-                self._start(name, branch, init_std)
+                self._initialize(name, branch, init_std)
 
     @staticmethod
-    def _start(name: str, branch: _Branch, init_std: float) -> None:
+    def _initialize(name: str, branch: _Branch, init_std: float) -> None:
         if name.endswith("heatmap"):
             nn.init.constant_(branch.output.bias, _HEATMAP_BIAS)
             return
@@ -104,7 +104,7 @@ class CenterNetHead(nn.Module):
             nn.init.zeros_(branch.conv.bias)
 
     def forward(self, features: Sequence[Tensor]) -> Any:
-        """Features → when training a list with the maps of each, otherwise those of the last one."""
+        """Features → in training a list with the maps of each, otherwise the maps of the last one."""
 
         def predict(x: Tensor, stack: nn.ModuleDict) -> Predictions:
             return {name: branch(x) for name, branch in stack.items()}

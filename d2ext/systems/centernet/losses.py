@@ -25,8 +25,7 @@ _JOINT_TARGETS = ("center", "dense")
 
 
 class CenterNetCriterion:
-    """Raw maps of every stack and targets → losses, weighted, the mean over the stacks; has no
-    parameters.
+    """Weighted losses of all stacks' raw maps, averaged over the stacks; has no parameters.
 
     Args:
         heatmap_weight, size_weight, offset_weight: of detection.
@@ -111,7 +110,7 @@ class CenterNetCriterion:
             return dense_l1(size, *dense_targets(targets, joints=False))
         if self.size_target == "center":
             return self.regression(size, targets.index, targets.size, targets.mask)
-        # The object's class has the channels 2c and 2c + 1; the others count nothing.
+        # The object's class has the channels 2c and 2c + 1; the others do not count.
         num_classes = size.shape[1] // 2
         of_class = nn.functional.one_hot(targets.classes, num_classes).bool()[..., None]
         values = torch.where(of_class, targets.size[:, :, None], 0.0).flatten(2)

@@ -75,18 +75,18 @@ class CenterNet(MultiScaleMetaArch):
         backbone: computes ``in_features``, all of one stride.
         head: the heads on them.
         criterion: the losses.
-        in_features: what is trained; the last one is used in inference.
+        in_features: features with heads; all are trained, inference uses the last one.
         num_classes: C.
         num_joints: J; 0: no poses.
-        flip_pairs: joints that change places in a mirror image.
+        flip_pairs: joints that swap in a mirror image.
         max_objects, min_overlap: see :func:`encode_targets`.
         top_k: K.
         keep_resolution: pad the image; otherwise warp it into ``input_size`` (height, width).
-        flip, scales: see :class:`MultiScaleMetaArch`; mirror images are averaged with, several scales
-            are merged by soft-NMS.
+        flip, scales: see :class:`MultiScaleMetaArch`; predictions are averaged with those for the mirror
+            image, results of several scales merged by soft-NMS.
         soft_nms: soft-NMS also with one scale.
-        max_detections: limit after soft-NMS; of detection only, as published.
-        clip_boxes: cut boxes to the image and order their corners.
+        max_detections: limit after soft-NMS; not for poses, as published.
+        clip_boxes: clip boxes to the image and order their corners.
         meta_arch: see :class:`MetaArch`.
         """
         super().__init__(scales=scales, flip=flip, **meta_arch)
@@ -180,10 +180,11 @@ class CenterNet(MultiScaleMetaArch):
     def training_batch(
         self, batched_inputs: list[dict[str, Any]]
     ) -> tuple[Tensor, CenterNetTargets]:
-        """Normalised images (B, 3, H, W) at the top left of a common, divisible size, and targets.
+        """Normalised images (B, 3, H, W), padded at the bottom right to a common, divisible size, and
+        targets.
 
-        The recipe's images have one such size already; zeros stand (before they are normalised, as
-        everywhere in the published code) where others end.
+        In the published recipe all images already have one such size; others are padded with zeros
+        before the normalisation, as everywhere in the published code.
         """
         images = [self.upload(x).float() for x in batched_inputs]
         padded = ImageList.from_tensors(images, self.backbone.size_divisibility).tensor

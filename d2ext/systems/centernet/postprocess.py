@@ -9,8 +9,8 @@ Fields of the resulting ``Instances``, in pixels of the output image:
 
 - ``pred_boxes``, ``scores``, ``pred_classes``;
 - ``centers`` (N, 2): x, y of the peak that became the detection;
-- ``pred_keypoints`` (N, J, 3), with poses: x, y in Detectron2's convention (half a pixel more than
-  COCO's, which its evaluator takes off again) and 1: CenterNet does not score joints.
+- ``pred_keypoints`` (N, J, 3), with poses: x, y in Detectron2's convention (COCO's plus half a pixel,
+  which its evaluator subtracts again) and 1: CenterNet does not score joints.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from d2ext.codecs.heatmaps import gather_at, local_peaks, top_k, top_k_per_class
 from d2ext.layers import SoftNMSRows, soft_nms_rows
 from d2ext.systems.centernet.head import Predictions
 
-# A joint's own peak counts from this score on, and replaces the regressed place up to this share of
-# the box's longer side away (published code).
+# A peak of the joint's heat map replaces the regressed joint if it has at least this score and is no
+# farther away than this share of the box's longer side (published code).
 _JOINT_THRESHOLD = 0.1
 _JOINT_DISTANCE = 0.3
-# Of soft-NMS over scales.
+# Sigma and score threshold of soft-NMS over scales.
 _SIGMA = 0.5
 _DISCARD = 0.001
-# Where peaks below the threshold are put.
+# Coordinates given to peaks below the threshold.
 _FAR_AWAY = -10000.0
 
 
@@ -51,7 +51,7 @@ class CenterDetections(NamedTuple):
     """(B, K, 2J): x, y, x, y, ..."""
 
     def map_points(self, function: Callable[[Tensor], Tensor]) -> CenterDetections:
-        """The same detections at other places, by a function of coordinates (..., 2n) x, y, x, y, ..."""
+        """Apply a function of coordinates (..., 2n) x, y, x, y, ... to all points."""
         points = [x for x in (self.boxes, self.centers, self.joints) if x is not None]
         mapped = function(torch.cat(points, dim=-1))
         boxes, centers, *joints = mapped.split([x.shape[-1] for x in points], dim=-1)
@@ -67,14 +67,14 @@ def probabilities(predictions: Predictions) -> Predictions:
 
 
 def merge_mirrored(predictions: Predictions, flip_pairs: Sequence[Sequence[int]]) -> Predictions:
-    """Average images with their mirror images.
+    """Average predictions with those for the mirror images.
 
-    Published: offsets are those of the plain image; the mirrored map is reversed without a shift.
+    As published, offsets are the plain image's, and mirrored maps are reversed without a shift.
 
     Args:
         predictions: maps (2B, ...) in which heat maps are probabilities, images first, then their
             mirror images in the same order.
-        flip_pairs: joints that change places.
+        flip_pairs: joints to swap.
     """
     merged = {}
     for name, value in predictions.items():
@@ -90,7 +90,7 @@ def merge_mirrored(predictions: Predictions, flip_pairs: Sequence[Sequence[int]]
 
 
 def _swap_joints(maps: Tensor, flip_pairs: Sequence[Sequence[int]], *, points: bool) -> Tensor:
-    """Exchange the joints of pairs; ``points``: two channels each, of which x changes its sign."""
+    """Swap the joints of pairs; ``points``: each has channels x, y, and x changes sign."""
     count = maps.shape[1] // 2 if points else maps.shape[1]
     order = list(range(count))
     for left, right in flip_pairs:
@@ -102,13 +102,13 @@ def _swap_joints(maps: Tensor, flip_pairs: Sequence[Sequence[int]], *, points: b
 
 
 def decode(predictions: Predictions, k: int = 100) -> CenterDetections:
-    """Peaks of the heat map → boxes and, where the maps have them, joints.
+    """Peaks of the heat map → boxes and, if predicted, joints.
 
     Args:
         predictions: heat maps are probabilities. Without ``offset`` centres are in the middle of their
-            cell; without ``joint_heatmap`` joints are where they are regressed; without
-            ``joint_offset`` peaks of joints are in the middle of their cell.
-        k: detections at most; a smaller map gives one for each of its values.
+            cell; without ``joint_heatmap`` joints are the regressed ones; without ``joint_offset`` peaks
+            of joints are in the middle of their cell.
+        k: number of detections; a smaller map gives one for each of its values.
     """
     heatmap = predictions["heatmap"]
     best = top_k(local_peaks(heatmap), k)
@@ -131,10 +131,10 @@ def decode(predictions: Predictions, k: int = 100) -> CenterDetections:
 
 
 def _refine_joints(joints: Tensor, boxes: Tensor, predictions: Predictions, k: int) -> Tensor:
-    """Replace regressed joints (B, K, J, 2) by the nearest peak of their own heat map.
+    """Replace regressed joints (B, K, J, 2) by the nearest peak of the joint's heat map.
 
-    The peak must lie in the box, have a score of 0.1 at least, and be no farther than 0.3 of the box's
-    longer side; otherwise the regressed place stays.
+    The peak must be in the box, have a score of at least 0.1, and be no farther away than 0.3 of the
+    box's longer side; otherwise the regressed joint stays.
     """
     best = top_k_per_class(local_peaks(predictions["joint_heatmap"]), k)  # (B, J, P)
     peaks = torch.stack([best.xs, best.ys], dim=-1).to(boxes.dtype)
@@ -154,23 +154,23 @@ def _refine_joints(joints: Tensor, boxes: Tensor, predictions: Predictions, k: i
     peak = peaks.gather(2, nearest[..., None].expand(-1, -1, -1, 2))
     low, high = boxes[:, None, :, :2], boxes[:, None, :, 2:]
     longer_side = (high - low).amax(dim=-1)
-    takes = (
+    replace = (
         ((peak >= low) & (peak <= high)).all(dim=-1)
         & (score >= _JOINT_THRESHOLD)
         & (distance <= _JOINT_DISTANCE * longer_side)
     )
-    return torch.where(takes[..., None], peak, regressed).transpose(1, 2)
+    return torch.where(replace[..., None], peak, regressed).transpose(1, 2)
 
 
 def merge_scales(scales: Sequence[CenterDetections], limit: int | None) -> CenterDetections:
     """Detections of one image at several scales, in pixels, merged by Gaussian soft-NMS in each class.
 
-    Published quirks: rows that soft-NMS discards stay, see :mod:`d2ext.layers.soft_nms`; and where a
-    discarded pose is overwritten by the last one, the joints of the two change places instead, so that
-    the stale row has the box of the one and the joints of the other.
+    Published quirks: rows that soft-NMS discards stay, see :mod:`d2ext.layers.soft_nms`; and where the
+    last pose overwrites a discarded one, their joints are swapped instead, so that the stale row has
+    the box of one and the joints of the other.
 
     Args:
-        limit: keep those from the score of this rank on, ties included; None: all.
+        limit: number of detections, plus ties with the last one; None: all.
     """
     boxes = torch.cat([x.boxes for x in scales])
     scores = torch.cat([x.scores for x in scales])
@@ -199,42 +199,43 @@ def merge_scales(scales: Sequence[CenterDetections], limit: int | None) -> Cente
 
 
 def _joint_owners(boxes: Tensor, scores: Tensor, classes: Tensor, rows: SoftNMSRows) -> Tensor:
-    """(N,) int64: whose joints lie in each row after soft-NMS, see :func:`merge_scales`."""
-    if bool(rows.kept.all()):
+    """(N,) int64: whose joints are in each row after soft-NMS, see :func:`merge_scales`."""
+    if bool(rows.keep.all()):
         return rows.indices
     owners = rows.indices.clone()
     row_classes = classes[rows.indices]
     for label in row_classes.unique():
-        mine = row_classes == label
+        in_class = row_classes == label
         members = (classes == label).nonzero()[:, 0]
-        selected = rows.indices[mine & rows.kept]
+        selected = rows.indices[in_class & rows.keep]
         discarded = members[~torch.isin(members, selected)]
         rounds = _discard_rounds(boxes, scores, selected, discarded)
-        owners[mine] = owners.new_tensor(_replay(members.tolist(), selected.tolist(), rounds))
+        replayed = _replay(members.tolist(), selected.tolist(), rounds)
+        owners[in_class] = owners.new_tensor(replayed)
     return owners
 
 
 def _discard_rounds(
     boxes: Tensor, scores: Tensor, selected: Tensor, discarded: Tensor
 ) -> dict[int, int]:
-    """In which round each of ``discarded`` falls below the threshold, given the box of each round."""
+    """Round in which each of ``discarded`` is discarded; round i selects ``selected[i]``."""
     low = torch.maximum(boxes[selected, None, :2], boxes[None, discarded, :2])
     high = torch.minimum(boxes[selected, None, 2:], boxes[None, discarded, 2:])
     sides = (high - low + 1).clamp(min=0)  # a box counts its last pixel, as in soft-NMS
     common = sides.prod(dim=-1)
     area = (boxes[:, 2:] - boxes[:, :2] + 1).prod(dim=-1)
     overlap = common / (area[selected, None] + area[None, discarded] - common)
-    weighed = scores[discarded] * torch.exp(-(overlap**2) / _SIGMA).cumprod(dim=0)
-    falls = (weighed < _DISCARD) & (overlap > 0)
+    weighted = scores[discarded] * torch.exp(-(overlap**2) / _SIGMA).cumprod(dim=0)
+    falls = (weighted < _DISCARD) & (overlap > 0)
     first = falls.int().argmax(dim=0)
     return dict(zip(discarded.tolist(), first.tolist(), strict=True))
 
 
 def _replay(members: list[int], selected: list[int], rounds: dict[int, int]) -> list[int]:
-    """Where the joints of ``members`` end when the rounds of soft-NMS move them.
+    """The detection whose joints are in each row after the rounds of soft-NMS have moved them.
 
     Args:
-        members: detections in the order in which they came.
+        members: detections in their original order.
         selected: the one that each round selects.
         rounds: the round that discards each of the others.
     """

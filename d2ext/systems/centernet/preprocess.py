@@ -1,7 +1,7 @@
 """From an image to CenterNet's network input, and back from its cells (published code).
 
-The published detector either pads the image to what the network divides, its size kept ("keep
-resolution"), or warps it into a fixed size, its aspect ratio kept. Both are affine maps with one scale.
+The published detector either pads the image to a divisible size ("keep resolution"), or warps it into a
+fixed size at its aspect ratio. Both are affine maps with one scale.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ class WarpedCanvas(Canvas):
     """A canvas of fixed size, into which the image is warped."""
 
     inverse: tuple[tuple[float, ...], ...]
-    """Map from the canvas to the image at its scale."""
+    """Map from the canvas to the scaled image."""
 
     def draw(self, image: Tensor) -> Tensor:
         return warp_like_opencv(image, self.inverse, *self.size)
 
 
 def padded_canvas(size: tuple[int, int], test_scale: float, divisibility: int) -> Canvas:
-    """How an image of ``size`` (height, width), resized by ``test_scale``, lies on a canvas of the next
-    size that is larger (published quirk: never equal) and divisible: centre on centre."""
+    """An image of ``size`` (height, width), resized by ``test_scale``, centred on a canvas of the next
+    larger (published quirk: never equal) divisible size."""
     height, width = (max(1, int(side * test_scale)) for side in size)
     rows, columns = ((side // divisibility + 1) * divisibility for side in (height, width))
     return centered((height, width), (rows, columns), test_scale)
@@ -37,9 +37,10 @@ def padded_canvas(size: tuple[int, int], test_scale: float, divisibility: int) -
 def warped_canvas(
     size: tuple[int, int], test_scale: float, canvas_size: tuple[int, int]
 ) -> WarpedCanvas:
-    """How an image of ``size`` (height, width), resized by ``test_scale``, is warped into
-    ``canvas_size``, with the scale that the image had before it was resized (published quirk:
-    ``test_scale`` therefore zooms)."""
+    """An image of ``size`` (height, width), resized by ``test_scale`` and warped into ``canvas_size``.
+
+    Published quirk: the warp's scale is that of the image before resizing, so ``test_scale`` zooms.
+    """
     height, width = (max(1, int(side * test_scale)) for side in size)
     rows, columns = canvas_size
     matrix = affine_matrix((width / 2, height / 2), float(max(size)), (columns, rows))

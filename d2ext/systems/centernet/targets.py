@@ -1,4 +1,4 @@
-"""What CenterNet's maps are trained towards (arXiv 1904.07850, section 3).
+"""Targets of CenterNet's maps (arXiv 1904.07850, section 3).
 
 Shapes: B images, N object slots, J joints, C classes, h×w cells of the output.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from d2ext.codecs.heatmaps import draw_gaussians, gaussian_radius
 
-# Detectron2's keypoints are half a pixel more than COCO's, which the published code uses as they are.
+# Detectron2's keypoints are COCO's plus half a pixel; the published code uses COCO's.
 KEYPOINT_SHIFT = 0.5
 
 
@@ -21,7 +21,7 @@ class ObjectAnnotations(NamedTuple):
     """Objects of one image, in cells of the output."""
 
     boxes: Tensor
-    """(n, 4) float32 XYXY, may reach outside the map."""
+    """(n, 4) float32 XYXY, may extend beyond the map."""
     classes: Tensor
     """(n,) int64."""
     joints: Tensor | None = None
@@ -32,7 +32,7 @@ def read_annotations(inputs: dict[str, Any], stride: int, num_joints: int) -> Ob
     """Objects of one image, on a map of ``stride``; with joints if ``num_joints`` is above 0.
 
     Raises:
-        ValueError: joints are asked for, and instances have none or another number of them.
+        ValueError: the instances have no joints, or not ``num_joints``.
     """
     instances = inputs["instances"]
     boxes = instances.gt_boxes.tensor.float() / stride
@@ -54,7 +54,7 @@ def read_annotations(inputs: dict[str, Any], stride: int, num_joints: int) -> Ob
 
 
 class JointTargets(NamedTuple):
-    """The part of the targets that poses add."""
+    """Additional targets of poses."""
 
     heatmap: Tensor
     """(B, J, h, w)."""
@@ -65,7 +65,7 @@ class JointTargets(NamedTuple):
     index: Tensor
     """(B, N * J) int64 cell of each joint."""
     offset: Tensor
-    """(B, N * J, 2) place of a joint in its cell."""
+    """(B, N * J, 2) position of a joint in its cell."""
     offset_mask: Tensor
     """(B, N * J) bool."""
 
@@ -82,7 +82,7 @@ class CenterNetTargets(NamedTuple):
     size: Tensor
     """(B, N, 2) width, height in cells."""
     offset: Tensor
-    """(B, N, 2) place of the centre in its cell."""
+    """(B, N, 2) position of the centre in its cell."""
     classes: Tensor
     """(B, N) int64."""
     radii: Tensor
@@ -101,18 +101,18 @@ def encode_targets(
 ) -> CenterNetTargets:
     """Targets of a batch; does not wait for the device.
 
-    Boxes are cut to [0, w - 1] and [0, h - 1], as published, so that sizes and centres are those of the
-    visible part; what has no area then is left out. A person of whom no joint is annotated is a
-    positive of the heat map, but its size and offset are not trained (published: its centre is set to
-    0.9999, and back to 1 by the Gaussian that is drawn afterwards).
+    As published, boxes are clipped to [0, w - 1] and [0, h - 1], so that sizes and centres are those of
+    the visible part; boxes without area are left out. A person without annotated joints is a positive
+    of the heat map, but its size and offset are not trained (published: its centre is set to 0.9999,
+    and back to 1 by the Gaussian drawn afterwards).
 
     Args:
         images: all with joints, or all without.
         map_size: (h, w).
         num_classes: C.
-        max_objects: only the first ones of an image are used, the published codes' limit.
+        max_objects: only the first objects of an image are used, as in the published code.
         min_overlap: see :func:`gaussian_radius`.
-        device: of the targets; None: that of the annotations. Those of a batch are copied at once.
+        device: of the targets; None: that of the annotations. A batch is copied at once.
     """
     height, width = map_size
     count = min(max_objects, max((len(image.boxes) for image in images), default=0))
@@ -171,7 +171,7 @@ def _encode_joints(
 ) -> JointTargets:
     """Targets of joints (B, N, J, 3) of objects at ``cells`` (B, N, 2) with ``radii`` (B, N).
 
-    A joint outside the map is not trained. All joints of a person get the radius of its box.
+    Joints outside the map are not trained. All joints of a person have the radius of its box.
     """
     height, width = map_size
     images, count, num_joints = joints.shape[:3]
@@ -202,7 +202,7 @@ def _encode_joints(
 
 
 class DenseTargets(NamedTuple):
-    """Values to be predicted at every cell under an object's Gaussian, not only at its centre."""
+    """Targets at every cell under an object's Gaussian, not only at its centre."""
 
     values: Tensor
     """(B, 2V, h, w)."""
@@ -213,12 +213,12 @@ class DenseTargets(NamedTuple):
 def dense_targets(targets: CenterNetTargets, *, joints: bool) -> DenseTargets:
     """Sizes (V = 1), or offsets from each cell to the joints (V = J), at all cells under Gaussians.
 
-    A cell takes the value of the last object whose Gaussian is not exceeded there by those before. A
-    joint that is not visible gives its cells to nobody.
+    A cell gets the value of the last object whose Gaussian there is at least as high as all earlier
+    ones. Cells won by an invisible joint get no value.
 
-    Published quirk: sizes are drawn when the object itself is on the heat map already, and its Gaussian
-    in float64 is compared with the map in float32. Where rounding made that larger, the cell gets no
-    size, although its weight says that it has one. Joints are drawn before.
+    Published quirk: sizes are drawn after the object's Gaussian, which is compared in float64 with the
+    map in float32. Where rounding made the map larger, the cell gets no size, although it has a weight.
+    Joints are drawn before the Gaussian.
     """
     images, _, height, width = targets.heatmap.shape
     device = targets.heatmap.device

@@ -22,7 +22,7 @@ _CASCADE_PARTS = {
 def convert_centernet_triplets(state_dict: StateDict) -> dict[str, Tensor]:
     """Published CenterNet-52 or -104 checkpoint → :class:`CenterNetTriplets`'s state dict.
 
-    All published parameters are used; the heads of the 104 model's first stack in training only.
+    All published parameters are used (the heads of the 104 model's first stack only in training).
 
     Raises:
         ConversionError: the names are not those of such a checkpoint.

@@ -13,7 +13,7 @@ from d2ext.systems.cornernet.config import corner_defaults
 def add_centernet_triplets_config(cfg: CfgNode) -> None:
     """Add the system's keys to ``cfg``, in place. Those of CornerNet have the same meaning."""
     node = cfg.MODEL.CENTERNET_TRIPLETS = corner_defaults()
-    # The published radii are larger than this overlap asks for (see gaussian_radius).
+    # The published radii are larger than this overlap implies (see gaussian_radius).
     node.LOSS.MIN_OVERLAP = 0.7
     # Best points of each of the three kinds.
     node.TEST.TOP_K = 70

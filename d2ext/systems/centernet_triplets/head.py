@@ -21,7 +21,7 @@ _DIRECTIONS = {"top_left": ("top", "left"), "bottom_right": ("bottom", "right")}
 
 
 class CenterNetTripletsPredictions(NamedTuple):
-    """What the network says of a batch, from one of its stacks."""
+    """Predictions of one stack for a batch."""
 
     top_left: PointMaps
     bottom_right: PointMaps
@@ -30,12 +30,12 @@ class CenterNetTripletsPredictions(NamedTuple):
 
 
 def _plain_conv(channels: int) -> nn.Conv2d:
-    """3×3 without bias, norm and activation, so that what is pooled after it may be negative."""
+    """3×3 without bias, norm and activation, so that pooled values may be negative."""
     return nn.Conv2d(channels, channels, 3, padding=1, bias=False)
 
 
 class CascadeCornerPooling(PoolingModule):
-    """Corner pooling that looks along each side, and from there into the object.
+    """Corner pooling along each side, and from there into the object.
 
     Args:
         corner: "top_left" or "bottom_right".
@@ -44,7 +44,7 @@ class CascadeCornerPooling(PoolingModule):
     def __init__(self, channels: int, pool_channels: int, *, corner: str, norm: str) -> None:
         super().__init__(channels, pool_channels, norm=norm)
         self.corner = corner
-        # Pooled in the other direction and added before a side is looked for.
+        # Pooled in the other direction and added before pooling along a side.
         self.vertical_inward = ConvNormReLU(channels, pool_channels, 3, norm=norm)
         self.horizontal_inward = ConvNormReLU(channels, pool_channels, 3, norm=norm)
         self.vertical_side = _plain_conv(pool_channels)

@@ -1,7 +1,7 @@
-"""CenterNet with keypoint triplets (arXiv 1904.08189): CornerNet whose boxes a centre confirms.
+"""CenterNet with keypoint triplets (arXiv 1904.08189): CornerNet with boxes confirmed by a centre.
 
-Follows CornerNet (:mod:`d2ext.systems.cornernet.model`), its losses included, but for the heads
-(``head.py``), the targets (``targets.py``) and the centre check (``postprocess.py``).
+Differs from CornerNet (:mod:`d2ext.systems.cornernet.model`) in the heads (``head.py``), the targets
+(``targets.py``) and the check of centres (``postprocess.py``).
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class CenterNetTriplets(CornerNet):
         super().__init__(**corner_net)
         if 1.0 not in self.scales:
             raise ValueError(
-                "Centres are those of the unscaled image: MODEL.CENTERNET_TRIPLETS.TEST.SCALES must "
-                f"hold 1.0, not only {self.scales}."
+                "Centres come from the unscaled image: MODEL.CENTERNET_TRIPLETS.TEST.SCALES must "
+                f"include 1.0, not only {self.scales}."
             )
 
     def _decode(self, predictions: Any) -> tuple[Tensor, ...]:

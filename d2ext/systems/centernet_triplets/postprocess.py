@@ -3,10 +3,10 @@
 Beside CornerNet's fields (:mod:`d2ext.systems.cornernet.postprocess`), the ``Instances`` have
 
 - ``centers`` (N, 2) float32: the centre point that confirmed the box, x and y in pixels of the output.
-- ``center_scores`` (N,) float32 in 0..1: that point's own score. ``scores`` before soft-NMS is
+- ``center_scores`` (N,) float32 in 0..1: that point's score. ``scores`` before soft-NMS is
   (top-left + bottom-right + centre) / 3.
 
-Rows are CornerNet's with three columns more: x, y and score of the centre.
+Rows are CornerNet's with three more columns: x, y and score of the centre.
 
 Letters: N rows of an image, M centres of an image, K best centres of a pass.
 """
@@ -23,7 +23,7 @@ from d2ext.systems.cornernet.postprocess import COLUMNS
 from d2ext.systems.cornernet.postprocess import to_instances as corner_instances
 
 _SCORE, _CLASS = 4, 7
-# Boxes that reach this many pixels or more out of the scaled image are rejected (published code).
+# Boxes that extend this many pixels or more beyond the scaled image are rejected (published code).
 OUTSIDE_MARGIN = 5.0
 # A box of at most this area, in pixels of the image, needs a centre in its middle third, a larger one in
 # its middle fifth (published code).
@@ -38,8 +38,8 @@ def rows_of_centers(points: Points) -> Tensor:
 def image_centers(centers: Tensor, canvas: Canvas, stride: int) -> Tensor:
     """Centres of one pass in pixels of the image: (1 or 2, K, 4) in cells → (M, 4).
 
-    Unlike boxes they are not clipped (the published code means to, on a copy); those outside the image
-    confirm nothing.
+    Unlike boxes they are not clipped (the published code clips a copy); those outside the image confirm
+    no box.
     """
     xs = centers[..., 0]
     if len(centers) == 2:
@@ -52,11 +52,10 @@ def confirm_by_centers(rows: Tensor, centers: Tensor) -> Tensor:
     """Keep the boxes that have a centre of their class in their middle.
 
     The middle is the middle third of both sides of a small box, the middle fifth of a larger one; the
-    centre lies strictly inside. The new score is
-    (2 * score + centre's score) / 3.
+    centre must be strictly inside. The new score is (2 * score + centre's score) / 3.
 
-    Published quirks: that is the first such centre of the list, not the best one; and boxes have been
-    clipped to the image before.
+    Published quirks: it is the first such centre of the list, not the best one; and boxes were clipped
+    to the image before.
 
     Args:
         rows: (N, COLUMNS) in pixels of the image.
@@ -71,14 +70,14 @@ def confirm_by_centers(rows: Tensor, centers: Tensor) -> Tensor:
     small = ((high - low).prod(dim=1) <= _SMALL_AREA)[:, None]
     begin = torch.where(small, (2 * low + high) / 3, (3 * low + 2 * high) / 5)
     end = torch.where(small, (low + 2 * high) / 3, (2 * low + 3 * high) / 5)
-    places = centers[None, :, :2]
-    inside = ((places > begin[:, None]) & (places < end[:, None])).all(dim=-1)
+    points = centers[None, :, :2]
+    inside = ((points > begin[:, None]) & (points < end[:, None])).all(dim=-1)
     inside &= centers[None, :, 3] == rows[:, None, _CLASS]
     # Of equal values, argmax takes the first.
     first = inside.to(torch.uint8).argmax(dim=1)
-    own = centers[first]
-    scores = (2 * rows[:, _SCORE] + own[:, 2]) / 3
-    rows = torch.cat([rows[:, :4], scores[:, None], rows[:, 5:], own[:, :3]], dim=1)
+    matched = centers[first]
+    scores = (2 * rows[:, _SCORE] + matched[:, 2]) / 3
+    rows = torch.cat([rows[:, :4], scores[:, None], rows[:, 5:], matched[:, :3]], dim=1)
     rows = rows[inside.any(dim=1)]
     return rows[rows[:, _SCORE].argsort(descending=True, stable=True)]
 

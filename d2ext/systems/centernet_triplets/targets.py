@@ -1,4 +1,4 @@
-"""What CenterNet with triplets is trained towards: CornerNet's targets, and centres (published code)."""
+"""Targets of CenterNet with triplets: CornerNet's, and centres (published code)."""
 
 from __future__ import annotations
 

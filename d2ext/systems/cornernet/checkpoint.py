@@ -41,7 +41,7 @@ def _one_of(names: dict[str, str]) -> str:
 
 
 def _head_rules(pooling: str, kinds: Sequence[str], parts: dict[str, str]) -> tuple[Rule, ...]:
-    """Of the heads of these kinds of points; ``pooling`` ends the pooling modules' published names."""
+    """Rules for the heads of these kinds of points; published pooling modules end in ``pooling``."""
     kind = _one_of({name: _KINDS[name] for name in kinds})
     return (
         Rule(
@@ -58,7 +58,7 @@ def _head_rules(pooling: str, kinds: Sequence[str], parts: dict[str, str]) -> tu
 def corner_rules(
     kinds: Sequence[str] = ("tl", "br"), extra_parts: dict[str, str] | None = None
 ) -> tuple[Rule, ...]:
-    """Names of the CornerNet repository and of those that descend from it.
+    """Names of the CornerNet repository and of those derived from it.
 
     Args:
         kinds: of points, "tl", "br" and "ct".
@@ -83,7 +83,7 @@ _LITE_RULES = (
 def convert_cornernet(state_dict: StateDict) -> dict[str, Tensor]:
     """Published checkpoint of CornerNet, CornerNet-Squeeze or CornerNet-Saccade → ours.
 
-    All published parameters are used; those of the stacks before the last one in training only.
+    All published parameters are used (heads of stacks before the last one only in training).
 
     Raises:
         ConversionError: the names are not those of such a checkpoint.

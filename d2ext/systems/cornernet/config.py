@@ -9,7 +9,7 @@ from d2ext.config import CONFIG_REGISTRY
 
 
 def corner_defaults() -> CfgNode:
-    """The keys that all detectors of corners have, with CornerNet's values."""
+    """The keys common to all detectors of corners, with CornerNet's values."""
     node = CfgNode()
     # Thing classes, without background.
     node.NUM_CLASSES = 80
@@ -22,7 +22,7 @@ def corner_defaults() -> CfgNode:
     node.NORM = "BN"
 
     loss = node.LOSS = CfgNode()
-    # IoU that a box with both corners moved by the Gaussians' radius still has.
+    # IoU with the object of a box whose corners are both off by the Gaussians' radius.
     loss.MIN_OVERLAP = 0.3
     loss.HEAT_WEIGHT = 1.0
     loss.PULL_WEIGHT = 0.1
@@ -38,17 +38,17 @@ def corner_defaults() -> CfgNode:
     test.TOP_K = 100
     # Pairs whose embeddings are farther apart are rejected.
     test.MAX_DISTANCE = 0.5
-    # Pairs that leave a pass of the network.
+    # Best pairs of each pass of the network that go into soft-NMS.
     test.MAX_PAIRS = 1000
     # Soft-NMS within each class: width of the Gaussian over IoU.
     test.NMS_SIGMA = 0.5
-    # Scores below this end a box's life in soft-NMS.
+    # Soft-NMS discards a box when its score falls below this.
     test.SCORE_THRESH = 0.001
-    # True: boxes also move to the mean of those that they suppress, as published for several scales.
+    # True: boxes also move towards those that they suppress, as published for several scales.
     test.NMS_MERGE = False
     # Exponent of the merging weights.
     test.NMS_MERGE_EXPONENT = 10.0
-    # True: what soft-NMS leaves at the end of its array counts as detections, as published.
+    # True: stale rows at the end of soft-NMS's array count as detections, as published.
     test.KEEP_STALE = True
     # Detections per image (more if the last ones' scores are equal).
     test.MAX_DETECTIONS = 100
@@ -63,23 +63,23 @@ def add_cornernet_config(cfg: CfgNode) -> None:
     saccade = cfg.MODEL.CORNERNET.SACCADE = CfgNode()
     # The keys below belong to CornerNetSaccade. Side of the network's input, pixels.
     saccade.INPUT_SIZE = 255
-    # Longer sides at which the whole image is looked at first, pixels.
+    # Longer sides of the first views, which show the whole image, pixels.
     saccade.FIRST_SIZES = [192, 255]
-    # Attention above this says where to look.
+    # Attention above this gives a location to crop.
     saccade.ATTENTION_THRESH = 0.3
-    # For each attention map, coarsest first: how much closer to look,
+    # For each attention map, coarsest first: magnification of its crops,
     saccade.ATTENTION_SCALES = [1, 2, 4]
     # and the smallest and largest longer side of its objects, pixels of the input.
     saccade.ATTENTION_RANGES = [[96, 256], [32, 96], [0, 32]]
-    # Boxes of the first looks count above this score,
+    # Boxes of the first views above this score are candidates,
     saccade.FIRST_SCORE = 0.3
-    # and are looked at again above this one.
+    # and above this one locations to crop too.
     saccade.CONFIDENT_SCORE = 0.5
-    # Places of an image that are looked at.
+    # Most crops of an image.
     saccade.MAX_CROPS = 30
-    # Training: smaller objects (longer side, pixels of the input), and those of which no larger share of
-    # the box is in the crop, are neither positive nor negative.
+    # Training: objects with a smaller longer side (pixels of the input), or with no more than this share
+    # of the box in the crop, are neither positive nor negative.
     saccade.MIN_SIDE = 16
     saccade.MIN_SHARE = 0.5
-    # Cut boxes to the image; the published code does not.
+    # Clip boxes to the image; the published code does not.
     saccade.CLIP_BOXES = False

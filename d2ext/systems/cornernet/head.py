@@ -18,19 +18,19 @@ from d2ext.layers import corner_pool_pair
 from d2ext.modeling.cornernet_hourglass import ConvNormReLU
 from d2ext.modeling.fusion import conv_add_relu, conv_norm, conv_relu
 
-# Bias of the heat maps' last layer at the start: a probability of 0.1 (published code).
+# Initial bias of the heat maps' last layer: a probability of 0.1 (published code).
 PRIOR_LOGIT = -2.19
 
 
 class CornerNetPredictions(NamedTuple):
-    """What the network says of a batch, from one of its stacks."""
+    """Predictions of one stack for a batch."""
 
     top_left: PointMaps
     bottom_right: PointMaps
 
 
 class PoolingModule(nn.Module):
-    """A residual block whose main path pools over rows and columns; subclasses say how.
+    """A residual block whose main path pools over rows and columns as subclasses define.
 
     Args:
         channels: c, of input and output.
@@ -56,7 +56,7 @@ class PoolingModule(nn.Module):
 
 
 class CornerPooling(PoolingModule):
-    """Looks for an object's sides from its corner.
+    """Pooling from an object's corner along its sides.
 
     Args:
         corner: "top_left" or "bottom_right".
@@ -158,7 +158,7 @@ class CornerNetHead(nn.Module):
         return CornerNetPredictions(self.top_left[stack](x), self.bottom_right[stack](x))
 
     def forward(self, features: Sequence[Tensor]) -> Any:
-        """Features (B, c, h, w) in the order of :attr:`in_features` → when training a list with the
+        """Features (B, c, h, w) in the order of :attr:`in_features` → in training a list with the
         predictions of every stack, otherwise those of the last one."""
         if not self.training:
             return self.predict(features, self.num_stacks - 1)
@@ -166,7 +166,7 @@ class CornerNetHead(nn.Module):
 
 
 class SaccadePredictions(NamedTuple):
-    """What CornerNet-Saccade's network says of a batch, from one of its stacks."""
+    """CornerNet-Saccade's predictions of one stack for a batch."""
 
     top_left: PointMaps
     bottom_right: PointMaps
@@ -194,7 +194,7 @@ class SaccadeHead(CornerNetHead):
         self.num_levels = len(levels[0])
         if self.num_levels == 0:
             raise ValueError("CornerNetSaccade needs MODEL.CORNERNET_HOURGLASS.OUT_LEVELS True.")
-        # Their kernels are 3×3 whatever those of the corners are, as published.
+        # As published, their kernels are always 3×3.
         self.attention = nn.ModuleList(
             nn.ModuleList(Prediction(input_shape[name].channels, hidden, 1, 3) for name in names)
             for names in levels

@@ -15,7 +15,7 @@ from d2ext.systems.cornernet.targets import SaccadeTargets
 
 
 class CornerNetCriterion:
-    """Sums the terms over points (corners, and centres where the targets have them) and averages them
+    """Terms summed over kinds of points (corners, and centres if the targets have them) and averaged
     over stacks; has no parameters.
 
     Args:
@@ -38,7 +38,7 @@ class CornerNetCriterion:
         }
 
     def terms(self, predictions: Any, targets: Any) -> dict[str, list[Tensor]]:
-        """Unweighted losses of one stack: of each kind of point, or one for all."""
+        """Unweighted losses of one stack: for each kind of point, or one for all."""
         points = (targets.top_left, targets.bottom_right, targets.center)
         kinds = [point for point in points if point is not None]
         pairs = list(zip(predictions[: len(kinds)], kinds, strict=True))

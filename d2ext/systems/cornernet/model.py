@@ -1,7 +1,7 @@
 """CornerNet (arXiv 1808.01244) and CornerNet-Squeeze (arXiv 1904.08900): boxes as pairs of corners.
 
-An image is centred on a canvas whose sides fit the hourglass (:meth:`CornerNet.canvas`), with its
-mirror image, and goes through backbone and heads (``head.py``). Then come either the losses
+An image is centred on a canvas whose sides fit the hourglass (:meth:`CornerNet.canvas`) and goes, in
+inference with its mirror image, through backbone and heads (``head.py``). Then come either the losses
 (``losses.py``, targets from :mod:`d2ext.codecs.corners`) or, in inference, the pairing of corners
 (:mod:`d2ext.codecs.corners`) and soft-NMS (``postprocess.py``).
 
@@ -37,7 +37,8 @@ from d2ext.systems.cornernet.targets import read_boxes
 
 
 def canvas_side(side: int, unit: int) -> int:
-    """The smallest multiple of ``unit`` less one that is not below ``side`` (published: side | 127)."""
+    """The smallest number >= ``side`` that is one less than a multiple of ``unit`` (published:
+    side | 127)."""
     return -(-(side + 1) // unit) * unit - 1
 
 
@@ -47,8 +48,8 @@ class CornerNet(MultiScaleMetaArch):
 
     RENAMED_PARAMETERS = (("network.backbone.", "backbone."), ("network.head.", "head."))
 
-    # What systems that descend from it have of their own: the key of their settings in cfg.MODEL, their
-    # parts and targets, and whether corners at the border count (see decode_corners).
+    # What subclasses replace: the key of their settings in cfg.MODEL, their parts and targets, and
+    # whether corners at the border are rejected (see decode_corners).
     config_key: ClassVar[str] = "CORNERNET"
     head_class: ClassVar[type[CornerNetHead]] = CornerNetHead
     criterion_class: ClassVar[type[CornerNetCriterion]] = CornerNetCriterion
@@ -145,16 +146,16 @@ class CornerNet(MultiScaleMetaArch):
         }
 
     def canvas(self, size: tuple[int, int], scale: float) -> Canvas:
-        """As published: the scaled image's sides grow to the next multiple (of 128, for the published
-        hourglasses) less one, and its centre pixel comes to the canvas' centre pixel."""
+        """As published: the canvas' sides are the next ones that are a multiple (of 128, for the
+        published hourglasses) less one, and the centre pixels coincide."""
         height, width = (max(1, int(side * scale)) for side in size)
         unit = self.backbone.size_divisibility
         canvas = canvas_side(height, unit), canvas_side(width, unit)
         return centered((height, width), canvas, scale)
 
     def draw(self, image: Tensor, canvas: Canvas) -> Tensor:
-        """See the base class. Published quirk: where an image is as large as the canvas, and its side
-        odd therefore, its last row or column stays zero."""
+        """See the base class. Published quirk: where an image's side equals the canvas' (so that it is
+        odd), its last row or column stays zero."""
         image = image.float()
         if image.shape[-2:] != canvas.content:
             # The published code resizes bytes.
@@ -212,8 +213,8 @@ class CornerNet(MultiScaleMetaArch):
     def detections(
         self, predictions: tuple[Tensor, ...], batched_inputs: list[dict[str, Any]], scale: float
     ) -> list[tuple[Tensor, ...]]:
-        """What :meth:`_decode` gives for B images and B mirror images → of each image, on the CPU,
-        what :meth:`_rows` gives."""
+        """Results of :meth:`_decode` for B images and B mirror images → for each image :meth:`_rows`,
+        on the CPU."""
         on_host = [x.cpu() for x in predictions]
         return [
             self._rows(
@@ -224,7 +225,7 @@ class CornerNet(MultiScaleMetaArch):
         ]
 
     def _rows(self, canvas: Canvas, *decoded: Tensor) -> tuple[Tensor, ...]:
-        """One image's part of what :meth:`_decode` gives → rows (N, COLUMNS) in pixels of the image."""
+        """One image's part of :meth:`_decode`'s result → rows (N, COLUMNS) in pixels of the image."""
         return (image_rows(decoded[0], canvas, self.stride),)
 
     def result(
@@ -235,7 +236,7 @@ class CornerNet(MultiScaleMetaArch):
         return {"instances": self._instances(rows, image_size(inputs), output_size(inputs))}
 
     def _candidates(self, passes: list[tuple[Tensor, ...]]) -> Tensor:
-        """What soft-NMS selects from: the rows of all passes."""
+        """Input of soft-NMS: the rows of all passes."""
         return torch.cat([rows for rows, *_ in passes])
 
     def _instances(

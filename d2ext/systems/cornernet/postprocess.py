@@ -2,11 +2,11 @@
 
 Beside ``pred_boxes``, ``scores`` and ``pred_classes``, the ``Instances`` of CornerNet have
 
-- ``top_left_scores``, ``bottom_right_scores`` (N,) float32 in 0..1: the corners' own scores. Without
+- ``top_left_scores``, ``bottom_right_scores`` (N,) float32 in 0..1: the corners' scores. Without
   soft-NMS, ``scores`` would be their mean.
 - ``embedding_distances`` (N,) float32, not negative: between the embeddings of the two corners.
 
-Pairs travel as *rows* of :data:`COLUMNS` numbers, so that one copy takes them from the device.
+Pairs are *rows* of :data:`COLUMNS` numbers, so that they leave the device in one copy.
 
 Letters: B images, P pairs, N rows of an image.
 """
@@ -31,7 +31,7 @@ _SCORE, _TOP_LEFT, _BOTTOM_RIGHT, _CLASS, _DISTANCE = range(4, 9)
 
 
 class SuppressionOptions(NamedTuple):
-    """Of :func:`suppress`; see ``MODEL.CORNERNET.TEST``."""
+    """Options of :func:`suppress`; see ``MODEL.CORNERNET.TEST``."""
 
     sigma: float = 0.5
     score_threshold: float = 0.001
@@ -54,11 +54,11 @@ def rows_of_pairs(pairs: CornerPairs) -> Tensor:
 
 
 def image_rows(rows: Tensor, canvas: Canvas, stride: int, margin: float = math.inf) -> Tensor:
-    """Rows of one pass, of the image and (if there) of the mirror image, in pixels of the image.
+    """Rows of one pass, of the image and its mirror image (if given), in pixels of the image.
 
     Args:
         rows: (1 or 2, P, COLUMNS) in cells.
-        margin: pairs that reach this many pixels or more out of the scaled image are rejected.
+        margin: pairs that extend this many pixels or more beyond the scaled image are rejected.
 
     Returns:
         (N, COLUMNS) of the pairs that are not rejected, clipped to the image.
@@ -78,10 +78,10 @@ def image_rows(rows: Tensor, canvas: Canvas, stride: int, margin: float = math.i
 
 
 def suppress(rows: Tensor, options: SuppressionOptions) -> Tensor:
-    """Soft-NMS within each class, and the best of what it leaves.
+    """Soft-NMS within each class, and the best of the remaining rows.
 
-    Published quirks, named in :mod:`d2ext.layers.soft_nms`: stale rows count, unless
-    ``keep_stale`` is off, and all rows that share the last one's score stay.
+    Published quirks: stale rows count (unless ``keep_stale`` is off), see :mod:`d2ext.layers.soft_nms`,
+    and all rows that tie with the last one stay.
 
     Args:
         rows: (N, COLUMNS) on the CPU.
@@ -105,7 +105,7 @@ def suppress(rows: Tensor, options: SuppressionOptions) -> Tensor:
     rows = rows[result.indices]
     rows = torch.cat([result.boxes, result.scores[:, None], rows[:, _TOP_LEFT:]], dim=1)
     if not options.keep_stale:
-        rows = rows[result.kept]
+        rows = rows[result.keep]
     return best_rows(rows, options.max_detections)
 
 
@@ -129,7 +129,7 @@ def to_instances(
     Args:
         rows: (N, COLUMNS).
         image_size, output_size: (height, width).
-        clip: cut boxes to the output (CornerNet's are within a rounding error).
+        clip: clip boxes to the output (CornerNet's exceed it only by rounding errors).
     """
     result = Instances(output_size)
     scale = output_size[1] / image_size[1], output_size[0] / image_size[0]

@@ -1,11 +1,12 @@
-"""CornerNet-Saccade (arXiv 1904.08900, section 3): look at the whole image small, then at places.
+"""CornerNet-Saccade (arXiv 1904.08900, section 3): first the whole image, small, then crops of it.
 
-The whole image is looked at in two small sizes. Attention maps (``head.py``) and confident boxes
-say where objects are and how large; :func:`suppress_locations` selects among these places, crops
-around them are looked at in turn, and soft-NMS joins all boxes.
+The network first runs on the whole image in two small sizes. Attention maps (``head.py``) and confident
+boxes say where objects are and how large; :func:`suppress_locations` selects among these locations, the
+network runs on crops around them, and soft-NMS merges all boxes.
 
 Letters: B views, P pairs, N rows, M locations of an image, S side of the network's input in pixels.
-A *location* is y, x (pixels of the image), the scale at which to look, and a score.
+A *view* is the network's input with a window of the image; a *location* is y, x (pixels of the image),
+the scale of the crop there, and a score.
 """
 
 from __future__ import annotations
@@ -31,20 +32,20 @@ from d2ext.systems.cornernet.model import CornerNet
 from d2ext.systems.cornernet.postprocess import to_instances
 from d2ext.systems.cornernet.targets import SaccadeTargets, encode_saccade, read_boxes
 
-# Longer sides in pixels of large, medium and small boxes (more than), and the side at which the box is
-# looked at again (published code).
+# Boxes with a longer side above the first number of pixels have the second one in their crop
+# (published code).
 _BOX_SIDES = ((96.0, 192.0), (32.0, 64.0), (0.0, 24.0))
-# Attention at views larger than twice the image, and views larger than four times, lead nowhere
+# Attention in views of more than twice the image's scale is not used, nor crops of more than four times
 # (published code).
 _MAX_SCALE, _MAX_NEXT_SCALE = 2.0, 4.0
-# Locations closer than this many pixels of the view, and of scales within a fifth, are one.
+# Locations closer than this many pixels of the view, and of scales within a fifth, are merged.
 _LOCATION_DISTANCE, _SCALE_RATIO = 16.0, 0.2
-# Views that go through the network at once.
+# Views per batch.
 _BATCH = 32
 
 
 class SaccadeOptions(NamedTuple):
-    """Of the search; see ``MODEL.CORNERNET.SACCADE``."""
+    """Options of the search; see ``MODEL.CORNERNET.SACCADE``."""
 
     input_size: int = 255
     first_sizes: tuple[float, ...] = (192, 255)
@@ -60,7 +61,7 @@ class SaccadeOptions(NamedTuple):
 
 
 class Crop(NamedTuple):
-    """How a window of the image lies in the network's input."""
+    """Which window of the image goes where in the network's input."""
 
     source: tuple[slice, slice]
     """Rows and columns of the image."""
@@ -85,7 +86,7 @@ def crop_around(y: int, x: int, side: int, size: int, height: int, width: int) -
 
 
 def box_locations(rows: np.ndarray, min_score: float) -> np.ndarray:
-    """Confident boxes → locations (M, 4) with score 1: their centres, scaled to a good size.
+    """Confident boxes → locations (M, 4) with score 1: their centres, at the scale of ``_BOX_SIDES``.
 
     Args:
         rows: (N, 5 or more) x1, y1, x2, y2, score.
@@ -93,11 +94,11 @@ def box_locations(rows: np.ndarray, min_score: float) -> np.ndarray:
     rows = rows[rows[:, 4] > min_score]
     longer = np.maximum(rows[:, 2] - rows[:, 0], rows[:, 3] - rows[:, 1])
     longer = np.maximum(longer, 1e-3)
-    wanted = np.select(
+    targets = np.select(
         [longer > limit for limit, _ in _BOX_SIDES], [side for _, side in _BOX_SIDES]
     )
     centers = (rows[:, 1] + rows[:, 3]) / 2, (rows[:, 0] + rows[:, 2]) / 2
-    return np.stack([*centers, wanted / longer, np.ones(len(rows))], axis=1)
+    return np.stack([*centers, targets / longer, np.ones(len(rows))], axis=1)
 
 
 def attention_locations(
@@ -111,10 +112,10 @@ def attention_locations(
     """Peaks of attention maps → locations (M, 4) inside the image.
 
     Args:
-        attention: for each level (B, h, w) probabilities, 0 beside peaks.
+        attention: for each level (B, h, w) probabilities, 0 except at peaks.
         canvases: of the B views.
         strides: pixels of the view per cell, for each level.
-        factors: how much closer to look, for each level.
+        factors: magnification of crops, for each level.
         size: (height, width) of the image.
     """
     locations = [np.zeros((0, 4))]
@@ -134,11 +135,11 @@ def attention_locations(
 
 
 def suppress_locations(locations: np.ndarray) -> np.ndarray:
-    """Best first, drop locations near a better one and of about its scale.
+    """Drop locations near a better one of about the same scale; best first.
 
-    Published quirk: near in one axis is near.
+    Published quirk: locations that are near in one axis count as near.
     """
-    # As published, without a stable sort: equal scores come in NumPy's order, reversed.
+    # As published, the sort is not stable: equal scores are in NumPy's order, reversed.
     locations = locations[np.argsort(locations[:, 3])[::-1]]
     selected = []
     while len(locations):
@@ -216,7 +217,7 @@ class CornerNetSaccade(CornerNet):
     def encode_targets(
         self, batched_inputs: list[dict[str, Any]], images: Tensor
     ) -> SaccadeTargets:
-        """See :func:`encode_saccade`; without ``gt_visible_shares`` objects are visible as a whole."""
+        """See :func:`encode_saccade`; without ``gt_visible_shares`` objects are wholly visible."""
         height, width = images.shape[-2:]
         boxes, classes = read_boxes(batched_inputs, (height, width), self.device)
         shares = [
@@ -251,8 +252,8 @@ class CornerNetSaccade(CornerNet):
     def postprocess(
         self, predictions: tuple[Tensor, ...], batched_inputs: list[dict[str, Any]]
     ) -> list[dict[str, Instances]]:
-        """What the first views give, and what is seen where they say that one must look again →
-        ``instances`` with the fields listed in ``postprocess.py``."""
+        """Boxes of the first views and of crops at the locations that these give → ``instances`` with
+        the fields listed in ``postprocess.py``."""
         views = [x.cpu().chunk(len(batched_inputs)) for x in predictions]
         results = []
         for inputs, (first, *attention) in zip(
@@ -270,8 +271,7 @@ class CornerNetSaccade(CornerNet):
     def first_look(
         self, rows: Tensor, attention: Sequence[Tensor], size: tuple[int, int]
     ) -> tuple[Tensor, np.ndarray]:
-        """What :meth:`_decode` gives for the first views of an image of ``size`` → boxes, and where to
-        look.
+        """Decoded predictions for the first views of an image of ``size`` → boxes, and where to crop.
 
         Returns:
             rows (N, COLUMNS) in pixels of the image, and locations (M, 4), best first.
@@ -300,8 +300,8 @@ class CornerNetSaccade(CornerNet):
     def _crops(self, locations: np.ndarray, size: tuple[int, int]) -> list[tuple[Crop, Canvas]]:
         """The windows at locations (M, 3 or 4) of an image of ``size`` (height, width)."""
         input_size = self.options.input_size
-        # As published, in the precision of the locations (float32 of the first ones): a view of the
-        # whole image is as large as the image, not a pixel less.
+        # As published, in the locations' precision (float32 for the first views): a view of the whole
+        # image is then exactly as large as the image, not a pixel less.
         sides = np.divide(input_size, locations[:, 2], dtype=locations.dtype).astype(np.int64)
         crops = []
         for (y, x, scale, *_), side in zip(locations, sides, strict=True):
@@ -325,12 +325,12 @@ class CornerNetSaccade(CornerNet):
         return self.normalize(views), [canvas for _, canvas in crops]
 
     def _look(self, views: Tensor) -> Tensor:
-        """The network on views (B, 3, S, S), some at a time → rows (B, P, COLUMNS) on the CPU."""
+        """Run the network on views (B, 3, S, S) in batches → rows (B, P, COLUMNS) on the CPU."""
         rows = []
         for chunk in views.split(_BATCH):
             count = len(chunk)
             if self.inference_network.mode != "eager":
-                # Few different batch sizes, so that few graphs are captured.
+                # Few batch sizes, so that few graphs are captured.
                 chunk = F.pad(chunk, (0, 0, 0, 0, 0, 0, 0, -count % 8 if count > 2 else 0))
             rows.append(self.inference_network(chunk)[0][:count].cpu())
         return torch.cat(rows)
@@ -346,7 +346,7 @@ class CornerNetSaccade(CornerNet):
         return to_instances(rows, image_size, output_size, clip=self.options.clip_boxes)
 
     def shown_maps(self, inputs: dict[str, Any]) -> list[tuple[str, Tensor, Tensor]]:
-        """Of the last of the first views; ``attention`` of all levels."""
+        """Maps of the last of the first views, with ``attention`` of all levels."""
         location = self._first_locations(image_size(inputs))[-1:]
         views, (canvas,) = self._views(self.upload(inputs), location)
         top_left, bottom_right, attention = self.network(views)

@@ -1,6 +1,6 @@
-"""From annotations to what the losses of CornerNet and CornerNet-Saccade compare with.
+"""Annotations → targets of CornerNet and CornerNet-Saccade.
 
-The targets themselves are :mod:`d2ext.codecs.corners`'s; Saccade adds attention and leaves objects out
+Corner targets come from :mod:`d2ext.codecs.corners`; Saccade adds attention and ignores some objects
 (arXiv 1904.08900, section 3).
 
 Letters: B images, C classes, H×W cells of the corner maps, L attention maps of 2^(L-1), ..., 2, 1 times
@@ -25,7 +25,7 @@ def read_boxes(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Boxes (n, 4) in pixels of a canvas of ``size`` (height, width), and classes (n,), of each image.
 
-    As published, boxes are cut at the last pixel's index; what lies outside loses its area.
+    As published, boxes are clipped to the last pixel's index; those outside lose their area.
     """
     boxes, classes = [], []
     for inputs in batched_inputs:
@@ -64,12 +64,12 @@ def encode_saccade(
 ) -> SaccadeTargets:
     """Objects of a batch → targets.
 
-    An object whose longer side is below ``min_side`` (in whole pixels between its cut coordinates, as
-    published), or of which not more than ``min_share`` is visible, is no positive: its Gaussians are
-    left out of the loss. Attention looks for every object, positive or not.
+    An object whose longer side is below ``min_side`` (in whole pixels between its truncated
+    coordinates, as published), or of which at most ``min_share`` is visible, is not a positive: cells
+    under its Gaussians are left out of the loss. Attention is trained on every object.
 
     Args:
-        boxes: for each image (n, 4) XYXY in pixels of the input, cut to its content.
+        boxes: for each image (n, 4) XYXY in pixels of the input, clipped to its content.
         classes: for each image (n,) int64.
         shares: for each image (n,), how much of the object's box is inside.
         input_size, output_size: (height, width) of the input in pixels, of the corner maps in cells.

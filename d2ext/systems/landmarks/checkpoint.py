@@ -65,8 +65,8 @@ _RULES = (
     ),
     Rule(_PREFIX + r"merge_preds\.(\d+)\.conv\.conv\.(\w+)", r"backbone.stacks.\1.merge_maps.\2"),
 )
-# Every published residual block has a skip layer; where input and output are equally wide, it is
-# never used and never trained.
+# Every published residual block has a skip layer; where input and output are equally wide, it is never
+# used or trained.
 _SHORTCUT = re.compile(r"backbone\..*\.shortcut\.weight")
 
 
@@ -74,10 +74,10 @@ _SHORTCUT = re.compile(r"backbone\..*\.shortcut\.weight")
 def convert_landmarks(state_dict: StateDict) -> dict[str, Tensor]:
     """Published stacked hourglass of any number of stacks → :class:`LandmarkNet`'s state dict.
 
-    Left out are the skip layers of blocks whose input and output are equally wide, which the published
-    network holds and never uses, ``skip_layer.conv.weight`` and ``.bias`` of: ``pre.3``,
-    ``features.N.0``, in ``hgs.N.0`` all blocks unless its levels differ in width, and ``pre.4`` where
-    the network is 128 channels wide.
+    The skip layers that the published network has but never uses are dropped, those of blocks whose
+    input and output are equally wide: ``skip_layer.conv.weight`` and ``.bias`` of ``pre.3``,
+    ``features.N.0``, all blocks in ``hgs.N.0`` unless its levels differ in width, and ``pre.4`` if the
+    network is 128 channels wide.
 
     Raises:
         ConversionError: the names are not those of a stacked hourglass.

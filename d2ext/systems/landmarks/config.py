@@ -27,22 +27,22 @@ def add_landmarks_config(cfg: CfgNode) -> None:
     landmarks.INPUT_SIZE = [256, 256]
     # A head of LANDMARK_HEAD_REGISTRY: "HeatmapHead", "IntegralHead", "RegressionHead", "SimCCHead".
     landmarks.HEAD = "HeatmapHead"
-    # The backbone's feature that the head takes; "": a stacked hourglass's maps where the head learns
+    # The head's input, a feature of the backbone; "": a stacked hourglass's maps if the head learns
     # maps, otherwise the last feature.
     landmarks.IN_FEATURE = ""
-    # For each landmark the one that it becomes in a mirror image, for TEST.FLIP, where no data set of
-    # DATASETS says it: keypoint_names and keypoint_flip_map of the first one that has them win.
+    # For each landmark the one that it becomes in a mirror image, for TEST.FLIP. keypoint_names and
+    # keypoint_flip_map of the first data set in DATASETS that has them take precedence.
     landmarks.FLIP_INDICES = []
 
     landmarks.CROP = CfgNode()
-    # How boxes become crops. "affine": exact. "hourglass": corners cut to whole pixels, as the
-    # published stacked hourglass does.
+    # How boxes become crops. "affine": exact. "hourglass": corners truncated to whole pixels, as in
+    # the published stacked hourglass.
     landmarks.CROP.METHOD = "affine"
     # Boxes are widened to the input's aspect ratio, then enlarged by this factor (published: 1.25;
     # 1.0 for boxes that are enlarged already).
     landmarks.CROP.PADDING = 1.25
-    # Instances of one batch that are trained on at most, selected at random, where images are not
-    # cropped by the data mapper.
+    # Most instances of a batch that are trained on, selected at random, if the data mapper does not
+    # crop images.
     landmarks.CROP.MAX_TRAINED = 64
 
     target = landmarks.TARGET = CfgNode()
@@ -50,13 +50,13 @@ def add_landmarks_config(cfg: CfgNode) -> None:
     target.SHAPE = "gaussian"
     # Width in cells. Published: 1 (stacked hourglass), 2 (simple baselines, HRNet), 1.5 (HRNet, faces).
     target.SIGMA = 1.0
-    # "exact": at the point; "rounded": at its cell; "window": at the point, cut around its cell;
-    # "hourglass": as published there, landmarks that are not annotated learn an empty map.
+    # "exact": at the point; "rounded": at its cell; "window": at the point, cut off around its cell;
+    # "hourglass": as published for it; landmarks that are not annotated are trained to an empty map.
     target.CENTER = "hourglass"
     # The shape is cut off beyond this many SIGMA; 3 leaves 6 * SIGMA + 1 cells a side, rounded down.
-    # 0: not cut.
+    # 0: not cut off.
     target.WINDOW = 0.0
-    # How cells lie on pixels: "continuous", "index" (the common habit) or "udp".
+    # How cells map to pixels: "continuous", "index" (the usual way) or "udp".
     target.CELL_GEOMETRY = "continuous"
 
     # From maps to points: "argmax", "quarter", "hourglass", "dark", "dark_udp", "taylor", "centroid".
@@ -65,13 +65,13 @@ def add_landmarks_config(cfg: CfgNode) -> None:
     landmarks.DECODER_BLUR = 11
 
     loss = landmarks.LOSS = CfgNode()
-    # Of maps: "mse", "adaptive_wing" or "cross_entropy".
+    # Loss of maps: "mse", "adaptive_wing" or "cross_entropy".
     loss.MAPS = "mse"
-    # Of coordinates (regression, integral): "l1", "smooth_l1" or "wing", in pixels of the input.
+    # Loss of coordinates (regression, integral): "l1", "smooth_l1" or "wing", in pixels of the input.
     loss.POINTS = "l1"
 
-    # Between a backbone that is no stacked hourglass and a head that learns maps: transposed
-    # convolutions (4x4, stride 2, norm, ReLU), as in simple baselines.
+    # Transposed convolutions (4x4, stride 2, norm, ReLU), as in simple baselines, between a head that
+    # learns maps and a backbone other than a stacked hourglass.
     upsample = landmarks.UPSAMPLE = CfgNode()
     # Layers; each doubles the resolution.
     upsample.NUM_LAYERS = 3
@@ -90,20 +90,20 @@ def add_landmarks_config(cfg: CfgNode) -> None:
     landmarks.SIMCC.RATIO = 2.0
     # Width of the labels in bins (published: 6 for 256x192).
     landmarks.SIMCC.SIGMA = 6.0
-    # Finer than a bin: one Newton step on the logits.
+    # Refine by a fraction of a bin: one Newton step on the logits.
     landmarks.SIMCC.REFINE = False
 
     test = landmarks.TEST = CfgNode()
     # Average with the prediction for the mirrored crop.
     test.FLIP = False
-    # Move the mirrored maps one cell to the right, as published with CELL_GEOMETRY "index".
+    # Shift the mirrored maps one cell to the right, as published with CELL_GEOMETRY "index".
     test.FLIP_SHIFT = False
-    # Crops that go through the network at once; bounds the memory.
+    # Crops per batch of the network; limits the memory.
     test.MAX_CROPS = 64
     # Give each instance pred_keypoint_heatmaps (K, h, w).
     test.HEATMAPS = False
     # An instance's score is its box's times the mean of its landmarks' scores above this (published:
     # 0.2).
     test.KEYPOINT_THRESH = 0.2
-    # Cut image coordinates to whole pixels, as the published stacked hourglass does.
+    # Truncate image coordinates to whole pixels, as the published stacked hourglass does.
     test.TRUNCATE = False

@@ -1,4 +1,4 @@
-"""Heads: features → raw predictions, their losses, and what their codec decodes.
+"""Heads: features → raw predictions, losses, and the input of their codec's decoder.
 
 Every head is a :class:`LandmarkHead`, looked up by its name in :data:`LANDMARK_HEAD_REGISTRY`.
 
@@ -29,7 +29,7 @@ from d2ext.systems.landmarks.losses import (
 )
 from d2ext.systems.landmarks.targets import LandmarkTargets
 
-# Smallest probability that has a logarithm.
+# Floor of probabilities before their logarithm.
 _LEAST = 1e-30
 # Deviation of the weights of last layers (simple baselines' published code).
 _LAST_LAYER_STD = 0.001
@@ -42,12 +42,12 @@ Heads of LandmarkNet by name: ``head(cfg, output shape of the backbone)`` gives 
 
 
 class LandmarkHead(nn.Module):
-    """What :class:`~d2ext.systems.landmarks.model.LandmarkNet` wants of a head.
+    """Interface of the heads of :class:`~d2ext.systems.landmarks.model.LandmarkNet`.
 
     Attributes:
-        in_features: names of the backbone's features that it takes.
+        in_features: names of the backbone's features that it uses.
         codec: between points and predictions.
-        learns_maps: whether a stacked hourglass predicts this head's maps itself.
+        learns_maps: whether it predicts a map for each landmark; a stacked hourglass then provides them.
     """
 
     in_features: list[str]
@@ -55,7 +55,7 @@ class LandmarkHead(nn.Module):
     learns_maps = False
 
     def forward(self, features: list[Tensor]) -> tuple[Tensor, ...]:
-        """``in_features`` → raw predictions, all that the loss wants; the last ones count."""
+        """``in_features`` → raw predictions for the losses; inference uses the last ones."""
         raise NotImplementedError
 
     def losses(self, raw: tuple[Tensor, ...], targets: LandmarkTargets) -> dict[str, Tensor]:
@@ -63,7 +63,7 @@ class LandmarkHead(nn.Module):
         raise NotImplementedError
 
     def prediction(self, raw: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Raw predictions → what the codec decodes, float32; the last of them."""
+        """The last raw predictions → the decoder's input, float32."""
         return (raw[-1].float(),)
 
     def average(self, one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -71,7 +71,7 @@ class LandmarkHead(nn.Module):
         return tuple((a + b) / 2 for a, b in zip(one, other, strict=True))
 
     def strength(self, prediction: tuple[Tensor, ...]) -> Tensor:
-        """Of heads that learn maps, those of a prediction for pictures: (N, K, h, w) in 0..1."""
+        """Maps of a prediction for drawing, (N, K, h, w) in 0..1; only of heads that learn maps."""
         raise NotImplementedError
 
 
@@ -82,7 +82,7 @@ def input_size(cfg: CfgNode) -> Size:
 
 
 def select_feature(cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> str:
-    """Name of the backbone's feature that a head takes.
+    """Name of the backbone's feature that a head uses.
 
     Raises:
         ValueError: the backbone has no feature of the name in ``MODEL.LANDMARKS.IN_FEATURE``.
@@ -114,8 +114,8 @@ class Upsampling(nn.Sequential):
 class MapHead(LandmarkHead):
     """Common part of the heads that learn maps: (N, K, h, w) of each stack.
 
-    On a stacked hourglass the maps come from the backbone and this has no parameters; on another
-    backbone: up-sampling and a 1x1 convolution.
+    On a stacked hourglass the maps come from the backbone and the head has no parameters; on another
+    backbone it is up-sampling and a 1x1 convolution.
     """
 
     codec: HeatmapCodec | IntegralCodec
@@ -156,7 +156,8 @@ class MapHead(LandmarkHead):
         """Arguments of the constructor and (w, h).
 
         Raises:
-            ValueError: the input's size is no multiple of a cell, or the maps are of other landmarks.
+            ValueError: the input's size is not a multiple of the stride, or the backbone predicts
+                another number of maps.
         """
         c = cfg.MODEL.LANDMARKS
         width, height = input_size(cfg)
@@ -195,7 +196,7 @@ class MapHead(LandmarkHead):
 
 @LANDMARK_HEAD_REGISTRY.register()
 class HeatmapHead(MapHead):
-    """Heat maps: each cell of a landmark's map learns the value of a bump around it."""
+    """Heat maps: each landmark's map is trained to a bump around it."""
 
     @configurable
     def __init__(self, *, codec: HeatmapCodec, loss: str = "mse", **kwargs: Any) -> None:
@@ -214,7 +215,7 @@ class HeatmapHead(MapHead):
             )
         self.codec: HeatmapCodec = codec
         self.loss = loss
-        # What the target of one landmark sums to, in the middle of the map.
+        # Sum of a landmark's target in the middle of the map.
         middle = torch.tensor([[codec.input_size]], device="cpu") / 2
         (target,), _ = codec.encode(middle, torch.ones_like(middle[..., 0], dtype=torch.bool))
         self.mass = float(target.sum())
@@ -244,10 +245,10 @@ class HeatmapHead(MapHead):
         return {"loss_heatmap": torch.stack(stacks).mean()}
 
     def prediction(self, raw: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The last stack's maps; with a loss on logits, as the targets that they stand for.
+        """The last stack's maps; with "cross_entropy" converted from logits to the scale of targets.
 
-        After a classification over all cells these are the probabilities times the sum of a target:
-        1 at the peak where the network is as sure as the target, more where it is surer.
+        These are the probabilities times the sum of a target: 1 at the peak if the network is as
+        certain as the target, more if it is more certain.
         """
         (maps,) = super().prediction(raw)
         if self.loss == "cross_entropy":
@@ -294,7 +295,7 @@ class IntegralHead(MapHead):
         return {"loss_points": torch.stack(stacks).mean()}
 
     def strength(self, prediction: tuple[Tensor, ...]) -> Tensor:
-        """Probabilities over the largest of each landmark."""
+        """Probabilities divided by each landmark's largest."""
         maps = cell_probabilities(prediction[0])
         return maps / maps.amax(dim=(-2, -1), keepdim=True)
 
@@ -336,7 +337,7 @@ class RegressionHead(LandmarkHead):
         self.hidden = nn.Linear(width, hidden) if hidden else None
         self.predictor = nn.Linear(hidden or width, 2 * num_keypoints)
         nn.init.normal_(self.predictor.weight, std=_LAST_LAYER_STD)
-        # At first every landmark is in the middle.
+        # Initially every landmark is in the middle.
         nn.init.constant_(self.predictor.bias, 0.5)
 
     @classmethod
@@ -384,7 +385,7 @@ class SimCCHead(LandmarkHead):
         codec: SimCCCodec,
     ) -> None:
         """Args:
-        in_feature, in_channels, cells: the backbone's feature and how many cells it has.
+        in_feature, in_channels, cells: the backbone's feature, its channels and number of cells.
         num_keypoints: K.
         codec: between points and bins.
         """

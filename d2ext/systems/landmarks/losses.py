@@ -1,7 +1,7 @@
 """Losses on maps, coordinates and bins of landmarks. All are computed in float32.
 
-Letters: N crops, K landmarks, h, w cells of a map. ``weights`` (N, K) say what counts: 0 takes a
-landmark out of the sum, and out of the divisor where the loss has one of its own.
+Letters: N crops, K landmarks, h, w cells of a map. ``weights`` (N, K): 0 takes a landmark out of the
+sum, and out of the divisor if the loss divides by the landmarks that count.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ PointLoss = Callable[[Tensor], Tensor]
 
 
 def mse_loss(maps: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-    """Weighted squared difference, mean over everything, what does not count included.
+    """Weighted squared difference, mean over all landmarks, including those that do not count.
 
-    With weights of 1 this is the mean over images of the published stacked hourglass's loss of a stack.
+    With weights of 1 this is the published stacked hourglass's loss of a stack, averaged over images.
     """
     squared = (maps.float() - target) ** 2
     return (squared.mean(dim=(-2, -1)) * weights).sum() / max(weights.numel(), 1)
@@ -63,7 +63,7 @@ def adaptive_wing_loss(
 def cross_entropy_loss(logits: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     """One classification over all cells of a landmark, against its target scaled to a sum of 1.
 
-    Less the target's own entropy, so that 0 is the best; mean over the landmarks that count.
+    Minus the target's entropy, so that the minimum is 0; mean over the landmarks that count.
     """
     expected = target.flatten(2)
     sums = expected.sum(dim=-1, keepdim=True)

@@ -2,9 +2,9 @@
 
 The stacked hourglass (arXiv 1603.06937) and other backbones, with heat map, integral (arXiv 1711.08229),
 regression and SimCC (arXiv 2107.03332) heads. An image's boxes become crops
-(:mod:`d2ext.codecs.landmark_crops`, :mod:`d2ext.layers.affine_crops`), the crops of all images pass the
-backbone and the head (``head.py``) together, a codec decodes the points (:mod:`d2ext.codecs`), and these
-go back into the image (``postprocess.py``).
+(:mod:`d2ext.codecs.landmark_crops`, :mod:`d2ext.layers.affine_crops`), the crops of all images pass
+through the backbone and the head (``head.py``) together, a codec decodes the points
+(:mod:`d2ext.codecs`), and these are mapped back into the image (``postprocess.py``).
 
 Letters: B images, N crops of all images, K landmarks, H, W size of a crop, h, w of a map.
 """
@@ -35,23 +35,23 @@ from d2ext.systems.landmarks.targets import LandmarkTargets, make_targets, read_
 logger = logging.getLogger(__name__)
 
 CROP_METHODS = {"affine": affine_crops, "hourglass": truncated_crops}
-# Fields of `instances` that hold boxes to look into, the first that is there.
+# Fields of `instances` with the boxes to crop; the first one present is used.
 BOX_FIELDS = ("pred_boxes", "proposal_boxes", "gt_boxes")
 # Colours of annotations and predictions in pictures.
 _GREEN, _RED = (0.0, 255.0, 0.0), (255.0, 0.0, 0.0)
 
 
 class _Network(BackboneWithHead):
-    """Crops (N, 3, H, W) → raw predictions; in a flip test 2N, those of the mirror images behind."""
+    """Crops (N, 3, H, W) → raw predictions; in a flip test 2N, those of the mirror images last."""
 
     def __init__(self, backbone: Backbone, head: LandmarkHead, flip: bool) -> None:
         super().__init__(backbone, head, head.in_features)
         self.flip = flip
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        # The head is the model's: it knows whether the model trains.
+        # head.training, because train() of the model reaches its head but not this module.
         if self.head.training and images.shape[0] == 0:
-            return ()  # no crop of nothing enters the statistics of batch norms
+            return ()  # batch norms have no statistics of an empty batch
         if self.flip and not self.head.training:
             images = torch.cat([images, images.flip(-1)])
         return super().forward(images)
@@ -62,12 +62,12 @@ class LandmarkNet(MetaArch):
     """A backbone and one head; see the module.
 
     Inputs in training: either ``crop`` True, ``image`` of the network's size and ``instances`` with one
-    instance, its ``gt_keypoints`` in pixels of the crop, as the landmark mapper gives them; or
-    ``instances`` with ``gt_boxes`` and ``gt_keypoints``, of which each box is cropped.
+    instance and its ``gt_keypoints`` in pixels of the crop, as the landmark mapper gives them; or
+    ``instances`` with ``gt_boxes``, which are cropped, and ``gt_keypoints``.
 
-    In inference: ``instances`` (or Detectron2's ``proposals``) with the boxes to look into, the first
-    field of :data:`BOX_FIELDS` that is there, and ``scores`` and ``pred_classes`` if they have them;
-    without them, and with ``crop`` True, the image is the box.
+    In inference: ``instances`` (or Detectron2's ``proposals``) with the boxes to crop in the first
+    field of :data:`BOX_FIELDS` that is present, and optionally ``scores`` and ``pred_classes``. Without
+    them, and with ``crop`` True, the box is the whole image.
     """
 
     @configurable
@@ -94,16 +94,16 @@ class LandmarkNet(MetaArch):
         input_size: (H, W).
         padding: see :func:`~d2ext.codecs.landmark_crops.pad_boxes`.
         crop_method: "affine", or "hourglass" for the published stacked hourglass's crops at whole
-            pixels, whose points go back as if they had been cut at the box itself.
-        max_trained: instances of a batch that are trained on at most, where the model crops.
+            pixels, whose points are mapped back as if the crop were exactly the box.
+        max_trained: most instances of a batch that are trained on, if the model crops.
         flip_indices: the mirror partner of each landmark; None: no flip test.
-        max_crops: crops that pass the network at once.
+        max_crops: crops per batch of the network.
         give_heatmaps: see ``postprocess.py``; only of heads that learn maps.
         keypoint_threshold: see :func:`~d2ext.systems.landmarks.postprocess.instance_scores`.
-        truncate: cut coordinates in the image toward zero to whole pixels, as the published test of
-            the stacked hourglass does.
-        meta_arch: see :class:`MetaArch`. With graphs or compilation, the number of crops is filled up
-            to a power of two.
+        truncate: truncate coordinates in the image to whole pixels, as the published test of the
+            stacked hourglass does.
+        meta_arch: see :class:`MetaArch`. With graphs or compilation, the number of crops is padded to
+            a power of two.
         """
         super().__init__(**meta_arch)
         if crop_method not in CROP_METHODS:
@@ -179,7 +179,7 @@ class LandmarkNet(MetaArch):
             return torch.zeros((0, 3, *self.input_size), device=self.device)
         images = [image for image, _ in used]
         if len({(image.shape, image.dtype, image.device, n) for image, n in used}) == 1:
-            # Images alike are sent and sampled in one call; launching one for each takes longer.
+            # Equal images are copied and sampled in one call, which is faster than one for each.
             alike = places.view(len(used), -1, *places.shape[1:])
             together = upload_alike(images, self.device)
             crops = function(together, alike, self.input_size).flatten(0, 1)
@@ -195,7 +195,7 @@ class LandmarkNet(MetaArch):
         """Crops (N, 3, H, W), normalised, and the landmarks in them."""
         given = [bool(inputs.get("crop")) for inputs in batched_inputs]
         parts = [
-            self._given_crop(inputs) if crop else self._own_crops(inputs)
+            self._given_crop(inputs) if crop else self._crop_boxes(inputs)
             for inputs, crop in zip(batched_inputs, given, strict=True)
         ]
         images, keypoints = (torch.cat(x) for x in zip(*parts, strict=True))
@@ -209,13 +209,13 @@ class LandmarkNet(MetaArch):
         image = self.upload(inputs)
         if image_size(inputs) != self.input_size:
             raise ValueError(
-                f"A crop of {image_size(inputs)} pixels came for a network of "
-                f"MODEL.LANDMARKS.INPUT_SIZE {list(self.input_size)}."
+                f"The crop has {image_size(inputs)} pixels, but MODEL.LANDMARKS.INPUT_SIZE is "
+                f"{list(self.input_size)}."
             )
         keypoints = read_keypoints(inputs["instances"], self.num_keypoints, self.device)
         return image[None].float(), keypoints[:1]
 
-    def _own_crops(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _crop_boxes(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Crops of an image's boxes: images (n, 3, H, W), keypoints (n, K, 3)."""
         keypoints = read_keypoints(inputs["instances"], self.num_keypoints, self.device)
         regions = self.regions([inputs])
@@ -230,16 +230,15 @@ class LandmarkNet(MetaArch):
     def losses(
         self, predictions: tuple[Tensor, ...], targets: LandmarkTargets
     ) -> dict[str, Tensor]:
-        """The head's losses; of no crops, ``loss_no_instances``."""
+        """The head's losses; without crops, ``loss_no_instances``."""
         if not predictions:
-            # All parameters take part, so that processes that wait for each other's gradients do not
-            # wait for ever.
+            # Every parameter gets a gradient, or other processes would wait for it forever.
             zeros = [p.sum() * 0 for p in self.parameters() if p.requires_grad]
             return {"loss_no_instances": torch.stack(zeros).sum()}
         return self.head.losses(predictions, targets)
 
     def _prediction(self, raw: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Raw predictions → what the codec decodes; of a flip test, the average."""
+        """Raw predictions → the decoder's input; in a flip test, the average."""
         if self.partners is None:
             return self.head.prediction(raw)
         straight, mirrored = (
@@ -249,14 +248,14 @@ class LandmarkNet(MetaArch):
         return self.head.average(straight, self.head.codec.mirror(mirrored, self.partners))
 
     def _decode(self, raw: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Raw predictions → points (N, K, 2) in the crop, scores (N, K) and, if wanted, the maps."""
+        """Raw predictions → points (N, K, 2) in the crop, scores (N, K), with ``give_heatmaps`` maps."""
         prediction = self._prediction(raw)
         decoded = self.head.codec.decode(prediction)
         return (*decoded, prediction[0]) if self.give_heatmaps else (*decoded,)
 
     @torch.no_grad()
     def inference(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """See :meth:`postprocess`; ``max_crops`` at once are cropped and pass the network."""
+        """See :meth:`postprocess`; in batches of ``max_crops``."""
         regions = self.regions(batched_inputs)
         chunks = torch.arange(len(regions.boxes)).split(self.max_crops)
         parts = [self._run(self.crop(batched_inputs, regions.select(x))) for x in chunks]
@@ -264,14 +263,14 @@ class LandmarkNet(MetaArch):
         return self.postprocess(predictions, batched_inputs, regions)
 
     def _run(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The inference network on one chunk of crops: one graph or compiled code for each power of two,
-        not for each number of them, and a blank one in place of none."""
+        """Run the inference network on one batch of crops, padded with blank ones: to at least one, and
+        with graphs or compilation to a power of two, so that there are few batch sizes."""
         images = self.normalize(images)
-        count, wanted = len(images), max(len(images), 1)
+        count, padded = len(images), max(len(images), 1)
         if self.inference_network.mode != "eager":
-            wanted = min(1 << (wanted - 1).bit_length(), self.max_crops)
-        if wanted > count:
-            images = torch.cat([images, images.new_zeros(wanted - count, *images.shape[1:])])
+            padded = min(1 << (padded - 1).bit_length(), self.max_crops)
+        if padded > count:
+            images = torch.cat([images, images.new_zeros(padded - count, *images.shape[1:])])
         return tuple(x[:count] for x in self.inference_network(images))
 
     def postprocess(
@@ -281,17 +280,17 @@ class LandmarkNet(MetaArch):
         regions: CropRegions | None = None,
     ) -> list[dict[str, Any]]:
         """Decoded predictions → for each image ``{"instances": Instances}``, see ``postprocess.py``: one
-        for each box, in the order of the boxes. A box without a side (neither width nor height), of
-        numbers that are not finite, or outside the image gives an instance with scores of 0.
+        instance for each box, in order. A box that is a single point, not finite, or outside the image
+        gives an instance with scores of 0.
 
         Args:
-            regions: of ``batched_inputs``, where they are known already.
+            regions: of ``batched_inputs``, if already known.
         """
         regions = self.regions(batched_inputs) if regions is None else regions
         points, scores, *maps = predictions
         if len(points) != len(regions.boxes):
             raise ValueError(f"There are {len(points)} crops for {len(regions.boxes)} boxes.")
-        # In float32 a coordinate may round to the whole number that it must be cut below.
+        # float32 could round a coordinate up to the whole number that truncation must stay below.
         matrices = regions.matrices if self.truncate else regions.matrices.float()
         matrices = upload(matrices, self.device)
         points = apply_affine(points.to(matrices), matrices)
@@ -309,17 +308,17 @@ class LandmarkNet(MetaArch):
         return [{"instances": instances} for instances in results]
 
     def _cell(self, maps: Tensor) -> Tensor:
-        """Factor (3,) on a matrix from crops that makes it one from the cells of maps (..., h, w)."""
+        """Factor (3,) that turns a matrix from crops into one from cells of maps (..., h, w)."""
         height, width = self.input_size
         return maps.new_tensor([width / maps.shape[-1], height / maps.shape[-2], 1])
 
     @torch.no_grad()
     def heatmaps(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
-        """What the network sees, for pictures (see :mod:`d2ext.utils.heatmaps`).
+        """Heat maps for drawing, see :mod:`d2ext.utils.heatmaps`.
 
         Returns:
             for each image ``joints`` (height, width) of the output in 0..1: the maximum over landmarks
-            and boxes. Nothing with heads that learn no maps.
+            and boxes; with heads that do not learn maps, nothing.
         """
         if not self.head.learns_maps:
             return [{} for _ in batched_inputs]
@@ -332,11 +331,11 @@ class LandmarkNet(MetaArch):
             raw = self.network(self.normalize(self.crop(batched_inputs, part)))
             maps = self.head.strength(self._prediction(raw))
             to_image = part.matrices * self._cell(maps).cpu()
-            # One by one: each is as large as the image.
-            for i, own, matrix in zip(part.images.tolist(), maps, to_image, strict=True):
+            # One by one: each result is as large as the image.
+            for i, crop_maps, matrix in zip(part.images.tolist(), maps, to_image, strict=True):
                 inputs = batched_inputs[i]
-                own = maps_on_image(own, matrix, image_size(inputs), output_size(inputs))
-                results[i] = torch.maximum(results[i], own)
+                heat = maps_on_image(crop_maps, matrix, image_size(inputs), output_size(inputs))
+                results[i] = torch.maximum(results[i], heat)
         return [{"joints": joints} for joints in results]
 
     def draw_training(
@@ -346,7 +345,7 @@ class LandmarkNet(MetaArch):
         targets: LandmarkTargets,
         predictions: tuple[Tensor, ...],
     ) -> tuple[str, Tensor]:
-        """The batch's first crops, above with their annotated landmarks, below with the predicted."""
+        """The batch's first crops, above with annotated, below with predicted landmarks."""
         name = "Above: annotations. Below: predictions"
         if not predictions:
             return name, torch.zeros(3, *self.input_size)
@@ -364,23 +363,22 @@ class LandmarkNet(MetaArch):
 def mark_points(
     images: Tensor, points: Tensor, shown: Tensor, color: tuple[float, float, float]
 ) -> Tensor:
-    """Images (n, 3, H, W) in 0..255, copied, with a square of 3x3 pixels at points (n, K, 2), those that
-    ``shown`` (n, K) names."""
+    """Copy of images (n, 3, H, W) in 0..255 with 3x3 pixels coloured at the ``shown`` (n, K) points
+    (n, K, 2)."""
     images = images.clone()
     limit = points.new_tensor([images.shape[-1], images.shape[-2]])
     number = torch.arange(len(images), device=points.device)[:, None].expand_as(shown)
     for dx in (-1, 0, 1):
         for dy in (-1, 0, 1):
-            places = points.floor() + points.new_tensor([dx, dy])
-            seen = shown & ((places >= 0) & (places < limit)).all(dim=-1)
-            x, y = places[seen].long().unbind(-1)
-            images[number[seen], :, y, x] = images.new_tensor(color)
+            pixels = points.floor() + points.new_tensor([dx, dy])
+            inside = shown & ((pixels >= 0) & (pixels < limit)).all(dim=-1)
+            x, y = pixels[inside].long().unbind(-1)
+            images[number[inside], :, y, x] = images.new_tensor(color)
     return images
 
 
 def _read_boxes(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes to look into, (n, 4) float64, their classes and scores, on the CPU; see
-    :class:`LandmarkNet`."""
+    """Boxes to crop, (n, 4) float64, their classes and scores, on the CPU; see :class:`LandmarkNet`."""
     instances = inputs.get("instances", inputs.get("proposals"))
     if instances is None or inputs.get("crop"):
         height, width = image_size(inputs)
@@ -393,8 +391,8 @@ def _read_boxes(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     boxes = first_of(*BOX_FIELDS)
     if boxes is None:
         raise ValueError(
-            f"`instances` have none of {BOX_FIELDS}: name the boxes to look into, or leave "
-            "`instances` out to take the whole image."
+            f"`instances` have none of {BOX_FIELDS}: provide boxes, or leave `instances` out to use "
+            "the whole image."
         )
     classes, scores = first_of("pred_classes", "gt_classes"), first_of("scores")
     return (
@@ -408,11 +406,11 @@ def find_flip_indices(cfg: CfgNode) -> list[int]:
     """The mirror partner of each landmark, from the metadata of the config's data sets, test sets
     first, or from ``MODEL.LANDMARKS.FLIP_INDICES``.
 
-    A data set's names and ``keypoint_flip_map`` win, for they say what its points are; the log tells
-    if ``FLIP_INDICES`` says otherwise. It serves where no data set of as many landmarks is known.
+    A data set's ``keypoint_names`` and ``keypoint_flip_map`` take precedence, with a warning if
+    ``FLIP_INDICES`` differs; ``FLIP_INDICES`` is used if no data set with as many landmarks is known.
 
     Raises:
-        ValueError: neither says, or the data set has another number of landmarks.
+        ValueError: neither is known, or the data set has another number of landmarks.
     """
     landmarks = cfg.MODEL.LANDMARKS
     given = list(landmarks.FLIP_INDICES)

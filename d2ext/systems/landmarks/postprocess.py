@@ -1,9 +1,9 @@
 """From landmarks in crops to Detectron2's ``Instances``.
 
-An instance has ``pred_boxes`` (the box that was cropped, inside the image), ``scores``,
-``pred_classes``, ``pred_keypoints`` (n, K, 3: x, y in the output image, score) and, on request,
-``pred_keypoint_heatmaps`` (n, K, h, w), the maps that were decoded, and
-``pred_keypoint_heatmap_matrices`` (n, 2, 3), affine maps from cells to the output image, both in
+Instances have ``pred_boxes`` (the input boxes, clipped to the image), ``scores``, ``pred_classes``,
+``pred_keypoints`` (n, K, 3: x, y in the output image, score) and, with
+``MODEL.LANDMARKS.TEST.HEATMAPS``, ``pred_keypoint_heatmaps`` (n, K, h, w), the maps that were decoded,
+and ``pred_keypoint_heatmap_matrices`` (n, 2, 3), affine maps from cells to the output image, both in
 continuous coordinates.
 """
 
@@ -49,7 +49,7 @@ def make_instances(
     Args:
         points: (N, K, 2) in the input images.
         point_scores: (N, K).
-        regions: the N boxes; of those that are not valid the scores become 0.
+        regions: the N boxes; those that are not valid get scores of 0.
         image_sizes, output_sizes: (height, width) of each image and its output.
         threshold: see :func:`instance_scores`.
         heatmaps: maps (N, K, h, w), and (N, 2, 3) from their cells to the input image.

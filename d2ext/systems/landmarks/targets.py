@@ -1,4 +1,4 @@
-"""From annotations to what the losses of landmarks compare with.
+"""Annotations → targets of the landmarks' losses.
 
 Letters: N crops, n instances of an image, K landmarks.
 """
@@ -25,7 +25,7 @@ def read_keypoints(instances: Instances, count: int, device: torch.device) -> Te
     """``gt_keypoints`` (n, K, 3): x, y, and v > 0 where labelled.
 
     Raises:
-        ValueError: there are none, or not ``count`` = K of each instance.
+        ValueError: the instances have no keypoints, or not ``count`` = K.
     """
     if len(instances) == 0:
         return torch.zeros((0, count, 3), device=device)
@@ -37,14 +37,14 @@ def read_keypoints(instances: Instances, count: int, device: torch.device) -> Te
     keypoints = instances.gt_keypoints.tensor.to(device, torch.float32)
     if keypoints.shape[1] != count:
         raise ValueError(
-            f"The data have {keypoints.shape[1]} landmarks, but MODEL.LANDMARKS.NUM_KEYPOINTS is "
-            f"{count}."
+            f"The annotations have {keypoints.shape[1]} landmarks, but "
+            f"MODEL.LANDMARKS.NUM_KEYPOINTS is {count}."
         )
     return keypoints
 
 
 def make_targets(keypoints: Tensor) -> LandmarkTargets:
-    """(N, K, 3) in the crops → targets; what is not finite is not labelled."""
+    """(N, K, 3) in the crops → targets; landmarks that are not finite count as not labelled."""
     points = keypoints[..., :2]
     labelled = (keypoints[..., 2] > 0) & points.isfinite().all(dim=-1)
     return LandmarkTargets(torch.where(labelled[..., None], points, 0), labelled)

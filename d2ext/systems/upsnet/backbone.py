@@ -21,8 +21,8 @@ from d2ext.modeling.resnet_dcn import build_deformable_resnet
 
 
 class GlobalContextFPN(FPN):
-    """Detectron2's FPN; a linear layer on the globally pooled coarsest feature is added to that
-    feature's lateral map, before it goes down and before its output convolution."""
+    """Detectron2's FPN with global context: a linear layer of the globally pooled coarsest feature is
+    added to that feature's lateral map, before the top-down path and the output convolution."""
 
     def __init__(self, bottom_up: Backbone, in_features: Sequence[str], out_channels: int) -> None:
         super().__init__(bottom_up, list(in_features), out_channels, top_block=LastLevelMaxPool())
@@ -49,7 +49,7 @@ class GlobalContextFPN(FPN):
 
 @BACKBONE_REGISTRY.register()
 def build_upsnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """ResNet of ``MODEL.RESNETS`` (deformable where ``DEFORM_ON_PER_STAGE`` says) with the FPN of
+    """ResNet of ``MODEL.RESNETS`` (deformable by ``DEFORM_ON_PER_STAGE``) with the FPN of
     ``MODEL.FPN``, with global context if ``MODEL.UPSNET.GLOBAL_CONTEXT``."""
     fpn = cfg.MODEL.FPN
     bottom_up = build_deformable_resnet(cfg, input_shape, partial(DeformConv, bias=False))

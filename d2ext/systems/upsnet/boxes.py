@@ -1,4 +1,4 @@
-"""UPSNet's box conventions on Detectron2's arithmetic.
+"""UPSNet's box conventions in Detectron2's arithmetic.
 
 The published code counts pixels: a box (x1, y1, x2, y2) includes its last column and row and is
 x2 - x1 + 1 wide, in IoU, NMS, coding, clipping and masks. Written with its end *behind* the last pixel,
@@ -6,8 +6,8 @@ x2 - x1 + 1 wide, in IoU, NMS, coding, clipping and masks. Written with its end 
 Detectron2 give the published numbers. This "end behind" form is what ``proposal_boxes`` and
 ``pred_boxes`` hold; :func:`inclusive` gives the published one.
 
-Only four things differ and live here: clipping (the first pixel of a box stays inside the image),
-RoIAlign (takes the inclusive corners), the choice of the pyramid level, and the anchors' rounding.
+Only four things differ and are defined here: clipping (the first pixel of a box stays inside the
+image), RoIAlign (uses the inclusive corners), the pyramid level of a box, and the anchors' rounding.
 
 Letters: R boxes, L levels, C channels, s side of the pooled grid.
 """
@@ -56,11 +56,11 @@ def clip(boxes: Tensor, height: int, width: int) -> Tensor:
 
 
 def image_scale(network: tuple[int, int], original: tuple[int, int]) -> float | None:
-    """The factor by which an image was resized, told by its sizes (height, width); None if no single
-    factor explains both sides (a crop, or a resize that changes the aspect ratio).
+    """The factor by which an image was resized, from its sizes (height, width); None if there is no
+    single factor for both sides (a crop, or a changed aspect ratio).
 
-    The sides are rounded to whole pixels, so the shorter one, which resizing by the short side hits
-    exactly, is tried first.
+    Sides are rounded to whole pixels, so the shorter one, which is exact when resizing by the short
+    side, is tried first.
     """
     pairs = sorted(zip(network, original, strict=True), key=lambda pair: pair[1])
     for after, before in pairs:
@@ -100,11 +100,11 @@ def detectron_anchors(stride: int, sizes: Sequence[float], ratios: Sequence[floa
 
 
 class PyramidRoIAlign(nn.Module):
-    """RoIAlign of each box on the pyramid level of its size, on the published conventions.
+    """RoIAlign of each box on the pyramid level of its size, by the published conventions.
 
     ``aligned=False``, two samples per cell side, corners of the inclusive box times the level's scale;
-    level = floor(2 + log2(sqrt(width · height) / 224 + 1e-6)) counted from stride 4, limited to the
-    levels that are there.
+    level = floor(2 + log2(sqrt(width · height) / 224 + 1e-6)) counted from stride 4, clamped to the
+    existing levels.
 
     Args:
         size: s.

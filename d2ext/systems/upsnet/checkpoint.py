@@ -20,7 +20,7 @@ from d2ext.checkpoint.convert import (
 _BLOCK = r"resnet_backbone\.res(\d)\.layers\.(\d+)"
 _OUR_BLOCK = r"backbone.bottom_up.res\1.\2"
 _RULES = (
-    # The counters of batch norms, which are never trained here, count nothing.
+    # Counters of batch norms, unused because these are never trained.
     Rule(r"resnet_backbone\..*num_batches_tracked", None),
     Rule(r"resnet_backbone\.conv1\.conv1\.weight", "backbone.bottom_up.stem.conv1.weight"),
     Rule(r"resnet_backbone\.conv1\.bn1\.(\w+)", r"backbone.bottom_up.stem.conv1.norm.\1"),
@@ -67,7 +67,7 @@ _RANDOM_STD = 0.01
 def convert_upsnet(state_dict: StateDict) -> dict[str, Tensor]:
     """Published UPSNet checkpoint of any backbone and data set → :class:`UPSNet`'s state dict.
 
-    Left out are the counters of the batch norms, and the background's rows of the box regression
+    The counters of the batch norms are dropped, and the background's rows of the box regression
     (``rcnn.bbox_pred``) and of the masks (``mask_branch.mask_score``).
 
     Raises:
@@ -92,7 +92,7 @@ def convert_upsnet(state_dict: StateDict) -> dict[str, Tensor]:
 
 @register_converter("upsnet_coco_to_cityscapes")
 def start_cityscapes(state_dict: StateDict) -> dict[str, Tensor]:
-    """Published UPSNet checkpoint for COCO → what training on Cityscapes starts from.
+    """Published UPSNet checkpoint for COCO → initial weights for Cityscapes.
 
     Rows of classes that both have are copied, the others are random (normal, seed 0). Load it with
     ``MODEL.WEIGHTS_ALLOW_PARTIAL`` if the two configs' layers differ.

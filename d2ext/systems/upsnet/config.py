@@ -1,6 +1,6 @@
 """Settings of UPSNet. Defaults are the published upsnet_resnet50 for COCO.
 
-What Detectron2 has a key for is set there, by the files in ``configs/upsnet``: the backbone under
+The files in ``configs/upsnet`` use Detectron2's keys where these exist: the backbone under
 ``MODEL.RESNETS`` and ``MODEL.FPN``, anchors, ``MODEL.RPN``, ``MODEL.ROI_HEADS``, ``MODEL.ROI_BOX_HEAD``,
 ``MODEL.ROI_MASK_HEAD``.
 """
@@ -62,7 +62,7 @@ def add_upsnet_config(cfg: CfgNode) -> None:
     test.SCORE_THRESH = 0.6
     # IoU of the class-agnostic NMS among them.
     test.NMS_THRESH = 0.5
-    # At most so many candidates.
+    # Most candidates.
     test.MAX_INSTANCES = 100
     # An instance is dropped if more than this share of its mask is covered by better ones of its class.
     test.OVERLAP_FRACTION = 0.3
@@ -75,8 +75,8 @@ def add_upsnet_config(cfg: CfgNode) -> None:
     # Test-time augmentation of the semantic logits, boxes and masks; see tta.py. d2ext's tools wrap the
     # model for it; with a plain DefaultPredictor: `predictor.model = build_tta(cfg, predictor.model)`.
     aug.ENABLED = False
-    # Short sides in pixels, in place of the image's as it comes (INPUT.MIN_SIZE_TEST); empty: as it
-    # comes. The published code has no multi-scale testing.
+    # Short sides in pixels; empty: the input's (INPUT.MIN_SIZE_TEST). The published code has no
+    # multi-scale testing.
     aug.MIN_SIZES = []
     # Longest side in pixels.
     aug.MAX_SIZE = 4000

@@ -1,4 +1,4 @@
-"""UPSNet's semantic head (arXiv 1901.03784, section 3.2), and what the whole network predicts.
+"""UPSNet's semantic head (arXiv 1901.03784, section 3.2), and the network's predictions.
 
 Shapes: B images, K semantic classes (stuff first, then things), h×w cells of stride 4, C channels.
 """
@@ -20,7 +20,7 @@ from d2ext.layers.deform_conv import DeformConv
 
 
 class SemanticPredictions(NamedTuple):
-    """What the semantic head says of a batch."""
+    """Predictions of the semantic head for a batch."""
 
     features: Tensor
     """(B, L·C, h, w): the levels' features, one after the other."""
@@ -29,7 +29,7 @@ class SemanticPredictions(NamedTuple):
 
 
 class UPSNetPredictions(NamedTuple):
-    """What the network says of a batch, before it looks into regions."""
+    """Predictions for a batch, before the heads on regions."""
 
     features: dict[str, Tensor]
     """The pyramid."""
@@ -42,7 +42,7 @@ class UPSNetPredictions(NamedTuple):
 @SEM_SEG_HEADS_REGISTRY.register()
 class UPSNetSemanticHead(nn.Module):
     """A stack of deformable convolutions with ReLU, shared by the pyramid's levels; its results are
-    brought to the finest level's size (bilinear), concatenated and classified by a 1x1 convolution."""
+    resized to the finest level (bilinear), concatenated and classified by a 1x1 convolution."""
 
     @configurable
     def __init__(

@@ -1,7 +1,7 @@
-"""UPSNet's losses (arXiv 1901.03784, section 3.4), in float32 whatever the network ran in.
+"""UPSNet's losses (arXiv 1901.03784, section 3.4), computed in float32.
 
-The published code trains on one image per process. With several, each image's losses are formed as if
-it were alone, and averaged: that is what N processes of one image compute.
+The published code trains on one image per process. With several, the losses of each image are computed
+separately and averaged, as N processes with one image each would do.
 
 Letters: N images, R regions, T thing classes, S stuff classes, M side of mask logits.
 """
@@ -18,7 +18,7 @@ from d2ext.systems.upsnet.targets import IGNORE, NO_TARGET
 
 
 def region_weights(counts: Sequence[int], device: torch.device) -> Tensor:
-    """(R,) weights under which a sum over the regions of N images is the mean of the images' means."""
+    """(R,) weights that make a sum over the regions of N images the mean of the images' means."""
     numbers = torch.tensor(counts, device=device)
     weights = 1.0 / (numbers.clamp(min=1) * len(counts))
     return torch.repeat_interleave(weights, numbers, output_size=sum(counts))

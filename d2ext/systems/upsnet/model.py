@@ -2,8 +2,8 @@
 
 An image goes through backbone and pyramid (``backbone.py``), RPN (``rpn.py``) and semantic head
 (``head.py``), then through box and mask heads (``roi_heads.py``) and the panoptic head
-(``panoptic_head.py``). Training takes its targets from ``targets.py`` and its losses from
-``losses.py``; inference selects boxes and makes its results in ``postprocess.py``.
+(``panoptic_head.py``). Training uses ``targets.py`` and ``losses.py``; inference selects boxes and
+makes results in ``postprocess.py``.
 
 Letters: N images, S stuff classes, T thing classes, R regions.
 """
@@ -45,7 +45,7 @@ from d2ext.systems.upsnet.roi_heads import UPSNetROIHeads
 from d2ext.systems.upsnet.rpn import UPSNetRPN
 from d2ext.systems.upsnet.targets import UPSNetTargets
 
-# Side of the grid on which the semantic loss looks at a region (published).
+# Side of the grid of a region in the semantic loss (published).
 SEMANTIC_ROI_SIZE = 28
 
 
@@ -94,11 +94,11 @@ class UPSNet(MetaArch):
         """Args:
         backbone: pyramid with levels of strides 4 to 64.
         proposal_generator, roi_heads, sem_seg_head: the heads.
-        postprocessor: makes the results of what the heads say.
+        postprocessor: makes results from the heads' predictions.
         labels_with_things: training labels are UPSNet's, see :func:`targets.read_targets`.
-        semantic_weight, semantic_roi_weight, panoptic_weight: of the losses; that of the regions
-            multiplies the semantic one, and 0 switches it off.
-        keep_fraction: of the instances that keep their panoptic channel in training.
+        semantic_weight, semantic_roi_weight, panoptic_weight: of the losses; that of regions is
+            ``semantic_weight`` times ``semantic_roi_weight``, 0: off.
+        keep_fraction: share of the instances that keep their panoptic channel in training.
         candidate_score_threshold, candidate_nms_threshold, max_candidates: which boxes are
             candidates of the panoptic head.
         meta_arch: see :class:`MetaArch`. The inference mode governs backbone, RPN and semantic head;
@@ -164,7 +164,7 @@ class UPSNet(MetaArch):
         }
 
     def preprocess(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
-        """Images as they come → (N, 3, H, W), normalised, padded with zeros at the bottom and right."""
+        """Images of the inputs → (N, 3, H, W), normalised, padded with zeros at the bottom and right."""
         images = [self.normalize(self.upload(x).float()) for x in batched_inputs]
         return ImageList.from_tensors(images, self.backbone.size_divisibility).tensor
 
@@ -222,7 +222,7 @@ class UPSNet(MetaArch):
             [len(x) for x in regions],
         )
         positive, _ = select_foreground_proposals(regions, heads.num_classes)
-        # Positives of a crowd in an image without objects have no mask to learn.
+        # Positives of a crowd in an image without objects have no mask target.
         positive = [
             x if len(t.instances) else x[:0] for x, t in zip(positive, targets, strict=True)
         ]
@@ -250,7 +250,7 @@ class UPSNet(MetaArch):
         return L.semantic_roi_loss(logits, torch.cat(crops), [len(x) for x in boxes])
 
     def panoptic_loss(self, predictions: UPSNetPredictions, targets: list[UPSNetTargets]) -> Tensor:
-        """Loss of the panoptic head on the objects' own boxes, unweighted."""
+        """Loss of the panoptic head on the annotated boxes, unweighted."""
         indices = [self.sample_instances(len(x.instances)).to(self.device) for x in targets]
         objects = [x.instances[i] for x, i in zip(targets, indices, strict=True)]
         boxes = [
@@ -324,7 +324,7 @@ class UPSNet(MetaArch):
     def predict_regions(
         self, predictions: UPSNetPredictions, image_sizes: Sequence[tuple[int, int]]
     ) -> list[tuple[Tensor, Tensor]]:
-        """What the box head says of each image's proposals: boxes (R, T, 4), probabilities (R, T)."""
+        """The box head's boxes (R, T, 4) and probabilities (R, T) for each image's proposals."""
         proposals, _ = self.proposal_generator.propose(predictions, image_sizes)
         boxes = [x.proposal_boxes.tensor for x in proposals]
         with self._inference_precision():
@@ -385,7 +385,7 @@ class UPSNet(MetaArch):
         predictions: UPSNetPredictions,
     ) -> tuple[str, Tensor]:
         """The panoptic map of the first image's annotations beside the predicted one."""
-        # They pull in matplotlib and pycocotools.
+        # These import matplotlib and pycocotools.
         from detectron2.evaluation import inference_context
         from detectron2.utils.visualizer import Visualizer
 
@@ -395,7 +395,7 @@ class UPSNet(MetaArch):
             predicted = self.postprocess(first, [inputs])[0]["panoptic_seg"]
         image = inputs["image"].permute(1, 2, 0).clamp(0, 255).cpu()
         image = convert_image_to_rgb(image, self.input_format)
-        # Category ids as names; things have colours from the list's beginning, stuff from its end.
+        # Category ids as names; things get colours from the list's beginning, stuff from its end.
         names = [str(i) for i in range(self.postprocessor.num_classes + 1)]
         colors = np.resize(colormap(rgb=True), (len(names), 3))
         metadata = Metadata(thing_classes=names, stuff_classes=names)

@@ -1,6 +1,6 @@
 """UPSNet's parameter-free panoptic head (arXiv 1901.03784, section 3.3).
 
-It makes one map of logits Z out of what the other heads say of an image:
+It computes one map of logits Z from the other heads' predictions for an image:
 
 - X, the semantic logits, split into X_stuff (S channels) and X_thing (T channels);
 - for each instance i its box B_i, its class C_i and its mask logits Y_i of 28×28.
@@ -15,17 +15,17 @@ It makes one map of logits Z out of what the other heads say of an image:
 (5)   Z_{S+n+1} = max_c X_thing,c - max_i X_mask,i                         unknown
 ====  ==========================================================================================
 
-The paper states these without numbers, in this order; comments refer to them by the numbers here. A
+The paper has these equations in this order but without numbers; comments use the numbers here. A
 pixel's class is the arg max of Z; the last channel becomes void.
 
-Conventions of the published code: X_mask's box has columns int(x1)..round(x2) and rows alike, both ends
-included, rounded half to even; Y_mask's box is cut to whole numbers and int(x2) - int(x1) + 1 wide. The
-two may differ by a column or row. **An instance's channel is 0, not minus infinity, outside its
-box**: it can win where everything else is negative.
+Conventions of the published code: X_mask's box has columns int(x1)..round(x2) and rows likewise, both
+ends included, rounded half to even; Y_mask's box is truncated and int(x2) - int(x1) + 1 wide. The two
+may differ by a column or row. **An instance's channel is 0, not minus infinity, outside its box**: it
+can win where everything else is negative.
 
-:func:`panoptic_logits` is that definition, differentiable, for training at stride 4.
-:func:`predict_panoptic` is the inference: masks are pruned, then the arg max is taken without writing Z
-down (:mod:`d2ext.layers.panoptic_fusion`).
+:func:`panoptic_logits` is this definition, differentiable, for training at stride 4.
+:func:`predict_panoptic` is for inference: masks are pruned, then the arg max is computed without storing
+Z (:mod:`d2ext.layers.panoptic_fusion`).
 
 Letters: H×W map, n instances, M = 28.
 """
@@ -41,7 +41,7 @@ from d2ext.layers.panoptic_fusion import fuse_panoptic, paste_weights, prune_mas
 
 
 class PanopticLogits(NamedTuple):
-    """Z in its parts; the equation numbers are the module's."""
+    """The parts of Z, with the equation numbers of the module."""
 
     stuff: Tensor
     """(S, H, W), (1)."""
@@ -108,9 +108,9 @@ class PanopticPrediction(NamedTuple):
     semantic: Tensor
     """(H, W) int32 arg max of the semantic logits, 0..S+T-1."""
     keep: Tensor
-    """(n',) int64: which candidates became instances, in channel order."""
+    """(n',) int64: the candidates that became instances, in channel order."""
     classes: Tensor
-    """(n',) int64 of the instances; -1 for one that stands in for no candidate."""
+    """(n',) int64 of the instances; -1 for the dummy used without candidates."""
     scores: Tensor
     """(n',)."""
 
@@ -142,8 +142,8 @@ def predict_panoptic(
         unknown: whether there is the channel (5).
     """
     if len(boxes) == 0:
-        # Published: a dummy box of class 0 (background) stands in, which is a channel of zeros; where
-        # it wins, that class reads as the last stuff class.
+        # As published: a dummy box of class 0 (background), which is a channel of zeros; where it wins,
+        # that class is read as the last stuff class.
         boxes = score.new_zeros((1, 4), dtype=torch.float32)
         classes, scores = classes.new_full((1,), -1), boxes.new_ones(1)
         masks = boxes.new_full((1, *masks.shape[1:]), -1.0)

@@ -24,7 +24,7 @@ from d2ext.systems.upsnet.boxes import end_behind, inclusive
 from d2ext.systems.upsnet.panoptic_head import PanopticPrediction, predict_panoptic
 
 CATEGORY_IDS = ("separated", "joint")
-# Of the semantic score.
+# Stride of the semantic score.
 STRIDE = 4
 
 
@@ -44,9 +44,9 @@ def select(
         boxes: (R, T, 4), a box for each class.
         probabilities: (R, T).
         image_size: (height, width) of the network input without padding.
-        score_threshold: lower and equal scores are left out.
+        score_threshold: only higher scores are selected.
         nms_threshold: IoU above which the worse box is suppressed.
-        limit: the best so many; more only if they score the same as the last of these.
+        limit: number of boxes, plus ties with the last one.
         across_classes: suppress boxes of other classes too (the panoptic head's candidates).
     """
     regions, classes = (probabilities > score_threshold).nonzero(as_tuple=True)
@@ -75,7 +75,7 @@ def nearest(maps: Tensor, image_size: tuple[int, int], size: tuple[int, int]) ->
 
 
 class PanopticMap(NamedTuple):
-    """A panoptic map and the size of its parts."""
+    """A panoptic map and the areas of its segments."""
 
     labels: Tensor
     """(H, W) int64: stuff 0..S-1, instances S..S+n-1, void -1."""
@@ -94,15 +94,15 @@ def clean(
 ) -> PanopticMap:
     """The published clean-up of a panoptic map, at the size of the output.
 
-    An instance whose pixels the semantic map gives to another class in the majority becomes stuff if
-    that class is stuff and has at least half of the pixels; otherwise it stays. Then stuff classes
-    with fewer than ``stuff_area_limit`` pixels become void. What stands in for no instance (class -1)
-    reads as the last stuff class.
+    If the most frequent class of the semantic map in an instance's pixels is stuff and has at least
+    half of them, the instance becomes that stuff; otherwise it stays. Then stuff classes with fewer
+    than ``stuff_area_limit`` pixels become void. The dummy instance (class -1) becomes the last stuff
+    class.
 
     Args:
         labels: (H, W): stuff 0..S-1, instances S..S+n-1, unknown S+n.
         semantic: (H, W) arg max of the semantic logits, 0..S+T-1.
-        classes: (n,) of the instances, in 0..T-1; -1 for a stand-in.
+        classes: (n,) of the instances, in 0..T-1; -1 for the dummy.
         num_stuff: S.
         num_classes: S + T.
         stuff_area_limit: in pixels.
@@ -119,7 +119,7 @@ def clean(
     unchanged = torch.where(classes < 0, num_stuff - 1, table[num_stuff : num_stuff + count])
     table[num_stuff : num_stuff + count] = torch.where(to_stuff, winner, unchanged)
     table[-1] = -1
-    # Areas follow from the counts, without another look at the map.
+    # Areas follow from the counts, without reading the map again.
     before = torch.bincount(labels.flatten(), minlength=num_stuff + count + 1)
     areas = torch.zeros_like(before)
     areas.index_add_(0, table[:-1], before[:-1])
@@ -273,8 +273,8 @@ class UPSNetPostprocessor:
     ) -> Tensor:
         """(S + T, h, w) score of the padded image → ``sem_seg`` logits at the size of the output."""
         factors = (STRIDE * size[0] / image_size[0], STRIDE * size[1] / image_size[1])
-        # A cell more at either end, so that rounding of the factors leaves no line out; the
-        # interpolation repeats the border there as well.
+        # One more cell at either end, so that rounding of the factors cannot leave a line out; the
+        # interpolation repeats the border there too.
         cells = F.pad(score[None].float(), (0, 1, 0, 1), mode="replicate")
         logits = F.interpolate(cells, scale_factor=factors, mode="bilinear", align_corners=False)
         logits = logits[0, :, : size[0], : size[1]]

@@ -1,8 +1,8 @@
-"""UPSNet's box and mask heads: Detectron2's ``StandardROIHeads`` on published conventions.
+"""UPSNet's box and mask heads: Detectron2's ``StandardROIHeads`` with published conventions.
 
-Boxes are in "end behind" form (``boxes.py``), pixels of the network input. While training, the
-published code matches regions and codes their targets at the scale of the original image, so that the
-pixel which a box counts more is one of that image: ``UPSNetTargets.pixel`` pixels of the network input.
+Boxes are in "end behind" form (``boxes.py``), pixels of the network input. In training, the published
+code matches regions and encodes their targets at the scale of the original image, so the extra pixel of
+a box is one of that image: ``UPSNetTargets.pixel`` pixels of the network input.
 
 Letters: N images, R regions, T thing classes, M side of a mask's logits (28).
 """
@@ -28,8 +28,8 @@ from d2ext.systems.upsnet.targets import UPSNetTargets
 
 @ROI_HEADS_REGISTRY.register()
 class UPSNetROIHeads(StandardROIHeads):
-    """Box and mask heads. The model calls :meth:`predict_boxes` and :meth:`predict_masks` with what
-    it wants to know; targets come from :meth:`sample` and :meth:`mask_targets`."""
+    """Box and mask heads. The model calls :meth:`predict_boxes` and :meth:`predict_masks`; targets come
+    from :meth:`sample` and :meth:`mask_targets`."""
 
     @classmethod
     def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class UPSNetROIHeads(StandardROIHeads):
 
     @torch.no_grad()
     def sample(self, proposals: Instances, targets: UPSNetTargets) -> Instances:
-        """Draw regions to train on from proposals and objects: ``proposal_boxes``, ``gt_classes`` (T for
+        """Sample training regions from proposals and objects: ``proposal_boxes``, ``gt_classes`` (T for
         background), ``gt_deltas`` (R, 4) towards the matched object, meaningless for background.
 
         Proposals are matched against crowds too and may become positives of a crowd's class; the
@@ -84,8 +84,8 @@ class UPSNetROIHeads(StandardROIHeads):
                 inclusive(proposals.proposal_boxes.tensor),
             ]
         )
-        # Where the image was made smaller, a proposal of less than a pixel may have no width at all in
-        # the image's own pixels.
+        # If the image was reduced, a proposal narrower than a pixel may have no width in
+        # pixels of the original image.
         measured = end_behind(boxes, pixel)
         wide = (measured[:, 2:] > measured[:, :2]).all(dim=1)
         boxes, measured = boxes[wide], measured[wide]
@@ -113,13 +113,12 @@ class UPSNetROIHeads(StandardROIHeads):
 
     @torch.no_grad()
     def mask_targets(self, boxes: Tensor, targets: UPSNetTargets, size: int) -> Tensor:
-        """What the mask head should say of positive regions.
-
-        The mask is that of the object (not of a crowd) whose mask's extent overlaps the region
-        most, drawn within the inclusive region.
+        """Mask targets of positive regions: the mask, within the inclusive region, of the object (not
+        of a crowd) whose mask's extent overlaps the region most.
 
         Args:
-            boxes: (R, 4) positive regions; nothing else is asked of ``targets`` than ``gt_masks``.
+            boxes: (R, 4) positive regions.
+            targets: only ``gt_masks`` is used.
             size: M.
 
         Returns:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from d2ext.systems.upsnet.boxes import clip
 from d2ext.systems.upsnet.head import UPSNetPredictions
 
-# Of a box's regression loss (published: sigma 3, that is 1 / 3²).
+# Beta of the box regression loss (published: sigma 3, that is 1 / 3²).
 SMOOTH_L1_BETA = 1.0 / 9.0
 
 
@@ -29,17 +29,17 @@ class UPSNetRPN(RPN):
     """Detectron2's RPN with four published differences:
 
     - anchors must lie inside the unpadded image to be trained on;
-    - negatives are drawn from all anchors of IoU below the threshold, so that the best anchor of an
-      object, positive however low its IoU is, may be overwritten; with no more candidates than are
-      wanted, none becomes negative;
-    - the box loss is divided by the number of anchors sampled, the class loss by the number wanted;
-    - proposals keep at least one pixel inside the image when they are clipped.
+    - negatives are drawn from all anchors with IoU below the threshold, so an object's best anchor,
+      which is positive whatever its IoU, may be overwritten; if there are no more candidates than
+      should be sampled, none becomes negative;
+    - the box loss is divided by the number of sampled anchors, the class loss by the configured number;
+    - clipped proposals keep at least one pixel inside the image.
     """
 
     def predict(self, features: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Maps (N, C, h, w) of L levels → logits L × (N, h·w·a), deltas L × (N, h·w·a, 4).
 
-        In float32, whatever the network runs in: coordinates need it.
+        Always in float32, which coordinates need.
         """
         logits, deltas = self.rpn_head([features[name] for name in self.in_features])
         return (

@@ -1,4 +1,4 @@
-"""Annotations → what UPSNet's losses compare predictions with.
+"""Annotations → targets of UPSNet's losses.
 
 Label ids of semantic maps: stuff 0..S-1, things S..S+T-1 (class + S), :data:`IGNORE` for no label.
 
@@ -112,7 +112,7 @@ def read_targets(
 def full_labels(separated: Tensor, masks: Tensor, classes: Tensor, num_stuff: int) -> Tensor:
     """Detectron2's separated labels → UPSNet's.
 
-    Stuff is 1..S there and 0..S-1 here. Its 0 stands for any thing; which one, the objects' masks say:
+    Stuff is 1..S there and 0..S-1 here. 0 there is any thing: its class comes from the objects' masks,
     of overlapping ones the last. Thing pixels outside all masks (crowds) get no label.
 
     Args:
@@ -123,7 +123,7 @@ def full_labels(separated: Tensor, masks: Tensor, classes: Tensor, num_stuff: in
     Raises:
         ValueError: a label above S that is not 255.
     """
-    # One look at the device for each image.
+    # One wait for the device per image.
     if bool(((separated > num_stuff) & (separated != IGNORE)).any()):
         raise ValueError(
             f"`sem_seg` holds labels above MODEL.UPSNET.NUM_STUFF ({num_stuff}) that are not 255: set "
@@ -144,9 +144,8 @@ def object_masks(
 ) -> Tensor:
     """(G, H, W) bool masks.
 
-    Polygons are drawn, outline and inside, at the size of the original image and resized to the
-    network input's (nearest), as published; :func:`scaled_nearest` says how. Bitmasks are taken as
-    they come.
+    As published, polygons are drawn, outline and inside, at the size of the original image and resized
+    (:func:`scaled_nearest`) to the network input. Bitmasks are used unchanged.
 
     Args:
         masks: at the scale of the network input.
@@ -202,9 +201,9 @@ def panoptic_target(semantic: Tensor, masks: Tensor, num_stuff: int, *, unknown:
 
     Returns:
         (h, w) int64: an instance's channel where its mask is set (of overlapping ones the last),
-        labelled or not; elsewhere stuff as labelled, NO_TARGET without label, and the unknown channel,
-        or NO_TARGET without one, for everything else. (Published: 255 for NO_TARGET, which an image
-        of more than 255 - S instances would collide with.)
+        labelled or not; elsewhere stuff as labelled, NO_TARGET without label, and for everything else
+        the unknown channel (NO_TARGET if there is none). (The published NO_TARGET is 255, which an
+        image with more than 255 - S instances would use as a channel.)
     """
     rest = num_stuff + len(masks) if unknown else NO_TARGET
     target = torch.where(semantic < num_stuff, semantic, rest)

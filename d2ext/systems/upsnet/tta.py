@@ -1,13 +1,13 @@
 """Test-time augmentation of UPSNet: flips and scales.
 
-The published code has none, though the paper reports multi-scale results; this is what it means here.
-The network sees several views of the image. In the frame of the image as it came,
+The published code has none, though the paper reports multi-scale results. Here the network runs on
+several views of the image. In the frame of the input image,
 
 - semantic logits are averaged;
-- the boxes of all views, with the probabilities that their view gave them, compete in one NMS;
-- the mask logits of a selected box are averaged over the views, each of which is asked about it;
+- the boxes of all views, with their view's probabilities, go into one NMS;
+- the mask logits of a selected box are averaged over all views;
 
-and the panoptic head works on these once.
+and the panoptic head runs on these once.
 
 Letters: S stuff and T thing classes, R regions, M side of mask logits.
 """
@@ -31,7 +31,7 @@ from d2ext.systems.upsnet.model import UPSNet
 
 
 class AugmentedView(NamedTuple):
-    """A view of an image, and what the network says of it."""
+    """A view of an image, and the network's predictions for it."""
 
     size: tuple[int, int]
     """(height, width) without padding."""
@@ -68,7 +68,7 @@ class AugmentedView(NamedTuple):
 
 @TTA_REGISTRY.register()
 class UPSNetWithTTA(nn.Module):
-    """Predicts on an image's views; in place of the model that it wraps, in inference."""
+    """Wraps a model for inference: predicts on several views of an image."""
 
     @configurable
     def __init__(
@@ -94,7 +94,7 @@ class UPSNetWithTTA(nn.Module):
 
     @staticmethod
     def enabled(cfg: CfgNode) -> bool:
-        """Whether the config asks for it."""
+        """Whether the config enables it."""
         return cfg.MODEL.UPSNET.TEST.AUG.ENABLED
 
     @classmethod

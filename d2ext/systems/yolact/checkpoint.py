@@ -40,7 +40,7 @@ _PYRAMID_AND_HEADS = (
         r"fpn\.downsample_layers\.([01])\.(\w+)",
         lambda m: f"backbone.downsample{6 + int(m[1])}.{m[2]}",
     ),
-    # version 1.0 wrote more levels than it used
+    # version 1.0 saved more levels than it used
     Rule(r"fpn\.downsample_layers\.\d+\.\w+", None),
     Rule(
         r"proto_net\.(0|2|4|8|10)\.(\w+)", lambda m: f"head.prototypes.{_PROTO_LAYER[m[1]]}.{m[2]}"
@@ -66,7 +66,7 @@ _RESNET = (
         r"backbone\.layers\.(\d)\.(\d+\.conv2)\.conv_offset_mask\.(\w+)",
         lambda m: f"{_resnet_conv(m)}.offset_mask.{m[3]}",
     ),
-    # version 1.0 wrote torchvision's names beside its own
+    # version 1.0 saved the weights under torchvision's names too
     Rule(r"backbone\.layer\d\..*", None),
 )
 
@@ -96,7 +96,7 @@ _DARKNET = (
 def convert_yolact(state_dict: StateDict) -> dict[str, Tensor]:
     """Published YOLACT or YOLACT++ checkpoint of any backbone → :class:`YOLACT`'s state dict.
 
-    Left out are what version 1.0 wrote twice: ``backbone.layer*`` and
+    Superfluous weights of version 1.0 are dropped: ``backbone.layer*`` and
     ``fpn.downsample_layers.N`` for N >= 2.
 
     Raises:

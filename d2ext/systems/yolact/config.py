@@ -11,7 +11,7 @@ def add_yolact_config(cfg: CfgNode) -> None:
     yolact = cfg.MODEL.YOLACT = CfgNode()
     # Thing classes, without background.
     yolact.NUM_CLASSES = 80
-    # Side of the network input in pixels; every image is resized to a square of it.
+    # Side of the network input in pixels; every image is resized to this square.
     yolact.INPUT_SIZE = 550
     # Registered backbone below the feature pyramid.
     yolact.BOTTOM_UP = "build_resnet_backbone"
@@ -19,13 +19,13 @@ def add_yolact_config(cfg: CfgNode) -> None:
     yolact.IN_FEATURES = ["res3", "res4", "res5"]
     # Channels of the pyramid.
     yolact.FPN_CHANNELS = 256
-    # Levels that strided convolutions add on top of the pyramid (P6, P7).
+    # Levels added on top of the pyramid by strided convolutions (P6, P7).
     yolact.NUM_EXTRA_LEVELS = 2
     # Channels of the prototype net's and of the prediction head's hidden layers.
     yolact.HEAD_CHANNELS = 256
     # Prototypes per image, and mask coefficients per prior.
     yolact.NUM_PROTOTYPES = 32
-    # Batch norms of the bottom-up net are trained if a process holds at least this many images per
+    # Batch norms of the bottom-up net are trained if each process has at least this many images per
     # iteration, and frozen (statistics and affine) otherwise. 0: always trained.
     yolact.MIN_IMAGES_TO_TRAIN_BN = 6
 
@@ -51,7 +51,7 @@ def add_yolact_config(cfg: CfgNode) -> None:
     loss.CROWD_IOA = 0.7
     # Mined negatives per positive.
     loss.NEGATIVES_PER_POSITIVE = 3
-    # Positives per image that enter the mask loss (700-pixel model: 300).
+    # Most positives per image in the mask loss (700-pixel model: 300).
     loss.MAX_MASKS = 100
     # Objects of at most this many prototype cells are left out of the mask re-scoring loss.
     loss.MIN_MASK_IOU_AREA = 25
@@ -65,17 +65,17 @@ def add_yolact_config(cfg: CfgNode) -> None:
     # "fast" (per class), "cross_class_fast" or "traditional".
     test.NMS = "fast"
     test.NMS_THRESH = 0.5
-    # Candidates per class (cross-class: in all) that enter Fast NMS.
+    # Candidates for Fast NMS per class (cross-class: in all).
     test.NMS_TOP_K = 200
     # Detections per image (cross-class Fast NMS has no such limit, as published).
     test.MAX_DETECTIONS = 100
     # A pixel belongs to an object above this probability.
     test.MASK_THRESH = 0.5
-    # Crop masks with the box "before" or "after" they are resized to the image.
+    # Crop masks to the box "before" or "after" they are resized to the image.
     test.CROP = "before"
-    # Cut box coordinates to whole pixels, as the published evaluation does.
+    # Truncate box coordinates to whole pixels, as the published evaluation does.
     test.TRUNCATE_BOXES = True
 
-    # YOLACT++: predicts the IoU of each mask and multiplies the score with it.
+    # YOLACT++: predict the IoU of each mask and multiply the score by it.
     yolact.MASK_RESCORING = CfgNode()
     yolact.MASK_RESCORING.ENABLED = False

@@ -1,8 +1,8 @@
 """YOLACT's feature pyramid (arXiv 1904.02689, section 4; yolact/NOTES.md §2).
 
-Differs from Detectron2's FPN, and so is a class of its own: the top-down path resizes bilinearly to
-the exact size of the finer map (any input size works), the output convolutions are followed by a
-ReLU, and the extra levels are strided convolutions on the last of these outputs.
+Differences from Detectron2's FPN: the top-down path resizes bilinearly to the exact size of the finer
+map (any input size works), the output convolutions are followed by a ReLU, and the extra levels are
+strided convolutions on the coarsest of these outputs.
 
 Shapes: image (B, 3, H, W); p{l} (B, C, h_l, w_l), finest level l = 3.
 """
@@ -25,7 +25,7 @@ class BilinearFPN(Backbone):
 
     Args:
         bottom_up: network that computes ``in_features``.
-        in_features: its features to take, finest first; their strides must double.
+        in_features: features of ``bottom_up``, finest first; their strides must double.
         out_channels: channels of every level.
         num_extra_levels: levels added by stride-2 convolutions on the coarsest.
     """

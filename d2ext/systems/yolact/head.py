@@ -18,10 +18,10 @@ from d2ext.modeling.fusion import conv_relu
 
 
 class YOLACTPredictions(NamedTuple):
-    """What the network says of a batch."""
+    """Predictions for a batch."""
 
     offsets: Tensor
-    """(B, A, 4) box offsets, as ``codecs.prior_boxes.decode_boxes`` reads them."""
+    """(B, A, 4) box offsets for ``codecs.prior_boxes.decode_boxes``."""
     logits: Tensor
     """(B, A, C + 1); index 0 is the background."""
     coefficients: Tensor
@@ -39,7 +39,7 @@ def _conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
 
 
 def _xavier_init(module: nn.Module) -> None:
-    """All convolutions outside the bottom-up net start like this (yolact/NOTES.md §8)."""
+    """Initial weights of all convolutions outside the bottom-up net (yolact/NOTES.md §8)."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.xavier_uniform_(layer.weight)
@@ -88,7 +88,7 @@ class PredictionHead(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, c, h, w) → offsets (B, a, 4), logits (B, a, C+1), coefficients (B, a, k).
 
-        The priors of a cell run fastest, then column and row.
+        A cell's priors vary fastest, then column and row.
         """
         x = conv_relu(self.tower, x)
 
@@ -110,7 +110,7 @@ class MaskScorer(nn.Module):
     """
 
     CHANNELS = (8, 16, 32, 64, 128)
-    # The smallest side that the five unpadded, strided convolutions leave at least one cell of.
+    # Smallest side of which five unpadded, strided convolutions leave at least one cell.
     MIN_SIDE = 63
 
     def __init__(self, num_classes: int) -> None:
@@ -139,7 +139,7 @@ class YOLACTHead(nn.Module):
         num_prototypes: k.
         channels: of the hidden layers.
         priors_per_cell: prior boxes at each cell.
-        semantic: also build the semantic head, which serves in training only.
+        semantic: also build the semantic head, which is used in training only.
     """
 
     def __init__(

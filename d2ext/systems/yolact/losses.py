@@ -7,6 +7,7 @@ image, P positives of the batch, M positives of which masks are computed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from detectron2.utils import comm
@@ -29,7 +30,8 @@ def mine_negatives(logits: Tensor, labels: Tensor, negatives_per_positive: int) 
         labels: (B, A) as :class:`PriorMatches`.
 
     Returns:
-        (B, A) bool; an image has ``negatives_per_positive`` times its positives, or all that it has.
+        (B, A) bool: in each image ``negatives_per_positive`` times its positives, or all negatives if
+        there are fewer.
     """
     with torch.no_grad():
         hardness = logits.float().logsumexp(dim=2) - logits[..., 0].float()
@@ -39,6 +41,7 @@ def mine_negatives(logits: Tensor, labels: Tensor, negatives_per_positive: int) 
         return (rank < wanted) & (labels == BACKGROUND)
 
 
+@dataclass(kw_only=True)
 class YOLACTCriterion:
     """Matches priors with objects and sums up the losses; has no parameters.
 
@@ -46,43 +49,29 @@ class YOLACTCriterion:
         box_weight ... mask_iou_weight: factors of the terms.
         positive_iou, negative_iou, crowd_ioa: see :func:`match_priors`.
         negatives_per_positive: see :func:`mine_negatives`.
-        max_masks: positives of an image that enter the mask loss; a random choice beyond that.
-        min_mask_iou_area: prototype cells that an object must exceed to enter the re-scoring loss.
+        max_masks: most positives of an image in the mask loss; a random selection of more.
+        min_mask_iou_area: only objects of more prototype cells are in the re-scoring loss.
         normalizer: "local" or "global", how the number of positives is counted over processes.
     """
 
-    def __init__(
-        self,
-        *,
-        box_weight: float = 1.5,
-        class_weight: float = 1.0,
-        mask_weight: float = 6.125,
-        semantic_weight: float = 1.0,
-        mask_iou_weight: float = 25.0,
-        positive_iou: float = 0.5,
-        negative_iou: float = 0.4,
-        crowd_ioa: float = 0.7,
-        negatives_per_positive: int = 3,
-        max_masks: int = 100,
-        min_mask_iou_area: float = 25.0,
-        normalizer: str = "local",
-    ) -> None:
-        if normalizer not in ("local", "global"):
+    box_weight: float = 1.5
+    class_weight: float = 1.0
+    mask_weight: float = 6.125
+    semantic_weight: float = 1.0
+    mask_iou_weight: float = 25.0
+    positive_iou: float = 0.5
+    negative_iou: float = 0.4
+    crowd_ioa: float = 0.7
+    negatives_per_positive: int = 3
+    max_masks: int = 100
+    min_mask_iou_area: float = 25.0
+    normalizer: str = "local"
+
+    def __post_init__(self) -> None:
+        if self.normalizer not in ("local", "global"):
             raise ValueError(
-                f'MODEL.YOLACT.LOSS.NORMALIZER is "local" or "global", not "{normalizer}".'
+                f'MODEL.YOLACT.LOSS.NORMALIZER is "local" or "global", not "{self.normalizer}".'
             )
-        self.box_weight = box_weight
-        self.class_weight = class_weight
-        self.mask_weight = mask_weight
-        self.semantic_weight = semantic_weight
-        self.mask_iou_weight = mask_iou_weight
-        self.positive_iou = positive_iou
-        self.negative_iou = negative_iou
-        self.crowd_ioa = crowd_ioa
-        self.negatives_per_positive = negatives_per_positive
-        self.max_masks = max_masks
-        self.min_mask_iou_area = min_mask_iou_area
-        self.normalizer = normalizer
 
     def match(self, priors: Tensor, targets: Sequence[YOLACTTargets]) -> list[PriorMatches]:
         """Match the priors (A, 4) with each image's objects."""
@@ -112,7 +101,7 @@ class YOLACTCriterion:
             predictions: of the network.
             priors: (A, 4) centre form.
             targets: one per image.
-            mask_scorer: YOLACT++'s re-scoring net, or None for no such loss.
+            mask_scorer: YOLACT++'s re-scoring net; None: no such loss.
 
         Returns:
             ``loss_box``, ``loss_class``, ``loss_mask`` and, where the model has the heads,
@@ -154,7 +143,7 @@ class YOLACTCriterion:
         return counts.cumsum(0)
 
     def _count(self, positives: int, device: torch.device) -> Tensor:
-        """Number of positives to divide by, 1 at least, float32."""
+        """Number of positives to divide by, float32; at least 1 (over all processes)."""
         count = torch.tensor(float(positives), device=device)
         if self.normalizer == "global" and comm.get_world_size() > 1:
             torch.distributed.all_reduce(count)
@@ -192,16 +181,15 @@ class YOLACTCriterion:
         per_object = torch.cat([resize_masks(target.masks, grid) for target in targets])
         firsts = self._first_objects(targets, labels.device)
         target_masks = per_object[firsts[image_of] + object_of].float()
-        # In float32 whatever the precision of the network: a probability that rounds to 1 has an
-        # endless gradient under the logarithm.
+        # In float32 always: the logarithm's gradient is infinite where a probability rounds to 1.
         masks = assemble_masks(
             predictions.prototypes.float(),
             predictions.coefficients[image_of, prior_of].float(),
             box_of,
             image_of,
         )
-        # Outside the (widened) box the prediction is 0; binary cross-entropy there is 0 as well, or
-        # 100 where the target reaches out of its box, as published.
+        # Outside the (widened) box the prediction is 0 and binary cross-entropy 0 too, or 100 where
+        # the target extends beyond its box, as published.
         pixel_loss = _binary_cross_entropy(masks, target_masks)
         sides = box_of[:, 2:] - box_of[:, :2]
         area = sides[:, 0] * grid[1] * sides[:, 1] * grid[0]
@@ -212,7 +200,7 @@ class YOLACTCriterion:
         return loss_mask, self._mask_iou_loss(mask_scorer, masks, target_masks, classes)
 
     def _select_masks(self, image_of: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
-        """Which of the P positives enter the mask loss, and what an image's sum is multiplied by.
+        """Which of the P positives are in the mask loss, and the factor of each image's sum.
 
         Returns:
             indices (M,) into the positives, factors (B,) = all / selected positives of the image.
@@ -243,7 +231,7 @@ class YOLACTCriterion:
 
     @staticmethod
     def _semantic_loss(logits: Tensor, targets: Sequence[YOLACTTargets]) -> Tensor:
-        """BCE of the union of each class's objects, summed; over the cells and the images."""
+        """Sum of the BCE against the union of each class's objects, over cells times images."""
         num_images, _, rows, columns = logits.shape
         union = torch.zeros_like(logits, dtype=torch.float32)
         for i, target in enumerate(targets):
@@ -256,7 +244,7 @@ class YOLACTCriterion:
 
 
 def _binary_cross_entropy(probabilities: Tensor, target: Tensor) -> Tensor:
-    """Element-wise; PyTorch's own is refused under autocast although its input is float32 here."""
+    """Element-wise; PyTorch refuses it under autocast, although the input is float32 here."""
     with torch.autocast(probabilities.device.type, enabled=False):
         return F.binary_cross_entropy(probabilities.clamp(0, 1), target, reduction="none")
 

@@ -1,9 +1,8 @@
 """YOLACT: real-time instance segmentation (arXiv 1904.02689) and YOLACT++ (arXiv 1912.06218).
 
 An image goes through :meth:`YOLACT.preprocess` (square input), the backbone and pyramid (``fpn.py``),
-the heads (``head.py``), and then either the losses (``losses.py``) or, in inference, the choice of
-detections (``postprocess.py``) and the assembly of their masks from prototypes
-(:mod:`d2ext.layers`).
+the heads (``head.py``), and then either the losses (``losses.py``) or, in inference, NMS
+(``postprocess.py``) and the assembly of masks from prototypes (:mod:`d2ext.layers`).
 
 Letters: B images, S input side, A priors, C thing classes, k prototypes, D detection slots.
 """
@@ -66,7 +65,7 @@ class YOLACT(MetaArch):
         criterion: the losses.
         input_size: S; every image is resized to S×S, whatever its aspect ratio.
         anchor_scales, anchor_ratios, square_anchors: see :func:`prior_boxes`.
-        freeze_batch_norm: keep statistics and affine of the bottom-up net's batch norms.
+        freeze_batch_norm: freeze statistics and affine of the bottom-up net's batch norms.
         score_threshold, nms, nms_threshold, nms_top_k, max_detections: see ``postprocess.py``.
         mask_threshold, crop: see :func:`assemble_binary_masks`.
         truncate_boxes: see :func:`pixel_boxes`.
@@ -225,15 +224,15 @@ class YOLACT(MetaArch):
     ) -> list[dict[str, Instances]]:
         """Decoded predictions → for each image ``{"instances": Instances}`` with ``pred_boxes``,
         ``scores``, ``pred_classes``, ``pred_masks`` (N, height, width) bool, and with mask re-scoring
-        ``mask_scores`` (the mask's score; ``scores`` is the box's)."""
+        ``mask_scores`` (the masks' scores; ``scores`` are the boxes')."""
         *fields, prototypes = predictions
         detections = Detections(*fields)
         # One transfer for the whole batch; a filter per image would wait for the device each time.
         counts = (detections.scores >= 0).sum(dim=1).tolist()
         results = []
         for i, (inputs, count) in enumerate(zip(batched_inputs, counts, strict=True)):
-            own = Detections(*(field[i, :count] for field in detections))
-            results.append({"instances": self._instances(own, prototypes[i], *output_size(inputs))})
+            one = Detections(*(field[i, :count] for field in detections))
+            results.append({"instances": self._instances(one, prototypes[i], *output_size(inputs))})
         return results
 
     def _instances(

@@ -1,7 +1,7 @@
 """From YOLACT's raw predictions to detections (arXiv 1904.02689, section 5; yolact/NOTES.md §7).
 
-Everything up to the choice of detections has shapes that do not depend on the values, so that it can
-be compiled or captured into a CUDA graph; empty slots have score -1.
+Everything (except traditional NMS) has shapes that do not depend on the values, so that it can be
+compiled or captured into a CUDA graph; empty slots have score -1.
 
 Letters: B images, A priors, C thing classes, k prototypes, K candidates, D detection slots.
 """
@@ -45,7 +45,7 @@ def _gather(values: Tensor, index: Tensor) -> Tensor:
 def _take_best(
     boxes: Tensor, coefficients: Tensor, scores: Tensor, priors: Tensor, classes: Tensor, limit: int
 ) -> Detections:
-    """Keep the best ``limit`` of scored candidates.
+    """The best ``limit`` of scored candidates.
 
     Args:
         boxes, coefficients: (B, A, 4), (B, A, k).
@@ -59,7 +59,7 @@ def _take_best(
 
 
 def _suppressed(boxes: Tensor, threshold: float) -> Tensor:
-    """Fast NMS: which boxes overlap a better one, whether that one is suppressed itself or not.
+    """Fast NMS: which boxes overlap a better one, even if that one is suppressed itself.
 
     Args:
         boxes: (..., K, 4), best first.
@@ -67,7 +67,7 @@ def _suppressed(boxes: Tensor, threshold: float) -> Tensor:
     Returns:
         (..., K) bool.
     """
-    # (..., K, K) numbers for each class: written in place where they can be.
+    # (..., K, K) numbers for each class: computed in place where possible.
     x1, y1, x2, y2 = boxes.unbind(-1)
     width = torch.minimum(x2[..., :, None], x2[..., None, :])
     width = width.sub_(torch.maximum(x1[..., :, None], x1[..., None, :])).clamp_(min=0)
@@ -95,9 +95,8 @@ def fast_nms(
 ) -> Detections:
     """Fast NMS within each class.
 
-    A prior whose best score exceeds ``score_threshold`` competes in every class, and nothing else is
-    asked of its score there: the published behaviour, which nearly always returns
-    ``max_detections``.
+    As published, a prior whose best score exceeds ``score_threshold`` is a candidate in every class,
+    whatever its score there; so nearly always ``max_detections`` are returned.
 
     Args:
         boxes: (B, A, 4) corner form.
@@ -147,13 +146,13 @@ def traditional_nms(
     input_size: int = 550,
     max_detections: int = 100,
 ) -> Detections:
-    """Greedy NMS within each class, on whole-pixel conventions.
+    """Greedy NMS within each class, counting whole pixels.
 
-    Boxes are scaled by ``input_size``, sides and overlaps count one pixel more than their
-    difference, and a box is suppressed from IoU = ``iou_threshold`` on (yolact/NOTES.md §7.4). Shapes as
+    Boxes are scaled by ``input_size``, sides and overlaps count one pixel more than their difference,
+    and a box is suppressed if its IoU is at least ``iou_threshold`` (yolact/NOTES.md §7.4). Shapes as
     :func:`fast_nms`; the number of candidates depends on the values, so this one cannot be captured.
     """
-    # "From the threshold on" is "above the number before it"; float64 keeps the comparison exact.
+    # "At least the threshold" is "above the number before it"; float64 keeps the comparison exact.
     below = torch.nextafter(
         torch.tensor(iou_threshold, dtype=torch.float64), torch.tensor(0.0).double()
     )
@@ -182,8 +181,8 @@ def traditional_nms(
 def pixel_boxes(boxes: Tensor, height: int, width: int, *, truncate: bool) -> Tensor:
     """Relative boxes (N, 4) → ordered, clipped boxes in pixels of the image, float32.
 
-    Coordinates are clipped to [0, width] and [0, height]; ``truncate`` cuts them to whole pixels, as the
-    published evaluation does (yolact/NOTES.md §7.7).
+    Coordinates are clipped to [0, width] and [0, height]; with ``truncate`` they are truncated to whole
+    pixels, as the published evaluation does (yolact/NOTES.md §7.7).
     """
     pixels = clip_boxes(scale_points(boxes.float(), (width, height)), (height, width))
     return pixels.trunc() if truncate else pixels

@@ -1,4 +1,4 @@
-"""From annotations to what YOLACT's losses compare with (yolact/NOTES.md §5 and §6).
+"""Annotations → targets of YOLACT's losses (yolact/NOTES.md §5 and §6).
 
 Letters: n objects and c crowds of an image, H×W pixels of the image.
 """
@@ -24,7 +24,7 @@ class YOLACTTargets(NamedTuple):
     classes: Tensor
     """(n,) int64, from 0."""
     masks: Tensor
-    """(n, H, W) of any float dtype, 0 or 1, at any size."""
+    """(n, H, W) of any float dtype, 0 or 1, of any size."""
     crowd_boxes: Tensor
     """(c, 4) as ``boxes``."""
 

@@ -1,4 +1,4 @@
-"""What a comparison is: arms that are trained alike, and what is said about them."""
+"""A comparison: arms that are trained alike, and what is reported about them."""
 
 from __future__ import annotations
 

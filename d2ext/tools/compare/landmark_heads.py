@@ -59,7 +59,7 @@ def landmark_heads() -> Comparison:
 
 
 def measure(cfg: CfgNode, model: nn.Module) -> tuple[dict[str, float], Series]:
-    """How errors are distributed, and how they grow with what is hidden of a thing."""
+    """The distribution of errors, and how they grow with the hidden share of a thing."""
     (name,) = cfg.DATASETS.TEST
     evaluator = LandmarkEvaluator(name, ["nme"], distributed=False)
     batches = list(build_test_loader(cfg, name))
@@ -76,12 +76,12 @@ def measure(cfg: CfgNode, model: nn.Module) -> tuple[dict[str, float], Series]:
     hidden = np.array([a.get("occlusion", math.nan) for a in evaluator.annotations])
     groups = {(low, high): plain[(low <= hidden) & (hidden < high)] for low, high in OCCLUSION_BINS}
     series["hidden"] = [_point(sum(bin) / 2, e) for bin, e in groups.items() if len(e)]
-    for key, chosen in (
+    for key, selected in (
         ("visible", hidden < OCCLUSION_BINS[0][1]),
         ("occluded", hidden >= OCCLUSION_BINS[2][0]),
     ):
-        if chosen.any():
-            results[key] = float(plain[chosen].mean())
+        if selected.any():
+            results[key] = float(plain[selected].mean())
     return results, series
 
 

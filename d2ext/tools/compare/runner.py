@@ -47,9 +47,9 @@ from d2ext.tools.compare.report import draw_plots, format_table
 
 # What runs `train` and `evaluate`.
 PROGRAM = [sys.executable, "-m", "d2ext"]
-# What must be the same for a comparison to say something.
+# Keys that must be equal for a comparison to be fair.
 _BUDGET = ("DATASETS.TRAIN", "DATASETS.TEST", "SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH")
-# Iterations that tell the speed, for --seconds.
+# Iterations that measure the speed, for --seconds.
 _PILOT = 40
 
 
@@ -137,7 +137,7 @@ def budget_options(cfg: CfgNode, iterations: int, evaluations: int) -> list[str]
 
 
 def pilot(arguments: Sequence[str], folder: Path) -> float:
-    """Seconds of an iteration, told by the end of a short training."""
+    """Seconds of an iteration, measured at the end of a short training."""
     file = folder / "pilot" / "metrics.json"
     if not (file.parent / "model_final.pth").is_file():
         values = ("SOLVER.MAX_ITER", str(_PILOT), "SOLVER.STEPS", "()", "DATASETS.TEST", "()")
@@ -226,7 +226,7 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
 def training_seconds(lines: Sequence[Mapping[str, float]]) -> list[float]:
     """Seconds of training up to each line, without evaluations and without waiting for data.
 
-    A line tells the median times of the iterations since the one before it.
+    A line holds the median times of the iterations since the previous one.
     """
     elapsed, done, result = 0.0, 0, []
     latest = next((x["time"] - x.get("data_time", 0.0) for x in lines if "time" in x), 0.0)

@@ -158,7 +158,7 @@ def test_no_more_than_the_wanted_instances_are_trained_on() -> None:
     assert len(net.training_batch(random_inputs(1))[0]) == 3
     crowd = random_inputs(1)[0]
     crowd["instances"] = Instances.cat([crowd["instances"]] * 100)
-    crops, keypoints = net._own_crops(crowd)
+    crops, keypoints = net._crop_boxes(crowd)
     assert len(crops) == len(keypoints) == 4
 
 
