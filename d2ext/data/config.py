@@ -12,7 +12,8 @@ def add_data_config(cfg: CfgNode) -> None:
     # error. False: it is reported once and another sample takes its place; in evaluation it is
     # reported and left out, so it counts as an image without detections.
     cfg.INPUT.STRICT = False
-    # How many unusable samples in a row are replaced before the run ends with an error
+    # How many unusable samples in a row are replaced before the run ends with an error; it also ends
+    # when more than these, and more than 10 % of the images, have turned out to be unusable
     cfg.INPUT.MAX_BAD_SAMPLES = 10
 
     # What makes samples of a data set, a name in d2ext.data.MAPPER_REGISTRY:

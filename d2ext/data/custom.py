@@ -50,7 +50,13 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from d2ext.data.coco_json import check_same_categories, load_coco_json, read_coco_json
+from d2ext.data.coco_json import (
+    check_same_categories,
+    coco_records,
+    load_coco_json,
+    read_coco_json,
+)
+from d2ext.data.dataset_dicts import load_dataset
 from d2ext.data.dataset_facts import (
     category_metadata,
     check_config_against_data,
@@ -61,6 +67,7 @@ from d2ext.data.landmarks.datasets import LANDMARK_DATASETS
 from d2ext.data.landmarks.register import register_landmarks
 from d2ext.data.register_panoptic import register_panoptic
 from d2ext.data.register_semantic import check_classes, parse_classes, register_semantic
+from d2ext.data.summary import forget, summarize
 
 __all__ = [
     "add_dataset_arguments",
@@ -174,6 +181,7 @@ def register_own_dataset(
                 if n in DatasetCatalog.list():
                     DatasetCatalog.remove(n)
                     MetadataCatalog.pop(n, None)
+                    forget(n)
             raise
         _registered[name] = (splits, classes, landmarks)
     return names
@@ -249,10 +257,7 @@ def _register_instances(name: str, splits: _Splits) -> None:
             evaluator_type="coco",
             **category_metadata(file.categories),
         )
-        logger.info(
-            f"Data set '{name}_{key}': {len(file.images)} images, {len(file.annotations)} annotations, "
-            f"{len(file.classes)} classes ({shorten(list(file.classes.values()))})."
-        )
+        summarize(f"{name}_{key}", coco_records(file, split.images))
     check_same_categories(name, categories)
 
 
@@ -261,6 +266,7 @@ def _register_landmarks(name: str, splits: _Splits, *, kind: str) -> None:
     for key, split in splits.items():
         assert split.json is not None and split.images is not None  # _check_complete
         points.add(register_landmarks(f"{name}_{key}", kind, split.json, split.images).keypoints)
+        summarize(f"{name}_{key}", load_dataset(f"{name}_{key}"))
     if len(points) > 1:
         raise DatasetError(f"The train and val parts of '{name}' have different landmarks.")
 
@@ -269,7 +275,7 @@ def _register_panoptic(name: str, splits: _Splits) -> None:
     categories = {}
     for key, split in splits.items():
         assert split.images is not None and split.panoptic_json is not None  # _check_complete
-        summary = register_panoptic(
+        panoptic = register_panoptic(
             f"{name}_{key}",
             split.images,
             split.panoptic_json,
@@ -278,25 +284,17 @@ def _register_panoptic(name: str, splits: _Splits) -> None:
             sem_seg=split.sem_seg,
         )
         categories[key] = {
-            i: f"{n} ({'thing' if i in summary.things else 'stuff'})"
-            for i, n in {**summary.things, **summary.stuff}.items()
+            i: f"{n} ({'thing' if i in panoptic.things else 'stuff'})"
+            for i, n in {**panoptic.things, **panoptic.stuff}.items()
         }
-        logger.info(
-            f"Data set '{name}_{key}': {len(summary.annotations)} images, {summary.num_segments} "
-            f"segments, {len(summary.things)} classes of things "
-            f"({shorten(list(summary.things.values()))}) and {len(summary.stuff)} of stuff "
-            f"({shorten(list(summary.stuff.values()))})."
-        )
+        summarize(f"{name}_{key}", load_dataset(f"{name}_{key}"))
     check_same_categories(name, categories)
 
 
 def _register_semantic(name: str, splits: _Splits, *, classes: list[str]) -> None:
     for key, split in splits.items():
         assert split.images is not None and split.sem_seg is not None  # _check_complete
-        count = register_semantic(f"{name}_{key}", split.images, split.sem_seg, classes)
-        logger.info(
-            f"Data set '{name}_{key}': {count} images, {len(classes)} classes ({shorten(classes)})."
-        )
+        register_semantic(f"{name}_{key}", split.images, split.sem_seg, classes)
 
 
 def load_dataset_yaml(path: str) -> dict[str, Any]:

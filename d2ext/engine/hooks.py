@@ -16,6 +16,7 @@ from d2ext.files import atomic_write
 
 __all__ = [
     "BestCheckpointer",
+    "EvalHook",
     "LogWriter",
     "MetricHistory",
     "PeriodicCheckpointer",
@@ -46,6 +47,15 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
             logger.error(
                 "%s Training goes on; the next attempt is in %d iterations.", error, self.period
             )
+
+
+class EvalHook(hooks.EvalHook):
+    """Detectron2's, which would evaluate after an error in the last iteration."""
+
+    def after_train(self) -> None:
+        """Evaluate, if the training has come to its end."""
+        self._eval_after_train = self.trainer.iter >= self.trainer.max_iter
+        super().after_train()
 
 
 class BestCheckpointer(hooks.BestCheckpointer):

@@ -32,6 +32,7 @@ from d2ext.data import build_test_loader, build_train_loader
 from d2ext.engine.ema import EMAHook, TrainedWeights, build_ema
 from d2ext.engine.hooks import (
     BestCheckpointer,
+    EvalHook,
     LogWriter,
     MetricHistory,
     PeriodicCheckpointer,
@@ -185,7 +186,7 @@ class Trainer(DefaultTrainer):
             self._last_eval_results = self.test(cfg, self.evaluated_model)
             return self._last_eval_results
 
-        result.append(hooks.EvalHook(test.EVAL_PERIOD, evaluate))
+        result.append(EvalHook(test.EVAL_PERIOD, evaluate))
         if main and test.BEST_METRIC:
             saver = WeightsCheckpointer(self.evaluated_model, cfg.OUTPUT_DIR)
             result.append(

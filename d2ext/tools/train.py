@@ -36,6 +36,7 @@ from d2ext.data.custom import (
     check_config_against_data,
     register_from_arguments,
 )
+from d2ext.data.summary import report
 from d2ext.engine import Trainer, set_cpu_threads
 from d2ext.engine.processes import RankError, launch
 from d2ext.evaluation import check_analysis
@@ -90,6 +91,8 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
     cfg = setup(args)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2ext")
+    if comm.is_main_process():
+        report((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST), cfg.OUTPUT_DIR)
     results: dict[str, Any] | None
     if args.eval_only:
         results = evaluate(cfg, resume=args.resume)

@@ -357,6 +357,7 @@ class TestTestLoader:
     def test_processes_share_the_images(self, register, records, monkeypatch):
         name = register(records)
         monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 4)
+        monkeypatch.setattr("detectron2.utils.comm.all_gather", lambda value: [value])
         ids = []
         for rank in range(4):
             monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda rank=rank: rank)
