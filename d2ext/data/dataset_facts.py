@@ -37,8 +37,8 @@ from d2ext.data.panoptic import is_panoptic, panoptic_classes
 # COCO's per-keypoint OKS constants lie between 0.025 and 0.107 and are those of a person's 17
 # keypoints; others get a value in the middle unless the config or the data have their own.
 _DEFAULT_OKS_SIGMA = 0.05
-# The sides in a name: the words anywhere; the letters where they stand alone (L_Eye, eye.r, l1), before a
-# capital (LEye) or as the last capital (eyeL).
+# The sides in a name: the words anywhere; the letters where they stand alone (L_Eye, eye.r, l1), before
+# a capital (LEye) or as the last capital (eyeL).
 _SIDES = re.compile(
     r"(?i:left|right)|(?<![A-Za-z])[LRlr](?![A-Za-z])"
     r"|(?<![A-Za-z])[LRlr](?=[A-Z][a-z])|(?<=[a-z0-9])[LR](?![A-Za-z])"
@@ -239,8 +239,8 @@ def flip_indices(dataset_name: str) -> list[int]:
 
 
 def oks_sigmas(facts: DatasetFacts, given: Sequence[float] = ()) -> list[float]:
-    """Constants of keypoint similarity: the data's own, or else those given, if they fit. COCO's belong to
-    keypoints with the names of COCO's alone; others get a constant, and the log says so.
+    """Constants of keypoint similarity: the data's own, or else those given, if they fit. COCO's belong
+    to keypoints with the names of COCO's alone; others get a constant, and the log says so.
 
     Returns:
         K numbers; none for COCO's, which its evaluation knows, and without keypoints

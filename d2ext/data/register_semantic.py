@@ -75,7 +75,7 @@ def register_semantic(name: str, images: str, sem_seg: str, classes: Sequence[st
 
 
 def _count_labels(name: str, files: list[str], classes: Sequence[str]) -> Counter[int]:
-    """How many of some maps, evenly spread, have each label. Only if these show a single class, all others
+    """How many of some maps, evenly spread, have each label. Only if these show a single class, others
     are read until a second one comes."""
     counts: Counter[int] = Counter()
     some = evenly(files, CHECKED_IMAGES)
@@ -94,11 +94,12 @@ def _count_labels(name: str, files: list[str], classes: Sequence[str]) -> Counte
         counts.update(values)
     found = sorted(set(counts) - {IGNORE_LABEL})
     if len(found) < min(2, len(classes)):
-        text = f"has no label but {found[0]} ({classes[found[0]]})" if found else "has no label"
+        text = f"has a label but {found[0]} ({classes[found[0]]})" if found else "has a label"
         raise DatasetError(
-            f"Data set '{name}': none of its {len(files)} label maps {text}, and there is nothing to learn. "
-            f"A pixel's value is the number of its class, 0 to {len(classes) - 1}; {IGNORE_LABEL}, which "
-            f"{counts[IGNORE_LABEL]} maps have, is no label: masks of 0 and 255 are to be 0 and 1."
+            f"Data set '{name}': none of its {len(files)} label maps {text}, so there is nothing to "
+            f"learn. A pixel's value is the number of its class, 0 to {len(classes) - 1}; "
+            f"{IGNORE_LABEL}, which {counts[IGNORE_LABEL]} maps have, is no label: masks of 0 and 255 "
+            "are to be 0 and 1."
         )
     return counts
 

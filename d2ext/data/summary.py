@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 # How many images, and boxes of annotations, are looked at.
 CHECKED_IMAGES, CHECKED_BOXES = 200, 2000
-# A box that covers less of its mask's box (IoU) is wrong, unless no side is off by more than some pixels.
+# A box is wrong that covers less of its mask's box (IoU) and has a side that is off by more pixels.
 _UNLIKE, _ROUNDING = 0.5, 3.0
 # Share of the boxes looked at from which on it is no single mistake.
 _MANY = 0.1
@@ -47,7 +47,8 @@ class Summary:
         turned: images with an EXIF orientation
         instances, crowds: annotations
         classes: how often each occurs
-        boxes: looked at. unlike_mask, outside: those that do not fit their mask or reach beyond their image
+        boxes: looked at
+        unlike_mask, outside: those that do not fit their mask, and that reach beyond their image
         labels: value of label maps → number of maps looked at that have it
         warnings: what is probably not meant
     """
@@ -227,11 +228,14 @@ def _count(summary: Summary, records: Sequence[Record], classes: Sequence[str]) 
             counts[annotation["category_id"]] += 1
     summary.classes = {name: counts[i] for i, name in enumerate(classes)}
     if summary.crowds and not summary.instances:
-        raise DatasetError(
+        text = (
             f"All {summary.crowds} annotations of data set '{summary.name}' are crowds ('iscrowd': 1): "
-            "there is nothing to learn, and nothing to evaluate. Set 'iscrowd' to 0 where an annotation "
-            "is a single object; its mask may be RLE nevertheless (brush tools write 1 for any RLE)."
+            "there is no instance to learn or to evaluate. Set 'iscrowd' to 0 where an annotation is a "
+            "single object; its mask may be RLE nevertheless (brush tools write 1 for any RLE)."
         )
+        if not any("segments_info" in record for record in records):
+            raise DatasetError(text)
+        summary.warnings.append(text)  # there is stuff to learn
 
 
 def _look_at_boxes(summary: Summary, records: Sequence[Record]) -> None:
@@ -239,17 +243,16 @@ def _look_at_boxes(summary: Summary, records: Sequence[Record]) -> None:
     sample = [(r, a) for r, a in evenly(pairs, CHECKED_BOXES) if len(a.get("bbox") or ()) == 4]
     if not sample:
         return
-    modes = [a.get("bbox_mode", BoxMode.XYWH_ABS) for _, a in sample]
-    given = np.array([a["bbox"] for _, a in sample], np.float64)
-    boxes = np.stack(
-        [BoxMode.convert(b, m, BoxMode.XYXY_ABS) for b, m in zip(given, modes, strict=True)]
+    is_xywh = np.array(
+        [a.get("bbox_mode", BoxMode.XYWH_ABS) == BoxMode.XYWH_ABS for _, a in sample]
     )
+    given = np.array([a["bbox"] for _, a in sample], np.float64)
+    boxes = np.hstack([given[:, :2], given[:, 2:] + given[:, :2] * is_xywh[:, None]])
     sizes = np.array([[r.get("width", np.inf), r.get("height", np.inf)] for r, _ in sample])
     masks = np.array([_mask_box(a.get("segmentation")) for _, a in sample])
     summary.boxes = len(boxes)
     _refuse_fractions(summary, boxes, masks, sizes)
 
-    is_xywh = np.array([mode == BoxMode.XYWH_ABS for mode in modes])
     corners = is_xywh & (given[:, 2:] > given[:, :2]).all(1) & (given[:, 2:] <= sizes + 1).all(1)
     outside = ((boxes[:, :2] < -1) | (boxes[:, 2:] > sizes + 1)).any(1)
     unlike, like = _unlike(boxes, masks), ~np.isnan(masks[:, 0]) & ~_unlike(given, masks)

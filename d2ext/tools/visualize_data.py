@@ -9,8 +9,8 @@ With --source loader (default) the pictures are the first samples of the trainin
 a run with this config and SEED gets them, whatever its batch size. With --source annotation they are
 the images of DATASETS.TRAIN in their order and size.
 
-Writes one PNG per sample, montage.png and, of own data, dataset_summary.json. Samples that cannot be used are reported and skipped; the
-exit code is then 1.
+Writes one PNG per sample, montage.png and, of own data, dataset_summary.json. Samples that cannot be
+used are reported and skipped; the exit code is then 1.
 """
 
 import argparse
