@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 Record = dict[str, Any]
 Mapper = Callable[[Record], Record]
 
-# A run ends when more of its images than this cannot be used, if they are more than
-# INPUT.MAX_BAD_SAMPLES, too: as many as may be missing when data are registered.
+# A run ends when more of its samples than this cannot be used, if they are more than
+# INPUT.MAX_BAD_SAMPLES, too: the share of images that may be missing when data are registered.
 TOLERATED_BAD = TOLERATED_MISSING
 # What libraries raise for a sample that they cannot take.
 _LIBRARY_ERRORS = (
@@ -169,9 +169,10 @@ class ReportingDataLoader(DataLoader):
                     logger.error(f"Sample left out: {sample.reason}")
             if len(self.bad_samples) > self.max_bad:
                 raise DatasetError(
-                    f"{len(self.bad_samples)} of {len(self.dataset)} images cannot be used: "
+                    f"Samples of {len(self.bad_samples)} files cannot be used: "
                     f"{shorten(list(self.bad_samples))}. That is more than INPUT.MAX_BAD_SAMPLES and "
-                    f"more than {100 * TOLERATED_BAD:g} %. Repair the data set; the log has each reason."
+                    f"more than {100 * TOLERATED_BAD:g} % of the {len(self.dataset)} samples. Repair the "
+                    "data set; the log has each reason."
                 )
             if batch:
                 yield batch

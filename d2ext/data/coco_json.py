@@ -81,7 +81,7 @@ def read_coco_json(
         )
     check_lists(json_file, content, required)
     images, annotations = content["images"], content["annotations"]
-    categories = content.get("categories") or []
+    categories = _without_roots(content.get("categories") or [], annotations)
     problems: list[str] = []
     for key, keys in required.items():
         problems += [*missing_keys(key, content[key], keys), *duplicates(key, "id", content[key])]
@@ -95,6 +95,26 @@ def read_coco_json(
         problems = check_image_files(images, image_root)
     raise_problems(json_file, "a COCO-format data set", problems)
     return CocoFile(images, annotations, sorted(categories, key=lambda c: c.get("id", 1)))
+
+
+def _without_roots(categories: list[Entry], annotations: list[Entry]) -> list[Entry]:
+    """Leave out categories that only repeat another one's name and have no annotations: some tools write
+    a root of that kind above the only class."""
+    used = {a.get("category_id") for a in annotations}
+    rows = [(str(c.get("name")), c.get("id") in used) for c in categories]
+    left_out = [
+        category
+        for i, (category, (name, is_used)) in enumerate(zip(categories, rows, strict=True))
+        if not is_used and ((name, True) in rows or name in [n for n, _ in rows[i + 1 :]])
+    ]
+    for c in left_out:
+        logger.warning(
+            "Category '%s' (id %s) repeats the name of another one and has no annotations: it is left "
+            "out.",
+            c.get("name"),
+            c.get("id"),
+        )
+    return [c for c in categories if c not in left_out]
 
 
 def load_coco_json(json_file: str, image_root: str) -> list[Record]:
@@ -119,6 +139,7 @@ def coco_records(file: CocoFile, image_root: str) -> list[Record]:
             annotation["keypoints"] = [
                 v if i % 3 == 2 else v + 0.5 for i, v in enumerate(entry["keypoints"])
             ]
+        annotation["id"] = entry["id"]
         annotation["bbox_mode"] = BoxMode.XYWH_ABS
         annotation["category_id"] = contiguous[entry["category_id"]]
         records[entry["image_id"]]["annotations"].append(annotation)

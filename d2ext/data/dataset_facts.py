@@ -18,6 +18,7 @@ things. A system that has others says so where it adds its keys::
 ``--dataset`` then sets these keys, and :func:`check_config_against_data` compares them with the data.
 """
 
+import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -318,11 +319,16 @@ def _proposal_network(facts: DatasetFacts) -> dict[str, Any]:
 def set_config_from_data(cfg: CfgNode, dataset_name: str) -> None:
     """Set every key of ``cfg`` that follows from a registered data set, in place.
 
-    That is ``NUM_CLASSES`` of every section of ``cfg.MODEL`` (of ``SEM_SEG_HEAD`` only if the data
-    has semantic classes), what the meta-architecture says (:func:`follows_data`), and with keypoints
-    their number and the constants of their similarity (:func:`oks_sigmas`).
+    That is the names in ``cfg.DATASETS``, ``NUM_CLASSES`` of every section of ``cfg.MODEL`` (of
+    ``SEM_SEG_HEAD`` only if the data has semantic classes), what the meta-architecture says
+    (:func:`follows_data`), and with keypoints their number and the constants of their similarity
+    (:func:`oks_sigmas`).
     """
     facts = dataset_facts(dataset_name)
+    metadata = MetadataCatalog.get(dataset_name)
+    for key in ("THING_CLASSES", "STUFF_CLASSES", "KEYPOINT_NAMES", "KEYPOINT_CONNECTION_RULES"):
+        # Lists alone, which YAML has.
+        cfg.DATASETS[key] = json.loads(json.dumps(metadata.get(key.lower()) or []))
     for section, node in cfg.MODEL.items():
         if not isinstance(node, CfgNode) or "NUM_CLASSES" not in node:
             continue

@@ -17,6 +17,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 from tabulate import tabulate
@@ -114,7 +115,8 @@ def summarize(
             they say
     """
     summary = Summary(name, len(records), labels=dict(sorted((labels or {}).items())))
-    _look_at_images(summary, records)
+    if comm.is_main_process():  # the others see the same files
+        _look_at_images(summary, records)
     if labels is None:
         _count(summary, records, MetadataCatalog.get(name).get("thing_classes") or [])
         _look_at_boxes(summary, records)

@@ -24,8 +24,8 @@ def class_metadata(cfg: CfgNode, class_names: Sequence[str] | None = None) -> Me
     """Names and colours of the classes that a config's model predicts.
 
     They come from the first registered data set of ``DATASETS.TEST`` and ``DATASETS.TRAIN`` that names
-    its thing classes; ``class_names``, if given, replaces the names, and then nothing is taken from a
-    data set. Classes without a name are called by their number, see :func:`name_classes`.
+    its thing classes, or else from the names that the training left in ``DATASETS``; ``class_names``, if
+    given, replaces the names, and then nothing is taken from a data set. Classes without a name are called by their number, see :func:`name_classes`.
     """
     if class_names is not None:
         return Metadata(name="class names", thing_classes=list(class_names))
@@ -34,7 +34,9 @@ def class_metadata(cfg: CfgNode, class_names: Sequence[str] | None = None) -> Me
             metadata = MetadataCatalog.get(dataset)
             if metadata.get("thing_classes"):
                 return metadata
-    return Metadata(name="no class names")
+    keys = "THING_CLASSES", "STUFF_CLASSES", "KEYPOINT_NAMES", "KEYPOINT_CONNECTION_RULES"
+    known = {key.lower(): cfg.DATASETS[key] for key in keys if cfg.DATASETS.get(key)}
+    return Metadata(name="names of the config", **known)
 
 
 def name_classes(metadata: Metadata, classes: torch.Tensor) -> Metadata:
