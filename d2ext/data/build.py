@@ -171,8 +171,8 @@ class ReportingDataLoader(DataLoader):
                 raise DatasetError(
                     f"Samples of {len(self.bad_samples)} files cannot be used: "
                     f"{shorten(list(self.bad_samples))}. That is more than INPUT.MAX_BAD_SAMPLES and "
-                    f"more than {100 * TOLERATED_BAD:g} % of the {len(self.dataset)} samples. Repair the "
-                    "data set; the log has each reason."
+                    f"more than {100 * TOLERATED_BAD:g} % of the {len(self.dataset)} samples. Repair "
+                    "the data set; the log has each reason."
                 )
             if batch:
                 yield batch

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.builtin_meta import COCO_PERSON_KEYPOINT_NAMES
@@ -250,7 +251,7 @@ def oks_sigmas(facts: DatasetFacts, given: Sequence[float] = ()) -> list[float]:
     is_coco = [name.lower() for name in names] == list(COCO_PERSON_KEYPOINT_NAMES)
     if facts.sigmas or not names:
         return facts.sigmas or []
-    if len(given) == len(names) and (is_coco or list(given) != _coco_sigmas()):
+    if len(given) == len(names) and (is_coco or not _are_coco_sigmas(given)):
         return list(given)
     if is_coco:
         return []
@@ -265,8 +266,9 @@ def oks_sigmas(facts: DatasetFacts, given: Sequence[float] = ()) -> list[float]:
     return [_DEFAULT_OKS_SIGMA] * len(names)
 
 
-def _coco_sigmas() -> list[float]:
-    return Params(iouType="keypoints").kpt_oks_sigmas.tolist()
+def _are_coco_sigmas(values: Sequence[float]) -> bool:
+    coco = Params(iouType="keypoints").kpt_oks_sigmas
+    return len(values) == len(coco) and np.allclose(values, coco)
 
 
 KeyFunction = Callable[[DatasetFacts], dict[str, Any]]

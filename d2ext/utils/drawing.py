@@ -25,7 +25,8 @@ def class_metadata(cfg: CfgNode, class_names: Sequence[str] | None = None) -> Me
 
     They come from the first registered data set of ``DATASETS.TEST`` and ``DATASETS.TRAIN`` that names
     its thing classes, or else from the names that the training left in ``DATASETS``; ``class_names``, if
-    given, replaces the names, and then nothing is taken from a data set. Classes without a name are called by their number, see :func:`name_classes`.
+    given, replaces the names, and then nothing is taken from a data set. Classes without a name are
+    called by their number, see :func:`name_classes`.
     """
     if class_names is not None:
         return Metadata(name="class names", thing_classes=list(class_names))
