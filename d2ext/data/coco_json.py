@@ -100,8 +100,8 @@ def read_coco_json(
 def _without_roots(categories: list[Entry], annotations: list[Entry]) -> list[Entry]:
     """Leave out categories that only repeat another one's name and have no annotations: some tools write
     a root of that kind above the only class."""
-    used = {a.get("category_id") for a in annotations}
-    rows = [(str(c.get("name")), c.get("id") in used) for c in categories]
+    used = {str(a.get("category_id")) for a in annotations}
+    rows = [(str(c.get("name")), str(c.get("id")) in used) for c in categories]
     left_out = [
         category
         for i, (category, (name, is_used)) in enumerate(zip(categories, rows, strict=True))

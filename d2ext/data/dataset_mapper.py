@@ -16,7 +16,7 @@ from fvcore.transforms.transform import TransformList
 from d2ext.data.annotations import describe_dropped, normalize_annotations
 from d2ext.data.augmentations import DetectionInput, ReportsVisibleShares, build_augmentations
 from d2ext.data.errors import AnnotationError, shorten
-from d2ext.data.image_io import read_label_map, read_record_image
+from d2ext.data.image_io import label_values, read_label_map, read_record_image
 from d2ext.data.panoptic import IGNORE_LABEL, PanopticClasses, full_label_map, panoptic_classes
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class D2extDatasetMapper(DatasetMapper):
             sem_seg_labels: values that such a file may hold; None: any
         """
         super().__init__(*args, **kwargs)
-        self.sem_seg_labels = None if sem_seg_labels is None else np.array(sorted(sem_seg_labels))
+        self.sem_seg_labels = None if sem_seg_labels is None else set(sem_seg_labels)
         self.sem_seg_with_things = sem_seg_with_things
 
     @classmethod
@@ -143,11 +143,10 @@ class D2extDatasetMapper(DatasetMapper):
         file_name = dataset_dict["sem_seg_file_name"]
         labels = read_label_map(file_name)
         if self.is_train and self.sem_seg_labels is not None:
-            wrong = np.setdiff1d(np.unique(labels), self.sem_seg_labels)
-            if len(wrong):
+            wrong = [v for v in label_values(labels) if v not in self.sem_seg_labels]
+            if wrong:
                 raise AnnotationError(
-                    f"Label map '{file_name}' has labels {shorten([int(v) for v in wrong])}, which are "
-                    "no class."
+                    f"Label map '{file_name}' has labels {shorten(wrong)}, which are no class."
                 )
         return labels
 

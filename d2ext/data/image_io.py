@@ -201,6 +201,13 @@ def read_label_map(file_name: str) -> np.ndarray:
     return labels.astype(np.uint8 if labels.max() < 256 else np.float32)
 
 
+def label_values(labels: np.ndarray) -> list[int]:
+    """Which values a label map of :func:`read_label_map` has, ascending."""
+    if labels.dtype == np.uint8:  # twenty times as fast
+        return np.flatnonzero(np.bincount(labels.reshape(-1))).tolist()
+    return np.unique(labels).astype(int).tolist()
+
+
 def read_color_map(file_name: str) -> np.ndarray:
     """Read an image whose three 8-bit channels are one value (a panoptic PNG), as they are stored.
 

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from d2ext.data.errors import DatasetError, shorten
-from d2ext.data.image_io import read_label_map
+from d2ext.data.image_io import label_values, read_label_map
 from d2ext.data.panoptic import IGNORE_LABEL
 from d2ext.data.summary import CHECKED_IMAGES, evenly, summarize
 
@@ -83,7 +82,7 @@ def _count_labels(name: str, files: list[str], classes: Sequence[str]) -> Counte
         found = sorted(set(counts) - {IGNORE_LABEL})
         if number >= len(some) and len(found) > 1:
             return counts
-        values = [int(v) for v in np.unique(read_label_map(file))]
+        values = label_values(read_label_map(file))
         wrong = [v for v in values if v >= len(classes) and v != IGNORE_LABEL]
         if wrong:
             raise DatasetError(

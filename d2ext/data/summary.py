@@ -34,6 +34,8 @@ CHECKED_IMAGES, CHECKED_BOXES = 200, 2000
 _UNLIKE, _ROUNDING = 0.5, 3.0
 # Share of the boxes looked at from which on it is no single mistake.
 _MANY = 0.1
+# Fewer grey values than this, of 256, are no photographs.
+_FLAT = 16
 _EXIF_ORIENTATION = 0x0112
 
 Record = dict[str, Any]
@@ -177,8 +179,8 @@ def _look_at_images(summary: Summary, records: Sequence[Record]) -> None:
         summary.values = min(low, int(image.min())), max(high, int(image.max()))
         stored, turned = _stored_size(file_name)
         summary.turned += turned
-        annotated = record.get("height", image.shape[0]), record.get("width", image.shape[1])
-        if annotated != image.shape[:2]:
+        annotated = _annotated_size(record)
+        if annotated not in (None, image.shape[:2]):
             summary.other_size.append(file_name)
             if turned and annotated == stored:
                 as_stored.append(file_name)
@@ -203,6 +205,11 @@ def _look_at_images(summary: Summary, records: Sequence[Record]) -> None:
             f"height that its annotations say: {shorten(summary.other_size)}. Correct them in the "
             "annotation file, or give the images that were annotated."
         )
+    if summary.values is not None and summary.values[1] - summary.values[0] < _FLAT:
+        summary.warnings.append(
+            f"the pixels of all images looked at lie between {summary.values[0]} and "
+            f"{summary.values[1]} of 255: is there anything to see in them?"
+        )
     for what, files in (
         ("cannot be read", summary.unreadable),
         ("have another size than their annotations say", summary.other_size),
@@ -212,6 +219,14 @@ def _look_at_images(summary: Summary, records: Sequence[Record]) -> None:
                 f"{len(files)} of {len(sample)} images looked at {what}: {shorten(files)}. Such images "
                 "are left out."
             )
+
+
+def _annotated_size(record: Record) -> tuple[int, int] | None:
+    """Height and width that the annotations, or the label map, are for; None: they do not say."""
+    if "height" in record:
+        return record["height"], record["width"]
+    labels = record.get("sem_seg_file_name")
+    return None if labels is None else _stored_size(labels)[0]
 
 
 def _stored_size(file_name: str) -> tuple[tuple[int, int], bool]:

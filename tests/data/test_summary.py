@@ -117,10 +117,20 @@ def test_few_mistakes_are_told(register, tmp_path, caplog):
     assert "1 of 12 images looked at cannot be read" in text and "3.png" in text
     assert "1 of 12 images looked at have another size" in text and "4.png" in text
     assert "1 of 35 boxes looked at do not fit their mask: annotation 21 of" in text
+    assert "is there anything to see" not in text
     (written,) = json.loads((tmp_path / "run" / "dataset_summary.json").read_text()).values()
     assert (written["instances"], written["crowds"], written["images"]) == (35, 1, 12)
     assert written["classes"] == {"apple": 12, "pear": 12, "fig": 12, "kiwi": 0}
     assert written["values"][0] == 0 and len(written["warnings"]) == 3
+
+
+def test_black_images_are_told(register, caplog):
+    def change(content, folder):
+        for image in content["images"]:
+            cv2.imwrite(str(folder / image["file_name"]), np.full((60, 80), 3, np.uint8))
+
+    register(change)
+    assert "lie between 3 and 3 of 255" in caplog.text
 
 
 def test_good_data_have_no_warnings(register, caplog):
@@ -163,6 +173,16 @@ def test_label_maps(tmp_path, monkeypatch):
         DatasetCatalog.remove("sem_c_train")
         MetadataCatalog.pop("sem_c_train", None)
         forget("sem_c_train")
+
+
+def test_label_maps_of_turned_photographs(tmp_path):
+    files = write_semantic(tmp_path, [[0, 1]] * 2)
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.fromarray(np.zeros((8, 6, 3), np.uint8)).save(tmp_path / "images" / "000.png", exif=exif)
+    cv2.imwrite(str(tmp_path / "labels" / "000.png"), np.eye(8, 6, dtype=np.uint8))
+    with pytest.raises(DatasetError, match=r"1 of 2 images .* EXIF orientation"):
+        register_own_dataset("sem_d", semantic_classes=["a", "b"], **files)
 
 
 def test_evenly():
