@@ -52,12 +52,17 @@ def register_semantic(name: str, images: str, sem_seg: str, classes: Sequence[st
 
     Raises:
         DatasetError: missing folders, pictures without label map or the reverse, labels that are no
-            class, maps with nothing but the first class
+            class, a single class, maps with nothing but the first class
     """
     classes = check_classes(classes)
     if len(classes) > IGNORE_LABEL:
         raise DatasetError(
             f"Data set '{name}' has {len(classes)} classes; label maps hold {IGNORE_LABEL}."
+        )
+    if len(classes) < 2:
+        raise DatasetError(
+            f"Data set '{name}' has the one class {classes[0]}, so there is nothing to learn: name the "
+            "background, too, as the class of label 0."
         )
     pairs = _pairs(name, images, sem_seg)
     labels = _count_labels(name, [labels for _, labels in pairs], classes)
@@ -92,7 +97,7 @@ def _count_labels(name: str, files: list[str], classes: Sequence[str]) -> Counte
             )
         counts.update(values)
     found = sorted(set(counts) - {IGNORE_LABEL})
-    if len(found) < min(2, len(classes)):
+    if len(found) < 2:
         text = f"has a label but {found[0]} ({classes[found[0]]})" if found else "has a label"
         raise DatasetError(
             f"Data set '{name}': none of its {len(files)} label maps {text}, so there is nothing to "

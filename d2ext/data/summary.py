@@ -49,6 +49,7 @@ class Summary:
         values: smallest and largest value of the pixels, as models see them
         turned: images with an EXIF orientation
         instances, crowds: annotations
+        with_keypoints: annotations with a labelled keypoint
         classes: how often each occurs
         boxes: looked at
         unlike_mask, outside: those that do not fit their mask, and that reach beyond their image
@@ -65,6 +66,7 @@ class Summary:
     turned: int = 0
     instances: int = 0
     crowds: int = 0
+    with_keypoints: int = 0
     classes: dict[str, int] = field(default_factory=dict)
     boxes: int = 0
     unlike_mask: int = 0
@@ -90,6 +92,7 @@ class Summary:
             **rows,
             "instances": self.instances,
             "crowds": self.crowds,
+            "with labelled keypoints": self.with_keypoints,
             "classes": len(self.classes),
             "classes without any": f"{len(empty)} ({shorten(empty, 3)})" if empty else 0,
             "boxes looked at": self.boxes,
@@ -243,6 +246,11 @@ def _count(summary: Summary, records: Sequence[Record], classes: Sequence[str]) 
             summary.crowds += crowd
             summary.instances += not crowd
             counts[annotation["category_id"]] += 1
+            summary.with_keypoints += any(v > 0 for v in (annotation.get("keypoints") or ())[2::3])
+    if MetadataCatalog.get(summary.name).get("keypoint_names") and not summary.with_keypoints:
+        summary.warnings.append(
+            "a category has keypoints, but no annotation has one that is labelled (x, y, v with v > 0)."
+        )
     summary.classes = {name: counts[i] for i, name in enumerate(classes)}
     if summary.crowds and not summary.instances:
         text = (
@@ -268,7 +276,8 @@ def _look_at_boxes(summary: Summary, records: Sequence[Record]) -> None:
     sizes = np.array([[r.get("width", np.inf), r.get("height", np.inf)] for r, _ in sample])
     masks = np.array([_mask_box(a.get("segmentation")) for _, a in sample])
     summary.boxes = len(boxes)
-    _refuse_fractions(summary, boxes, masks, sizes)
+    points = [a["keypoints"] for _, a in sample if a.get("keypoints")]
+    _refuse_fractions(summary, sizes, boxes=boxes, masks=masks, keypoints=_labelled(points))
 
     corners = is_xywh & (given[:, 2:] > given[:, :2]).all(1) & (given[:, 2:] <= sizes + 1).all(1)
     outside = ((boxes[:, :2] < -1) | (boxes[:, 2:] > sizes + 1)).any(1)
@@ -295,15 +304,22 @@ def _look_at_boxes(summary: Summary, records: Sequence[Record]) -> None:
         )
 
 
-def _refuse_fractions(
-    summary: Summary, boxes: np.ndarray, masks: np.ndarray, sizes: np.ndarray
-) -> None:
+def _labelled(keypoints: Sequence[Sequence[float]]) -> np.ndarray:
+    """(P, 2) x, y of all points that are labelled."""
+    points = np.concatenate([np.reshape(k, (-1, 3)) for k in keypoints] or [np.zeros((0, 3))])
+    return points[points[:, 2] > 0, :2]
+
+
+def _refuse_fractions(summary: Summary, sizes: np.ndarray, **coordinates: np.ndarray) -> None:
     """Raise where no coordinate is beyond the first pixel or two of images that are larger."""
-    if max(boxes.max(), np.nan_to_num(masks).max()) <= 1.5 and sizes.min() > 16:
-        raise DatasetError(
-            f"The coordinates of data set '{summary.name}' are all below 1.5: they seem to be fractions "
-            "of the images' sides. COCO's form has pixels: multiply x by the width, y by the height."
-        )
+    for what, values in coordinates.items():
+        values = values[~np.isnan(values)]
+        if len(values) and values.max() <= 1.5 and sizes.min() > 16:
+            raise DatasetError(
+                f"The coordinates of the {what} of data set '{summary.name}' are all below 1.5: they "
+                "seem to be fractions of the images' sides. COCO's form has pixels: multiply x by the "
+                "width, y by the height."
+            )
 
 
 def _mask_box(segmentation: Any) -> tuple[float, float, float, float]:

@@ -61,6 +61,13 @@ def fractions(content, folder):
         annotation["segmentation"] = [p.tolist() for p in polygons]
 
 
+def fractions_of_points(content, folder):
+    for category in content["categories"]:
+        category["keypoints"] = ["left", "right"]
+    for annotation in content["annotations"]:
+        annotation["keypoints"] = [0.2, 0.3, 2, 0, 0, 0]
+
+
 def downloads_failed(content, folder):
     for image in content["images"]:
         (folder / image["file_name"]).write_text("<html>404</html>")
@@ -90,7 +97,8 @@ def other_images(content, folder):
             r"boxes .* do not fit their masks, but would as x0, y0, x1, y1: annotation \d+ of",
         ),
         (corners_without_masks, r"boxes .* reach beyond their image, but would as x0, y0, x1, y1"),
-        (fractions, "seem to be fractions of the images' sides"),
+        (fractions, "of the boxes .* seem to be fractions of the images' sides"),
+        (fractions_of_points, "of the keypoints .* seem to be fractions"),
         (downloads_failed, r"None of 12 images .* can be read; the first: .*0\.png"),
         (turned, r"6 of 12 images .* EXIF orientation.*0\.jpg.*exiftool"),
         (other_images, "None of 12 images .* has the width and height"),
@@ -107,6 +115,8 @@ def test_few_mistakes_are_told(register, tmp_path, caplog):
         cv2.imwrite(str(folder / "4.png"), np.zeros((50, 50, 3), np.uint8))
         content["annotations"][7]["bbox"] = [1, 1, 4, 4]
         content["annotations"][8]["iscrowd"] = 1
+        for category in content["categories"]:
+            category["keypoints"] = ["left", "right"]
         content["categories"].append({"id": 11, "name": "kiwi"})
 
     with caplog.at_level(logging.INFO, "d2ext"):
@@ -117,11 +127,12 @@ def test_few_mistakes_are_told(register, tmp_path, caplog):
     assert "1 of 12 images looked at cannot be read" in text and "3.png" in text
     assert "1 of 12 images looked at have another size" in text and "4.png" in text
     assert "1 of 35 boxes looked at do not fit their mask: annotation 21 of" in text
+    assert "no annotation has one that is labelled" in text
     assert "is there anything to see" not in text
     (written,) = json.loads((tmp_path / "run" / "dataset_summary.json").read_text()).values()
     assert (written["instances"], written["crowds"], written["images"]) == (35, 1, 12)
     assert written["classes"] == {"apple": 12, "pear": 12, "fig": 12, "kiwi": 0}
-    assert written["values"][0] == 0 and len(written["warnings"]) == 3
+    assert written["values"][0] == 0 and len(written["warnings"]) == 4
 
 
 def test_black_images_are_told(register, caplog):
@@ -164,9 +175,12 @@ def test_label_maps(tmp_path, monkeypatch):
         )
     with pytest.raises(DatasetError, match=r"043\.png' has labels 7"):
         register_own_dataset("sem_b", **files, **write_semantic(tmp_path, [[0, 1]] * 43 + [[0, 7]]))
+    with pytest.raises(DatasetError, match="name the background, too"):
+        register_own_dataset(
+            "sem_e", semantic_classes=["lesion"], **write_semantic(tmp_path, [[0, 255]])
+        )
     # The second class need not be among the maps that are looked at.
     monkeypatch.setattr("d2ext.data.register_semantic.CHECKED_IMAGES", 5)
-    write_semantic(tmp_path, [[0]] * 43 + [[0, 1]])
     try:
         register_own_dataset("sem_c", **files, **write_semantic(tmp_path, [[0]] * 43 + [[0, 1]]))
     finally:
