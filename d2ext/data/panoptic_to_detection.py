@@ -23,6 +23,7 @@ from detectron2.utils.file_io import PathManager
 from pycocotools import mask as mask_util
 
 from d2ext.data.cache import cache_folder
+from d2ext.data.coco_schema import Id
 from d2ext.data.errors import AnnotationError, DatasetError, SampleError, shorten
 from d2ext.data.panoptic import IGNORE_LABEL, read_segments
 from d2ext.data.panoptic_json import PanopticSummary
@@ -120,8 +121,8 @@ def _convert_image(
     *,
     root: str,
     folder: Path,
-    things: set[int],
-    stuff: Mapping[int, int],
+    things: set[Id],
+    stuff: Mapping[Id, int],
 ) -> tuple[list[dict[str, Any]], str]:
     """Write one image's stuff map; returns its instances and, if its PNG is broken, why."""
     annotation, image = entry

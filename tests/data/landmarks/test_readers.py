@@ -379,11 +379,15 @@ BAD = {
     "no box": (
         "mpii",
         coco_file(bbox=[1, 2, 3]),
-        r"not four numbers.*annotation 1 \(\[1, 2, 3\]\)",
+        r"not four numbers.*id 1 \(\[1, 2, 3\]\)",
     ),
     "no crop box": ("mpii", coco_file(crop_box=None), "'crop_box' is not four numbers"),
     "no head box": ("mpii", coco_file(bbox_head=["a"] * 4), "'bbox_head' is not four numbers"),
-    "not finite": ("mpii", coco_file(keypoints=[float("nan")] * 48), "not finite"),
+    "not finite": (
+        "mpii",
+        coco_file(keypoints=[float("inf"), 1, 2] * 16),
+        "'keypoints' that is not",
+    ),
     "no annotation": ("mpii", {**coco_file(), "annotations": []}, "no annotation"),
     "list": ("mpii", [{"image": "a.png"}], "has no center, joints"),
     "json": ("mpii", "{", "not valid JSON"),
