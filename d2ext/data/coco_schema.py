@@ -237,7 +237,8 @@ def keypoints(value: Any) -> list[float] | None:
     )
     if not isinstance(value, list):
         raise ValueError(what)
-    flat = [v for p in value for v in p] if value and isinstance(value[0], list) else value
+    nested = bool(value) and all(isinstance(p, list) for p in value)
+    flat = [v for p in value for v in p] if nested else value
     if len(flat) % 3 or not all(v is None or _is_number(v) for v in flat):
         raise ValueError(what)
     result = list(flat)
@@ -387,6 +388,7 @@ def _normalize_entry(
                 shown = shorten([repr(entry[key])])
                 shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
                 findings.problem(f"{what} have a {key!r} that is not {error}", place(entry, shown))
+                del result[key]
                 continue
             if value is not entry[key] and not _same(value, entry[key]):
                 findings.repairs[f"'{key}' of {what}"] += 1

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 _PARALLEL_FROM = 256
 _MAX_PROCESSES = 16
 # Changes when the files would be made differently.
-_VERSION = 1
+_VERSION = 2
 
 
 class DetectionFiles(NamedTuple):
@@ -134,6 +134,13 @@ def _convert_image(
                 f"'{annotation['file_name']}' has height and width {places.shape}, the JSON file "
                 f"says {(image['height'], image['width'])}."
             )
+        areas = np.bincount(places.reshape(-1), minlength=len(segments) + 1)[1:]
+        for segment, area in zip(segments, areas.tolist(), strict=True):
+            if segment.get("area", area) != area:
+                raise AnnotationError(
+                    f"Segment {segment['id']} of '{annotation['file_name']}' has {area} pixels, its "
+                    f"'area' in the JSON file is {segment['area']}. Without 'area' the PNG counts."
+                )
     except SampleError as error:
         return [], str(error)
     table = np.full(len(segments) + 1, IGNORE_LABEL, np.uint8)
