@@ -135,6 +135,7 @@ def _complete(
             findings.left_out.setdefault(reason or NO_GEOMETRY, []).append(annotation["id"])
             continue
         annotation.setdefault("iscrowd", 0)
+        annotation.pop("num_keypoints", None)
         if "keypoints" in annotation:
             annotation["num_keypoints"] = sum(v > 0 for v in annotation["keypoints"][2::3])
         if named_by_text:  # COCO's evaluation and the matching of landmarks need numbers
@@ -362,12 +363,18 @@ def check_lists(json_file: str, content: Entry, keys: Iterable[str]) -> None:
     """Raise :class:`DatasetError` unless there are lists of objects, not empty but for annotations."""
     for key in keys:
         entries = content.get(key)
-        if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+        if not isinstance(entries, list):
             state = "has no" if key not in content else "has a malformed"
             raise DatasetError(
                 f"Annotation file '{json_file}' {state} '{key}': a COCO-format file needs a list "
                 f"of objects there. It has {shorten(sorted(content))}."
             )
+        for number, entry in enumerate(entries):
+            if not isinstance(entry, dict):
+                raise DatasetError(
+                    f"Annotation file '{json_file}' has a malformed '{key}': entry {number} is "
+                    f"{str(entry)[:40]!r}, not an object. Correct it, or take it out."
+                )
         if not entries and key != "annotations":
             raise DatasetError(f"Annotation file '{json_file}': '{key}' is empty.")
 
@@ -420,7 +427,10 @@ def raise_problems(json_file: str, what: str, problems: list[str]) -> None:
     """Raise :class:`DatasetError` if there are any."""
     if problems:
         listed = "".join(f"\n  - {text}" for text in problems)
-        raise DatasetError(f"'{json_file}' cannot be used as {what}:{listed}")
+        raise DatasetError(
+            f"'{json_file}' cannot be used as {what}:{listed}\n"
+            "Correct the file, or take out what is listed."
+        )
 
 
 def log_findings(json_file: str, findings: Findings) -> None:

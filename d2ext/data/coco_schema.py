@@ -149,7 +149,7 @@ def box(value: Any) -> list[float] | None:
     # Written so that NaN is no box.
     if not (numbers[2] > 0 and numbers[3] > 0 and (abs(numbers) <= _MAX_COORDINATE).all()):
         return None
-    return value if isinstance(value[0], int | float) else numbers.tolist()
+    return _as_list(value, numbers)
 
 
 def segmentation(value: Any) -> Any:
@@ -181,7 +181,7 @@ def _polygon(value: Any) -> list[float]:
         raise ValueError(_POLYGONS)
     if not (abs(points) <= _MAX_COORDINATE).all():
         raise ValueError(_POLYGONS)
-    return value if points.ndim == 1 else points.reshape(-1).tolist()
+    return _as_list(value, points)
 
 
 def _rle(value: Entry) -> Entry:
@@ -239,6 +239,9 @@ def keypoints(value: Any) -> list[float] | None:
         raise ValueError(what)
     nested = bool(value) and all(isinstance(p, list) for p in value)
     flat = [v for p in value for v in p] if nested else value
+    if any(isinstance(v, str) for v in flat):
+        numbers = _array(flat)
+        flat = flat if numbers is None else numbers.tolist()
     if len(flat) % 3 or not all(v is None or _is_number(v) for v in flat):
         raise ValueError(what)
     result = list(flat)
@@ -279,7 +282,7 @@ def sigmas(value: Any) -> list[float]:
     numbers = _array(value) if value != [] else np.zeros(0)
     if numbers is None or numbers.ndim != 1 or not (numbers > 0).all() or np.isinf(numbers).any():
         raise ValueError("a list of positive numbers")
-    return value
+    return _as_list(value, numbers)
 
 
 def color(value: Any) -> list[int] | None:
@@ -315,7 +318,6 @@ _ANNOTATION = {
     "area": Field(area),
     "segmentation": Field(segmentation),
     "keypoints": Field(keypoints),
-    "num_keypoints": Field(integer),
 }
 _CATEGORY = {
     "id": Field(identifier, True),
@@ -403,8 +405,8 @@ def _normalize_entry(
 
 def place(entry: Entry, shown: str = "") -> str:
     """``id 3 (shown)``: where something is wrong."""
-    where = f"id {entry['id']}" if "id" in entry else ""
-    if not where:
+    where = f"id {entry.get('id')}"
+    if entry.get("id") is None:
         where = ", ".join(f"{k}: {str(v)[:40]}" for k, v in list(entry.items())[:2])
     return f"{where} ({shown})" if shown else where
 
@@ -452,11 +454,17 @@ def _is_number(value: Any) -> bool:
 
 
 def _array(value: Any) -> np.ndarray | None:
-    """Numbers, float64; None: something else, ragged, or nothing."""
+    """Numbers, also as text, float64; None: something else, ragged, or nothing."""
     if not isinstance(value, list) or not value:
         return None
     try:
         array = np.array(value)
-    except ValueError:  # ragged
+        return array.astype(np.float64) if array.dtype.kind in "ifU" else None
+    except ValueError:  # ragged, or text that is no number
         return None
-    return array.astype(np.float64) if array.dtype.kind in "if" else None
+
+
+def _as_list(value: list[Any], numbers: np.ndarray) -> list[Any]:
+    """The value itself if it is a flat list of numbers, else :func:`_array` of it as one."""
+    plain = numbers.ndim == 1 and not any(isinstance(v, str) for v in value)
+    return value if plain else numbers.reshape(-1).tolist()

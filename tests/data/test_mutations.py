@@ -1,9 +1,9 @@
-"""Property: a file that is wrong somewhere is understood, or refused with one clear error before training.
+"""Property: a file that is wrong somewhere is understood, or refused with one error before training.
 
 A valid file of instances, keypoints or panoptic annotations is changed at random places (drop, retype,
-null, out of range, reorder) and taken through all that reads it: registration, the loader, the targets of
-a tiny model, and evaluation on its own annotations, which must score 100. ``D2EXT_MUTATIONS`` sets the
-number of cases, ``D2EXT_MUTATION`` runs a single one again by its number.
+null, out of range, reorder) and taken through all that reads it: registration, the loader, the targets
+of a tiny model, and evaluation on its own annotations, which must score 100. ``D2EXT_MUTATIONS`` sets
+the number of cases, ``D2EXT_MUTATION`` runs a single one again by its number.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from d2ext.testing import tiny_config
 from tests.data.panoptic_files import id_to_rgb
 from tests.data.scenes import write_image
 
-CASES = int(os.environ.get("D2EXT_MUTATIONS", "600"))
+CASES = int(os.environ.get("D2EXT_MUTATIONS", "1200"))
 SIZE = (24, 32)  # height, width
 DROP = object()
 
@@ -64,7 +64,7 @@ def annotation(number, category, x, y, w, h, **others):
 def instances():
     mask = np.zeros(SIZE, np.uint8, order="F")
     mask[5:14, 4:20] = 1
-    compressed = mask_util.encode(mask)
+    rle = {"size": [*SIZE], "counts": mask_util.encode(mask)["counts"].decode()}
     runs = [4 * 24 + 5, 9, *[15, 9] * 15, 24 * 32 - 19 * 24 - 14]
     assert sum(runs) == 24 * 32
     return {
@@ -73,11 +73,11 @@ def instances():
         "annotations": [
             annotation(1, 2, 3.5, 4, 12, 9, segmentation=rectangle(3.5, 4, 12, 9)),
             annotation(2, 7, 10, 2, 9, 18, segmentation=rectangle(10, 2, 9, 18)),
-            annotation(
-                3, 2, 4, 5, 16, 9, segmentation={"size": [*SIZE], "counts": compressed["counts"].decode()}
-            ),
+            annotation(3, 2, 4, 5, 16, 9, segmentation=rle),
             annotation(4, 7, 4, 5, 16, 9, segmentation={"size": [*SIZE], "counts": runs}),
-            annotation(5, 7, 20, 8, 10, 10, iscrowd=1, segmentation={"size": [*SIZE], "counts": runs}),
+            annotation(
+                5, 7, 20, 8, 10, 10, iscrowd=1, segmentation={"size": [*SIZE], "counts": runs}
+            ),
             annotation(
                 6, 2, 2, 2, 20, 20, segmentation=rectangle(2, 2, 8, 8) + rectangle(12, 12, 10, 10)
             ),
@@ -264,13 +264,17 @@ class Runner:
         boxes[:, 2:] += boxes[:, :2]
         result.pred_boxes = Boxes(boxes.float())
         result.scores = torch.linspace(0.99, 0.9, len(annotations))
-        result.pred_classes = torch.tensor([a["category_id"] for a in annotations], dtype=torch.int64)
+        result.pred_classes = torch.tensor(
+            [a["category_id"] for a in annotations], dtype=torch.int64
+        )
         if cfg.MODEL.KEYPOINT_ON:
             count = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
             points = [a.get("keypoints", [0] * 3 * count) for a in annotations]
             result.pred_keypoints = torch.tensor(points, dtype=torch.float32).reshape(-1, count, 3)
         else:
-            masks = [decode(a.get("segmentation") or rectangle(*a["bbox"]), *size) for a in annotations]
+            masks = [
+                decode(a.get("segmentation") or rectangle(*a["bbox"]), *size) for a in annotations
+            ]
             result.pred_masks = torch.from_numpy(np.array(masks, bool).reshape(-1, *size))
         output = {"instances": result}
         if self.kind == "panoptic":

@@ -112,7 +112,9 @@ class YOLACT(MetaArch):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         if not cfg.MODEL.MASK_ON:
-            raise ConfigError(f"{cfg.MODEL.META_ARCHITECTURE} learns masks: set MODEL.MASK_ON to True.")
+            raise ConfigError(
+                f"{cfg.MODEL.META_ARCHITECTURE} learns masks: set MODEL.MASK_ON to True."
+            )
         yolact = cfg.MODEL.YOLACT
         backbone = build_backbone(cfg)
         shapes = sorted(backbone.output_shape().values(), key=lambda shape: shape.stride)
