@@ -54,7 +54,7 @@ def read_coco(
         DatasetError: see :func:`~d2ext.data.coco_json.read_coco_json`; annotations with another number
             of points, or with boxes that are not four numbers.
     """
-    file = read_coco_json(path, required=LANDMARKS)
+    file = read_coco_json(path, schema=LANDMARKS)
     records = {entry["id"]: image_record(entry, images) for entry in file.images}
     for entry in file.annotations:
         where = f"annotation {entry['id']} of '{path}'"

@@ -305,12 +305,12 @@ def test_custom_kind_from_names(folder):
     kind = custom_kind(write(folder / "x.json", content))
     assert kind.flip_pairs == ((1, 2),) and kind.skeleton == ((0, 1), (0, 2))
     assert kind.metrics == ("nme", "pck") and kind.category == "hand"
-    for change in ({"flip_pairs": [[0, 3]]}, {"sigmas": [0.1]}, {"skeleton": [[0, 1]]}):
+    for change in ({"flip_pairs": [[0, 3]]}, {"sigmas": [0.1]}, {"skeleton": [[1, 4]]}):
         content["categories"] = [{**category, **change}]
         with pytest.raises(DatasetError, match="do not fit"):
             custom_kind(write(folder / "x.json", content))
     content["categories"] = [{**category, "keypoints": ["a", "a", "b"]}]
-    with pytest.raises(DatasetError, match="repeatedly"):
+    with pytest.raises(DatasetError, match="different names"):
         custom_kind(write(folder / "x.json", content))
 
 
@@ -396,11 +396,15 @@ BAD = {
     "no box": (
         "mpii",
         coco_file(bbox=[1, 2, 3]),
-        r"not four numbers.*annotation 1 \(\[1, 2, 3\]\)",
+        r"not four numbers.*id 1 \(\[1, 2, 3\]\)",
     ),
     "no crop box": ("mpii", coco_file(crop_box=None), "'crop_box' is not four numbers"),
     "no head box": ("mpii", coco_file(bbox_head=["a"] * 4), "'bbox_head' is not four numbers"),
-    "not finite": ("mpii", coco_file(keypoints=[float("nan")] * 48), "not finite"),
+    "not finite": (
+        "mpii",
+        coco_file(keypoints=[float("inf"), 1, 2] * 16),
+        "'keypoints' that is not",
+    ),
     "no annotation": ("mpii", {**coco_file(), "annotations": []}, "no annotation"),
     "list": ("mpii", [{"image": "a.png"}], "has no center, joints"),
     "json": ("mpii", "{", "not valid JSON"),
