@@ -118,7 +118,7 @@ def test_what_is_fine(coco):
 def by_detectron2(json_file, images):
     name = f"test_coco_json_{uuid.uuid4().hex}"  # without a name, category ids stay
     try:
-        return detectron2_load(json_file, images, name, extra_annotation_keys=["id"])
+        return detectron2_load(json_file, images, name)
     finally:
         MetadataCatalog.pop(name)
 
