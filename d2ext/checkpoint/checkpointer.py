@@ -246,8 +246,7 @@ class Checkpointer(DetectionCheckpointer):
         else:
             lines.append(
                 "Use the config that the checkpoint was trained with (same system, same depth). "
-                "A checkpoint of the published code must first go through "
-                "d2ext convert."
+                "A checkpoint of the published code must first go through d2ext convert."
             )
         return "\n".join(lines)
 

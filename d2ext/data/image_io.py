@@ -230,8 +230,8 @@ def _open(file_name: str, what: str) -> Image.Image:
             if head[4:8] == b"ftyp" and head[8:12] in _HEIC:
                 _register_heic()
             image = Image.open(f)
+            pages = getattr(image, "n_frames", 1)  # first: counting leaves a TIFF unread
             image.load()
-            pages = getattr(image, "n_frames", 1)
     except FileNotFoundError as e:
         raise ImageReadError(f"Cannot read {what} '{file_name}': there is no such file.") from e
     except Image.DecompressionBombError as e:
