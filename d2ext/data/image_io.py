@@ -234,6 +234,8 @@ def _open(file_name: str, what: str) -> Image.Image:
             image.load()
     except FileNotFoundError as e:
         raise ImageReadError(f"Cannot read {what} '{file_name}': there is no such file.") from e
+    except ImportError as e:
+        raise ImageReadError(f"Cannot read {what} '{file_name}': {e}.") from e
     except Image.DecompressionBombError as e:
         raise ImageReadError(
             f"The {what} '{file_name}' is larger than the limit of {MAX_MEGAPIXELS:g} megapixels: set "
@@ -251,7 +253,7 @@ def _register_heic() -> None:
     try:
         import pillow_heif
     except ImportError:
-        raise ValueError("it is a HEIC picture: `pip install pillow-heif` to read it") from None
+        raise ImportError("it is a HEIC picture, `pip install pillow-heif` reads it") from None
     pillow_heif.register_heif_opener()
 
 

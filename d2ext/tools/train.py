@@ -12,7 +12,7 @@ Examples:
 
 Options are those of Detectron2's train_net.py, and more; KEY VALUE pairs at the end change the config.
 OUTPUT_DIR gets checkpoints, logs, and the last evaluation's results as results.json. It belongs to one
-training at a time; what an earlier one left there moves to a sub-folder, unless --resume goes on with it.
+training at a time; what an earlier one left moves to a sub-folder, unless --resume goes on with it.
 """
 
 import argparse
