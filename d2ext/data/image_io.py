@@ -52,8 +52,8 @@ def read_image(file_name: str, format: str | None = "BGR") -> np.ndarray:
 
     - The EXIF orientation is applied. An unreadable EXIF block is ignored.
     - Grey, palette, CMYK and RGBA images become colour images; alpha is dropped.
-    - 16-bit grey values are scaled to [0, 255] (Pillow would clip them at 255) from the bits that are
-      used, 8, 10, 12 or 16: cameras write 12 bits into files of 16.
+    - Of 16-bit grey values the upper 8 of the bits that are used (8, 10, 12 or 16: cameras write 12 bits
+      into files of 16) are taken; Pillow would clip them at 255.
     - Of a file with several pages the first is read, and the log says so.
     - Floating-point images must be finite, in [0, 1] or in [0, 255].
 
@@ -296,5 +296,5 @@ def _bytes_of(values: np.ndarray) -> np.ndarray:
     values = values.astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("integer pixel values outside [0, 65535]")
-    highest = next(2**bits - 1 for bits in (8, 10, 12, 16) if values.max() < 2**bits)
-    return ((values * 255 + highest // 2) // highest).astype(np.uint8)
+    bits = next(bits for bits in (8, 10, 12, 16) if values.max() < 2**bits)
+    return (values >> (bits - 8)).astype(np.uint8)  # the upper 8: 256 values stay 256

@@ -65,7 +65,7 @@ def test_cmyk(tmp_path):
 
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
-    values = np.array([[0, 128, 129, 257 * 3, 257 * 100, 65535]], np.uint16)
+    values = np.array([[0, 255, 256, 257 * 3, 257 * 100, 65535]], np.uint16)
     for name in ("a.png", "a.tif"):
         file = save(Image.fromarray(values), tmp_path / name)
         assert read_image(file)[0, :, 0].tolist() == [0, 0, 1, 3, 100, 255]
@@ -198,7 +198,10 @@ def test_bits_that_are_used(tmp_path: Path, bits: int) -> None:
     Image.fromarray(values).save(tmp_path / "deep.png")
     image = read_image(str(tmp_path / "deep.png"), "L")[0, :, 0]
     assert (image[0], image[-1]) == (0, 255) and len(np.unique(image)) == 256
-    np.testing.assert_allclose(image, values[0] / (2**bits - 1) * 255, atol=0.51)
+    np.testing.assert_allclose(image, values[0] / (2**bits - 1) * 255, atol=1)
+    steps = np.arange(256, dtype=np.uint16)[None] << (bits - 8)  # as from a sensor of 8 bits
+    Image.fromarray(steps).save(tmp_path / "steps.png")
+    assert len(np.unique(read_image(str(tmp_path / "steps.png"), "L"))) == 256
 
 
 def test_pages_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
