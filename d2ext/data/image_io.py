@@ -15,7 +15,7 @@ from detectron2.data.detection_utils import (
     convert_PIL_to_numpy,
 )
 from detectron2.utils.file_io import PathManager
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from d2ext.data.errors import AnnotationError, ImageReadError
 
@@ -30,6 +30,7 @@ Image.MAX_IMAGE_PIXELS = int(max(MAX_MEGAPIXELS * 1e6 / 2, Image.MAX_IMAGE_PIXEL
 
 # Kinds of ISO media files that hold HEIC pictures.
 _HEIC = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # What Pillow's decoders raise on broken files, beside OSError (whose subclasses are "no such file",
 # "cannot identify image file" and "image file is truncated").
 _DECODER_ERRORS = (
@@ -234,6 +235,14 @@ def _open(file_name: str, what: str) -> Image.Image:
             image.load()
     except FileNotFoundError as e:
         raise ImageReadError(f"Cannot read {what} '{file_name}': there is no such file.") from e
+    except UnidentifiedImageError as e:
+        if head[:4] not in _TIFF:
+            raise _broken(file_name, what, e) from e
+        raise ImageReadError(
+            f"Cannot read {what} '{file_name}': it is a TIFF of a kind that Pillow lacks, such as one of 2 "
+            "or more than 4 channels. Images have 1, 3 or 4 channels, of which the model sees three "
+            "colours: save those that it is to see."
+        ) from e
     except ImportError as e:
         raise ImageReadError(f"Cannot read {what} '{file_name}': {e}.") from e
     except Image.DecompressionBombError as e:

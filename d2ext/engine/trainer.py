@@ -77,6 +77,7 @@ class Trainer(DefaultTrainer):
             setup_logger(name="d2ext")
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         _check_solver(cfg)
+        _check_channels(cfg)
         set_cpu_threads(cfg)
         self._seed_given = cfg.SEED >= 0
         self.cfg = cfg if self._seed_given else _with_seed(cfg, comm.shared_random_seed())
@@ -355,6 +356,16 @@ def _check_solver(cfg: CfgNode) -> None:
     for key in ("MAX_ITER", "CHECKPOINT_PERIOD"):
         if solver[key] < 1:
             raise ConfigError(f"SOLVER.{key} is {solver[key]}; it must be at least 1.")
+
+
+def _check_channels(cfg: CfgNode) -> None:
+    mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
+    if cfg.INPUT.FORMAT not in ("RGB", "BGR", "YUV-BT.601") or not len(mean) == len(std) == 3:
+        raise ConfigError(
+            f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}, with {len(mean)} values in MODEL.PIXEL_MEAN and "
+            f"{len(std)} in PIXEL_STD. Models take three channels: INPUT.FORMAT RGB or BGR, with three "
+            "values each. Grey images are read as three equal channels."
+        )
 
 
 def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:

@@ -209,6 +209,14 @@ def test_best_checkpoint_survives_a_resume(build: Train, tmp_path: Path) -> None
     assert load_untrusted(best)["best_metric"] == 6.0
 
 
+@pytest.mark.parametrize(
+    "options", [{"INPUT__FORMAT": "L"}, {"MODEL__PIXEL_MEAN": "[1.0]", "MODEL__PIXEL_STD": "[1.0]"}]
+)
+def test_other_than_three_channels_are_refused(build: Train, options: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="three channels: INPUT.FORMAT RGB or BGR"):
+        build(**options)
+
+
 def test_training_ends_early_and_stays_ended(build: Train, tmp_path: Path) -> None:
     options = {"TEST__BEST_METRIC": "toy/score", "TEST__EVAL_PERIOD": 2, "TEST__EARLY_STOPPING": 3}
 

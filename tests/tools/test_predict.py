@@ -200,7 +200,8 @@ def test_tiles_of_a_large_image(
         x, y, w, h = result["bbox"]
         left, top, width, height = mask_util.toBbox(result["segmentation"])
         # masks are cropped at a resolution of 4 pixels
-        assert x - 8 <= left and left + width <= x + w + 8 and top + height <= y + h + 8
+        assert width == 0 or (x - 8 <= left and left + width <= x + w + 8)
+        assert width == 0 or (y - 8 <= top and top + height <= y + h + 8)
     with pytest.raises(SystemExit):
         run(config, tmp_path / "out", *arguments, "--tile", 64, "--draw", "heatmaps")
     assert "--tile goes neither" in capsys.readouterr().err
