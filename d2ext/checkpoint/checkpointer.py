@@ -233,7 +233,11 @@ class Checkpointer(DetectionCheckpointer):
         unexpected: list[str],
         wrong: list[tuple[str, tuple[int, ...], tuple[int, ...]]],
     ) -> str:
-        lines = [f"Checkpoint {self._path!r} does not fit the model:"]
+        total = sum(not _is_counter(name) for name in self.model.state_dict())
+        fitting = total - len(missing) - len(wrong)
+        lines = [
+            f"Checkpoint {self._path!r} does not fit the model: it has {fitting} of its {total} weights."
+        ]
         lines += _listed("in the model, not in the checkpoint", missing, _grouped(missing))
         lines += _listed("in the checkpoint, not in the model", unexpected, _grouped(unexpected))
         shapes = [f"{k}: checkpoint {tuple(c)}, model {tuple(m)}" for k, c, m in wrong]
@@ -246,8 +250,7 @@ class Checkpointer(DetectionCheckpointer):
         else:
             lines.append(
                 "Use the config that the checkpoint was trained with (same system, same depth). "
-                "A checkpoint of the published code must first go through "
-                "d2ext convert."
+                "A checkpoint of the published code must first go through d2ext convert."
             )
         return "\n".join(lines)
 

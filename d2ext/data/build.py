@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,9 +15,11 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
 from d2ext.config import ConfigError
+from d2ext.data.coco_json import TOLERATED_MISSING
 from d2ext.data.dataset_dicts import get_dataset_dicts
+from d2ext.data.dataset_facts import dataset_facts
 from d2ext.data.dataset_mapper import MAPPER_REGISTRY
-from d2ext.data.errors import DatasetError, SampleError
+from d2ext.data.errors import DataError, DatasetError, SampleError, shorten
 from d2ext.data.sampler import (
     RepeatFactorStreamSampler,
     StreamSampler,
@@ -29,12 +32,46 @@ logger = logging.getLogger(__name__)
 Record = dict[str, Any]
 Mapper = Callable[[Record], Record]
 
+# A run ends when more of its samples than this cannot be used, if they are more than
+# INPUT.MAX_BAD_SAMPLES, too: the share of images that may be missing when data are registered.
+TOLERATED_BAD = TOLERATED_MISSING
+# What libraries raise for a sample that they cannot take.
+_LIBRARY_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError),
+    *(TypeError, ValueError, cv2.error),
+)
+
 
 class BadSample(NamedTuple):
     """A sample that could not be used."""
 
     file_name: str
     reason: str
+
+
+def _map(mapper: Mapper, record: Record) -> Record:
+    """What the mapper makes of a dict. The one place where errors of libraries about a sample
+    (pycocotools, NumPy, OpenCV, torch) become a :class:`SampleError` with file and annotation."""
+    try:
+        return mapper(record)
+    except DataError:
+        raise
+    except _LIBRARY_ERRORS as e:
+        where = f"Sample '{record['file_name']}'"
+        guilty = _guilty(mapper, record)
+        if guilty is not None:
+            where += f", annotation {guilty.get('id', record['annotations'].index(guilty))}"
+        raise SampleError(f"{where} cannot be used: {type(e).__name__}: {e}") from e
+
+
+def _guilty(mapper: Mapper, record: Record) -> Record | None:
+    """The annotation with which alone the mapper fails, too."""
+    for annotation in record.get("annotations", ()):
+        try:
+            mapper({**record, "annotations": [annotation]})
+        except _LIBRARY_ERRORS:
+            return annotation
+    return None
 
 
 class StreamDataset(Dataset):
@@ -72,7 +109,7 @@ class StreamDataset(Dataset):
             record = self.records[(index + len(bad)) % len(self.records)]
             try:
                 with sample_randomness(self.seed, position):
-                    return self.mapper(record), bad
+                    return _map(self.mapper, record), bad
             except SampleError as e:
                 if self.strict:
                     raise
@@ -98,7 +135,7 @@ class InferenceDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[Record | None, list[BadSample]]:
         record = self.records[index]
         try:
-            return self.mapper(record), []
+            return _map(self.mapper, record), []
         except SampleError as e:
             if self.strict:
                 raise
@@ -113,9 +150,15 @@ class ReportingDataLoader(DataLoader):
         bad_samples: file name → :class:`BadSample`, all that have come up so far
     """
 
-    def __init__(self, dataset: Dataset, **kwargs: Any) -> None:
-        """Arguments of ``DataLoader``; the data set gives pairs (sample or None, bad samples)."""
+    def __init__(self, dataset: Dataset, *, max_bad: float = math.inf, **kwargs: Any) -> None:
+        """
+        Args:
+            dataset: gives pairs (sample or None, bad samples)
+            max_bad: more bad files are a :class:`DatasetError`
+            kwargs: of ``DataLoader``
+        """
         self.bad_samples: dict[str, BadSample] = {}
+        self.max_bad = max_bad
         super().__init__(dataset, collate_fn=_collate, worker_init_fn=_init_worker, **kwargs)
 
     def __iter__(self) -> Iterator[list[Record]]:
@@ -124,8 +167,40 @@ class ReportingDataLoader(DataLoader):
                 if sample.file_name not in self.bad_samples:
                     self.bad_samples[sample.file_name] = sample
                     logger.error(f"Sample left out: {sample.reason}")
+            if len(self.bad_samples) > self.max_bad:
+                raise DatasetError(
+                    f"Samples of {len(self.bad_samples)} files cannot be used: "
+                    f"{shorten(list(self.bad_samples))}. That is more than INPUT.MAX_BAD_SAMPLES and "
+                    f"more than {100 * TOLERATED_BAD:g} % of the {len(self.dataset)} samples. Repair "
+                    "the data set; the log has each reason."
+                )
             if batch:
                 yield batch
+
+
+class TestDataLoader(ReportingDataLoader):
+    """One that says at its end how many images were evaluated, over all processes."""
+
+    __test__ = False  # no test, whatever pytest thinks of the name
+
+    def __iter__(self) -> Iterator[list[Record]]:
+        used = 0
+        for batch in super().__iter__():
+            used += len(batch)
+            yield batch
+        bad = list(self.bad_samples.values())
+        gathered = comm.all_gather((used, bad))
+        used, bad = sum(n for n, _ in gathered), [sample for _, b in gathered for sample in b]
+        if not used:
+            raise DatasetError(
+                f"None of {len(bad)} images could be read, so nothing was evaluated; the first: "
+                f"{bad[0].reason}"
+            )
+        text = f"{used} of {used + len(bad)} images were evaluated."
+        if bad:
+            logger.warning(f"{text} The others have no predictions.")
+        else:
+            logger.info(text)
 
 
 def _collate(
@@ -197,6 +272,7 @@ def build_train_loader(
     records = get_dataset_dicts(cfg, cfg.DATASETS.TRAIN, is_train=True)
     mapper = mapper or build_mapper(cfg, is_train=True)
     records = _samples(mapper, records, cfg.DATASETS.TRAIN)
+    _warn_without_mirrors(cfg)
     dataset = StreamDataset(
         DatasetFromList(records, copy=False),
         mapper,
@@ -208,8 +284,34 @@ def build_train_loader(
         dataset,
         batch_size=batch_size // world_size,
         sampler=_build_sampler(cfg, records, start_iter * batch_size),
+        max_bad=max(cfg.INPUT.MAX_BAD_SAMPLES, TOLERATED_BAD * len(records)),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
+
+
+def _warn_without_mirrors(cfg: CfgNode) -> None:
+    """Say so where keypoints are trained on mirrored images and none of them changes places."""
+    landmarks = cfg.INPUT.MAPPER == "build_top_down_mapper"
+    if landmarks:
+        recipe = cfg.INPUT.LANDMARKS.RECIPE
+        mirrors = recipe == "hourglass" or (recipe != "none" and cfg.INPUT.LANDMARKS.FLIP_PROB > 0)
+        key = "INPUT.LANDMARKS.FLIP_PROB 0"
+    elif cfg.INPUT.AUGMENTATION.NAME == "default":
+        mirrors, key = cfg.INPUT.RANDOM_FLIP == "horizontal", "INPUT.RANDOM_FLIP none"
+    else:
+        mirrors = cfg.INPUT.AUGMENTATION.NAME != "none" and cfg.INPUT.AUGMENTATION.FLIP_PROB > 0
+        key = "INPUT.AUGMENTATION.FLIP_PROB 0"
+    if not mirrors or not (landmarks or cfg.MODEL.KEYPOINT_ON):
+        return
+    for name in cfg.DATASETS.TRAIN:
+        facts = dataset_facts(name)
+        if facts.keypoints and len(facts.keypoints) > 1 and not facts.flip_pairs:
+            logger.warning(
+                f"Images of '{name}' are mirrored, but none of its keypoints "
+                f"({shorten(facts.keypoints)}) is known to change places with another. If some do, "
+                "name them by left_ and right_ or give 'flip_pairs' in the category; or set "
+                f"{key}."
+            )
 
 
 def _build_sampler(cfg: CfgNode, records: list[Record], start: int) -> StreamSampler:
@@ -229,14 +331,14 @@ def _build_sampler(cfg: CfgNode, records: list[Record], start: int) -> StreamSam
 
 def build_test_loader(
     cfg: CfgNode, dataset_name: str, *, mapper: Mapper | None = None
-) -> ReportingDataLoader:
+) -> TestDataLoader:
     """A loader of the images of one data set, in order, one per batch, split over the processes.
 
     An unusable image is reported and left out unless ``cfg.INPUT.STRICT``; evaluators then count it
     as an image without detections.
 
     Raises:
-        DatasetError: unregistered or empty data set
+        DatasetError: unregistered or empty data set; at the end of the loader, no image was usable
     """
     records = get_dataset_dicts(cfg, [dataset_name], is_train=False)
     mapper = mapper or build_mapper(cfg, is_train=False)
@@ -244,7 +346,7 @@ def build_test_loader(
     dataset = InferenceDataset(
         DatasetFromList(records, copy=False), mapper, strict=cfg.INPUT.STRICT
     )
-    return ReportingDataLoader(
+    return TestDataLoader(
         dataset,
         batch_size=1,
         sampler=InferenceSampler(len(dataset)),

@@ -12,7 +12,8 @@ def add_data_config(cfg: CfgNode) -> None:
     # error. False: it is reported once and another sample takes its place; in evaluation it is
     # reported and left out, so it counts as an image without detections.
     cfg.INPUT.STRICT = False
-    # How many unusable samples in a row are replaced before the run ends with an error
+    # How many unusable samples in a row are replaced before the run ends with an error; it also ends
+    # when more than these, and more than 10 % of the samples, have turned out to be unusable
     cfg.INPUT.MAX_BAD_SAMPLES = 10
 
     # What makes samples of a data set, a name in d2ext.data.MAPPER_REGISTRY:
@@ -25,6 +26,13 @@ def add_data_config(cfg: CfgNode) -> None:
     # S..S+T-1, and 255 for none, read from the panoptic annotation (see d2ext.data.panoptic).
     # False: the file that sem_seg_file_name names, as in Detectron2.
     cfg.INPUT.SEM_SEG_WITH_THINGS = False
+
+    # What --dataset takes from the metadata of the data, so that predictions are named and drawn with
+    # the saved config alone, where the data are not registered
+    cfg.DATASETS.THING_CLASSES = []
+    cfg.DATASETS.STUFF_CLASSES = []
+    cfg.DATASETS.KEYPOINT_NAMES = []
+    cfg.DATASETS.KEYPOINT_CONNECTION_RULES = []
 
     # Training augmentation
     cfg.INPUT.AUGMENTATION = c = CfgNode()

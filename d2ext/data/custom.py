@@ -22,6 +22,11 @@ A program takes the same from its command line by :func:`add_dataset_arguments` 
     train: {json: train.json, images: train/}
     val: {json: val.json, images: val/}
 
+    # cars.yaml; other formats than COCO's: yolo, voc, cvat, labelme, labelstudio
+    name: cars
+    format: yolo
+    train: {json: cars/data.yaml, images: cars/images/train}
+
     # faces.yaml
     name: faces
     landmarks: wflw
@@ -41,7 +46,7 @@ import argparse
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -50,17 +55,25 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from d2ext.data.coco_json import check_same_categories, load_coco_json, read_coco_json
+from d2ext.data.coco_json import (
+    check_same_categories,
+    coco_records,
+    load_coco_json,
+    read_coco_json,
+)
+from d2ext.data.dataset_dicts import load_dataset
 from d2ext.data.dataset_facts import (
     category_metadata,
     check_config_against_data,
     set_config_from_data,
 )
 from d2ext.data.errors import DatasetError, shorten
+from d2ext.data.formats import FORMATS, convert_to_coco
 from d2ext.data.landmarks.datasets import LANDMARK_DATASETS
 from d2ext.data.landmarks.register import register_landmarks
 from d2ext.data.register_panoptic import register_panoptic
 from d2ext.data.register_semantic import check_classes, parse_classes, register_semantic
+from d2ext.data.summary import forget, summarize
 
 __all__ = [
     "add_dataset_arguments",
@@ -126,6 +139,7 @@ def register_own_dataset(
     val_sem_seg: str | None = None,
     semantic_classes: Sequence[str] | None = None,
     landmarks: str | None = None,
+    format: str | None = None,
 ) -> list[str]:
     """Check data and register them as ``<name>_train`` and ``<name>_val``.
 
@@ -137,6 +151,8 @@ def register_own_dataset(
         semantic_classes: names of the classes, in the order of the labels; only for data that have
             nothing but label maps
         landmarks: kind of the landmarks, see :func:`~d2ext.data.landmarks.register_landmarks`
+        format: what wrote the ``json`` files or folders, if not COCO's form: a name in
+            :data:`d2ext.data.formats.FORMATS`
 
     Returns:
         the registered names
@@ -159,6 +175,8 @@ def register_own_dataset(
         )
     classes = None if semantic_classes is None else check_classes(semantic_classes)
     _check_complete(name, splits, classes, landmarks)
+    if format is not None:
+        splits = _converted(name, splits, format)
     names = [f"{name}_{key}" for key in splits]
     if _registered.get(name) != (splits, classes, landmarks):
         taken = [n for n in names if n in DatasetCatalog.list()]
@@ -174,9 +192,19 @@ def register_own_dataset(
                 if n in DatasetCatalog.list():
                     DatasetCatalog.remove(n)
                     MetadataCatalog.pop(n, None)
+                    forget(n)
             raise
         _registered[name] = (splits, classes, landmarks)
     return names
+
+
+def _converted(name: str, splits: _Splits, form: str) -> _Splits:
+    """The parts with COCO files in place of another tool's export."""
+    if any(split.kind != "instances" for split in splits.values()):
+        raise DatasetError("--format is for instances: give --train-json and --val-json.")
+    parts = {key: (str(split.json), str(split.images)) for key, split in splits.items()}
+    files = convert_to_coco(form, parts, name)
+    return {key: replace(split, json=files[key]) for key, split in splits.items()}
 
 
 def _registrar(
@@ -249,10 +277,7 @@ def _register_instances(name: str, splits: _Splits) -> None:
             evaluator_type="coco",
             **category_metadata(file.categories),
         )
-        logger.info(
-            f"Data set '{name}_{key}': {len(file.images)} images, {len(file.annotations)} annotations, "
-            f"{len(file.classes)} classes ({shorten(list(file.classes.values()))})."
-        )
+        summarize(f"{name}_{key}", coco_records(file, split.images))
     check_same_categories(name, categories)
 
 
@@ -261,6 +286,7 @@ def _register_landmarks(name: str, splits: _Splits, *, kind: str) -> None:
     for key, split in splits.items():
         assert split.json is not None and split.images is not None  # _check_complete
         points.add(register_landmarks(f"{name}_{key}", kind, split.json, split.images).keypoints)
+        summarize(f"{name}_{key}", load_dataset(f"{name}_{key}"))
     if len(points) > 1:
         raise DatasetError(f"The train and val parts of '{name}' have different landmarks.")
 
@@ -269,7 +295,7 @@ def _register_panoptic(name: str, splits: _Splits) -> None:
     categories = {}
     for key, split in splits.items():
         assert split.images is not None and split.panoptic_json is not None  # _check_complete
-        summary = register_panoptic(
+        panoptic = register_panoptic(
             f"{name}_{key}",
             split.images,
             split.panoptic_json,
@@ -278,25 +304,17 @@ def _register_panoptic(name: str, splits: _Splits) -> None:
             sem_seg=split.sem_seg,
         )
         categories[key] = {
-            i: f"{n} ({'thing' if i in summary.things else 'stuff'})"
-            for i, n in {**summary.things, **summary.stuff}.items()
+            i: f"{n} ({'thing' if i in panoptic.things else 'stuff'})"
+            for i, n in {**panoptic.things, **panoptic.stuff}.items()
         }
-        logger.info(
-            f"Data set '{name}_{key}': {len(summary.annotations)} images, {summary.num_segments} "
-            f"segments, {len(summary.things)} classes of things "
-            f"({shorten(list(summary.things.values()))}) and {len(summary.stuff)} of stuff "
-            f"({shorten(list(summary.stuff.values()))})."
-        )
+        summarize(f"{name}_{key}", load_dataset(f"{name}_{key}"))
     check_same_categories(name, categories)
 
 
 def _register_semantic(name: str, splits: _Splits, *, classes: list[str]) -> None:
     for key, split in splits.items():
         assert split.images is not None and split.sem_seg is not None  # _check_complete
-        count = register_semantic(f"{name}_{key}", split.images, split.sem_seg, classes)
-        logger.info(
-            f"Data set '{name}_{key}': {count} images, {len(classes)} classes ({shorten(classes)})."
-        )
+        register_semantic(f"{name}_{key}", split.images, split.sem_seg, classes)
 
 
 def load_dataset_yaml(path: str) -> dict[str, Any]:
@@ -319,7 +337,7 @@ def load_dataset_yaml(path: str) -> dict[str, Any]:
     example = "Expected: name: NAME, train: {json: FILE, images: FOLDER}, val: likewise."
     if not isinstance(content, dict) or not isinstance(content.get("name"), str):
         raise DatasetError(f"Data set file '{path}' has no 'name'. {example}")
-    _refuse_unknown_keys(path, content, ("name", "classes", "landmarks", *_SPLITS))
+    _refuse_unknown_keys(path, content, ("name", "classes", "landmarks", "format", *_SPLITS))
     result: dict[str, Any] = {"name": content["name"]}
     for split in _SPLITS:
         if split not in content:
@@ -334,8 +352,9 @@ def load_dataset_yaml(path: str) -> dict[str, Any]:
         if not isinstance(content["classes"], list):
             raise DatasetError(f"Data set file '{path}': 'classes' is not a list of names.")
         result["semantic_classes"] = [str(c) for c in content["classes"]]
-    if "landmarks" in content:
-        result["landmarks"] = str(content["landmarks"])
+    for key in ("landmarks", "format"):
+        if key in content:
+            result[key] = str(content[key])
     return result
 
 
@@ -387,7 +406,7 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     for split, purpose in (("train", "train on"), ("val", "evaluate on")):
         for key, metavar, text in (
             ("images", "DIR", f"images to {purpose}"),
-            ("json", "FILE", "their instances in COCO's form"),
+            ("json", "FILE", "their instances in COCO's form; see also --format"),
             ("panoptic-json", "FILE", "their annotations in COCO's panoptic form"),
             ("panoptic-root", "DIR", "PNGs of the panoptic form (default: FILE without .json)"),
             ("sem-seg", "DIR", "their label maps"),
@@ -400,6 +419,12 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--dataset-yaml", metavar="FILE", help="a YAML file with all of this (name, train, val)"
+    )
+    group.add_argument(
+        "--format",
+        metavar="NAME",
+        help=f"what wrote the json files or folders ({', '.join(name for name, _ in FORMATS)}), if it "
+        "is not COCO's form",
     )
     group.add_argument(
         "--landmarks",
@@ -426,7 +451,7 @@ def register_from_arguments(args: argparse.Namespace) -> str | None:
     files = {
         f"{split}_{key}": getattr(args, f"{split}_{key}") for split in _SPLITS for key in _FILES
     }
-    files |= {key: getattr(args, key) for key in ("semantic_classes", "landmarks")}
+    files |= {key: getattr(args, key) for key in ("semantic_classes", "landmarks", "format")}
     given = [f"--{key.replace('_', '-')}" for key, value in files.items() if value is not None]
     if args.dataset_yaml is not None:
         if given or args.dataset is not None:

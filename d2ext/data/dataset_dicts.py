@@ -126,6 +126,7 @@ def _checked(cfg: CfgNode, name: str, records: list[Record]) -> list[Record]:
     dropped: Counter[str] = Counter()
     wrong_class: list[str] = []
     no_mask: list[str] = []
+    masks = 0
     rle: list[str] = []
     result = []
     for record in records:
@@ -144,8 +145,11 @@ def _checked(cfg: CfgNode, name: str, records: list[Record]) -> list[Record]:
                 continue
             if cfg.MODEL.MASK_ON and not annotation.get("iscrowd", 0):
                 if not annotation.get("segmentation"):
-                    no_mask.append(f"'{record['file_name']}'")
-                elif isinstance(annotation["segmentation"], dict):
+                    which = f"annotation {annotation['id']} of " if "id" in annotation else ""
+                    no_mask.append(f"{which}'{record['file_name']}'")
+                    continue
+                masks += 1
+                if isinstance(annotation["segmentation"], dict):
                     rle.append(f"'{record['file_name']}'")
             usable.append(annotation)
         result.append({**record, "annotations": usable})
@@ -155,11 +159,16 @@ def _checked(cfg: CfgNode, name: str, records: list[Record]) -> list[Record]:
             f"[0, {len(classes) - 1}]: {shorten(wrong_class)}. Its {len(classes)} classes are "
             f"{shorten(classes)}."
         )
-    if no_mask:
+    if no_mask and not masks:
         raise DatasetError(
-            f"{len(no_mask)} annotations of data set '{name}' have no segmentation, but the model "
-            f"learns masks: {shorten(no_mask)}. Annotate them, or set MODEL.MASK_ON: False if the "
-            "model can do without."
+            f"No annotation of data set '{name}' has a segmentation, but the model learns masks: "
+            f"{shorten(no_mask)}. Annotate them, or train a model that learns boxes, such as CornerNet "
+            "or CenterNet."
+        )
+    if no_mask:
+        logger.warning(
+            f"Data set '{name}': {len(no_mask)} annotations without segmentation are left out, since "
+            f"the model learns masks: {shorten(no_mask)}."
         )
     if rle and cfg.INPUT.MASK_FORMAT == "polygon":
         raise DatasetError(

@@ -18,21 +18,34 @@ things. A system that has others says so where it adds its keys::
 ``--dataset`` then sets these keys, and :func:`check_config_against_data` compares them with the data.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from detectron2.data.datasets.builtin_meta import COCO_PERSON_KEYPOINT_NAMES
+from detectron2.utils.logger import log_first_n
+from pycocotools.cocoeval import Params
 
 from d2ext.data.dataset_dicts import check_same_classes, load_dataset
 from d2ext.data.errors import DatasetError, shorten
 from d2ext.data.panoptic import is_panoptic, panoptic_classes
 
-# COCO's per-keypoint OKS constants lie between 0.025 and 0.107 and exist for its 17 keypoints
-# only; other keypoints get a value in the middle unless the config or the data have their own.
-_COCO_KEYPOINTS = 17
+# COCO's per-keypoint OKS constants lie between 0.025 and 0.107 and are those of a person's 17
+# keypoints; others get a value in the middle unless the config or the data have their own.
 _DEFAULT_OKS_SIGMA = 0.05
+# The sides in a name: the words anywhere; the letters where they stand alone (L_Eye, eye.r, l1), before
+# a capital (LEye) or as the last capital (eyeL).
+_SIDES = re.compile(
+    r"(?i:left|right)|(?<![A-Za-z])[LRlr](?![A-Za-z])"
+    r"|(?<![A-Za-z])[LRlr](?=[A-Z][a-z])|(?<=[a-z0-9])[LR](?![A-Za-z])"
+)
+_OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l"}
 _COLORS = ((0, 200, 80), (255, 128, 0), (51, 153, 255))  # left, right, neither: as in COCO pictures
 
 Names = list[str] | None
@@ -57,13 +70,13 @@ class Keypoints:
 
 
 def mirror_pairs(names: Sequence[str]) -> Pairs:
-    """Keypoints whose names differ by left and right."""
-    place = {name: i for i, name in enumerate(names)}
-    return tuple(
-        (i, place[name.replace("left", "right")])
-        for name, i in place.items()
-        if "left" in name and name.replace("left", "right") in place
-    )
+    """Keypoints whose names differ by left and right, or L and R, in any case and place: ``L_Eye``,
+    ``LeftEye``, ``eye-right``. Where a name has several sides, all change: the partner of
+    ``left_eye_right``, the right corner of the left eye, is ``right_eye_left``."""
+    place = {name.lower(): i for i, name in enumerate(names)}
+    mirrored = [_SIDES.sub(lambda m: _OTHER_SIDE[m[0].lower()], name).lower() for name in names]
+    partners = [place.get(name, i) for i, name in enumerate(mirrored)]
+    return tuple((i, j) for i, j in enumerate(partners) if i < j and partners[j] == i)
 
 
 def category_keypoints(category: dict[str, Any]) -> Keypoints:
@@ -78,26 +91,54 @@ def category_keypoints(category: dict[str, Any]) -> Keypoints:
     if len(set(names)) != len(names):
         raise DatasetError(f"Names of keypoints of {where} occur repeatedly.")
     pairs = category.get("flip_pairs")
-    flip_pairs = mirror_pairs(names) if pairs is None else tuple((int(a), int(b)) for a, b in pairs)
-    skeleton = tuple((int(a) - 1, int(b) - 1) for a, b in category.get("skeleton", []))
-    sigmas = tuple(float(v) for v in category.get("sigmas", ()))
-    indices = [i for pair in (*flip_pairs, *skeleton) for i in pair]
-    if not all(0 <= i < len(names) for i in indices) or len(sigmas) not in (0, len(names)):
+    try:
+        flip_pairs = mirror_pairs(names) if pairs is None else _pairs(pairs)
+        skeleton = tuple((a - 1, b - 1) for a, b in _pairs(category.get("skeleton") or ()))
+        sigmas = tuple(float(v) for v in category.get("sigmas") or ())
+    except (TypeError, ValueError) as e:
         raise DatasetError(
-            f"'flip_pairs' (0-based), 'skeleton' (1-based) or 'sigmas' of {where} do not fit its "
-            f"{len(names)} keypoints."
+            f"'flip_pairs' and 'skeleton' of {where} are lists of pairs of whole numbers, 'sigmas' is "
+            f"a list of numbers: {e}."
+        ) from e
+    indices = [i for pair in (*flip_pairs, *skeleton) for i in pair]
+    if (
+        not all(0 <= i < len(names) for i in indices)
+        or len(sigmas) not in (0, len(names))
+        or not all(0 < sigma < float("inf") for sigma in sigmas)
+    ):
+        raise DatasetError(
+            f"'flip_pairs' (0-based), 'skeleton' (1-based) or 'sigmas' (above 0) of {where} do not fit "
+            f"its {len(names)} keypoints."
         )
+    _check_partners(where, [(names[a], names[b]) for a, b in flip_pairs])
     return Keypoints(names, flip_pairs, skeleton, sigmas)
+
+
+def _pairs(values: Iterable[Iterable[Any]]) -> Pairs:
+    return tuple((int(a), int(b)) for a, b in values)
+
+
+def _check_partners(where: str, pairs: Sequence[tuple[str, str]]) -> None:
+    """Raise :class:`DatasetError` unless each keypoint changes places with one other at most."""
+    partners: dict[str, set[str]] = {}
+    for a, b in pairs:
+        partners.setdefault(a, set()).add(b)
+        partners.setdefault(b, set()).add(a)
+    several = [f"{name} with {shorten(sorted(p))}" for name, p in partners.items() if len(p) > 1]
+    if several:
+        raise DatasetError(
+            f"Keypoints of {where} change places with several others when mirrored: "
+            f"{shorten(several)}. Give each one partner ('flip_pairs')."
+        )
 
 
 def keypoint_metadata(keypoints: Keypoints) -> dict[str, Any]:
     """Detectron2's metadata of keypoints, and ``keypoint_oks_sigmas``."""
     names = keypoints.names
 
-    def color(a: str, b: str) -> tuple[int, int, int]:
-        if a.startswith("left") or b.startswith("left"):
-            return _COLORS[0]
-        return _COLORS[1] if a.startswith("right") or b.startswith("right") else _COLORS[2]
+    def color(*ends: str) -> tuple[int, int, int]:
+        sides = {side[0].lower()[0] for side in map(_SIDES.search, ends) if side}
+        return _COLORS[0] if "l" in sides else _COLORS[1] if sides else _COLORS[2]
 
     lines = [(names[a], names[b]) for a, b in keypoints.skeleton]
     return {
@@ -133,7 +174,7 @@ class DatasetFacts:
         keypoints: their names
         flip_indices: which keypoint takes the place of each in a mirrored picture; empty: not known
         flip_pairs: the same as [i, j] lists
-        sigmas: of keypoint similarity
+        sigmas: of keypoint similarity, as the data give them
     """
 
     things: Names
@@ -176,7 +217,8 @@ def flip_indices(dataset_name: str) -> list[int]:
     """For each keypoint of a data set, which one takes its place in a mirrored picture.
 
     Raises:
-        DatasetError: the metadata have no ``keypoint_names``, or pairs of unknown names
+        DatasetError: the metadata have no ``keypoint_names``, or pairs of unknown names, or several of
+            one keypoint
     """
     metadata = MetadataCatalog.get(dataset_name)
     names = metadata.get("keypoint_names")
@@ -186,7 +228,9 @@ def flip_indices(dataset_name: str) -> list[int]:
             "it with d2ext.data.landmarks.register_landmarks."
         )
     partner = {name: name for name in names}
-    for a, b in metadata.get("keypoint_flip_map", ()):
+    pairs = metadata.get("keypoint_flip_map", ())
+    _check_partners(f"data set '{dataset_name}'", pairs)
+    for a, b in pairs:
         if a not in partner or b not in partner:
             raise DatasetError(
                 f"Data set '{dataset_name}': keypoint_flip_map has unknown names {a, b}."
@@ -194,6 +238,37 @@ def flip_indices(dataset_name: str) -> list[int]:
         partner[a], partner[b] = b, a
     place = {name: i for i, name in enumerate(names)}
     return [place[partner[name]] for name in names]
+
+
+def oks_sigmas(facts: DatasetFacts, given: Sequence[float] = ()) -> list[float]:
+    """Constants of keypoint similarity: the data's own, or else those given, if they fit. COCO's belong
+    to keypoints with the names of COCO's alone; others get a constant, and the log says so.
+
+    Returns:
+        K numbers; none for COCO's, which its evaluation knows, and without keypoints
+    """
+    names = facts.keypoints or []
+    is_coco = [name.lower() for name in names] == list(COCO_PERSON_KEYPOINT_NAMES)
+    if facts.sigmas or not names:
+        return facts.sigmas or []
+    if len(given) == len(names) and (is_coco or not _are_coco_sigmas(given)):
+        return list(given)
+    if is_coco:
+        return []
+    log_first_n(
+        logging.WARNING,
+        f"The data have no 'sigmas' of their {len(names)} keypoints ({shorten(names)}): keypoint AP "
+        f"takes {_DEFAULT_OKS_SIGMA} for each. Give them in the category or as "
+        "TEST.KEYPOINT_OKS_SIGMAS; other constants give another AP.",
+        name=__name__,
+        key="message",
+    )
+    return [_DEFAULT_OKS_SIGMA] * len(names)
+
+
+def _are_coco_sigmas(values: Sequence[float]) -> bool:
+    coco = Params(iouType="keypoints").kpt_oks_sigmas
+    return len(values) == len(coco) and np.allclose(values, coco)
 
 
 KeyFunction = Callable[[DatasetFacts], dict[str, Any]]
@@ -246,11 +321,16 @@ def _proposal_network(facts: DatasetFacts) -> dict[str, Any]:
 def set_config_from_data(cfg: CfgNode, dataset_name: str) -> None:
     """Set every key of ``cfg`` that follows from a registered data set, in place.
 
-    That is ``NUM_CLASSES`` of every section of ``cfg.MODEL`` (of ``SEM_SEG_HEAD`` only if the data
-    has semantic classes), what the meta-architecture says (:func:`follows_data`), and with keypoints
-    their number and, unless the config's fit, the constants of their similarity.
+    That is the names in ``cfg.DATASETS``, ``NUM_CLASSES`` of every section of ``cfg.MODEL`` (of
+    ``SEM_SEG_HEAD`` only if the data has semantic classes), what the meta-architecture says
+    (:func:`follows_data`), and with keypoints their number and the constants of their similarity
+    (:func:`oks_sigmas`).
     """
     facts = dataset_facts(dataset_name)
+    metadata = MetadataCatalog.get(dataset_name)
+    for key in ("THING_CLASSES", "STUFF_CLASSES", "KEYPOINT_NAMES", "KEYPOINT_CONNECTION_RULES"):
+        # Lists alone, which YAML has.
+        cfg.DATASETS[key] = json.loads(json.dumps(metadata.get(key.lower()) or []))
     for section, node in cfg.MODEL.items():
         if not isinstance(node, CfgNode) or "NUM_CLASSES" not in node:
             continue
@@ -262,11 +342,8 @@ def set_config_from_data(cfg: CfgNode, dataset_name: str) -> None:
             section, leaf = _section_of(cfg, key)
             section[leaf] = len(value) if leaf.startswith("NUM_") else value
     if facts.keypoints is not None:
-        count = len(facts.keypoints)
-        cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = count
-        if len(cfg.TEST.KEYPOINT_OKS_SIGMAS) != count:
-            default = [] if count == _COCO_KEYPOINTS else [_DEFAULT_OKS_SIGMA] * count
-            cfg.TEST.KEYPOINT_OKS_SIGMAS = facts.sigmas or default
+        cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = len(facts.keypoints)
+        cfg.TEST.KEYPOINT_OKS_SIGMAS = oks_sigmas(facts, cfg.TEST.KEYPOINT_OKS_SIGMAS)
 
 
 def check_config_against_data(cfg: CfgNode, *, train: bool = True) -> None:

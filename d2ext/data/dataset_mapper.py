@@ -2,21 +2,22 @@
 
 import logging
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.data import DatasetMapper, detection_utils
+from detectron2.data import DatasetMapper, MetadataCatalog, detection_utils
 from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks
 from fvcore.common.registry import Registry
 from fvcore.transforms.transform import TransformList
 
 from d2ext.data.annotations import describe_dropped, normalize_annotations
 from d2ext.data.augmentations import DetectionInput, ReportsVisibleShares, build_augmentations
-from d2ext.data.errors import AnnotationError
-from d2ext.data.image_io import read_label_map, read_record_image
-from d2ext.data.panoptic import PanopticClasses, full_label_map, panoptic_classes
+from d2ext.data.errors import AnnotationError, shorten
+from d2ext.data.image_io import label_values, read_label_map, read_record_image
+from d2ext.data.panoptic import IGNORE_LABEL, PanopticClasses, full_label_map, panoptic_classes
 
 logger = logging.getLogger(__name__)
 
@@ -48,15 +49,21 @@ class D2extDatasetMapper(DatasetMapper):
 
     @configurable
     def __init__(
-        self, *args: Any, sem_seg_with_things: PanopticClasses | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        sem_seg_with_things: PanopticClasses | None = None,
+        sem_seg_labels: Collection[int] | None = None,
+        **kwargs: Any,
     ) -> None:
         """
         Args:
             args, kwargs: of Detectron2's ``DatasetMapper``
             sem_seg_with_things: classes of the data, to make ``sem_seg`` of the panoptic
                 annotation; None reads the file that ``sem_seg_file_name`` names
+            sem_seg_labels: values that such a file may hold; None: any
         """
         super().__init__(*args, **kwargs)
+        self.sem_seg_labels = None if sem_seg_labels is None else set(sem_seg_labels)
         self.sem_seg_with_things = sem_seg_with_things
 
     @classmethod
@@ -68,6 +75,15 @@ class D2extDatasetMapper(DatasetMapper):
             arguments["recompute_boxes"] = False
         if cfg.INPUT.SEM_SEG_WITH_THINGS and is_train:
             arguments["sem_seg_with_things"] = panoptic_classes(cfg.DATASETS.TRAIN[0])
+        metadata = (
+            MetadataCatalog.get(cfg.DATASETS.TRAIN[0]) if is_train and cfg.DATASETS.TRAIN else None
+        )
+        if metadata is not None and metadata.get("stuff_classes") is not None:
+            ignored = {
+                metadata.get("ignore_label", IGNORE_LABEL),
+                cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
+            }
+            arguments["sem_seg_labels"] = {*range(len(metadata.stuff_classes)), *ignored}
         return arguments
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
@@ -122,9 +138,17 @@ class D2extDatasetMapper(DatasetMapper):
         """H×W labels in the image's original size, or None if there are none."""
         if self.is_train and self.sem_seg_with_things is not None:
             return full_label_map(dataset_dict, self.sem_seg_with_things)
-        if "sem_seg_file_name" in dataset_dict:
-            return read_label_map(dataset_dict["sem_seg_file_name"])
-        return None
+        if "sem_seg_file_name" not in dataset_dict:
+            return None
+        file_name = dataset_dict["sem_seg_file_name"]
+        labels = read_label_map(file_name)
+        if self.is_train and self.sem_seg_labels is not None:
+            wrong = [v for v in label_values(labels) if v not in self.sem_seg_labels]
+            if wrong:
+                raise AnnotationError(
+                    f"Label map '{file_name}' has labels {shorten(wrong)}, which are no class."
+                )
+        return labels
 
     def _prepare_annotations(
         self, annotations: list[dict[str, Any]], file_name: str, image: np.ndarray
@@ -150,18 +174,21 @@ class D2extDatasetMapper(DatasetMapper):
         segmentation = annotation.get("segmentation")
         if segmentation is None:
             raise AnnotationError(
-                f"An annotation of '{file_name}' has no segmentation, but the model learns masks. "
-                "Annotate it, or set MODEL.MASK_ON: False if the model can do without."
+                f"Annotation {annotation.get('id', '?')} of '{file_name}' has no segmentation, but the "
+                "model learns masks. Annotate it, or set MODEL.MASK_ON: False if the model can do "
+                "without."
             )
         if isinstance(segmentation, dict):
             if self.instance_mask_format == "polygon":
                 raise AnnotationError(
-                    f"A mask of '{file_name}' is an RLE, but INPUT.MASK_FORMAT is 'polygon'. "
+                    f"The mask of annotation {annotation.get('id', '?')} of '{file_name}' is an RLE, "
+                    "but INPUT.MASK_FORMAT is 'polygon'. "
                     "Set INPUT.MASK_FORMAT: bitmask."
                 )
             if tuple(segmentation["size"]) != image.shape[:2]:
                 raise AnnotationError(
-                    f"A mask of '{file_name}' has height and width {segmentation['size']}, "
+                    f"The mask of annotation {annotation.get('id', '?')} of '{file_name}' has height "
+                    f"and width {segmentation['size']}, "
                     f"the image {list(image.shape[:2])}."
                 )
 

@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 from detectron2.data import Metadata, MetadataCatalog
 
-from d2ext.data.coco_json import read_json
+from d2ext.data.coco_json import check_lists, log_findings, raise_problems, read_json
+from d2ext.data.coco_schema import PANOPTIC, SEGMENT, Findings, check_ids, link, normalize
 from d2ext.data.errors import AnnotationError, DatasetError, shorten
 from d2ext.data.image_io import read_color_map
 
@@ -285,22 +286,41 @@ def attach_panoptic(dataset_name: str, records: Sequence[Record]) -> list[Record
 
 
 def read_panoptic_json(json_file: str) -> dict[str, Any]:
-    """A panoptic JSON file, parsed.
+    """A panoptic JSON file, parsed, its fields as :mod:`d2ext.data.coco_schema` has them.
 
     Raises:
-        DatasetError: no such file, not JSON, or not in the panoptic form
+        DatasetError: no such file, not JSON, or not in the panoptic form; all problems in one message
     """
     content = read_json(json_file)
     annotations = content.get("annotations") if isinstance(content, dict) else None
-    if not isinstance(annotations, list) or not all(
-        isinstance(a, dict) and {"image_id", "file_name", "segments_info"} <= set(a)
-        for a in annotations
+    if not isinstance(annotations, list) or not any(
+        isinstance(a, dict) and "segments_info" in a for a in annotations
     ):
         raise DatasetError(
             f"'{json_file}' is not a panoptic file: its 'annotations' must be a list of objects "
             "with image_id, file_name and segments_info. (An instances file goes into "
             "--train-json or --val-json.)"
         )
+    check_lists(json_file, content, PANOPTIC)
+    findings = Findings()
+    content = {
+        **content,
+        **{key: normalize(content[key], key, PANOPTIC[key], findings) for key in PANOPTIC},
+    }
+    images, annotations = content["images"], content["annotations"]
+    check_ids(images, "images", findings)
+    check_ids(content["categories"], "categories", findings)
+    link(annotations, "annotations", "image_id", images, "images", findings)
+    check_ids(annotations, "annotations", findings, "image_id")
+    for annotation in annotations:
+        of_image = Findings()
+        segments = normalize(annotation.get("segments_info", []), "segments", SEGMENT, of_image)
+        link(segments, "segments", "category_id", content["categories"], "categories", of_image)
+        check_ids(segments, "segments", of_image)
+        annotation["segments_info"] = segments
+        findings.add(of_image, f"'{annotation.get('file_name')}'")
+    raise_problems(json_file, "a panoptic data set", findings.lines())
+    log_findings(json_file, findings)
     return content
 
 

@@ -1,23 +1,14 @@
 """Checking files in COCO's panoptic form before anything depends on them."""
 
 import os
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from detectron2.utils.file_io import PathManager
 
-from d2ext.data.coco_json import (
-    DETECTION,
-    Entry,
-    check_image_files,
-    check_lists,
-    duplicates,
-    missing_keys,
-    problem,
-    raise_problems,
-)
+from d2ext.data.coco_json import Entry, check_image_files, raise_problems
+from d2ext.data.coco_schema import Findings, Id, check_ids
 from d2ext.data.errors import shorten
 from d2ext.data.panoptic import MAX_CLASSES, read_panoptic_json
 
@@ -34,9 +25,9 @@ class PanopticSummary:
         left_out: images without annotation
     """
 
-    things: dict[int, str]
-    stuff: dict[int, str]
-    colors: dict[int, tuple[int, int, int]]
+    things: dict[Id, str]
+    stuff: dict[Id, str]
+    colors: dict[Id, tuple[int, int, int]]
     images: dict[Any, Entry]
     annotations: dict[Any, Entry]
     left_out: list[Any]
@@ -97,67 +88,33 @@ def check_panoptic_json(json_file: str, panoptic_root: str, image_root: str) -> 
         DatasetError: all problems in one message, with the first few examples of each
     """
     content = read_panoptic_json(json_file)
-    check_lists(json_file, content, ("images", "annotations", "categories"))
     images, annotations, categories = (
         content[key] for key in ("images", "annotations", "categories")
     )
-    problems = [
-        *_check_categories(categories),
-        *missing_keys("images", images, DETECTION["images"]),
-        *duplicates("images", "id", images),
-        *_check_annotations(annotations, images, categories),
-    ] or [*check_image_files(images, image_root), *_check_pngs(annotations, panoptic_root)]
+    problems = [*_check_categories(categories)] or [
+        *check_image_files(images, image_root),
+        *_check_pngs(annotations, panoptic_root),
+    ]
     raise_problems(json_file, "a panoptic data set", problems)
     return PanopticSummary.of(categories, images, annotations)
 
 
 def _check_categories(categories: list[Entry]) -> Iterable[str]:
-    yield from missing_keys("categories", categories, ("id", "name", "isthing"))
-    yield from duplicates("categories", "id", categories)
-    wrong = [c for c in categories if c.get("isthing", 0) not in (0, 1)]
-    yield from problem(
-        "categories have an 'isthing' other than 0 and 1",
-        [str(c.get("name")) for c in wrong],
-    )
     if len(categories) > MAX_CLASSES:
         yield f"there are {len(categories)} categories; label maps hold at most {MAX_CLASSES}"
-    for isthing in (1, 0):
-        kind = [c for c in categories if c.get("isthing") == isthing]
-        yield from duplicates("things" if isthing else "stuff", "name", kind)
-    if not any(c.get("isthing") == 1 for c in categories):
-        yield (
-            "no category is a thing ('isthing': 1). Data without things are semantic: give label "
-            "maps by --train-sem-seg and --val-sem-seg instead"
-        )
-
-
-def _check_annotations(
-    annotations: list[Entry], images: list[Entry], categories: list[Entry]
-) -> Iterable[str]:
-    if not annotations:
-        yield "there are no annotations"
-    yield from duplicates("annotations", "image_id", annotations)
-    known = {i.get("id") for i in images}
-    unlisted = [a for a in annotations if a["image_id"] not in known]
-    yield from problem(
-        "annotations have an image_id that is not in 'images'",
-        [f"{a['image_id']!r} ('{a['file_name']}')" for a in unlisted],
-    )
-    segments = [(a, s) for a in annotations for s in a["segments_info"]]
-    yield from missing_keys("segments", [s for _, s in segments], ("id", "category_id"))
-    ids = {c.get("id") for c in categories}
-    wrong = [(a, s) for a, s in segments if "category_id" in s and s["category_id"] not in ids]
-    yield from problem(
-        "segments have a category_id that is not in 'categories'",
-        [f"segment {s.get('id')} of '{a['file_name']}' ({s['category_id']})" for a, s in wrong],
-    )
-    repeated = [
-        f"segment {segment_id} of '{a['file_name']}'"
-        for a in annotations
-        for segment_id, count in Counter(s.get("id") for s in a["segments_info"]).items()
-        if count > 1
-    ]
-    yield from problem("segment ids occur more than once in an image", repeated)
+    findings = Findings()
+    for isthing, kind in ((1, "things"), (0, "stuff")):
+        of_kind = [c for c in categories if c["isthing"] == isthing]
+        check_ids(of_kind, kind, findings, "name")
+        if not of_kind:
+            yield (
+                "no category is a thing ('isthing': 1). Data without things are semantic: give label "
+                "maps by --train-sem-seg and --val-sem-seg instead"
+                if isthing
+                else "no category is stuff ('isthing': 0). Data without stuff are instances: give them "
+                "by --train-json and --val-json instead, or add a category for the background"
+            )
+    yield from findings.lines()
 
 
 def _check_pngs(annotations: list[Entry], root: str) -> list[str]:

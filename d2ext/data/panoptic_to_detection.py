@@ -23,6 +23,7 @@ from detectron2.utils.file_io import PathManager
 from pycocotools import mask as mask_util
 
 from d2ext.data.cache import cache_folder
+from d2ext.data.coco_schema import Id
 from d2ext.data.errors import AnnotationError, DatasetError, SampleError, shorten
 from d2ext.data.panoptic import IGNORE_LABEL, read_segments
 from d2ext.data.panoptic_json import PanopticSummary
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 _PARALLEL_FROM = 256
 _MAX_PROCESSES = 16
 # Changes when the files would be made differently.
-_VERSION = 1
+_VERSION = 2
 
 
 class DetectionFiles(NamedTuple):
@@ -120,8 +121,8 @@ def _convert_image(
     *,
     root: str,
     folder: Path,
-    things: set[int],
-    stuff: Mapping[int, int],
+    things: set[Id],
+    stuff: Mapping[Id, int],
 ) -> tuple[list[dict[str, Any]], str]:
     """Write one image's stuff map; returns its instances and, if its PNG is broken, why."""
     annotation, image = entry
@@ -133,6 +134,13 @@ def _convert_image(
                 f"'{annotation['file_name']}' has height and width {places.shape}, the JSON file "
                 f"says {(image['height'], image['width'])}."
             )
+        areas = np.bincount(places.reshape(-1), minlength=len(segments) + 1)[1:]
+        for segment, area in zip(segments, areas.tolist(), strict=True):
+            if segment.get("area", area) != area:
+                raise AnnotationError(
+                    f"Segment {segment['id']} of '{annotation['file_name']}' has {area} pixels, its "
+                    f"'area' in the JSON file is {segment['area']}. Without 'area' the PNG counts."
+                )
     except SampleError as error:
         return [], str(error)
     table = np.full(len(segments) + 1, IGNORE_LABEL, np.uint8)

@@ -16,6 +16,7 @@ from detectron2.data.datasets.builtin_meta import CITYSCAPES_CATEGORIES
 from detectron2.utils.file_io import PathManager
 
 from d2ext.data.coco_json import differences, load_coco_json, read_coco_json
+from d2ext.data.coco_schema import Id
 from d2ext.data.errors import DatasetError, shorten
 from d2ext.data.panoptic import IGNORE_LABEL, attach_panoptic, read_panoptic_json
 from d2ext.data.panoptic_json import PanopticSummary, check_panoptic_json
@@ -78,7 +79,7 @@ def register_panoptic(
     return summary
 
 
-def _check_instances_match(name: str, classes: dict[int, str], summary: PanopticSummary) -> None:
+def _check_instances_match(name: str, classes: dict[Id, str], summary: PanopticSummary) -> None:
     """Raise :class:`DatasetError` unless an instances file has the things of the panoptic one."""
     text = differences(classes, summary.things)
     if text:

@@ -1,23 +1,18 @@
 """Semantic data sets of one's own: pictures and label maps in two folders, names of the classes."""
 
-import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from d2ext.data.errors import DatasetError, shorten
-from d2ext.data.image_io import read_label_map
+from d2ext.data.image_io import label_values, read_label_map
 from d2ext.data.panoptic import IGNORE_LABEL
-
-logger = logging.getLogger(__name__)
-
-# How many label maps are read at registration, evenly spread over the folder.
-_CHECKED_MAPS = 20
+from d2ext.data.summary import CHECKED_IMAGES, evenly, summarize
 
 
 def parse_classes(text: str) -> list[str]:
@@ -45,7 +40,7 @@ def check_classes(names: Sequence[str]) -> list[str]:
     return list(names)
 
 
-def register_semantic(name: str, images: str, sem_seg: str, classes: Sequence[str]) -> int:
+def register_semantic(name: str, images: str, sem_seg: str, classes: Sequence[str]) -> None:
     """Check and register a semantic data set.
 
     Args:
@@ -55,28 +50,22 @@ def register_semantic(name: str, images: str, sem_seg: str, classes: Sequence[st
             index, 255 is no label
         classes: names in the order of the labels
 
-    Returns:
-        number of pictures
-
     Raises:
         DatasetError: missing folders, pictures without label map or the reverse, labels that are no
-            class
+            class, a single class, maps with nothing but the first class
     """
     classes = check_classes(classes)
     if len(classes) > IGNORE_LABEL:
         raise DatasetError(
             f"Data set '{name}' has {len(classes)} classes; label maps hold {IGNORE_LABEL}."
         )
+    if len(classes) < 2:
+        raise DatasetError(
+            f"Data set '{name}' has the one class {classes[0]}, so there is nothing to learn: name the "
+            "background, too, as the class of label 0."
+        )
     pairs = _pairs(name, images, sem_seg)
-    for _, labels in pairs[:: max(1, len(pairs) // _CHECKED_MAPS)]:
-        values = np.unique(read_label_map(labels)).astype(int)
-        wrong = [int(v) for v in values if v >= len(classes) and v != IGNORE_LABEL]
-        if wrong:
-            raise DatasetError(
-                f"'{labels}' has labels {shorten(wrong)}, but data set '{name}' has the "
-                f"{len(classes)} classes 0 to {len(classes) - 1} ({shorten(classes)}); "
-                f"{IGNORE_LABEL} means no label."
-            )
+    labels = _count_labels(name, [labels for _, labels in pairs], classes)
     DatasetCatalog.register(name, partial(_load, pairs))
     MetadataCatalog.get(name).set(
         stuff_classes=classes,
@@ -86,7 +75,37 @@ def register_semantic(name: str, images: str, sem_seg: str, classes: Sequence[st
         evaluator_type="sem_seg",
         ignore_label=IGNORE_LABEL,
     )
-    return len(pairs)
+    summarize(name, _load(pairs), labels)
+
+
+def _count_labels(name: str, files: list[str], classes: Sequence[str]) -> Counter[int]:
+    """How many of some maps, evenly spread, have each label. Only if these show a single class, others
+    are read until a second one comes."""
+    counts: Counter[int] = Counter()
+    some = evenly(files, CHECKED_IMAGES)
+    for number, file in enumerate([*some, *sorted(set(files) - set(some))]):
+        found = sorted(set(counts) - {IGNORE_LABEL})
+        if number >= len(some) and len(found) > 1:
+            return counts
+        values = label_values(read_label_map(file))
+        wrong = [v for v in values if v >= len(classes) and v != IGNORE_LABEL]
+        if wrong:
+            raise DatasetError(
+                f"'{file}' has labels {shorten(wrong)}, but data set '{name}' has the "
+                f"{len(classes)} classes 0 to {len(classes) - 1} ({shorten(classes)}); "
+                f"{IGNORE_LABEL} means no label."
+            )
+        counts.update(values)
+    found = sorted(set(counts) - {IGNORE_LABEL})
+    if len(found) < 2:
+        text = f"has a label but {found[0]} ({classes[found[0]]})" if found else "has a label"
+        raise DatasetError(
+            f"Data set '{name}': none of its {len(files)} label maps {text}, so there is nothing to "
+            f"learn. A pixel's value is the number of its class, 0 to {len(classes) - 1}; "
+            f"{IGNORE_LABEL}, which {counts[IGNORE_LABEL]} maps have, is no label: masks of 0 and 255 "
+            "are to be 0 and 1."
+        )
+    return counts
 
 
 def _pairs(name: str, images: str, sem_seg: str) -> list[tuple[str, str]]:

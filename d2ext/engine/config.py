@@ -55,6 +55,8 @@ def add_engine_config(cfg: CfgNode) -> None:
     cfg.TEST.BEST_METRIC = ""
     # "max" or "min": which value of BEST_METRIC is best.
     cfg.TEST.BEST_MODE = "max"
+    # A training ends after so many evaluations in a row without a better BEST_METRIC; 0: never.
+    cfg.TEST.EARLY_STOPPING = 0
     # True: evaluation also writes where panoptic quality is lost, per class, per image and between
     # classes, as tables and pictures (d2ext train --analyze).
     cfg.TEST.ANALYZE = False

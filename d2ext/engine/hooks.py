@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from detectron2.engine import HookBase, hooks
+from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
 from d2ext.checkpoint.checkpointer import CheckpointSaveError
@@ -16,9 +17,12 @@ from d2ext.files import atomic_write
 
 __all__ = [
     "BestCheckpointer",
+    "EarlyStopping",
+    "EvalHook",
     "LogWriter",
     "MetricHistory",
     "PeriodicCheckpointer",
+    "StopTraining",
     "drop_metrics_from",
 ]
 
@@ -46,6 +50,15 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
             logger.error(
                 "%s Training goes on; the next attempt is in %d iterations.", error, self.period
             )
+
+
+class EvalHook(hooks.EvalHook):
+    """Detectron2's, which would evaluate after an error in the last iteration."""
+
+    def after_train(self) -> None:
+        """Evaluate, if the training has come to its end."""
+        self._eval_after_train = self.trainer.iter >= self.trainer.max_iter
+        super().after_train()
 
 
 class BestCheckpointer(hooks.BestCheckpointer):
@@ -86,6 +99,54 @@ class BestCheckpointer(hooks.BestCheckpointer):
             logger.info("Best %s so far: %.4f", self._val_metric, value)
         except CheckpointSaveError as error:
             logger.error("%s Training goes on.", error)
+
+
+class StopTraining(BaseException):
+    """Ends the loop of a training early; no error, which the loop would log."""
+
+
+class EarlyStopping(HookBase):
+    """Ends a training when evaluations no longer give a better value.
+
+    How many there were since the best follows from ``model_best.pth``, so a resumed run goes on
+    counting. The weights are saved as ``model_final.pth``.
+
+    Args:
+        period: iterations between evaluations.
+        patience: evaluations without a better value.
+        best: knows the best; None in other processes than the main one. Must come before in the hooks.
+    """
+
+    def __init__(self, period: int, patience: int, best: BestCheckpointer | None) -> None:
+        self._period, self._patience, self._best = period, patience, best
+
+    def before_train(self) -> None:
+        """Stop at once, if the run that is resumed was stopped."""
+        if self._is_over(self.trainer.start_iter):
+            raise StopTraining
+
+    def after_step(self) -> None:
+        """After an evaluation: save and stop, if it was the last."""
+        done = self.trainer.iter + 1
+        if done % self._period == 0 and done < self.trainer.max_iter and self._is_over(done):
+            self.trainer.checkpointer.save("model_final", iteration=self.trainer.iter)
+            raise StopTraining
+
+    def _is_over(self, done: int) -> bool:
+        """Whether to stop after ``done`` iterations; the same in all processes."""
+        best = comm.all_gather(self._best.best_iter if self._best else None)[0]
+        since = done if best is None else done - 1 - best
+        if since // self._period < self._patience:
+            return False
+        logger.info(
+            "The training ends after %d iterations: %d evaluations gave no better value than iteration "
+            "%s (TEST.EARLY_STOPPING %d).",
+            done,
+            since // self._period,
+            best,
+            self._patience,
+        )
+        return True
 
 
 class MetricHistory(HookBase):

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
@@ -22,6 +21,7 @@ from d2ext.data.image_io import as_bgr
 from d2ext.layers.transfer import upload_alike
 from d2ext.model_zoo import find_config_file
 from d2ext.modeling.tta import build_tta
+from d2ext.utils.drawing import class_metadata
 
 
 class Predictor:
@@ -57,7 +57,7 @@ class Predictor:
             cfg.MODEL.WEIGHTS = str(weights)
         self._batch = BatchPredictor(cfg)
         self.cfg, self.model = self._batch.cfg, self._batch.model
-        self.metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else "__none")
+        self.metadata = class_metadata(cfg)
 
     def __call__(self, image: str | os.PathLike[str] | Image.Image | np.ndarray) -> dict[str, Any]:
         """The model's output for one image, in the image's pixels.

@@ -16,7 +16,15 @@ from d2ext.config import ConfigError
 logger = logging.getLogger(__name__)
 
 # What a training writes into its folder, apart from what is computed anew from it (inference/).
-_WRITTEN = ("*.pth", "last_checkpoint", "metrics.json", "config.yaml", "log.txt*", "events.out.*")
+_WRITTEN = (
+    "*.pth",
+    "last_checkpoint",
+    "metrics.json",
+    "results.json",
+    "config.yaml",
+    "log.txt*",
+    "events.out.*",
+)
 
 
 @contextmanager

@@ -148,6 +148,10 @@ class StepTrainer(SimpleTrainer):
                         raise
                     logger.warning("The model reported a value that is not finite: %s", error)
                     return {}, False
+                except (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError):
+                    names = [x.get("file_name") for x in data[k * size : (k + 1) * size]]
+                    logger.error("The model failed on the images %s", names)
+                    raise
                 if isinstance(losses, Tensor):
                     losses = {"total_loss": losses}
                 loss = sum(losses.values()) / self.accumulation_steps

@@ -32,9 +32,12 @@ from d2ext.data import build_test_loader, build_train_loader
 from d2ext.engine.ema import EMAHook, TrainedWeights, build_ema
 from d2ext.engine.hooks import (
     BestCheckpointer,
+    EarlyStopping,
+    EvalHook,
     LogWriter,
     MetricHistory,
     PeriodicCheckpointer,
+    StopTraining,
     drop_metrics_from,
 )
 from d2ext.engine.optimizer import build_optimizer
@@ -75,6 +78,7 @@ class Trainer(DefaultTrainer):
             setup_logger(name="d2ext")
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         _check_solver(cfg)
+        _check_channels(cfg)
         set_cpu_threads(cfg)
         self._seed_given = cfg.SEED >= 0
         self.cfg = cfg if self._seed_given else _with_seed(cfg, comm.shared_random_seed())
@@ -185,12 +189,14 @@ class Trainer(DefaultTrainer):
             self._last_eval_results = self.test(cfg, self.evaluated_model)
             return self._last_eval_results
 
-        result.append(hooks.EvalHook(test.EVAL_PERIOD, evaluate))
+        result.append(EvalHook(test.EVAL_PERIOD, evaluate))
+        best = None
         if main and test.BEST_METRIC:
             saver = WeightsCheckpointer(self.evaluated_model, cfg.OUTPUT_DIR)
-            result.append(
-                BestCheckpointer(test.EVAL_PERIOD, saver, test.BEST_METRIC, test.BEST_MODE)
-            )
+            best = BestCheckpointer(test.EVAL_PERIOD, saver, test.BEST_METRIC, test.BEST_MODE)
+            result.append(best)
+        if test.EARLY_STOPPING:
+            result.append(EarlyStopping(test.EVAL_PERIOD, test.EARLY_STOPPING, best))
         if main:
             result.append(LogWriter(self.build_writers, solver.LOG_PERIOD))
         return result
@@ -214,7 +220,7 @@ class Trainer(DefaultTrainer):
         return [*writers, TensorboardXWriter(folder, window, purge_step=purge)]
 
     def train(self) -> OrderedDict[str, Any] | None:
-        """Run from ``start_iter`` to ``SOLVER.MAX_ITER``, then evaluate.
+        """Run from ``start_iter`` to ``SOLVER.MAX_ITER`` or ``TEST.EARLY_STOPPING``, then evaluate.
 
         Returns:
             The last evaluation's results, in the main process; None elsewhere and without test
@@ -231,13 +237,21 @@ class Trainer(DefaultTrainer):
                 self.cfg.OUTPUT_DIR,
                 self.max_iter,
             )
-            self._last_eval_results = self.test(self.cfg, self.evaluated_model)
-            if comm.is_main_process():
-                verify_results(self.cfg, self._last_eval_results)
+            self._finish()
         else:
             self._trainer.data_loader = self.data_loader  # an error in the data is raised here
-            super().train()  # returns results only if the config names expected ones
+            try:
+                super().train()  # returns results only if the config names expected ones
+            except StopTraining:
+                self._finish()
         return getattr(self, "_last_eval_results", None) or None
+
+    def _finish(self) -> None:
+        """Evaluate, unless the last iteration did, for a training that does not run to its end."""
+        if not hasattr(self, "_last_eval_results"):
+            self._last_eval_results = self.test(self.cfg, self.evaluated_model)
+        if comm.is_main_process():
+            verify_results(self.cfg, self._last_eval_results)
 
     @property
     def data_loader(self) -> Iterable[list[dict[str, Any]]]:
@@ -334,9 +348,25 @@ def _check_solver(cfg: CfgNode) -> None:
             f"{parts} = {comm.get_world_size()} processes x SOLVER.ACCUMULATION_STEPS "
             f"{solver.ACCUMULATION_STEPS}."
         )
+    test = cfg.TEST
+    if test.EARLY_STOPPING and not (test.BEST_METRIC and test.EVAL_PERIOD > 0):
+        raise ConfigError(
+            f"TEST.EARLY_STOPPING is {test.EARLY_STOPPING}: it needs TEST.EVAL_PERIOD, and "
+            'TEST.BEST_METRIC to say what is better (for example "bbox/AP").'
+        )
     for key in ("MAX_ITER", "CHECKPOINT_PERIOD"):
         if solver[key] < 1:
             raise ConfigError(f"SOLVER.{key} is {solver[key]}; it must be at least 1.")
+
+
+def _check_channels(cfg: CfgNode) -> None:
+    mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
+    if cfg.INPUT.FORMAT not in ("RGB", "BGR", "YUV-BT.601") or not len(mean) == len(std) == 3:
+        raise ConfigError(
+            f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}, with {len(mean)} values in MODEL.PIXEL_MEAN and "
+            f"{len(std)} in PIXEL_STD. Models take three channels: INPUT.FORMAT RGB or BGR, with three "
+            "values each. Grey images are read as three equal channels."
+        )
 
 
 def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:

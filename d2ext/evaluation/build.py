@@ -19,6 +19,7 @@ from detectron2.evaluation import SemSegEvaluator as _SemSegEvaluator
 from detectron2.utils import comm
 from fvcore.common.registry import Registry
 
+from d2ext.data.dataset_facts import dataset_facts, oks_sigmas
 from d2ext.data.errors import DatasetError
 from d2ext.data.image_io import read_label_map
 from d2ext.evaluation.coco import COCOEvaluator
@@ -56,10 +57,10 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
 
     Args:
         cfg: ``TEST.DETECTIONS_PER_IMAGE`` does not limit the evaluation; COCO's limit of 100 does.
-            ``TEST.KEYPOINT_OKS_SIGMAS`` is passed on; if empty, the metadata's
-            ``keypoint_oks_sigmas`` are. ``TEST.KEYPOINT_OKS_NMS`` leaves out instances whose keypoints
-            are those of a better one. ``TEST.PANOPTIC_BACKEND`` computes panoptic quality; with
-            ``TEST.ANALYZE`` the folder ``analysis`` says where it is lost.
+            ``TEST.KEYPOINT_OKS_SIGMAS`` is passed on; if empty, the data's are
+            (:func:`~d2ext.data.dataset_facts.oks_sigmas`). ``TEST.KEYPOINT_OKS_NMS`` leaves out
+            instances whose keypoints are those of a better one. ``TEST.PANOPTIC_BACKEND`` computes
+            panoptic quality; with ``TEST.ANALYZE`` the folder ``analysis`` says where it is lost.
         dataset_name: registered data set.
         output_folder: where results are written; made when needed.
 
@@ -90,12 +91,11 @@ def coco(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
     """Boxes, masks, keypoints."""
     height, width = cfg.MODEL.LANDMARKS.INPUT_SIZE
     top_down = cfg.INPUT.MAPPER == "build_top_down_mapper"
-    known = MetadataCatalog.get(name).get("keypoint_oks_sigmas")
     return COCOEvaluator(
         name,
         output_dir=folder,
         use_fast_impl=False,  # the official implementation; the fast one needs detectron2._C
-        kpt_oks_sigmas=tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS or known or ()),
+        kpt_oks_sigmas=tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS or oks_sigmas(dataset_facts(name))),
         oks_nms_threshold=cfg.TEST.KEYPOINT_OKS_NMS,
         oks_nms_crop=((height, width), cfg.MODEL.LANDMARKS.CROP.PADDING) if top_down else None,
     )

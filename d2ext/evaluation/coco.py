@@ -1,14 +1,19 @@
 """COCO's metrics for boxes, masks and keypoints."""
 
+import contextlib
 import copy
+import io
 import itertools
 import json
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from detectron2.data import MetadataCatalog
+from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.evaluation import COCOEvaluator as Detectron2COCOEvaluator
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Boxes, Instances
@@ -17,6 +22,13 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval, Params
 
 from d2ext.codecs.landmark_crops import has_side, pad_boxes
+from d2ext.data.coco_json import (
+    INSTANCES,
+    LANDMARKS,
+    coco_file,
+    evaluation_content,
+    read_json,
+)
 from d2ext.evaluation.oks_nms import oks_nms
 from d2ext.files import atomic_write
 
@@ -32,6 +44,8 @@ class COCOEvaluator(Detectron2COCOEvaluator):
       only if it has neither width nor height, since points in a row are an object, too.
     - No detection at all gives AP 0 where annotations exist (Detectron2: NaN), for each
       task whose field the model predicts.
+    - Annotations are what the loader has, checked and repaired (:mod:`d2ext.data.coco_json`), not the
+      JSON file as it is. Masks are not scored where an object has only a box, if others have masks.
     - A data set that is not in a JSON file is converted anew for each evaluator.
     - With ``oks_nms_threshold``, instances whose keypoints are those of a better one are left out of
       all results (:func:`~d2ext.evaluation.oks_nms.oks_nms`), as in the published top-down systems.
@@ -49,7 +63,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         oks_nms_threshold: published: 0.9; 0: keep all.
         oks_nms_crop: (h, w) of a top-down network's crops and the padding of its boxes: the areas are
             those of the crops, as published; None: of the boxes.
-        options: further arguments of Detectron2's evaluator.
+        max_dets_per_image, use_fast_impl, kpt_oks_sigmas: see Detectron2's evaluator.
     """
 
     def __init__(
@@ -61,17 +75,23 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         *,
         oks_nms_threshold: float = 0.0,
         oks_nms_crop: tuple[tuple[int, int], float] | None = None,
-        **options: Any,
+        max_dets_per_image: int | None = None,
+        use_fast_impl: bool = True,
+        kpt_oks_sigmas: Sequence[float] = (),
     ) -> None:
-        options.setdefault("allow_cached_coco", False)
-        super().__init__(dataset_name, tasks, distributed, output_dir, **options)
-        if output_dir and self._metadata.json_file == os.path.join(
-            output_dir, f"{dataset_name}_coco_format.json"
-        ):
-            # Detectron2 leaves the converted file in the registry, where it would outlive itself.
-            del self._metadata.json_file
-        self._tasks: tuple[str, ...] | list[str] | None
-        self._output_dir: str | None
+        # Not Detectron2's constructor, which reads the file as it is.
+        self._logger = logging.getLogger(__name__)
+        self._distributed = distributed
+        self._use_fast_impl = use_fast_impl
+        self._max_dets_per_image = [1, 10, max_dets_per_image or 100]
+        self._cpu_device = torch.device("cpu")
+        self._metadata = MetadataCatalog.get(dataset_name)
+        self._kpt_oks_sigmas = kpt_oks_sigmas
+        content = _read_annotations(dataset_name, output_dir)
+        self._do_evaluation = content["annotations"] is not None
+        self._coco_api = _coco_api(content)
+        self._tasks: tuple[str, ...] | list[str] | None = tasks
+        self._output_dir = output_dir
         self._results: dict[str, dict[str, float]] = {}
         self._fields: set[str] = set()
         self._oks_nms_threshold = oks_nms_threshold
@@ -177,7 +197,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             return
         # The base class maps class indices to category ids, in place, and evaluates `_tasks`; it
         # would write the file of the second call over that of the first.
-        all_tasks, folder = self._tasks, self._output_dir
+        all_tasks, folder, annotations = self._tasks, self._output_dir, self._coco_api
         try:
             self._output_dir = None
             for ranked, group in (
@@ -186,9 +206,11 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             ):
                 if group:
                     self._tasks = group
+                    if group == ["segm"]:
+                        self._coco_api = _with_masks(annotations)
                     super()._eval_predictions([{"instances": ranked}], img_ids=img_ids)
         finally:
-            self._tasks, self._output_dir = all_tasks, folder
+            self._tasks, self._output_dir, self._coco_api = all_tasks, folder, annotations
 
     def _derive_coco_results(
         self, coco_eval: Any, iou_type: str, class_names: list[str] | None = None
@@ -208,7 +230,8 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             "annotations": [],
         }
         detections.createIndex()
-        scorer = COCOeval(self._coco_api, detections, task)
+        annotations = _with_masks(self._coco_api) if task == "segm" else self._coco_api
+        scorer = COCOeval(annotations, detections, task)
         if img_ids is not None:
             scorer.params.imgIds = img_ids
         if task != "keypoints":
@@ -259,6 +282,49 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             return ids[index]
 
         return category_of
+
+
+def _read_annotations(dataset_name: str, output_dir: str | None) -> dict[str, Any]:
+    """COCO's form of a data set, as its reader has it; annotations are None in files for tests."""
+    metadata = MetadataCatalog.get(dataset_name)
+    json_file = metadata.get("json_file")
+    if json_file is None:
+        if output_dir is None:
+            raise ValueError(
+                f"'{dataset_name}' is not in a JSON file: COCOEvaluator needs output_dir."
+            )
+        json_file = os.path.join(output_dir, f"{dataset_name}_coco_format.json")
+        convert_to_coco_json(dataset_name, json_file, allow_cached=False)
+    content = read_json(json_file)
+    schema = LANDMARKS if metadata.get("evaluator_type") == "landmarks" else INSTANCES
+    if isinstance(content, dict) and "annotations" not in content:
+        file = coco_file(json_file, {**content, "annotations": []}, schema=schema)
+        return {**evaluation_content(file), "annotations": None}
+    return evaluation_content(coco_file(json_file, content, schema=schema))
+
+
+def _coco_api(content: dict[str, Any]) -> COCO:
+    api = COCO()
+    api.dataset = {k: v for k, v in content.items() if v is not None}
+    with contextlib.redirect_stdout(io.StringIO()):
+        api.createIndex()
+    return api
+
+
+def _with_masks(api: COCO) -> COCO:
+    """The annotations for the evaluation of masks: where there is only a box, nothing is scored."""
+    annotations = api.dataset["annotations"]
+    if all("segmentation" in a for a in annotations):
+        return api
+    return _coco_api({**api.dataset, "annotations": [_unscored(a) for a in annotations]})
+
+
+def _unscored(annotation: dict[str, Any]) -> dict[str, Any]:
+    if "segmentation" in annotation:
+        return annotation
+    x, y, w, h = annotation["bbox"]
+    rectangle = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    return {**annotation, "segmentation": rectangle, "iscrowd": 1}
 
 
 def _to_coco(instances: Instances, image_id: Any) -> list[dict[str, Any]]:

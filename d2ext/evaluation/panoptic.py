@@ -18,6 +18,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 from tabulate import tabulate
 
+from d2ext.data.panoptic import read_panoptic_json, read_segments
 from d2ext.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -77,10 +78,12 @@ class COCOPanopticEvaluator(_COCOPanopticEvaluator):
         if not comm.is_main_process():
             return None
         predictions = {p["image_id"]: p for p in itertools.chain(*gathered)}
-        annotation_file = PathManager.get_local_path(self._metadata.panoptic_json)
         annotation_folder = PathManager.get_local_path(self._metadata.panoptic_root)
-        content = json.loads(Path(annotation_file).read_text(encoding="utf-8"))
+        content = read_panoptic_json(self._metadata.panoptic_json)
+        _add_areas(content["annotations"], annotation_folder)
         with tempfile.TemporaryDirectory(prefix="panoptic_eval") as folder:
+            annotation_file = os.path.join(folder, "annotations.json")
+            Path(annotation_file).write_text(json.dumps(content), encoding="utf-8")
             content["annotations"] = self._write_maps(
                 content, predictions, annotation_folder, folder
             )
@@ -129,6 +132,20 @@ class COCOPanopticEvaluator(_COCOPanopticEvaluator):
         return entries
 
 
+def _add_areas(annotations: list[dict[str, Any]], folder: str) -> None:
+    """Complete the segments, in place: ``area`` from the PNG where it is missing, ``iscrowd`` 0."""
+    for annotation in annotations:
+        segments = annotation["segments_info"]
+        if not all("area" in segment for segment in segments):
+            path = os.path.join(folder, annotation["file_name"])
+            places = read_segments(path, segments, allow_absent=True)
+            areas = np.bincount(places.reshape(-1), minlength=len(segments) + 1)[1:].tolist()
+            for segment, area in zip(segments, areas, strict=True):
+                segment["area"] = area
+        for segment in segments:
+            segment.setdefault("iscrowd", 0)
+
+
 def _plain(segment: dict[str, Any]) -> dict[str, Any]:
     """What is scored of a segment, in Python's own types."""
     result: dict[str, Any] = {key: int(segment[key]) for key in ("id", "category_id")}
@@ -148,9 +165,6 @@ def _score_panopticapi(
     )
     categories = {c["id"]: c for c in annotations["categories"]}
     pairs = list(zip(annotations["annotations"], predictions["annotations"], strict=True))
-    for annotation, _ in pairs:
-        for segment in annotation["segments_info"]:
-            segment.setdefault("iscrowd", 0)
     with contextlib.redirect_stdout(io.StringIO()):
         if len(pairs) < _PARALLEL_FROM:
             stat = pq_compute_single_core(0, pairs, annotation_folder, folder, categories)

@@ -5,6 +5,7 @@
     d2ext predict --config-file ... --video-input clip.mp4 --output clip_out.mp4
     d2ext predict --config-file ... --webcam 0 --output camera.mp4
     d2ext predict --config-file centernet/centernet_dla34_512.yaml --draw heatmaps ...
+    d2ext predict --config-file ... --input map.tif --output out/ --tile 1024
     d2ext predict --config-file landmarks/hourglass_2stack_coco_256x192.yaml --input a.jpg \\
         --output out/ --detector faster_rcnn.yaml --detector-weights detector.pth --opts ...
 
@@ -43,17 +44,19 @@ import tqdm
 from detectron2.data.catalog import Metadata
 from detectron2.utils.logger import setup_logger
 
-from d2ext.config import add_options_argument, load_config
+from d2ext.config import ConfigError, add_options_argument, load_config
 from d2ext.data.coco_results import category_ids
 from d2ext.data.errors import ImageReadError
 from d2ext.data.image_io import read_image
 from d2ext.engine.predictor import BatchPredictor
+from d2ext.engine.tiling import TiledPredictor
 from d2ext.engine.top_down import BoxFile, BoxSource, Detector
 from d2ext.model_zoo import find_config_file
 from d2ext.tools.command_line import CommandError, add_config_argument, make_parser, positive
 from d2ext.tools.prediction_files import Job, ResultWriter, plan_images, plan_video
 from d2ext.utils.drawing import PictureDrawer, VideoDrawer, class_metadata, select, write_picture
 from d2ext.utils.heatmaps import SeesHeatmaps
+from d2ext.utils.memory import available_memory
 from d2ext.utils.video import CameraReader, VideoError, VideoReader, video_writer
 
 logger = logging.getLogger("d2ext.tools.predict")
@@ -68,7 +71,7 @@ def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def predict(
-    predictor: BatchPredictor,
+    predictor: BatchPredictor | TiledPredictor,
     images: list[np.ndarray],
     args: argparse.Namespace,
     image_ids: Sequence[int] = (),
@@ -80,15 +83,23 @@ def predict(
         boxes: gives the boxes to crop; needs ``image_ids``.
     """
     try:
+        if isinstance(predictor, BatchPredictor):
+            check_memory(predictor, images)
         given = None if boxes is None else boxes(image_ids, images)
-        outputs = predictor(images) if given is None else predictor(images, given)
+        if isinstance(predictor, TiledPredictor):
+            outputs = predictor(images)
+        else:
+            outputs = predictor(images, given)
         if args.heatmaps and images:
+            assert isinstance(predictor, BatchPredictor)  # see prepare
             maps = predictor.model.heatmaps(predictor.upload(images, given))
             outputs = [o | {"heatmaps": m} for o, m in zip(outputs, maps, strict=True)]
-    except torch.cuda.OutOfMemoryError:
+    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
         if len(images) == 1:
             height, width = images[0].shape[:2]
-            return [f"{width}x{height} pixels do not fit into the device's memory"]
+            what = f" {error}" if isinstance(error, MemoryError) else ""
+            hint = "raise --confidence-threshold" if args.tile else "predict in tiles (--tile 1024)"
+            return [f"{width}x{height} pixels{what} do not fit into the memory: {hint}"]
         return [
             output
             for i, image in enumerate(images)
@@ -100,8 +111,17 @@ def predict(
     return list(outputs)
 
 
+def check_memory(predictor: BatchPredictor, images: Sequence[np.ndarray]) -> None:
+    """Raise MemoryError where the masks of images would not fit; the system would end the process."""
+    count = predictor.cfg.TEST.DETECTIONS_PER_IMAGE
+    pixels = sum(image.shape[0] * image.shape[1] for image in images)
+    on_cpu = predictor.device.type == "cpu" and predictor.cfg.MODEL.MASK_ON
+    if on_cpu and 2 * count * pixels > available_memory():  # all, and those that are selected
+        raise MemoryError(f"with up to {count} masks")
+
+
 def run_on_images(
-    predictor: BatchPredictor,
+    predictor: BatchPredictor | TiledPredictor,
     jobs: Sequence[Job],
     metadata: Metadata,
     args: argparse.Namespace,
@@ -139,7 +159,7 @@ def run_on_images(
 
 
 def run_on_video(
-    predictor: BatchPredictor,
+    predictor: BatchPredictor | TiledPredictor,
     reader: VideoReader | CameraReader,
     target: Path,
     metadata: Metadata,
@@ -226,7 +246,28 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SCORE",
         help="draw and write instances from this score on (default: %(default)s)",
     )
-    add("--batch-size", type=positive, default=1, metavar="N", help="images per pass (default: 1)")
+    add(
+        "--batch-size",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="images, or tiles, per pass (default: 1)",
+    )
+    add(
+        "--tile",
+        type=positive,
+        metavar="PIXELS",
+        help="predict on overlapping tiles of this side and merge the instances: for large images with "
+        "small objects",
+    )
+    add(
+        "--tile-overlap",
+        type=score,
+        default=0.2,
+        metavar="PART",
+        help="of a tile that its neighbours share, at least (default: %(default)s); best when the usual "
+        "object fits into it",
+    )
     add(
         "--max-drawn",
         type=positive,
@@ -347,9 +388,18 @@ def prepare(args: argparse.Namespace) -> Callable[[], list[str]]:
         )
     metadata = class_metadata(cfg, names)
     boxes = build_box_source(args, metadata)
+    used: BatchPredictor | TiledPredictor = predictor
+    if args.tile:
+        used = TiledPredictor(
+            predictor,
+            args.tile,
+            args.tile_overlap,
+            batch_size=args.batch_size,
+            threshold=args.confidence_threshold,
+        )
     if args.input:
-        return lambda: run_on_images(predictor, jobs, metadata, args, boxes)
-    return lambda: run_on_video(predictor, reader, target, metadata, args, boxes)
+        return lambda: run_on_images(used, jobs, metadata, args, boxes)
+    return lambda: run_on_video(used, reader, target, metadata, args, boxes)
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -358,6 +408,8 @@ def run(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if (args.detector_weights or args.detector_classes) and not args.detector:
         parser.error("--detector-weights and --detector-classes belong to --detector.")
+    if args.tile and (args.detector or args.boxes or args.draw == "heatmaps"):
+        parser.error("--tile goes neither with --detector or --boxes nor with --draw heatmaps.")
     setup_logger(name="d2ext")
     setup_logger(name="fvcore")
     try:
@@ -367,7 +419,7 @@ def run(arguments: list[str] | None = None) -> int:
         return 2
     try:
         problems = work()
-    except VideoError as error:
+    except (VideoError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:

@@ -11,12 +11,14 @@ Examples:
     d2ext train --config-file CONFIG --eval-only --analyze MODEL.WEIGHTS model_final.pth
 
 Options are those of Detectron2's train_net.py, and more; KEY VALUE pairs at the end change the config.
-OUTPUT_DIR gets checkpoints, logs, and the last evaluation's results as results.json.
+OUTPUT_DIR gets checkpoints, logs, and the last evaluation's results as results.json. It belongs to one
+training at a time; what an earlier one left moves to a sub-folder, unless --resume goes on with it.
 """
 
 import argparse
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,10 @@ from d2ext.data.custom import (
     check_config_against_data,
     register_from_arguments,
 )
+from d2ext.data.summary import report
 from d2ext.engine import Trainer, set_cpu_threads
 from d2ext.engine.processes import RankError, launch
+from d2ext.engine.run_folder import run_folder
 from d2ext.evaluation import check_analysis
 from d2ext.files import atomic_write
 from d2ext.model_zoo import find_config_file
@@ -88,18 +92,28 @@ def setup(args: argparse.Namespace) -> CfgNode:
 def main(args: argparse.Namespace) -> dict[str, Any] | None:
     """What each process does. Returns the results of the evaluation."""
     cfg = setup(args)
-    default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2ext")
-    results: dict[str, Any] | None
-    if args.eval_only:
-        results = evaluate(cfg, resume=args.resume)
-    else:
-        trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
-        results = trainer.train()
-    if comm.is_main_process() and results:
-        with atomic_write(Path(cfg.OUTPUT_DIR) / "results.json", "w") as file:
-            json.dump(results, file, indent=1, default=float)
+    with ExitStack() as stack:
+        if not args.eval_only:
+            comm.synchronize()  # all have read the config, which may be one that moves aside
+            if comm.is_main_process():
+                stack.enter_context(
+                    run_folder(cfg.OUTPUT_DIR, resume=args.resume, weights=cfg.MODEL.WEIGHTS)
+                )
+            comm.synchronize()  # where the folder is refused, the others write nothing and end
+        default_setup(cfg, args)
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2ext")
+        if comm.is_main_process():
+            report((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST), cfg.OUTPUT_DIR)
+        results: dict[str, Any] | None
+        if args.eval_only:
+            results = evaluate(cfg, resume=args.resume)
+        else:
+            trainer = Trainer(cfg)
+            trainer.resume_or_load(resume=args.resume)
+            results = trainer.train()
+        if comm.is_main_process() and results:
+            with atomic_write(Path(cfg.OUTPUT_DIR) / "results.json", "w") as file:
+                json.dump(results, file, indent=1, default=float)
     return results
 
 

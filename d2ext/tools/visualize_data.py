@@ -9,8 +9,8 @@ With --source loader (default) the pictures are the first samples of the trainin
 a run with this config and SEED gets them, whatever its batch size. With --source annotation they are
 the images of DATASETS.TRAIN in their order and size.
 
-Writes one PNG per sample and montage.png. Samples that cannot be used are reported and skipped; the
-exit code is then 1.
+Writes one PNG per sample, montage.png and, of own data, dataset_summary.json. Samples that cannot be
+used are reported and skipped; the exit code is then 1.
 """
 
 import argparse
@@ -43,6 +43,7 @@ from d2ext.data.custom import (
 )
 from d2ext.data.dataset_dicts import load_dataset
 from d2ext.data.panoptic import panoptic_classes
+from d2ext.data.summary import report
 from d2ext.model_zoo import find_config_file
 from d2ext.tools.command_line import make_parser, positive
 from d2ext.utils.drawing import write_picture
@@ -232,6 +233,7 @@ def run(arguments: list[str] | None = None) -> int:
     folder = Path(args.output_dir)
     try:
         cfg = setup(args)
+        report((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST), str(folder))
         samples = Samples(cfg, args.source, args.num)
         metadata = metadata_of(cfg, args.source)
         cells = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,18 +15,22 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 
 from d2ext.files import atomic_write
 from d2ext.utils.heatmaps import draw_points, overlay_heatmaps
+
+# Larger images are drawn smaller: Detectron2's visualizer takes some 120 bytes for a pixel.
+_MAX_PIXELS = 40_000_000
 
 
 def class_metadata(cfg: CfgNode, class_names: Sequence[str] | None = None) -> Metadata:
     """Names and colours of the classes that a config's model predicts.
 
-    ``class_names``, or those of the first registered data set in ``DATASETS.TEST`` and
-    ``DATASETS.TRAIN`` that names its thing classes. Classes without a name are called by their number,
-    see :func:`name_classes`.
+    They come from the first registered data set of ``DATASETS.TEST`` and ``DATASETS.TRAIN`` that names
+    its thing classes, or else from the names that the training left in ``DATASETS``; ``class_names``, if
+    given, replaces the names, and then nothing is taken from a data set. Classes without a name are
+    called by their number, see :func:`name_classes`.
     """
     if class_names is not None:
         return Metadata(name="class names", thing_classes=list(class_names))
@@ -34,7 +39,9 @@ def class_metadata(cfg: CfgNode, class_names: Sequence[str] | None = None) -> Me
             metadata = MetadataCatalog.get(dataset)
             if metadata.get("thing_classes"):
                 return metadata
-    return Metadata(name="no class names")
+    keys = "THING_CLASSES", "STUFF_CLASSES", "KEYPOINT_NAMES", "KEYPOINT_CONNECTION_RULES"
+    known = {key.lower(): cfg.DATASETS[key] for key in keys if cfg.DATASETS.get(key)}
+    return Metadata(name="names of the config", **known)
 
 
 def name_classes(metadata: Metadata, classes: torch.Tensor) -> Metadata:
@@ -90,6 +97,31 @@ def write_picture(path: Path, image: np.ndarray) -> None:
         file.write(data.tobytes())
 
 
+def _reduced(
+    image: np.ndarray, output: dict[str, Any], factor: int
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """An image and what was predicted on it, ``factor`` times smaller."""
+    size = -(-image.shape[0] // factor), -(-image.shape[1] // factor)
+    output = dict(output)
+    if "sem_seg" in output:
+        output["sem_seg"] = output["sem_seg"][:, ::factor, ::factor]
+    if "panoptic_seg" in output:
+        segments, info = output["panoptic_seg"]
+        output["panoptic_seg"] = segments[::factor, ::factor], info
+    if "instances" in output:
+        smaller = Instances(size)
+        for name, value in output["instances"].get_fields().items():
+            if isinstance(value, Boxes):
+                value = Boxes(value.tensor / factor)
+            elif name == "pred_masks":
+                value = value[:, ::factor, ::factor]
+            elif name in ("pred_keypoints", "pred_face_meshes"):
+                value = torch.cat([value[..., :2] / factor, value[..., 2:]], dim=-1)
+            smaller.set(name, value)
+        output["instances"] = smaller
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA), output
+
+
 class PictureDrawer:
     """Draws a model's predictions on single pictures.
 
@@ -109,7 +141,13 @@ class PictureDrawer:
             output: as Detectron2's models return it, instances as :func:`select` leaves them. With
                 ``heatmaps`` (see :mod:`d2ext.utils.heatmaps`) these and the instances' points are
                 drawn, too.
+
+        Returns:
+            the picture; of an image of more than 40 megapixels, a smaller one
         """
+        factor = math.ceil(math.sqrt(image.shape[0] * image.shape[1] / _MAX_PIXELS))
+        if factor > 1:
+            image, output = _reduced(image, output, factor)
         with _fixed_colors(0):
             return self._draw_all(image[:, :, ::-1], output)[:, :, ::-1]
 

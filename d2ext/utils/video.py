@@ -246,5 +246,11 @@ def video_writer(path: Path, rate: float) -> Iterator[Callable[[np.ndarray, floa
         if count == 0:
             raise OSError(f"There is no frame to write to '{path}'.")
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename != str(temporary):
+            raise
+        raise OSError(
+            error.errno, error.strerror, str(path)
+        ) from error  # the name that was asked for
     finally:
         temporary.unlink(missing_ok=True)

@@ -95,7 +95,7 @@ def test_necks_may_differ(tmp_path: Path) -> None:
 def test_another_system(tmp_path: Path) -> None:
     path = save(nn.Sequential(nn.Linear(2, 2)), tmp_path)
     for fit in ("exact", "finetune"):
-        with pytest.raises(CheckpointError, match=r"(?s)\.\.\. and \d+ more.*convert_checkpoint"):
+        with pytest.raises(CheckpointError, match=r"(?s)\.\.\. and \d+ more.*d2ext convert"):
             load(Detector(), path, fit)
 
 

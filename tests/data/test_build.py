@@ -222,13 +222,37 @@ class TestBadSamples:
         with pytest.raises(DatasetError, match="6 samples in a row"):
             take(build_train_loader(make_cfg(register(records))), 1)
 
-    def test_errors_of_the_program_are_not_swallowed(self):
-        def mapper(record):
-            raise KeyError("a bug")
+    def test_errors_of_libraries_name_file_and_annotation(self):
+        """They are bad samples; those of the program itself concern all samples and end the run."""
 
-        dataset = StreamDataset([{}], mapper, seed=0, max_bad=10, strict=False)
-        with pytest.raises(KeyError):
-            dataset[0, 0]
+        def mapper(record):
+            assert record["annotations"] != [] and record["annotations"][-1]["id"] != "c", "no mask"
+            return record
+
+        annotations = [{"id": "a"}, {"id": "b"}, {"id": "c"}]
+        records = [
+            {"file_name": "x.png", "annotations": annotations},
+            {"file_name": "y.png", "annotations": annotations[:2]},
+            {"file_name": "z.png", "annotations": []},
+        ]
+        dataset = StreamDataset(records, mapper, seed=0, max_bad=10, strict=False)
+        sample, (bad,) = dataset[0, 0]
+        assert sample is records[1] and bad.file_name == "x.png"
+        assert "'x.png', annotation c cannot be used: AssertionError: no mask" in bad.reason
+        with pytest.raises(SampleError, match=r"'z\.png' cannot be used") as caught:
+            StreamDataset(records, mapper, seed=0, max_bad=10, strict=True)[0, 2]
+        assert isinstance(caught.value.__cause__, AssertionError)
+        with pytest.raises(DatasetError, match="2 samples in a row"):
+            StreamDataset(records[::2], mapper, seed=0, max_bad=10, strict=False)[0, 0]
+
+    def test_a_share_of_bad_samples_ends_the_run(self, register, records, tmp_path):
+        for i in (0, 2, 4):  # never two in a row
+            (tmp_path / f"{i}.png").write_bytes(b"")
+        cfg = make_cfg(register(records))
+        take(build_train_loader(cfg), 9)
+        cfg.INPUT.MAX_BAD_SAMPLES = 2
+        with pytest.raises(DatasetError, match=r"3 files .*more than 10 % of the 6 samples"):
+            take(build_train_loader(cfg), 9)
 
     def test_replacement_has_the_randomness_of_the_position(self):
         def mapper(record):
@@ -357,6 +381,7 @@ class TestTestLoader:
     def test_processes_share_the_images(self, register, records, monkeypatch):
         name = register(records)
         monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 4)
+        monkeypatch.setattr("detectron2.utils.comm.all_gather", lambda value: [value])
         ids = []
         for rank in range(4):
             monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda rank=rank: rank)
@@ -377,10 +402,11 @@ class TestTestLoader:
             def evaluate(self):
                 return {"ids": self.ids}
 
-        with caplog.at_level(logging.ERROR):
+        with caplog.at_level(logging.WARNING):
             loader = build_test_loader(make_cfg(), name)
             result = inference_on_dataset(torch.nn.Identity(), loader, Ids())
         assert result == {"ids": [0, 1, 3, 4, 5]}
+        assert "5 of 6 images were evaluated" in caplog.text
         assert sum("2.png" in r.getMessage() for r in caplog.records) == 1
 
         assert [len(batch) for batch in loader] == [1] * 5
@@ -389,6 +415,34 @@ class TestTestLoader:
         cfg.INPUT.STRICT = True
         with pytest.raises(ImageReadError, match=r"2\.png"):
             list(build_test_loader(cfg, name))
+
+        for i in range(6):
+            (tmp_path / f"{i}.png").write_bytes(b"")
+        with pytest.raises(DatasetError, match="None of 6 images could be read"):
+            inference_on_dataset(torch.nn.Identity(), build_test_loader(make_cfg(), name), Ids())
+
+
+def test_mirroring_without_partners_is_told(register, records, caplog):
+    name = register(records)
+    MetadataCatalog.get(name).set(keypoint_names=["a", "b"], keypoint_flip_map=[])
+    for record in records:
+        for annotation in record["annotations"]:
+            annotation["keypoints"] = [1, 1, 2, 2, 2, 2]
+    cfg = make_cfg(name)
+    cfg.MODEL.KEYPOINT_ON = True
+    for recipe, key, value in (
+        ("default", "INPUT.RANDOM_FLIP", "none"),
+        ("ssd", "INPUT.AUGMENTATION.FLIP_PROB", 0.0),
+    ):
+        cfg.INPUT.AUGMENTATION.NAME = recipe
+        quiet = cfg.clone()
+        quiet.merge_from_list([key, value])
+        caplog.clear()
+        build_train_loader(quiet)
+        assert "mirrored" not in caplog.text
+        build_train_loader(cfg)
+        assert "none of its keypoints (a, b) is known to change places" in caplog.text
+        assert f"or set {key} {value}"[:-2] in caplog.text
 
 
 class Cycle:

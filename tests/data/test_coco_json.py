@@ -44,20 +44,23 @@ def test_file(coco):
         (lambda c: {**c, "images": {"a": 1}}, "malformed 'images'"),
         (lambda c: {"images": c["images"], "annotations": []}, "has no 'categories'"),
         (lambda c: {**c, "categories": []}, "'categories' is empty"),
-        (lambda c: c["images"][0].pop("width"), r"1 images have no 'width'.*id: 100"),
+        (lambda c: c["images"][0].pop("width"), r"1 images have no 'width': id 100"),
         (lambda c: c["annotations"][2].pop("id"), r"1 annotations have no 'id'"),
         (lambda c: c["annotations"][2].update(id=0), r"1 values of 'id'.*0 \(2 times\)"),
         (lambda c: c["images"][1].update(id=100), r"'id' occur repeatedly in 'images'"),
         (lambda c: c["categories"][1].update(name="pear"), r"'name'.*pear \(2 times\)"),
         (
             lambda c: c["annotations"][4].update(image_id=9999),
-            r"1 annotations have a image_id.*annotation 11 \(image_id 9999\)",
+            r"1 annotations have a image_id.*id 11 \(image_id 9999\)",
         ),
         (
             lambda c: [a.update(category_id=1) for a in c["annotations"]] and None,
-            r"9 annotations have a category_id.*annotation 0 \(category_id 1\).*4 more",
+            r"9 annotations have a category_id.*id 0 \(category_id 1\).*4 more",
         ),
-        (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), r"annotation 0 \(\[1, 2, 3\]\)"),
+        (
+            lambda c: c["annotations"][0].update(bbox=[1, 2, 3]),
+            r"four numbers.*id 0 \(\[1, 2, 3\]\)",
+        ),
         (lambda c: c["annotations"][0].update(bbox=[]), "not four numbers"),
         (lambda c: c["annotations"][0].update(ignore=1), "use 'iscrowd'"),
         (lambda c: c["annotations"][0].update(keypoints=[1, 2, 2]), "'keypoints' of other"),
@@ -120,6 +123,16 @@ def by_detectron2(json_file, images):
         MetadataCatalog.pop(name)
 
 
+def without_additions(records, as_there):
+    """Records without what Detectron2's reader does not give: ids and computed boxes."""
+    for record, other in zip(records, as_there, strict=True):
+        for annotation, there in zip(record["annotations"], other["annotations"], strict=True):
+            del annotation["id"]
+            if "bbox" not in there:
+                del annotation["bbox"]
+    return records
+
+
 def test_records_are_those_of_detectron2_s_reader(tmp_path):
     """With keypoints, RLE, a crowd, an annotation without box, and an image without annotations."""
     json_file, images, content = write_coco(tmp_path / "set")
@@ -133,7 +146,8 @@ def test_records_are_those_of_detectron2_s_reader(tmp_path):
     content["images"].insert(0, {"id": 500, "file_name": "0.png", "height": 60, "width": 80})
     save(tmp_path / "set", content)
     records = load_coco_json(json_file, images)
-    assert records == by_detectron2(json_file, images)
+    expected = by_detectron2(json_file, images)
+    assert without_additions(records, expected) == expected
     assert records[0]["annotations"][2]["keypoints"] == [3.5, 4.5, 2, 5.75, 6.5, 1]
     assert [r["image_id"] for r in records] == [100, 101, 102, 500]
 
@@ -143,7 +157,8 @@ def test_records_of_coco(real_data):
     json_file = str(real_data / "coco/annotations/instances_val2017.json")
     images = str(real_data / "coco/val2017")
     records = load_coco_json(json_file, images)
-    assert len(records) > 10 and records == by_detectron2(json_file, images)
+    expected = by_detectron2(json_file, images)
+    assert len(records) > 10 and without_additions(records, expected) == expected
 
 
 def test_landmark_files_need_less(tmp_path):
@@ -153,7 +168,7 @@ def test_landmark_files_need_less(tmp_path):
     }
     (tmp_path / "set").mkdir()
     save(tmp_path / "set", content)
-    file = read_coco_json(str(tmp_path / "set/data.json"), required=LANDMARKS)
+    file = read_coco_json(str(tmp_path / "set/data.json"), schema=LANDMARKS)
     assert (len(file.images), len(file.annotations), file.categories) == (1, 1, [])
     with pytest.raises(DatasetError, match="has no 'categories'"):
         read_coco_json(str(tmp_path / "set/data.json"))

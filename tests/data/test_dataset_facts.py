@@ -17,6 +17,7 @@ from d2ext.data.dataset_facts import (
     set_config_from_data,
 )
 from d2ext.data.landmarks import LANDMARK_DATASETS
+from d2ext.utils.drawing import class_metadata
 
 FACE = {
     "id": 4,
@@ -45,9 +46,70 @@ def test_keypoints_of_a_category():
         ({"skeleton": [[0, 1]]}, "do not fit"),
         ({"sigmas": [0.1]}, "do not fit"),
         ({"keypoints": ["a", "a", "b"]}, "'face' occur repeatedly"),
+        ({"flip_pairs": [[0, 1], [1, 2]]}, "left_eye with nose, right_eye.*one partner"),
+        ({"flip_pairs": [0, 1]}, "lists of pairs of whole numbers"),
+        ({"sigmas": [0.1, 0, 0.1]}, "above 0"),
     ):
         with pytest.raises(DatasetError, match=message):
             category_keypoints({**FACE, **change})
+
+
+@pytest.mark.parametrize(
+    ("names", "partners"),
+    [
+        (("L_Eye", "R_Eye", "Nose", "L_F_Paw", "R_F_Paw"), [1, 0, 2, 4, 3]),
+        (("Left_Eye", "Right_Eye", "LEFT_EAR", "RIGHT_EAR"), [1, 0, 3, 2]),
+        (
+            ("left_eye_left", "left_eye_right", "nose", "right_eye_left", "right_eye_right"),
+            [4, 3, 2, 1, 0],
+        ),
+        (("eye-right", "eye-left", "eye.L", "eye.R"), [1, 0, 3, 2]),
+        (("LeftEye", "RightEye", "REar", "LEar", "pawR", "pawL"), [1, 0, 3, 2, 5, 4]),
+        (("REAR_LEFT", "REAR_RIGHT", "bright", "l1", "r1"), [1, 0, 2, 4, 3]),
+        (("nose", "left_eye", "Lip", "Rip", "tail", "hair"), [0, 1, 2, 3, 4, 5]),
+        (("left", "LEFT", "right"), [0, 2, 1]),
+    ],
+)
+def test_mirror_partners_by_name(name, names, partners):
+    MetadataCatalog.get(name).set(**category_metadata([{"id": 1, "name": "x", "keypoints": names}]))
+    assert dataset_facts(name).flip_indices == partners
+    assert [partners[i] for i in partners] == list(range(len(names)))
+
+
+def test_constants_of_similarity(name, caplog):
+    """COCO's are of people's points alone, the data's own win."""
+    coco = list(LANDMARK_DATASETS["coco"].sigmas)
+    people = list(LANDMARK_DATASETS["coco"].keypoints)
+    animals = [f"point_{i}" for i in range(17)]
+    category = {"id": 1, "name": "x", "keypoints": people}
+    for change, given, expected in (
+        ({}, [], []),
+        ({}, coco, coco),
+        ({}, [0.1] * 3, []),
+        ({"sigmas": [0.2] * 17}, coco, [0.2] * 17),
+        ({"keypoints": animals}, [], [0.05] * 17),
+        ({"keypoints": animals}, coco, [0.05] * 17),
+        ({"keypoints": animals}, [0.3] * 17, [0.3] * 17),
+    ):
+        MetadataCatalog.pop(name, None)
+        MetadataCatalog.get(name).set(**category_metadata([{**category, **change}]))
+        cfg = get_cfg()
+        cfg.TEST.KEYPOINT_OKS_SIGMAS = given
+        set_config_from_data(cfg, name)
+        assert expected == cfg.TEST.KEYPOINT_OKS_SIGMAS
+    assert "no 'sigmas' of their 17 keypoints" in caplog.text
+
+
+def test_names_go_into_the_config(name):
+    """A saved config names what it predicts without the data."""
+    MetadataCatalog.get(name).set(**category_metadata([{"id": 1, "name": "hat"}, FACE]))
+    cfg = get_cfg()
+    set_config_from_data(cfg, name)
+    cfg.DATASETS.TEST = ("not_registered",)
+    metadata = class_metadata(type(cfg).load_cfg(cfg.dump()))
+    assert metadata.thing_classes == ["hat", "face"] and metadata.get("stuff_classes") is None
+    assert metadata.keypoint_names == FACE["keypoints"]
+    assert metadata.keypoint_connection_rules[0][:2] == ["nose", "left_eye"]
 
 
 def test_metadata_and_facts_of_categories(name):
@@ -113,6 +175,10 @@ def test_constants_that_fit_stay(name):
     set_config_from_data(cfg, name)
     assert cfg.TEST.KEYPOINT_OKS_SIGMAS == [0.2, 0.3]
     assert cfg.MODEL.CENTERNET.POSE.FLIP_PAIRS == []  # those of the config are of other points
+    with pytest.raises(DatasetError, match="a with a, b"):
+        MetadataCatalog.get(name).set(keypoint_flip_map=[("a", "b"), ("a", "a")])
+        flip_indices(name)
+    MetadataCatalog.get(name).__dict__.pop("keypoint_flip_map")
     with pytest.raises(DatasetError, match="unknown names"):
         MetadataCatalog.get(name).set(keypoint_flip_map=[("a", "c")])
         flip_indices(name)

@@ -368,6 +368,23 @@ class TestSemSeg:
         with pytest.raises(AnnotationError, match=r"scene\.png.*\(5, 5\)"):
             D2extDatasetMapper(make_cfg(), True)(record)
 
+    def test_labels_that_are_no_class(self, record, tmp_path):
+        """A loss would stop at them, on a GPU without a word."""
+        labels = np.zeros((120, 160), np.uint8)
+        labels[0, :2] = 255, 7
+        Image.fromarray(labels).save(tmp_path / "labels.png")
+        record["sem_seg_file_name"] = str(tmp_path / "labels.png")
+        name = "mapper_stuff"
+        MetadataCatalog.get(name).stuff_classes = ["a", "b"]
+        cfg = make_cfg()
+        cfg.DATASETS.TRAIN = (name,)
+        with pytest.raises(AnnotationError, match=r"labels\.png' has labels 7, .* no class"):
+            D2extDatasetMapper(cfg, True)(record)
+        MetadataCatalog.pop(name)
+        MetadataCatalog.get(name).stuff_classes = [str(i) for i in range(8)]
+        assert D2extDatasetMapper(cfg, True)(record)["sem_seg"].max() == 255
+        MetadataCatalog.pop(name)
+
 
 def test_inference_leaves_the_image_at_its_size(record):
     cfg = make_cfg(INPUT__AUGMENTATION__NAME="ssd")

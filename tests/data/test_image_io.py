@@ -1,6 +1,7 @@
 """Images of every kind are read; broken ones give one kind of error that names the file."""
 
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,7 @@ def test_cmyk(tmp_path):
 
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
-    values = np.array([[0, 128, 129, 257 * 3, 257 * 100, 65535]], np.uint16)
+    values = np.array([[0, 255, 256, 257 * 3, 257 * 100, 65535]], np.uint16)
     for name in ("a.png", "a.tif"):
         file = save(Image.fromarray(values), tmp_path / name)
         assert read_image(file)[0, :, 0].tolist() == [0, 0, 1, 3, 100, 255]
@@ -198,7 +199,30 @@ def test_bits_that_are_used(tmp_path: Path, bits: int) -> None:
     Image.fromarray(values).save(tmp_path / "deep.png")
     image = read_image(str(tmp_path / "deep.png"), "L")[0, :, 0]
     assert (image[0], image[-1]) == (0, 255) and len(np.unique(image)) == 256
-    np.testing.assert_allclose(image, values[0] / (2**bits - 1) * 255, atol=0.51)
+    np.testing.assert_allclose(image, values[0] / (2**bits - 1) * 255, atol=1)
+    steps = np.arange(256, dtype=np.uint16)[None] << (bits - 8)  # as from a sensor of 8 bits
+    Image.fromarray(steps).save(tmp_path / "steps.png")
+    assert len(np.unique(read_image(str(tmp_path / "steps.png"), "L"))) == 256
+
+
+def test_five_channels_are_named(tmp_path: Path) -> None:
+    # TIFF's tags: width, height, bits, no compression, RGB, where the pixels are, channels, rows, bytes.
+    values = (
+        (256, 2),
+        (257, 2),
+        (258, 8),
+        (259, 1),
+        (262, 2),
+        (273, 8),
+        (277, 5),
+        (278, 2),
+        (279, 20),
+    )
+    tags = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in values)
+    head = struct.pack("<4sI20sH", b"II*\0", 28, bytes(20), len(values))
+    (tmp_path / "bands.tif").write_bytes(head + tags + bytes(4))
+    with pytest.raises(ImageReadError, match=r"bands\.tif.*channels: save those"):
+        read_image(str(tmp_path / "bands.tif"))
 
 
 def test_pages_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,6 +13,7 @@ from detectron2.utils.events import EventWriter
 
 from d2ext.checkpoint.checkpointer import CheckpointSaveError
 from d2ext.checkpoint.io import load_untrusted
+from d2ext.engine import Trainer
 from d2ext.engine.hooks import LogWriter, drop_metrics_from
 from tests.engine import toy
 from tests.engine.conftest import Train
@@ -90,6 +91,19 @@ class Failing(EventWriter):
     def write(self) -> None:
         self.calls += 1
         raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_no_evaluation_after_an_error(build: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even where the error came in the last iteration."""
+    evaluated = []
+    monkeypatch.setattr(Trainer, "test", lambda *args: evaluated.append(args) or {})
+    trainer = build(SOLVER__MAX_ITER=1)
+    monkeypatch.setattr(trainer, "run_step", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert not evaluated
+    build("other", SOLVER__MAX_ITER=1).train()
+    assert len(evaluated) == 1
 
 
 def test_writer_that_fails_does_not_end_the_training(

@@ -95,6 +95,19 @@ def test_floating_point_error_of_the_model_is_a_bad_step() -> None:
     assert trainer.skipped == 1
 
 
+def test_an_error_of_the_model_names_the_images(caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(Scripted):
+        def forward(self, inputs: list[dict[str, str]]) -> dict[str, Tensor]:
+            raise IndexError("Target 7 is out of bounds.")
+
+    batch = [{"file_name": "a.png"}, {"file_name": "b.png"}]
+    trainer, _ = make([batch], accumulation_steps=2)
+    trainer.model = Failing()
+    with pytest.raises(IndexError), EventStorage(0):
+        trainer.run_step()
+    assert "failed on the images ['a.png']" in caplog.text
+
+
 def test_limit_of_bad_steps_in_a_row() -> None:
     bad, good = [1.0, NAN], [1.0, 3.0]
     trainer, _ = make([bad, bad, good, bad, bad, bad], bad_step_limit=3)

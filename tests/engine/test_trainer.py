@@ -209,6 +209,42 @@ def test_best_checkpoint_survives_a_resume(build: Train, tmp_path: Path) -> None
     assert load_untrusted(best)["best_metric"] == 6.0
 
 
+@pytest.mark.parametrize(
+    "options", [{"INPUT__FORMAT": "L"}, {"MODEL__PIXEL_MEAN": "[1.0]", "MODEL__PIXEL_STD": "[1.0]"}]
+)
+def test_other_than_three_channels_are_refused(build: Train, options: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="three channels: INPUT.FORMAT RGB or BGR"):
+        build(**options)
+
+
+def test_training_ends_early_and_stays_ended(build: Train, tmp_path: Path) -> None:
+    options = {"TEST__BEST_METRIC": "toy/score", "TEST__EVAL_PERIOD": 2, "TEST__EARLY_STOPPING": 3}
+
+    def run(scores: list[float], end: int = 20, **more: object) -> dict[str, float]:
+        trainer = build(SOLVER__MAX_ITER=end, **options | more)
+        values = iter(scores)
+        trainer.test = lambda cfg, model: {"toy": {"score": next(values)}}
+        trainer.resume_or_load(resume=True)
+        results = trainer.train()
+        assert not list(values), "fewer evaluations than expected"
+        return results["toy"]
+
+    run([3.0, 5.0, 4.0, 4.0], end=8)  # the best is of iteration 3
+    assert run([4.5]) == {"score": 4.5}  # goes on counting: the third without a better one
+    losses = toy.losses(tmp_path / "run")
+    assert sorted(losses) == list(range(10))
+    stored = load_untrusted(tmp_path / "run/model_final.pth")
+    assert stored["iteration"] == 9 and "optimizer" in stored["trainer"]["_trainer"]
+    assert run([4.0]) == {"score": 4.0} and toy.losses(tmp_path / "run") == losses
+    run([6.0, 1.0, 1.0, 1.0], TEST__EARLY_STOPPING=4, end=18)  # more patience: it goes on
+    assert sorted(toy.losses(tmp_path / "run")) == list(range(18))
+
+
+def test_early_stopping_needs_to_know_what_is_better(build: Train) -> None:
+    with pytest.raises(ConfigError, match=r"TEST\.BEST_METRIC"):
+        build(TEST__EARLY_STOPPING=2, TEST__EVAL_PERIOD=2)
+
+
 def test_resumed_run_continues_as_if_uninterrupted(
     build: Train, train: Train, tmp_path: Path
 ) -> None:

@@ -70,8 +70,8 @@ def evaluator_of(tmp_path: Any) -> Any:
     metadata.set(json_file=str(tmp_path / "annotations.json"), thing_classes=["person"])
     metadata.set(evaluator_type="coco", keypoint_oks_sigmas=tuple(SIGMAS.tolist()))
     (tmp_path / "annotations.json").write_text(
-        '{"images": [{"id": 1, "height": 90, "width": 90}], "annotations": [], "categories": '
-        '[{"id": 1, "name": "person"}]}'
+        '{"images": [{"id": 1, "file_name": "1.png", "height": 90, "width": 90}], "annotations": [], '
+        '"categories": [{"id": 1, "name": "person"}]}'
     )
 
     def make(*options: Any) -> COCOEvaluator:

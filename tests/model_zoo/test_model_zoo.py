@@ -51,7 +51,7 @@ def test_only_configs_are_found(name: str) -> None:
 
 
 def test_trained_weights_are_refused_with_the_way_to_get_them() -> None:
-    with pytest.raises(ValueError, match="convert_checkpoint"):
+    with pytest.raises(ValueError, match="d2ext convert"):
         model_zoo.get_config(DEMO, trained=True)
 
 

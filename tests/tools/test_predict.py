@@ -23,6 +23,7 @@ from d2ext.data.image_io import read_image
 from d2ext.engine.predictor import BatchPredictor
 from d2ext.testing import tiny_config
 from d2ext.tools import predict, prediction_files
+from d2ext.utils import drawing
 from d2ext.utils.drawing import PictureDrawer, VideoDrawer, class_metadata, name_classes, select
 from d2ext.utils.video import VideoReader, video_writer
 
@@ -183,6 +184,45 @@ def test_nothing_above_the_threshold(config: str, tmp_path: Path) -> None:
     found, images = results(tmp_path / "out")
     assert found == [] and len(images["images"]) == 1
     assert (cv2.imread(str(tmp_path / "out/a.png")) == cv2.imread(str(file))).all()
+
+
+def test_tiles_of_a_large_image(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path / "in/1.png", photograph(64, 150))
+    arguments = ("--input", file, "--confidence-threshold", 0.1)
+    assert run(config, tmp_path / "out", *arguments, "--tile", 64, "--tile-overlap", 0.3) == 0
+    found, images = results(tmp_path / "out")
+    assert (images["images"][0]["width"], images["images"][0]["height"]) == (150, 64)
+    assert found and max(x["bbox"][0] + x["bbox"][2] for x in found) > 128
+    for result in found:
+        assert result["segmentation"]["size"] == [64, 150]
+        x, y, w, h = result["bbox"]
+        left, top, width, height = mask_util.toBbox(result["segmentation"])
+        # masks are cropped at a resolution of 4 pixels
+        assert width == 0 or (x - 8 <= left and left + width <= x + w + 8)
+        assert width == 0 or (y - 8 <= top and top + height <= y + h + 8)
+    with pytest.raises(SystemExit):
+        run(config, tmp_path / "out", *arguments, "--tile", 64, "--draw", "heatmaps")
+    assert "--tile goes neither" in capsys.readouterr().err
+    # Without them it may be that not all fits.
+    monkeypatch.setattr(predict, "available_memory", lambda: 10_000)
+    assert run(config, tmp_path / "out2", *arguments) == 1
+    assert "150x64 pixels with up to" in (error := capsys.readouterr().err) and "--tile" in error
+
+
+def test_large_images_are_drawn_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawing, "_MAX_PIXELS", 10_000)
+    mask = torch.zeros(1, 200, 301, dtype=torch.bool)
+    mask[0, 20:60, 120:180] = True
+    instances = Instances((200, 301))
+    instances.pred_boxes = Boxes(torch.tensor([[120.0, 20, 180, 60]]))
+    instances.pred_masks, instances.pred_classes = mask, torch.tensor([0])
+    instances.scores = torch.tensor([0.9])
+    drawer = PictureDrawer(Metadata(name="large", thing_classes=["thing"]))
+    picture = drawer(np.zeros((200, 301, 3), np.uint8), {"instances": instances})
+    assert picture.shape == (67, 101, 3)
+    assert [bool(picture[y, x].max() > 30) for y, x in ((13, 50), (13, 30), (50, 50))] == [1, 0, 0]
 
 
 def test_output_that_is_one_file(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from d2ext.checkpoint.io import load_untrusted
+from d2ext.engine.run_folder import run_folder
 from d2ext.tools import train
 from tests.engine import toy
 
@@ -163,6 +165,28 @@ def test_checkpoint_errors(capsys: pytest.CaptureFixture, trained: Path, tmp_pat
     options = toy.options(tmp_path, MODEL__WEIGHTS=weights, DATASETS__TEST="('toy',)", **wider)
     text = error_of(capsys, "--eval-only", *options)
     assert "of another shape" in text and "backbone.0.weight: checkpoint (4, 3, 3, 3)" in text
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_folder_belongs_to_one_training(
+    toy_json: Path, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    (tmp_path / "model_final.pth").write_bytes(b"another's")
+    (tmp_path / "config.yaml").write_text("another's")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    options = toy.options(tmp_path, SOLVER__MAX_ITER=2, SOLVER__STEPS="()")
+    with run_folder(tmp_path, resume=True):
+        for arguments in ([], ["--resume"]):
+            assert f"process {os.getpid()} on" in error_of(capsys, *arguments, *options)
+        both = toy.start(toy_json, "--resume", "--num-gpus", "2", *options)
+        assert f"process {os.getpid()} on" in toy.wait(both, 1)
+        assert {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.name != ".lock"} == before
+    assert train.run(options) == 0  # and one that has ended is kept
+    assert sorted(toy.losses(tmp_path)) == [0, 1]
+    assert {f.name: f.read_bytes() for f in (tmp_path / "earlier_1").iterdir()} == before
+    (tmp_path / "last_checkpoint").unlink()
+    assert train.run(["--resume", *options, "SOLVER.MAX_ITER", "3"]) == 0
+    assert sorted(toy.losses(tmp_path)) == [0, 1, 2] and not (tmp_path / "earlier_2").exists()
 
 
 def test_diverged_training_ends_with_advice(

@@ -65,6 +65,7 @@ def test_annotations(data, tmp_path):
         "0001_1.png",
         "0002_2.png",
         "0003_3.png",
+        "dataset_summary.json",
         "montage.png",
     ]
     picture = cv2.imread(str(tmp_path / "out" / "0000_0.png"))[:, :, ::-1]
@@ -82,7 +83,7 @@ def test_loader_shows_the_training_stream(data, tmp_path):
     opts = ["INPUT.AUGMENTATION.NAME", "ssd", "INPUT.AUGMENTATION.SIZE", "450", "SEED", "3"]
     assert visualize_data.run([*data, "--num", "6", *opts]) == 0
     first = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
-    assert len(first) == 7  # the stream is endless: more samples than images
+    assert len(first) == 8  # the stream is endless: more samples than images
     assert cv2.imread(str(tmp_path / "out" / "montage.png")).shape[0] == 2 * visualize_data.CELL
     for path in (tmp_path / "out").glob("0*.png"):
         assert cv2.imread(str(path)).shape == (450, 450, 3)
@@ -101,7 +102,7 @@ def test_bad_samples_are_reported(data, tmp_path, caplog, source):
     assert any("2.png" in r.getMessage() for r in caplog.records)
     names = written(tmp_path)
     assert "montage.png" in names and not any("_2.png" in name for name in names)
-    assert len(names) == (4 if source == "annotation" else 5)
+    assert len(names) == (5 if source == "annotation" else 6)
 
 
 @pytest.mark.parametrize(

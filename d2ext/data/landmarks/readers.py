@@ -54,14 +54,14 @@ def read_coco(
         DatasetError: see :func:`~d2ext.data.coco_json.read_coco_json`; annotations with another number
             of points, or with boxes that are not four numbers.
     """
-    file = read_coco_json(path, required=LANDMARKS)
+    file = read_coco_json(path, schema=LANDMARKS)
     records = {entry["id"]: image_record(entry, images) for entry in file.images}
     for entry in file.annotations:
         where = f"annotation {entry['id']} of '{path}'"
         points = _points(dataset, entry.get("keypoints") or [0] * 3 * len(dataset.keypoints), where)
         extra: Record = {"id": entry["id"], "iscrowd": int(entry.get("iscrowd", 0))}
-        if "bbox" in entry:
-            x, y, w, h = entry["bbox"]
+        x, y, w, h = entry.get("bbox") or (0, 0, 0, 0)
+        if w >= 0 and h >= 0 and w + h > 0:  # else the box is made from the points
             extra["bbox"] = [x, y, x + w, y + h]
             extra["area"] = float(entry.get("area", w * h))
         if "center" in entry and "scale" in entry:
@@ -174,11 +174,18 @@ def _read_csv(
 def _read_pts(
     dataset: LandmarkDataset, path: str, images: str, origin: float | None
 ) -> list[Record]:
-    """A folder of ``.pts`` files, each beside or named as its image; ``origin`` defaults to 1."""
+    """A folder of ``.pts`` files, or of folders of them (300-W's 01_Indoor and 02_Outdoor), each beside
+    or named as its image; ``origin`` defaults to 1."""
     origin = 1.0 if origin is None else origin
-    names = sorted(name for name in PathManager.ls(path) if name.endswith(".pts"))
+    folders = ["", *(f for f in PathManager.ls(path) if PathManager.isdir(os.path.join(path, f)))]
+    names = sorted(
+        os.path.join(folder, name)
+        for folder in folders
+        for name in PathManager.ls(os.path.join(path, folder))
+        if name.endswith(".pts")
+    )
     if not names:
-        raise DatasetError(f"Folder '{path}' has no .pts file.")
+        raise DatasetError(f"Folder '{path}' has no .pts file, nor have the folders in it.")
     records = []
     for number, name in enumerate(names):
         file = os.path.join(path, name)

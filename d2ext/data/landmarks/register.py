@@ -134,7 +134,7 @@ def custom_kind(path: str) -> LandmarkDataset:
     :func:`~d2ext.data.dataset_facts.category_keypoints`. Faces and the like are evaluated by NME of the
     box; with ``sigmas``, by OKS.
     """
-    named = [c for c in read_coco_json(path, required=LANDMARKS).categories if c.get("keypoints")]
+    named = [c for c in read_coco_json(path, schema=LANDMARKS).categories if c.get("keypoints")]
     if len(named) != 1:
         raise DatasetError(
             f"'{path}' has {len(named)} categories with 'keypoints'; a custom landmark set needs "
@@ -185,6 +185,6 @@ def read_head_boxes(path: str) -> np.ndarray:
 def _category_id(path: str) -> int:
     """Id of the category in a COCO-keypoint file, the first one with names of points if any has;
     Detectron2's evaluator wants it, and detections of other categories are left out."""
-    categories = read_coco_json(path, required=LANDMARKS).categories or [{"id": 1}]
+    categories = read_coco_json(path, schema=LANDMARKS).categories or [{"id": 1}]
     named = [category for category in categories if category.get("keypoints")]
     return int((named or categories)[0].get("id", 1))

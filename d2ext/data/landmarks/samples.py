@@ -12,7 +12,7 @@ from detectron2.structures import BoxMode
 
 from d2ext.data.annotations import describe_dropped
 from d2ext.data.coco_results import read_coco_results
-from d2ext.data.errors import AnnotationError, DatasetError
+from d2ext.data.errors import AnnotationError, DatasetError, shorten
 
 logger = logging.getLogger(__name__)
 Record = dict[str, Any]
@@ -124,10 +124,17 @@ def add_detections(
         which nothing was detected.
 
     Raises:
-        DatasetError: no such file, or no list of detections.
+        DatasetError: no such file, no list of detections, or none of these images.
     """
-    results = read_coco_results(path, min_score, categories)
+    # Some tools write "1" for 1.
+    results = {str(i): boxes for i, boxes in read_coco_results(path, min_score, categories).items()}
+    ids = [str(record["image_id"]) for record in records]
+    if results and not results.keys() & set(ids):
+        raise DatasetError(
+            f"No box of '{path}' belongs to the data: its image ids ({shorten(list(results), 3)}) are "
+            f"none of the images' ({shorten(ids, 3)}). Write the ids of the annotation file."
+        )
     return [
-        {**r, "detections": sorted(results.get(r["image_id"], []), key=lambda d: -d[1])}
-        for r in records
+        {**record, "detections": sorted(results.get(i, []), key=lambda d: -d[1])}
+        for i, record in zip(ids, records, strict=True)
     ]

@@ -21,6 +21,7 @@ from detectron2.modeling.sampling import subsample_labels
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks, pairwise_iou
 from torch import Tensor
 
+from d2ext.config import ConfigError
 from d2ext.systems.upsnet.boxes import PyramidRoIAlign, clip, end_behind, inclusive
 from d2ext.systems.upsnet.rpn import match
 from d2ext.systems.upsnet.targets import UPSNetTargets
@@ -40,7 +41,7 @@ class UPSNetROIHeads(StandardROIHeads):
     @classmethod
     def _init_mask_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         if not cfg.MODEL.MASK_ON:
-            raise ValueError("UPSNet needs its mask head: set MODEL.MASK_ON to True.")
+            raise ConfigError("UPSNet needs its mask head: set MODEL.MASK_ON to True.")
         parts = super()._init_mask_head(cfg, input_shape)
         parts["mask_pooler"] = _pooler(cfg.MODEL.ROI_MASK_HEAD, cfg, input_shape)
         return parts

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2ext.codecs.prior_boxes import decode_boxes, prior_boxes
+from d2ext.config import ConfigError
 from d2ext.layers import assemble_binary_masks, assemble_masks
 from d2ext.modeling.meta_arch import BackboneWithHead, MetaArch, output_size
 from d2ext.systems.yolact.head import MaskScorer, YOLACTHead, YOLACTPredictions
@@ -109,6 +110,10 @@ class YOLACT(MetaArch):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        if not cfg.MODEL.MASK_ON:
+            raise ConfigError(
+                f"{cfg.MODEL.META_ARCHITECTURE} learns masks: set MODEL.MASK_ON to True."
+            )
         yolact = cfg.MODEL.YOLACT
         backbone = build_backbone(cfg)
         shapes = sorted(backbone.output_shape().values(), key=lambda shape: shape.stride)

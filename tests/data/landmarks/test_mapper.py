@@ -267,6 +267,11 @@ def test_detections(record, tmp_path):
     assert instances.pred_boxes.tensor.tolist() == [[5, 6, 15, 26], [1, 2, 11, 22], [5, 6, 5, 26]]
     torch.testing.assert_close(instances.scores, torch.tensor([0.9, 0.4, 0.3]))
     assert len(mapper(records[1])["instances"]) == 0
+    # Ids as text are the same ids; none of the images' is an error.
+    path.write_text(json.dumps([{**d, "image_id": str(d["image_id"])} for d in detections]))
+    assert len(add_detections([record], str(path), 0.2)[0]["detections"]) == 3
+    with pytest.raises(DatasetError, match=r"image ids \(3, 9\) are none of the images' \(5\)"):
+        add_detections([{**record, "image_id": 5}], str(path))
     path.write_text(json.dumps({"annotations": []}))
     with pytest.raises(DatasetError, match="COCO's result format"):
         add_detections([record], str(path))

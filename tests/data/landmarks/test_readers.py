@@ -24,6 +24,7 @@ from d2ext.data.landmarks import (
 from d2ext.data.landmarks.datasets import DESCRIBED
 from d2ext.data.landmarks.readers import detect_form, extent_crop_box
 from d2ext.data.landmarks.register import custom_kind, read_head_boxes
+from d2ext.data.landmarks.samples import usable_annotations
 
 SETS = {
     "coco": "test_coco.json",
@@ -171,6 +172,17 @@ def test_coco_form(folder):
     np.testing.assert_array_equal(points_of(record["annotations"][0])[0], [9.5, 19.5, 2])
 
 
+@pytest.mark.parametrize("bbox", [[0, 0, 0, 0], [5, 5, -1, 9]])
+def test_box_of_the_points_where_there_is_none(folder, bbox):
+    path = write(folder / "x.json", coco_file(bbox=bbox, area=0))
+    (record,) = load_landmarks(LANDMARK_DATASETS["mpii"], path, str(folder), "coco")
+    (annotation,) = usable_annotations(record)
+    points = points_of(annotation)
+    x0, y0, x1, y1 = annotation["bbox"]
+    inside = points[points[:, 2] > 0][:, :2]
+    assert (inside > (x0, y0)).all() and (inside < (x1, y1)).all() and annotation["area"] > 0
+
+
 def test_mpii_form(folder):
     joints = [[11.0 + i, 21.0 + 2 * i] for i in range(16)]
     joints[0] = [-1.0, -1.0]
@@ -251,6 +263,11 @@ def test_pts_folder(folder):
     (record,) = load_landmarks(LANDMARK_DATASETS["300w"], str(folder), str(folder), "pts")
     assert record["file_name"] == str(folder / "a.png")
     np.testing.assert_array_equal(points_of(record["annotations"][0])[0], [10, 19.5, 2])
+    (folder / "01_Indoor").mkdir()
+    for name in ("a.pts", "a.png"):  # as 300-W is published
+        (folder / name).rename(folder / "01_Indoor" / name)
+    (found,) = load_landmarks(LANDMARK_DATASETS["300w"], str(folder), str(folder), "pts")
+    assert found == {**record, "file_name": str(folder / "01_Indoor" / "a.png")}
     # As indices from 0: x 9.5 to 76.5, y 19 to 86.
     np.testing.assert_array_equal(record["annotations"][0]["crop_box"], [9, 18.5, 77, 86.5])
 
@@ -288,12 +305,12 @@ def test_custom_kind_from_names(folder):
     kind = custom_kind(write(folder / "x.json", content))
     assert kind.flip_pairs == ((1, 2),) and kind.skeleton == ((0, 1), (0, 2))
     assert kind.metrics == ("nme", "pck") and kind.category == "hand"
-    for change in ({"flip_pairs": [[0, 3]]}, {"sigmas": [0.1]}, {"skeleton": [[0, 1]]}):
+    for change in ({"flip_pairs": [[0, 3]]}, {"sigmas": [0.1]}, {"skeleton": [[1, 4]]}):
         content["categories"] = [{**category, **change}]
         with pytest.raises(DatasetError, match="do not fit"):
             custom_kind(write(folder / "x.json", content))
     content["categories"] = [{**category, "keypoints": ["a", "a", "b"]}]
-    with pytest.raises(DatasetError, match="repeatedly"):
+    with pytest.raises(DatasetError, match="different names"):
         custom_kind(write(folder / "x.json", content))
 
 
@@ -379,11 +396,15 @@ BAD = {
     "no box": (
         "mpii",
         coco_file(bbox=[1, 2, 3]),
-        r"not four numbers.*annotation 1 \(\[1, 2, 3\]\)",
+        r"not four numbers.*id 1 \(\[1, 2, 3\]\)",
     ),
     "no crop box": ("mpii", coco_file(crop_box=None), "'crop_box' is not four numbers"),
     "no head box": ("mpii", coco_file(bbox_head=["a"] * 4), "'bbox_head' is not four numbers"),
-    "not finite": ("mpii", coco_file(keypoints=[float("nan")] * 48), "not finite"),
+    "not finite": (
+        "mpii",
+        coco_file(keypoints=[float("inf"), 1, 2] * 16),
+        "'keypoints' that is not",
+    ),
     "no annotation": ("mpii", {**coco_file(), "annotations": []}, "no annotation"),
     "list": ("mpii", [{"image": "a.png"}], "has no center, joints"),
     "json": ("mpii", "{", "not valid JSON"),
