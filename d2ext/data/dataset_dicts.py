@@ -162,8 +162,8 @@ def _checked(cfg: CfgNode, name: str, records: list[Record]) -> list[Record]:
     if no_mask and not masks:
         raise DatasetError(
             f"No annotation of data set '{name}' has a segmentation, but the model learns masks: "
-            f"{shorten(no_mask)}. Annotate them, or train a model that learns boxes, such as CornerNet "
-            "or CenterNet."
+            f"{shorten(no_mask)}. Annotate them; for an R-CNN set MODEL.MASK_ON: False; or train a "
+            "model that learns boxes, such as CornerNet."
         )
     if no_mask:
         logger.warning(

@@ -32,6 +32,8 @@ from d2ext.data.coco_json import (
 from d2ext.evaluation.oks_nms import oks_nms
 from d2ext.files import atomic_write
 
+logger = logging.getLogger(__name__)
+
 _FIELDS = {"pred_masks": "segm", "pred_keypoints": "keypoints"}
 
 
@@ -80,7 +82,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         kpt_oks_sigmas: Sequence[float] = (),
     ) -> None:
         # Not Detectron2's constructor, which reads the file as it is.
-        self._logger = logging.getLogger(__name__)
+        self._logger = logger
         self._distributed = distributed
         self._use_fast_impl = use_fast_impl
         self._max_dets_per_image = [1, 10, max_dets_per_image or 100]
@@ -314,8 +316,12 @@ def _coco_api(content: dict[str, Any]) -> COCO:
 def _with_masks(api: COCO) -> COCO:
     """The annotations for the evaluation of masks: where there is only a box, nothing is scored."""
     annotations = api.dataset["annotations"]
-    if all("segmentation" in a for a in annotations):
+    boxes = sum("segmentation" not in a for a in annotations)
+    if not boxes:
         return api
+    logger.warning(
+        "%d of %d objects have no mask: no mask is scored there.", boxes, len(annotations)
+    )
     return _coco_api({**api.dataset, "annotations": [_unscored(a) for a in annotations]})
 
 

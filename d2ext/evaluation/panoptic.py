@@ -134,9 +134,11 @@ class COCOPanopticEvaluator(_COCOPanopticEvaluator):
 
 def _add_areas(annotations: list[dict[str, Any]], folder: str) -> None:
     """Complete the segments, in place: ``area`` from the PNG where it is missing, ``iscrowd`` 0."""
+    computed = 0
     for annotation in annotations:
         segments = annotation["segments_info"]
         if not all("area" in segment for segment in segments):
+            computed += 1
             path = os.path.join(folder, annotation["file_name"])
             places = read_segments(path, segments, allow_absent=True)
             areas = np.bincount(places.reshape(-1), minlength=len(segments) + 1)[1:].tolist()
@@ -144,6 +146,8 @@ def _add_areas(annotations: list[dict[str, Any]], folder: str) -> None:
                 segment["area"] = area
         for segment in segments:
             segment.setdefault("iscrowd", 0)
+    if computed:
+        logger.info(f"Areas of segments are computed from the PNGs of {computed} images.")
 
 
 def _plain(segment: dict[str, Any]) -> dict[str, Any]:

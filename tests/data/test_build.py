@@ -323,9 +323,17 @@ class TestWholeDataSet:
             for annotation in record["annotations"]:
                 annotation.pop("segmentation")
         name = register(records)
-        with pytest.raises(DatasetError, match=r"30 annotations.*MODEL\.MASK_ON: False"):
+        with pytest.raises(DatasetError, match=r"No annotation.*MODEL\.MASK_ON: False"):
             self.load(name)
         assert len(self.load(name, MODEL__MASK_ON=False)) == 1
+
+    def test_an_object_without_mask_among_others(self, register, records, caplog):
+        first = records[0]["annotations"][0]
+        first.update(id=7, segmentation=[])
+        with caplog.at_level("WARNING"):
+            self.load(register(records))
+        assert "1 annotations without segmentation are left out" in caplog.text
+        assert f"annotation 7 of '{records[0]['file_name']}'" in caplog.text
 
     def test_rle_where_polygons_are_wanted(self, register, records):
         records[0]["annotations"] = copy.deepcopy(paint_scene(60, 80).rle_annotations)

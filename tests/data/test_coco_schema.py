@@ -51,7 +51,7 @@ def as_text(entry):
     entry.update({k: str(v) for k, v in entry.items() if isinstance(v, int)})
 
 
-# Change → what of the unchanged annotations is read of it, all for the first annotation but where noted.
+# Changes of a file that mean the same as the unchanged one.
 READ = {
     "ids from 0": lambda c: [a.update(id=i) for i, a in enumerate(c["annotations"])],
     "ids are text": text_ids,
@@ -174,6 +174,24 @@ def test_repairs_and_what_is_left_out_are_counted(caplog):
         normalized(lambda a, _: a.update(iscrowd="0"))
     assert "2 repairs: 1 'iscrowd' of annotations, 1 areas computed" in caplog.text
     assert "left out: 1 (neither box nor mask): id 3." in caplog.text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bbox": [200, 5, 10, 10]},
+        {"bbox": [-20, 5, 10, 10]},
+        {"bbox": None, "segmentation": [[90, 1, 99, 1, 99, 9]]},
+        {"bbox": None, "segmentation": [[1, 1, 5, 5]]},
+        {"bbox": None, "segmentation": {"counts": [W * H]}},
+        {"bbox": [1, 1, math.nan, 5]},
+    ],
+)
+def test_what_describes_nothing_is_left_out(change):
+    assert normalized(lambda a, _: a.update(change)).annotations == []
+    # With a box of its own, an object stays when its mask is empty.
+    kept = normalized(lambda a, _: a.update({**change, "bbox": [1, 2, 10, 20]})).annotations
+    assert len(kept) == 1 and "segmentation" not in kept[0]
 
 
 @pytest.mark.parametrize(

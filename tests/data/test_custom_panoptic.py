@@ -348,6 +348,11 @@ Change = Callable[[dict[str, Any]], Any]
         ),
         (lambda c: c["categories"][0].update(id=7), r"'id' occur repeatedly.*7 \(2 times\)"),
         (lambda c: [x.update(isthing=0) for x in c["categories"]], "no category is a thing"),
+        (lambda c: [x.update(isthing=1) for x in c["categories"]], "no category is stuff"),
+        (
+            lambda c: c["annotations"][1]["segments_info"][2].update(area=3),
+            r"Segment 300 of 'scene_1\.png' has \d+ pixels, its 'area' in the JSON file is 3",
+        ),
         (lambda c: c["images"][0].pop("width"), "1 images have no 'width'"),
         (lambda c: c["images"].pop(0), r"image_id that is not in 'images'.*scene_0\.png"),
         (lambda c: c["annotations"][1].update(image_id=10), "'image_id' occur repeatedly"),
