@@ -246,9 +246,9 @@ def _open(file_name: str, what: str) -> Image.Image:
         if head[:4] not in _TIFF:
             raise _broken(file_name, what, e) from e
         raise ImageReadError(
-            f"Cannot read {what} '{file_name}': it is a TIFF of a kind that Pillow lacks, such as one of 2 "
-            "or more than 4 channels. Images have 1, 3 or 4 channels, of which the model sees three "
-            "colours: save those that it is to see."
+            f"Cannot read {what} '{file_name}': it is a TIFF of a kind that Pillow lacks, such as one "
+            "of 2 or more than 4 channels. Images have 1, 3 or 4 channels, and the model sees three of "
+            "them: save those that it is to see."
         ) from e
     except ImportError as e:
         raise ImageReadError(f"Cannot read {what} '{file_name}': {e}.") from e

@@ -185,7 +185,7 @@ def _groups(
         region = (max(ax0, bx0), max(ay0, by0), min(ax1, bx1), min(ay1, by1))
         if region[0] < region[2] and region[1] < region[3]:
             for i, j in itertools.product(members[a], members[b]):
-                if (agreement := _agreement(pieces, boxes, i, j, region, tiles)) >= _SAME:
+                if (agreement := _agreement(pieces, boxes, i, j, region)) >= _SAME:
                     pairs.append((agreement, i, j))
     group_of = {i: [i] for own in members.values() for i in own}
     for _, i, j in sorted(pairs, reverse=True):
@@ -200,10 +200,8 @@ def _inside(box: np.ndarray, tile: Tile) -> bool:
     return bool((box[:2] >= tile[:2]).all() and (box[2:] <= tile[2:]).all())
 
 
-def _agreement(
-    pieces: _Pieces, boxes: np.ndarray, i: int, j: int, region: Tile, tiles: Sequence[Tile]
-) -> float:
-    """IoU of two pieces of a class where both tiles see: of their boxes, and of their masks if any."""
+def _agreement(pieces: _Pieces, boxes: np.ndarray, i: int, j: int, region: Tile) -> float:
+    """IoU of the boxes of two pieces of a class where both tiles see."""
     if pieces.instances.pred_classes[i] != pieces.instances.pred_classes[j]:
         return 0.0
     x0, y0, x1, y1 = region
@@ -212,14 +210,7 @@ def _agreement(
     if (sides <= 0).any():
         return 0.0
     areas = (seen[:, 2:] - seen[:, :2]).prod(axis=1)
-    result = sides.prod() / (areas.sum() - sides.prod())
-    if pieces.masks and result >= _SAME:
-        a, b = (
-            pieces.masks[k][y0 - top : y1 - top, x0 - left : x1 - left]
-            for k, (left, top, _, _) in ((k, tiles[pieces.tile_of[k]]) for k in (i, j))
-        )
-        result = float((a & b).sum() / (a | b).sum().clamp(min=1))
-    return float(result)
+    return float(sides.prod() / (areas.sum() - sides.prod()))
 
 
 def _whole_masks(

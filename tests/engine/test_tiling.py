@@ -89,7 +89,7 @@ def test_equals_prediction_on_the_whole(size: int, overlap: float, masks: bool) 
 
 
 def test_two_of_a_class_that_overlap_stay_two() -> None:
-    """Their boxes nearly agree where the tiles overlap; their masks do not, and a tile has both."""
+    """Their boxes nearly agree where the tiles overlap; but each tile has both."""
     image = np.zeros((100, 180, 3), np.uint8)
     for i in range(40):
         image[30 + i, 60 + 2 * i : 65 + 2 * i] = 1  # the one below a diagonal, the other above

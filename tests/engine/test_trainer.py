@@ -213,7 +213,7 @@ def test_best_checkpoint_survives_a_resume(build: Train, tmp_path: Path) -> None
     "options", [{"INPUT__FORMAT": "L"}, {"MODEL__PIXEL_MEAN": "[1.0]", "MODEL__PIXEL_STD": "[1.0]"}]
 )
 def test_other_than_three_channels_are_refused(build: Train, options: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match="three channels: INPUT.FORMAT RGB or BGR"):
+    with pytest.raises(ConfigError, match=r"three channels: INPUT\.FORMAT RGB or BGR"):
         build(**options)
 
 
