@@ -213,8 +213,8 @@ class Runner:
             write_image(folder / f"images/{i}.png", rng.integers(0, 255, (*SIZE, 3), np.uint8))
             write_image(folder / f"panoptic/{i}.png", id_to_rgb(panoptic_ids(i)))
 
-    def run(self, content, name):
-        """Scores of the annotations as predictions, by task."""
+    def run(self, content, name, learn=False):
+        """Scores of the annotations as predictions, by task; ``learn``: two steps of training, too."""
         path = self.folder / "panoptic.json"
         path.write_text(json.dumps(content))
         key = "panoptic_json" if self.kind == "panoptic" else "json"
@@ -225,7 +225,7 @@ class Runner:
             cfg = self.cfg.clone()
             custom.apply_dataset_to_config(cfg, name)
             custom.check_config_against_data(cfg)
-            self.train(cfg)
+            self.train(cfg, learn)
             return self.evaluate(cfg, f"{name}_val")
         finally:
             custom._registered.pop(name, None)
@@ -234,14 +234,22 @@ class Runner:
                     DatasetCatalog.remove(f"{name}_{split}")
                 MetadataCatalog.pop(f"{name}_{split}", None)
 
-    def train(self, cfg):
+    def train(self, cfg, learn):
         architecture = cfg.MODEL[cfg.MODEL.META_ARCHITECTURE.upper()]
         key = (str(architecture), str(cfg.MODEL.ROI_HEADS), str(cfg.MODEL.ROI_KEYPOINT_HEAD))
         if key not in self.models:
             self.models[key] = build_model(cfg).train()
-        batches = iter(build_train_loader(cfg))
+        model, batches = self.models[key], iter(build_train_loader(cfg))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4) if learn else None
         for _ in range(2):
-            self.models[key].training_batch(next(batches))
+            if optimizer is None:
+                model.training_batch(next(batches))
+                continue
+            loss = sum(model(next(batches)).values())
+            assert loss.isfinite()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
 
     def evaluate(self, cfg, name):
         evaluator = build_evaluator(cfg, name, str(self.folder / "out"))
@@ -320,7 +328,8 @@ def test_mutations(kind, tmp_path, quiet, monkeypatch):
         done = mutate(content, random.Random(f"{kind}{number}"))
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                scores = runner.run(content, f"mutated_{number}")
+                learn = number % (CASES // 50) == 0  # 50 cases of all
+                scores = runner.run(content, f"mutated_{number}", learn)
             if not is_right(scores):
                 wrong.append(f"{number} ({'; '.join(done)}): {scores}")
         except (DataError, ConfigError) as error:
