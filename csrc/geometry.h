@@ -45,7 +45,8 @@ D2EXT_HOST_DEVICE T rounded_product(T a, T b) {
 }
 
 // Cells between two relative sides of a box: the sides times the grid's size, ordered, widened by
-// `padding` cells, clamped to [0, size]; cell i is inside iff low <= i < high. With a NaN no cell is.
+// `padding` cells, clamped to [0, size]; cell i is inside iff low <= i < high. With a NaN no cell
+// is.
 template <typename T>
 D2EXT_HOST_DEVICE Range crop_range(T side_a, T side_b, int32_t size, T padding) {
   const T a = rounded_product(side_a, static_cast<T>(size));

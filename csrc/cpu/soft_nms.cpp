@@ -1,6 +1,6 @@
 // Soft non-maximum suppression as CornerNet publishes it (see d2ext/layers/soft_nms.py): a round
-// weights all remaining boxes, a vector at a time; only if boxes are discarded are they moved one by
-// one.
+// weights all remaining boxes, a vector at a time; only if boxes are discarded are they moved one
+// by one.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/arange.h>
