@@ -254,9 +254,12 @@ class Runner:
     def evaluate(self, cfg, name):
         evaluator = build_evaluator(cfg, name, str(self.folder / "out"))
         evaluator.reset()
+        self.empty_masks = False
         for record in DatasetCatalog.get(name):
             evaluator.process([record], [self.predictions(cfg, name, record)])
         results = evaluator.evaluate()
+        if self.empty_masks:
+            results.pop("segm", None)  # COCO counts an object whose polygon has no pixel as missed
         return {
             task: values["PQ" if task == "panoptic_seg" else "AP"]
             for task, values in results.items()
@@ -277,13 +280,19 @@ class Runner:
         )
         if cfg.MODEL.KEYPOINT_ON:
             count = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
-            points = [a.get("keypoints", [0] * 3 * count) for a in annotations]
+            # A person without points is ignored, and what is predicted near them is.
+            points = [
+                a.get("keypoints") or [x + w / 2, y + h / 2, 1] * count
+                for a in annotations
+                for x, y, w, h in [a["bbox"]]
+            ]
             result.pred_keypoints = torch.tensor(points, dtype=torch.float32).reshape(-1, count, 3)
         else:
             masks = [
                 decode(a.get("segmentation") or rectangle(*a["bbox"]), *size) for a in annotations
             ]
             result.pred_masks = torch.from_numpy(np.array(masks, bool).reshape(-1, *size))
+            self.empty_masks |= not bool(result.pred_masks.flatten(1).any(dim=1).all())
         output = {"instances": result}
         if self.kind == "panoptic":
             places_ = read_segments(record["pan_seg_file_name"], record["segments_info"])
