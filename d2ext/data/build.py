@@ -58,13 +58,13 @@ def _map(mapper: Mapper, record: Record) -> Record:
         raise
     except _LIBRARY_ERRORS as e:
         where = f"Sample '{record['file_name']}'"
-        guilty = _guilty(mapper, record)
-        if guilty is not None:
-            where += f", annotation {guilty.get('id', record['annotations'].index(guilty))}"
+        failing = _failing_annotation(mapper, record)
+        if failing is not None:
+            where += f", annotation {failing.get('id', record['annotations'].index(failing))}"
         raise SampleError(f"{where} cannot be used: {type(e).__name__}: {e}") from e
 
 
-def _guilty(mapper: Mapper, record: Record) -> Record | None:
+def _failing_annotation(mapper: Mapper, record: Record) -> Record | None:
     """The annotation with which alone the mapper fails, too."""
     for annotation in record.get("annotations", ()):
         try:

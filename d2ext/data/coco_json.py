@@ -287,7 +287,6 @@ def coco_records(file: CocoFile, image_root: str) -> list[Record]:
             annotation["keypoints"] = [
                 v if i % 3 == 2 else v + 0.5 for i, v in enumerate(entry["keypoints"])
             ]
-        annotation["id"] = entry["id"]
         annotation["bbox_mode"] = BoxMode.XYWH_ABS
         annotation["category_id"] = contiguous[entry["category_id"]]
         records[entry["image_id"]]["annotations"].append(annotation)

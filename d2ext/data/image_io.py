@@ -15,7 +15,7 @@ from detectron2.data.detection_utils import (
     convert_PIL_to_numpy,
 )
 from detectron2.utils.file_io import PathManager
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from d2ext.data.errors import AnnotationError, ImageReadError
 
@@ -278,6 +278,14 @@ def _broken(file_name: str, what: str, error: Exception) -> ImageReadError:
     return ImageReadError(
         f"Cannot read {what} '{file_name}': {reason} (empty, truncated or not an image?)"
     )
+
+
+def stored_size(file_name: str) -> tuple[tuple[int, int], int]:
+    """Height and width of an image file as it is stored, and its EXIF orientation (1: upright; 5 to 8
+    exchange the sides). Reads the header alone; errors are Pillow's."""
+    with PathManager.open(file_name, "rb") as f, Image.open(f) as image:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return (image.height, image.width), orientation
 
 
 def _upright(image: Image.Image) -> Image.Image:

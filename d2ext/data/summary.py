@@ -18,12 +18,10 @@ import pycocotools.mask as mask_util
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
-from PIL import Image
 from tabulate import tabulate
 
 from d2ext.data.errors import DatasetError, ImageReadError, shorten
-from d2ext.data.image_io import read_image
+from d2ext.data.image_io import read_image, stored_size
 from d2ext.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -36,7 +34,6 @@ _UNLIKE, _ROUNDING = 0.5, 3.0
 _MANY = 0.1
 # Fewer grey values than this, of 256, are no photographs.
 _FLAT = 16
-_EXIF_ORIENTATION = 0x0112
 
 Record = dict[str, Any]
 
@@ -85,8 +82,8 @@ class Summary:
             "pixel values": "-" if self.values is None else "{} to {}".format(*self.values),
         }
         if self.labels:
-            found = [f"{label} ({count})" for label, count in self.labels.items()]
-            return {**rows, "labels (maps that have them)": shorten(found, 8)}
+            labels = [f"{label} ({count})" for label, count in self.labels.items()]
+            return {**rows, "labels (maps that have them)": shorten(labels, 8)}
         empty = [name for name, count in self.classes.items() if not count]
         return {
             **rows,
@@ -180,7 +177,8 @@ def _look_at_images(summary: Summary, records: Sequence[Record]) -> None:
             continue
         low, high = summary.values or (255, 0)
         summary.values = min(low, int(image.min())), max(high, int(image.max()))
-        stored, turned = _stored_size(file_name)
+        stored, orientation = stored_size(file_name)
+        turned = orientation != 1
         summary.turned += turned
         annotated = _annotated_size(record)
         if annotated not in (None, image.shape[:2]):
@@ -229,13 +227,7 @@ def _annotated_size(record: Record) -> tuple[int, int] | None:
     if "height" in record:
         return record["height"], record["width"]
     labels = record.get("sem_seg_file_name")
-    return None if labels is None else _stored_size(labels)[0]
-
-
-def _stored_size(file_name: str) -> tuple[tuple[int, int], bool]:
-    """Height and width without the EXIF orientation, and whether there is one that turns."""
-    with PathManager.open(file_name, "rb") as f, Image.open(f) as image:
-        return (image.height, image.width), image.getexif().get(_EXIF_ORIENTATION, 1) != 1
+    return None if labels is None else stored_size(labels)[0]
 
 
 def _count(summary: Summary, records: Sequence[Record], classes: Sequence[str]) -> None:
@@ -346,9 +338,9 @@ def _unlike(boxes: np.ndarray, masks: np.ndarray) -> np.ndarray:
 
 
 def _places(sample: Sequence[tuple[Record, Record]], wrong: np.ndarray) -> str:
-    found = [
+    places = [
         f"annotation {a.get('id', '?')} of '{r['file_name']}'"
         for (r, a), w in zip(sample, wrong, strict=True)
         if w
     ]
-    return shorten(found, 3)
+    return shorten(places, 3)

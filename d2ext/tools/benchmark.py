@@ -96,7 +96,7 @@ def run_model(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(cfg.MODEL.DEVICE)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-    image, described = example_image(args)
+    image, description = example_image(args)
     torch.manual_seed(0)
     predictor = BoxPredictor(cfg, args.boxes) if args.boxes else BatchPredictor(cfg)
     inputs = predictor.upload([image, np.ascontiguousarray(image[:, ::-1])])
@@ -110,7 +110,7 @@ def run_model(args: argparse.Namespace) -> dict[str, Any]:
         "mode": args.mode,
         "dtype": args.dtype,
         "channels_last": args.channels_last,
-        "image": described,
+        "image": description,
         "remarks": remarks,
         "iterations": iterations,
         "parameters": sum(p.numel() for p in predictor.model.parameters()),

@@ -246,17 +246,17 @@ def stage_times(
 
 def describe_output(outputs: list[dict[str, Any]]) -> dict[str, Any]:
     """Detections per image and their boxes' share of it, on which the time for results depends."""
-    described: dict[str, Any] = {}
+    description: dict[str, Any] = {}
     detections = [output["instances"] for output in outputs if "instances" in output]
     if detections:
-        described["detections_per_image"] = statistics.mean(len(x) for x in detections)
+        description["detections_per_image"] = statistics.mean(len(x) for x in detections)
         shares = [
             x.pred_boxes.area().float().mean().item() / (x.image_size[0] * x.image_size[1])
             for x in detections
             if len(x) and x.has("pred_boxes")
         ]
-        described["mean_box_share"] = statistics.mean(shares) if shares else 0.0
-    return described
+        description["mean_box_share"] = statistics.mean(shares) if shares else 0.0
+    return description
 
 
 def _spread(times: Sequence[float]) -> dict[str, float]:

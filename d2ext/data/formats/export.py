@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 import yaml
 from fvcore.common.registry import Registry
-from PIL import Image
 from pycocotools import mask as mask_util
 
 from d2ext.data.cache import cache_folder
 from d2ext.data.errors import DatasetError
+from d2ext.data.image_io import stored_size
 from d2ext.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -36,8 +36,6 @@ logger = logging.getLogger(__name__)
 FORMATS: Registry = Registry("ANNOTATION_FORMAT")
 
 Points = Sequence[Sequence[float]]
-# EXIF's orientations that exchange width and height, and their tag.
-_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)
 # Corners of the polygon that stands for an ellipse.
 _ELLIPSE_CORNERS = 64
 _MALFORMED = (
@@ -182,9 +180,8 @@ class Export:
 
 def _image_size(path: Path) -> tuple[int, int]:
     """Height and width of an upright image file."""
-    with Image.open(path) as image:
-        turned = image.getexif().get(_ORIENTATION) in _TURNED
-        return image.size if turned else image.size[::-1]
+    (height, width), orientation = stored_size(str(path))
+    return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
 
 @contextmanager

@@ -74,8 +74,8 @@ def _yolo_facts(path: Path, images: Path) -> dict[str, Any]:
 
 def _yolo_labels(file: Path, name: Path, folder: Path) -> Iterable[Path]:
     """Where the text file of an image may lie."""
-    before, found, after = file.resolve().as_posix().rpartition("/images/")
-    mirrored = [Path(f"{before}/labels/{after}")] if found else []
+    before, separator, after = file.resolve().as_posix().rpartition("/images/")
+    mirrored = [Path(f"{before}/labels/{after}")] if separator else []
     places = [*mirrored, folder / name, folder / "labels" / name, folder / name.name, file]
     return (place.with_suffix(".txt") for place in places)
 

@@ -67,8 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     add = parser.add_argument
     known = {name.replace("_", "-"): make() for name, make in COMPARISONS}
-    described = [f"{name}: {c.summary} (arms: {', '.join(c.arms)})" for name, c in known.items()]
-    add("comparison", choices=list(known), help="; ".join(described))
+    summaries = [f"{name}: {c.summary} (arms: {', '.join(c.arms)})" for name, c in known.items()]
+    add("comparison", choices=list(known), help="; ".join(summaries))
     add("--arms", nargs="+", metavar="ARM", help="only these (default: all)")
     add("--config", nargs="+", default=[], metavar="ARM=FILE", help="other config files for arms")
     add("--seeds", nargs="+", type=int, default=[1], metavar="N", help="(1)")
