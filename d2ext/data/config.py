@@ -27,6 +27,10 @@ def add_data_config(cfg: CfgNode) -> None:
     # False: the file that sem_seg_file_name names, as in Detectron2.
     cfg.INPUT.SEM_SEG_WITH_THINGS = False
 
+    # Data sets of images that train beside DATASETS.TRAIN: an iteration also takes SOLVER.IMS_PER_BATCH
+    # of these, with `joint: True`, for models that train on both (YolactEdge). Classes must be the same.
+    cfg.DATASETS.TRAIN_JOINT = ()
+
     # What --dataset takes from the metadata of the data, so that predictions are named and drawn with
     # the saved config alone, where the data are not registered
     cfg.DATASETS.THING_CLASSES = []

@@ -45,12 +45,17 @@ class StepTrainer(SimpleTrainer):
     have equal weight, as processes do in Detectron2. Batch normalisation in training mode uses the
     statistics of micro-batches.
 
+    **Several steps.** A model may have ``training_steps``, names of optimizer steps that follow each
+    other in an iteration, each with a backward pass and an update of its own. ``model(inputs, name,
+    carried)`` then gives the losses of one and what the next one takes as ``carried`` (None: nothing).
+    Losses are logged as ``<name>/<loss>``; the schedule counts iterations.
+
     **Losses that are not finite.** A step counts as bad if any loss, or (without loss scaling) the
     norm of the gradient, is NaN or infinite in any process; all processes decide alike. Such a step
     changes neither weights nor optimizer state nor batch-normalisation statistics. A
     ``FloatingPointError`` that the model raises in its forward pass counts too, if there is only
     one process; with several it ends the training, since the others wait for this one's gradients.
-    ``bad_step_limit`` bad steps in a row end the training.
+    ``bad_step_limit`` bad steps in a row end the training. After a bad step the iteration is over.
 
     Args:
         model: returns a dict of scalar losses in training mode.
@@ -89,11 +94,13 @@ class StepTrainer(SimpleTrainer):
         )
         self.skipped = 0  # bad steps since the start of training
         self.skipped_in_a_row = 0
-        self.updated = False  # whether the last step changed the weights
+        self.updated = False  # whether the last iteration changed the weights
+        module = model.module if isinstance(model, DistributedDataParallel) else model
+        self.steps: tuple[str, ...] = tuple(getattr(module, "training_steps", ())) or ("",)
         self._statistics = _NormStatistics(model)
 
     def run_step(self) -> None:
-        """Take one optimizer step, or skip it if a loss is not finite.
+        """Do one iteration: take its optimizer steps, or skip from the first whose loss is not finite.
 
         Raises:
             FloatingPointError: as many bad steps in a row as ``bad_step_limit``.
@@ -106,25 +113,30 @@ class StepTrainer(SimpleTrainer):
         data_time = time.perf_counter() - start
 
         seed_step(self.seed, self.iter, comm.get_rank())
-        self._statistics.save()
-        self.optimizer.zero_grad(set_to_none=True)
-        losses, finite = self._forward_backward(data)
-        self.after_backward()
-
-        gathered = comm.all_gather((losses, finite, data_time))
-        self.updated = all(ok for _, ok, _ in gathered)
-        if self.updated:
+        self.updated = False
+        parts = [(part, None) for part in self._micro_batches(data)]
+        total: list[dict[str, float]] = [{} for _ in range(comm.get_world_size())]
+        for step in self.steps:
+            self._statistics.save()
+            self.optimizer.zero_grad(set_to_none=True)
+            losses, finite, parts = self._forward_backward(parts, step)
+            self.after_backward()
+            gathered = comm.all_gather((losses, finite, data_time))
+            if not all(ok for _, ok, _ in gathered):
+                self.optimizer.zero_grad(set_to_none=True)
+                self._statistics.restore()
+                self._handle_bad_step([x for x, _, _ in gathered])
+                return
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
-            self.skipped_in_a_row = 0
-            self._record([x for x, _, _ in gathered], [t for _, _, t in gathered])
-            return
-        self.optimizer.zero_grad(set_to_none=True)
-        self._statistics.restore()
-        self._handle_bad_step([x for x, _, _ in gathered])
+            self.updated = True
+            for known, (x, _, _) in zip(total, gathered, strict=True):
+                known.update(x)
+        self.skipped_in_a_row = 0
+        self._record(total, [t for _, _, t in gathered])
 
-    def _forward_backward(self, data: list[dict[str, Any]]) -> tuple[dict[str, float], bool]:
-        """Losses of this process's images, and whether these and the gradient are finite."""
+    def _micro_batches(self, data: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """The data in ``accumulation_steps`` equal parts, in order."""
         size, rest = divmod(len(data), self.accumulation_steps)
         if rest or not size:
             raise ConfigError(
@@ -132,32 +144,48 @@ class StepTrainer(SimpleTrainer):
                 f"{self.accumulation_steps} equal parts. Make SOLVER.IMS_PER_BATCH a multiple of "
                 "(processes x SOLVER.ACCUMULATION_STEPS)."
             )
+        return [data[k * size : (k + 1) * size] for k in range(self.accumulation_steps)]
+
+    def _forward_backward(
+        self, parts: list[tuple[list[dict[str, Any]], Any]], step: str
+    ) -> tuple[dict[str, float], bool, list[tuple[list[dict[str, Any]], Any]]]:
+        """One step on micro-batches and what they carry.
+
+        Returns:
+            losses of this process's images, whether these and the gradient are finite, and the
+            micro-batches with what they carry to the next step.
+        """
         total: dict[str, Tensor] = {}
-        for k in range(self.accumulation_steps):
-            last = k == self.accumulation_steps - 1
+        carried: list[tuple[list[dict[str, Any]], Any]] = []
+        for part, state in parts:
             # DistributedDataParallel sums up the gradients of the processes once per step.
-            wait = isinstance(self.model, DistributedDataParallel) and not last
+            wait = isinstance(self.model, DistributedDataParallel) and len(carried) < len(parts) - 1
             with self.model.no_sync() if wait else nullcontext():
                 try:
                     with torch.autocast(
                         self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None
                     ):
-                        losses = self.model(data[k * size : (k + 1) * size])
+                        if step:
+                            losses, state = self.model(part, step, state)
+                        else:
+                            losses = self.model(part)
                 except FloatingPointError as error:
                     if comm.get_world_size() > 1:
                         raise
                     logger.warning("The model reported a value that is not finite: %s", error)
-                    return {}, False
+                    return {}, False, []
                 except (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError):
-                    names = [x.get("file_name") for x in data[k * size : (k + 1) * size]]
+                    names = [x.get("file_name") for x in part]
                     logger.error("The model failed on the images %s", names)
                     raise
                 if isinstance(losses, Tensor):
                     losses = {"total_loss": losses}
-                loss = sum(losses.values()) / self.accumulation_steps
+                loss = sum(losses.values()) / len(parts)
                 self.grad_scaler.scale(loss).backward()
+            carried.append((part, state))
             for name, value in losses.items():
-                share = value.detach().float() / self.accumulation_steps
+                name = f"{step}/{name}" if step else name
+                share = value.detach().float() / len(parts)
                 total[name] = total[name] + share if name in total else share
 
         values = torch.stack([value.reshape(()) for value in total.values()])
@@ -168,7 +196,7 @@ class StepTrainer(SimpleTrainer):
                 finite = finite & torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all()
         # One transfer from the device for everything.
         *numbers, ok = torch.cat([values, finite.float()[None]]).tolist()
-        return dict(zip(total, numbers, strict=True)), bool(ok)
+        return dict(zip(total, numbers, strict=True)), bool(ok), carried
 
     def _record(self, losses: list[dict[str, float]], data_times: list[float]) -> None:
         """Put the step's losses (means over the processes) into the event storage."""

@@ -6,6 +6,7 @@ from d2ext.modeling.cornernet_hourglass import (
 )
 from d2ext.modeling.darknet import Darknet53, build_darknet53_backbone
 from d2ext.modeling.dla import DLA34, DLAUp, build_dla_up_backbone
+from d2ext.modeling.mobilenet import MobileNetV2, build_mobilenetv2_backbone
 from d2ext.modeling.newell_hourglass import NewellHourglass
 from d2ext.modeling.resnet_dcn import build_deformable_resnet, build_resnet_dcn_backbone
 from d2ext.modeling.resnet_deconv import ResNetDeconv, build_resnet_deconv_backbone
@@ -15,12 +16,14 @@ __all__ = [
     "CornerNetHourglass",
     "DLAUp",
     "Darknet53",
+    "MobileNetV2",
     "NewellHourglass",
     "ResNetDeconv",
     "build_cornernet_hourglass_backbone",
     "build_darknet53_backbone",
     "build_deformable_resnet",
     "build_dla_up_backbone",
+    "build_mobilenetv2_backbone",
     "build_resnet_dcn_backbone",
     "build_resnet_deconv_backbone",
 ]

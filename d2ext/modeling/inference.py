@@ -7,7 +7,7 @@ A system splits its inference into a network (images → raw predictions) and a 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ class InferenceNetwork:
     Modules must not be replaced after the first call.
 
     Args:
-        network: module of one argument, images (B, 3, H, W) float32.
+        network: module of images (B, 3, H, W) float32 and, for models with memory, further tensors.
         decode: function of its output, returning tensors in (nested) tuples, named tuples, lists or
             dicts; except in mode "eager", their shapes must not depend on values.
         mode: "eager", "cudagraph", "compile" or "compile_cudagraph".
@@ -109,7 +109,7 @@ class InferenceNetwork:
         # call would take longer than running a small network.
         self._watched: list[Tensor] = []
         self._fingerprint: list[tuple[int, int]] = []
-        self._compiled: Callable[[Tensor], Any] | None = None
+        self._compiled: Callable[..., Any] | None = None
         self._seen: set[torch.Size] = set()
         self._graphs: dict[torch.Size, _CapturedGraph] = {}
 
@@ -122,10 +122,14 @@ class InferenceNetwork:
         self.__dict__.update(state)
         self._forget()
 
-    def __call__(self, images: Tensor) -> Any:
-        """images (B, 3, H, W) float32 → what ``decode`` returns; the tensors are the caller's."""
+    def __call__(self, images: Tensor, *state: Tensor) -> Any:
+        """images (B, 3, H, W) float32 → what ``decode`` returns; the tensors are the caller's.
+
+        ``state``: further tensors for the network, as it returned them earlier; their shapes follow from
+        the images'.
+        """
         if self._plain:
-            return self.decode(self.network(images))
+            return self.decode(self.network(images, *state))
         if self.mode.endswith("cudagraph") and images.device.type != "cuda":
             raise ValueError(
                 f'MODEL.INFERENCE.MODE "{self.mode}" needs an NVIDIA GPU and the model is on '
@@ -134,22 +138,22 @@ class InferenceNetwork:
         self._prepare()
         images = images.to(self.dtype, memory_format=self.memory_format)
         if self.mode == "eager":
-            return self._run(images)
+            return self._run(images, *state)
         if images.shape not in self._seen:
             # Fills the caches of ``decode`` (prior boxes) before it is compiled or captured.
-            self._run(images)
+            self._run(images, *state)
             self._seen.add(images.shape)
         function = self._run if self._compiled is None else self._compiled
         if self.mode == "compile":
-            return function(images)
+            return function(images, *state)
         if images.shape not in self._graphs:
             pool = next((graph.pool for graph in self._graphs.values()), None)
-            self._graphs[images.shape] = _CapturedGraph(function, images, pool)
-        return self._graphs[images.shape](images)
+            self._graphs[images.shape] = _CapturedGraph(function, (images, *state), pool)
+        return self._graphs[images.shape](images, *state)
 
-    def _run(self, images: Tensor) -> Any:
+    def _run(self, *inputs: Tensor) -> Any:
         assert self._prepared is not None
-        return self.decode(self._prepared(images))
+        return self.decode(self._prepared(*inputs))
 
     def _prepare(self) -> None:
         """Make the copy, or bring its weights up to date."""
@@ -184,7 +188,7 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 
 class _CapturedGraph:
-    """A CUDA graph of ``function`` for inputs of one shape, dtype and memory format.
+    """A CUDA graph of ``function`` for inputs of fixed shapes, dtypes and memory formats.
 
     Args:
         pool: memory of another graph, to share: results are copied out, so graphs that run one after
@@ -193,27 +197,27 @@ class _CapturedGraph:
 
     def __init__(
         self,
-        function: Callable[[Tensor], Any],
-        example: Tensor,
+        function: Callable[..., Any],
+        examples: Sequence[Tensor],
         pool: Any | None = None,
     ) -> None:
-        device = example.device
-        self.input = example.clone()
+        device = examples[0].device
+        self.inputs = [example.clone() for example in examples]
         with torch.cuda.device(device):
             stream = torch.cuda.Stream(device)
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 for _ in range(_WARMUP_RUNS):
-                    function(self.input)
+                    function(*self.inputs)
             torch.cuda.current_stream(device).wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
             # "thread_local": a data loader that pins memory in its own thread is no error.
             with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-                self.outputs = function(self.input)
+                self.outputs = function(*self.inputs)
         self.pool = self.graph.pool()
 
-    def __call__(self, images: Tensor) -> Any:
-        self.input.copy_(images)
+    def __call__(self, *inputs: Tensor) -> Any:
+        torch._foreach_copy_(self.inputs, list(inputs))
         self.graph.replay()
         # The next replay overwrites the graph's memory.
         return tree_map_only(Tensor, torch.clone, self.outputs)

@@ -148,13 +148,19 @@ class MetaArch(nn.Module):
             )
         images, targets = self.training_batch(batched_inputs)
         predictions = self.network(images)
+        self.put_picture(batched_inputs, images, targets, predictions)
+        return self.losses(predictions, targets)
+
+    def put_picture(
+        self, batched_inputs: list[dict[str, Any]], images: Tensor, targets: Any, predictions: Any
+    ) -> None:
+        """Put :meth:`draw_training`'s picture into the event storage, at ``VIS_PERIOD``."""
         if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
             state = np.random.get_state()  # Detectron2's visualizer uses random colours
             with torch.no_grad():
                 name, picture = self.draw_training(batched_inputs, images, targets, predictions)
             np.random.set_state(state)
             get_event_storage().put_image(name, picture)
-        return self.losses(predictions, targets)
 
     # Methods that a model implements, in the order in which they run
 

@@ -7,4 +7,5 @@ from d2ext.systems import (  # noqa: F401
     landmarks,
     upsnet,
     yolact,
+    yolact_edge,
 )

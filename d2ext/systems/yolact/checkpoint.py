@@ -15,7 +15,7 @@ from d2ext.checkpoint.convert import (
 )
 from d2ext.checkpoint.torchvision import resnet_rules
 
-_BOTTOM_UP = "backbone.bottom_up."
+BOTTOM_UP = "backbone.bottom_up."
 # The published lists run from the coarsest level to the finest.
 _LEVEL = {"0": 5, "1": 4, "2": 3}
 _PROTO_LAYER = {"0": "conv1", "2": "conv2", "4": "conv3", "8": "conv4", "10": "output"}
@@ -33,7 +33,7 @@ def _mask_scorer_layer(match: re.Match[str]) -> str:
     return f"mask_scorer.{layer}.{match[2]}"
 
 
-_PYRAMID_AND_HEADS = (
+PYRAMID_AND_HEADS = (
     Rule(r"fpn\.lat_layers\.([012])\.(\w+)", lambda m: f"backbone.lateral{_LEVEL[m[1]]}.{m[2]}"),
     Rule(r"fpn\.pred_layers\.([012])\.(\w+)", lambda m: f"backbone.output{_LEVEL[m[1]]}.{m[2]}"),
     Rule(
@@ -55,11 +55,11 @@ _PYRAMID_AND_HEADS = (
 
 
 def _resnet_conv(match: re.Match[str]) -> str:
-    return f"{_BOTTOM_UP}res{int(match[1]) + 2}.{match[2]}"
+    return f"{BOTTOM_UP}res{int(match[1]) + 2}.{match[2]}"
 
 
-_RESNET = (
-    *resnet_rules(r"backbone\.", r"backbone\.layers\.", _BOTTOM_UP, first_stage=0),
+RESNET = (
+    *resnet_rules(r"backbone\.", r"backbone\.layers\.", BOTTOM_UP, first_stage=0),
     # deformable convolutions
     Rule(r"backbone\.layers\.(\d)\.(\d+\.conv\d\.bias)", _resnet_conv),
     Rule(
@@ -79,15 +79,15 @@ def _darknet_leaf(index: str, leaf: str) -> str:
 _DARKNET = (
     Rule(
         r"backbone\._preconv\.([01])\.(\w+)",
-        lambda m: f"{_BOTTOM_UP}stem.{_darknet_leaf(m[1], m[2])}",
+        lambda m: f"{BOTTOM_UP}stem.{_darknet_leaf(m[1], m[2])}",
     ),
     Rule(
         r"backbone\.layers\.(\d)\.0\.([01])\.(\w+)",
-        lambda m: f"{_BOTTOM_UP}dark{int(m[1]) + 1}.0.{_darknet_leaf(m[2], m[3])}",
+        lambda m: f"{BOTTOM_UP}dark{int(m[1]) + 1}.0.{_darknet_leaf(m[2], m[3])}",
     ),
     Rule(
         r"backbone\.layers\.(\d)\.(\d+)\.conv([12])\.([01])\.(\w+)",
-        lambda m: f"{_BOTTOM_UP}dark{int(m[1]) + 1}.{m[2]}.conv{m[3]}.{_darknet_leaf(m[4], m[5])}",
+        lambda m: f"{BOTTOM_UP}dark{int(m[1]) + 1}.{m[2]}.conv{m[3]}.{_darknet_leaf(m[4], m[5])}",
     ),
 )
 
@@ -107,5 +107,5 @@ def convert_yolact(state_dict: StateDict) -> dict[str, Tensor]:
             'A YOLACT checkpoint has "prediction_layers.0.bbox_layer.weight" and this one has not: '
             "it belongs to another system, or is already converted."
         )
-    backbone = _DARKNET if "backbone._preconv.0.weight" in state_dict else _RESNET
-    return apply_rules(state_dict, (*_PYRAMID_AND_HEADS, *backbone))
+    backbone = _DARKNET if "backbone._preconv.0.weight" in state_dict else RESNET
+    return apply_rules(state_dict, (*PYRAMID_AND_HEADS, *backbone))

@@ -70,25 +70,44 @@ class BilinearFPN(Backbone):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) → {"p3": (B, C, h, w), ...}, finest first."""
-        features = self.bottom_up(images)
-        merged: dict[int, Tensor] = {}
+        return self.outputs(self.merge(self.laterals(self.bottom_up(images))))
+
+    def lateral(self, level: int, feature: Tensor) -> Tensor:
+        """A feature of the bottom-up net → (B, C, h_l, w_l)."""
+        return getattr(self, f"lateral{level}")(feature)
+
+    def laterals(self, features: dict[str, Tensor]) -> dict[int, Tensor]:
+        """Features of the bottom-up net → {level: its lateral (B, C, h_l, w_l)}."""
+        named = zip(self.levels, self.in_features, strict=True)
+        return {level: self.lateral(level, features[name]) for level, name in named}
+
+    def merge(self, laterals: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Laterals → {level: top-down sum, of the same shape}, before the output convolutions."""
+        sums: dict[int, Tensor] = {}
         previous: Tensor | None = None
-        for level, name in zip(reversed(self.levels), reversed(self.in_features), strict=True):
-            lateral = getattr(self, f"lateral{level}")(features[name])
+        for level in sorted(laterals, reverse=True):
+            x = laterals[level]
             if previous is not None:
-                size = lateral.shape[-2:]
-                lateral = lateral + F.interpolate(
-                    previous, size, mode="bilinear", align_corners=False
-                )
-            merged[level] = previous = lateral
-        outputs = {
-            f"p{level}": conv_relu(getattr(self, f"output{level}"), merged[level])
-            for level in self.levels
-        }
+                x = x + resize(previous, x)
+            sums[level] = previous = x
+        return sums
+
+    def output(self, level: int, x: Tensor) -> Tensor:
+        """The sum of a level → its output, both (B, C, h_l, w_l)."""
+        return conv_relu(getattr(self, f"output{level}"), x)
+
+    def outputs(self, sums: dict[int, Tensor]) -> dict[str, Tensor]:
+        """Top-down sums → the pyramid, finest first."""
+        outputs = {f"p{level}": self.output(level, sums[level]) for level in self.levels}
         x = outputs[f"p{self.levels[-1]}"]
         for level in self.extra_levels:
             x = outputs[f"p{level}"] = getattr(self, f"downsample{level}")(x)
         return outputs
+
+
+def resize(x: Tensor, like: Tensor) -> Tensor:
+    """(B, C, h, w) → the size of ``like``: bilinear, half-pixel centres."""
+    return F.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=False)
 
 
 @BACKBONE_REGISTRY.register()

@@ -150,7 +150,7 @@ def test_mask_rescoring(case: Case) -> None:
     np.testing.assert_allclose(scores, case.fixture.expected["fast_nms.mask_scores"], atol=1e-4)
 
 
-def _object_mask(shape: str, box: list[float], size: int) -> np.ndarray:
+def object_mask(shape: str, box: list[float], size: int) -> np.ndarray:
     """The fixture's mask rule, in float64 on pixel centres."""
     x1, y1, x2, y2 = box
     centers = (np.arange(size) + 0.5) / size
@@ -187,7 +187,7 @@ def _training_inputs(case: Case) -> list[dict[str, Any]]:
                 [max(o["cls"], 0) for o in chosen], dtype=torch.int64
             )
             if not crowd:
-                masks = np.stack([_object_mask(o["shape"], o["box"], size) for o in chosen])
+                masks = np.stack([object_mask(o["shape"], o["box"], size) for o in chosen])
                 instances.gt_masks = BitMasks(torch.from_numpy(masks))
             inputs[key] = instances
         batch.append(inputs)
@@ -240,7 +240,7 @@ def test_losses_targets_and_gradients(case: Case) -> None:
     sum(losses.values()).backward()
     published = {name: torch.zeros(()) for name, _ in fixture.manifest["parameters"]}
     ours = dict(model.named_parameters())
-    renamed = _published_to_ours(fixture)
+    renamed = published_to_ours(fixture, "yolact")
     for name, norm in zip(
         fixture.manifest["inputs"]["grad_norms_parameters"], expected["grad_norms"], strict=True
     ):
@@ -250,12 +250,12 @@ def test_losses_targets_and_gradients(case: Case) -> None:
         assert actual == pytest.approx(float(norm), rel=1e-3, abs=1e-6), name
 
 
-def _published_to_ours(fixture: Fixture) -> dict[str, str]:
+def published_to_ours(fixture: Fixture, system: str) -> dict[str, str]:
     """Which published name became which of ours, told by the identity of the tensors."""
     tagged = {
         name: torch.full((1,), float(i))
         for i, (name, _) in enumerate(fixture.manifest["parameters"])
     }
-    converted = convert_state_dict("yolact", tagged)
+    converted = convert_state_dict(system, tagged)
     by_value = {float(v): k for k, v in converted.items()}
     return {name: by_value[float(v)] for name, v in tagged.items() if float(v) in by_value}

@@ -1,0 +1,166 @@
+"""YolactEdge's flow net, and how features of the key frame are carried over (arXiv 2012.12259, 3.2).
+
+Letters: B frames, C channels of the pyramid, F of the flow features, h_l×w_l cells of level l; level 0
+is the finest (P3). A flow leads from a cell of the current frame to its place in the key frame, as x, y,
+in units of which :data:`FLOW_UNITS` are half the map (yolact_edge/NOTES.md §3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from d2ext.systems.yolact.fpn import resize
+
+# A flow of so many units moves by half the map (yolact_edge/NOTES.md §3).
+FLOW_UNITS = 8.0
+# Slope of the activations for negative inputs (yolact_edge/NOTES.md §3).
+NEGATIVE_SLOPE = 0.1
+
+
+class Motion(NamedTuple):
+    """How a level's features are carried over."""
+
+    flow: Tensor
+    """(B, 2, h_l, w_l)."""
+    scale: Tensor
+    """(B, C, h_l, w_l), a factor on what the flow leads to."""
+    bias: Tensor
+    """(B, C, h_l, w_l), added to it."""
+
+
+def _leaky_relu(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, NEGATIVE_SLOPE)
+
+
+def _conv3x3(
+    in_channels: int, out_channels: int, *, stride: int = 1, bias: bool = True
+) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=bias)
+
+
+class FlowNet(nn.Module):
+    """Flow, scale and bias on each level of the pyramid that the backbone computes.
+
+    Args:
+        channels: C.
+        num_levels: levels, at least 2.
+        width: F; level l of the net has ``width * 2**l`` channels.
+        published_init: see ``MODEL.YOLACT_EDGE.PUBLISHED_FLOW_INIT``.
+    """
+
+    def __init__(
+        self, channels: int, *, num_levels: int = 3, width: int = 64, published_init: bool = False
+    ) -> None:
+        super().__init__()
+        widths = [width * 2**level for level in range(num_levels)]
+        self.reduce = _conv3x3(channels, width)
+        self.encoder = nn.ModuleList()
+        self.up_features = nn.ModuleList()
+        self.up_flow = nn.ModuleList()
+        self.flow = nn.ModuleList()
+        self.scale = nn.ModuleList()
+        self.bias = nn.ModuleList()
+        coarser = 0  # channels of the decoder's features on the next level
+        for level in reversed(range(num_levels)):
+            own, first = widths[level], widths[level - 1] if level else 2 * width
+            pair = [_conv3x3(first, own, stride=2 if level else 1), _conv3x3(own, own)]
+            self.encoder.insert(0, nn.ModuleList(pair))
+            if coarser:
+                self.up_features.insert(0, _conv3x3(coarser, own, bias=False))
+                self.up_flow.insert(0, _conv3x3(2, 2, bias=False))
+                coarser = own + own + 2
+            else:
+                coarser = own
+            self.flow.insert(0, _conv3x3(coarser, 2, bias=False))
+            self.scale.insert(0, nn.Conv2d(coarser, channels, 1))
+            self.bias.insert(0, nn.Conv2d(coarser, channels, 1))
+        self._init_weights(published_init)
+
+    def _init_weights(self, published: bool) -> None:
+        for conv in self.modules():
+            if isinstance(conv, nn.Conv2d):
+                if published:
+                    nn.init.xavier_uniform_(conv.weight)
+                else:
+                    nn.init.kaiming_normal_(conv.weight, a=NEGATIVE_SLOPE)
+                if conv.bias is not None:
+                    nn.init.zeros_(conv.bias)
+        if not published:  # nothing moves, scale 1, bias 0
+            for conv in (*self.flow, *self.scale, *self.bias):
+                nn.init.zeros_(conv.weight)
+            for conv in self.scale:
+                nn.init.ones_(conv.bias)
+
+    def features(self, lateral: Tensor) -> Tensor:
+        """A frame's finest lateral (B, C, h_0, w_0) → its flow features (B, F, h_0, w_0)."""
+        return _leaky_relu(self.reduce(lateral))
+
+    def forward(self, current: Tensor, key: Tensor, finest: int = 1) -> dict[int, Motion]:
+        """Flow features of two frames → {level: its motion}, for the levels from ``finest`` on.
+
+        Only flow pre-training needs level 0.
+        """
+        x = torch.cat([current, key], dim=1)
+        encoded = []
+        for convs in self.encoder:
+            for conv in convs:
+                x = _leaky_relu(conv(x))
+            encoded.append(x)
+        motions: dict[int, Motion] = {}
+        flow: Tensor | None = None
+        for level in range(len(encoded) - 1, finest - 1, -1):
+            if flow is not None:
+                own = encoded[level]
+                up = self.up_features[level](resize(x, own))
+                x = torch.cat([own, up, self.up_flow[level](resize(flow, own))], dim=1)
+            flow = self.flow[level](x)
+            motions[level] = Motion(flow, self.scale[level](x), self.bias[level](x))
+        return motions
+
+
+def warp(features: Tensor, flow: Tensor) -> Tensor:
+    """Features (B, C, h, w) at the places that a flow (B, 2, h, w) leads to: bilinear, 0 outside.
+
+    In float32: in half precision a coordinate would be off by a part of a cell.
+    """
+    rows = torch.linspace(-1, 1, flow.shape[2], device=flow.device)
+    columns = torch.linspace(-1, 1, flow.shape[3], device=flow.device)
+    grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)
+    places = grid + flow.float().permute(0, 2, 3, 1) / FLOW_UNITS
+    with torch.autocast(features.device.type, enabled=False):
+        warped = F.grid_sample(
+            features.float(), places, mode="bilinear", padding_mode="zeros", align_corners=True
+        )
+    return warped.to(features.dtype)
+
+
+def carry_over(features: Tensor, motion: Motion) -> Tensor:
+    """The key frame's features (B, C, h, w) → the current frame's."""
+    return warp(features, motion.flow) * motion.scale + motion.bias
+
+
+class Refinement(nn.Module):
+    """Corrects features that were carried over by the frame's own finest lateral (published: SPA).
+
+    The lateral is resized from level to level, not from the finest each time (yolact_edge/NOTES.md §3).
+    """
+
+    def __init__(self, channels: int, num_levels: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(_conv3x3(2 * channels, channels) for _ in range(num_levels))
+        for conv in self.convs:
+            nn.init.xavier_uniform_(conv.weight)
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, levels: Sequence[Tensor], lateral: Tensor) -> list[Tensor]:
+        """Levels 1, 2, ... (B, C, h_l, w_l) and the lateral (B, C, h_0, w_0) → the levels."""
+        refined = []
+        for conv, x in zip(self.convs, levels, strict=True):
+            lateral = resize(lateral, x)
+            refined.append(x + _leaky_relu(conv(torch.cat([x, lateral], dim=1))))
+        return refined

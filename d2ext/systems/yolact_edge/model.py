@@ -1,0 +1,465 @@
+"""YolactEdge: YOLACT on videos, where most frames take their coarse features from a key frame
+(arXiv 2012.12259).
+
+A key frame goes through YOLACT's whole network and leaves its memory. Another frame goes through the
+backbone up to the finest level; the flow net (``flow.py``) says where the key frame's coarser sums moved
+to, and heads and post-processing are YOLACT's. Without a flow net (stage "image") this is YOLACT.
+
+Letters: B videos in step, C channels of the pyramid, F of the flow features, S input side, h_l×w_l cells
+of level l.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from d2ext.config import ConfigError
+from d2ext.modeling.inference import InferenceNetwork
+from d2ext.modeling.video import Inputs, VideoMetaArch, replace_rows, select_rows
+from d2ext.systems.yolact.fpn import BilinearFPN, resize
+from d2ext.systems.yolact.head import YOLACTHead, YOLACTPredictions
+from d2ext.systems.yolact.model import YOLACT
+from d2ext.systems.yolact_edge.flow import FlowNet, Refinement, carry_over
+from d2ext.systems.yolact_edge.losses import flow_loss, flow_targets, warp_loss
+
+STAGES = ("image", "flow", "video")
+Sums = dict[int, Tensor]
+
+
+@dataclass
+class YolactEdgeMemory:
+    """What the key frames of B videos leave for the frames after them."""
+
+    sums: list[Tensor]
+    """For each level but the finest (B, C, h_l, w_l): the pyramid's top-down sum."""
+    flow_features: Tensor
+    """(B, F, h_0, w_0)."""
+    key_frames: Tensor
+    """(B,) int64, on the CPU: the number of the last key frame."""
+
+    def tensors(self) -> list[Tensor]:
+        """Those on the model's device."""
+        return [self.flow_features, *self.sums]
+
+
+class KeyNetwork(nn.Module):
+    """The whole network."""
+
+    def __init__(self, backbone: BilinearFPN, head: YOLACTHead, flow_net: FlowNet) -> None:
+        super().__init__()
+        self.backbone, self.head, self.flow_net = backbone, head, flow_net
+
+    def forward(self, images: Tensor) -> tuple[YOLACTPredictions, list[Tensor]]:
+        """(B, 3, S, S) → predictions, tensors of the memory."""
+        laterals, sums = self.pyramid(images)
+        finest, *coarser = sorted(sums)
+        memory = [self.flow_net.features(laterals[finest]), *(sums[level] for level in coarser)]
+        return self.predict(sums), memory
+
+    def pyramid(self, images: Tensor) -> tuple[Sums, Sums]:
+        """(B, 3, S, S) → laterals and top-down sums, by level."""
+        laterals = self.backbone.laterals(self.backbone.bottom_up(images))
+        return laterals, self.backbone.merge(laterals)
+
+    def predict(self, sums: Sums) -> YOLACTPredictions:
+        """Top-down sums → predictions."""
+        return self.head(list(self.backbone.outputs(sums).values()))
+
+
+class NonKeyNetwork(KeyNetwork):
+    """The network of the frames between: a part of the backbone, the flow net, and the heads."""
+
+    def __init__(
+        self,
+        backbone: BilinearFPN,
+        head: YOLACTHead,
+        flow_net: FlowNet,
+        refinement: Refinement | None,
+    ) -> None:
+        super().__init__(backbone, head, flow_net)
+        self.refinement = refinement
+
+    def forward(self, images: Tensor, *memory: Tensor) -> tuple[YOLACTPredictions, Tensor]:
+        """(B, 3, S, S), tensors of the memory → predictions, (B,) similarity to the key frame."""
+        features, *sums = memory
+        lateral = self.finest_lateral(images)
+        own = self.flow_net.features(lateral)
+        similarity = F.cosine_similarity(own.float(), features.float(), dim=1).mean(dim=(1, 2))
+        return self.predict(self.carried_sums(lateral, own, features, sums)), similarity
+
+    def finest_lateral(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) → (B, C, h_0, w_0), with the stages of a ResNet that lead there."""
+        bottom_up, name = self.backbone.bottom_up, self.backbone.in_features[0]
+        x = bottom_up.stem(images)
+        for stage_name, stage in zip(bottom_up.stage_names, bottom_up.stages, strict=True):
+            x = stage(x)
+            if stage_name == name:
+                break
+        return self.backbone.lateral(self.backbone.levels[0], x)
+
+    def carried_sums(
+        self, lateral: Tensor, own: Tensor, features: Tensor, sums: Sequence[Tensor]
+    ) -> Sums:
+        """A frame's finest lateral and flow features, and the key frame's → the frame's sums.
+
+        The finest sum is made before the others are refined, as published.
+        """
+        motions = self.flow_net(own, features)
+        carried = [carry_over(x, motions[level]) for level, x in enumerate(sums, start=1)]
+        finest = resize(carried[0], lateral) + lateral
+        if self.refinement is not None:
+            carried = self.refinement(carried, lateral)
+        return dict(zip(self.backbone.levels, [finest, *carried], strict=True))
+
+
+class Carried(NamedTuple):
+    """What one training step leaves for the next one."""
+
+    lateral: Tensor
+    """(B, C, h_0, w_0) of the target frame."""
+    sums: Sums
+    """Of the target frame, through the whole network."""
+    features: Tensor
+    """(B, F, h_0, w_0) of the reference frame."""
+    reference_sums: list[Tensor]
+
+
+@META_ARCH_REGISTRY.register()
+class YolactEdge(YOLACT, VideoMetaArch):
+    """YOLACT on images (no flow net), or on videos."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        stage: str = "image",
+        flow_net: FlowNet | None = None,
+        refinement: Refinement | None = None,
+        key_interval: int = 5,
+        key_phase: int = 0,
+        min_similarity: float = -1.0,
+        warp_weight: float = 1.0,
+        published_warp_convs: bool = False,
+        joint_images: bool = False,
+        **yolact: Any,
+    ) -> None:
+        """Args:
+        stage: "image", "flow" or "video": what is trained, see ``MODEL.YOLACT_EDGE.STAGE``.
+        flow_net, refinement: None in stage "image".
+        key_interval, key_phase, min_similarity: which frames are key frames.
+        warp_weight, published_warp_convs: see ``MODEL.YOLACT_EDGE``.
+        joint_images: training inputs also hold images of another data set, without ``reference``.
+        yolact: see :class:`YOLACT`.
+
+        Raises:
+            ConfigError: unknown stage, or a backbone that cannot run in part.
+        """
+        super().__init__(**yolact)
+        if stage not in STAGES or (stage == "image") != (flow_net is None):
+            raise ConfigError(
+                f"MODEL.YOLACT_EDGE.STAGE is {stage!r}; it must be one of {STAGES}, and there is a flow "
+                'net in all but "image".'
+            )
+        if key_interval < 1 or not 0 <= key_phase < key_interval:
+            raise ConfigError(
+                f"MODEL.YOLACT_EDGE.KEY_INTERVAL is {key_interval}, KEY_PHASE {key_phase}: the interval "
+                "is at least 1, the phase at least 0 and below the interval."
+            )
+        self.stage = stage
+        self.flow_net = flow_net
+        self.refinement = refinement
+        self.key_interval, self.key_phase = key_interval, key_phase
+        self.min_similarity = min_similarity
+        self.warp_weight = warp_weight
+        self.published_warp_convs = published_warp_convs
+        video_steps = ("full",) if stage == "image" else ("full", "carried")
+        # Optimizer steps of an iteration, each with its own losses.
+        self.training_steps = (("images",) if joint_images else ()) + video_steps
+        if stage == "flow" or self.training_steps == ("full",):
+            self.training_steps = ()
+        self._non_key: tuple[InferenceNetwork, ...] = ()
+        if flow_net is None:
+            return
+        if not hasattr(self.backbone.bottom_up, "stages"):
+            raise ConfigError(
+                f"{type(self.backbone.bottom_up).__name__} cannot run up to its finest feature alone: "
+                'YolactEdge on videos needs a ResNet (MODEL.YOLACT.BOTTOM_UP "build_resnet_backbone"); '
+                'with others it is for images (MODEL.YOLACT_EDGE.STAGE "image").'
+            )
+        self.set_network(
+            KeyNetwork(self.backbone, self.head, flow_net),
+            lambda raw: (*self._decode(raw[0]), *raw[1]),
+        )
+        non_key = NonKeyNetwork(self.backbone, self.head, flow_net, refinement)
+        self._non_key = (
+            InferenceNetwork(
+                non_key, lambda raw: (*self._decode(raw[0]), raw[1]), **self._inference_options
+            ),
+        )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        arguments = super().from_config(cfg)
+        edge = cfg.MODEL.YOLACT_EDGE
+        if edge.STAGE != "image":
+            channels = cfg.MODEL.YOLACT.FPN_CHANNELS
+            levels = len(cfg.MODEL.YOLACT.IN_FEATURES)
+            arguments["flow_net"] = FlowNet(
+                channels,
+                num_levels=levels,
+                width=edge.FLOW_CHANNELS,
+                published_init=edge.PUBLISHED_FLOW_INIT,
+            )
+            if edge.REFINEMENT:
+                arguments["refinement"] = Refinement(channels, levels - 1)
+        return {
+            **arguments,
+            "stage": edge.STAGE,
+            "key_interval": edge.KEY_INTERVAL,
+            "key_phase": edge.KEY_PHASE,
+            "min_similarity": edge.MIN_SIMILARITY,
+            "warp_weight": edge.WARP_WEIGHT,
+            "published_warp_convs": edge.PUBLISHED_WARP_CONVS,
+            "joint_images": bool(cfg.DATASETS.TRAIN_JOINT),
+        }
+
+    @property
+    def has_memory(self) -> bool:
+        """Only with a flow net."""
+        return self.flow_net is not None
+
+    @property
+    def non_key_network(self) -> InferenceNetwork:
+        """Network and decoding of the frames between key frames; benchmarks time it."""
+        if not self._non_key:
+            raise RuntimeError('Stage "image" has no network for frames between key frames.')
+        return self._non_key[0]
+
+    # Training
+
+    def train(self, mode: bool = True) -> YolactEdge:
+        """Of a model with a flow net, what is not trained stays in evaluation mode.
+
+        Frozen are the backbone and the sums; in stage "flow" everything but the flow net, whose scale
+        and bias have no loss there; in stage "video" the finest flow, which nothing uses.
+        """
+        super().train(mode)
+        if self.flow_net is None or not mode:
+            return self
+        flow_net, backbone = self.flow_net, self.backbone
+        if self.stage == "flow":
+            trained = [flow_net.reduce, flow_net.encoder, flow_net.up_features, flow_net.up_flow]
+            trained += [flow_net.flow]
+        else:
+            trained = [flow_net.reduce, flow_net.encoder, self.head]
+            trained += [*flow_net.flow[1:], *flow_net.scale[1:], *flow_net.bias[1:]]
+            trained += [*flow_net.up_features[1:], *flow_net.up_flow[1:]]
+            trained += [] if self.refinement is None else [self.refinement]
+            trained += [getattr(backbone, f"output{level}") for level in backbone.levels]
+            trained += [getattr(backbone, f"downsample{level}") for level in backbone.extra_levels]
+        self.requires_grad_(False)
+        for module in trained:
+            module.requires_grad_(True)
+        backbone.bottom_up.eval()
+        return self
+
+    def forward(self, batched_inputs: Inputs, step: str = "", carried: Any = None) -> Any:
+        """See :class:`MetaArch`; with ``step``, one of ``training_steps``: its losses, and what the next
+        step takes as ``carried``."""
+        if step:
+            return self._training_step(batched_inputs, step, carried)
+        if not self.training or self.stage == "image":
+            return super().forward(batched_inputs)
+        if self.stage == "flow":
+            return self._flow_losses(batched_inputs)
+        raise RuntimeError(
+            f"This model trains in steps, {self.training_steps}: call model(inputs, step, carried) for "
+            "each in turn, as d2ext's trainer does."
+        )
+
+    def _training_step(
+        self, batched_inputs: Inputs, step: str, carried: Carried | None
+    ) -> tuple[dict[str, Tensor], Any]:
+        """One optimizer step of an iteration (yolact_edge/NOTES.md §4).
+
+        "images": of the joint images through the whole network. "full": of the target frames through the
+        whole network. "carried": of the target frames with features of their reference frames.
+        """
+        joint = step == "images"
+        inputs = [x for x in batched_inputs if bool(x.get("joint")) == joint]
+        if step != "carried" and self.stage == "image":
+            losses = super().forward(inputs)
+            assert isinstance(losses, dict)
+            return losses, None
+        if step == "carried":
+            assert carried is not None
+            return self._carried_losses(inputs, carried), None
+        network = self.network
+        assert isinstance(network, KeyNetwork)
+        images = self.preprocess(inputs)
+        with torch.no_grad():  # frozen
+            laterals, sums = network.pyramid(images)
+        targets = self.encode_targets(inputs, images)
+        losses = self.losses(network.predict(sums), targets)
+        if joint:
+            return losses, None
+        with torch.no_grad():
+            references = self.preprocess([_reference(x) for x in inputs])
+            reference_laterals, reference_sums = network.pyramid(references)
+        finest, *coarser = sorted(sums)
+        return losses, Carried(
+            laterals[finest],
+            sums,
+            reference_laterals[finest],
+            [reference_sums[level] for level in coarser],
+        )
+
+    def _carried_losses(self, inputs: Inputs, carried: Carried) -> dict[str, Tensor]:
+        """Losses of the target frames through the network of frames between key frames."""
+        non_key = self.non_key_network.network
+        assert isinstance(non_key, NonKeyNetwork) and self.flow_net is not None
+        features = self.flow_net.features
+        sums = non_key.carried_sums(
+            carried.lateral,
+            features(carried.lateral),
+            features(carried.features),
+            carried.reference_sums,
+        )
+        predictions = non_key.predict(sums)
+        targets = self.encode_targets(inputs, carried.lateral)
+        self.put_picture(inputs, carried.lateral, targets, predictions)
+        losses = self.losses(predictions, targets)
+        if self.warp_weight > 0:
+            backbone, coarser = self.backbone, sorted(sums)[1:]
+            names = list(coarser)
+            if self.published_warp_convs and len(coarser) == 2:
+                names[1] = backbone.levels[0]
+            loss = warp_loss(
+                [sums[level] for level in coarser],
+                [carried.sums[level] for level in coarser],
+                [getattr(backbone, f"output{level}") for level in names],
+            )
+            losses["loss_warp"] = self.warp_weight * loss
+        return losses
+
+    def _flow_losses(self, inputs: Inputs) -> dict[str, Tensor]:
+        """Stage "flow": the error of all flows; the first image plays the current frame."""
+        if not all("flow" in x for x in inputs):
+            raise KeyError(
+                'Stage "flow" needs `flow` for each image: set INPUT.MAPPER to "FlowPairMapper" and '
+                "DATASETS.TRAIN to pairs of images with flow, such as flying_chairs_train."
+            )
+        non_key = self.non_key_network.network
+        assert isinstance(non_key, NonKeyNetwork) and self.flow_net is not None
+        with torch.no_grad():
+            current, key = (
+                non_key.finest_lateral(self.preprocess(images))
+                for images in (inputs, [_reference(x) for x in inputs])
+            )
+        motions = self.flow_net(
+            self.flow_net.features(current), self.flow_net.features(key), finest=0
+        )
+        side = (self.input_size, self.input_size)
+        targets, valid = [], []
+        for x in inputs:
+            flow = flow_targets(x["flow"].to(self.device)[None].float())
+            known = x["flow_valid"].to(self.device)[None, None].float()
+            flow = flow.masked_fill(known == 0, 0)
+            targets.append(F.interpolate(flow, side, mode="bilinear", align_corners=False)[0])
+            known = F.interpolate(known, side, mode="bilinear", align_corners=False)
+            valid.append(known[0, 0] > 1 - 1e-4)
+        return {"loss_flow": flow_loss(motions.values(), torch.stack(targets), torch.stack(valid))}
+
+    # Inference
+
+    @torch.no_grad()
+    def step(
+        self, inputs: Inputs, memory: YolactEdgeMemory | None
+    ) -> tuple[list[dict[str, Any]], YolactEdgeMemory | None]:
+        """One frame of each of B videos; see :class:`VideoMetaArch`.
+
+        Outputs also have ``key_distance``: frames since the key frame, 0 for a key frame.
+        """
+        images = self.preprocess(inputs)
+        if self.flow_net is None:
+            return self.postprocess(self.inference_network(images), inputs), None
+        numbers = [x.get("frame") or 0 for x in inputs]
+        key = [i for i in range(len(inputs)) if self._is_key(inputs[i], i, memory)]
+        others = [i for i in range(len(inputs)) if i not in key]
+        raw: list[Tensor] = []
+        if others:
+            assert memory is not None
+            rows = memory.tensors()
+            if key:
+                rows = select_rows(rows, others)
+            *raw, similarity = self.non_key_network(_rows(images, others), *rows)
+            if self.min_similarity > -1:
+                low = (similarity < self.min_similarity).tolist()
+                key = sorted([*key, *(i for i, x in zip(others, low, strict=True) if x)])
+                raw = select_rows(raw, [j for j, x in enumerate(low) if not x])
+                others = [i for i in others if i not in key]
+        if key:
+            results = self.inference_network(_rows(images, key))
+            raw, memory = self._join(raw, others, results, key, numbers, memory)
+        assert memory is not None
+        outputs = self.postprocess(tuple(raw), inputs)
+        for output, number, last in zip(outputs, numbers, memory.key_frames.tolist(), strict=True):
+            output["key_distance"] = number - last
+        return outputs, memory
+
+    def _is_key(self, inputs: dict[str, Any], row: int, memory: YolactEdgeMemory | None) -> bool:
+        if memory is None or inputs.get("is_first"):
+            return True
+        if inputs.get("key_frame") is not None:
+            return bool(inputs["key_frame"])
+        frame = inputs["frame"]
+        since = frame - int(memory.key_frames[row])
+        if frame < self.key_phase or since >= self.key_interval:
+            return True
+        return (frame - self.key_phase) % self.key_interval == 0
+
+    def _join(
+        self,
+        raw: list[Tensor],
+        others: list[int],
+        results: Sequence[Tensor],
+        key: list[int],
+        numbers: list[int],
+        memory: YolactEdgeMemory | None,
+    ) -> tuple[list[Tensor], YolactEdgeMemory]:
+        """Decoded predictions of key frames and others in the order of the videos, and the memory."""
+        count = len(results) - len(self.backbone.levels)
+        decoded, kept = list(results[:count]), list(results[count:])
+        key_numbers = torch.tensor([numbers[i] for i in key])
+        if memory is None or len(key) == len(numbers):
+            return decoded, YolactEdgeMemory(kept[1:], kept[0], key_numbers)
+        features, *sums = replace_rows(memory.tensors(), key, kept)
+        (frames,) = replace_rows([memory.key_frames], key, [key_numbers])
+        if others:
+            order = [*others, *key]
+            places = sorted(range(len(order)), key=lambda i: order[i])
+            joined = [torch.cat(pair) for pair in zip(raw, decoded, strict=True)]
+            decoded = select_rows(joined, places)
+        return decoded, YolactEdgeMemory(sums, features, frames)
+
+
+def _rows(images: Tensor, rows: list[int]) -> Tensor:
+    return images if len(rows) == len(images) else images[torch.tensor(rows, device=images.device)]
+
+
+def _reference(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The reference of a pair; a single image is its own."""
+    if "reference" not in inputs:
+        raise KeyError(
+            'Training on videos needs `reference` for each frame: set INPUT.MAPPER to "ClipMapper" '
+            '(stage "flow": "FlowPairMapper").'
+        )
+    return inputs["reference"]
