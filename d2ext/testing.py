@@ -56,6 +56,13 @@ def _tiny_yolact(cfg: CfgNode) -> None:
     cfg.INPUT.MIN_SIZE_TEST = 0
 
 
+def _tiny_yolact_edge(cfg: CfgNode) -> None:
+    _tiny_yolact(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "YolactEdge"
+    cfg.MODEL.YOLACT_EDGE.STAGE = "video"
+    cfg.MODEL.YOLACT_EDGE.FLOW_CHANNELS = 8
+
+
 def _tiny_hourglass(cfg: CfgNode) -> None:
     cfg.MODEL.BACKBONE.NAME = "build_cornernet_hourglass_backbone"
     cfg.MODEL.CORNERNET_HOURGLASS.CHANNELS = [16, 16, 24]
@@ -190,6 +197,7 @@ _TINY: dict[str, TinyModel] = {
     "LandmarkNet": TinyModel(_tiny_landmarks, ("keypoints",)),
     "UPSNet": TinyModel(_tiny_upsnet, ("bbox", "segm", "panoptic")),
     "YOLACT": TinyModel(_tiny_yolact, ("bbox", "segm")),
+    "YolactEdge": TinyModel(_tiny_yolact_edge, ("bbox", "segm")),
 }
 
 
@@ -263,6 +271,8 @@ def random_inputs(
         inputs.append(
             {
                 "image": image.to(torch.uint8),
+                # The frame before, for models of videos.
+                "reference": {"image": image.roll((2, 3), dims=(1, 2)).to(torch.uint8)},
                 "instances": instances,
                 "sem_seg": sem_seg.masked_fill(masks.any(dim=0), 0),
                 "height": height,

@@ -6,6 +6,7 @@ Shapes: input (B, 3, H, W); output ``group{g}`` (B, C_g, H/s, W/s), g as in the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec, get_norm
@@ -67,7 +68,7 @@ class MobileNetV2(Backbone):
             if not isinstance(module, nn.Sequential):
                 continue
             children = list(module.named_children())
-            for (name, conv), (norm_name, norm) in zip(children, children[1:], strict=False):
+            for (name, conv), (norm_name, norm) in pairwise(children):
                 if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                     setattr(module, name, fuse_conv_bn_eval(conv, norm))
                     setattr(module, norm_name, nn.Identity())

@@ -19,7 +19,8 @@ class VideoMetaArch(MetaArch):
     """A :class:`MetaArch` for frames of videos in order.
 
     A subclass implements :meth:`step`; its memory is a dataclass of tensors. In inference the model
-    keeps the memory between calls, and begins anew where a video does (:func:`begins`). An input may have
+    keeps the memory between calls, and begins anew where a video does (:func:`begins`). An input may
+    have
 
     - ``video_id`` and ``frame`` (0-based): without both, each image is a video of its own;
     - ``is_first``: the first frame of a video;

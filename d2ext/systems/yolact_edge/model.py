@@ -272,18 +272,22 @@ class YolactEdge(YOLACT, VideoMetaArch):
         return self
 
     def forward(self, batched_inputs: Inputs, step: str = "", carried: Any = None) -> Any:
-        """See :class:`MetaArch`; with ``step``, one of ``training_steps``: its losses, and what the next
-        step takes as ``carried``."""
+        """See :class:`MetaArch`.
+
+        With ``step``, one of ``training_steps``: its losses, and what the next step takes as ``carried``.
+        Without, a model with such steps gives the losses of all, as ``<step>/<loss>``.
+        """
         if step:
             return self._training_step(batched_inputs, step, carried)
-        if not self.training or self.stage == "image":
+        if not self.training or (self.stage == "image" and not self.training_steps):
             return super().forward(batched_inputs)
         if self.stage == "flow":
             return self._flow_losses(batched_inputs)
-        raise RuntimeError(
-            f"This model trains in steps, {self.training_steps}: call model(inputs, step, carried) for "
-            "each in turn, as d2ext's trainer does."
-        )
+        result = {}
+        for name in self.training_steps:
+            losses, carried = self._training_step(batched_inputs, name, carried)
+            result |= {f"{name}/{key}": value for key, value in losses.items()}
+        return result
 
     def _training_step(
         self, batched_inputs: Inputs, step: str, carried: Carried | None
