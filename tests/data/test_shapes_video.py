@@ -1,6 +1,8 @@
 """Clips of `shapes`: exact flow, occlusion, tracks."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -8,8 +10,16 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from PIL import Image
+from pycocotools import mask as mask_util
 
-from d2ext.data.shapes import Clip, Frame, VideoSet, draw_clip, load_shapes_video
+from d2ext.data.shapes import (
+    Clip,
+    Frame,
+    VideoSet,
+    draw_clip,
+    load_shapes_flow,
+    load_shapes_video,
+)
 from d2ext.data.shapes.video import COVERED, OUTSIDE, SEEN, flow_bytes
 
 LENGTH = 8
@@ -33,7 +43,7 @@ def test_flow_moves_landmarks_where_they_are_in_the_next_frame(clips):
     compared = 0
     for clip in clips:
         for time in range(LENGTH - 1):
-            flow = clip.flow(time)
+            flow = clip.flow(time, time + 1)
             following = {s.number: s for s in clip.frames[time + 1].segments}
             for segment in clip.frames[time].segments:
                 if segment.number not in following:
@@ -57,7 +67,7 @@ def test_flow_carries_masks_to_the_next_frame(clips):
     for clip in clips:
         for time in range(LENGTH - 1):
             here, there = clip.frames[time], clip.frames[time + 1]
-            x, y = targets(clip.flow(time))
+            x, y = targets(clip.flow(time, time + 1))
             inside = (x >= 0) & (y >= 0) & (x < clip.width) & (y < clip.height)
             # Away from edges, where rounding decides, the front-most layer at the target is the
             # pixel's own or one in front of it: nothing of a thing gets lost.
@@ -92,7 +102,7 @@ def test_flow_warps_the_next_image_back(clips):
     for clip in clips:
         for time in (0, LENGTH - 2):
             here, there = (clean_image(clip.frames[t]) for t in (time, time + 1))
-            flow, seen = clip.flow(time), clip.occlusion(time) == SEEN
+            flow, seen = clip.flow(time, time + 1), clip.occlusion(time, time + 1) == SEEN
             errors = [
                 np.abs(cv2.remap(there, x + dx, y + dy, cv2.INTER_LINEAR) - here)[seen].mean()
                 for dx, dy in (
@@ -109,8 +119,8 @@ def test_occlusion_map(clips):
     values = set()
     for clip in clips:
         for time in range(LENGTH - 1):
-            occlusion = clip.occlusion(time)
-            x, y = targets(clip.flow(time))
+            occlusion = clip.occlusion(time, time + 1)
+            x, y = targets(clip.flow(time, time + 1))
             inside = (x >= 0) & (y >= 0) & (x < clip.width) & (y < clip.height)
             np.testing.assert_array_equal(occlusion == OUTSIDE, ~inside)
             values |= set(np.unique(occlusion).tolist())
@@ -127,13 +137,12 @@ def test_flow_between_any_frames(clips):
     clip = clips[0]
     np.testing.assert_allclose(clip.flow(2, 2), 0, atol=1e-9)
     assert (clip.occlusion(2, 2) == SEEN).all()
-    np.testing.assert_array_equal(clip.flow(1), clip.flow(1, 2))
     # There and back: the flow back, read where the flow leads, cancels it (both at pixel centres).
     there, seen = clip.flow(3, 5), clip.occlusion(3, 5) == SEEN
     x, y = targets(there)
     back = clip.flow(5, 3)[y[seen], x[seen]]
     assert np.abs(there[seen] + back).max() < 0.3
-    for times in ((LENGTH - 1, None), (0, LENGTH), (-1, 0)):
+    for times in ((LENGTH - 1, LENGTH), (0, LENGTH), (-1, 0)):
         with pytest.raises(IndexError, match="frames 0 to 7"):
             clip.flow(*times)
 
@@ -160,7 +169,7 @@ def test_tracks_keep_class_and_look(clips):
 
 
 def test_clips_move(clips):
-    speeds = [float(np.linalg.norm(clip.flow(0), axis=2).max()) for clip in clips]
+    speeds = [float(np.linalg.norm(clip.flow(0, 1), axis=2).max()) for clip in clips]
     assert max(speeds) > 5 and min(speeds) > 0.5
     assert (clips[0].frames[0].image != clips[0].frames[1].image).any()
 
@@ -173,6 +182,26 @@ def test_clips_do_not_depend_on_order():
     np.testing.assert_array_equal(once, image)
 
 
+def test_things_cross(clips):
+    # Two things whose outlines overlap in a frame, in which the hidden one is seen in part, and which
+    # lay apart in another.
+    crossings = 0
+    for clip in clips:
+        for a in range(1, 9):
+            for b in range(1, a):
+                touching = []
+                for frame in clip.frames:
+                    masks = [frame.rasters[i - 1] for i in (a, b) if i <= len(frame.layers)]
+                    if len(masks) < 2 or any(m is None for m in masks):
+                        continue
+                    whole = [np.zeros((clip.height, clip.width), bool) for _ in masks]
+                    for canvas, raster in zip(whole, masks, strict=True):
+                        canvas[raster.window] = raster.mask > 0
+                    touching.append((whole[0] & whole[1]).any())
+                crossings += len(set(touching)) == 2
+    assert crossings >= 6
+
+
 def test_catalog_of_clips():
     assert len(DatasetCatalog.get("shapes_val_video")) == 10
     shapes = VideoSet("val", 2, 96, 128, length=3)
@@ -180,26 +209,93 @@ def test_catalog_of_clips():
         clip = shapes.clip(number)
         assert (record["video_id"], record["length"]) == (number, 3)
         for time, frame in enumerate(record["frames"]):
-            assert frame["image_id"] == 3 * number + time and frame["frame_index"] == time
+            assert frame["image_id"] == 3 * number + time and frame["frame"] == time
             with PathManager.open(frame["file_name"], "rb") as file:
                 np.testing.assert_array_equal(np.asarray(Image.open(file)), clip.frames[time].image)
-            assert [a["track_id"] for a in frame["annotations"]] == [
-                s.number for s in clip.frames[time].segments
-            ]
-            ids = {info["id"] for info in frame["segments_info"]}
-            assert ids == set(np.unique(clip.frames[time].panoptic)) - {0}
-            assert ("flow_file_name" in frame) == (time < 2)
-            if time < 2:
-                with PathManager.open(frame["flow_file_name"], "rb") as file:
+            segments = clip.frames[time].segments
+            assert [a["track_id"] for a in frame["annotations"]] == [s.number for s in segments]
+            for annotation, segment in zip(frame["annotations"], segments, strict=True):
+                exact = clip.frames[time].panoptic == segment.id
+                mask = mask_util.decode(annotation["segmentation"])
+                np.testing.assert_array_equal(mask, exact)
+            for other in range(3):
+                with PathManager.open(frame["flow_file_name"].format(frame=other), "rb") as file:
                     flow = np.frombuffer(file.read()[12:], "<f4").reshape(96, 128, 2)
-                np.testing.assert_array_equal(flow, clip.flow(time))
-                with PathManager.open(frame["occlusion_file_name"], "rb") as file:
-                    np.testing.assert_array_equal(
-                        np.asarray(Image.open(file)), clip.occlusion(time)
-                    )
-    assert MetadataCatalog.get("shapes_val_video").evaluator_type == "video_panoptic_seg"
-    last = f"{shapes.root}/flow/{shapes.stem(2)}.flo"
-    assert not PathManager.exists(last)
+                np.testing.assert_array_equal(flow, clip.flow(time, other))
+                name = frame["occlusion_file_name"].format(frame=other)
+                with PathManager.open(name, "rb") as file:
+                    occlusion = np.asarray(Image.open(file))
+                np.testing.assert_array_equal(occlusion, clip.occlusion(time, other))
+            assert not PathManager.exists(frame["flow_file_name"].format(frame=3))
+    metadata = MetadataCatalog.get("shapes_val_video")
+    assert metadata.evaluator_type == "ytvis" and metadata.video and metadata.thing_colors
+    with PathManager.open(metadata.json_file) as file:
+        assert len(json.load(file)["videos"]) == 10
+
+
+def test_catalog_of_panoptic_clips():
+    videos = DatasetCatalog.get("shapes_val_video_panoptic")
+    metadata = MetadataCatalog.get("shapes_val_video_panoptic")
+    assert metadata.evaluator_type == "video_panoptic_seg" and metadata.video
+    ids = set()
+    for record in videos:
+        assert record["length"] == len(record["frames"]) == 30
+        annotated = [f for f in record["frames"] if "annotations" in f]
+        assert [f["frame"] for f in annotated] == [4, 9, 14, 19, 24, 29]
+        for frame in record["frames"]:
+            assert (
+                ("pan_seg_file_name" in frame) == ("segments_info" in frame) == (frame in annotated)
+            )
+        for frame in annotated:
+            ids.add(frame["image_id"])
+            things = {s["id"]: s["track_id"] for s in frame["segments_info"] if s["isthing"]}
+            assert things == {a["segment_id"]: a["track_id"] for a in frame["annotations"]}
+            assert all("track_id" not in s for s in frame["segments_info"] if not s["isthing"])
+    with PathManager.open(metadata.panoptic_json) as file:
+        assert {i["id"] for i in json.load(file)["images"]} == ids
+    shapes = VideoSet("val", 1, 64, 64, length=10, every=5)
+    frame = load_shapes_video(shapes, "panoptic")[0]["frames"][4]
+    with PathManager.open(frame["pan_seg_file_name"], "rb") as file:
+        rgb = np.asarray(Image.open(file)).astype(int)
+    shown = set(np.unique(rgb @ [1, 256, 65536])) - {0}
+    assert shown == {s["id"] for s in frame["segments_info"]}
+
+
+def test_catalog_of_keypoint_clips():
+    metadata = MetadataCatalog.get("shapes_val_video_keypoints")
+    assert metadata.evaluator_type == "video_keypoints" and len(metadata.keypoint_names) == 8
+    tracks = set()
+    for record in DatasetCatalog.get("shapes_val_video_keypoints"):
+        for frame in record["frames"]:
+            for annotation in frame["annotations"]:
+                assert len(annotation["keypoints"]) == 24
+                tracks.add((record["video_id"], annotation["track_id"]))
+    assert len(tracks) > 30
+
+
+def test_flow_pairs():
+    shapes = VideoSet("val", 3, 64, 96, length=7)
+    pairs = load_shapes_flow(shapes)
+    assert len(pairs) == 18 and len({p["image_id"] for p in pairs}) == 18
+    distances = []
+    for pair in pairs:
+        reference = Path(pair["reference"]["file_name"]).stem
+        clip, other = (int(n) for n in reference.split("_"))
+        assert clip == pair["image_id"] // 7
+        distances.append(pair["image_id"] % 7 - other)
+        with PathManager.open(pair["flow_file_name"], "rb") as file:
+            flow = np.frombuffer(file.read()[12:], "<f4").reshape(64, 96, 2)
+        np.testing.assert_array_equal(flow, shapes.clip(clip).flow(pair["image_id"] % 7, other))
+    assert set(distances) == {1, 2, 3, 4}
+    many = load_shapes_flow(VideoSet("val", 20, 64, 64, length=20))
+    far = [p for p in many if p["image_id"] % 20 >= 4]
+    counts = np.bincount([_distance(p, 20) for p in far], minlength=5)[1:]
+    assert counts.min() > 0.7 * len(far) / 4
+    assert len(DatasetCatalog.get("shapes_train_flow")) == 40 * 11
+
+
+def _distance(pair, length):
+    return pair["image_id"] % length - int(Path(pair["reference"]["file_name"]).stem[-6:])
 
 
 def test_flo_files_are_read_by_opencv(tmp_path):
@@ -211,5 +307,7 @@ def test_flo_files_are_read_by_opencv(tmp_path):
 def test_bad_video_sets():
     with pytest.raises(ValueError, match="two frames"):
         VideoSet("val", 1, length=1)
+    with pytest.raises(ValueError, match="every 13th"):
+        VideoSet("val", 1, every=13)
     with pytest.raises(IndexError, match="clips 0 to 0"):
         VideoSet("val", 1).clip(1)

@@ -9,15 +9,19 @@ lists the names) and the ``shapes://`` paths under which their images lie. To ha
 
 from d2ext.data.shapes.catalog import (
     DEFAULT_SETS,
-    DEFAULT_VIDEO_SETS,
     TASKS,
     load_shapes,
-    load_shapes_video,
     register_shapes,
-    register_shapes_video,
     shapes_metadata,
 )
 from d2ext.data.shapes.classes import KEYPOINT_OKS_SIGMAS, STUFF_CLASSES, THING_CLASSES
+from d2ext.data.shapes.clips import (
+    DEFAULT_PANOPTIC_VIDEO_SETS,
+    DEFAULT_VIDEO_SETS,
+    load_shapes_flow,
+    load_shapes_video,
+    register_shapes_video,
+)
 from d2ext.data.shapes.files import register_path_handler
 from d2ext.data.shapes.frame import Frame
 from d2ext.data.shapes.scene import draw_image
@@ -25,6 +29,7 @@ from d2ext.data.shapes.sets import ShapesSet, VideoSet
 from d2ext.data.shapes.video import Clip, draw_clip
 
 __all__ = [
+    "DEFAULT_PANOPTIC_VIDEO_SETS",
     "DEFAULT_SETS",
     "DEFAULT_VIDEO_SETS",
     "KEYPOINT_OKS_SIGMAS",
@@ -38,6 +43,7 @@ __all__ = [
     "draw_clip",
     "draw_image",
     "load_shapes",
+    "load_shapes_flow",
     "load_shapes_video",
     "register_shapes",
     "register_shapes_video",
@@ -49,3 +55,5 @@ for _shapes in DEFAULT_SETS:
     register_shapes(_shapes)
 for _clips in DEFAULT_VIDEO_SETS:
     register_shapes_video(_clips)
+for _clips in DEFAULT_PANOPTIC_VIDEO_SETS:
+    register_shapes_video(_clips, tasks=("panoptic",))

@@ -2,19 +2,23 @@
 
 For a split such as ``val`` the names are
 
-==========================  =====================================================================
-``shapes_val``              instances, masks as polygons (stock configs read these)
-``shapes_val_rle``          the same, masks exact, as RLE: set ``INPUT.MASK_FORMAT: bitmask``
-``shapes_val_keypoints``    as ``person_keypoints`` of COCO: one class, 8 landmarks
-``shapes_val_landmarks``    the same landmarks for top-down models: boxes hold the whole thing, also
-                            what is hidden, and tell how much of it is
-``shapes_val_panoptic``     instances, ``sem_seg`` and panoptic maps, as
-                            ``coco_2017_*_panoptic_separated`` and, in the same dicts,
-                            ``pan_seg_file_name`` and ``segments_info`` ``shapes_val_semantic``
-                            one label per pixel over all classes, things and stuff
-                            ``shapes_val_video``        clips with tracks, panoptic maps and optical
-                            flow ==========================
-                            =====================================================================
+=============================  ==================================================================
+``shapes_val``                 instances, masks as polygons (stock configs read these)
+``shapes_val_rle``             the same, masks exact, as RLE: set ``INPUT.MASK_FORMAT: bitmask``
+``shapes_val_keypoints``       as ``person_keypoints`` of COCO: one class, 8 landmarks
+``shapes_val_landmarks``       the same landmarks for top-down models: boxes hold the whole thing,
+                               also what is hidden, and tell how much of it is
+``shapes_val_panoptic``        instances, ``sem_seg`` and panoptic maps, as
+                               ``coco_2017_*_panoptic_separated`` and, in the same dicts,
+                               ``pan_seg_file_name`` and ``segments_info``
+``shapes_val_semantic``        one label per pixel over all classes, things and stuff
+``shapes_val_video``           clips: tracks of things with exact masks, as RLE
+``shapes_val_video_panoptic``  clips of 30 frames, every fifth annotated as panoptic
+``shapes_val_video_keypoints`` clips: tracks of things with landmarks
+``shapes_val_flow``            pairs of frames with optical flow
+=============================  ==================================================================
+
+:mod:`.clips` has those of videos.
 """
 
 import pickle
@@ -43,18 +47,15 @@ from d2ext.data.shapes.sets import ShapesSet, VideoSet
 
 __all__ = [
     "DEFAULT_SETS",
-    "DEFAULT_VIDEO_SETS",
     "TASKS",
     "load_shapes",
-    "load_shapes_video",
+    "paths_metadata",
     "register_shapes",
-    "register_shapes_video",
     "shapes_metadata",
 ]
 
 # What importing d2ext.data registers. Annotations of 2,000 images take some seconds to compute.
 DEFAULT_SETS = (ShapesSet("train", 2000), ShapesSet("val", 200))
-DEFAULT_VIDEO_SETS = (VideoSet("train", 40), VideoSet("val", 10))
 
 # Landmarks: a thing counts as occluded from this share of its outline that is hidden or outside the
 # image, and is left out from this one: nobody could say where its landmarks are.
@@ -136,11 +137,23 @@ TASKS = tuple(_FIELDS)
 def _load(shapes: ShapesSet, task: str) -> bytes:
     """:func:`load_shapes`, pickled: takes a third of the memory, and is quicker to copy."""
     draw, folders = _FIELDS[task]
-    dicts = [_record(shapes, index, folders) for index in range(shapes.num_frames)]
+    annotated = [shapes.is_annotated(index) for index in range(shapes.num_frames)]
+    dicts = [_record(shapes, i, folders if known else {}) for i, known in enumerate(annotated)]
     if draw is not None:
-        for record, frame in zip(dicts, shapes.frames(), strict=True):
-            record.update(draw(frame))
+        for record, frame, known in zip(dicts, shapes.frames(), annotated, strict=True):
+            if known:
+                record.update(draw(frame))
+                if isinstance(shapes, VideoSet):
+                    _add_track_ids(record, frame)
     return pickle.dumps(dicts)
+
+
+def _add_track_ids(record: dict[str, Any], frame: Frame) -> None:
+    for segment, annotation in zip(frame.segments, record["annotations"], strict=True):
+        annotation["track_id"] = segment.number
+    for info in record.get("segments_info", ()):
+        if info["isthing"]:
+            info["track_id"] = info["id"] % SEGMENT_ID_FACTOR
 
 
 def _record(shapes: ShapesSet, index: int, folders: dict[str, str]) -> dict[str, Any]:
@@ -166,41 +179,6 @@ def load_shapes(shapes: ShapesSet, task: str = "instances") -> list[dict[str, An
     if task not in _FIELDS:
         raise ValueError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
     return pickle.loads(_load(shapes, task))
-
-
-def load_shapes_video(shapes: VideoSet) -> list[dict[str, Any]]:
-    """The clips of a set; every call returns its own copy.
-
-    Returns:
-        One dict per clip: ``video_id``, ``length``, ``height``, ``width`` and ``frames``. A frame
-        is a dict as the task "panoptic" has it, and ``video_id``, ``frame_index``, in each
-        annotation ``track_id`` (stable over the clip) and, but for the last frame,
-        ``flow_file_name`` and ``occlusion_file_name``.
-    """
-    clips = []
-    records = iter(load_shapes(shapes, "panoptic"))
-    for number in range(shapes.num):
-        frames = []
-        for time in range(shapes.length):
-            record = next(records)
-            record.update(video_id=number, frame_index=time)
-            for annotation in record["annotations"]:
-                annotation["track_id"] = annotation["segment_id"] % SEGMENT_ID_FACTOR
-            if time + 1 < shapes.length:
-                stem = shapes.stem(record["image_id"])
-                record["flow_file_name"] = f"{shapes.root}/flow/{stem}.flo"
-                record["occlusion_file_name"] = f"{shapes.root}/occlusion/{stem}.png"
-            frames.append(record)
-        clips.append(
-            {
-                "video_id": number,
-                "length": shapes.length,
-                "height": shapes.height,
-                "width": shapes.width,
-                "frames": frames,
-            }
-        )
-    return clips
 
 
 def shapes_metadata(task: str) -> dict[str, Any]:
@@ -259,7 +237,7 @@ def shapes_metadata(task: str) -> dict[str, Any]:
     raise ValueError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
 
 
-def _paths(shapes: ShapesSet, task: str) -> dict[str, Any]:
+def paths_metadata(shapes: ShapesSet, task: str) -> dict[str, Any]:
     """Metadata that names files, and the type by which an evaluator is chosen."""
     root = shapes.root
     paths: dict[str, Any] = {"image_root": f"{root}/images", "evaluator_type": "coco"}
@@ -282,15 +260,6 @@ def _paths(shapes: ShapesSet, task: str) -> dict[str, Any]:
     return paths
 
 
-def register_shapes_video(shapes: VideoSet, prefix: str = "shapes") -> str:
-    """Register clips under ``<prefix>_<split>_video`` and return that name."""
-    name = f"{prefix}_{shapes.split}_video"
-    DatasetCatalog.register(name, partial(load_shapes_video, shapes))
-    metadata = {**shapes_metadata("panoptic"), **_paths(shapes, "panoptic")}
-    MetadataCatalog.get(name).set(**{**metadata, "evaluator_type": "video_panoptic_seg"})
-    return name
-
-
 def register_shapes(shapes: ShapesSet, prefix: str = "shapes") -> list[str]:
     """Register a set for every task.
 
@@ -307,6 +276,6 @@ def register_shapes(shapes: ShapesSet, prefix: str = "shapes") -> list[str]:
     for task in TASKS:
         name = f"{prefix}_{shapes.split}" + ("" if task == "instances" else f"_{task}")
         DatasetCatalog.register(name, partial(load_shapes, shapes, task))
-        MetadataCatalog.get(name).set(**shapes_metadata(task), **_paths(shapes, task))
+        MetadataCatalog.get(name).set(**shapes_metadata(task), **paths_metadata(shapes, task))
         names.append(name)
     return names

@@ -1,6 +1,6 @@
 """The annotation files of COCO for frames of `shapes`: instances, keypoints, panoptic."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -171,21 +171,20 @@ def panoptic_json(frames: Iterable[tuple[int, str, Frame]]) -> dict[str, Any]:
     return _file(images, annotations, categories)
 
 
-def tracks_json(shapes: VideoSet, extension: str) -> dict[str, Any]:
+def tracks_json(shapes: VideoSet, file_name: Callable[[int], str]) -> dict[str, Any]:
     """YouTube-VIS' file: one annotation per thing and clip, null in frames that do not show it.
 
     Args:
-        extension: of the frames' file names.
+        file_name: of a picture, by its number.
     """
     videos: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for number in range(shapes.num):
         first = number * shapes.length
-        stems = [shapes.stem(first + time) for time in range(shapes.length)]
         videos.append(
             {
                 "id": number,
-                "file_names": [stem + extension for stem in stems],
+                "file_names": [file_name(first + time) for time in range(shapes.length)],
                 "height": shapes.height,
                 "width": shapes.width,
                 "length": shapes.length,

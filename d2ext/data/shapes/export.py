@@ -164,10 +164,10 @@ def export_video(
             write("panoptic", f"{stem}.png", encode_png(id_to_rgb(frame.panoptic)))
             clip, time = shapes.clip(index // shapes.length), index % shapes.length
             if time + 1 < shapes.length:
-                write("flow", f"{stem}.flo", flow_bytes(clip.flow(time)))
-                write("occlusion", f"{stem}.png", encode_png(clip.occlusion(time)))
+                write("flow", f"{stem}.flo", flow_bytes(clip.flow(time, time + 1)))
+                write("occlusion", f"{stem}.png", encode_png(clip.occlusion(time, time + 1)))
             _add(annotations, panoptic, panoptic_json([(index, f"{stem}.png", frame)]))
-        annotations[tracks] = tracks_json(shapes, ".png")
+        annotations[tracks] = tracks_json(shapes, lambda index: f"{shapes.stem(index)}.png")
         for target, content in annotations.items():
             (temporary / target).write_text(json.dumps(content))
         _publish(temporary, out, targets)

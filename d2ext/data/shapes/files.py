@@ -26,6 +26,7 @@ from d2ext.data.shapes.coco import (
     instances_json,
     keypoints_json,
     panoptic_json,
+    tracks_json,
 )
 from d2ext.data.shapes.frame import Frame
 from d2ext.data.shapes.sets import PREFIX, ShapesSet, VideoSet, set_from_name
@@ -46,20 +47,21 @@ def _encode_bmp(image: np.ndarray) -> bytes:
     return cv2.imencode(".bmp", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
 
 
-def _clip_of(shapes: ShapesSet, index: int) -> tuple[Clip, int]:
-    """Clip and time of a picture."""
+def _pair(shapes: ShapesSet, number: int) -> tuple[Clip, int, int]:
+    """Clip, source and target of pair `number`: source picture * length + time of the target."""
     assert isinstance(shapes, VideoSet)  # other sets have no folder that needs it
-    return shapes.clip(index // shapes.length), index % shapes.length
+    index, target = divmod(number, shapes.length)
+    return shapes.clip(index // shapes.length), index % shapes.length, target
 
 
-def _encode_flow(shapes: ShapesSet, index: int) -> bytes:
-    clip, time = _clip_of(shapes, index)
-    return flow_bytes(clip.flow(time))
+def _encode_flow(shapes: ShapesSet, number: int) -> bytes:
+    clip, source, target = _pair(shapes, number)
+    return flow_bytes(clip.flow(source, target))
 
 
-def _encode_occlusion(shapes: ShapesSet, index: int) -> bytes:
-    clip, time = _clip_of(shapes, index)
-    return encode_png(clip.occlusion(time))
+def _encode_occlusion(shapes: ShapesSet, number: int) -> bytes:
+    clip, source, target = _pair(shapes, number)
+    return encode_png(clip.occlusion(source, target))
 
 
 _Encoder = Callable[[ShapesSet, int], bytes]
@@ -74,17 +76,26 @@ _MOTION: dict[str, tuple[str, _Encoder]] = {
     "flow": (".flo", _encode_flow),
     "occlusion": (".png", _encode_occlusion),
 }
+
+
+def _tracks_json(shapes: ShapesSet) -> dict[str, Any]:
+    assert isinstance(shapes, VideoSet)  # _annotations
+    return tracks_json(shapes, lambda index: shapes.stem(index) + ".bmp")
+
+
 _ANNOTATIONS: dict[str, Callable[[ShapesSet], dict[str, Any]]] = {
     "instances.json": lambda shapes: instances_json(_named(shapes)),
     "instances_rle.json": lambda shapes: instances_json(_named(shapes), "rle"),
     "keypoints.json": lambda shapes: keypoints_json(_named(shapes)),
     "panoptic.json": lambda shapes: panoptic_json(_named(shapes)),
+    "tracks.json": _tracks_json,
 }
 
 
 def _named(shapes: ShapesSet) -> Iterator[tuple[int, str, Frame]]:
     for index, frame in enumerate(shapes.frames()):
-        yield index, shapes.stem(index) + ".bmp", frame
+        if shapes.is_annotated(index):
+            yield index, shapes.stem(index) + ".bmp", frame
 
 
 class ShapesPathHandler(PathHandler):
@@ -163,20 +174,21 @@ class ShapesPathHandler(PathHandler):
 def _locate(path: str) -> Callable[[], bytes]:
     """What draws the contents of a file; FileNotFoundError if there is no such file."""
     shapes, folder, name = _parse(path)
-    if folder == "annotations" and name in _ANNOTATIONS:
+    annotations = _annotations(shapes)
+    if folder == "annotations" and name in annotations:
         return lambda: json.dumps(_ANNOTATIONS[name](shapes)).encode()
     folders = _folders(shapes)
     if folder not in folders:
         raise FileNotFoundError(
-            f"{path}: no such file; there are annotations/{{{','.join(_ANNOTATIONS)}}} and "
-            + ", ".join(f"{f}/{shapes.stem(0)}{e}" for f, (e, _) in folders.items())
+            f"{path}: no such file; there are annotations/{{{','.join(annotations)}}} and "
+            + ", ".join(f"{f}/{next(iter(_names(f'{shapes.root}/{f}')))}" for f in folders)
         )
-    extension, encode = folders[folder]
+    _, encode = folders[folder]
     index = _names(f"{shapes.root}/{folder}").get(name)
     if index is None:
         raise FileNotFoundError(
             f"{path}: no such file; {folder}/ of {shapes.name} begins with "
-            f"{shapes.stem(0)}{extension} and holds {shapes.num_frames} pictures"
+            f"{next(iter(_names(f'{shapes.root}/{folder}')))} and holds {shapes.num_frames} pictures"
         )
     return lambda: encode(shapes, index)
 
@@ -185,19 +197,29 @@ def _folders(shapes: ShapesSet) -> dict[str, tuple[str, _Encoder]]:
     return {**_PICTURES, **_MOTION} if isinstance(shapes, VideoSet) else _PICTURES
 
 
+def _annotations(shapes: ShapesSet) -> dict[str, Callable[[ShapesSet], dict[str, Any]]]:
+    videos = isinstance(shapes, VideoSet)
+    return {n: f for n, f in _ANNOTATIONS.items() if videos or n != "tracks.json"}
+
+
 @lru_cache(maxsize=64)
 def _names(path: str) -> dict[str, int]:
-    """Names in a folder, in order; for a folder of pictures with the number of the picture."""
+    """Names in a folder, in order; for a folder of pictures with the number of the picture, for one of
+    motion with that of the pair."""
     shapes, folder, _ = _parse(path)
     if not folder:
         return dict.fromkeys([*_folders(shapes), "annotations"], 0)
     if folder == "annotations":
-        return dict.fromkeys(_ANNOTATIONS, 0)
+        return dict.fromkeys(_annotations(shapes), 0)
     extension = _folders(shapes)[folder][0]
     numbers = range(shapes.num_frames)
     if folder in _MOTION:
         assert isinstance(shapes, VideoSet)
-        return {shapes.stem(i) + extension: i for i in numbers if (i + 1) % shapes.length}
+        return {
+            shapes.pair_stem(i, target) + extension: i * shapes.length + target
+            for i in numbers
+            for target in range(shapes.length)
+        }
     return {shapes.stem(i) + extension: i for i in numbers}
 
 

@@ -14,7 +14,7 @@ __all__ = ["PREFIX", "ShapesSet", "VideoSet", "set_from_name"]
 PREFIX = "shapes://"
 _NAME = re.compile(
     r"(?P<split>\w+)-(?P<num>\d+)(x(?P<length>\d+))?"
-    r"-(?P<height>\d+)x(?P<width>\d+)-seed(?P<seed>\d+)"
+    r"-(?P<height>\d+)x(?P<width>\d+)-seed(?P<seed>\d+)(-every(?P<every>\d+))?"
 )
 
 
@@ -67,6 +67,10 @@ class ShapesSet:
         """File name of picture `index` without its extension: 12 digits, as in COCO."""
         return f"{index:012d}"
 
+    def is_annotated(self, index: int) -> bool:
+        """Whether picture `index` counts as annotated."""
+        return True
+
     def frame(self, index: int) -> Frame:
         """Picture `index`; the last few stay in memory, since several files are read from each."""
         if not 0 <= index < self.num_frames:
@@ -87,23 +91,39 @@ class VideoSet(ShapesSet):
     """A split of `shapes` with `num` clips of `length` frames.
 
     A frame's image id is ``clip * length + time``, its stem ``<6 digits of clip>_<6 digits of
-    time>``. Beside the folders of :class:`ShapesSet` there are, for all frames but each clip's
-    last, ``flow/<stem>.flo`` (exact motion to the next frame) and ``occlusion/<stem>.png`` (0: seen
-    in the next
-    frame, 1: covered there, 2: outside). Segment ids are stable over a clip.
+    time>``. Beside the folders of :class:`ShapesSet` there are, from every frame to every other of
+    its clip, ``flow/<stem>_to_<6 digits of time>.flo`` (exact motion) and
+    ``occlusion/<stem>_to_<6 digits of time>.png`` (0: seen in the other frame, 1: covered there, 2:
+    outside), and ``annotations/tracks.json`` in YouTube-VIS' form. Segment ids are stable over a clip.
+
+    Attributes:
+        length: frames of a clip, at least 2.
+        every: annotated is the last of this many frames, as in Cityscapes-VPS (5), whose clips begin
+            with four frames that are not; 1: all.
     """
 
     length: int = 12
+    every: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.length < 2:
             raise ValueError(f"a clip needs at least two frames, got length={self.length}")
+        if not 1 <= self.every <= self.length:
+            raise ValueError(f"of {self.length} frames, every {self.every}th cannot be annotated")
 
     @property
     def name(self) -> str:
         size = f"{self.height}x{self.width}"
-        return f"{self.split}-{self.num}x{self.length}-{size}-seed{self.seed}"
+        every = f"-every{self.every}" if self.every > 1 else ""
+        return f"{self.split}-{self.num}x{self.length}-{size}-seed{self.seed}{every}"
+
+    def is_annotated(self, index: int) -> bool:
+        return (index % self.length + 1) % self.every == 0
+
+    def pair_stem(self, index: int, target: int) -> str:
+        """Name of flow and occlusion from picture `index` to time `target` of its clip."""
+        return f"{self.stem(index)}_to_{target:06d}"
 
     @property
     def num_frames(self) -> int:
@@ -147,5 +167,6 @@ def set_from_name(name: str) -> ShapesSet:
         )
     num, height, width, seed = (int(match[key]) for key in ("num", "height", "width", "seed"))
     if match["length"]:
-        return VideoSet(match["split"], num, height, width, seed, int(match["length"]))
+        length, every = int(match["length"]), int(match["every"] or 1)
+        return VideoSet(match["split"], num, height, width, seed, length, every)
     return ShapesSet(match["split"], num, height, width, seed)

@@ -100,14 +100,14 @@ class Clip:
     def frames(self) -> list[Frame]:
         return [self._make_frame(time) for time in range(self.length)]
 
-    def flow(self, time: int, other: int | None = None) -> np.ndarray:
-        """Exact motion of every pixel's point from frame `time` to `other` (default: the next).
+    def flow(self, source: int, target: int) -> np.ndarray:
+        """Exact motion of every pixel's point from frame `source` to frame `target`.
 
         Returns:
             (H, W, 2) float32, x and y in pixels; also where the point is hidden or outside in
-            `other`.
+            `target`.
         """
-        here, there = self.frames[time], self.frames[self._other(time, other)]
+        here, there = self._pair(source, target)
         x = np.arange(self.width, dtype=np.float32) + 0.5
         y = (np.arange(self.height, dtype=np.float32) + 0.5)[:, None]
 
@@ -126,15 +126,15 @@ class Clip:
                 flow[rows, columns][owned] = motion(change, rows, columns)[owned]
         return flow
 
-    def occlusion(self, time: int, other: int | None = None) -> np.ndarray:
-        """What becomes of a pixel of frame `time` in frame `other` (default: the next).
+    def occlusion(self, source: int, target: int) -> np.ndarray:
+        """What becomes of a pixel of frame `source` in frame `target`.
 
         Returns:
             (H, W) uint8: :data:`SEEN`, :data:`COVERED` (the pixel that the flow leads to shows
             another layer) or :data:`OUTSIDE` (the flow leads out of the image).
         """
-        here, there = self.frames[time], self.frames[self._other(time, other)]
-        flow = self.flow(time, other)
+        here, there = self._pair(source, target)
+        flow = self.flow(source, target)
         x = np.floor(np.arange(self.width) + 0.5 + flow[..., 0]).astype(np.int64)
         y = np.floor(np.arange(self.height)[:, None] + 0.5 + flow[..., 1]).astype(np.int64)
         outside = (x < 0) | (y < 0) | (x >= self.width) | (y >= self.height)
@@ -142,13 +142,13 @@ class Clip:
         covered = there.owner[y, x] != here.owner
         return np.where(outside, OUTSIDE, np.where(covered, COVERED, SEEN)).astype(np.uint8)
 
-    def _other(self, time: int, other: int | None) -> int:
-        other = time + 1 if other is None else other
-        if not (0 <= time < self.length and 0 <= other < self.length):
+    def _pair(self, source: int, target: int) -> tuple[Frame, Frame]:
+        if not (0 <= source < self.length and 0 <= target < self.length):
             raise IndexError(
-                f"no flow from frame {time} to {other}: the clip has frames 0 to {self.length - 1}"
+                f"no flow from frame {source} to {target}: the clip has frames 0 to "
+                f"{self.length - 1}"
             )
-        return other
+        return self.frames[source], self.frames[target]
 
 
 def flow_bytes(flow: np.ndarray) -> bytes:
