@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from d2ext.config import ConfigError
 from d2ext.data.coco_json import TOLERATED_MISSING
-from d2ext.data.dataset_dicts import get_dataset_dicts
+from d2ext.data.dataset_dicts import check_same_classes, get_dataset_dicts
 from d2ext.data.dataset_facts import dataset_facts
-from d2ext.data.dataset_mapper import MAPPER_REGISTRY
+from d2ext.data.dataset_mapper import MAPPER_REGISTRY, D2extDatasetMapper
 from d2ext.data.errors import DataError, DatasetError, SampleError, shorten
 from d2ext.data.sampler import (
     RepeatFactorStreamSampler,
@@ -240,9 +240,24 @@ def _samples(mapper: Mapper, records: list[Record], names: Sequence[str]) -> lis
     return records if expand is None else expand(records, names)
 
 
+class JointDataLoader:
+    """Two endless loaders of equal batches side by side.
+
+    Samples alternate, so that equal parts of a batch hold equally many of both; those of the second
+    loader have ``joint: True``.
+    """
+
+    def __init__(self, own: ReportingDataLoader, joint: ReportingDataLoader) -> None:
+        self.own, self.joint = own, joint
+
+    def __iter__(self) -> Iterator[list[Record]]:
+        for own, joint in zip(self.own, self.joint, strict=False):
+            yield [x for a, b in zip(joint, own, strict=True) for x in ({**a, "joint": True}, b)]
+
+
 def build_train_loader(
     cfg: CfgNode, *, start_iter: int = 0, mapper: Mapper | None = None
-) -> ReportingDataLoader:
+) -> ReportingDataLoader | JointDataLoader:
     """An endless loader of training batches.
 
     The stream of samples, random numbers included, depends on ``cfg.SEED`` and the data alone: not
@@ -257,7 +272,8 @@ def build_train_loader(
         mapper: defaults to what ``INPUT.MAPPER`` names in ``MAPPER_REGISTRY``
 
     Returns:
-        loader of lists of ``IMS_PER_BATCH / number of processes`` model inputs
+        loader of lists of ``IMS_PER_BATCH / number of processes`` model inputs; with
+        ``DATASETS.TRAIN_JOINT`` of as many of these, too
 
     Raises:
         DatasetError: the data cannot be used
@@ -269,10 +285,23 @@ def build_train_loader(
             f"SOLVER.IMS_PER_BATCH is {batch_size}; it must be a positive multiple of the number "
             f"of processes, {world_size}."
         )
-    records = get_dataset_dicts(cfg, cfg.DATASETS.TRAIN, is_train=True)
     mapper = mapper or build_mapper(cfg, is_train=True)
-    records = _samples(mapper, records, cfg.DATASETS.TRAIN)
     _warn_without_mirrors(cfg)
+    loader = _train_loader(cfg, cfg.DATASETS.TRAIN, mapper, start_iter)
+    if not cfg.DATASETS.TRAIN_JOINT:
+        return loader
+    check_same_classes((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TRAIN_JOINT))
+    images = D2extDatasetMapper(cfg, is_train=True)
+    return JointDataLoader(loader, _train_loader(cfg, cfg.DATASETS.TRAIN_JOINT, images, start_iter))
+
+
+def _train_loader(
+    cfg: CfgNode, names: Sequence[str], mapper: Mapper, start_iter: int
+) -> ReportingDataLoader:
+    """The stream of some data sets."""
+    batch_size, world_size = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
+    records = get_dataset_dicts(cfg, names, is_train=True)
+    records = _samples(mapper, records, names)
     dataset = StreamDataset(
         DatasetFromList(records, copy=False),
         mapper,

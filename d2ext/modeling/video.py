@@ -81,12 +81,13 @@ def begins(inputs: dict[str, Any], last: dict[str, Any]) -> bool:
 
 def select_rows(tensors: list[Tensor], rows: list[int]) -> list[Tensor]:
     """Rows of tensors (B, ...)."""
-    return [x[torch.tensor(rows, device=x.device)] for x in tensors]
+    return [x[_index(rows, x)] for x in tensors]
 
 
 def replace_rows(tensors: list[Tensor], rows: list[int], values: list[Tensor]) -> list[Tensor]:
     """Copies of tensors (B, ...) with other values (len(rows), ...) in some rows."""
-    return [
-        x.index_copy(0, torch.tensor(rows, device=x.device), y)
-        for x, y in zip(tensors, values, strict=True)
-    ]
+    return [x.index_copy(0, _index(rows, x), y) for x, y in zip(tensors, values, strict=True)]
+
+
+def _index(rows: list[int], like: Tensor) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64, device=like.device)

@@ -9,7 +9,8 @@ size of the images, on the device, the device having finished. Its parts:
 
 - upload: images to the device, channel order;
 - preprocess: resize to the network's input, normalisation;
-- network: backbone and heads;
+- network: backbone and heads; of a model with memory that of a key frame, "between" that of the others,
+  "cycle" their mean from key frame to key frame;
 - choice: decoding of boxes, NMS, selection of the detections;
 - results: masks assembled at the size of the image, Instances built.
 
@@ -45,6 +46,7 @@ from d2ext.tools.model_benchmark import (
     STAGES,
     BoxPredictor,
     Clock,
+    StreamPredictor,
     count_flops,
     environment,
     lower_score_thresholds,
@@ -99,6 +101,8 @@ def run_model(args: argparse.Namespace) -> dict[str, Any]:
     image, description = example_image(args)
     torch.manual_seed(0)
     predictor = BoxPredictor(cfg, args.boxes) if args.boxes else BatchPredictor(cfg)
+    if getattr(predictor.model, "has_memory", False):
+        predictor = StreamPredictor(cfg, predictor.model)
     inputs = predictor.upload([image, np.ascontiguousarray(image[:, ::-1])])
     if not cfg.MODEL.WEIGHTS:
         settle_norms(predictor.model, inputs)

@@ -23,7 +23,7 @@ from d2ext.modeling.meta_arch import MetaArch
 # Keys below MODEL that hold the score below which a system drops candidates.
 _SCORE_KEYS = ("SCORE_THRESH", "SCORE_THRESH_TEST")
 _ROUNDS = 3
-STAGES = ("upload", "preprocess", "network", "choice", "results", "total")
+STAGES = ("upload", "preprocess", "network", "between", "cycle", "choice", "results", "total")
 
 
 class Clock:
@@ -199,18 +199,46 @@ class BoxPredictor(BatchPredictor):
         return super().upload(images, drawn)
 
 
+class StreamPredictor(BatchPredictor):
+    """Takes each call's images as the next frames of as many videos.
+
+    Attributes:
+        period: calls from one key frame to the next.
+    """
+
+    def __init__(self, cfg: CfgNode, model: nn.Module) -> None:
+        super().__init__(cfg, model)
+        self.period = cfg.MODEL.YOLACT_EDGE.KEY_INTERVAL
+        self._frame = 0
+
+    def upload(
+        self, images: Sequence[np.ndarray], boxes: Sequence[Instances] | None = None
+    ) -> list[dict[str, Any]]:
+        """As the base class, with the numbers of videos and frames."""
+        inputs = super().upload(images, boxes)
+        for i, x in enumerate(inputs):
+            x.update(video_id=i, frame=self._frame)
+        self._frame += 1
+        return inputs
+
+
 def measure_batch(
     predictor: BatchPredictor, images: list[np.ndarray], clock: Clock
 ) -> dict[str, Any]:
     """Stages, latency, throughput and memory for one batch."""
     device = predictor.device
     result: dict[str, Any] = {"batch_size": len(images)}
+    period = getattr(predictor, "period", 1)
+
+    def run() -> None:
+        for _ in range(period):
+            predictor(images)
+
     with torch.no_grad():
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        times = clock.latency(lambda: predictor(images))
-        result["latency_ms"] = _spread(times)
-        result["images_per_second"] = len(images) * clock.rate(lambda: predictor(images))
+        result["latency_ms"] = _spread([t / period for t in clock.latency(run)])
+        result["images_per_second"] = len(images) * period * clock.rate(run)
         if device.type == "cuda":
             # Memory of CUDA graphs counts as reserved, not as allocated.
             result["peak_allocated_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
@@ -237,6 +265,12 @@ def stage_times(
     alone = network_only(faster)
     stages["preprocess"] = clock.median(lambda: model.preprocess(inputs))
     stages["network"] = clock.median(lambda: alone(batch))
+    if isinstance(predictor, StreamPredictor):
+        memory = alone(batch)[-model.num_memory :]
+        between = network_only(model.non_key_network)
+        stages["between"] = clock.median(lambda: between(batch, *memory))
+        frames = stages["network"] + (predictor.period - 1) * stages["between"]
+        stages["cycle"] = frames / predictor.period
     decoded = clock.median(lambda: faster(batch))
     stages["choice"] = max(decoded - stages["network"], 0.0)
     finished = clock.median(lambda: model.postprocess(faster(batch), inputs))

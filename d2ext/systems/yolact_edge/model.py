@@ -237,6 +237,11 @@ class YolactEdge(YOLACT, VideoMetaArch):
         return self.flow_net is not None
 
     @property
+    def num_memory(self) -> int:
+        """Tensors of the memory, the last ones that :attr:`inference_network` returns."""
+        return len(self.backbone.levels)
+
+    @property
     def non_key_network(self) -> InferenceNetwork:
         """Network and decoding of the frames between key frames; benchmarks time it."""
         if not self._non_key:
@@ -274,7 +279,7 @@ class YolactEdge(YOLACT, VideoMetaArch):
     def forward(self, batched_inputs: Inputs, step: str = "", carried: Any = None) -> Any:
         """See :class:`MetaArch`.
 
-        With ``step``, one of ``training_steps``: its losses, and what the next step takes as ``carried``.
+        With ``step``, one of ``training_steps``: its losses and what the next step takes as ``carried``.
         Without, a model with such steps gives the losses of all, as ``<step>/<loss>``.
         """
         if step:
@@ -283,7 +288,7 @@ class YolactEdge(YOLACT, VideoMetaArch):
             return super().forward(batched_inputs)
         if self.stage == "flow":
             return self._flow_losses(batched_inputs)
-        result = {}
+        result: dict[str, Tensor] = {}
         for name in self.training_steps:
             losses, carried = self._training_step(batched_inputs, name, carried)
             result |= {f"{name}/{key}": value for key, value in losses.items()}
@@ -440,7 +445,7 @@ class YolactEdge(YOLACT, VideoMetaArch):
         memory: YolactEdgeMemory | None,
     ) -> tuple[list[Tensor], YolactEdgeMemory]:
         """Decoded predictions of key frames and others in the order of the videos, and the memory."""
-        count = len(results) - len(self.backbone.levels)
+        count = len(results) - self.num_memory
         decoded, kept = list(results[:count]), list(results[count:])
         key_numbers = torch.tensor([numbers[i] for i in key])
         if memory is None or len(key) == len(numbers):
@@ -456,7 +461,7 @@ class YolactEdge(YOLACT, VideoMetaArch):
 
 
 def _rows(images: Tensor, rows: list[int]) -> Tensor:
-    return images if len(rows) == len(images) else images[torch.tensor(rows, device=images.device)]
+    return images if len(rows) == len(images) else select_rows([images], rows)[0]
 
 
 def _reference(inputs: dict[str, Any]) -> dict[str, Any]:
