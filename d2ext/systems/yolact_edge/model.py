@@ -27,6 +27,7 @@ from d2ext.modeling.video import Inputs, VideoMetaArch, replace_rows, select_row
 from d2ext.systems.yolact.fpn import BilinearFPN, resize
 from d2ext.systems.yolact.head import YOLACTHead, YOLACTPredictions
 from d2ext.systems.yolact.model import YOLACT
+from d2ext.systems.yolact.postprocess import Detections
 from d2ext.systems.yolact_edge.flow import FlowNet, Refinement, carry_over
 from d2ext.systems.yolact_edge.losses import flow_loss, flow_targets, warp_loss
 
@@ -423,6 +424,12 @@ class YolactEdge(YOLACT, VideoMetaArch):
         for output, number, last in zip(outputs, numbers, memory.key_frames.tolist(), strict=True):
             output["key_distance"] = number - last
         return outputs, memory
+
+    def postprocess(
+        self, predictions: tuple[Tensor, ...], batched_inputs: Inputs
+    ) -> list[dict[str, Any]]:
+        """As :class:`YOLACT`; what follows the decoded predictions is left out."""
+        return super().postprocess(predictions[: len(Detections._fields) + 1], batched_inputs)
 
     def _is_key(self, inputs: dict[str, Any], row: int, memory: YolactEdgeMemory | None) -> bool:
         if memory is None or inputs.get("is_first"):
