@@ -13,6 +13,9 @@ from d2ext.data.errors import (
 )
 from d2ext.data.image_io import read_image
 from d2ext.data.register_panoptic import register_cityscapes_separated
+from d2ext.data.video import config as video_config  # noqa: F401
+from d2ext.data.video.pair_mappers import ClipMapper, FlowPairMapper
+from d2ext.data.video.records import flatten, video_record
 
 register_cityscapes_separated()
 
@@ -20,15 +23,19 @@ __all__ = [
     "AUGMENTATION_REGISTRY",
     "MAPPER_REGISTRY",
     "AnnotationError",
+    "ClipMapper",
     "D2extDatasetMapper",
     "DataError",
     "DatasetError",
+    "FlowPairMapper",
     "ImageReadError",
     "SampleError",
     "build_augmentations",
     "build_mapper",
     "build_test_loader",
     "build_train_loader",
+    "flatten",
     "get_dataset_dicts",
     "read_image",
+    "video_record",
 ]

@@ -23,6 +23,7 @@ from d2ext.data.errors import DataError, DatasetError, SampleError, shorten
 from d2ext.data.sampler import (
     RepeatFactorStreamSampler,
     StreamSampler,
+    VideoSampler,
     sample_randomness,
     stream_seed,
 )
@@ -113,7 +114,7 @@ class StreamDataset(Dataset):
             except SampleError as e:
                 if self.strict:
                     raise
-                bad.append(BadSample(record["file_name"], str(e)))
+                bad.append(BadSample(e.file_name or record["file_name"], str(e)))
                 if len(bad) > self.max_bad or len(bad) >= len(self.records):
                     raise DatasetError(
                         f"{len(bad)} samples in a row cannot be used; the last: {e} "
@@ -185,8 +186,13 @@ class TestDataLoader(ReportingDataLoader):
 
     def __iter__(self) -> Iterator[list[Record]]:
         used = 0
+        video: Any = None
         for batch in super().__iter__():
             used += len(batch)
+            for sample in batch:
+                if "video_id" in sample:  # the first frame of a video may have been left out
+                    sample["is_first"] = sample["is_first"] or sample["video_id"] != video
+                    video = sample["video_id"]
             yield batch
         bad = list(self.bad_samples.values())
         gathered = comm.all_gather((used, bad))
@@ -363,6 +369,9 @@ def build_test_loader(
 ) -> TestDataLoader:
     """A loader of the images of one data set, in order, one per batch, split over the processes.
 
+    Of videos, each process gets whole ones; frames carry ``video_id``, ``frame`` and ``is_first``, which
+    is True for the first frame of a video that can be used.
+
     An unusable image is reported and left out unless ``cfg.INPUT.STRICT``; evaluators then count it
     as an image without detections.
 
@@ -378,6 +387,8 @@ def build_test_loader(
     return TestDataLoader(
         dataset,
         batch_size=1,
-        sampler=InferenceSampler(len(dataset)),
+        sampler=VideoSampler([r["video_id"] for r in records])
+        if "video_id" in records[0]
+        else InferenceSampler(len(dataset)),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )

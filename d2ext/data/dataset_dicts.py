@@ -18,6 +18,7 @@ from detectron2.data.build import (
 from d2ext.data.annotations import describe_dropped, obvious_flaw
 from d2ext.data.errors import DatasetError, shorten
 from d2ext.data.panoptic import attach_panoptic
+from d2ext.data.video.records import flatten, is_video
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def get_dataset_dicts(cfg: CfgNode, names: Sequence[str], *, is_train: bool) -> 
     Like Detectron2's ``get_detection_dataset_dicts``, with these differences: an image whose only
     annotations are crowds counts as annotated and stays; annotations that describe nothing are
     dropped, and one line says how many; problems that concern the whole data set are errors here,
-    not hours later.
+    not hours later. Of videos, training gets the frames that are annotated, a test all.
 
     Args:
         cfg: reads ``DATALOADER.FILTER_EMPTY_ANNOTATIONS``, ``INPUT.MASK_FORMAT``,
@@ -46,7 +47,9 @@ def get_dataset_dicts(cfg: CfgNode, names: Sequence[str], *, is_train: bool) -> 
     if not names:
         key = "DATASETS.TRAIN" if is_train else "DATASETS.TEST"
         raise DatasetError(f"No data set is given: set {key}, or pass --dataset and its files.")
-    dicts = [load_dataset(name) for name in names]
+    dicts = [load_images(name) for name in names]
+    if is_train:
+        dicts = [_annotated(name, d) for name, d in zip(names, dicts, strict=True)]
     if cfg.MODEL.LOAD_PROPOSALS:
         dicts = [
             load_proposals_into_dataset(d, _proposal_file(cfg, name, is_train))
@@ -109,6 +112,28 @@ def load_dataset(name: str) -> list[Record]:
     if not records:
         raise DatasetError(f"Data set '{name}' has no images. Check its annotation file.")
     return records
+
+
+def load_images(name: str) -> list[Record]:
+    """:func:`load_dataset`; of videos all frames in order, see :func:`~d2ext.data.video.flatten`."""
+    records = load_dataset(name)
+    if not is_video(records):
+        return records
+    try:
+        return flatten(records)
+    except DatasetError as e:
+        raise DatasetError(f"Data set '{name}': {e}") from e
+
+
+def _annotated(name: str, records: list[Record]) -> list[Record]:
+    """Frames without annotations are left out; images are as they are."""
+    left = [r for r in records if "annotations" in r or "video_id" not in r]
+    if not left:
+        raise DatasetError(
+            f"No frame of the videos of data set '{name}' is annotated (the public files of validation "
+            "and test sets have no annotations)."
+        )
+    return left
 
 
 def _proposal_file(cfg: CfgNode, name: str, is_train: bool) -> str:

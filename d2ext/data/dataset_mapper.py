@@ -47,6 +47,9 @@ class D2extDatasetMapper(DatasetMapper):
     Random numbers come from ``numpy.random``, so a caller that seeds it gets the same sample again.
     """
 
+    # Whether ``instances`` have ``gt_ids``, the ``track_id`` of annotations; for subclasses.
+    with_track_ids = False
+
     @configurable
     def __init__(
         self,
@@ -102,6 +105,17 @@ class D2extDatasetMapper(DatasetMapper):
         Raises:
             SampleError: the image cannot be read or the annotations do not belong to it
         """
+        return self.map(dataset_dict)[0]
+
+    def map(
+        self, dataset_dict: dict[str, Any], transforms: TransformList | None = None
+    ) -> tuple[dict[str, Any], TransformList]:
+        """The sample, and the transforms that made it.
+
+        Args:
+            dataset_dict: see :meth:`__call__`
+            transforms: of another image of this size, to be used for this one, too; None draws new ones
+        """
         dataset_dict = dict(dataset_dict)  # what is changed below it is copied there
         image = read_record_image(dataset_dict, self.image_format)
         sem_seg = self._read_sem_seg(dataset_dict)
@@ -116,7 +130,10 @@ class D2extDatasetMapper(DatasetMapper):
             annotations = self._prepare_annotations(annotations, dataset_dict["file_name"], image)
 
         aug_input = DetectionInput(image, sem_seg=sem_seg, **_boxes_and_crowd(annotations))
-        transforms = self.augmentations(aug_input)
+        if transforms is None:
+            transforms = self.augmentations(aug_input)
+        else:
+            aug_input.replay(transforms)
         image = aug_input.image
         image_shape = image.shape[:2]
         dataset_dict["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
@@ -132,7 +149,7 @@ class D2extDatasetMapper(DatasetMapper):
         elif annotations is not None:
             annotations = [a for a, keep in zip(annotations, aug_input.keep, strict=True) if keep]
             self._set_instances(dataset_dict, annotations, transforms, image_shape)
-        return dataset_dict
+        return dataset_dict, transforms
 
     def _read_sem_seg(self, dataset_dict: dict[str, Any]) -> np.ndarray | None:
         """H×W labels in the image's original size, or None if there are none."""
@@ -227,6 +244,8 @@ class D2extDatasetMapper(DatasetMapper):
                 instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
             if shares is not None:
                 instances.gt_visible_shares = shares
+            if self.with_track_ids:
+                instances.gt_ids = torch.tensor([a["track_id"] for a in regular])
             instances = detection_utils.filter_empty_instances(instances)
         else:
             instances = self._no_instances(image_shape)
@@ -245,6 +264,8 @@ class D2extDatasetMapper(DatasetMapper):
             instances.gt_masks = PolygonMasks([])
         elif self.use_instance_mask:
             instances.gt_masks = BitMasks(torch.zeros(0, *image_shape, dtype=torch.bool))
+        if self.with_track_ids:
+            instances.gt_ids = torch.zeros(0, dtype=torch.int64)
         if self.use_keypoint:
             instances.gt_keypoints = Keypoints(torch.zeros(0, self._num_keypoints(), 3))
         return instances

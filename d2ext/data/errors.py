@@ -28,7 +28,13 @@ class DatasetError(DataError):
 
 
 class SampleError(DataError):
-    """One sample cannot be used. Training replaces it by another one unless told to be strict."""
+    """One sample cannot be used. Training replaces it by another one unless told to be strict.
+
+    Attributes:
+        file_name: of the image at fault, where it is not the sample's own; such errors stay in a process
+    """
+
+    file_name: str | None = None
 
 
 class ImageReadError(SampleError):

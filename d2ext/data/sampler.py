@@ -6,7 +6,7 @@ that is resumed continues as if it had not stopped.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -105,6 +105,43 @@ class StreamSampler(Sampler[tuple[int, int]]):
         # RandomState's streams are frozen across NumPy versions; those of Generator are not.
         seeds = np.random.SeedSequence([self.seed, _SHUFFLE, epoch])
         return np.random.RandomState(np.random.MT19937(seeds))
+
+
+class VideoSampler(Sampler[int]):
+    """The frames of one process's videos, in order: whole videos, next to each other in the data set.
+
+    A video belongs to the process in whose share of all frames its middle lies, so that the numbers of
+    frames differ by a video's length at most.
+    """
+
+    def __init__(
+        self,
+        video_ids: Sequence[Hashable],
+        *,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        """
+        Args:
+            video_ids: of all frames in order
+            rank, world_size: default to those of ``detectron2.utils.comm``
+        """
+        rank = comm.get_rank() if rank is None else rank
+        world_size = comm.get_world_size() if world_size is None else world_size
+        starts = [i for i, v in enumerate(video_ids) if i == 0 or v != video_ids[i - 1]]
+        ends = [*starts[1:], len(video_ids)]
+        self.indices = [
+            i
+            for start, end in zip(starts, ends, strict=True)
+            if (start + end) * world_size // (2 * len(video_ids)) == rank
+            for i in range(start, end)
+        ]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
 
 
 class RepeatFactorStreamSampler(StreamSampler):

@@ -11,6 +11,7 @@ from d2ext.config import get_cfg
 from d2ext.data.sampler import (
     RepeatFactorStreamSampler,
     StreamSampler,
+    VideoSampler,
     sample_randomness,
     stream_seed,
 )
@@ -109,3 +110,17 @@ def test_negative_seed_is_a_fixed_one():
     assert cfg.SEED < 0 and stream_seed(cfg) == 0
     cfg.SEED = 17
     assert stream_seed(cfg) == 17
+
+
+@pytest.mark.parametrize("lengths", [[5], [3, 4, 2, 6, 1], [1] * 7, [2, 90, 2, 2]])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_each_process_gets_whole_videos(lengths, world_size):
+    video_ids = [f"v{i}" for i, length in enumerate(lengths) for _ in range(length)]
+    parts = [
+        list(VideoSampler(video_ids, rank=r, world_size=world_size)) for r in range(world_size)
+    ]
+    assert [i for part in parts for i in part] == list(range(len(video_ids)))
+    owners = [{video_ids[i] for i in part} for part in parts]
+    assert sum(map(len, owners)) == len(lengths)
+    even = len(video_ids) / world_size
+    assert all(abs(len(part) - even) <= max(lengths) for part in parts)

@@ -73,6 +73,7 @@ class DetectionInput(T.AugInput):
     ) -> None:
         super().__init__(image, boxes=boxes, sem_seg=sem_seg)
         count = 0 if boxes is None else len(boxes)
+        self.sem_seg: np.ndarray | None
         self.crowd = np.zeros(count, dtype=bool) if crowd is None else crowd
         self.keep = np.ones(count, dtype=bool)
 
@@ -82,6 +83,22 @@ class DetectionInput(T.AugInput):
             if self.boxes is not None and isinstance(step, DropsInstances):
                 self.keep = self.keep & step.keeps(self.boxes)
             super().transform(step)
+
+    def replay(self, tfm: Transform) -> None:
+        """Apply what augmentations gave for another image, as they would have."""
+        if isinstance(tfm, TransformList):
+            for step in tfm.transforms:
+                self.replay(step)
+            return
+        labels, self.sem_seg = self.sem_seg, None
+        self.transform(tfm)
+        if labels is not None:
+            self.sem_seg = _apply_to_labels(tfm, labels)
+
+
+def _apply_to_labels(tfm: Transform, labels: np.ndarray) -> np.ndarray:
+    apply: Any = getattr(tfm, "apply_labels", tfm.apply_segmentation)
+    return apply(labels)
 
 
 class LabelAwareAugmentation(T.Augmentation):
@@ -97,6 +114,5 @@ class LabelAwareAugmentation(T.Augmentation):
         aug_input.sem_seg = None
         tfm = super().__call__(aug_input)
         if labels is not None:
-            apply: Any = getattr(tfm, "apply_labels", tfm.apply_segmentation)
-            aug_input.sem_seg = apply(labels)
+            aug_input.sem_seg = _apply_to_labels(tfm, labels)
         return tfm

@@ -1,0 +1,1 @@
+"""Videos: records of videos, their readers, and mappers of frame pairs."""

@@ -1,0 +1,189 @@
+"""Samples that are two frames under one augmentation: clips for pair models, pairs with optical flow."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.data import DatasetFromList
+
+from d2ext.config import ConfigError
+from d2ext.data.dataset_dicts import load_dataset
+from d2ext.data.dataset_mapper import MAPPER_REGISTRY, D2extDatasetMapper
+from d2ext.data.errors import AnnotationError, DatasetError, SampleError
+from d2ext.data.video.flow import read_flow, transform_flow
+from d2ext.data.video.records import flatten, is_video
+
+Record = dict[str, Any]
+
+
+class PairMapper(D2extDatasetMapper):
+    """A :class:`D2extDatasetMapper` of two images, both transformed by what is drawn for the first."""
+
+    def pair(self, target: Record, reference: Record | None, flow: np.ndarray | None) -> Record:
+        """
+        Args:
+            target, reference: data set dicts; None: the target is its own reference
+            flow: (H, W, 2) from target to reference, NaN where unknown; None: not wanted
+
+        Returns:
+            the target's sample with ``reference``, that of the other, and, if wanted, ``flow``
+            (2, h, w) float32 in pixels of the sample's image and ``flow_valid`` (h, w) bool
+
+        Raises:
+            SampleError: either cannot be used, or their sizes differ
+        """
+        sample, transforms = self.map(target)
+        if reference is None:
+            sample["reference"] = dict(sample)
+        else:
+            size = sample["height"], sample["width"]
+            # A dict need not say the size; the image's own then shows in the transforms.
+            known = reference.get("height", size[0]), reference.get("width", size[1])
+            if known != size:
+                raise AnnotationError(
+                    f"'{target['file_name']}' has height and width {size}, its reference "
+                    f"'{reference['file_name']}' {known}."
+                )
+            reference = {**reference, "height": size[0], "width": size[1]}
+            try:
+                sample["reference"], _ = self.map(reference, transforms)
+            except SampleError as e:
+                e.file_name = reference["file_name"]  # which may be that of other samples, too
+                raise
+        if flow is not None:
+            if flow.shape[:2] != (sample["height"], sample["width"]):
+                raise AnnotationError(
+                    f"The optical flow of '{target['file_name']}' has height and width "
+                    f"{flow.shape[:2]}, the image {(sample['height'], sample['width'])}."
+                )
+            moved, valid = transform_flow(flow, transforms, *sample["image"].shape[1:])
+            sample["flow"], sample["flow_valid"] = torch.from_numpy(moved), torch.from_numpy(valid)
+        return sample
+
+
+@MAPPER_REGISTRY.register()
+class ClipMapper(PairMapper):
+    """Training samples of pair models: a target frame and an earlier or later one of its video.
+
+    Beside what :class:`D2extDatasetMapper` gives, ``instances.gt_ids`` (int64, constant over the video),
+    ``reference``, the other frame's sample (with ``instances`` if that frame is annotated), and with
+    ``INPUT.VIDEO.FLOW`` the flow, see :meth:`PairMapper.pair`. The reference is uniform among the frames
+    at ``INPUT.VIDEO.REFERENCE_OFFSETS`` that the video has in the target's size; where it has none, it
+    is the one nearest to them, or the target itself. An image is a video of one frame.
+
+    In a test frames are single images.
+    """
+
+    with_track_ids = True
+
+    @configurable
+    def __init__(
+        self,
+        *args: Any,
+        reference_offsets: Sequence[int] = (-5, -2),
+        flow: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            args, kwargs: of :class:`D2extDatasetMapper`
+            reference_offsets: smallest and largest offset of the reference's number to the target's
+            flow: give the optical flow
+        """
+        super().__init__(*args, **kwargs)
+        low, high = reference_offsets
+        if low > high:
+            raise ConfigError(
+                f"INPUT.VIDEO.REFERENCE_OFFSETS is [{low}, {high}]: the smaller one goes first."
+            )
+        self.reference_offsets = low, high
+        self.flow = flow
+        self._frames: Sequence[Record] = []
+        self._places: dict[tuple[str, int], int] = {}
+        self._sizes: list[tuple[int, int]] = []
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        video = cfg.INPUT.VIDEO
+        return {
+            **super().from_config(cfg, is_train),
+            "reference_offsets": video.REFERENCE_OFFSETS,
+            "flow": video.FLOW,
+        }
+
+    def samples(self, records: list[Record], dataset_names: Sequence[str]) -> list[Record]:
+        """The dicts as they are; keeps all frames of the data sets' videos to choose references from.
+
+        They are serialised, and forked workers share them.
+        """
+        if self.is_train:
+            loaded = [load_dataset(name) for name in dataset_names]
+            frames = [frame for videos in loaded if is_video(videos) for frame in flatten(videos)]
+            if self.flow and frames and not any("flow_file_name" in frame for frame in frames):
+                raise DatasetError(
+                    f"INPUT.VIDEO.FLOW is set, but no frame of {', '.join(dataset_names)} has optical "
+                    "flow (flow_file_name)."
+                )
+            self._places = {(f["file_name"], f["frame"]): i for i, f in enumerate(frames)}
+            self._sizes = [(f.get("height", 0), f.get("width", 0)) for f in frames]
+            self._frames = DatasetFromList(frames, copy=False)
+        return records
+
+    def __call__(self, dataset_dict: Record) -> Record:
+        if not self.is_train:
+            return super().__call__(dataset_dict)
+        target = {"frame": 0, **dataset_dict}
+        if "annotations" in target:  # those of an image have no track
+            numbered = enumerate(target["annotations"])
+            target["annotations"] = [{"track_id": i + 1, **a} for i, a in numbered]
+        reference = self._draw_reference(target)
+        flow = self._read_flow(target, reference) if self.flow else None
+        return self.pair(target, reference, flow)
+
+    def _draw_reference(self, target: Record) -> Record | None:
+        """The dict of another frame; None: the target is the reference."""
+        place = self._places.get((target["file_name"], target["frame"]))
+        if place is None:
+            return None
+        first = place - target["frame"]
+        last = first + target["video_length"] - 1
+        low, high = (min(max(place + o, first), last) for o in self.reference_offsets)
+        candidates = [i for i in range(low, high + 1) if self._sizes[i] == self._sizes[place]]
+        if not candidates:
+            return None
+        chosen = candidates[np.random.randint(len(candidates))]
+        return None if chosen == place else self._frames[chosen]
+
+    def _read_flow(self, target: Record, reference: Record | None) -> np.ndarray | None:
+        file_name = target.get("flow_file_name")
+        if reference is not None and file_name is not None:
+            return read_flow(file_name.format(frame=reference["frame"]))
+        shape = target["height"], target["width"], 2
+        return np.full(shape, 0 if reference is None else np.nan, np.float32)
+
+    def _read_sem_seg(self, dataset_dict: Record) -> np.ndarray | None:
+        if "video_id" in dataset_dict and "annotations" not in dataset_dict:
+            return None  # a reference that is not annotated
+        return super()._read_sem_seg(dataset_dict)
+
+
+@MAPPER_REGISTRY.register()
+class FlowPairMapper(PairMapper):
+    """Samples of data sets of pairs: ``image``, ``reference`` (its ``image``), ``flow``, ``flow_valid``.
+
+    Their dicts have ``file_name``, ``reference`` (``file_name``) and ``flow_file_name``, the flow from
+    the image to the reference.
+    """
+
+    def __call__(self, dataset_dict: Record) -> Record:
+        missing = {"reference", "flow_file_name"} - dataset_dict.keys()
+        if missing:
+            raise AnnotationError(
+                f"'{dataset_dict['file_name']}' is of no pair with optical flow: it has no "
+                f"{' and no '.join(sorted(missing))}."
+            )
+        flow = read_flow(dataset_dict["flow_file_name"])
+        target = {k: v for k, v in dataset_dict.items() if k != "reference"}
+        return self.pair(target, dataset_dict["reference"], flow)
