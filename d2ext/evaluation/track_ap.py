@@ -1,12 +1,12 @@
 """Track mask AP of YouTube-VIS ("Video Instance Segmentation", arXiv 1905.04804).
 
-COCO's protocol with tracks as objects and videos as images; what differs is the IoU of two tracks (sum of
-intersections over sum of unions, over all frames), the area of a track (mean over the frames in which it
-has a mask) and the limits of areas. So this is pycocotools' evaluation with these three replaced.
+COCO's protocol with tracks as objects and videos as images; what differs is the IoU of two tracks (sum
+of intersections over sum of unions, over all frames), the area of a track (mean over the frames in which
+it has a mask) and the limits of areas. So this is pycocotools' evaluation with these three replaced.
 
 Libraries were compared on a fixture of the official code. ``trackeval`` 1.3.0 (``TrackMAP``) matches a
-crowd track only once and has no limits of 1 and 10 tracks a video: AP 12.934 for 12.959. ``hotcoco`` 1.3.0
-evaluates no tracks. Both are therefore not used here.
+crowd track only once and has no limits of 1 and 10 tracks a video: AP 12.934 for 12.959. ``hotcoco``
+1.3.0 evaluates no tracks. Both are therefore not used here.
 
 Letters: P predicted tracks, G target tracks.
 """

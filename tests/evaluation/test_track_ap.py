@@ -126,4 +126,5 @@ def test_limits_of_areas() -> None:
     # Mean of 100 x 100 and 200 x 200 is 25000: medium, though one of the frames is small.
     track = Track(0, 1, {0: box(0, 0, 100, 100, 200), 1: box(0, 0, 200, 200, 200)})
     results = ap([track], [track])
-    assert results["APm"] == pytest.approx(100) and math.isnan(results["APs"]) and math.isnan(results["APl"])
+    assert results["APm"] == pytest.approx(100)
+    assert math.isnan(results["APs"]) and math.isnan(results["APl"])
