@@ -26,6 +26,7 @@ from d2ext.evaluation.coco import COCOEvaluator
 from d2ext.evaluation.landmarks import LandmarkEvaluator
 from d2ext.evaluation.panoptic import COCOPanopticEvaluator
 from d2ext.evaluation.panoptic_analysis import PanopticAnalysis
+from d2ext.evaluation.video_instances import VideoInstanceEvaluator
 
 __all__ = ["EVALUATOR_REGISTRY", "IfPredicted", "build_evaluator", "check_analysis"]
 
@@ -51,6 +52,9 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
     ``cityscapes_sem_seg``
     ``cityscapes_panoptic_seg``  panoptic quality, and Cityscapes' own scripts for the rest
     ``lvis``, ``pascal_voc``     Detectron2's
+    ``ytvis``                    boxes, masks, keypoints of the annotated frames of videos; with track
+    ``video_keypoints``          ids also YouTube-VIS's track AP (masks), IDF1 and HOTA
+    ``video_panoptic_seg``       those, and Segmentation and Tracking Quality (STQ)
     ============================ ================================================================
 
     ``EVALUATOR_REGISTRY`` holds them; register a function there for a type of your own.
@@ -89,16 +93,31 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
 @EVALUATOR_REGISTRY.register()
 def coco(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
     """Boxes, masks, keypoints."""
+    return COCOEvaluator(name, output_dir=folder, **_coco_options(cfg, name))
+
+
+@EVALUATOR_REGISTRY.register()
+def ytvis(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
+    """Those of the annotated frames of videos, track AP, IDF1 and HOTA."""
+    evaluator = VideoInstanceEvaluator(name, output_dir=folder, **_coco_options(cfg, name))
+    return IfPredicted("instances", evaluator)
+
+
+@EVALUATOR_REGISTRY.register()
+def video_keypoints(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
+    """The same: ids are compared by what the model predicts."""
+    return ytvis(cfg, name, folder)
+
+
+def _coco_options(cfg: CfgNode, name: str) -> dict[str, Any]:
     height, width = cfg.MODEL.LANDMARKS.INPUT_SIZE
     top_down = cfg.INPUT.MAPPER == "build_top_down_mapper"
-    return COCOEvaluator(
-        name,
-        output_dir=folder,
-        use_fast_impl=False,  # the official implementation; the fast one needs detectron2._C
-        kpt_oks_sigmas=tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS or oks_sigmas(dataset_facts(name))),
-        oks_nms_threshold=cfg.TEST.KEYPOINT_OKS_NMS,
-        oks_nms_crop=((height, width), cfg.MODEL.LANDMARKS.CROP.PADDING) if top_down else None,
-    )
+    return {
+        "use_fast_impl": False,  # the official implementation; the fast one needs detectron2._C
+        "kpt_oks_sigmas": tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS or oks_sigmas(dataset_facts(name))),
+        "oks_nms_threshold": cfg.TEST.KEYPOINT_OKS_NMS,
+        "oks_nms_crop": ((height, width), cfg.MODEL.LANDMARKS.CROP.PADDING) if top_down else None,
+    }
 
 
 @EVALUATOR_REGISTRY.register()

@@ -48,7 +48,9 @@ class COCOEvaluator(Detectron2COCOEvaluator):
       task whose field the model predicts.
     - Annotations are what the loader has, checked and repaired (:mod:`d2ext.data.coco_json`), not the
       JSON file as it is. Masks are not scored where an object has only a box, if others have masks.
-    - A data set that is not in a JSON file is converted anew for each evaluator.
+    - A data set that is not in a JSON file is converted anew for each evaluator; ``content`` gives its
+      annotations instead.
+    - ``track_ids`` of instances are ``track_id`` of the results.
     - With ``oks_nms_threshold``, instances whose keypoints are those of a better one are left out of
       all results (:func:`~d2ext.evaluation.oks_nms.oks_nms`), as in the published top-down systems.
     - Results are written under a temporary name and renamed: ``coco_instances_results.json`` in
@@ -65,6 +67,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         oks_nms_threshold: published: 0.9; 0: keep all.
         oks_nms_crop: (h, w) of a top-down network's crops and the padding of its boxes: the areas are
             those of the crops, as published; None: of the boxes.
+        content: what to compare with, in COCO's form, instead of the data set's JSON file.
         max_dets_per_image, use_fast_impl, kpt_oks_sigmas: see Detectron2's evaluator.
     """
 
@@ -80,6 +83,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         max_dets_per_image: int | None = None,
         use_fast_impl: bool = True,
         kpt_oks_sigmas: Sequence[float] = (),
+        content: dict[str, Any] | None = None,
     ) -> None:
         # Not Detectron2's constructor, which reads the file as it is.
         self._logger = logger
@@ -89,9 +93,9 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         self._cpu_device = torch.device("cpu")
         self._metadata = MetadataCatalog.get(dataset_name)
         self._kpt_oks_sigmas = kpt_oks_sigmas
-        content = _read_annotations(dataset_name, output_dir)
-        self._do_evaluation = content["annotations"] is not None
-        self._coco_api = _coco_api(content)
+        annotations = _read_annotations(dataset_name, output_dir, content)
+        self._do_evaluation = annotations["annotations"] is not None
+        self._coco_api = _coco_api(annotations)
         self._tasks: tuple[str, ...] | list[str] | None = tasks
         self._output_dir = output_dir
         self._results: dict[str, dict[str, float]] = {}
@@ -251,13 +255,17 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         if not self._output_dir:
             return
         ids = self._category_ids()
-        results = [{**x, "category_id": ids(x["category_id"])} for x in results]
+        self._write_json(name, [{**x, "category_id": ids(x["category_id"])} for x in results])
+
+    def _write_json(self, name: str, content: Any) -> None:
+        if not self._output_dir:
+            return
         path = os.path.join(self._output_dir, name)
         self._logger.info("Saving results to %s", path)
         try:
             os.makedirs(self._output_dir, exist_ok=True)
             with atomic_write(path, "w") as file:
-                json.dump(results, file)
+                json.dump(content, file)
         except OSError as error:
             # A full disk should cost the file, not the scores, nor the training that asked for them.
             self._logger.error(
@@ -286,10 +294,12 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         return category_of
 
 
-def _read_annotations(dataset_name: str, output_dir: str | None) -> dict[str, Any]:
+def _read_annotations(
+    dataset_name: str, output_dir: str | None, content: dict[str, Any] | None
+) -> dict[str, Any]:
     """COCO's form of a data set, as its reader has it; annotations are None in files for tests."""
     metadata = MetadataCatalog.get(dataset_name)
-    json_file = metadata.get("json_file")
+    json_file = metadata.get("json_file") if content is None else f"records of {dataset_name}"
     if json_file is None:
         if output_dir is None:
             raise ValueError(
@@ -297,7 +307,7 @@ def _read_annotations(dataset_name: str, output_dir: str | None) -> dict[str, An
             )
         json_file = os.path.join(output_dir, f"{dataset_name}_coco_format.json")
         convert_to_coco_json(dataset_name, json_file, allow_cached=False)
-    content = read_json(json_file)
+    content = read_json(json_file) if content is None else content
     schema = LANDMARKS if metadata.get("evaluator_type") == "landmarks" else INSTANCES
     if isinstance(content, dict) and "annotations" not in content:
         file = coco_file(json_file, {**content, "annotations": []}, schema=schema)
@@ -334,14 +344,15 @@ def _unscored(annotation: dict[str, Any]) -> dict[str, Any]:
 
 
 def _to_coco(instances: Instances, image_id: Any) -> list[dict[str, Any]]:
-    """Detections on the CPU -> COCO results, with ``mask_score`` beside ``score`` if given."""
+    """Detections on the CPU -> COCO results, with ``mask_score`` and ``track_id`` if given."""
     boxes = instances.pred_boxes.tensor
     keep = has_side(boxes)
     if not instances.has("pred_keypoints"):
         keep &= (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
     instances = instances[keep]
     results = instances_to_coco_json(instances, image_id)
-    if instances.has("mask_scores"):
-        for result, score in zip(results, instances.mask_scores.tolist(), strict=True):
-            result["mask_score"] = score
+    for field, key in (("mask_scores", "mask_score"), ("track_ids", "track_id")):
+        if instances.has(field):
+            for result, value in zip(results, instances.get(field).tolist(), strict=True):
+                result[key] = value
     return results
