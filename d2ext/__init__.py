@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from d2ext import data, engine, modeling, systems  # noqa: F401  (imported for registration)
 from d2ext.config import add_d2ext_config, get_cfg
 from d2ext.engine.predictor import Predictor
+from d2ext.engine.video_predictor import VideoPredictor
 from d2ext.version import __version__
 
-__all__ = ["Predictor", "__version__", "add_d2ext_config", "get_cfg"]
+__all__ = ["Predictor", "VideoPredictor", "__version__", "add_d2ext_config", "get_cfg"]
