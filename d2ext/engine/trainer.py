@@ -42,6 +42,7 @@ from d2ext.engine.hooks import (
 )
 from d2ext.engine.optimizer import build_optimizer
 from d2ext.engine.processes import set_cpu_threads
+from d2ext.engine.tracking import build_tracked
 from d2ext.engine.train_loop import StepTrainer
 from d2ext.evaluation import build_evaluator
 from d2ext.modeling.tta import build_tta
@@ -297,8 +298,8 @@ class Trainer(DefaultTrainer):
         model: nn.Module,
         evaluators: DatasetEvaluator | list[DatasetEvaluator] | None = None,
     ) -> dict[str, Any]:
-        """As Detectron2's, with the test-time augmentation that the config asks for."""
-        return super().test(cfg, build_tta(cfg, model), evaluators)
+        """As Detectron2's, with the test-time augmentation and the tracker that the config asks for."""
+        return super().test(cfg, build_tracked(cfg, build_tta(cfg, model)), evaluators)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
