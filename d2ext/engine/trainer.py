@@ -298,8 +298,17 @@ class Trainer(DefaultTrainer):
         model: nn.Module,
         evaluators: DatasetEvaluator | list[DatasetEvaluator] | None = None,
     ) -> dict[str, Any]:
-        """As Detectron2's, with the test-time augmentation and the tracker that the config asks for."""
-        return super().test(cfg, build_tracked(cfg, build_tta(cfg, model)), evaluators)
+        """As Detectron2's, with the test-time augmentation and the tracker that the config asks for.
+
+        A model may have ``evaluation_passes()``, an iterator that prepares it for each of several
+        evaluations; the results are then their means, the files those of the last one.
+        """
+        passes = getattr(model, "evaluation_passes", None)
+        tested = build_tracked(cfg, build_tta(cfg, model))
+        results = [
+            super(Trainer, cls).test(cfg, tested, evaluators) for _ in (passes() if passes else "1")
+        ]
+        return results[0] if len(results) == 1 else _mean(results)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -338,6 +347,15 @@ class Trainer(DefaultTrainer):
         if len(cfg.DATASETS.TEST) > 1:
             folder = os.path.join(folder, dataset_name)
         return build_evaluator(cfg, dataset_name, folder)
+
+
+def _mean(results: list[Any]) -> Any:
+    """Of (nested) dicts with the same keys."""
+    if isinstance(results[0], dict):
+        return type(results[0])(
+            (key, _mean([x[key] for x in results if key in x])) for key in results[0]
+        )
+    return sum(results) / len(results) if isinstance(results[0], float) else results[0]
 
 
 def _check_solver(cfg: CfgNode) -> None:

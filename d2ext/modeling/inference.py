@@ -215,9 +215,17 @@ class _CapturedGraph:
             with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
                 self.outputs = function(*self.inputs)
         self.pool = self.graph.pool()
+        # What was copied last; kept alive, so that no other tensor takes its place in memory.
+        self._state: list[tuple[Tensor, int]] = []
 
-    def __call__(self, *inputs: Tensor) -> Any:
-        torch._foreach_copy_(self.inputs, list(inputs))
+    def __call__(self, images: Tensor, *state: Tensor) -> Any:
+        self.inputs[0].copy_(images)
+        for target, new, (old, version) in zip(
+            self.inputs[1:], state, self._state or [(images, -1)] * len(state), strict=True
+        ):
+            if new is not old or new._version != version:  # the same for several frames
+                target.copy_(new)
+        self._state = [(x, x._version) for x in state]
         self.graph.replay()
         # The next replay overwrites the graph's memory.
         return tree_map_only(Tensor, torch.clone, self.outputs)

@@ -212,7 +212,7 @@ def test_a_graphs_predictions_are_the_callers() -> None:
     """A replay writes into the same memory again."""
     memory = _Predictions({"p2": torch.zeros(2), "p3": torch.zeros(1)}, [torch.zeros(3)])
     graph = object.__new__(_CapturedGraph)
-    graph.inputs, graph.outputs = [torch.zeros(1)], memory
+    graph.inputs, graph.outputs, graph._state = [torch.zeros(1)], memory, []
     graph.graph = SimpleNamespace(replay=lambda: memory.features["p3"].add_(graph.inputs[0]))
     first, second = graph(torch.ones(1)), graph(torch.ones(1))
     assert type(first) is _Predictions

@@ -7,7 +7,9 @@ in units of which :data:`FLOW_UNITS` are half the map (yolact_edge/NOTES.md §3)
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -96,6 +98,24 @@ class FlowNet(nn.Module):
             for conv in self.scale:
                 nn.init.ones_(conv.bias)
 
+    def prepare_inference(self) -> None:
+        """Make all channel counts multiples of 8, as tensor cores want them; one convolution gives scale
+        and bias. The flow then has further channels, which are 0."""
+        for level, conv in enumerate(self.flow):
+            first = level == len(self.flow) - 1  # that reads no coarser flow
+            self.flow[level] = _padded(conv, 8, 0 if first else 6)
+            pair = nn.Conv2d(conv.in_channels, 2 * self.scale[level].out_channels, 1)
+            for name in ("weight", "bias"):
+                parts = [getattr(x, name) for x in (self.scale[level], self.bias[level])]
+                setattr(pair, name, nn.Parameter(torch.cat(parts), requires_grad=False))
+            self.scale[level] = _padded(pair, pair.out_channels, 0 if first else 6)
+            self.bias[level] = nn.Identity()
+        for level, conv in enumerate(self.up_flow):
+            self.up_flow[level] = _padded(conv, 8, 6)
+            up = self.up_features[level]
+            last = level == len(self.up_flow) - 1
+            self.up_features[level] = _padded(up, up.out_channels, 0 if last else 6)
+
     def features(self, lateral: Tensor) -> Tensor:
         """A frame's finest lateral (B, C, h_0, w_0) → its flow features (B, F, h_0, w_0)."""
         return _leaky_relu(self.reduce(lateral))
@@ -119,8 +139,31 @@ class FlowNet(nn.Module):
                 up = self.up_features[level](resize(x, own))
                 x = torch.cat([own, up, self.up_flow[level](resize(flow, own))], dim=1)
             flow = self.flow[level](x)
-            motions[level] = Motion(flow, self.scale[level](x), self.bias[level](x))
+            if isinstance(self.bias[level], nn.Identity):
+                scale, bias = self.scale[level](x).chunk(2, dim=1)
+            else:
+                scale, bias = self.scale[level](x), self.bias[level](x)
+            motions[level] = Motion(flow[:, :2], scale, bias)
         return motions
+
+
+def _padded(conv: nn.Conv2d, out_channels: int, extra: int) -> nn.Conv2d:
+    """The same convolution with more outputs, and ``extra`` more inputs, that are 0."""
+    weight = conv.weight
+    outputs = out_channels - len(weight)
+    result = copy.copy(conv)
+    result._parameters = dict(conv._parameters)
+    result.weight = nn.Parameter(F.pad(weight, (0, 0, 0, 0, 0, extra, 0, outputs)), False)
+    result.out_channels, result.in_channels = out_channels, weight.shape[1] + extra
+    return result
+
+
+@lru_cache(maxsize=32)
+def _cell_places(height: int, width: int, device: torch.device) -> Tensor:
+    """(height, width, 2): x, y of the cells, -1..1 from corner to corner."""
+    rows = torch.linspace(-1, 1, height, device=device)
+    columns = torch.linspace(-1, 1, width, device=device)
+    return torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)
 
 
 def warp(features: Tensor, flow: Tensor) -> Tensor:
@@ -128,10 +171,8 @@ def warp(features: Tensor, flow: Tensor) -> Tensor:
 
     In float32: in half precision a coordinate would be off by a part of a cell.
     """
-    rows = torch.linspace(-1, 1, flow.shape[2], device=flow.device)
-    columns = torch.linspace(-1, 1, flow.shape[3], device=flow.device)
-    grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)
-    places = grid + flow.float().permute(0, 2, 3, 1) / FLOW_UNITS
+    cells = _cell_places(flow.shape[2], flow.shape[3], flow.device)
+    places = torch.add(cells, flow.float().permute(0, 2, 3, 1), alpha=1 / FLOW_UNITS)
     with torch.autocast(features.device.type, enabled=False):
         warped = F.grid_sample(
             features.float(), places, mode="bilinear", padding_mode="zeros", align_corners=True

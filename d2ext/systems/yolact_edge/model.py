@@ -11,7 +11,7 @@ of level l.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -51,12 +51,20 @@ class YolactEdgeMemory:
         return [self.flow_features, *self.sums]
 
 
-class KeyNetwork(nn.Module):
-    """The whole network."""
+class FrameNetwork(nn.Module):
+    """What the networks of key frames and of others have in common."""
 
     def __init__(self, backbone: BilinearFPN, head: YOLACTHead, flow_net: FlowNet) -> None:
         super().__init__()
         self.backbone, self.head, self.flow_net = backbone, head, flow_net
+
+    def predict(self, sums: Sums) -> YOLACTPredictions:
+        """Top-down sums → predictions."""
+        return self.head(list(self.backbone.outputs(sums).values()))
+
+
+class KeyNetwork(FrameNetwork):
+    """The whole network."""
 
     def forward(self, images: Tensor) -> tuple[YOLACTPredictions, list[Tensor]]:
         """(B, 3, S, S) → predictions, tensors of the memory."""
@@ -70,12 +78,8 @@ class KeyNetwork(nn.Module):
         laterals = self.backbone.laterals(self.backbone.bottom_up(images))
         return laterals, self.backbone.merge(laterals)
 
-    def predict(self, sums: Sums) -> YOLACTPredictions:
-        """Top-down sums → predictions."""
-        return self.head(list(self.backbone.outputs(sums).values()))
 
-
-class NonKeyNetwork(KeyNetwork):
+class NonKeyNetwork(FrameNetwork):
     """The network of the frames between: a part of the backbone, the flow net, and the heads."""
 
     def __init__(
@@ -84,16 +88,23 @@ class NonKeyNetwork(KeyNetwork):
         head: YOLACTHead,
         flow_net: FlowNet,
         refinement: Refinement | None,
+        compare: bool,
     ) -> None:
         super().__init__(backbone, head, flow_net)
         self.refinement = refinement
+        self.compare = compare
 
-    def forward(self, images: Tensor, *memory: Tensor) -> tuple[YOLACTPredictions, Tensor]:
-        """(B, 3, S, S), tensors of the memory → predictions, (B,) similarity to the key frame."""
+    def forward(self, images: Tensor, *memory: Tensor) -> tuple[YOLACTPredictions, Tensor | None]:
+        """(B, 3, S, S), tensors of the memory → predictions, (B,) similarity to the key frame.
+
+        The similarity is None unless ``compare``.
+        """
         features, *sums = memory
         lateral = self.finest_lateral(images)
         own = self.flow_net.features(lateral)
-        similarity = F.cosine_similarity(own.float(), features.float(), dim=1).mean(dim=(1, 2))
+        similarity = None
+        if self.compare:
+            similarity = F.cosine_similarity(own.float(), features.float(), dim=1).mean(dim=(1, 2))
         return self.predict(self.carried_sums(lateral, own, features, sums)), similarity
 
     def finest_lateral(self, images: Tensor) -> Tensor:
@@ -146,6 +157,7 @@ class YolactEdge(YOLACT, VideoMetaArch):
         refinement: Refinement | None = None,
         key_interval: int = 5,
         key_phase: int = 0,
+        test_all_phases: bool = False,
         min_similarity: float = -1.0,
         warp_weight: float = 1.0,
         published_warp_convs: bool = False,
@@ -156,6 +168,7 @@ class YolactEdge(YOLACT, VideoMetaArch):
         stage: "image", "flow" or "video": what is trained, see ``MODEL.YOLACT_EDGE.STAGE``.
         flow_net, refinement: None in stage "image".
         key_interval, key_phase, min_similarity: which frames are key frames.
+        test_all_phases: evaluate in several passes, see :meth:`evaluation_passes`.
         warp_weight, published_warp_convs: see ``MODEL.YOLACT_EDGE``.
         joint_images: training inputs also hold images of another data set, without ``reference``.
         yolact: see :class:`YOLACT`.
@@ -178,6 +191,7 @@ class YolactEdge(YOLACT, VideoMetaArch):
         self.flow_net = flow_net
         self.refinement = refinement
         self.key_interval, self.key_phase = key_interval, key_phase
+        self.test_all_phases = test_all_phases
         self.min_similarity = min_similarity
         self.warp_weight = warp_weight
         self.published_warp_convs = published_warp_convs
@@ -199,7 +213,9 @@ class YolactEdge(YOLACT, VideoMetaArch):
             KeyNetwork(self.backbone, self.head, flow_net),
             lambda raw: (*self._decode(raw[0]), *raw[1]),
         )
-        non_key = NonKeyNetwork(self.backbone, self.head, flow_net, refinement)
+        non_key = NonKeyNetwork(
+            self.backbone, self.head, flow_net, refinement, compare=min_similarity > -1
+        )
         self._non_key = (
             InferenceNetwork(
                 non_key, lambda raw: (*self._decode(raw[0]), raw[1]), **self._inference_options
@@ -226,6 +242,7 @@ class YolactEdge(YOLACT, VideoMetaArch):
             "stage": edge.STAGE,
             "key_interval": edge.KEY_INTERVAL,
             "key_phase": edge.KEY_PHASE,
+            "test_all_phases": edge.TEST_ALL_PHASES,
             "min_similarity": edge.MIN_SIMILARITY,
             "warp_weight": edge.WARP_WEIGHT,
             "published_warp_convs": edge.PUBLISHED_WARP_CONVS,
@@ -389,6 +406,15 @@ class YolactEdge(YOLACT, VideoMetaArch):
         return {"loss_flow": flow_loss(motions.values(), torch.stack(targets), torch.stack(valid))}
 
     # Inference
+
+    def evaluation_passes(self) -> Iterator[int]:
+        """Prepare the model for each pass of an evaluation (yolact_edge/NOTES.md §5)."""
+        configured = self.key_phase
+        several = self.test_all_phases and self.has_memory
+        for phase in range(self.key_interval) if several else [configured]:
+            self.key_phase = phase
+            yield phase
+        self.key_phase = configured
 
     @torch.no_grad()
     def step(

@@ -100,8 +100,8 @@ def measure(cfg: CfgNode, model: nn.Module) -> tuple[dict[str, float], Series]:
     groups: dict[int, list[tuple[dict[str, Any], list[Annotation]]]] = defaultdict(list)
     seconds = []
     batches = list(build_test_loader(cfg, name))
-    for phase in range(model.key_interval):
-        model.key_phase = phase
+    model.test_all_phases = True
+    for phase in model.evaluation_passes():
         model.train()
         model.eval()  # forgets the memory
         for batch in batches:
@@ -115,7 +115,6 @@ def measure(cfg: CfgNode, model: nn.Module) -> tuple[dict[str, float], Series]:
             if distance > 0 or inputs["frame"] % model.key_interval == phase:
                 found = instances_to_coco_json(output["instances"].to("cpu"), inputs["image_id"])
                 groups[distance].append((inputs, found))
-    model.key_phase = 0
     fast = fast_tracks(DatasetCatalog.get(name))
     results = {"ms": 1e3 * float(np.mean(seconds))}
     series: Series = {"distance": [], "fast": []}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -198,3 +199,49 @@ def test_memory_is_a_dataclass_of_tensors() -> None:
     assert isinstance(memory, YolactEdgeMemory)
     assert memory.flow_features.shape == (1, 8, 8, 8)
     assert [tuple(x.shape) for x in memory.sums] == [(1, 16, 4, 4), (1, 16, 2, 2)]
+
+
+def test_passes_of_an_evaluation_shift_the_key_frames() -> None:
+    model, frames = _build(TEST_ALL_PHASES=True, KEY_INTERVAL=3, KEY_PHASE=1), _video(6)
+    seen = []
+    for _ in model.evaluation_passes():
+        seen.append([model([x])[0]["key_distance"] for x in frames])
+    assert seen == [[0, 1, 2, 0, 1, 2], [0, 0, 1, 2, 0, 1], [0, 0, 0, 1, 2, 0]]
+    assert model.key_phase == 1
+    assert len(list(_build().evaluation_passes())) == 1
+
+
+def test_prepared_flow_net_gives_the_same() -> None:
+    """Its channels are padded for inference."""
+    net = _build().flow_net
+    prepared = copy.deepcopy(net).requires_grad_(False)
+    prepared.prepare_inference()
+    assert all(x.weight.shape[0] % 8 == 0 for x in (*prepared.flow, *prepared.up_flow))
+    current, key = torch.rand(2, 8, 12, 10), torch.rand(2, 8, 12, 10)
+    for finest in (0, 1):
+        with torch.no_grad():
+            expected, actual = net(current, key, finest), prepared(current, key, finest)
+        for level, motion in expected.items():
+            for x, y in zip(motion, actual[level], strict=True):
+                torch.testing.assert_close(x, y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["cudagraph", "compile_cudagraph"])
+def test_graphs_give_what_eager_inference_gives(cuda: torch.device, mode: str) -> None:
+    """Also where the memory changes between replays, and with several videos."""
+    cfg = tiny_config("YolactEdge")
+    cfg.MODEL.DEVICE = str(cuda)
+    torch.manual_seed(0)
+    eager = build_model(cfg).eval()
+    cfg.MODEL.INFERENCE.MODE = mode
+    graphs = build_model(cfg)
+    graphs.load_state_dict(eager.state_dict())
+    graphs.eval()
+    for batch in zip(_video(12), _video(12, 1, seed=1), strict=True):
+        expected, actual = eager(list(batch)), graphs(list(batch))
+        for x, y in zip(expected, actual, strict=True):
+            assert x["key_distance"] == y["key_distance"]
+            torch.testing.assert_close(
+                x["instances"].scores, y["instances"].scores, atol=1e-3, rtol=1e-3
+            )
