@@ -16,7 +16,7 @@ from d2ext.data.coco_json import (
     coco_records,
     raise_problems,
 )
-from d2ext.data.coco_schema import Findings, Id, place
+from d2ext.data.coco_schema import Findings, Id, check_ids, place
 from d2ext.data.errors import DatasetError, shorten
 from d2ext.data.video.records import video_record
 from d2ext.data.video.video_data import FRAMES, VideoData, natural_order, video_metadata
@@ -116,20 +116,13 @@ def _check_empty(json_file: str, listed: Any, videos: dict[Id, list[Entry]]) -> 
 
 def _in_order(json_file: str, video_id: Id, images: list[Entry]) -> list[Entry]:
     """The images of a video by the numbers of their frames, if they have some, or by name."""
-    numbers = [image.get("frame_id") for image in images]
-    if all(number is None for number in numbers):
+    numbered = [image for image in images if "frame_id" in image]
+    if not numbered:
         return sorted(images, key=lambda image: natural_order(image["file_name"]))
     findings = Findings()
-    keyed: dict[Any, Entry] = {}
-    for image, number in zip(images, numbers, strict=True):
-        if not isinstance(number, int) or isinstance(number, bool):
-            findings.problem(
-                f"images of video {video_id} have no whole number as 'frame_id'", place(image)
-            )
-        elif number in keyed:
-            findings.problem(
-                f"images of video {video_id} repeat a 'frame_id'", place(image, str(number))
-            )
-        keyed[number] = image
+    check_ids(numbered, f"images of video {video_id}", findings, "frame_id")
+    for image in images:
+        if "frame_id" not in image:
+            findings.problem(f"images of video {video_id} have no 'frame_id'", place(image))
     raise_problems(json_file, "a COCO-format data set of videos", findings.lines())
-    return [keyed[number] for number in sorted(keyed)]
+    return sorted(numbered, key=lambda image: image["frame_id"])

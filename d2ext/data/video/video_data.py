@@ -8,7 +8,7 @@ from typing import Any
 from detectron2.utils.file_io import PathManager
 
 from d2ext.data.coco_json import INSTANCES, CocoFile
-from d2ext.data.coco_schema import Field, identifier
+from d2ext.data.coco_schema import Field, identifier, integer
 from d2ext.data.dataset_facts import category_metadata
 from d2ext.data.video.records import Record
 
@@ -18,7 +18,11 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".p
 # COCO's fields and those of frames.
 FRAMES = {
     **INSTANCES,
-    "images": {**INSTANCES["images"], "video_id": Field(identifier, True)},
+    "images": {
+        **INSTANCES["images"],
+        "video_id": Field(identifier, True),
+        "frame_id": Field(integer),
+    },
     "annotations": {**INSTANCES["annotations"], "track_id": Field(identifier, True)},
 }
 

@@ -26,6 +26,7 @@ from d2ext.data.coco_schema import (
     identifier,
     link,
     normalize,
+    place,
     side,
 )
 from d2ext.data.video.records import video_record
@@ -142,7 +143,7 @@ def _check_lengths(annotations: list[Entry], videos: list[Entry], findings: Find
             if length is not None and key in annotation and len(annotation[key]) != length:
                 findings.problem(
                     f"annotations have '{key}' of another length than the 'file_names' of their video",
-                    f"id {annotation['id']} ({len(annotation[key])}, video {length})",
+                    place(annotation, f"{len(annotation[key])}, video {length}"),
                 )
 
 

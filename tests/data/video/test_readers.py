@@ -324,8 +324,11 @@ def test_frames_of_different_sizes(coco_frames):
     [
         (lambda c: c["annotations"][0].pop("track_id"), "annotations have no 'track_id': id 1"),
         (lambda c: c["images"][0].pop("video_id"), "images have no 'video_id': id 2"),
-        (lambda c: c["images"][1].update(frame_id=1), "repeat a 'frame_id': id 4"),
-        (lambda c: c["images"][1].pop("frame_id"), "no whole number as 'frame_id': id 5"),
+        (
+            lambda c: c["images"][1].update(frame_id=1),
+            "values of 'frame_id' occur repeatedly in 'images of video 1': 1",
+        ),
+        (lambda c: c["images"][1].pop("frame_id"), "images of video 1 have no 'frame_id': id 5"),
         (lambda c: c["videos"].append({"id": 9}), "have no image: id 9"),
         (lambda c: c["annotations"][0].update(image_id=5), "several annotations of one track: 8"),
     ],
