@@ -16,8 +16,10 @@ from d2ext.data.register_panoptic import register_cityscapes_separated
 from d2ext.data.video import config as video_config  # noqa: F401
 from d2ext.data.video.pair_mappers import ClipMapper, FlowPairMapper
 from d2ext.data.video.records import flatten, video_record
+from d2ext.data.video.register import register_builtin_videos
 
 register_cityscapes_separated()
+register_builtin_videos()
 
 __all__ = [
     "AUGMENTATION_REGISTRY",

@@ -45,6 +45,9 @@ TOLERATED_MISSING = 0.1
 
 OUTSIDE = "outside of the image"
 
+# Fields of annotations that Detectron2's dicts have as they are.
+_KEPT = ("id", "iscrowd", "bbox", "track_id")
+
 Entry = dict[str, Any]
 Record = dict[str, Any]
 
@@ -271,15 +274,16 @@ def load_coco_json(json_file: str, image_root: str) -> list[Record]:
 def coco_records(file: CocoFile, image_root: str) -> list[Record]:
     """Detectron2's dicts, by ascending image id, as its own reader of COCO files gives them.
 
-    Annotations have ``id``, ``bbox`` (``BoxMode.XYWH_ABS``) and ``iscrowd``; ``segmentation`` and
-    ``keypoints`` as far as the file has them; and a contiguous ``category_id``. 0.5 is added to
+    Annotations have ``id``, ``bbox`` (``BoxMode.XYWH_ABS``) and ``iscrowd``; ``segmentation``,
+    ``keypoints`` and ``track_id`` as far as the file has them; and a contiguous
+    ``category_id``. 0.5 is added to
     coordinates of keypoints, which are pixel indices in COCO: the centre of the first pixel is 0.5 in
     Detectron2.
     """
     contiguous = {category: i for i, category in enumerate(file.classes)}
     records = {image["id"]: image_record(image, image_root) for image in file.images}
     for entry in file.annotations:
-        annotation: Record = {k: entry[k] for k in ("id", "iscrowd", "bbox")}
+        annotation: Record = {k: entry[k] for k in _KEPT if k in entry}
         if "segmentation" in entry:
             mask = entry["segmentation"]
             annotation["segmentation"] = mask if isinstance(mask, list) else _rle(mask, 0, 0)

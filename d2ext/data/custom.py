@@ -6,54 +6,28 @@ From Python::
     apply_dataset_to_config(cfg, "fruits")     # data sets fruits_train and fruits_val, class counts
     check_config_against_data(cfg)
 
-Four kinds of annotation:
+Kinds of annotation:
 
 - instances in COCO's form (``json``), with masks or keypoints;
 - landmarks (``json`` and ``landmarks``, the set whose points they are), in any form of that set;
 - COCO's panoptic form (``panoptic_json``, ``panoptic_root``): instances and stuff maps, which panoptic
   models read beside it, are made of it once, unless given (``json``, ``sem_seg``);
-- label maps (``sem_seg``), with the names of the classes.
+- label maps (``sem_seg``), with the names of the classes;
+- videos (``video_json``): YouTube-VIS' form, COCO's with videos, panoptic clips, or folders of masks.
 
 A program takes the same from its command line by :func:`add_dataset_arguments` and
-:func:`register_from_arguments`. As a file::
-
-    # fruits.yaml; paths are relative to this file
-    name: fruits
-    train: {json: train.json, images: train/}
-    val: {json: val.json, images: val/}
-
-    # cars.yaml; other formats than COCO's: yolo, voc, cvat, labelme, labelstudio
-    name: cars
-    format: yolo
-    train: {json: cars/data.yaml, images: cars/images/train}
-
-    # faces.yaml
-    name: faces
-    landmarks: wflw
-    train: {json: list_train.txt, images: WFLW_images/}
-
-    # streets.yaml
-    name: streets
-    train: {panoptic_json: train.json, panoptic_root: train_png/, images: train/}
-
-    # fields.yaml
-    name: fields
-    classes: [soil, crop, weed]
-    train: {sem_seg: train_labels/, images: train/}
+:func:`register_from_arguments`, or from a YAML file (:mod:`d2ext.data.dataset_files`).
 """
 
 import argparse
 import logging
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import yaml
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils.file_io import PathManager
 
 from d2ext.data.coco_json import (
     check_same_categories,
@@ -67,13 +41,15 @@ from d2ext.data.dataset_facts import (
     check_config_against_data,
     set_config_from_data,
 )
-from d2ext.data.errors import DatasetError, shorten
+from d2ext.data.dataset_files import FILES, SPLITS, Split, load_dataset_yaml
+from d2ext.data.errors import DatasetError
 from d2ext.data.formats import FORMATS, convert_to_coco
 from d2ext.data.landmarks.datasets import LANDMARK_DATASETS
 from d2ext.data.landmarks.register import register_landmarks
 from d2ext.data.register_panoptic import register_panoptic
 from d2ext.data.register_semantic import check_classes, parse_classes, register_semantic
 from d2ext.data.summary import forget, summarize
+from d2ext.data.video.register import register_own_videos
 
 __all__ = [
     "add_dataset_arguments",
@@ -86,38 +62,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_SPLITS = ("train", "val")
-
-
-@dataclass(frozen=True)
-class Split:
-    """Files of one part of a data set; which are given decides what it is for (:attr:`kind`).
-
-    Attributes:
-        images: folder of the images
-        json: instances in COCO's form, or landmarks
-        panoptic_json: COCO's panoptic form; instances and stuff maps are made of it unless given, too
-        panoptic_root: folder of its PNGs; default: the JSON file's name without ``.json``
-        sem_seg: folder of label maps
-    """
-
-    images: str | None = None
-    json: str | None = None
-    panoptic_json: str | None = None
-    panoptic_root: str | None = None
-    sem_seg: str | None = None
-
-    @property
-    def kind(self) -> str:
-        """ "panoptic", "instances" or "semantic"; "none" without annotations."""
-        if self.panoptic_json is not None:
-            return "panoptic"
-        if self.json is not None:
-            return "instances"
-        return "none" if self.sem_seg is None else "semantic"
-
-
-_FILES = tuple(f.name for f in fields(Split))
 _Splits = dict[str, Split]
 
 # What register_own_dataset has registered, by name of the data set.
@@ -134,9 +78,11 @@ def register_own_dataset(
     train_panoptic_json: str | None = None,
     train_panoptic_root: str | None = None,
     train_sem_seg: str | None = None,
+    train_video_json: str | None = None,
     val_panoptic_json: str | None = None,
     val_panoptic_root: str | None = None,
     val_sem_seg: str | None = None,
+    val_video_json: str | None = None,
     semantic_classes: Sequence[str] | None = None,
     landmarks: str | None = None,
     format: str | None = None,
@@ -147,9 +93,9 @@ def register_own_dataset(
 
     Args:
         name: of the data set
-        train_json, ..., val_sem_seg: files of the parts, see :class:`Split`
+        train_json, ..., val_video_json: files of the parts, see :class:`Split`
         semantic_classes: names of the classes, in the order of the labels; only for data that have
-            nothing but label maps
+            nothing but label maps, and for videos with masks of several classes
         landmarks: kind of the landmarks, see :func:`~d2ext.data.landmarks.register_landmarks`
         format: what wrote the ``json`` files or folders, if not COCO's form: a name in
             :data:`d2ext.data.formats.FORMATS`
@@ -163,9 +109,13 @@ def register_own_dataset(
     """
     given = {
         "train": Split(
-            train_images, train_json, train_panoptic_json, train_panoptic_root, train_sem_seg
+            *(train_images, train_json, train_panoptic_json, train_panoptic_root),
+            *(train_sem_seg, train_video_json),
         ),
-        "val": Split(val_images, val_json, val_panoptic_json, val_panoptic_root, val_sem_seg),
+        "val": Split(
+            *(val_images, val_json, val_panoptic_json, val_panoptic_root),
+            *(val_sem_seg, val_video_json),
+        ),
     }
     splits = {key: split for key, split in given.items() if split != Split()}
     if not name or not splits:
@@ -213,9 +163,11 @@ def _registrar(
     """What registers the parts of a data set, which are all of one kind."""
     if landmarks is not None:
         return partial(_register_landmarks, kind=landmarks)
+    kind = next(iter(splits.values())).kind
+    if kind == "videos":
+        return partial(_register_videos, classes=classes)
     if classes is not None:
         return partial(_register_semantic, classes=classes)
-    kind = next(iter(splits.values())).kind
     return _register_panoptic if kind == "panoptic" else _register_instances
 
 
@@ -237,7 +189,13 @@ def _check_complete(
                 f"file that says which belong together: give {flag}-panoptic-json and {flag}-"
                 "panoptic-root."
             )
-        if split.panoptic_root is not None and split.panoptic_json is None:
+        if split.kind == "videos":
+            if (split.json, split.panoptic_json, split.sem_seg) != (None, None, None):
+                raise DatasetError(
+                    f"{flag}-video-json holds all annotations of the {key} part of '{name}': give "
+                    f"no others but, for panoptic clips, {flag}-panoptic-root."
+                )
+        elif split.panoptic_root is not None and split.panoptic_json is None:
             raise DatasetError(
                 f"{flag}-panoptic-root needs {flag}-panoptic-json, the JSON file of its PNGs."
             )
@@ -253,7 +211,7 @@ def _check_complete(
             f"The label maps of data set '{name}' need the names of their classes, in the order of "
             "the labels: --semantic-classes a,b,c or a file with one name per line."
         )
-    if kind != "semantic" and classes is not None:
+    if kind not in ("semantic", "videos") and classes is not None:
         raise DatasetError(
             f"Data set '{name}' takes its classes from the JSON file: leave out the semantic classes."
         )
@@ -317,45 +275,14 @@ def _register_semantic(name: str, splits: _Splits, *, classes: list[str]) -> Non
         register_semantic(f"{name}_{key}", split.images, split.sem_seg, classes)
 
 
-def load_dataset_yaml(path: str) -> dict[str, Any]:
-    """Read the YAML form of a data set (see the top of this file).
-
-    Returns:
-        arguments of :func:`register_own_dataset`; relative paths are resolved against the file's
-        folder
-
-    Raises:
-        DatasetError: no such file, not YAML, or unknown or missing keys
-    """
-    try:
-        with PathManager.open(path, "r", encoding="utf-8") as f:
-            content = yaml.safe_load(f)
-    except FileNotFoundError as e:
-        raise DatasetError(f"Data set file '{path}' does not exist.") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise DatasetError(f"Data set file '{path}' is not valid YAML: {e}") from e
-    example = "Expected: name: NAME, train: {json: FILE, images: FOLDER}, val: likewise."
-    if not isinstance(content, dict) or not isinstance(content.get("name"), str):
-        raise DatasetError(f"Data set file '{path}' has no 'name'. {example}")
-    _refuse_unknown_keys(path, content, ("name", "classes", "landmarks", "format", *_SPLITS))
-    result: dict[str, Any] = {"name": content["name"]}
-    for split in _SPLITS:
-        if split not in content:
-            continue
-        part = content[split]
-        if not isinstance(part, dict) or "images" not in part or len(part) < 2:
-            raise DatasetError(f"Data set file '{path}': '{split}' is incomplete. {example}")
-        _refuse_unknown_keys(path, part, _FILES)
-        for key, value in part.items():
-            result[f"{split}_{key}"] = os.path.join(os.path.dirname(path), str(value))
-    if "classes" in content:
-        if not isinstance(content["classes"], list):
-            raise DatasetError(f"Data set file '{path}': 'classes' is not a list of names.")
-        result["semantic_classes"] = [str(c) for c in content["classes"]]
-    for key in ("landmarks", "format"):
-        if key in content:
-            result[key] = str(content[key])
-    return result
+def _register_videos(name: str, splits: _Splits, *, classes: list[str] | None) -> None:
+    categories = {}
+    for key, split in splits.items():
+        assert split.images is not None and split.video_json is not None  # _check_complete
+        categories[key] = register_own_videos(
+            f"{name}_{key}", split.video_json, split.images, split.panoptic_root, classes
+        )
+    check_same_categories(name, categories)
 
 
 def apply_dataset_to_config(cfg: CfgNode, name: str) -> None:
@@ -369,7 +296,7 @@ def apply_dataset_to_config(cfg: CfgNode, name: str) -> None:
     Raises:
         DatasetError: neither is registered
     """
-    names = {split: _find(name, split) for split in _SPLITS}
+    names = {split: _find(name, split) for split in SPLITS}
     if not any(names.values()):
         raise DatasetError(
             f"There is no data set '{name}': neither '{name}_train' nor '{name}_val' is "
@@ -410,12 +337,17 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
             ("panoptic-json", "FILE", "their annotations in COCO's panoptic form"),
             ("panoptic-root", "DIR", "PNGs of the panoptic form (default: FILE without .json)"),
             ("sem-seg", "DIR", "their label maps"),
+            (
+                "video-json",
+                "FILE",
+                "tracks in their folders: YouTube-VIS, COCO, or a folder of masks",
+            ),
         ):
             group.add_argument(f"--{split}-{key}", metavar=metavar, help=text)
     group.add_argument(
         "--semantic-classes",
         metavar="NAMES",
-        help="classes of label maps: a,b,c or a file with one name per line",
+        help="classes of label maps or MOTS masks: a,b,c or a file with one name per line",
     )
     group.add_argument(
         "--dataset-yaml", metavar="FILE", help="a YAML file with all of this (name, train, val)"
@@ -448,9 +380,7 @@ def register_from_arguments(args: argparse.Namespace) -> str | None:
     Raises:
         DatasetError: contradictory arguments or unusable data
     """
-    files = {
-        f"{split}_{key}": getattr(args, f"{split}_{key}") for split in _SPLITS for key in _FILES
-    }
+    files = {f"{split}_{key}": getattr(args, f"{split}_{key}") for split in SPLITS for key in FILES}
     files |= {key: getattr(args, key) for key in ("semantic_classes", "landmarks", "format")}
     given = [f"--{key.replace('_', '-')}" for key, value in files.items() if value is not None]
     if args.dataset_yaml is not None:
@@ -468,12 +398,3 @@ def register_from_arguments(args: argparse.Namespace) -> str | None:
             files["semantic_classes"] = parse_classes(args.semantic_classes)
         register_own_dataset(args.dataset, **files)
     return args.dataset
-
-
-def _refuse_unknown_keys(path: str, content: dict[str, Any], known: tuple[str, ...]) -> None:
-    unknown = sorted(str(key) for key in set(content) - set(known))
-    if unknown:
-        raise DatasetError(
-            f"Data set file '{path}' has unknown keys: {shorten(unknown)}. "
-            f"Known: {', '.join(known)}."
-        )

@@ -202,6 +202,12 @@ def read_label_map(file_name: str) -> np.ndarray:
     return labels.astype(np.uint8 if labels.max() < 256 else np.float32)
 
 
+def label_bits(file_name: str) -> int:
+    """Bits of a pixel of a label map: 1, 8, 16 or 32."""
+    mode = _open(file_name, "label map").mode
+    return {"1": 1, "I": 32, "F": 32}.get(mode, 16 if mode.startswith("I;16") else 8)
+
+
 def label_values(labels: np.ndarray) -> list[int]:
     """Which values a label map of :func:`read_label_map` has, ascending."""
     if labels.dtype == np.uint8:  # twenty times as fast

@@ -87,7 +87,15 @@ def check_panoptic_json(json_file: str, panoptic_root: str, image_root: str) -> 
     Raises:
         DatasetError: all problems in one message, with the first few examples of each
     """
-    content = read_panoptic_json(json_file)
+    return check_panoptic_content(
+        json_file, read_panoptic_json(json_file), panoptic_root, image_root
+    )
+
+
+def check_panoptic_content(
+    json_file: str, content: Entry, panoptic_root: str, image_root: str
+) -> PanopticSummary:
+    """:func:`check_panoptic_json` of what :func:`read_panoptic_json` gives, or the like."""
     images, annotations, categories = (
         content[key] for key in ("images", "annotations", "categories")
     )

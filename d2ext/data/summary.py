@@ -22,6 +22,7 @@ from tabulate import tabulate
 
 from d2ext.data.errors import DatasetError, ImageReadError, shorten
 from d2ext.data.image_io import read_image, stored_size
+from d2ext.data.video.records import flatten, is_video
 from d2ext.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ class Summary:
     """What is in a data set. ``checked`` images have been read, ``boxes`` are of those looked at.
 
     Attributes:
+        videos, annotated, tracks: of videos, whose frames are ``images``: how many, frames with
+            annotations, and tracks
         values: smallest and largest value of the pixels, as models see them
         turned: images with an EXIF orientation
         instances, crowds: annotations
@@ -57,6 +60,9 @@ class Summary:
     name: str
     images: int
     checked: int = 0
+    videos: int = 0
+    annotated: int = 0
+    tracks: int = 0
     unreadable: list[str] = field(default_factory=list)
     other_size: list[str] = field(default_factory=list)
     values: tuple[int, int] | None = None
@@ -73,8 +79,16 @@ class Summary:
 
     def rows(self) -> dict[str, Any]:
         """What the table shows."""
+        images = {"images": self.images}
+        if self.videos:
+            images = {
+                "videos": self.videos,
+                "frames": self.images,
+                "annotated frames": self.annotated,
+                "tracks": self.tracks,
+            }
         rows: dict[str, Any] = {
-            "images": self.images,
+            **images,
             "images looked at": self.checked,
             "not readable": len(self.unreadable),
             "of another size than annotated": len(self.other_size),
@@ -109,14 +123,20 @@ def summarize(
 
     Args:
         name: of the data set, whose metadata name the classes
-        records: its dicts
+        records: its dicts, of images or of videos
         labels: of semantic data, how many label maps have each value
 
     Raises:
         DatasetError: there is nothing to learn from, or the annotations plainly mean something else than
             they say
     """
+    videos = records if is_video(records) else []
+    if videos:
+        records = flatten(videos)
     summary = Summary(name, len(records), labels=dict(sorted((labels or {}).items())))
+    summary.videos = len(videos)
+    if videos:
+        _count_tracks(summary, records)
     if comm.is_main_process():  # the others see the same files
         _look_at_images(summary, records)
     if labels is None:
@@ -253,6 +273,15 @@ def _count(summary: Summary, records: Sequence[Record], classes: Sequence[str]) 
         if not any("segments_info" in record for record in records):
             raise DatasetError(text)
         summary.warnings.append(text)  # there is stuff to learn
+
+
+def _count_tracks(summary: Summary, frames: Sequence[Record]) -> None:
+    annotated = [frame for frame in frames if "annotations" in frame]
+    summary.annotated = len(annotated)
+    tracks = {(f["video_id"], a["track_id"]) for f in annotated for a in f["annotations"]}
+    summary.tracks = len(tracks)
+    if annotated and not tracks:
+        summary.warnings.append("no frame has an annotation: there is no track in any video.")
 
 
 def _look_at_boxes(summary: Summary, records: Sequence[Record]) -> None:

@@ -7,7 +7,12 @@
 
 With --source loader (default) the pictures are the first samples of the training stream, exactly as
 a run with this config and SEED gets them, whatever its batch size. With --source annotation they are
-the images of DATASETS.TRAIN in their order and size.
+the images of DATASETS.TRAIN in their order and size, of videos all frames.
+
+A sample of two frames (INPUT.MAPPER ClipMapper or FlowPairMapper) is a strip: target, reference and,
+with INPUT.VIDEO.FLOW, the reference warped onto the target by the optical flow, black where that is not
+known.
+Tracks have their number, and in both frames one colour.
 
 Writes one PNG per sample, montage.png and, of own data, dataset_summary.json. Samples that cannot be
 used are reported and skipped; the exit code is then 1.
@@ -41,7 +46,7 @@ from d2ext.data.custom import (
     apply_dataset_to_config,
     register_from_arguments,
 )
-from d2ext.data.dataset_dicts import load_dataset
+from d2ext.data.dataset_dicts import load_images
 from d2ext.data.panoptic import panoptic_classes
 from d2ext.data.summary import report
 from d2ext.model_zoo import find_config_file
@@ -99,7 +104,7 @@ class Samples:
             self._loader: Any = build_train_loader(cfg)
         else:
             self._loader = None
-            self._records = [r for name in cfg.DATASETS.TRAIN for r in load_dataset(name)]
+            self._records = [r for name in cfg.DATASETS.TRAIN for r in load_images(name)]
             self.num = min(num, len(self._records))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -127,8 +132,10 @@ class Samples:
         }
         for record in self._records[: self.num]:
             objects = [a for a in record.get("annotations", []) if not a.get("iscrowd", 0)]
+            mapper = mappers[all(a.get("segmentation") for a in objects)]
+            mapper.with_track_ids = "video_id" in record
             try:
-                yield mappers[all(a.get("segmentation") for a in objects)](record)
+                yield mapper(record)
             except SampleError as e:
                 logger.error(f"Skipped: {e}")
                 self.bad += 1
@@ -148,7 +155,27 @@ def metadata_of(cfg: CfgNode, source: str) -> Metadata:
 
 
 def draw(sample: dict[str, Any], metadata: Metadata, image_format: str) -> np.ndarray:
-    """Draw everything that a training sample holds; returns an RGB image, uint8."""
+    """Draw everything that a training sample holds; returns an RGB image, uint8. A pair of frames is a
+    strip."""
+    if "reference" not in sample:
+        return draw_image(sample, metadata, image_format)
+    frames = [sample, sample["reference"]]
+    if "flow" in sample:
+        frames.append({"image": warp_reference(sample)})
+    return np.hstack([draw_image(frame, metadata, image_format) for frame in frames])
+
+
+def warp_reference(sample: dict[str, Any]) -> torch.Tensor:
+    """(C, H, W) float32: the reference's colours where the flow leads from each pixel; 0: not known."""
+    image = sample["reference"]["image"].permute(1, 2, 0).numpy().astype(np.float32)
+    y, x = np.indices(image.shape[:2], dtype=np.float32)
+    dx, dy = sample["flow"].numpy()
+    warped = cv2.remap(image, x + dx, y + dy, cv2.INTER_LINEAR)
+    return torch.from_numpy(warped).permute(2, 0, 1) * sample["flow_valid"]
+
+
+def draw_image(sample: dict[str, Any], metadata: Metadata, image_format: str) -> np.ndarray:
+    """One image with its annotations, RGB, uint8."""
     image = sample["image"].permute(1, 2, 0).numpy()
     # Photometric distortion is not clipped.
     image = detection_utils.convert_image_to_rgb(image.clip(0, 255), image_format)
@@ -160,10 +187,10 @@ def draw(sample: dict[str, Any], metadata: Metadata, image_format: str) -> np.nd
         instances = sample["instances"]
         visualizer.overlay_instances(
             boxes=instances.gt_boxes,
-            labels=class_names(instances.gt_classes, metadata),
+            labels=labels(instances, metadata),
             masks=drawable_masks(instances),
             keypoints=instances.gt_keypoints if instances.has("gt_keypoints") else None,
-            assigned_colors=colors(len(instances)),
+            assigned_colors=colors(instances),
         )
     crowds = sample.get("crowd_instances")
     if crowds is not None and len(crowds):
@@ -200,10 +227,19 @@ def class_names(classes: torch.Tensor, metadata: Metadata) -> list[str]:
     return [names[c] if names else str(c) for c in classes.tolist()]
 
 
-def colors(count: int) -> list[np.ndarray]:
-    """RGB in [0, 1], the same in every run."""
+def labels(instances: Instances, metadata: Metadata) -> list[str]:
+    """Class and, of tracks, number."""
+    names = class_names(instances.gt_classes, metadata)
+    if not instances.has("gt_ids"):
+        return names
+    return [f"{name} {i}" for name, i in zip(names, instances.gt_ids.tolist(), strict=True)]
+
+
+def colors(instances: Instances) -> list[np.ndarray]:
+    """RGB in [0, 1], the same in every run and for a track."""
     table = colormap(rgb=True, maximum=1)
-    return [table[(7 * i) % len(table)] for i in range(count)]
+    ids = instances.gt_ids.tolist() if instances.has("gt_ids") else range(len(instances))
+    return [table[(7 * i) % len(table)] for i in ids]
 
 
 def make_montage(pictures: Sequence[np.ndarray]) -> np.ndarray:

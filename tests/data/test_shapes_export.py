@@ -196,9 +196,7 @@ def test_video(tmp_path):
     assert main([str(tmp_path), *arguments]) == 0
     shapes = VideoSet("val", 2, 64, 96, length=4)
     tracks = json.loads((tmp_path / "annotations" / "video_val.json").read_text())
-    panoptic = json.loads((tmp_path / "annotations" / "panoptic_video_val.json").read_text())
     assert [video["length"] for video in tracks["videos"]] == [4, 4]
-    assert len(panoptic["annotations"]) == 8
     folder = tmp_path / "video_val"
     for video in tracks["videos"]:
         clip = shapes.clip(video["id"])
@@ -215,9 +213,11 @@ def test_video(tmp_path):
             assert masks.keys() == expected.keys()
             for number, mask in masks.items():
                 np.testing.assert_array_equal(mask, expected[number])
-            flow = folder / "flow" / name.replace(".png", ".flo")
+            flow = folder / "flow" / f"{video['id']:06d}_{time:06d}_to_{time + 1:06d}.flo"
             assert flow.exists() == (time < 3)
             if time < 3:
-                np.testing.assert_array_equal(
-                    cv2.readOpticalFlow(str(flow)), clip.flow(time, time + 1)
-                )
+                moved = clip.flow(time, time + 1)
+                np.testing.assert_array_equal(cv2.readOpticalFlow(str(flow)), moved)
+    before = content(tmp_path)
+    assert main([str(tmp_path), *arguments, "--format", "davis"]) == 1  # --overwrite
+    assert content(tmp_path) == before

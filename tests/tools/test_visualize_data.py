@@ -193,3 +193,46 @@ class TestDraw:
         picture = visualize_data.draw(self.sample(*shape), self.metadata, "RGB")
         assert max(picture.shape[:2]) >= 400
         assert max(visualize_data.shrink(picture).shape[:2]) <= visualize_data.CELL
+
+
+@pytest.mark.parametrize("flow", [False, True])
+def test_pairs_of_frames_are_strips(tmp_path, flow):
+    arguments = ["--dataset", "shapes_video", "--num", "3", "--output-dir", str(tmp_path / "out")]
+    options = [
+        "INPUT.MAPPER",
+        "ClipMapper",
+        "INPUT.AUGMENTATION.NAME",
+        "none",
+        "MODEL.MASK_ON",
+        "True",
+    ]
+    assert visualize_data.run([*arguments, *options, "INPUT.VIDEO.FLOW", str(flow)]) == 0
+    names = [name for name in written(tmp_path) if name != "montage.png"]
+    assert len(names) == 3
+    for name in names:
+        picture = cv2.imread(str(tmp_path / "out" / name))
+        height, width = picture.shape[:2]
+        assert width == (3 if flow else 2) * height
+        panels = np.split(picture.astype(int), 3 if flow else 2, axis=1)
+        assert np.abs(panels[0] - panels[1]).mean() > 1
+
+
+def test_tracks_keep_their_colour():
+    def instances(*ids):
+        result = Instances((4, 4))
+        result.gt_ids = torch.tensor(ids)
+        result.gt_classes = torch.zeros(len(ids), dtype=torch.int64)
+        return result
+
+    one, two = (visualize_data.colors(i) for i in (instances(5, 2), instances(2, 9, 5)))
+    assert (one[0] == two[2]).all() and (one[1] == two[0]).all() and (one[0] != one[1]).any()
+    metadata = Metadata(thing_classes=["car"])
+    assert visualize_data.labels(instances(5, 2), metadata) == ["car 5", "car 2"]
+
+
+def test_frames_as_annotated(tmp_path):
+    arguments = ["--dataset", "shapes_video_panoptic", "--num", "6", "--source", "annotation"]
+    assert visualize_data.run([*arguments, "--output-dir", str(tmp_path / "out")]) == 0
+    names = written(tmp_path)
+    assert names[4] == "0004_000000_000004.png" and len(names) == 7
+    assert len(names) == 7

@@ -5,7 +5,8 @@ import re
 import sys
 from pathlib import Path
 
-from d2ext.data.shapes.export import export_images, export_video
+from d2ext.data.shapes.export import export_images
+from d2ext.data.shapes.export_video import VIDEO_FORMATS, export_video
 from d2ext.data.shapes.sets import ShapesSet, VideoSet
 
 
@@ -20,7 +21,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m d2ext.data.shapes",
         description="Write the built-in data set in the layout of COCO 2017: images, instances, "
-        "keypoints, panoptic; or, with --video, clips with tracks and optical flow.",
+        "keypoints, panoptic; or, with --video, clips with tracks in several forms.",
     )
     parser.add_argument("out", type=Path, help="folder to write to; other splits in it stay")
     parser.add_argument("--split", default="val", help="train, val or any other word (%(default)s)")
@@ -31,6 +32,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="other scenes (%(default)s)")
     parser.add_argument("--video", action="store_true", help="write clips")
     parser.add_argument("--length", type=int, default=12, help="frames per clip (%(default)s)")
+    parser.add_argument(
+        "--format", choices=VIDEO_FORMATS, default="ytvis", help="of clips (%(default)s)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace this split in OUT")
     return parser
 
@@ -42,8 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
     height, width = args.size
     try:
         if args.video:
-            clips = VideoSet(args.split, args.num, height, width, args.seed, args.length)
-            written = export_video(clips, args.out, overwrite=args.overwrite)
+            every = 5 if args.format == "cityscapes_vps" else 1
+            clips = VideoSet(args.split, args.num, height, width, args.seed, args.length, every)
+            written = export_video(clips, args.out, args.format, overwrite=args.overwrite)
         else:
             images = ShapesSet(args.split, args.num, height, width, args.seed)
             written = export_images(images, args.out, overwrite=args.overwrite)

@@ -16,7 +16,7 @@ from d2ext.data.shapes.classes import (
     THING_COLORS,
     THING_IDS,
 )
-from d2ext.data.shapes.frame import Frame
+from d2ext.data.shapes.frame import SEGMENT_ID_FACTOR, Frame
 from d2ext.data.shapes.sets import VideoSet
 
 __all__ = [
@@ -217,3 +217,18 @@ def tracks_json(shapes: VideoSet, file_name: Callable[[int], str]) -> dict[str, 
     file = _file([], annotations, _thing_categories())
     del file["images"]
     return {**file, "videos": videos}
+
+
+def video_instances_json(shapes: VideoSet, file_name: Callable[[int], str]) -> dict[str, Any]:
+    """COCO's file with ``videos``, ``video_id``, ``frame_id`` (from 0) and ``track_id``; masks as RLE.
+
+    Args:
+        file_name: of a picture, by its number.
+    """
+    named = ((i, file_name(i), frame) for i, frame in enumerate(shapes.frames()))
+    file = instances_json(named, "rle")
+    for image in file["images"]:
+        image["video_id"], image["frame_id"] = divmod(image["id"], shapes.length)
+    for annotation in file["annotations"]:
+        annotation["track_id"] = annotation["segment_id"] % SEGMENT_ID_FACTOR
+    return {**file, "videos": [{"id": n, "name": f"{n:06d}"} for n in range(shapes.num)]}

@@ -9,15 +9,7 @@ Single images come in the layout of COCO 2017::
     OUT/panoptic_<split>2017/<12 digits>.png             (segment id = R + 256 G + 65536 B)
     OUT/panoptic_stuff_<split>2017/<12 digits>.png       (0 things, 1 and up stuff, 255 void)
 
-and clips as::
-
-    OUT/video_<split>/frames/<6 digits of clip>_<6 digits of time>.png
-    OUT/video_<split>/panoptic/...png, flow/...flo, occlusion/...png
-    OUT/annotations/video_<split>.json                   (tracks, as YouTube-VIS has them)
-    OUT/annotations/panoptic_video_<split>.json          (per frame; segment ids are stable over a
-    clip)
-
-Detectron2's loaders read the former as they are::
+Clips: :mod:`.export_video`. Detectron2's loaders read them as they are::
 
     register_coco_instances(NAME, shapes_metadata("instances"), JSON, IMAGES)
     register_coco_panoptic_separated(NAME, shapes_metadata("panoptic"), IMAGES, PANOPTIC,
@@ -40,14 +32,12 @@ from d2ext.data.shapes.coco import (
     instances_json,
     keypoints_json,
     panoptic_json,
-    tracks_json,
 )
 from d2ext.data.shapes.files import encode_png
 from d2ext.data.shapes.frame import Frame
-from d2ext.data.shapes.sets import ShapesSet, VideoSet
-from d2ext.data.shapes.video import flow_bytes
+from d2ext.data.shapes.sets import ShapesSet
 
-__all__ = ["export_images", "export_video"]
+__all__ = ["check_free", "export_images", "publish"]
 
 # JPEG quality at which neither thin lines nor textures visibly suffer.
 _JPEG_QUALITY = 95
@@ -60,7 +50,7 @@ def _encode_jpeg(image: np.ndarray) -> bytes:
     return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])[1].tobytes()
 
 
-def _check_free(out: Path, targets: list[str], overwrite: bool) -> None:
+def check_free(out: Path, targets: list[str], overwrite: bool) -> None:
     """FileExistsError if `out` is not a folder, or holds a target that may not be replaced."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file; name a folder")
@@ -72,7 +62,7 @@ def _check_free(out: Path, targets: list[str], overwrite: bool) -> None:
         )
 
 
-def _publish(temporary: Path, out: Path, targets: list[str]) -> None:
+def publish(temporary: Path, out: Path, targets: list[str]) -> None:
     """Move finished targets into `out`, replacing what stands there."""
     for target in targets:
         destination = out / target
@@ -113,7 +103,7 @@ def export_images(
         f"annotations/panoptic_{year}.json": panoptic_json,
     }
     targets = folders + list(builders)
-    _check_free(out, targets, overwrite)
+    check_free(out, targets, overwrite)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".shapes-", dir=out) as name:
         temporary = Path(name)
@@ -134,41 +124,5 @@ def export_images(
                 _add(annotations, target, build([(index, f"{stem}.jpg", frame)]))
         for target, content in annotations.items():
             (temporary / target).write_text(json.dumps(content))
-        _publish(temporary, out, targets)
-    return targets
-
-
-def export_video(
-    shapes: VideoSet, out: Path, *, overwrite: bool = False, progress: bool = True
-) -> list[str]:
-    """Write clips with tracks, panoptic maps, flow and occlusion; see :func:`export_images`."""
-    folder = f"video_{shapes.split}"
-    tracks = f"annotations/video_{shapes.split}.json"
-    panoptic = f"annotations/panoptic_video_{shapes.split}.json"
-    targets = [folder, tracks, panoptic]
-    _check_free(out, targets, overwrite)
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".shapes-", dir=out) as name:
-        temporary = Path(name)
-        for part in ("frames", "panoptic", "flow", "occlusion"):
-            (temporary / folder / part).mkdir(parents=True)
-        (temporary / "annotations").mkdir()
-
-        def write(part: str, file_name: str, data: bytes) -> None:
-            (temporary / folder / part / file_name).write_bytes(data)
-
-        annotations: dict[str, dict[str, Any]] = {}
-        for index in tqdm(range(shapes.num_frames), folder, unit="frame", disable=not progress):
-            frame, stem = shapes.frame(index), shapes.stem(index)
-            write("frames", f"{stem}.png", encode_png(frame.image))
-            write("panoptic", f"{stem}.png", encode_png(id_to_rgb(frame.panoptic)))
-            clip, time = shapes.clip(index // shapes.length), index % shapes.length
-            if time + 1 < shapes.length:
-                write("flow", f"{stem}.flo", flow_bytes(clip.flow(time, time + 1)))
-                write("occlusion", f"{stem}.png", encode_png(clip.occlusion(time, time + 1)))
-            _add(annotations, panoptic, panoptic_json([(index, f"{stem}.png", frame)]))
-        annotations[tracks] = tracks_json(shapes, lambda index: f"{shapes.stem(index)}.png")
-        for target, content in annotations.items():
-            (temporary / target).write_text(json.dumps(content))
-        _publish(temporary, out, targets)
+        publish(temporary, out, targets)
     return targets

@@ -27,7 +27,7 @@ def video_record(video_id: int | str, frames: Sequence[Record]) -> Record:
     """The record of a video from dicts of its frames in order; numbers them.
 
     A track id that annotations of several categories share belongs to as many tracks: all but the
-    first get ids of their own, and the log says so.
+    first get ids of their own, and the log says so. Ids that are text become numbers.
 
     Raises:
         DatasetError: no frame, or several annotations of a track in one frame
@@ -48,18 +48,19 @@ def video_record(video_id: int | str, frames: Sequence[Record]) -> Record:
 
 
 def _separate_tracks(video_id: int | str, frames: Sequence[Record]) -> None:
-    """Give every pair of track id and category an id of its own, in place."""
+    """Give every pair of track id and category a number of its own, in place."""
     lists = [f[key] for f in frames for key in ("annotations", "segments_info") if key in f]
     objects = [a for one in lists for a in one if "track_id" in a]
     pairs = dict.fromkeys((a["track_id"], a["category_id"]) for a in objects)
-    free = max((i for i, _ in pairs), default=0) + 1
-    ids: dict[tuple[int, int], int] = {}
+    free = max((i for i, _ in pairs if isinstance(i, int)), default=0) + 1
+    ids: dict[tuple[int | str, int], int] = {}
     for track, category in pairs:
-        ids[track, category] = track if track not in ids.values() else free
-        free += ids[track, category] == free
+        new = track if isinstance(track, int) and track not in ids.values() else free
+        ids[track, category] = new
+        free += new == free
     for a in objects:
         a["track_id"] = ids[a["track_id"], a["category_id"]]
-    shared = [track for (track, _), i in ids.items() if i != track]
+    shared = [i for i, count in Counter(track for track, _ in pairs).items() if count > 1]
     if shared:
         logger.warning(
             f"Video {video_id}: tracks of several categories share ids ({shorten(shared)}) and are "
