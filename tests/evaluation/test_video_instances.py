@@ -18,6 +18,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 
 from d2ext.config import get_cfg
 from d2ext.data.errors import DatasetError
+from d2ext.engine import launch
 from d2ext.evaluation import build_evaluator
 
 SIZE = 64
@@ -367,6 +368,46 @@ def test_without_the_package_of_ids(
         )
     assert results["segm_track"]["AP"] == pytest.approx(100)
     assert "IDF1" not in results["segm_track"] and "pip install" in caplog.text
+
+
+def test_many_objects_under_other_ids(register: Register, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    records, outputs = [], {}
+    for number in range(3):
+        objects = range(6)
+        seen_in = random.random((6, 10)) < 0.7
+        places = random.integers(0, SIZE - 16, (6, 10, 2)).tolist()
+        record = video(
+            number,
+            [
+                [annotation(i, *places[i][t], label=i % 2) for i in objects if seen_in[i, t]]
+                for t in range(10)
+            ],
+        )
+        records.append(record)
+        names = random.permutation(6)
+        for image_id, annotated in seen(record).items():
+            shuffled = [annotated[i] for i in random.permutation(len(annotated))]
+            ids = [int(names[a["track_id"]]) for a in shuffled]
+            outputs[image_id] = predicted(shuffled, track_ids=ids)
+    name = register(records)
+    results = run(name, tmp_path, outputs)["segm_track"]
+    assert results["AP"] == pytest.approx(100) and results["HOTA"] == pytest.approx(100)
+    # Ids are those of a video only.
+    assert len(json.loads((tmp_path / "results.json").read_text())) == 18
+
+
+def test_several_processes(tmp_path: Path) -> None:
+    from tests.evaluation.video_processes import evaluate_a_video
+
+    launch(evaluate_a_video, 2, device="cpu", args=(str(tmp_path),))
+    results = json.loads((tmp_path / "0.json").read_text())
+    assert results["segm"]["AP"] == pytest.approx(100)
+    # 6 of 8 detections belong to the best id of their object.
+    assert results["segm_track"]["IDF1"] == pytest.approx(75)
+    assert json.loads((tmp_path / "1.json").read_text()) == {}
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert sorted(t["video_id"] for t in written) == [11, 12, 12]
 
 
 def test_real_videos(real_data: Path, register: Register, tmp_path: Path) -> None:
