@@ -16,10 +16,11 @@ from panopticapi.utils import id2rgb
 from PIL import Image
 
 from d2ext.config import get_cfg
-from d2ext.evaluation import build_evaluator
+from d2ext.evaluation import COCOPanopticEvaluator, build_evaluator
 
 SIZE = 32
-CAR = {"category_id": 0, "isthing": True}
+# Numbers of things and of stuff have nothing to do with each other.
+CAR = {"category_id": 1, "isthing": True}
 ROAD = {"category_id": 1, "isthing": False}
 
 
@@ -55,7 +56,7 @@ def dataset(tmp_path: Path) -> Iterator[str]:
                 )
             frames.append(frame)
         videos.append({"video_id": number, "length": 8, "frames": frames})
-    names = [("car", 11, 1), ("road", 12, 0)]
+    names = [("truck", 10, 1), ("car", 11, 1), ("road", 12, 0)]
     categories = [{"id": i, "name": n, "isthing": thing} for n, i, thing in names]
     content = {"images": images, "annotations": entries, "categories": categories}
     (tmp_path / "panoptic.json").write_text(json.dumps(content))
@@ -65,9 +66,9 @@ def dataset(tmp_path: Path) -> Iterator[str]:
         evaluator_type="video_panoptic_seg",
         panoptic_json=str(tmp_path / "panoptic.json"),
         panoptic_root=str(tmp_path),
-        thing_classes=["car"],
+        thing_classes=["truck", "car"],
         stuff_classes=["things", "road"],
-        thing_dataset_id_to_contiguous_id={11: 0},
+        thing_dataset_id_to_contiguous_id={10: 0, 11: 1},
         stuff_dataset_id_to_contiguous_id={12: 1},
     )
     yield name
@@ -95,8 +96,18 @@ def run(name: str, folder: Path, track: Any, *, left_out: tuple[int, ...] = ()) 
     return evaluator.evaluate()
 
 
-def test_perfect(dataset: str, tmp_path: Path) -> None:
+def test_perfect(dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = []
+    process = COCOPanopticEvaluator.process
+    monkeypatch.setattr(
+        COCOPanopticEvaluator,
+        "process",
+        lambda self, inputs, outputs: (
+            kept.append(inputs[0]["image_id"]) or process(self, inputs, outputs)
+        ),
+    )
     results = run(dataset, tmp_path / "out", lambda video, t: 3)
+    assert kept == [0, 2, 4, 6, 100, 102, 104, 106]  # PNGs of others would fill the memory
     assert results["video_panoptic_seg"] == pytest.approx({"STQ": 100, "AQ": 100, "IoU": 100})
     assert results["panoptic_seg"]["PQ"] == pytest.approx(100)
 
@@ -107,6 +118,14 @@ def test_identity_that_changes(dataset: str, tmp_path: Path) -> None:
     scores = results["video_panoptic_seg"]
     assert scores["AQ"] == pytest.approx(75) and scores["IoU"] == pytest.approx(100)
     assert scores["STQ"] == pytest.approx(100 * 0.75**0.5)
+
+
+def test_crowd(dataset: str, tmp_path: Path) -> None:
+    for frame in DatasetCatalog.get(dataset)[0]["frames"][::2]:
+        frame["segments_info"][1]["iscrowd"] = 1
+    # Ids that change do no harm where the annotations have a crowd.
+    results = run(dataset, tmp_path / "out", lambda video, t: t if video == 0 else 3)
+    assert results["video_panoptic_seg"] == pytest.approx({"STQ": 100, "AQ": 100, "IoU": 100})
 
 
 def test_frame_without_prediction(dataset: str, tmp_path: Path) -> None:
