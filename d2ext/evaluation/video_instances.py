@@ -1,7 +1,4 @@
-"""Instances in videos: COCO's metrics of single frames, and how well tracks and ids are right.
-
-Letters: P predictions and G targets of a frame.
-"""
+"""Instances in videos: COCO's metrics of single frames, and how well tracks and ids are right."""
 
 import contextlib
 import copy
@@ -172,15 +169,15 @@ class VideoInstanceEvaluator(COCOEvaluator):
         has_masks = "segm" in self._fields and any("segmentation" in t for t in targets)
         if has_masks:
             results["segm_track"] = self._track_ap(targets, predicted)
-        if not identity_available():
-            logger.warning("IDF1 and HOTA are left out: they need trackeval (%s).", INSTALL)
-            return results
         kinds = ["segm"] if has_masks else []
         if "keypoints" in self._fields and any(t.get("num_keypoints") for t in targets):
             kinds.append("keypoints")
-        for kind in kinds or ["bbox"]:
-            metrics = self._identity(kind, targets, predicted)
-            results.setdefault(f"{kind}_track", {}).update(metrics)
+        if identity_available():
+            for kind in kinds or ["bbox"]:
+                metrics = self._identity(kind, targets, predicted)
+                results.setdefault(f"{kind}_track", {}).update(metrics)
+        else:
+            logger.warning("IDF1 and HOTA are left out: they need trackeval (%s).", INSTALL)
         for task, metrics in results.items():
             shown = ", ".join(f"{name} {value:.2f}" for name, value in metrics.items())
             logger.info("Tracks of '%s', %s: %s", self._name, task, shown)
