@@ -20,6 +20,7 @@ NOT_NEEDED = (
     "torch.utils.tensorboard",
     "panopticapi",
     "hotcoco",
+    "trackeval",
     "scipy",
     "skimage",
     "black",

@@ -5,6 +5,8 @@ from d2ext.evaluation.coco import COCOEvaluator
 from d2ext.evaluation.landmarks import LandmarkEvaluator
 from d2ext.evaluation.panoptic import COCOPanopticEvaluator
 from d2ext.evaluation.panoptic_analysis import PanopticAnalysis
+from d2ext.evaluation.video_instances import VideoInstanceEvaluator
+from d2ext.evaluation.video_panoptic import VideoPanopticEvaluator
 
 __all__ = [
     "EVALUATOR_REGISTRY",
@@ -12,6 +14,8 @@ __all__ = [
     "COCOPanopticEvaluator",
     "LandmarkEvaluator",
     "PanopticAnalysis",
+    "VideoInstanceEvaluator",
+    "VideoPanopticEvaluator",
     "build_evaluator",
     "check_analysis",
 ]

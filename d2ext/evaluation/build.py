@@ -2,6 +2,7 @@
 
 import os
 from collections import OrderedDict
+from collections.abc import Container
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from d2ext.evaluation.landmarks import LandmarkEvaluator
 from d2ext.evaluation.panoptic import COCOPanopticEvaluator
 from d2ext.evaluation.panoptic_analysis import PanopticAnalysis
 from d2ext.evaluation.video_instances import VideoInstanceEvaluator
+from d2ext.evaluation.video_panoptic import VideoPanopticEvaluator
 
 __all__ = ["EVALUATOR_REGISTRY", "IfPredicted", "build_evaluator", "check_analysis"]
 
@@ -54,7 +56,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
     ``lvis``, ``pascal_voc``     Detectron2's
     ``ytvis``                    boxes, masks, keypoints of the annotated frames of videos; with track
     ``video_keypoints``          ids also YouTube-VIS's track AP (masks), IDF1 and HOTA
-    ``video_panoptic_seg``       those, and Segmentation and Tracking Quality (STQ)
+    ``video_panoptic_seg``       those, panoptic quality of the annotated frames, and Segmentation and
+                                 Tracking Quality (STQ) if segments have track ids
     ============================ ================================================================
 
     ``EVALUATOR_REGISTRY`` holds them; register a function there for a type of your own.
@@ -107,6 +110,21 @@ def ytvis(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
 def video_keypoints(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
     """The same: ids are compared by what the model predicts."""
     return ytvis(cfg, name, folder)
+
+
+@EVALUATOR_REGISTRY.register()
+def video_panoptic_seg(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
+    """STQ, panoptic quality of the annotated frames, and the tracks of things that the data also has."""
+    frames = [frame for video in DatasetCatalog.get(name) for frame in video["frames"]]
+    evaluators: list[DatasetEvaluator] = [
+        IfPredicted("panoptic_seg", VideoPanopticEvaluator(name)),
+    ]
+    if any("annotations" in frame for frame in frames):
+        evaluators.append(ytvis(cfg, name, folder))
+    if MetadataCatalog.get(name).get("panoptic_json") is not None:
+        annotated = {f["image_id"] for f in frames if "pan_seg_file_name" in f}
+        evaluators += _panoptic_quality(cfg, name, folder, annotated)
+    return DatasetEvaluators(evaluators)
 
 
 def _coco_options(cfg: CfgNode, name: str) -> dict[str, Any]:
@@ -183,13 +201,15 @@ def pascal_voc(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
     return PascalVOCDetectionEvaluator(name)
 
 
-def _panoptic_quality(cfg: CfgNode, name: str, folder: str) -> list[DatasetEvaluator]:
+def _panoptic_quality(
+    cfg: CfgNode, name: str, folder: str, images: Container[Any] | None = None
+) -> list[DatasetEvaluator]:
     evaluators: list[DatasetEvaluator] = [
         COCOPanopticEvaluator(name, folder, backend=cfg.TEST.PANOPTIC_BACKEND)
     ]
     if cfg.TEST.ANALYZE:
         evaluators.append(PanopticAnalysis(name, os.path.join(folder, "analysis")))
-    return [IfPredicted("panoptic_seg", evaluator) for evaluator in evaluators]
+    return [IfPredicted("panoptic_seg", evaluator, images) for evaluator in evaluators]
 
 
 def check_analysis(dataset_name: str) -> None:
@@ -230,9 +250,12 @@ class IfPredicted(DatasetEvaluator):
     for this one.
     """
 
-    def __init__(self, key: str, evaluator: DatasetEvaluator) -> None:
-        """``key``: of the model's output dicts."""
+    def __init__(
+        self, key: str, evaluator: DatasetEvaluator, images: Container[Any] | None = None
+    ) -> None:
+        """``key``: of the model's output dicts; ``images``: ids of those to pass on, None: all."""
         self._key = key
+        self._images = images
         self._evaluator = evaluator
         self._seen = False
 
@@ -244,6 +267,8 @@ class IfPredicted(DatasetEvaluator):
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """Pass on the images whose output has the key."""
         pairs = [(x, y) for x, y in zip(inputs, outputs, strict=True) if self._key in y]
+        if self._images is not None:
+            pairs = [(x, y) for x, y in pairs if x["image_id"] in self._images]
         if pairs:
             self._seen = True
             self._evaluator.process([x for x, _ in pairs], [y for _, y in pairs])

@@ -62,12 +62,12 @@ def identity_metrics(videos: Sequence[Sequence[IdentityFrame]]) -> dict[str, flo
     options = {"THRESHOLD": _THRESHOLD, "PRINT_CONFIG": False}
     metrics = [Identity(options), HOTA(), CLEAR(options)]
     sequences = [_sequence(frames) for frames in videos]
+    if not any(sequence["num_gt_dets"] for sequence in sequences):
+        return dict.fromkeys((*_PERCENT, "IDSW"), float("nan"))
     results: dict[str, Any] = {}
     for metric in metrics:
         each = {i: metric.eval_sequence(sequence) for i, sequence in enumerate(sequences)}
         results.update(metric.combine_sequences(each))
-    if not any(sequence["num_gt_dets"] for sequence in sequences):
-        return dict.fromkeys(_PERCENT + ("IDSW",), float("nan"))
     percent = {name: 100 * float(np.mean(results[name])) for name in _PERCENT}
     return {**percent, "IDSW": float(results["IDSW"])}
 

@@ -1,7 +1,4 @@
-"""Instances in videos: COCO's metrics of single frames, and how well tracks and ids are right.
-
-Letters: P predictions and G targets of a frame.
-"""
+"""Instances in videos: COCO's metrics of single frames, and how well tracks and ids are right."""
 
 import contextlib
 import copy
@@ -168,22 +165,19 @@ class VideoInstanceEvaluator(COCOEvaluator):
 
     def _evaluate_tracks(self, predicted: list[_PredictedTrack]) -> dict[str, dict[str, float]]:
         targets = list(self._coco_api.anns.values())
-        if not all("track_id" in target for target in targets):
-            logger.warning("Objects of '%s' have no track_id: no track is evaluated.", self._name)
-            return {}
         results: dict[str, dict[str, float]] = {}
         has_masks = "segm" in self._fields and any("segmentation" in t for t in targets)
         if has_masks:
             results["segm_track"] = self._track_ap(targets, predicted)
-        if not identity_available():
-            logger.warning("IDF1 and HOTA are left out: they need trackeval (%s).", INSTALL)
-            return results
         kinds = ["segm"] if has_masks else []
         if "keypoints" in self._fields and any(t.get("num_keypoints") for t in targets):
             kinds.append("keypoints")
-        for kind in kinds or ["bbox"]:
-            metrics = self._identity(kind, targets, predicted)
-            results.setdefault(f"{kind}_track", {}).update(metrics)
+        if identity_available():
+            for kind in kinds or ["bbox"]:
+                metrics = self._identity(kind, targets, predicted)
+                results.setdefault(f"{kind}_track", {}).update(metrics)
+        else:
+            logger.warning("IDF1 and HOTA are left out: they need trackeval (%s).", INSTALL)
         for task, metrics in results.items():
             shown = ", ".join(f"{name} {value:.2f}" for name, value in metrics.items())
             logger.info("Tracks of '%s', %s: %s", self._name, task, shown)
@@ -201,9 +195,8 @@ class VideoInstanceEvaluator(COCOEvaluator):
             track.masks[frame] = self._coco_api.annToRLE(target)
             track.iscrowd = max(track.iscrowd, target["iscrowd"])
         ids = self._category_ids()
-        videos = {self._places[image][0] for image in self._annotated}
         predictions = []
-        for p in (p for p in predicted if p.video_id in videos):
+        for p in predicted:
             masks = {self._places[i][1]: m for i, m in _masks(p).items() if i in self._annotated}
             if masks:
                 predictions.append(Track(p.video_id, ids(p.category_id), masks, p.score))
@@ -285,8 +278,8 @@ def _coco_content(dataset_name: str, frames: Sequence[dict[str, Any]]) -> dict[s
     for frame in annotated:
         seen = set()
         for annotation in frame["annotations"]:
-            key = (annotation.get("track_id"), annotation["category_id"])
-            if key in seen and key[0] is not None:
+            key = (annotation["track_id"], annotation["category_id"])
+            if key in seen:
                 raise DatasetError(
                     f"Frame '{frame['file_name']}' of data set '{dataset_name}' has several objects of "
                     f"track {key[0]} and one class: give each object of a frame a track_id of its own."

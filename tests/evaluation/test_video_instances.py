@@ -18,6 +18,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 
 from d2ext.config import get_cfg
 from d2ext.data.errors import DatasetError
+from d2ext.engine import launch
 from d2ext.evaluation import build_evaluator
 
 SIZE = 64
@@ -191,19 +192,24 @@ def test_missed_frames(register: Register, tmp_path: Path) -> None:
     assert [t for t, mask in enumerate(written[0]["segmentations"]) if mask is None] == [2, 5, 7]
 
 
-def test_class_and_score_of_a_track(register: Register, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("scores", "classes"),
+    [([0.1, 0.8, 0.5, 0.6], [0, 0, 1, 1]), ([0.2, 0.8, 0.7, 0.3], [1, 1, 0, 1])],
+)
+def test_class_and_score_of_a_track(
+    register: Register, tmp_path: Path, scores: list[float], classes: list[int]
+) -> None:
     record = video(1, [[annotation(1, 8, 8, label=1)]] * 4)
     outputs = {}
-    scores, classes = [0.9, 0.3, 0.3, 0.7], [0, 1, 1, 1]
     for score, label, (image_id, objects) in zip(
         scores, classes, seen(record).items(), strict=True
     ):
         outputs[image_id] = predicted(objects, scores=[score], pred_classes=[label])
     results = run(register([record]), tmp_path, outputs)
-    assert results["segm_track"]["AP-bar"] == pytest.approx(100)  # 0.9 against 1.3
+    assert results["segm_track"]["AP-bar"] == pytest.approx(100)  # 1.1 against 0.9, 1.3 against 0.7
     assert results["segm_track"]["IDF1"] == pytest.approx(100)
     (written,) = json.loads((tmp_path / "results.json").read_text())
-    assert written["category_id"] == 7 and written["score"] == pytest.approx(0.55)
+    assert written["category_id"] == 7 and written["score"] == pytest.approx(0.5)
 
 
 def test_crowd(register: Register, tmp_path: Path) -> None:
@@ -216,6 +222,10 @@ def test_crowd(register: Register, tmp_path: Path) -> None:
     assert results["segm"]["AP"] == pytest.approx(100)
     assert results["segm_track"]["IDF1"] == pytest.approx(100)
     assert results["segm_track"]["MOTA"] == pytest.approx(100)
+    # The crowd need not be found.
+    outputs = {i: predicted(a[:1]) for i, a in seen(record).items()}
+    results = run(register([record]), tmp_path, outputs)
+    assert results["segm_track"]["AP"] == pytest.approx(100)
     # Outside of it they are.
     outside = annotation(7, 4, 40)
     outputs = {i: predicted([a[0], outside]) for i, a in seen(record).items()}
@@ -348,7 +358,7 @@ def test_id_of_two_classes_and_twice_in_a_frame(register: Register, tmp_path: Pa
     # Of several detections with one id the best counts.
     record = video(1, [[first]] * 3)
     worse = annotation(1, 30, 30)
-    outputs = {i: predicted([worse, *a], scores=[0.2, 0.9]) for i, a in seen(record).items()}
+    outputs = {i: predicted([*a, worse], scores=[0.9, 0.2]) for i, a in seen(record).items()}
     results = run(register([record]), tmp_path, outputs)
     assert results["segm_track"]["AP"] == pytest.approx(100)
 
@@ -367,6 +377,55 @@ def test_without_the_package_of_ids(
         )
     assert results["segm_track"]["AP"] == pytest.approx(100)
     assert "IDF1" not in results["segm_track"] and "pip install" in caplog.text
+
+
+def test_empty_masks(register: Register, tmp_path: Path) -> None:
+    record = two_objects()
+    outputs = {i: predicted(a) for i, a in seen(record).items()}
+    outputs["1/003"].pred_masks[0] = False
+    run(register([record]), tmp_path, outputs)
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert [t for t, mask in enumerate(written[0]["segmentations"]) if mask is None] == [3]
+
+
+def test_many_objects_under_other_ids(register: Register, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    records, outputs = [], {}
+    for number in range(3):
+        objects = range(6)
+        seen_in = random.random((6, 10)) < 0.7
+        places = random.integers(0, SIZE - 16, (6, 10, 2)).tolist()
+        record = video(
+            number,
+            [
+                [annotation(i, *places[i][t], label=i % 2) for i in objects if seen_in[i, t]]
+                for t in range(10)
+            ],
+        )
+        records.append(record)
+        names = random.permutation(6)
+        for image_id, annotated in seen(record).items():
+            shuffled = [annotated[i] for i in random.permutation(len(annotated))]
+            ids = [int(names[a["track_id"]]) for a in shuffled]
+            outputs[image_id] = predicted(shuffled, track_ids=ids)
+    name = register(records)
+    results = run(name, tmp_path, outputs)["segm_track"]
+    assert results["AP"] == pytest.approx(100) and results["HOTA"] == pytest.approx(100)
+    # Ids are those of a video only.
+    assert len(json.loads((tmp_path / "results.json").read_text())) == 18
+
+
+def test_several_processes(tmp_path: Path) -> None:
+    from tests.evaluation.video_processes import evaluate_a_video
+
+    launch(evaluate_a_video, 2, device="cpu", args=(str(tmp_path),))
+    results = json.loads((tmp_path / "0.json").read_text())
+    assert results["segm"]["AP"] == pytest.approx(100)
+    # 6 of 8 detections belong to the best id of their object.
+    assert results["segm_track"]["IDF1"] == pytest.approx(75)
+    assert json.loads((tmp_path / "1.json").read_text()) == {}
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert sorted(t["video_id"] for t in written) == [11, 12, 12]
 
 
 def test_real_videos(real_data: Path, register: Register, tmp_path: Path) -> None:
