@@ -45,7 +45,17 @@ SYSTEM_ARROWS = {
     ("centernet_triplets", "cornernet"),
 }
 # Optional packages are imported where they are used, never when a module of d2ext is imported.
-OPTIONAL = {"tensorboard", "panopticapi", "hotcoco", "scipy", "skimage", "matplotlib", "av", "onnx"}
+OPTIONAL = {
+    "tensorboard",
+    "panopticapi",
+    "hotcoco",
+    "norfair",
+    "scipy",
+    "skimage",
+    "matplotlib",
+    "av",
+    "onnx",
+}
 
 
 def module_name(path: Path, root: Path) -> list[str]:

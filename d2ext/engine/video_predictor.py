@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.structures import Instances
 from torch import nn
 
+from d2ext.config import ConfigError
 from d2ext.engine.predictor import BatchPredictor
 from d2ext.engine.top_down import BoxSource
 from d2ext.engine.tracking import build_tracker
@@ -93,6 +94,8 @@ class VideoPredictor:
     ) -> None:
         self._tracker = build_tracker(tracker, cfg) if tracker else None
         self.frames = FramePredictor(cfg, model)
+        if tracker and self.frames.has_memory:
+            raise ConfigError(f"{cfg.MODEL.META_ARCHITECTURE} gives ids itself: no tracker.")
         self._threshold, self._boxes = threshold, boxes
         self._number = 0
 
