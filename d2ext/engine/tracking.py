@@ -1,7 +1,7 @@
 """Ids for the instances of systems without memory: each frame's detections are matched to tracks.
 
-The tracker is Norfair (BSD-3; package ``norfair-enough``, the maintained fork, for NumPy 1 and 2, with no
-need of OpenCV). It alone lets masks and keypoints decide beside boxes, for it takes any distance and
+The tracker is Norfair (BSD-3; package ``norfair-enough``, its maintained fork, for NumPy 1 and 2, with
+no need of OpenCV). It alone lets masks and keypoints decide beside boxes, for it takes any distance and
 points. IDF1 on 16 clips of `shapes` (ground truth with 6 % noise, 15 % of the detections dropped, false
 ones added; in brackets without), recall of ids, and the time for 100 objects:
 

@@ -233,7 +233,7 @@ def _draw_tracks(image: np.ndarray, instances: Instances, metadata: Metadata) ->
 
     ids = instances.track_ids.tolist()
     labels = [
-        f"{metadata.thing_classes[c]} {s:.0%}" + (f" #{i}" if i > 0 else "")
+        (f"#{i} " if i > 0 else "") + f"{metadata.thing_classes[c]} {s:.0%}"
         for c, s, i in zip(
             instances.pred_classes.tolist(), instances.scores.tolist(), ids, strict=True
         )
