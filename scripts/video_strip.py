@@ -26,7 +26,7 @@ from d2ext import VideoPredictor
 from d2ext.config import add_options_argument, load_config
 from d2ext.data.image_io import read_image
 from d2ext.model_zoo import find_config_file
-from d2ext.utils.drawing import VideoDrawer, write_picture
+from d2ext.utils.drawing import VideoDrawer, reduced, write_picture
 from d2ext.utils.video import DEFAULT_RATE, video_writer
 
 GAP = 6  # pixels between pictures
@@ -63,16 +63,21 @@ def draw_video(
     metadata: Any,
     width: int,
 ) -> list[list[np.ndarray]]:
-    """Of each frame two pictures, ``width`` pixels wide (BGR): ground truth and predictions."""
+    """Of each frame two pictures (BGR) of one size: ground truth and predictions.
+
+    Args:
+        width: about how wide, pixels. Frames are made smaller before drawing, for legible labels.
+    """
     drawers = [VideoDrawer(metadata) for _ in range(2)]
     numbers: dict[int, int] = {}
-    pairs = []
+    pairs: list[list[np.ndarray]] = []
     for frame in video["frames"]:
         image = read_image(frame["file_name"], "BGR")
+        factor = max(1, round(image.shape[1] / width))
         outputs = ground_truth(frame, numbers), predict(image)
-        pair = [draw(image, output) for draw, output in zip(drawers, outputs, strict=True)]
-        height = round(image.shape[0] * width / image.shape[1])
-        pairs.append([cv2.resize(x, (width, height), interpolation=cv2.INTER_AREA) for x in pair])
+        pair = [draw(*reduced(image, x, factor)) for draw, x in zip(drawers, outputs, strict=True)]
+        size = (pairs or [pair])[0][0].shape[1::-1]
+        pairs.append([cv2.resize(picture, size) for picture in pair])
     return pairs
 
 
@@ -109,7 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--output", type=Path, required=True, help="folder")
     add("--video", type=int, default=0, help="its place in the data set (0)")
     add("--columns", type=int, default=6, help="frames in the strip (6)")
-    add("--width", type=int, default=320, help="of a picture, pixels (320)")
+    add("--width", type=int, default=320, help="of a picture, about, pixels (320)")
     add("--tracker", default="", help="for models without memory: NorfairTracker")
     add("--confidence-threshold", type=float, default=0.3, help="draw from this score on (0.3)")
     add_options_argument(parser)

@@ -20,6 +20,7 @@ NOT_NEEDED = (
     "torch.utils.tensorboard",
     "panopticapi",
     "hotcoco",
+    "norfair",
     "scipy",
     "skimage",
     "black",

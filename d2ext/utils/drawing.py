@@ -98,7 +98,7 @@ def write_picture(path: Path, image: np.ndarray) -> None:
         file.write(data.tobytes())
 
 
-def _reduced(
+def reduced(
     image: np.ndarray, output: dict[str, Any], factor: int
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """An image and what was predicted on it, ``factor`` times smaller."""
@@ -148,7 +148,7 @@ class PictureDrawer:
         """
         factor = math.ceil(math.sqrt(image.shape[0] * image.shape[1] / _MAX_PIXELS))
         if factor > 1:
-            image, output = _reduced(image, output, factor)
+            image, output = reduced(image, output, factor)
         with _fixed_colors(0):
             return self._draw_all(image[:, :, ::-1], output)[:, :, ::-1]
 
