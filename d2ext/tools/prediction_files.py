@@ -148,8 +148,11 @@ def plan_video(source: str | int, output: Path) -> Path:
         VideoError: the output is no name of a video.
         CommandError: it would overwrite the input.
     """
-    name = f"camera_{source}.mp4" if isinstance(source, int) else f"{Path(source).stem}.mp4"
-    target = output if is_file_name(output) else output / name
+    if isinstance(source, int):
+        name = f"camera_{source}"
+    else:
+        name = Path(source).resolve().name if Path(source).is_dir() else Path(source).stem
+    target = output if is_file_name(output) else output / f"{name}.mp4"
     check_video_path(target)
     if (
         not isinstance(source, int)

@@ -16,6 +16,7 @@ from torch import nn
 
 from d2ext.config import ConfigError, get_cfg
 from d2ext.data.shapes.video import draw_clip
+from d2ext.engine import tracking
 from d2ext.engine.tracking import build_tracked, build_tracker
 from d2ext.utils.video import VideoReader
 
@@ -147,8 +148,8 @@ def test_masks_and_keypoints_tell_equal_boxes_apart() -> None:
 def test_empty_masks_unseen_keypoints_and_other_sizes_keep_ids() -> None:
     box = [20.0, 20, 60, 60]
     track = tracker()
-    for frame, factor in enumerate((1, 2, 1)):
-        size = SIZE[0] * factor, SIZE[1] * factor
+    for frame, size in enumerate((SIZE, (240, 320), (200, 160), SIZE)):
+        factor = size[1] / SIZE[1]
         instances = detections([[factor * x for x in box]], size=size)
         instances.pred_masks = torch.zeros((1, *size), dtype=torch.bool)
         assert ids(track(instances, frame)) == [1]
@@ -157,6 +158,19 @@ def test_empty_masks_unseen_keypoints_and_other_sizes_keep_ids() -> None:
         instances = detections([box])
         instances.pred_keypoints = torch.zeros(1, 17, 3)
         assert ids(track(instances, frame)) == [1]
+
+
+def test_masks_move_and_grow_with_their_boxes() -> None:
+    """Cells of 5 units, for an image is 640 units wide."""
+    masks = torch.zeros(1, 96, 128)
+    masks[0, 10:30, 10:30] = 1
+    old, new = torch.tensor([[50.0, 50, 150, 150]]), torch.tensor([[200.0, 100, 400, 250]])
+    moved = tracking._moved(masks, old.double(), new.double())
+    expected = torch.zeros(1, 96, 128)
+    expected[0, 20:50, 40:80] = 1
+    assert (moved - expected).abs().mean() < 0.01
+    assert tracking._mask_iou(expected, moved).item() > 0.95
+    assert tracking._mask_iou(masks, moved).item() < 0.2
 
 
 def test_posetrack(real_data: Path) -> None:
