@@ -7,8 +7,8 @@ ones added; in brackets without), recall of ids, and the time for 100 objects:
 
 - Norfair: boxes 77.2 (90.4), with masks 77.8 (90.8), with keypoints 78.6 (90.2); recall 75; 22 to 65 ms
 - ``trackers`` 2.6 (Apache 2.0): OC-SORT 81.5 (92.3), C-BIoU 80.4 (89.2), SORT 75.5 (88.8); recall 68 to
-  72, for a track's first detection gets no id, which keeps false ones out (Norfair's is 81.0 then); boxes
-  only; 15 ms
+  72, for a track's first detection gets no id, which keeps false ones out (Norfair so: 80.3 with
+  keypoints); boxes only; 15 ms
 - ``detectron2.tracking``: at best 61.0 (75.4); adds lost objects to the output; no keypoints; 86 ms
 
 N detections and M tracks of a frame, K keypoints.
