@@ -409,6 +409,7 @@ def prepare(args: argparse.Namespace) -> Callable[[], list[str]]:
     cfg.freeze()
     if not cfg.MODEL.WEIGHTS:
         logger.warning("MODEL.WEIGHTS is empty: predicting with random weights.")
+    tracker = build_tracker(args.tracker, cfg) if args.tracker else None
     predictor: BatchPredictor = BatchPredictor(cfg) if args.input else FramePredictor(cfg)
     if isinstance(predictor, FramePredictor):
         check_memory_options(args, predictor.has_memory, cfg.MODEL.META_ARCHITECTURE)
@@ -430,7 +431,6 @@ def prepare(args: argparse.Namespace) -> Callable[[], list[str]]:
         )
     if args.input:
         return lambda: run_on_images(used, jobs, metadata, args, boxes)
-    tracker = build_tracker(args.tracker, cfg) if args.tracker else None
     return lambda: run_on_video(used, reader, target, metadata, args, boxes, tracker)
 
 

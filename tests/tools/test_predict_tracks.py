@@ -156,6 +156,25 @@ def test_broken_frame_of_a_folder(
     assert [len(x["bboxes"]) for x in tracks] == [5, 5]
 
 
+def test_interrupted_video_has_its_tracks(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("norfair", reason="needs norfair-enough")
+    original, calls = predict.predict, []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(predict, "predict", interrupted)
+    folder = write_frames(tmp_path / "frames")
+    assert run(config, tmp_path / "out", "--video-input", folder, *TRACKED) == 0
+    tracks = json.loads((tmp_path / "out/frames_ytvis_results.json").read_text())
+    assert [len(x["bboxes"]) for x in tracks] == [2, 2]
+
+
 def test_class_and_score_of_a_track(tmp_path: Path) -> None:
     metadata = Metadata(name="x", thing_dataset_id_to_contiguous_id={10: 0, 20: 1})
     writer = TrackWriter(tmp_path, metadata)
