@@ -45,7 +45,7 @@ SYSTEM_ARROWS = {
     ("centernet_triplets", "cornernet"),
 }
 # Optional packages are imported where they are used, never when a module of d2ext is imported.
-OPTIONAL = {"tensorboard", "panopticapi", "hotcoco", "trackeval", "scipy", "skimage"}
+OPTIONAL = {"tensorboard", "panopticapi", "hotcoco", "trackeval", "norfair", "scipy", "skimage"}
 OPTIONAL |= {"matplotlib", "av", "onnx"}
 
 

@@ -21,6 +21,7 @@ NOT_NEEDED = (
     "panopticapi",
     "hotcoco",
     "trackeval",
+    "norfair",
     "scipy",
     "skimage",
     "black",

@@ -1,14 +1,15 @@
 """Ids for the instances of systems without memory: each frame's detections are matched to tracks.
 
-The tracker is Norfair (BSD-3; package ``norfair-enough``, the maintained fork that works with NumPy 1 and 2
-and needs no OpenCV): it alone lets masks and keypoints decide beside boxes, since it takes any distance and
-any points. IDF1 on clips of `shapes` (16 of 30 frames; ground truth with 6 % noise, 15 % of detections
-dropped, 0.5 false ones a frame; in brackets the ground truth itself), recall of ids, and time for 100 objects:
+The tracker is Norfair (BSD-3; package ``norfair-enough``, its maintained fork, for NumPy 1 and 2, with
+no need of OpenCV). It alone lets masks and keypoints decide beside boxes, for it takes any distance and
+points. IDF1 on 16 clips of `shapes` (ground truth with 6 % noise, 15 % of the detections dropped, false
+ones added; in brackets without), recall of ids, and the time for 100 objects:
 
-- Norfair: boxes 77.2 (90.4), with masks 77.8 (90.8), with keypoints 78.6 (90.2); recall 75 to 76; 22 to 65 ms
-- ``trackers`` 2.6: OC-SORT 81.5 (92.3), C-BIoU 80.4 (89.2), SORT 75.5 (88.8); recall 68 to 72, since a track's
-  first detections get no id, which is what lifts IDF1 with false detections; boxes only; 15 ms
-- ``detectron2.tracking``: at best 61.0 (75.4); adds lost objects to the output; no keypoints; 86 to 140 ms
+- Norfair: boxes 77.2 (90.4), with masks 77.8 (90.8), with keypoints 78.6 (90.2); recall 75; 22 to 65 ms
+- ``trackers`` 2.6 (Apache 2.0): OC-SORT 81.5 (92.3), C-BIoU 80.4 (89.2), SORT 75.5 (88.8); recall 68 to
+  72, for a track's first detection gets no id, which keeps false ones out (Norfair so: 80.3 with
+  keypoints); boxes only; 15 ms
+- ``detectron2.tracking``: at best 61.0 (75.4); adds lost objects to the output; no keypoints; 86 ms
 
 N detections and M tracks of a frame, K keypoints.
 """
@@ -72,7 +73,7 @@ class NorfairTracker:
     step of a fast object, and an empty mask has none. It is weighted with the detection's score, so that
     of two detections of an object the better one continues the track. A track has one class and lives on
     for up to 15 frames without a detection, moving as a Kalman filter predicts; its mask moves and grows
-    with its box. A track begins with its first detection, whatever the score: leave weak ones out before.
+    with its box. Every detection that continues no track begins one: leave weak ones out before.
 
     Args:
         keypoint_sigmas: of OKS, one a keypoint; empty: COCO's for 17 keypoints, otherwise their mean.
@@ -88,7 +89,7 @@ class NorfairTracker:
             raise ConfigError(
                 "This tracker needs another package: pip install norfair-enough"
             ) from error
-        self._norfair = norfair
+        self._norfair: Any = norfair
         self._sigmas = np.array(keypoint_sigmas, dtype=np.float64)
         self.reset()
 

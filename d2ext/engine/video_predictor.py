@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.structures import Instances
 from torch import nn
 
+from d2ext.config import ConfigError
 from d2ext.engine.predictor import BatchPredictor
 from d2ext.engine.top_down import BoxSource
 from d2ext.engine.tracking import build_tracker
@@ -75,7 +76,7 @@ class VideoPredictor:
         model: use this one, already loaded, instead of building it.
         threshold: instances of a lower score are left out, before they are tracked; the others come best
             first, on the CPU. 0: all, as the model gives them.
-        boxes: the boxes that a top-down model (landmarks) crops; frames have the ids 0, 1, ...
+        boxes: the boxes that a top-down model (landmarks) crops; frames have the ids 1, 2, ...
 
     Raises:
         CheckpointError: ``MODEL.WEIGHTS`` is unreadable or of another model.
@@ -93,6 +94,8 @@ class VideoPredictor:
     ) -> None:
         self._tracker = build_tracker(tracker, cfg) if tracker else None
         self.frames = FramePredictor(cfg, model)
+        if tracker and self.frames.has_memory:
+            raise ConfigError(f"{cfg.MODEL.META_ARCHITECTURE} gives ids itself: no tracker.")
         self._threshold, self._boxes = threshold, boxes
         self._number = 0
 
@@ -110,7 +113,7 @@ class VideoPredictor:
     def batch(self, frames: Sequence[np.ndarray]) -> list[dict[str, Any]]:
         """Outputs for the next frames, in order; models without memory run on all of them together."""
         numbers = range(self._number, self._number + len(frames))
-        boxes = None if self._boxes is None else self._boxes(numbers, frames)
+        boxes = None if self._boxes is None else self._boxes([n + 1 for n in numbers], frames)
         outputs = self.frames(frames, boxes)
         for number, output in zip(numbers, outputs, strict=True):
             if "instances" not in output:

@@ -3,6 +3,8 @@
     d2ext predict --config-file yolact/yolact_R_50_550.yaml --output out/ \\
         --input photo.jpg holiday/ "frames/*.png" --opts MODEL.WEIGHTS model_final.pth
     d2ext predict --config-file ... --video-input clip.mp4 --output clip_out.mp4
+    d2ext predict --config-file ... --video-input clip.mp4 --output out/ --tracker NorfairTracker \\
+        --video-results
     d2ext predict --config-file ... --webcam 0 --output camera.mp4
     d2ext predict --config-file centernet/centernet_dla34_512.yaml --draw heatmaps ...
     d2ext predict --config-file ... --input map.tif --output out/ --tile 1024
@@ -22,6 +24,12 @@ PNG. Beside them (named after the file, where the output is one file) appear
 - coco_images.json: which file has which image_id, in COCO's format (images, categories). The id is the
   number that is the file's name, if all files have such names and all differ (as in COCO); otherwise
   files count from 1. In a video it is the number of the frame, from 1.
+- ytvis_results.json, with --video-results: a list of the video's tracks in YouTube-VIS's result form,
+  with boxes (x, y, width, height) and the track's id.
+
+A folder as --video-input is a video of 25 frames a second: its image files in the order of their names.
+With ids (a model with memory gives them, for others a --tracker does) an object has one colour in the
+whole video, and the results name its track_id.
 
 A file that cannot be read is reported and skipped. Exit status: 0; 1 if something was skipped or could
 not be written; 2 if there is nothing to do or the command is wrong.
@@ -51,9 +59,19 @@ from d2ext.data.image_io import read_image
 from d2ext.engine.predictor import BatchPredictor
 from d2ext.engine.tiling import TiledPredictor
 from d2ext.engine.top_down import BoxFile, BoxSource, Detector
+from d2ext.engine.tracking import build_tracker
+from d2ext.engine.video_predictor import FramePredictor
 from d2ext.model_zoo import find_config_file
 from d2ext.tools.command_line import CommandError, add_config_argument, make_parser, positive
-from d2ext.tools.prediction_files import Job, ResultWriter, plan_images, plan_video
+from d2ext.tools.prediction_files import (
+    FolderReader,
+    Job,
+    ResultWriter,
+    TrackWriter,
+    open_video,
+    plan_images,
+    plan_video,
+)
 from d2ext.utils.drawing import PictureDrawer, VideoDrawer, class_metadata, select, write_picture
 from d2ext.utils.heatmaps import SeesHeatmaps
 from d2ext.utils.memory import available_memory
@@ -160,11 +178,12 @@ def run_on_images(
 
 def run_on_video(
     predictor: BatchPredictor | TiledPredictor,
-    reader: VideoReader | CameraReader,
+    reader: VideoReader | CameraReader | FolderReader,
     target: Path,
     metadata: Metadata,
     args: argparse.Namespace,
     boxes: BoxSource | None = None,
+    tracker: Any = None,
 ) -> list[str]:
     """Predict on a video, a stream or a camera; returns the errors, a line each.
 
@@ -180,6 +199,7 @@ def run_on_video(
     with ExitStack() as stack:
         stack.callback(reader.release)
         results = ResultWriter(stack, target, metadata)
+        tracks = TrackWriter(target, metadata) if args.video_results else None
         show: Callable[[np.ndarray, float], None] | None = None
         if args.pictures:
             show = stack.enter_context(video_writer(target, reader.rate))
@@ -190,18 +210,26 @@ def run_on_video(
             for frames in batches(itertools.islice(reader, wanted), args.batch_size):
                 ids = range(number + 1, number + 1 + len(frames))
                 outputs = predict(predictor, [x.image for x in frames], args, ids, boxes)
-                for (image, seconds), output in zip(frames, outputs, strict=True):
-                    number += 1
+                for (image, seconds, name), output in zip(frames, outputs, strict=True):
                     if isinstance(output, str):
                         raise VideoError(f"Cannot predict on {reader.name}: {output}.")
+                    instances = output.get("instances")
+                    if instances is not None and tracker is not None:
+                        tracker(instances, number)
+                    if instances is not None and tracks is not None:
+                        tracks.add(number, instances)
+                    number += 1
                     if show is not None:
                         show(drawer(image, output), seconds)
-                    results.write(number, f"{reader.name}#{number}", image.shape, output)
+                    name = name or f"{reader.name}#{number}"
+                    results.write(number, name, image.shape, output)
                     progress.update()
         except KeyboardInterrupt:
             logger.info("Interrupted: finishing what was predicted until now.")
         if number == 0:
             raise VideoError(f"No frame could be read from {reader.name}.")
+        if tracks is not None:
+            tracks.write(number)
     if reader.skipped > 0:
         problems.append(
             f"{reader.skipped} frames of {reader.name}, which are damaged or missing; {number} were "
@@ -213,46 +241,29 @@ def run_on_video(
 
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
-    add = parser.add_argument
     add_config_argument(parser)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--input", nargs="+", metavar="PATH", help="images, folders (searched in depth), patterns"
-    )
-    source.add_argument(
+    add_input_arguments(parser)
+    add_output_arguments(parser)
+    add_box_arguments(parser)
+    add_options_argument(parser)
+    return parser
+
+
+def add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is predicted on, and how."""
+    source = parser.add_mutually_exclusive_group(required=True).add_argument
+    source("--input", nargs="+", metavar="PATH", help="images, folders (in depth), patterns")
+    source(
         "--video-input",
-        metavar="FILE",
-        help="a video file, or a stream's address (rtsp://, http://)",
-    )
-    source.add_argument(
-        "--webcam",
-        nargs="?",
-        const=0,
-        type=int,
-        metavar="INDEX",
-        help="a camera (default 0), until Ctrl-C or --max-frames",
-    )
-    add(
-        "--output",
-        required=True,
-        type=lambda text: Path(text).expanduser(),
         metavar="PATH",
-        help="a folder; or a file for one image or video",
+        help="a video file, a folder of frames, or a stream's address (rtsp://, http://)",
     )
-    add(
-        "--confidence-threshold",
-        type=score,
-        default=0.5,
-        metavar="SCORE",
-        help="draw and write instances from this score on (default: %(default)s)",
-    )
-    add(
-        "--batch-size",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="images, or tiles, per pass (default: 1)",
-    )
+    help_text = "a camera (default 0), until Ctrl-C or --max-frames"
+    source("--webcam", nargs="?", const=0, type=int, metavar="INDEX", help=help_text)
+    add = parser.add_argument
+    add("--max-frames", type=positive, metavar="N", help="stop a video after N frames")
+    help_text = "images, frames, or tiles, per pass (default: 1)"
+    add("--batch-size", type=positive, default=1, metavar="N", help=help_text)
     add(
         "--tile",
         type=positive,
@@ -269,13 +280,34 @@ def build_parser() -> argparse.ArgumentParser:
         "object fits into it",
     )
     add(
-        "--max-drawn",
-        type=positive,
-        default=200,
-        metavar="N",
-        help="draw only the best N instances of a picture; all are written (default: %(default)s)",
+        "--tracker",
+        default="",
+        metavar="NAME",
+        help="gives the objects of a video ids, where the model does not: NorfairTracker",
     )
-    add("--max-frames", type=positive, metavar="N", help="stop a video after N frames")
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is drawn and written."""
+    add = parser.add_argument
+    add(
+        "--output",
+        required=True,
+        type=lambda text: Path(text).expanduser(),
+        metavar="PATH",
+        help="a folder; or a file for one image or video",
+    )
+    add(
+        "--confidence-threshold",
+        type=score,
+        default=0.5,
+        metavar="SCORE",
+        help="draw and write instances from this score on (default: %(default)s)",
+    )
+    help_text = (
+        "draw only the best N instances of a picture; all are written (default: %(default)s)"
+    )
+    add("--max-drawn", type=positive, default=200, metavar="N", help=help_text)
     add(
         "--draw",
         choices=("results", "heatmaps"),
@@ -283,21 +315,20 @@ def build_parser() -> argparse.ArgumentParser:
         help="heatmaps: also the heat maps, corners and centres that CornerNet, CenterNet and their "
         "like read their results from",
     )
-    add("--no-pictures", dest="pictures", action="store_false", help="write COCO results only")
-    add(
-        "--class-names",
-        metavar="FILE",
-        help="text file, one class name a line; default: those of the config's data set",
-    )
-    looked_into = parser.add_mutually_exclusive_group()
-    looked_into.add_argument(
-        "--detector",
-        metavar="CONFIG",
-        help="config of a detector for the boxes of a top-down model",
-    )
-    looked_into.add_argument(
-        "--boxes", metavar="FILE", help="JSON list of detections (COCO's result form): the boxes"
-    )
+    add("--no-pictures", dest="pictures", action="store_false", help="write results only")
+    add("--video-results", action="store_true", help="write a video's tracks as YouTube-VIS JSON")
+    help_text = "text file, one class name a line; default: those of the config's data set"
+    add("--class-names", metavar="FILE", help=help_text)
+
+
+def add_box_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the boxes of a top-down model come from."""
+    source = parser.add_mutually_exclusive_group().add_argument
+    help_text = "config of a detector for the boxes of a top-down model"
+    source("--detector", metavar="CONFIG", help=help_text)
+    help_text = "JSON list of detections (COCO's result form): the boxes"
+    source("--boxes", metavar="FILE", help=help_text)
+    add = parser.add_argument
     add("--detector-weights", metavar="FILE", help="the detector's checkpoint")
     add(
         "--detector-classes",
@@ -313,8 +344,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SCORE",
         help="use boxes with at least this score (default: %(default)s)",
     )
-    add_options_argument(parser)
-    return parser
 
 
 def score(text: str) -> float:
@@ -374,13 +403,16 @@ def prepare(args: argparse.Namespace) -> Callable[[], list[str]]:
     else:
         source = args.video_input if args.webcam is None else args.webcam
         target = plan_video(source, args.output)
-        reader = CameraReader(source) if isinstance(source, int) else VideoReader(source)
+        reader = open_video(source)
     cfg = load_config(find_config_file(args.config_file), args.opts)
     cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = args.confidence_threshold
     cfg.freeze()
     if not cfg.MODEL.WEIGHTS:
         logger.warning("MODEL.WEIGHTS is empty: predicting with random weights.")
-    predictor = BatchPredictor(cfg)
+    tracker = build_tracker(args.tracker, cfg) if args.tracker else None
+    predictor: BatchPredictor = BatchPredictor(cfg) if args.input else FramePredictor(cfg)
+    if isinstance(predictor, FramePredictor):
+        check_memory_options(args, predictor.has_memory, cfg.MODEL.META_ARCHITECTURE)
     if args.heatmaps and not isinstance(predictor.model, SeesHeatmaps):
         raise CommandError(
             f"--draw heatmaps: {cfg.MODEL.META_ARCHITECTURE} has no heat maps; CornerNet, CenterNet and "
@@ -399,7 +431,18 @@ def prepare(args: argparse.Namespace) -> Callable[[], list[str]]:
         )
     if args.input:
         return lambda: run_on_images(used, jobs, metadata, args, boxes)
-    return lambda: run_on_video(used, reader, target, metadata, args, boxes)
+    return lambda: run_on_video(used, reader, target, metadata, args, boxes, tracker)
+
+
+def check_memory_options(args: argparse.Namespace, has_memory: bool, name: str) -> None:
+    """Raise CommandError for options that do not suit a video's model, which has memory or not."""
+    if has_memory and (args.tracker or args.tile or args.batch_size > 1):
+        raise CommandError(
+            f"{name} remembers the frames before and gives ids itself: leave out --tracker, --tile and "
+            "--batch-size."
+        )
+    if args.video_results and not (has_memory or args.tracker):
+        raise CommandError(f"--video-results: {name} gives no ids; add --tracker NorfairTracker.")
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -410,6 +453,8 @@ def run(arguments: list[str] | None = None) -> int:
         parser.error("--detector-weights and --detector-classes belong to --detector.")
     if args.tile and (args.detector or args.boxes or args.draw == "heatmaps"):
         parser.error("--tile goes neither with --detector or --boxes nor with --draw heatmaps.")
+    if args.input and (args.tracker or args.video_results):
+        parser.error("--tracker and --video-results are for videos.")
     setup_logger(name="d2ext")
     setup_logger(name="fvcore")
     try:

@@ -1,24 +1,37 @@
-"""Which files `d2ext predict` reads and writes: pictures, videos, COCO results."""
+"""Which files `d2ext predict` reads and writes: pictures, videos, COCO and YouTube-VIS results."""
 
 from __future__ import annotations
 
 import glob
 import itertools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import pycocotools.mask as mask_util
 import torch
 from detectron2.data.catalog import Metadata
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import Instances
 
-from d2ext.data.image_io import is_image
+from d2ext.data.errors import ImageReadError
+from d2ext.data.image_io import is_image, read_image
 from d2ext.files import json_list
 from d2ext.tools.command_line import CommandError
 from d2ext.utils.drawing import name_classes
-from d2ext.utils.video import VIDEO_SUFFIXES, check_video_path, is_stream
+from d2ext.utils.video import (
+    DEFAULT_RATE,
+    VIDEO_SUFFIXES,
+    CameraReader,
+    VideoError,
+    VideoFrame,
+    VideoReader,
+    check_video_path,
+    is_stream,
+)
 
 logger = logging.getLogger("d2ext.tools.predict")
 
@@ -28,7 +41,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".p
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 # Suffixes that do not name a folder, whether or not they can be written.
 MOVIE_SUFFIXES = {*VIDEO_SUFFIXES, ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv"}
-RESULTS, IMAGES = "coco_results.json", "coco_images.json"
+RESULTS, IMAGES, TRACKS = "coco_results.json", "coco_images.json", "ytvis_results.json"
 
 
 class Job(NamedTuple):
@@ -135,8 +148,11 @@ def plan_video(source: str | int, output: Path) -> Path:
         VideoError: the output is no name of a video.
         CommandError: it would overwrite the input.
     """
-    name = f"camera_{source}.mp4" if isinstance(source, int) else f"{Path(source).stem}.mp4"
-    target = output if is_file_name(output) else output / name
+    if isinstance(source, int):
+        name = f"camera_{source}"
+    else:
+        name = Path(source).resolve().name if Path(source).is_dir() else Path(source).stem
+    target = output if is_file_name(output) else output / f"{name}.mp4"
     check_video_path(target)
     if (
         not isinstance(source, int)
@@ -145,6 +161,116 @@ def plan_video(source: str | int, output: Path) -> Path:
     ):
         raise CommandError(f"'{target}' would overwrite the input: choose another --output.")
     return target
+
+
+class FolderReader:
+    """A video whose frames are the image files of a folder, by name; broken ones are left out.
+
+    Attributes: as of :class:`~d2ext.utils.video.VideoReader`.
+
+    Raises:
+        VideoError: there is no image.
+    """
+
+    rate = DEFAULT_RATE
+
+    def __init__(self, folder: Path) -> None:
+        self.name = str(folder)
+        self.skipped = 0
+        self._files = [x for x in sorted(folder.iterdir()) if x.is_file() and is_image(str(x))]
+        self.length = len(self._files)
+        if not self._files:
+            raise VideoError(f"There is no image in the folder '{folder}'.")
+
+    def __iter__(self) -> Iterator[VideoFrame]:
+        for i, file in enumerate(self._files):
+            try:
+                yield VideoFrame(read_image(str(file), "BGR"), i / self.rate, str(file))
+            except ImageReadError:
+                self.skipped += 1
+
+    def release(self) -> None:
+        """Nothing is open."""
+
+
+def open_video(source: str | int) -> VideoReader | CameraReader | FolderReader:
+    """A file, a stream, a folder of frames, or a camera.
+
+    Raises:
+        VideoError: it cannot be read.
+    """
+    if isinstance(source, int):
+        return CameraReader(source)
+    return FolderReader(Path(source)) if Path(source).is_dir() else VideoReader(source)
+
+
+def _dataset_ids(metadata: Metadata) -> dict[int, int]:
+    """Contiguous class → the data set's own category id, where it has them."""
+    ids = metadata.get("thing_dataset_id_to_contiguous_id") or {}
+    return {contiguous: category for category, contiguous in ids.items()}
+
+
+def _path(output: Path, name: str) -> Path:
+    """Of a file beside the pictures or the video."""
+    path = output.with_name(f"{output.stem}_{name}") if is_file_name(output) else output / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+class TrackWriter:
+    """Collects the tracks of one video, and writes them in YouTube-VIS's result form.
+
+    In memory is of each detection the RLE of its mask and its box.
+
+    Args:
+        output, metadata: as of :class:`ResultWriter`.
+    """
+
+    def __init__(self, output: Path, metadata: Metadata) -> None:
+        self._file = _path(output, TRACKS)
+        self._category = _dataset_ids(metadata)
+        # Id → of each detection its frame, class, score, mask (RLE or None) and box (x, y, w, h).
+        self._tracks: dict[int, list[tuple[int, int, float, Any, list[float]]]] = {}
+
+    def add(self, frame: int, instances: Instances) -> None:
+        """Instances (on the CPU) of a frame, counted from 0; those without id are left out."""
+        boxes = instances.pred_boxes.tensor
+        boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
+        masks = instances.pred_masks.numpy() if instances.has("pred_masks") else None
+        for i, track in enumerate(instances.track_ids.tolist()):
+            if track > 0:
+                rle = None
+                if masks is not None and masks[i].any():
+                    rle = mask_util.encode(np.asfortranarray(masks[i], np.uint8))
+                what = int(instances.pred_classes[i]), float(instances.scores[i])
+                self._tracks.setdefault(track, []).append((frame, *what, rle, boxes[i]))
+
+    def write(self, length: int) -> None:
+        """Write the file: one entry a track, lists over all ``length`` frames.
+
+        The score is the mean over the track's detections, the category that with the highest sum.
+        """
+        with json_list(self._file) as write:
+            for track, detections in self._tracks.items():
+                votes: dict[int, float] = {}
+                masks: list[Any] = [None] * length
+                boxes: list[Any] = [None] * length
+                for frame, category, score, rle, box in detections:
+                    votes[category] = votes.get(category, 0.0) + score
+                    boxes[frame] = box
+                    if rle is not None:
+                        masks[frame] = {**rle, "counts": rle["counts"].decode("ascii")}
+                best = max(votes, key=votes.__getitem__)
+                write(
+                    {
+                        "video_id": 1,
+                        "track_id": track,
+                        "category_id": self._category.get(best, best),
+                        "score": sum(votes.values()) / len(detections),
+                        "segmentations": masks,
+                        "bboxes": boxes,
+                    }
+                )
 
 
 class ResultWriter:
@@ -156,14 +282,13 @@ class ResultWriter:
     """
 
     def __init__(self, stack: ExitStack, output: Path, metadata: Metadata) -> None:
-        ids = metadata.get("thing_dataset_id_to_contiguous_id") or {}
-        self._category = {contiguous: category for category, contiguous in ids.items()}
+        self._category = _dataset_ids(metadata)
         self._metadata = metadata
         self._others: dict[str, Any] = {}
         self._add_categories(torch.tensor([0]))
-        self._result = stack.enter_context(json_list(self._path(output, RESULTS)))
+        self._result = stack.enter_context(json_list(_path(output, RESULTS)))
         self._image = stack.enter_context(
-            json_list(self._path(output, IMAGES), key="images", others=self._others)
+            json_list(_path(output, IMAGES), key="images", others=self._others)
         )
 
     def _add_categories(self, classes: torch.Tensor) -> None:
@@ -173,12 +298,6 @@ class ResultWriter:
             for i, name in enumerate(self._metadata.thing_classes)
         ]
 
-    @staticmethod
-    def _path(output: Path, name: str) -> Path:
-        path = output.with_name(f"{output.stem}_{name}") if is_file_name(output) else output / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
-
     def write(
         self, image_id: int, file: str, shape: tuple[int, ...], output: dict[str, Any]
     ) -> None:
@@ -186,8 +305,13 @@ class ResultWriter:
         height, width = shape[:2]
         self._image({"id": image_id, "file_name": file, "height": height, "width": width})
         if "instances" in output:
-            self._add_categories(output["instances"].pred_classes)
-            for result in instances_to_coco_json(output["instances"], image_id):
+            instances = output["instances"]
+            self._add_categories(instances.pred_classes)
+            results = instances_to_coco_json(instances, image_id)
+            ids = instances.track_ids.tolist() if instances.has("track_ids") else None
+            for i, result in enumerate(results):
                 category = result["category_id"]
                 result["category_id"] = self._category.get(category, category)
+                if ids is not None:
+                    result["track_id"] = ids[i]
                 self._result(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import math
 import zlib
 from collections.abc import Iterator, Sequence
@@ -97,7 +98,7 @@ def write_picture(path: Path, image: np.ndarray) -> None:
         file.write(data.tobytes())
 
 
-def _reduced(
+def reduced(
     image: np.ndarray, output: dict[str, Any], factor: int
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """An image and what was predicted on it, ``factor`` times smaller."""
@@ -147,7 +148,7 @@ class PictureDrawer:
         """
         factor = math.ceil(math.sqrt(image.shape[0] * image.shape[1] / _MAX_PIXELS))
         if factor > 1:
-            image, output = _reduced(image, output, factor)
+            image, output = reduced(image, output, factor)
         with _fixed_colors(0):
             return self._draw_all(image[:, :, ::-1], output)[:, :, ::-1]
 
@@ -180,8 +181,18 @@ class PictureDrawer:
         return image
 
 
+def track_color(track_id: int) -> tuple[float, float, float]:
+    """RGB in [0, 1] of an id, in every video the same; grey for -1, which is none."""
+    if track_id < 0:
+        return 0.5, 0.5, 0.5
+    # Turned by the golden ratio, hues of ids next to each other are far apart.
+    return colorsys.hsv_to_rgb(track_id * 0.618034 % 1, (1.0, 0.65)[track_id // 8 % 2], 0.95)
+
+
 class VideoDrawer(PictureDrawer):
-    """Draws frame after frame; an object keeps its colour while its boxes overlap."""
+    """Draws frame after frame: instances with ``track_ids`` in the colour of their id, which their label
+    names; other objects keep a colour while their boxes overlap.
+    """
 
     def __init__(self, metadata: Metadata, max_drawn: int = 200) -> None:
         super().__init__(metadata, max_drawn)
@@ -208,6 +219,36 @@ class VideoDrawer(PictureDrawer):
             image = self._visualizer.draw_sem_seg(image, labels).get_image()
         if "instances" in output:
             instances = output["instances"][: self.max_drawn]
-            self._visualizer.metadata = name_classes(self.metadata, instances.pred_classes)
+            metadata = name_classes(self.metadata, instances.pred_classes)
+            if instances.has("track_ids"):
+                return _draw_tracks(image, instances, metadata)
+            self._visualizer.metadata = metadata
             image = self._visualizer.draw_instance_predictions(image, instances).get_image()
         return image
+
+
+def _draw_tracks(image: np.ndarray, instances: Instances, metadata: Metadata) -> np.ndarray:
+    """On RGB: instances on the CPU in the colours of their ids."""
+    from detectron2.utils.visualizer import GenericMask, Visualizer  # pulls in matplotlib
+
+    ids = instances.track_ids.tolist()
+    labels = [
+        (f"#{i} " if i > 0 else "") + f"{metadata.thing_classes[c]} {s:.0%}"
+        for c, s, i in zip(
+            instances.pred_classes.tolist(), instances.scores.tolist(), ids, strict=True
+        )
+    ]
+    masks = None
+    if instances.has("pred_masks"):
+        masks = [GenericMask(mask, *image.shape[:2]) for mask in instances.pred_masks.numpy()]
+    return (
+        Visualizer(image, metadata)
+        .overlay_instances(
+            boxes=instances.pred_boxes,
+            labels=labels,
+            masks=masks,
+            keypoints=instances.pred_keypoints if instances.has("pred_keypoints") else None,
+            assigned_colors=[track_color(i) for i in ids],
+        )
+        .get_image()
+    )

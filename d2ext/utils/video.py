@@ -20,7 +20,7 @@ _CODECS = dict.fromkeys((".mp4", ".m4v", ".mov", ".mkv"), ("libx264", "mpeg4")) 
 }
 VIDEO_SUFFIXES = tuple(_CODECS)
 # Where nothing tells a rate, frames a second.
-_DEFAULT_RATE = 25.0
+DEFAULT_RATE = 25.0
 # Rates above are time bases (a browser's WebM counts milliseconds).
 _HIGHEST_RATE = 240.0
 # Ticks a second of what is written: fine enough for any frame time, as MPEG has it.
@@ -40,6 +40,8 @@ class VideoFrame(NamedTuple):
     """(height, width, 3), BGR, uint8, upright."""
     time: float
     """Seconds since the beginning."""
+    name: str = ""
+    """Of the frame's file, where it has one."""
 
 
 def is_stream(source: str) -> bool:
@@ -72,7 +74,7 @@ class VideoReader:
         self._open()
         stream = self._container.streams.video[0]
         announced = [float(x) for x in (stream.average_rate, stream.guessed_rate) if x]
-        self.rate = next((x for x in announced if 0 < x <= _HIGHEST_RATE), _DEFAULT_RATE)
+        self.rate = next((x for x in announced if 0 < x <= _HIGHEST_RATE), DEFAULT_RATE)
         self.length = stream.frames or None
         # An address that ends somewhere is a file on a server.
         self._live = is_stream(self.name) and not self._container.duration
@@ -157,7 +159,7 @@ class CameraReader:
         if not self._capture.isOpened():
             raise VideoError(f"There is no {self.name}, or another program uses it.")
         rate = self._capture.get(cv2.CAP_PROP_FPS)
-        self.rate = rate if math.isfinite(rate) and 0 < rate <= _HIGHEST_RATE else _DEFAULT_RATE
+        self.rate = rate if math.isfinite(rate) and 0 < rate <= _HIGHEST_RATE else DEFAULT_RATE
 
     def __iter__(self) -> Iterator[VideoFrame]:
         start = time.monotonic()
