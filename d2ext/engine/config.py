@@ -66,6 +66,8 @@ def add_engine_config(cfg: CfgNode) -> None:
     # COCO's keypoint evaluation leaves out an instance whose keypoints are as similar as this (OKS) to
     # those of one with a better score: 0.9 in the published top-down systems. 0: keep all.
     cfg.TEST.KEYPOINT_OKS_NMS = 0.0
-    # What gives the instances of a model without memory their ids in evaluation on videos, a name in
+    # What gives the instances of a model that gives none their ids in evaluation on videos, a name in
     # d2ext.engine.tracking.TRACKER_REGISTRY ("NorfairTracker"). Empty: they get none.
     cfg.TEST.TRACKER = ""
+    # Instances of a lower score get no id: each that continues no track would begin one.
+    cfg.TEST.TRACKER_MIN_SCORE = 0.3

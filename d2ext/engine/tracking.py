@@ -1,4 +1,4 @@
-"""Ids for the instances of systems without memory: each frame's detections are matched to tracks.
+"""Ids for the instances of systems that give none: each frame's detections are matched to tracks.
 
 The tracker is Norfair (BSD-3; package ``norfair-enough``, its maintained fork, for NumPy 1 and 2, with
 no need of OpenCV). It alone lets masks and keypoints decide beside boxes, for it takes any distance and
@@ -229,9 +229,9 @@ def _mask_iou(masks: Tensor, others: Tensor) -> Tensor:
 class _Tracked(nn.Module):
     """A model whose instances get ids; frames of a video come in order, video after video."""
 
-    def __init__(self, model: nn.Module, tracker: Any) -> None:
+    def __init__(self, model: nn.Module, tracker: Any, min_score: float) -> None:
         super().__init__()
-        self.model, self.tracker = model, tracker
+        self.model, self.tracker, self.min_score = model, tracker, min_score
         self._video: Any = None
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -241,12 +241,17 @@ class _Tracked(nn.Module):
                 self.tracker.reset()
                 self._video = x["video_id"]
             if "instances" in output:
-                self.tracker(output["instances"], x["frame"])
+                instances = output["instances"]
+                ids = instances.pred_classes.new_full((len(instances),), -1)
+                strong = instances.scores >= self.min_score
+                ids[strong] = self.tracker(instances[strong], x["frame"]).track_ids
+                instances.track_ids = ids
         return outputs
 
 
 def build_tracked(cfg: CfgNode, model: nn.Module) -> nn.Module:
     """The model, wrapped if ``TEST.TRACKER`` names a tracker and the model gives no ids itself."""
-    if not cfg.TEST.TRACKER or hasattr(model, "step"):
+    if not cfg.TEST.TRACKER or getattr(model, "gives_ids", False):
         return model
-    return _Tracked(model, build_tracker(cfg.TEST.TRACKER, cfg)).train(model.training)
+    tracker = build_tracker(cfg.TEST.TRACKER, cfg)
+    return _Tracked(model, tracker, cfg.TEST.TRACKER_MIN_SCORE).train(model.training)

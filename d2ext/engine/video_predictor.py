@@ -23,7 +23,7 @@ __all__ = ["FramePredictor", "VideoPredictor"]
 class FramePredictor(BatchPredictor):
     """A :class:`BatchPredictor` whose images are the frames of a video, in order.
 
-    A model with memory (one that has ``step``) sees one frame after the other and gets its memory back
+    A model with memory (``has_memory``) sees one frame after the other and gets its memory back
     with the next; other models see the frames of a call together.
 
     Attributes:
@@ -32,7 +32,7 @@ class FramePredictor(BatchPredictor):
 
     def __init__(self, cfg: CfgNode, model: nn.Module | None = None) -> None:
         super().__init__(cfg, model)
-        self.has_memory = hasattr(self.model, "step")
+        self.has_memory = getattr(self.model, "has_memory", False)
         self.reset()
 
     def reset(self) -> None:
@@ -67,11 +67,11 @@ class VideoPredictor:
             instances.track_ids  # int64, from 1; -1: none
         predictor.reset()  # before another video
 
-    Models with memory keep it between frames and give ids themselves.
+    Models with memory keep it between frames.
 
     Args:
         cfg: the config; ``MODEL.WEIGHTS`` is loaded.
-        tracker: what gives the instances of a model without memory their ids, a name in
+        tracker: what gives the instances of a model that gives none their ids, a name in
             :data:`~d2ext.engine.tracking.TRACKER_REGISTRY`; empty: there are none.
         model: use this one, already loaded, instead of building it.
         threshold: instances of a lower score are left out, before they are tracked; the others come best
@@ -80,7 +80,7 @@ class VideoPredictor:
 
     Raises:
         CheckpointError: ``MODEL.WEIGHTS`` is unreadable or of another model.
-        ConfigError: there is no such tracker, its package is not installed, or the model has memory.
+        ConfigError: there is no such tracker, its package is not installed, or the model gives ids.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class VideoPredictor:
     ) -> None:
         self._tracker = build_tracker(tracker, cfg) if tracker else None
         self.frames = FramePredictor(cfg, model)
-        if tracker and self.frames.has_memory:
+        if tracker and getattr(self.frames.model, "gives_ids", False):
             raise ConfigError(f"{cfg.MODEL.META_ARCHITECTURE} gives ids itself: no tracker.")
         self._threshold, self._boxes = threshold, boxes
         self._number = 0

@@ -5,7 +5,7 @@ Letters: B videos in step, one frame of each at a time.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ class VideoMetaArch(MetaArch):
     - ``key_frame``: True or False decides what the model would decide itself.
     """
 
+    # Whether its results have ``track_ids``; to those of others a tracker can give them.
+    gives_ids: ClassVar[bool] = False
     _memory: Any = None
     _last: Inputs = []  # noqa: RUF012  (replaced, never changed)
 

@@ -412,7 +412,7 @@ def prepare(args: argparse.Namespace) -> Callable[[], list[str]]:
     tracker = build_tracker(args.tracker, cfg) if args.tracker else None
     predictor: BatchPredictor = BatchPredictor(cfg) if args.input else FramePredictor(cfg)
     if isinstance(predictor, FramePredictor):
-        check_memory_options(args, predictor.has_memory, cfg.MODEL.META_ARCHITECTURE)
+        check_video_options(args, predictor, cfg.MODEL.META_ARCHITECTURE)
     if args.heatmaps and not isinstance(predictor.model, SeesHeatmaps):
         raise CommandError(
             f"--draw heatmaps: {cfg.MODEL.META_ARCHITECTURE} has no heat maps; CornerNet, CenterNet and "
@@ -434,14 +434,16 @@ def prepare(args: argparse.Namespace) -> Callable[[], list[str]]:
     return lambda: run_on_video(used, reader, target, metadata, args, boxes, tracker)
 
 
-def check_memory_options(args: argparse.Namespace, has_memory: bool, name: str) -> None:
-    """Raise CommandError for options that do not suit a video's model, which has memory or not."""
-    if has_memory and (args.tracker or args.tile or args.batch_size > 1):
+def check_video_options(args: argparse.Namespace, predictor: FramePredictor, name: str) -> None:
+    """Raise CommandError for options that do not suit a video's model."""
+    gives_ids = getattr(predictor.model, "gives_ids", False)
+    if predictor.has_memory and (args.tile or args.batch_size > 1):
         raise CommandError(
-            f"{name} remembers the frames before and gives ids itself: leave out --tracker, --tile and "
-            "--batch-size."
+            f"{name} remembers the frames before: leave out --tile and --batch-size."
         )
-    if args.video_results and not (has_memory or args.tracker):
+    if gives_ids and args.tracker:
+        raise CommandError(f"{name} gives ids itself: leave out --tracker.")
+    if args.video_results and not (gives_ids or args.tracker):
         raise CommandError(f"--video-results: {name} gives no ids; add --tracker NorfairTracker.")
 
 

@@ -228,5 +228,5 @@ def test_wrapped_model_begins_anew_with_each_video() -> None:
     assert run("v", 1, False, [b, a]) == [2, 1]
     assert run("w", 1, False, [b]) == [1]  # the first frame was unreadable
     assert run("w", 0, True, [a, b]) == [1, 2]
-    model.step = None  # type: ignore[assignment]  # it gives ids itself
+    model.gives_ids = True  # type: ignore[assignment]
     assert build_tracked(cfg, model) is model

@@ -25,6 +25,8 @@ class Memory:
 class ToyVideo(nn.Module):
     """``inputs`` collects what :meth:`step` got."""
 
+    has_memory = gives_ids = True
+
     def __init__(self, cfg: CfgNode | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))

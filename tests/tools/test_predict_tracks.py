@@ -123,9 +123,14 @@ def test_model_with_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert run(config, tmp_path / "out", "--video-input", folder, "--video-results") == 0
     (track,) = json.loads((tmp_path / "out/frames_ytvis_results.json").read_text())
     assert track["track_id"] == 7 and [box[2] for box in track["bboxes"]] == [9, 10, 11, 12, 13, 14]
-    for options in (("--tracker", "NorfairTracker"), ("--tile", 32), ("--batch-size", 2)):
+    remembers = "remembers the frames before"
+    for message, *options in (
+        ("gives ids itself", "--tracker", "NorfairTracker"),
+        (remembers, "--tile", 32),
+        (remembers, "--batch-size", 2),
+    ):
         assert run(config, tmp_path / "two", "--video-input", folder, *options) == 2
-        assert "remembers the frames before" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def test_wrong_options(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -177,12 +177,13 @@ def warp(features: Tensor, flow: Tensor) -> Tensor:
         warped = F.grid_sample(
             features.float(), places, mode="bilinear", padding_mode="zeros", align_corners=True
         )
-    return warped.to(features.dtype)
+    # In the layout of the features, which the sampling does not keep.
+    return torch.empty_like(features).copy_(warped)
 
 
 def carry_over(features: Tensor, motion: Motion) -> Tensor:
     """The key frame's features (B, C, h, w) → the current frame's."""
-    return warp(features, motion.flow) * motion.scale + motion.bias
+    return torch.addcmul(motion.bias, warp(features, motion.flow), motion.scale)
 
 
 class Refinement(nn.Module):
