@@ -86,7 +86,7 @@ def read_train(name: str, root: str) -> VideoData:
 def _make(
     images: Sequence[Entry],
     instances: Sequence[Entry],
-    label_maps: dict[tuple[int, int] | None, str],
+    label_maps: dict[tuple[int, int], str],
     folder: Path,
 ) -> None:
     """Write ``panoptic.json`` and ``panoptic/``."""
