@@ -223,7 +223,7 @@ def _complete_box(annotation: Entry, height: int, width: int, findings: Findings
     if "segmentation" in annotation and (box is None or "area" not in annotation):
         if findings.problems:
             return True  # there will be no data set: do not decode what may be broken
-        rle = _rle(annotation["segmentation"], height, width)
+        rle = compressed_rle(annotation["segmentation"], height, width)
     if box is None:
         if isinstance(annotation.get("segmentation"), list):
             box = _extent([v for p in annotation["segmentation"] for v in p])
@@ -249,7 +249,7 @@ def _extent(coordinates: list[float]) -> list[float]:
     return [min(x), min(y), max(x) - min(x), max(y) - min(y)]
 
 
-def _rle(segmentation: Any, height: int, width: int) -> Entry:
+def compressed_rle(segmentation: Any, height: int, width: int) -> Entry:
     """Compressed RLE of polygons or of any RLE."""
     if isinstance(segmentation, list):
         return mask_util.merge(mask_util.frPyObjects(segmentation, height, width))
@@ -286,7 +286,9 @@ def coco_records(file: CocoFile, image_root: str) -> list[Record]:
         annotation: Record = {k: entry[k] for k in _KEPT if k in entry}
         if "segmentation" in entry:
             mask = entry["segmentation"]
-            annotation["segmentation"] = mask if isinstance(mask, list) else _rle(mask, 0, 0)
+            annotation["segmentation"] = (
+                mask if isinstance(mask, list) else compressed_rle(mask, 0, 0)
+            )
         if "keypoints" in entry:
             annotation["keypoints"] = [
                 v if i % 3 == 2 else v + 0.5 for i, v in enumerate(entry["keypoints"])

@@ -48,10 +48,10 @@ def read_panoptic_video(
     """
     panoptic_root = panoptic_root or os.path.splitext(json_file)[0]
     content = read_panoptic_json(json_file)
-    there = _by_place(image_root)
-    for key, folder in (("images", there), ("annotations", _by_place(panoptic_root))):
+    there = by_place(image_root)
+    for key, folder in (("images", there), ("annotations", by_place(panoptic_root))):
         for entry in content[key]:
-            place = _place(entry["file_name"])
+            place = place_of(entry["file_name"])
             if place is None:
                 raise DatasetError(
                     f"'{json_file}' names '{entry['file_name']}', which does not begin with the numbers "
@@ -71,7 +71,7 @@ def read_panoptic_video(
         for instance in record["annotations"]:
             instance["segment_id"] = segments[instance["id"]]
         _set_tracks(record, annotation["segments_info"], summary.metadata())
-        frames[_place_of(record)] = record
+        frames[_frame_place(record)] = record
     free = _free_ids(frames)
     for place, file_name in there.items():
         if place not in frames:
@@ -99,12 +99,12 @@ def read_panoptic_video(
     return VideoData([video_record(clip, of_clip) for clip, of_clip in clips.items()], metadata)
 
 
-def _by_place(folder: str) -> dict[_Place, str]:
+def by_place(folder: str) -> dict[_Place, str]:
     """Clip and frame → name of the image in the folder."""
     result: dict[_Place, str] = {}
     repeated = []
     for name in list_images(folder):
-        place = _place(name)
+        place = place_of(name)
         if place is not None:
             if place in result:
                 repeated.append(name)
@@ -116,13 +116,14 @@ def _by_place(folder: str) -> dict[_Place, str]:
     return result
 
 
-def _place(file_name: str) -> _Place | None:
+def place_of(file_name: str) -> _Place | None:
+    """Numbers of clip and frame; None: the name has none."""
     match = re.match(r"(\d+)_(\d+)(?!\d)", os.path.basename(file_name))
     return None if match is None else (int(match[1]), int(match[2]))
 
 
-def _place_of(record: Record) -> _Place:
-    place = _place(record["file_name"])
+def _frame_place(record: Record) -> _Place:
+    place = place_of(record["file_name"])
     assert place is not None  # checked above
     return place
 
