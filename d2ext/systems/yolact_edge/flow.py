@@ -59,6 +59,9 @@ class FlowNet(nn.Module):
         self, channels: int, *, num_levels: int = 3, width: int = 64, published_init: bool = False
     ) -> None:
         super().__init__()
+        self.width = width
+        # In inference the first convolution in two: what reads the current frame, and the key frame.
+        self.halves: nn.ModuleList | None = None
         widths = [width * 2**level for level in range(num_levels)]
         self.reduce = _conv3x3(channels, width)
         self.encoder = nn.ModuleList()
@@ -115,21 +118,44 @@ class FlowNet(nn.Module):
             up = self.up_features[level]
             last = level == len(self.up_flow) - 1
             self.up_features[level] = _padded(up, up.out_channels, 0 if last else 6)
+        first = self.encoder[0][0]
+        self.halves = nn.ModuleList(
+            _padded(first, len(first.weight), 0, slice(i * self.width, (i + 1) * self.width))
+            for i in range(2)
+        )
+        self.halves[0].bias = None
+        self.encoder[0][0] = nn.Identity()
 
     def features(self, lateral: Tensor) -> Tensor:
         """A frame's finest lateral (B, C, h_0, w_0) → its flow features (B, F, h_0, w_0)."""
         return _leaky_relu(self.reduce(lateral))
 
-    def forward(self, current: Tensor, key: Tensor, finest: int = 1) -> dict[int, Motion]:
-        """Flow features of two frames → {level: its motion}, for the levels from ``finest`` on.
+    def encode_key(self, features: Tensor) -> Tensor:
+        """Flow features (B, F, h_0, w_0) of a key frame → its part in the first convolution.
 
-        Only flow pre-training needs level 0.
+        That one takes both frames, one after the other; the key frame's part is computed once.
         """
-        x = torch.cat([current, key], dim=1)
+        if self.halves is not None:
+            return self.halves[1](features)
+        conv = self.encoder[0][0]
+        return F.conv2d(features, conv.weight[:, self.width :], conv.bias, padding=1)
+
+    def forward(self, current: Tensor, key: Tensor, finest: int = 1) -> dict[int, Motion]:
+        """Motions of the levels from ``finest`` on; only flow pre-training needs level 0.
+
+        Args:
+            current: flow features of the current frame.
+            key: what :meth:`encode_key` makes of the key frame's.
+        """
+        if self.halves is not None:
+            x = self.halves[0](current)
+        else:
+            x = F.conv2d(current, self.encoder[0][0].weight[:, : self.width], padding=1)
+        x = _leaky_relu(x + key)
         encoded = []
-        for convs in self.encoder:
-            for conv in convs:
-                x = _leaky_relu(conv(x))
+        for level, (first, second) in enumerate(self.encoder):
+            x = _leaky_relu(first(x)) if level else x
+            x = _leaky_relu(second(x))
             encoded.append(x)
         motions: dict[int, Motion] = {}
         flow: Tensor | None = None
@@ -147,9 +173,11 @@ class FlowNet(nn.Module):
         return motions
 
 
-def _padded(conv: nn.Conv2d, out_channels: int, extra: int) -> nn.Conv2d:
-    """The same convolution with more outputs, and ``extra`` more inputs, that are 0."""
-    weight = conv.weight
+def _padded(
+    conv: nn.Conv2d, out_channels: int, extra: int, inputs: slice = slice(None)
+) -> nn.Conv2d:
+    """The same convolution of some inputs, with more outputs, and ``extra`` more inputs, that are 0."""
+    weight = conv.weight[:, inputs]
     outputs = out_channels - len(weight)
     result = copy.copy(conv)
     result._parameters = dict(conv._parameters)
@@ -169,21 +197,21 @@ def _cell_places(height: int, width: int, device: torch.device) -> Tensor:
 def warp(features: Tensor, flow: Tensor) -> Tensor:
     """Features (B, C, h, w) at the places that a flow (B, 2, h, w) leads to: bilinear, 0 outside.
 
-    In float32: in half precision a coordinate would be off by a part of a cell.
+    In float32, whatever the types: in half precision a coordinate would be off by a part of a cell.
     """
     cells = _cell_places(flow.shape[2], flow.shape[3], flow.device)
     places = torch.add(cells, flow.float().permute(0, 2, 3, 1), alpha=1 / FLOW_UNITS)
     with torch.autocast(features.device.type, enabled=False):
-        warped = F.grid_sample(
+        return F.grid_sample(
             features.float(), places, mode="bilinear", padding_mode="zeros", align_corners=True
         )
-    # In the layout of the features, which the sampling does not keep.
-    return torch.empty_like(features).copy_(warped)
 
 
 def carry_over(features: Tensor, motion: Motion) -> Tensor:
-    """The key frame's features (B, C, h, w) → the current frame's."""
-    return torch.addcmul(motion.bias, warp(features, motion.flow), motion.scale)
+    """The key frame's features (B, C, h, w) → the current frame's, in the motion's type."""
+    # Also in its layout, which the sampling does not keep.
+    warped = torch.empty_like(motion.scale).copy_(warp(features, motion.flow))
+    return torch.addcmul(motion.bias, warped, motion.scale)
 
 
 class Refinement(nn.Module):

@@ -40,9 +40,9 @@ class YolactEdgeMemory:
     """What the key frames of B videos leave for the frames after them."""
 
     sums: list[Tensor]
-    """For each level but the finest (B, C, h_l, w_l): the pyramid's top-down sum."""
+    """For each level but the finest (B, C, h_l, w_l) float32: the pyramid's top-down sum."""
     flow_features: Tensor
-    """(B, F, h_0, w_0)."""
+    """(B, F, h_0, w_0): what :meth:`FlowNet.encode_key` gives."""
     key_frames: Tensor
     """(B,) int64, on the CPU: the number of the last key frame."""
 
@@ -70,8 +70,9 @@ class KeyNetwork(FrameNetwork):
         """(B, 3, S, S) → predictions, tensors of the memory."""
         laterals, sums = self.pyramid(images)
         finest, *coarser = sorted(sums)
-        memory = [self.flow_net.features(laterals[finest]), *(sums[level] for level in coarser)]
-        return self.predict(sums), memory
+        key = self.flow_net.encode_key(self.flow_net.features(laterals[finest]))
+        # In float32, in which they are sampled.
+        return self.predict(sums), [key, *(sums[level].float() for level in coarser)]
 
     def pyramid(self, images: Tensor) -> tuple[Sums, Sums]:
         """(B, 3, S, S) → laterals and top-down sums, by level."""
@@ -99,13 +100,14 @@ class NonKeyNetwork(FrameNetwork):
 
         The similarity is None unless ``compare``.
         """
-        features, *sums = memory
+        key, *sums = memory
         lateral = self.finest_lateral(images)
         own = self.flow_net.features(lateral)
         similarity = None
         if self.compare:
-            similarity = F.cosine_similarity(own.float(), features.float(), dim=1).mean(dim=(1, 2))
-        return self.predict(self.carried_sums(lateral, own, features, sums)), similarity
+            alike = self.flow_net.encode_key(own).float()
+            similarity = F.cosine_similarity(alike, key.float(), dim=1).mean(dim=(1, 2))
+        return self.predict(self.carried_sums(lateral, own, key, sums)), similarity
 
     def finest_lateral(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) → (B, C, h_0, w_0), with the stages of a ResNet that lead there."""
@@ -118,13 +120,13 @@ class NonKeyNetwork(FrameNetwork):
         return self.backbone.lateral(self.backbone.levels[0], x)
 
     def carried_sums(
-        self, lateral: Tensor, own: Tensor, features: Tensor, sums: Sequence[Tensor]
+        self, lateral: Tensor, own: Tensor, key: Tensor, sums: Sequence[Tensor]
     ) -> Sums:
-        """A frame's finest lateral and flow features, and the key frame's → the frame's sums.
+        """A frame's finest lateral and flow features, and the key frame's memory → the frame's sums.
 
         The finest sum is made before the others are refined, as published.
         """
-        motions = self.flow_net(own, features)
+        motions = self.flow_net(own, key)
         carried = [carry_over(x, motions[level]) for level, x in enumerate(sums, start=1)]
         finest = resize(carried[0], lateral) + lateral
         if self.refinement is not None:
@@ -136,12 +138,13 @@ class Carried(NamedTuple):
     """What one training step leaves for the next one."""
 
     lateral: Tensor
-    """(B, C, h_0, w_0) of the target frame."""
+    """(B, C, h_0, w_0), the finest of the target frame."""
     sums: Sums
     """Of the target frame, through the whole network."""
-    features: Tensor
-    """(B, F, h_0, w_0) of the reference frame."""
+    reference_lateral: Tensor
+    """(B, C, h_0, w_0), the finest of the reference frame."""
     reference_sums: list[Tensor]
+    """Of the reference frame, but for the finest level."""
 
 
 @META_ARCH_REGISTRY.register()
@@ -357,7 +360,7 @@ class YolactEdge(YOLACT, VideoMetaArch):
         sums = non_key.carried_sums(
             carried.lateral,
             features(carried.lateral),
-            features(carried.features),
+            self.flow_net.encode_key(features(carried.reference_lateral)),
             carried.reference_sums,
         )
         predictions = non_key.predict(sums)
@@ -391,9 +394,8 @@ class YolactEdge(YOLACT, VideoMetaArch):
                 non_key.finest_lateral(self.preprocess(images))
                 for images in (inputs, [_reference(x) for x in inputs])
             )
-        motions = self.flow_net(
-            self.flow_net.features(current), self.flow_net.features(key), finest=0
-        )
+        encoded = self.flow_net.encode_key(self.flow_net.features(key))
+        motions = self.flow_net(self.flow_net.features(current), encoded, finest=0)
         side = (self.input_size, self.input_size)
         targets, valid = [], []
         for x in inputs:

@@ -220,7 +220,7 @@ def test_prepared_flow_net_gives_the_same() -> None:
     current, key = torch.rand(2, 8, 12, 10), torch.rand(2, 8, 12, 10)
     for finest in (0, 1):
         with torch.no_grad():
-            expected, actual = net(current, key, finest), prepared(current, key, finest)
+            expected, actual = (x(current, x.encode_key(key), finest) for x in (net, prepared))
         for level, motion in expected.items():
             for x, y in zip(motion, actual[level], strict=True):
                 torch.testing.assert_close(x, y)

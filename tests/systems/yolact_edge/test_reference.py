@@ -128,11 +128,11 @@ def test_frames_between(video: Case, number: int) -> None:
     """Both are carried over from frame 0, not from each other."""
     model, frame = video.model, f"frame{number}"
     network = model.non_key_network.network
-    _, (features, *sums) = model.network(model.preprocess(video.frames[:1]))
+    _, (key, *sums) = model.network(model.preprocess(video.frames[:1]))
     images = model.preprocess([video.frames[number]])
     lateral = network.finest_lateral(images)
     own = model.flow_net.features(lateral)
-    motions = model.flow_net(own, features, finest=0)
+    motions = model.flow_net(own, key, finest=0)
     actual = {f"{frame}.lateral_c3": lateral, f"{frame}.flow_net_pre_convs": own}
     for level, motion in motions.items():
         actual |= {
@@ -144,8 +144,8 @@ def test_frames_between(video: Case, number: int) -> None:
             warped = warp(sums[level - 1], motion.flow)
             actual[f"{frame}.warped.p{level + 3}"] = warped
             actual[f"{frame}.transformed.p{level + 3}"] = warped * motion.scale + motion.bias
-    carried = network.carried_sums(lateral, own, features, sums)
-    raw, _ = network(images, features, *sums)
+    carried = network.carried_sums(lateral, own, key, sums)
+    raw, _ = network(images, key, *sums)
     video.check(actual | _pyramid(frame, model, carried) | _outputs(frame, raw))
 
 
