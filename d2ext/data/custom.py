@@ -290,8 +290,9 @@ def apply_dataset_to_config(cfg: CfgNode, name: str) -> None:
 
     Sets ``DATASETS.TRAIN`` and ``TEST`` to ``<name>_train`` and ``<name>_val`` (as far as they
     exist; built-in sets such as ``shapes``, ``coco_2017`` or ``coco_2017_panoptic_separated`` work,
-    too), empties ``TRAIN_JOINT``, sets the keys that follow from the data (:func:`~d2ext.data.dataset_facts.set_config_from_data`)
-    and, where masks are RLE, ``INPUT.MASK_FORMAT``.
+    too), empties ``TRAIN_JOINT``, and sets the keys that follow from the data
+    (:func:`~d2ext.data.dataset_facts.set_config_from_data`) and, where masks are RLE,
+    ``INPUT.MASK_FORMAT``.
 
     Raises:
         DatasetError: neither is registered
