@@ -1,4 +1,4 @@
-"""docs/video.md and docs/yolact_edge.md: commands, configs and keys exist; the code runs as it stands."""
+"""docs/video.md, docs/yolact_edge.md: commands, configs and keys exist; the code runs as it stands."""
 
 from __future__ import annotations
 
