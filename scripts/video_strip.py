@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--video", type=int, default=0, help="its place in the data set (0)")
     add("--columns", type=int, default=6, help="frames in the strip (6)")
     add("--width", type=int, default=320, help="of a picture, about, pixels (320)")
-    add("--tracker", default="", help="for models without memory: NorfairTracker")
+    add("--tracker", default="", help="for models that give no ids: NorfairTracker")
     add("--confidence-threshold", type=float, default=0.3, help="draw from this score on (0.3)")
     add_options_argument(parser)
     args = parser.parse_args(arguments)

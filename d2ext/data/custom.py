@@ -290,8 +290,9 @@ def apply_dataset_to_config(cfg: CfgNode, name: str) -> None:
 
     Sets ``DATASETS.TRAIN`` and ``TEST`` to ``<name>_train`` and ``<name>_val`` (as far as they
     exist; built-in sets such as ``shapes``, ``coco_2017`` or ``coco_2017_panoptic_separated`` work,
-    too), the keys that follow from the data (:func:`~d2ext.data.dataset_facts.set_config_from_data`)
-    and, where masks are RLE, ``INPUT.MASK_FORMAT``.
+    too), empties ``TRAIN_JOINT``, and sets the keys that follow from the data
+    (:func:`~d2ext.data.dataset_facts.set_config_from_data`) and, where masks are RLE,
+    ``INPUT.MASK_FORMAT``.
 
     Raises:
         DatasetError: neither is registered
@@ -303,6 +304,7 @@ def apply_dataset_to_config(cfg: CfgNode, name: str) -> None:
             "registered. Give its files: --train-json, --train-images, --val-json, --val-images."
         )
     cfg.DATASETS.TRAIN = (names["train"],) if names["train"] else ()
+    cfg.DATASETS.TRAIN_JOINT = ()  # of the config's own data
     cfg.DATASETS.TEST = (names["val"],) if names["val"] else ()
     name = names["train"] or names["val"] or name
     set_config_from_data(cfg, name)

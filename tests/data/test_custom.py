@@ -61,8 +61,10 @@ def test_from_files_to_batches(name, files):
     assert MetadataCatalog.get(f"{name}_val").thing_classes == ["apple", "pear", "fig"]
     assert MetadataCatalog.get(f"{name}_val").evaluator_type == "coco"
     cfg = make_cfg()
+    cfg.DATASETS.TRAIN_JOINT = ("coco_2017_train",)
     apply_dataset_to_config(cfg, name)
     assert [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST] == [f"{name}_train", f"{name}_val"]
+    assert cfg.DATASETS.TRAIN_JOINT == ()
     assert cfg.MODEL.YOLACT.NUM_CLASSES == 3
     assert cfg.MODEL.RETINANET.NUM_CLASSES == 3 and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3
     assert cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES == get_cfg().MODEL.SEM_SEG_HEAD.NUM_CLASSES

@@ -5,8 +5,6 @@ is the finest (P3). A flow leads from a cell of the current frame to its place i
 in units of which :data:`FLOW_UNITS` are half the map (yolact_edge/NOTES.md §3).
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from functools import lru_cache

@@ -9,8 +9,6 @@ Letters: B videos in step, C channels of the pyramid, F of the flow features, S 
 of level l.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -271,7 +269,7 @@ class YolactEdge(YOLACT, VideoMetaArch):
 
     # Training
 
-    def train(self, mode: bool = True) -> YolactEdge:
+    def train(self, mode: bool = True) -> "YolactEdge":
         """Of a model with a flow net, what is not trained stays in evaluation mode.
 
         Frozen are the backbone and the sums; in stage "flow" everything but the flow net, whose scale

@@ -19,12 +19,14 @@ Series = dict[str, list[tuple[float, float, float]]]
 @dataclass(frozen=True)
 class Arm:
     """A config file, and KEY VALUE pairs that change it. With ``trained_by``, the name of another arm,
-    it is not trained: that one's weights are evaluated."""
+    it is not trained: that one's weights are evaluated. With ``build``, which makes a model that
+    `d2ext evaluate` does not know, they are only measured."""
 
     title: str
     config: str
     overrides: tuple[str, ...] = ()
     trained_by: str = ""
+    build: Callable[[CfgNode], nn.Module] | None = None
 
 
 @dataclass(frozen=True)

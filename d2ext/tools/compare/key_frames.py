@@ -20,7 +20,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
-from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import BoxMode
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -37,7 +36,6 @@ _MAX_DETECTIONS = 100
 Annotation = dict[str, Any]
 
 
-@META_ARCH_REGISTRY.register()
 class KeptKeyFrame(YolactEdge):
     """The results of the last key frame, unchanged: what carrying over must be better than."""
 
@@ -74,8 +72,8 @@ def key_frames() -> Comparison:
             "kept": Arm(
                 "masks of the key frame kept",
                 _CONFIG,
-                ("MODEL.META_ARCHITECTURE", "KeptKeyFrame"),
                 trained_by="carried",
+                build=lambda cfg: KeptKeyFrame(cfg).to(cfg.MODEL.DEVICE),
             ),
         },
         columns={

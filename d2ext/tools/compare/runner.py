@@ -181,19 +181,22 @@ def carry_out(run: Run, trained: Run, comparison: Comparison) -> dict[str, Any]:
             return known
     write_json(file, report)
     weights = str(trained.folder / "model_final.pth")
+    build = comparison.arms[run.arm].build
     if run is trained:
         start("train", ["--resume", *run.arguments], run.folder)
-    else:
+    elif build is None:
         start("evaluate", [*run.arguments, "MODEL.WEIGHTS", weights], run.folder)
-    results = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
-    report["results"] = flatten_results_dict(results)
+    report["results"] = {}
+    if build is None:
+        results = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
+        report["results"] = flatten_results_dict(results)
     lines = read_metrics(trained.folder / "metrics.json")
     seconds = training_seconds(lines)
     report["seconds"] = seconds[-1]
     metric = next(iter(comparison.columns))
     curve = [(s, x[metric], 0.0) for s, x in zip(seconds, lines, strict=True) if metric in x]
     report["series"] = {"time": curve if run is trained else []}
-    model = build_model(run.cfg).eval()
+    model = (build or build_model)(run.cfg).eval()
     report["parameters"] = sum(p.numel() for p in model.parameters())
     if comparison.measure is not None:
         Checkpointer(model, fit="exact").load(weights)

@@ -12,9 +12,11 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 
-from d2ext.data.shapes import ShapesSet, register_shapes
+from d2ext.data.shapes import ShapesSet, VideoSet, register_shapes
+from d2ext.data.shapes.export_video import export_video
+from d2ext.testing import random_inputs, tiny_config
 from d2ext.tools import compare
-from d2ext.tools.compare import landmark_heads, panoptic, runner
+from d2ext.tools.compare import key_frames, landmark_heads, panoptic, runner
 from tests.data.panoptic_files import write_panoptic
 
 
@@ -53,6 +55,37 @@ def test_panoptic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "MODEL.UPSNET.TEST.PANOPTIC" in runs["upsnet_rules"]["arguments"]
     for name in ("train", "val"):
         DatasetCatalog.remove(f"test_compare_panoptic_{name}")
+
+
+def test_key_frames(tmp_path: Path) -> None:
+    data = ["--dataset", "test_compare_clips"]
+    for split in ("train", "val"):
+        export_video(VideoSet(split, 1, 64, 64, length=6), tmp_path, progress=False)
+        data += [f"--{split}-video-json", str(tmp_path / f"annotations/video_{split}.json")]
+        data += [f"--{split}-images", str(tmp_path / f"video_{split}/frames")]
+    options = ["MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0"]
+    output = ["--output", str(tmp_path / "out"), "--iterations", "1"]
+    assert compare.run(["key-frames", *data, *output, "--opts", *options]) == 0
+    runs = {r["arm"]: r for r in json.loads((tmp_path / "out/comparison.json").read_text())["runs"]}
+    assert list(runs) == list(key_frames.key_frames().arms)
+    assert {arm: len(run["series"]["distance"]) for arm, run in runs.items()} == {
+        "carried": 5,
+        "every_frame": 1,
+        "kept": 5,
+    }
+    for name in ("train", "val"):
+        DatasetCatalog.remove(f"test_compare_clips_{name}")
+
+
+def test_kept_key_frames_do_not_change() -> None:
+    cfg = tiny_config("YolactEdge")
+    model = key_frames.KeptKeyFrame(cfg).eval()
+    inputs = [{**x, "video_id": 0, "frame": i} for i, x in enumerate(random_inputs(6))]
+    with torch.no_grad():
+        outputs = [model([x])[0] for x in inputs]
+    assert [x["key_distance"] for x in outputs] == [0, 1, 2, 3, 4, 0]
+    assert all(x["instances"] is outputs[0]["instances"] for x in outputs[:5])
+    assert outputs[5]["instances"] is not outputs[0]["instances"]
 
 
 @pytest.fixture(scope="module")
