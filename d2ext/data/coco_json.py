@@ -102,6 +102,10 @@ def coco_file(
             f"Annotation file '{json_file}' holds a {type(content).__name__}; a COCO-format file "
             "is an object with 'images', 'annotations' and 'categories'."
         )
+    if "images" not in content and isinstance(content.get("videos"), list):
+        raise DatasetError(
+            f"'{json_file}' is a file of videos: give it as --train-video-json or --val-video-json."
+        )
     none = schema is LANDMARKS and not content.get("categories")
     check_lists(json_file, content, [key for key in schema if not (none and key == "categories")])
     findings = Findings()

@@ -67,7 +67,10 @@ def cvat(path: Path, export: Export) -> None:
         return
     root = ET.parse(path).getroot()
     if root.find("track") is not None:
-        raise DatasetError(f"'{path}' is of a video: export it from CVAT as 'CVAT for images'.")
+        raise DatasetError(
+            f"'{path}' is of a video: export it from CVAT as 'CVAT for images' or, "
+            "with its tracks, as 'COCO' for --train-video-json and --val-video-json."
+        )
     for label in root.iter("label"):
         if (name := label.findtext("name")) and label.find("parent") is None:
             export.labels.append(name)

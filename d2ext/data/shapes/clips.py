@@ -18,7 +18,7 @@ __all__ = [
     "register_shapes_video",
 ]
 
-DEFAULT_VIDEO_SETS = (VideoSet("train", 40), VideoSet("val", 10))
+DEFAULT_VIDEO_SETS = (VideoSet("train", 120), VideoSet("val", 20))
 # Sizes and annotated frames as in Cityscapes-VPS.
 DEFAULT_PANOPTIC_VIDEO_SETS = (
     VideoSet("train", 20, length=30, every=5),

@@ -38,15 +38,8 @@ class PairMapper(D2extDatasetMapper):
         if reference is None:
             sample["reference"] = dict(sample)
         else:
-            size = sample["height"], sample["width"]
-            # A dict need not say the size; the image's own then shows in the transforms.
-            known = reference.get("height", size[0]), reference.get("width", size[1])
-            if known != size:
-                raise AnnotationError(
-                    f"'{target['file_name']}' has height and width {size}, its reference "
-                    f"'{reference['file_name']}' {known}."
-                )
-            reference = {**reference, "height": size[0], "width": size[1]}
+            # Reading checks that the reference has this size, too.
+            reference = {**reference, "height": sample["height"], "width": sample["width"]}
             try:
                 sample["reference"], _ = self.map(reference, transforms)
             except SampleError as e:

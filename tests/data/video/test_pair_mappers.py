@@ -208,6 +208,15 @@ def test_images_are_videos_of_one_frame(register, clips):
         assert len(set(ids)) == len(ids)
 
 
+def test_clips_of_one_frame(register):
+    frames = load_shapes_video(SHAPES)[0]["frames"][:2]
+    name = register([video_record(i, [frame]) for i, frame in enumerate(frames)])
+    for sample in train_samples(make_cfg(name), 4):
+        assert sample["frame"] == sample["reference"]["frame"] == 0
+        assert (sample["flow"] == 0).all()
+        assert (sample["reference"]["instances"].gt_ids == sample["instances"].gt_ids).all()
+
+
 def test_a_reference_need_not_be_annotated(register):
     videos = load_shapes_video(SHAPES)
     for video in videos:

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from d2ext.data import DatasetError
+from d2ext.data.coco_json import read_coco_json
 from d2ext.data.video.records import flatten
 from d2ext.data.video.register import read_videos
 
@@ -225,6 +226,8 @@ def test_what_is_wrong_is_said(frames, change, message):
 
 
 def test_likely_mistakes_are_named(tmp_path):
+    with pytest.raises(DatasetError, match="file of videos: give it as --train-video-json"):
+        read_coco_json(write_json(tmp_path / "videos.json", ytvis()))
     vos = {"videos": {"0043f083b5": {"objects": {"1": {"category": "sedan", "frames": ["00000"]}}}}}
     with pytest.raises(DatasetError, match=r"meta\.json of YouTube-VOS"):
         read(tmp_path, vos)
