@@ -12,7 +12,13 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # Half of the suite's time: whole published networks, programs that are started, several processes.
 # `make test-fast` leaves them out.
 SLOW = (
-    *("/test_reference.py", "/test_saccade.py", "/test_convert.py", "/test_detectron2_models.py"),
+    *(
+        "/test_reference.py",
+        "/test_path.py",
+        "/test_saccade.py",
+        "/test_convert.py",
+        "/test_detectron2_models.py",
+    ),
     *("engine/test_processes.py", "tools/compare/", "tools/test_main.py", "tools/test_train.py"),
     *("docs/", "test_docs_clusters.py", "test_package.py", "scripts/test_demo.py"),
 )

@@ -254,7 +254,7 @@ class JointDataLoader:
     """
 
     def __init__(self, own: ReportingDataLoader, joint: ReportingDataLoader) -> None:
-        self.own, self.joint = own, joint
+        self.own, self.joint, self.dataset = own, joint, own.dataset
 
     def __iter__(self) -> Iterator[list[Record]]:
         for own, joint in zip(self.own, self.joint, strict=False):

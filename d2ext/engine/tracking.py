@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2ext.config import ConfigError
+from d2ext.modeling.video import begins
 
 __all__ = ["TRACKER_REGISTRY", "NorfairTracker", "build_tracked", "build_tracker"]
 
@@ -227,19 +228,24 @@ def _mask_iou(masks: Tensor, others: Tensor) -> Tensor:
 
 
 class _Tracked(nn.Module):
-    """A model whose instances get ids; frames of a video come in order, video after video."""
+    """A model whose instances get ids; frames of a video come in order, video after video.
+
+    Images that belong to no video get none.
+    """
 
     def __init__(self, model: nn.Module, tracker: Any, min_score: float) -> None:
         super().__init__()
         self.model, self.tracker, self.min_score = model, tracker, min_score
-        self._video: Any = None
+        self._last: dict[str, Any] = {}
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         outputs = self.model(batched_inputs)
         for x, output in zip(batched_inputs, outputs, strict=True):
-            if x["is_first"] or x["video_id"] != self._video:
+            if "video_id" not in x:
+                continue
+            if begins(x, self._last):
                 self.tracker.reset()
-                self._video = x["video_id"]
+            self._last = {key: x.get(key) for key in ("video_id", "frame")}
             if "instances" in output:
                 instances = output["instances"]
                 ids = instances.pred_classes.new_full((len(instances),), -1)

@@ -125,7 +125,7 @@ class StepTrainer(SimpleTrainer):
             if not all(ok for _, ok, _ in gathered):
                 self.optimizer.zero_grad(set_to_none=True)
                 self._statistics.restore()
-                self._handle_bad_step([x for x, _, _ in gathered])
+                self._handle_bad_step([x for x, _, _ in gathered], step)
                 return
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
@@ -210,7 +210,7 @@ class StepTrainer(SimpleTrainer):
         if len(means) > 1:
             storage.put_scalars(**means)
 
-    def _handle_bad_step(self, losses: list[dict[str, float]]) -> None:
+    def _handle_bad_step(self, losses: list[dict[str, float]], step: str) -> None:
         """Count the step, in which each process had these losses; too many in a row raise."""
         shown = losses[0] if len(losses) == 1 else losses
         what = f"Loss or gradient is not finite at iteration {self.iter}: {shown}."
@@ -224,10 +224,14 @@ class StepTrainer(SimpleTrainer):
                 "SOLVER.WARMUP_ITERS, SOLVER.CLIP_GRADIENTS.ENABLED True, or SOLVER.AMP.DTYPE "
                 "'bfloat16'."
             )
+        effect = "Iteration skipped, nothing was updated"
+        if self.updated:
+            effect = f"The iteration ends before its step {step!r}"
         logger.warning(
-            "%s Iteration skipped, nothing was updated (%d skipped so far). If this happens often, "
-            "lower SOLVER.BASE_LR or set SOLVER.CLIP_GRADIENTS.ENABLED True.",
+            "%s %s (%d skipped so far). If this happens often, lower SOLVER.BASE_LR or set "
+            "SOLVER.CLIP_GRADIENTS.ENABLED True.",
             what,
+            effect,
             self.skipped,
         )
         get_event_storage().put_scalar("skipped_iterations", self.skipped, smoothing_hint=False)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import math
 import os
 import weakref
 from collections import OrderedDict
@@ -29,6 +30,7 @@ from d2ext.checkpoint.checkpointer import Checkpointer, WeightsCheckpointer
 from d2ext.checkpoint.io import CheckpointError
 from d2ext.config import ConfigError
 from d2ext.data import build_test_loader, build_train_loader
+from d2ext.data.build import StreamDataset
 from d2ext.engine.ema import EMAHook, TrainedWeights, build_ema
 from d2ext.engine.hooks import (
     BestCheckpointer,
@@ -93,7 +95,9 @@ class Trainer(DefaultTrainer):
             # Not by rank: srun may show each process only its own GPU.
             device_ids=None if device.type == "cpu" else [device],
             broadcast_buffers=False,  # as in Detectron2
-            find_unused_parameters=cfg.SOLVER.FIND_UNUSED_PARAMETERS,
+            # Of several steps, each may train a part of the network.
+            find_unused_parameters=cfg.SOLVER.FIND_UNUSED_PARAMETERS
+            or bool(getattr(model, "training_steps", ())),
         )
         self._trainer = StepTrainer(
             wrapped,
@@ -241,11 +245,20 @@ class Trainer(DefaultTrainer):
             self._finish()
         else:
             self._trainer.data_loader = self.data_loader  # an error in the data is raised here
+            self._check_first_sample()
             try:
                 super().train()  # returns results only if the config names expected ones
             except StopTraining:
                 self._finish()
         return getattr(self, "_last_eval_results", None) or None
+
+    def _check_first_sample(self) -> None:
+        """Let a model that has ``check_training_inputs`` see whether the mapper gives what it needs."""
+        check = getattr(self.evaluated_model, "check_training_inputs", None)
+        dataset = getattr(self.data_loader, "dataset", None)
+        if check is not None and isinstance(dataset, StreamDataset):
+            sample, _ = dataset[0, 0]
+            check([sample])
 
     def _finish(self) -> None:
         """Evaluate, unless the last iteration did, for a training that does not run to its end."""
@@ -350,12 +363,14 @@ class Trainer(DefaultTrainer):
 
 
 def _mean(results: list[Any]) -> Any:
-    """Of (nested) dicts with the same keys."""
+    """Of (nested) dicts; numbers that some lack or that are NaN in some are means of the others."""
     if isinstance(results[0], dict):
-        return type(results[0])(
-            (key, _mean([x[key] for x in results if key in x])) for key in results[0]
-        )
-    return sum(results) / len(results) if isinstance(results[0], float) else results[0]
+        keys = dict.fromkeys(key for x in results for key in x)
+        return type(results[0])((key, _mean([x[key] for x in results if key in x])) for key in keys)
+    if not isinstance(results[0], float):
+        return results[0]
+    known = [x for x in results if not math.isnan(x)]
+    return sum(known) / len(known) if known else math.nan
 
 
 def _check_solver(cfg: CfgNode) -> None:

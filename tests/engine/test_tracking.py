@@ -228,5 +228,8 @@ def test_wrapped_model_begins_anew_with_each_video() -> None:
     assert run("v", 1, False, [b, a]) == [2, 1]
     assert run("w", 1, False, [b]) == [1]  # the first frame was unreadable
     assert run("w", 0, True, [a, b]) == [1, 2]
+    assert run("w", 1, False, [a, b]) == [1, 2]
+    assert run("w", 0, False, [b]) == [1]  # the caller forgot to say that it is the first
+    assert not wrapped([{"boxes": [a]}])[0]["instances"].has("track_ids")  # an image
     model.gives_ids = True  # type: ignore[assignment]
     assert build_tracked(cfg, model) is model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,6 +75,43 @@ def test_bad_step_changes_nothing_and_is_counted(
     steps(trainer, 1)
     assert trainer.updated and trainer.skipped_in_a_row == 0
     assert model.weight != before[0]
+
+
+@pytest.mark.parametrize("bad", ["", "first", "second"])
+def test_the_iteration_ends_at_a_bad_step(bad: str, caplog: pytest.LogCaptureFixture) -> None:
+    class TwoSteps(Scripted):
+        training_steps = ("first", "second")
+        asked: list[tuple[str, Any]] = []  # noqa: RUF012
+
+        def forward(self, inputs: list[float], step: str, carried: Any) -> Any:  # type: ignore[override]
+            self.asked.append((step, carried))
+            factor = NAN if step == bad and inputs[0] == 2 else 1.0
+            x = torch.tensor(inputs)
+            self.norm(x[:, None])
+            return {"loss_a": (self.weight * x).mean() * factor}, step
+
+    model = TwoSteps()
+    optimizer = torch.optim.SGD([model.weight], lr=0.1)
+    trainer = StepTrainer(model, [[1.0, 3.0], [2.0, 2.0], [1.0, 3.0]], optimizer, seed=0)
+    storage = steps(trainer, 1)
+    assert model.weight.item() == pytest.approx(2 - 2 * 0.2)  # the gradient of each step is 2
+    assert {"first/loss_a", "second/loss_a"} <= storage.latest().keys()
+    count, before = model.norm.num_batches_tracked.item(), model.weight.item()
+    with caplog.at_level(logging.WARNING):
+        storage = steps(trainer, 1)
+    done = {"first": 0, "second": 1, "": 2}[bad]
+    assert model.weight.item() == pytest.approx(before - 0.2 * done)
+    assert model.norm.num_batches_tracked == count + done
+    assert trainer.updated == (done > 0) and trainer.skipped == (bad != "")
+    assert ("nothing was updated" in caplog.text) == (bad == "first")
+    assert ("before its step 'second'" in caplog.text) == (bad == "second")
+    assert ("total_loss" in storage.latest()) == (bad == "")
+    steps(trainer, 1)
+    assert model.weight.item() == pytest.approx(before - 0.2 * done - 0.4)
+    assert trainer.skipped_in_a_row == 0
+    assert [x for x in TwoSteps.asked if x[0] == "second"] == [("second", "first")] * (
+        2 + (bad != "first")
+    )
 
 
 def test_bad_gradient_with_a_good_loss_is_skipped() -> None:

@@ -121,7 +121,7 @@ class ClipMapper(PairMapper):
                 )
             self._places = {(f["file_name"], f["frame"]): i for i, f in enumerate(frames)}
             self._sizes = [(f.get("height", 0), f.get("width", 0)) for f in frames]
-            self._frames = DatasetFromList(frames, copy=False)
+            self._frames = DatasetFromList(frames, copy=False) if frames else []
         return records
 
     def __call__(self, dataset_dict: Record) -> Record:

@@ -31,6 +31,12 @@ from d2ext.systems.yolact_edge.losses import flow_loss, flow_targets, warp_loss
 
 STAGES = ("image", "flow", "video")
 Sums = dict[int, Tensor]
+_NEEDS = {
+    "flow": 'Stage "flow" needs `{}` for each image: set INPUT.MAPPER to "FlowPairMapper" and '
+    "DATASETS.TRAIN to pairs of images with flow, such as flying_chairs_train.",
+    "video": 'Stage "video" needs `{}` for each frame: set INPUT.MAPPER to "ClipMapper" and '
+    "DATASETS.TRAIN to videos with annotations.",
+}
 
 
 @dataclass
@@ -295,12 +301,21 @@ class YolactEdge(YOLACT, VideoMetaArch):
         backbone.bottom_up.eval()
         return self
 
+    def check_training_inputs(self, inputs: Inputs) -> None:
+        """Raise ConfigError where the data mapper does not give what the stage is trained with."""
+        wanted = {"flow": ("flow",), "video": ("instances", "reference")}.get(self.stage, ())
+        for key in wanted:
+            if not all(key in x or x.get("joint") for x in inputs):
+                raise ConfigError(_NEEDS[self.stage].format(key))
+
     def forward(self, batched_inputs: Inputs, step: str = "", carried: Any = None) -> Any:
         """See :class:`MetaArch`.
 
         With ``step``, one of ``training_steps``: its losses and what the next step takes as ``carried``.
         Without, a model with such steps gives the losses of all, as ``<step>/<loss>``.
         """
+        if step or self.training:
+            self.check_training_inputs(batched_inputs)
         if step:
             return self._training_step(batched_inputs, step, carried)
         if not self.training or (self.stage == "image" and not self.training_steps):
@@ -340,7 +355,7 @@ class YolactEdge(YOLACT, VideoMetaArch):
         if joint:
             return losses, None
         with torch.no_grad():
-            references = self.preprocess([_reference(x) for x in inputs])
+            references = self.preprocess([x["reference"] for x in inputs])
             reference_laterals, reference_sums = network.pyramid(references)
         finest, *coarser = sorted(sums)
         return losses, Carried(
@@ -380,17 +395,12 @@ class YolactEdge(YOLACT, VideoMetaArch):
 
     def _flow_losses(self, inputs: Inputs) -> dict[str, Tensor]:
         """Stage "flow": the error of all flows; the first image plays the current frame."""
-        if not all("flow" in x for x in inputs):
-            raise KeyError(
-                'Stage "flow" needs `flow` for each image: set INPUT.MAPPER to "FlowPairMapper" and '
-                "DATASETS.TRAIN to pairs of images with flow, such as flying_chairs_train."
-            )
         non_key = self.non_key_network.network
         assert isinstance(non_key, NonKeyNetwork) and self.flow_net is not None
         with torch.no_grad():
             current, key = (
                 non_key.finest_lateral(self.preprocess(images))
-                for images in (inputs, [_reference(x) for x in inputs])
+                for images in (inputs, [x["reference"] for x in inputs])
             )
         encoded = self.flow_net.encode_key(self.flow_net.features(key))
         motions = self.flow_net(self.flow_net.features(current), encoded, finest=0)
@@ -495,13 +505,3 @@ class YolactEdge(YOLACT, VideoMetaArch):
 
 def _rows(images: Tensor, rows: list[int]) -> Tensor:
     return images if len(rows) == len(images) else select_rows([images], rows)[0]
-
-
-def _reference(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The reference of a pair; a single image is its own."""
-    if "reference" not in inputs:
-        raise KeyError(
-            'Training on videos needs `reference` for each frame: set INPUT.MAPPER to "ClipMapper" '
-            '(stage "flow": "FlowPairMapper").'
-        )
-    return inputs["reference"]

@@ -187,9 +187,9 @@ def test_wrong_configs_and_inputs_say_what_to_do() -> None:
     inputs = random_inputs()
     for x in inputs:
         del x["reference"]
-    with pytest.raises(KeyError, match="ClipMapper"):
+    with pytest.raises(ConfigError, match="ClipMapper"):
         _build().train()(inputs)
-    with pytest.raises(KeyError, match="FlowPairMapper"):
+    with pytest.raises(ConfigError, match="FlowPairMapper"):
         _build(STAGE="flow").train()(inputs)
 
 
