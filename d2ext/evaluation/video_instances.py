@@ -93,18 +93,22 @@ class VideoInstanceEvaluator(COCOEvaluator):
     def _eval_predictions(
         self, predictions: list[dict[str, Any]], img_ids: list[Any] | None = None
     ) -> None:
-        if not any(p["tracked"] for p in predictions):
-            logger.warning("The predictions have no track ids: only single frames are evaluated.")
-            tracks = None
-        else:
+        tracks = None
+        without_ids = ""
+        if any(p["tracked"] for p in predictions):
             tracks = self._predicted_tracks(predictions)
             if "segm" in self._fields:
                 self._write_tracks(tracks)
+        else:
+            without_ids = "The predictions have no track ids (TEST.TRACKER gives them): "
         if not self._do_evaluation:
+            what = f"{without_ids}there are no results. " if without_ids else ""
             logger.warning(
-                "Data set '%s' has no annotations: there is nothing to compare with.", self._name
+                f"{what}Data set '{self._name}' has no annotations: there is nothing to compare with."
             )
             return
+        if without_ids:
+            logger.warning(f"{without_ids}only single frames are evaluated.")
         # Before the evaluation of frames, which changes the results in place.
         results = {} if tracks is None else self._evaluate_tracks(tracks)
         predictions = [p for p in predictions if p["image_id"] in self._annotated]

@@ -256,7 +256,7 @@ def test_without_ids(register: Register, tmp_path: Path, caplog: pytest.LogCaptu
     with caplog.at_level(logging.WARNING):
         results = run(register([record]), tmp_path, outputs)
     assert set(results) == {"bbox", "segm"} and results["segm"]["AP"] == pytest.approx(100)
-    assert "no track ids: only single frames are evaluated" in caplog.text
+    assert "(TEST.TRACKER gives them): only single frames are evaluated" in caplog.text
     assert not (tmp_path / "results.json").exists()
 
 
@@ -287,8 +287,15 @@ def test_without_annotations(
         del frame["annotations"]
     with caplog.at_level(logging.WARNING):
         results = run(register([record]), tmp_path, outputs)
-    assert not results and "nothing to compare with" in caplog.text
+    (said,) = [r.getMessage() for r in caplog.records if r.name.startswith("d2ext.evaluation")]
+    assert not results and "nothing to compare with" in said and "TRACKER" not in said
     assert len(json.loads((tmp_path / "results.json").read_text())) == 2
+    caplog.clear()
+    outputs = {i: predicted(a, track_ids=None) for i, a in seen(two_objects()).items()}
+    with caplog.at_level(logging.WARNING):
+        assert not run(register([record]), tmp_path / "without", outputs)
+    (said,) = [r.getMessage() for r in caplog.records if r.name.startswith("d2ext.evaluation")]
+    assert "TEST.TRACKER gives them" in said and "nothing to compare with" in said
 
 
 def test_distance_from_the_key_frame(register: Register, tmp_path: Path) -> None:

@@ -7,16 +7,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import DefaultPredictor
 from detectron2.utils.events import get_event_storage
 
 from d2ext.checkpoint.io import load_untrusted
 from d2ext.data import custom
 from d2ext.data.shapes.__main__ import main as export
 from d2ext.data.summary import forget
+from d2ext.engine.predictor import BatchPredictor
+from d2ext.engine.video_predictor import VideoPredictor
 from d2ext.systems.yolact_edge.model import YolactEdge
 from d2ext.testing import tiny_config
 from d2ext.tools import predict, train
@@ -212,3 +216,192 @@ def test_errors_before_the_first_iteration(
     assert message in capsys.readouterr().err
     log = output / "log.txt"
     assert not log.exists() or "Starting training" not in log.read_text()
+
+
+def write_broken(folder: Path) -> dict[str, Any]:
+    """COCO with videos: one frame; frames of two sizes, without objects, an id of two classes, every
+    fifth annotated; no object. Returns the content of the JSON."""
+    content: dict[str, Any] = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(("a", "b"), 1)],
+    }
+    boxes = {(1, 0): (1, 4), (2, 0): (1, 5), (2, 5): (1, 6), (2, 15): (2, 7)}
+    for video, length in ((1, 1), (2, 16), (3, 3)):
+        (folder / f"frames/{video}").mkdir(parents=True)
+        for t in range(length):
+            height, width = (48, 64) if t < 8 else (64, 48)
+            number = len(content["images"]) + 1
+            image = np.random.default_rng(number).integers(0, 90, (height, width, 3), np.uint8)
+            entry = {"id": number, "file_name": f"{video}/{t:03}.png", "video_id": video}
+            entry.update(frame_id=t, height=height, width=width, is_labeled=t % 5 == 0)
+            content["images"].append(entry)
+            if (video, t) in boxes:
+                category, x = boxes[video, t]
+                image[4:24, x : x + 20] = 200
+                polygon = [x, 4, x + 20, 4, x + 20, 24, x, 24]
+                content["annotations"].append(
+                    {
+                        **{
+                            "id": len(content["annotations"]) + 1,
+                            "image_id": number,
+                            "track_id": 7,
+                        },
+                        **{"category_id": category, "bbox": [x, 4, 20, 20], "area": 400},
+                        **{"iscrowd": 0, "segmentation": [polygon]},
+                    }
+                )
+            assert cv2.imwrite(str(folder / "frames" / entry["file_name"]), image)
+    return content
+
+
+def broken(folder: Path, content: dict[str, Any]) -> list[str]:
+    """Words that name the content as both parts of the data set."""
+    file = folder / "videos.json"
+    file.write_text(json.dumps(content))
+    words = ["--dataset", NAME]
+    for split in ("train", "val"):
+        words += [f"--{split}-video-json", str(file), f"--{split}-images", str(folder / "frames")]
+    return words
+
+
+TRACKED = ("TEST.TRACKER", "NorfairTracker", "TEST.TRACKER_MIN_SCORE", 0.0)
+TEST = ("INPUT.MAPPER", "ClipMapper", "DATASETS.TEST", f"('{NAME}_val',)", *TRACKED)
+
+
+@pytest.mark.parametrize(
+    "kind", ["two classes", "one class", "nothing detected", "key frames alone"]
+)
+def test_videos_as_they_come(run: Train, tmp_path: Path, kind: str) -> None:
+    """Numbers of the masks: of every distance, although a pass sees each annotated frame at one."""
+    pytest.importorskip("norfair", reason="needs norfair-enough")
+    content = write_broken(tmp_path)
+    options: tuple[object, ...] = ("DATALOADER.FILTER_EMPTY_ANNOTATIONS", False)
+    distances = {f"AP-d{i}" for i in range(5)}
+    if kind == "one class":
+        del content["categories"][1:]
+        content["annotations"] = content["annotations"][:3]
+    elif kind == "nothing detected":
+        options += ("MODEL.YOLACT.TEST.SCORE_THRESH", 1.1)
+    elif kind == "key frames alone":
+        options += ("MODEL.YOLACT_EDGE.KEY_INTERVAL", 1)
+        distances = {"AP-d0"}
+    phases = ("MODEL.YOLACT_EDGE.TEST_ALL_PHASES", True)
+    output = run("out", *TEST, *options, *phases, words=broken(tmp_path, content))
+    assert np.isfinite(list(toy.losses(output).values())).all()
+    results = json.loads((output / "results.json").read_text())
+    for task in ("bbox", "segm"):
+        found = results[task]
+        assert {key for key in found if key.startswith("AP-d")} == distances
+        assert np.isfinite([found[key] for key in ("AP", *distances)]).all()
+    assert np.isfinite(results["segm_track"]["AP"])
+    assert len(results["segm_track"]) > 12 and ("AP-b" in results["segm"]) == (kind != "one class")
+
+
+def test_videos_without_masks_or_annotations(
+    run: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("norfair", reason="needs norfair-enough")
+    content = write_broken(tmp_path)
+    image = run("image", *TEST, *IMAGE, words=broken(tmp_path, content))
+    start = (*TEST, "MODEL.YOLACT_EDGE.STAGE", "image", "MODEL.WEIGHTS", image / "model_final.pth")
+    names = [f"3/{t:03}.png" for t in range(3)]
+    nothing = {key: [None] * 3 for key in ("segmentations", "bboxes", "areas")}
+    track = {"id": 1, "video_id": 3, "category_id": 1, "iscrowd": 0, **nothing}
+    videos = [{"id": 3, "file_names": names, "height": 48, "width": 64, "length": 3}]
+    content = {"videos": videos, "categories": content["categories"], "annotations": [track]}
+
+    def evaluate(output: str) -> Path:
+        custom._registered.pop(NAME)
+        for name in (f"{NAME}_train", f"{NAME}_val"):
+            DatasetCatalog.remove(name)
+            MetadataCatalog.pop(name)
+            forget(name)
+        words = broken(tmp_path, content)
+        return run(output, *start, words=words, extra=("--eval-only",))
+
+    output = evaluate("null")
+    results = json.loads((output / "results.json").read_text())
+    assert np.isnan(results["segm"]["AP"])  # not 0: there is no object to find
+    del content["annotations"]  # the public form of validation sets
+    output = evaluate("public")
+    assert not (output / "results.json").exists()
+    tracks = json.loads((output / "inference/results.json").read_text())
+    assert tracks and all(len(track["segmentations"]) == 3 for track in tracks)
+    assert (
+        "has no annotations: there is nothing to compare with" in (output / "log.txt").read_text()
+    )
+    run("trained", *start, words=broken(tmp_path, content), expected=2)
+    assert "is annotated" in capsys.readouterr().err
+
+
+def test_unrelated_images_and_a_truncated_video(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A video model on images is one of single images; of a video what can be read counts."""
+    cfg = tiny_config("YolactEdge")
+    torch.manual_seed(0)
+    predictor = BatchPredictor(cfg)
+    torch.save(predictor.model.state_dict(), tmp_path / "model.pth")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
+    random = np.random.default_rng(0)
+    sizes = ((40, 80), (64, 64), (100, 30), (48, 64))
+    images = [random.integers(0, 255, (*size, 3), np.uint8) for size in sizes]
+    alone = [BatchPredictor(cfg)([image])[0]["instances"] for image in images]
+    together = [x["instances"] for x in predictor(images)]
+    detectron2 = DefaultPredictor(cfg)
+    video = VideoPredictor(cfg)
+    for i, (image, size) in enumerate(zip(images, sizes, strict=True)):
+        for found in (together[i], detectron2(image)["instances"]):
+            torch.testing.assert_close(found.scores, alone[i].scores, rtol=1e-4, atol=1e-5)
+        assert video(image)["instances"].image_size == size  # who forgets reset() gets its frame
+        video.reset()
+        torch.testing.assert_close(video(image)["instances"].scores, alone[i].scores)
+
+    (tmp_path / "tiny.yaml").write_text(cfg.dump())
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(images):
+        assert cv2.imwrite(str(tmp_path / f"images/{i}.png"), image)
+
+    def run(*arguments: object) -> int:
+        common = ("--config-file", tmp_path / "tiny.yaml", "--output", tmp_path / "out")
+        return predict.run([str(x) for x in (*common, "--confidence-threshold", 0, *arguments)])
+
+    assert run("--input", tmp_path / "images", "--batch-size", 3) == 0
+    results = json.loads((tmp_path / "out/coco_results.json").read_text())
+    counts = [sum(x["image_id"] == i for x in results) for i in range(4)]
+    assert counts == [len(x) for x in alone]
+
+    file = tmp_path / "whole.avi"
+    writer = cv2.VideoWriter(str(file), cv2.VideoWriter.fourcc(*"MJPG"), 25, (64, 48))
+    for _ in range(20):
+        writer.write(random.integers(0, 255, (48, 64, 3), np.uint8))
+    writer.release()
+    (tmp_path / "half.avi").write_bytes(file.read_bytes()[: int(0.6 * file.stat().st_size)])
+    capsys.readouterr()
+    assert run("--video-input", tmp_path / "half.avi") == 1
+    count = len([x.image for x in VideoReader(tmp_path / "out/half.mp4")])
+    assert 5 < count < 20 and f"{count} were predicted on" in capsys.readouterr().err
+
+
+def test_real_clips(run: Train, real_data: Path, tmp_path: Path) -> None:
+    """DAVIS registered by one command and evaluated with random weights; a real video with ids."""
+    pytest.importorskip("norfair", reason="needs norfair-enough")
+    davis, clip = real_data / "video/davis", real_data / "video/carphone_pristine.mp4"
+    if not (davis / "ytvis.json").is_file() or not clip.is_file():
+        pytest.skip("no video/davis or carphone_pristine.mp4")
+    words = ["--dataset", NAME, "--val-video-json", str(davis / "ytvis.json")]
+    words += ["--val-images", str(davis)]
+    output = run("davis", *TEST, words=words, extra=("--eval-only",))
+    results = json.loads((output / "results.json").read_text())
+    assert results["segm"].keys() >= {"AP", "AP-car", "AP-dog", "AP-d0", "AP-d4"}
+    assert np.isfinite(results["segm_track"]["AP"])
+    tracks = json.loads((output / "inference/results.json").read_text())
+    assert {len(track["segmentations"]) for track in tracks} == {40, 49}
+
+    arguments = ("--config-file", tmp_path / "tiny.yaml", "--video-input", clip, "--max-frames", 12)
+    options = ("--tracker", "NorfairTracker", "--video-results", "--confidence-threshold", 0.1)
+    where = ("--output", tmp_path / "out")
+    assert predict.run([str(x) for x in (*arguments, *options, *where)]) == 0
+    tracks = json.loads((tmp_path / "out/carphone_pristine_ytvis_results.json").read_text())
+    assert tracks and {len(track["segmentations"]) for track in tracks} == {12}
