@@ -421,10 +421,12 @@ class YolactEdge(YOLACT, VideoMetaArch):
         """Prepare the model for each pass of an evaluation (yolact_edge/NOTES.md §5)."""
         configured = self.key_phase
         several = self.test_all_phases and self.has_memory
-        for phase in range(self.key_interval) if several else [configured]:
-            self.key_phase = phase
-            yield phase
-        self.key_phase = configured
+        try:
+            for phase in range(self.key_interval) if several else [configured]:
+                self.key_phase = phase
+                yield phase
+        finally:
+            self.key_phase = configured
 
     @torch.no_grad()
     def step(
