@@ -5,6 +5,7 @@ Letters: B videos in step, one frame of each at a time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -30,7 +31,7 @@ class VideoMetaArch(MetaArch):
     # Whether its results have ``track_ids``; to those of others a tracker can give them.
     gives_ids: ClassVar[bool] = False
     _memory: Any = None
-    _last: Inputs = []  # noqa: RUF012  (replaced, never changed)
+    _last: Sequence[dict[str, Any]] = ()
 
     @property
     def has_memory(self) -> bool:
@@ -64,7 +65,7 @@ class VideoMetaArch(MetaArch):
 
     def train(self, mode: bool = True) -> VideoMetaArch:
         """Also forgets the memory: the weights that it was made with may change."""
-        self._memory, self._last = None, []
+        self._memory, self._last = None, ()
         super().train(mode)
         return self
 

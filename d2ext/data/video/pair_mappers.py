@@ -187,4 +187,9 @@ class FlowPairMapper(PairMapper):
             )
         flow = read_flow(dataset_dict["flow_file_name"])
         target = {k: v for k, v in dataset_dict.items() if k != "reference"}
-        return self.pair(target, dataset_dict["reference"], flow)
+        sample = self.pair(target, dataset_dict["reference"], flow)
+        for x in (sample, sample["reference"]):
+            if x["image"].is_floating_point():
+                # The published code resizes these images as bytes (yolact_edge/NOTES.md §8).
+                x["image"] = x["image"].round()
+        return sample
