@@ -25,7 +25,10 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError("The model has no trainable parameter; check MODEL.BACKBONE.FREEZE_AT.")
     if name == "SGD":
-        return build.build_optimizer(cfg, model)
+        plain = cfg.clone()
+        plain.defrost()
+        plain.SOLVER.CLIP_GRADIENTS.ENABLED = False
+        return _with_clipping(cfg, build.build_optimizer(plain, model))
     if name not in ("Adam", "AdamW"):
         raise ConfigError(f"SOLVER.OPTIMIZER is {name!r}; it must be 'SGD', 'Adam' or 'AdamW'.")
     optimizer = getattr(torch.optim, name)(
@@ -42,4 +45,16 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         # One pass over the weights instead of a dozen. (Loss scaling would change how it is called.)
         fused=not cfg.SOLVER.AMP.ENABLED,
     )
-    return build.maybe_add_gradient_clipping(cfg, optimizer)
+    return _with_clipping(cfg, optimizer)
+
+
+def _with_clipping(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Detectron2's clipping, of the gradients that there are: a step may leave parameters without, and
+    torch's clipping by value fails for these."""
+    if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
+        clip = build._create_gradient_clipper(cfg.SOLVER.CLIP_GRADIENTS)
+        optimizer.__class__ = build._generate_optimizer_class_with_gradient_clipping(
+            type(optimizer),
+            per_param_clipper=lambda p: None if p.grad is None else clip(p),
+        )
+    return optimizer

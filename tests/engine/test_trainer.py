@@ -88,6 +88,21 @@ def test_optimizers(train: Train, tmp_path: Path, name: str) -> None:
     assert isinstance(trainer.optimizer, getattr(torch.optim, name))
 
 
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+@pytest.mark.parametrize("kind", ["value", "norm"])
+def test_clipping_leaves_out_what_has_no_gradient(build: Train, name: str, kind: str) -> None:
+    clip = {"ENABLED": True, "CLIP_TYPE": kind, "CLIP_VALUE": 0.25}
+    options = {f"SOLVER__CLIP_GRADIENTS__{key}": value for key, value in clip.items()}
+    trainer = build(SOLVER__OPTIMIZER=name, **options)
+    before, head = weights(trainer.model), trainer.model.head
+    head.weight.grad = torch.full_like(head.weight, 8.0)
+    trainer.optimizer.step()
+    limit = 0.25 if kind == "value" else 0.25 / head.weight.numel() ** 0.5
+    torch.testing.assert_close(head.weight.grad, torch.full_like(head.weight, limit))
+    after = weights(trainer.model)
+    assert [x for x in after if not torch.equal(before[x], after[x])] == ["head.weight"]
+
+
 def test_weight_decay_of_norms_is_separate_for_adamw(build: Train) -> None:
     trainer = build(SOLVER__OPTIMIZER="AdamW", SOLVER__WEIGHT_DECAY=0.1)
     decay = {

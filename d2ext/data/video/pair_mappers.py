@@ -1,5 +1,6 @@
 """Samples that are two frames under one augmentation: clips for pair models, pairs with optical flow."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from d2ext.data.dataset_mapper import MAPPER_REGISTRY, D2extDatasetMapper
 from d2ext.data.errors import AnnotationError, DatasetError, SampleError
 from d2ext.data.video.flow import read_flow, transform_flow
 from d2ext.data.video.records import flatten, is_video
+
+logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
@@ -118,6 +121,11 @@ class ClipMapper(PairMapper):
                 raise DatasetError(
                     f"INPUT.VIDEO.FLOW is set, but no frame of {', '.join(dataset_names)} has optical "
                     "flow (flow_file_name)."
+                )
+            if all(frame["video_length"] == 1 for frame in frames):
+                logger.warning(
+                    f"{', '.join(dataset_names)} has single images only: each is its own reference, so "
+                    "that nothing moves."
                 )
             self._places = {(f["file_name"], f["frame"]): i for i, f in enumerate(frames)}
             self._sizes = [(f.get("height", 0), f.get("width", 0)) for f in frames]

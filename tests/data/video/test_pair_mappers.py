@@ -208,6 +208,16 @@ def test_images_are_videos_of_one_frame(register, clips):
         assert len(set(ids)) == len(ids)
 
 
+@pytest.mark.parametrize("flow", [False, True])
+def test_images_alone_are_told(register, clips, flow, caplog):
+    name = register(DatasetCatalog.get("shapes_val_rle")[:2])
+    for names, told in (((name,), True), ((name, clips), False)):
+        caplog.clear()
+        with caplog.at_level("WARNING"):
+            train_samples(make_cfg(*names, flow=flow), 2)
+        assert ("so that nothing moves" in caplog.text) == told
+
+
 def test_clips_of_one_frame(register):
     frames = load_shapes_video(SHAPES)[0]["frames"][:2]
     name = register([video_record(i, [frame]) for i, frame in enumerate(frames)])

@@ -205,6 +205,7 @@ def test_weights_without_flow_net(run: Train, capsys: pytest.CaptureFixture[str]
     [
         (("DATASETS.TEST", "()"), 'set INPUT.MAPPER to "ClipMapper"'),
         ((*VIDEO, "MODEL.YOLACT_EDGE.STAGE", "flow"), "FlowPairMapper"),
+        ((*JOINT, "MODEL.YOLACT_EDGE.STAGE", "flow"), "TRAIN_JOINT to ()"),
         ((*VIDEO, "MODEL.YOLACT.NUM_CLASSES", 3), "NUM_CLASSES to 8"),
         ((*VIDEO, "DATASETS.TRAIN_JOINT", "('coco_2017_val',)"), "their classes differ"),
     ],
