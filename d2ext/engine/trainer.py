@@ -88,6 +88,12 @@ class Trainer(DefaultTrainer):
 
         model = self.build_model(cfg)
         model.train()  # may freeze parameters, which optimizer and wrapper must know
+        if cfg.DATASETS.TRAIN_JOINT and "images" not in getattr(model, "training_steps", ()):
+            raise ConfigError(
+                f"DATASETS.TRAIN_JOINT is {cfg.DATASETS.TRAIN_JOINT}, and this model "
+                f"({cfg.MODEL.META_ARCHITECTURE}) has no step for joint images: add them to "
+                "DATASETS.TRAIN, or leave them out."
+            )
         optimizer = self.build_optimizer(cfg, model)
         device = next(model.parameters()).device
         wrapped = create_ddp_model(

@@ -16,21 +16,19 @@ from typing import Any, NamedTuple
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from d2ext.config import ConfigError
 from d2ext.modeling.inference import InferenceNetwork
 from d2ext.modeling.video import Inputs, VideoMetaArch, replace_rows, select_rows
-from d2ext.systems.yolact.fpn import BilinearFPN, resize
-from d2ext.systems.yolact.head import YOLACTHead, YOLACTPredictions
 from d2ext.systems.yolact.model import YOLACT
 from d2ext.systems.yolact.postprocess import Detections
-from d2ext.systems.yolact_edge.flow import FlowNet, Refinement, carry_over
+from d2ext.systems.yolact_edge.flow import FlowNet, Refinement
 from d2ext.systems.yolact_edge.losses import flow_loss, flow_targets, warp_loss
+from d2ext.systems.yolact_edge.networks import KeyNetwork, NonKeyNetwork, Sums
 
 STAGES = ("image", "flow", "video")
-Sums = dict[int, Tensor]
 _NEEDS = {
     "flow": 'Stage "flow" needs `{}` for each image: set INPUT.MAPPER to "FlowPairMapper" and '
     "DATASETS.TRAIN to pairs of images with flow, such as flying_chairs_train.",
@@ -53,89 +51,6 @@ class YolactEdgeMemory:
     def tensors(self) -> list[Tensor]:
         """Those on the model's device."""
         return [self.flow_features, *self.sums]
-
-
-class FrameNetwork(nn.Module):
-    """What the networks of key frames and of others have in common."""
-
-    def __init__(self, backbone: BilinearFPN, head: YOLACTHead, flow_net: FlowNet) -> None:
-        super().__init__()
-        self.backbone, self.head, self.flow_net = backbone, head, flow_net
-
-    def predict(self, sums: Sums) -> YOLACTPredictions:
-        """Top-down sums → predictions."""
-        return self.head(list(self.backbone.outputs(sums).values()))
-
-
-class KeyNetwork(FrameNetwork):
-    """The whole network."""
-
-    def forward(self, images: Tensor) -> tuple[YOLACTPredictions, list[Tensor]]:
-        """(B, 3, S, S) → predictions, tensors of the memory."""
-        laterals, sums = self.pyramid(images)
-        finest, *coarser = sorted(sums)
-        key = self.flow_net.encode_key(self.flow_net.features(laterals[finest]))
-        # In float32, in which they are sampled.
-        return self.predict(sums), [key, *(sums[level].float() for level in coarser)]
-
-    def pyramid(self, images: Tensor) -> tuple[Sums, Sums]:
-        """(B, 3, S, S) → laterals and top-down sums, by level."""
-        laterals = self.backbone.laterals(self.backbone.bottom_up(images))
-        return laterals, self.backbone.merge(laterals)
-
-
-class NonKeyNetwork(FrameNetwork):
-    """The network of the frames between: a part of the backbone, the flow net, and the heads."""
-
-    def __init__(
-        self,
-        backbone: BilinearFPN,
-        head: YOLACTHead,
-        flow_net: FlowNet,
-        refinement: Refinement | None,
-        compare: bool,
-    ) -> None:
-        super().__init__(backbone, head, flow_net)
-        self.refinement = refinement
-        self.compare = compare
-
-    def forward(self, images: Tensor, *memory: Tensor) -> tuple[YOLACTPredictions, Tensor | None]:
-        """(B, 3, S, S), tensors of the memory → predictions, (B,) similarity to the key frame.
-
-        The similarity is None unless ``compare``.
-        """
-        key, *sums = memory
-        lateral = self.finest_lateral(images)
-        own = self.flow_net.features(lateral)
-        similarity = None
-        if self.compare:
-            alike = self.flow_net.encode_key(own).float()
-            similarity = F.cosine_similarity(alike, key.float(), dim=1).mean(dim=(1, 2))
-        return self.predict(self.carried_sums(lateral, own, key, sums)), similarity
-
-    def finest_lateral(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) → (B, C, h_0, w_0), with the stages of a ResNet that lead there."""
-        bottom_up, name = self.backbone.bottom_up, self.backbone.in_features[0]
-        x = bottom_up.stem(images)
-        for stage_name, stage in zip(bottom_up.stage_names, bottom_up.stages, strict=True):
-            x = stage(x)
-            if stage_name == name:
-                break
-        return self.backbone.lateral(self.backbone.levels[0], x)
-
-    def carried_sums(
-        self, lateral: Tensor, own: Tensor, key: Tensor, sums: Sequence[Tensor]
-    ) -> Sums:
-        """A frame's finest lateral and flow features, and the key frame's memory → the frame's sums.
-
-        The finest sum is made before the others are refined, as published.
-        """
-        motions = self.flow_net(own, key)
-        carried = [carry_over(x, motions[level]) for level, x in enumerate(sums, start=1)]
-        finest = resize(carried[0], lateral) + lateral
-        if self.refinement is not None:
-            carried = self.refinement(carried, lateral)
-        return dict(zip(self.backbone.levels, [finest, *carried], strict=True))
 
 
 class Carried(NamedTuple):
