@@ -12,8 +12,9 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
+from d2ext.checkpoint.convert import convert_state_dict
 from d2ext.checkpoint.io import CheckpointError, load_untrusted
-from d2ext.checkpoint.torchvision import convert_torchvision_resnet, is_torchvision_resnet
+from d2ext.checkpoint.torchvision import torchvision_backbone
 from d2ext.files import atomic_write
 
 __all__ = ["CheckpointSaveError", "Checkpointer", "WeightsCheckpointer"]
@@ -37,8 +38,8 @@ class Checkpointer(DetectionCheckpointer):
     Differences from the base class:
 
     - Files are read with :func:`d2ext.checkpoint.io.load_untrusted`: no code in them runs.
-    - A plain torchvision ResNet state dict (``layer1.0.conv1.weight``, ...) is renamed to
-      Detectron2's names, so torchvision's ImageNet weights serve as ``MODEL.WEIGHTS``.
+    - A plain torchvision state dict of a ResNet or MobileNetV2 is renamed to the backbone's names, so
+      torchvision's ImageNet weights serve as ``MODEL.WEIGHTS``.
     - A file, and the ``last_checkpoint`` mark, appear only when complete.
     - Weights that do not fit the model raise :class:`CheckpointError`, see ``fit``.
 
@@ -189,8 +190,8 @@ class Checkpointer(DetectionCheckpointer):
         else:
             # Other projects keep the weights under one of these names, or at the top level.
             state = next((data[k] for k in ("state_dict", "model_state_dict") if k in data), data)
-            if is_torchvision_resnet(state):
-                state = convert_torchvision_resnet(state)
+            if system := torchvision_backbone(state):
+                state = convert_state_dict(system, state)
                 checkpoint = {"model": state, "matching_heuristics": True}
             else:
                 checkpoint = {"model": state}

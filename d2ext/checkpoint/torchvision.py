@@ -1,7 +1,7 @@
-"""torchvision's ImageNet ResNets as backbones.
+"""torchvision's ImageNet ResNets and MobileNetV2 as backbones.
 
-The result has the names of Detectron2's ResNet without a prefix; ``DetectionCheckpointer`` finds
-where they belong by its name-matching heuristics.
+The result has the names of Detectron2's ResNet, or of d2ext's MobileNetV2, without a prefix;
+``DetectionCheckpointer`` finds where they belong by its name-matching heuristics.
 """
 
 from __future__ import annotations
@@ -44,9 +44,33 @@ _RULES = (
 )
 
 
-def is_torchvision_resnet(state_dict: StateDict) -> bool:
-    """Whether the names are those of torchvision's ResNets."""
-    return {"conv1.weight", "bn1.weight", "layer1.0.conv1.weight"} <= set(state_dict)
+# Blocks of MobileNetV2's groups, from the stem on (arXiv 1801.04381, table 2); what follows serves the
+# classifier.
+_GROUP_BLOCKS = (1, 1, 2, 3, 4, 3, 3)
+_GROUP_OF = [(g, block) for g, blocks in enumerate(_GROUP_BLOCKS) for block in range(blocks)]
+_MOBILENET_RULES = (
+    Rule(rf"features\.({len(_GROUP_OF)}|{len(_GROUP_OF) + 1})\..*", None),
+    Rule(r"features\.(\d+)\.(.*)", lambda m: "group{}.{}.".format(*_GROUP_OF[int(m[1])]) + m[2]),
+    Rule(r"classifier\..*", None),
+)
+# Converter → names that tell its checkpoints.
+_MARKS = {
+    "torchvision_resnet": {"conv1.weight", "bn1.weight", "layer1.0.conv1.weight"},
+    "torchvision_mobilenetv2": {"features.0.0.weight", "features.1.conv.1.weight"},
+}
+# Systems whose files are backbones trained on a classification task.
+BACKBONE_SYSTEMS = tuple(_MARKS)
+
+
+def torchvision_backbone(state_dict: StateDict) -> str:
+    """The converter for one of torchvision's backbones, told by its names; "" for anything else."""
+    return next((system for system, names in _MARKS.items() if names <= set(state_dict)), "")
+
+
+@register_converter("torchvision_mobilenetv2")
+def convert_torchvision_mobilenetv2(state_dict: StateDict) -> dict[str, Tensor]:
+    """torchvision MobileNetV2 (width 1) → names of d2ext's, classifier left out."""
+    return apply_rules(state_dict, _MOBILENET_RULES)
 
 
 @register_converter("torchvision_resnet")

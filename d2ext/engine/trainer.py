@@ -90,9 +90,8 @@ class Trainer(DefaultTrainer):
         model.train()  # may freeze parameters, which optimizer and wrapper must know
         if cfg.DATASETS.TRAIN_JOINT and "images" not in getattr(model, "training_steps", ()):
             raise ConfigError(
-                f"DATASETS.TRAIN_JOINT is {cfg.DATASETS.TRAIN_JOINT}, and this model "
-                f"({cfg.MODEL.META_ARCHITECTURE}) has no step for joint images: add them to "
-                "DATASETS.TRAIN, or leave them out."
+                f"DATASETS.TRAIN_JOINT is {cfg.DATASETS.TRAIN_JOINT}, but no step of this training of "
+                f"{cfg.MODEL.META_ARCHITECTURE} takes joint images: set DATASETS.TRAIN_JOINT to ()."
             )
         optimizer = self.build_optimizer(cfg, model)
         device = next(model.parameters()).device

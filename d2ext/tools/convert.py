@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from d2ext.checkpoint import ConversionError, available_converters, convert_state_dict, unwrap
 from d2ext.checkpoint.io import load_untrusted
-from d2ext.checkpoint.torchvision import is_torchvision_resnet
+from d2ext.checkpoint.torchvision import BACKBONE_SYSTEMS, torchvision_backbone
 from d2ext.config import add_options_argument, load_config
 from d2ext.files import atomic_write
 from d2ext.model_zoo import find_config_file
@@ -39,8 +39,6 @@ from d2ext.tools.command_line import add_config_argument, make_parser
 
 StateDict = Mapping[str, Tensor]
 
-# Systems whose files are backbones trained on a classification task.
-BACKBONE_SYSTEMS = ("torchvision_resnet",)
 # Number of names shown of a list.
 _SHOWN = 6
 
@@ -193,10 +191,11 @@ def convert(cfg: CfgNode, source: str, system: str | None) -> tuple[dict[str, ob
     cfg.MODEL.DEVICE = "cpu"
     system = system or system_of(cfg)
     published = read_state_dict(source)
-    if is_torchvision_resnet(published) and system not in BACKBONE_SYSTEMS:
+    backbone = torchvision_backbone(published)
+    if backbone and system not in BACKBONE_SYSTEMS:
         raise ConversionError(
-            f"'{source}' holds a ResNet of torchvision, not a whole {system} model: give "
-            "--system torchvision_resnet to use it as a backbone."
+            f"'{source}' holds a backbone of torchvision, not a whole {system} model: give "
+            f"--system {backbone} to use it as one."
         )
     converted = convert_state_dict(system, published)
     model = build_model(cfg)

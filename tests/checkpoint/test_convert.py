@@ -16,7 +16,10 @@ from d2ext.checkpoint import (
     convert_state_dict,
     unwrap,
 )
+from d2ext.checkpoint.checkpointer import Checkpointer
+from d2ext.checkpoint.torchvision import torchvision_backbone
 from d2ext.config import get_cfg
+from d2ext.modeling import MobileNetV2
 
 ONE = torch.ones(1)
 
@@ -91,3 +94,24 @@ def test_torchvision_resnet_becomes_a_backbone(depth: int, tmp_path) -> None:
         y = source.maxpool(source.relu(source.bn1(source.conv1(x))))
         expected = source.layer4(source.layer3(source.layer2(source.layer1(y))))
         torch.testing.assert_close(backbone(x)["res5"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_torchvision_mobilenet_becomes_a_backbone(tmp_path) -> None:
+    """As MODEL.WEIGHTS: the checkpointer knows it by its names."""
+    torch.manual_seed(0)
+    source = torchvision.models.mobilenet_v2(weights=None).eval()
+    path = tmp_path / "mobilenet_v2.pth"
+    torch.save(source.state_dict(), path)
+    assert torchvision_backbone(source.state_dict()) == "torchvision_mobilenetv2"
+    assert not torchvision_backbone(torchvision.models.mobilenet_v3_small().state_dict())
+    backbone = MobileNetV2(out_features=["group3", "group6"]).eval()
+    Checkpointer(backbone, fit="finetune").load(str(path))
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        actual, expected = backbone(x), []
+        for i, layer in enumerate(source.features):
+            x = layer(x)
+            if i in (6, 16):
+                expected.append(x)
+    for y, z in zip(actual.values(), expected, strict=True):
+        torch.testing.assert_close(y, z)

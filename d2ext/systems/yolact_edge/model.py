@@ -117,7 +117,6 @@ class YolactEdge(YOLACT, VideoMetaArch):
         self.min_similarity = min_similarity
         self.warp_weight = warp_weight
         self.published_warp_convs = published_warp_convs
-        self.joint_images = joint_images
         video_steps = ("full",) if stage == "image" else ("full", "carried")
         # Optimizer steps of an iteration, each with its own losses.
         self.training_steps = (("images",) if joint_images else ()) + video_steps
@@ -219,10 +218,6 @@ class YolactEdge(YOLACT, VideoMetaArch):
 
     def check_training_inputs(self, inputs: Inputs) -> None:
         """Raise ConfigError where the data mapper does not give what the stage is trained with."""
-        if self.stage == "flow" and self.joint_images:
-            raise ConfigError(
-                'Stage "flow" learns from pairs alone: set DATASETS.TRAIN_JOINT to ().'
-            )
         wanted = {"flow": ("flow",), "video": ("instances", "reference")}.get(self.stage, ())
         for key in wanted:
             if not all(key in x or x.get("joint") for x in inputs):

@@ -206,6 +206,7 @@ def test_weights_without_flow_net(run: Train, capsys: pytest.CaptureFixture[str]
         (("DATASETS.TEST", "()"), 'set INPUT.MAPPER to "ClipMapper"'),
         ((*VIDEO, "MODEL.YOLACT_EDGE.STAGE", "flow"), "FlowPairMapper"),
         ((*JOINT, "MODEL.YOLACT_EDGE.STAGE", "flow"), "TRAIN_JOINT to ()"),
+        ((*JOINT, "MODEL.META_ARCHITECTURE", "YOLACT"), "no step of this training of YOLACT"),
         ((*VIDEO, "MODEL.YOLACT.NUM_CLASSES", 3), "NUM_CLASSES to 8"),
         ((*VIDEO, "DATASETS.TRAIN_JOINT", "('coco_2017_val',)"), "their classes differ"),
     ],
