@@ -9,6 +9,7 @@ Letters: B videos in step, C channels of the pyramid, F of the flow features, S 
 of level l.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ from d2ext.systems.yolact.postprocess import Detections
 from d2ext.systems.yolact_edge.flow import FlowNet, Refinement
 from d2ext.systems.yolact_edge.losses import flow_loss, flow_targets, warp_loss
 from d2ext.systems.yolact_edge.networks import KeyNetwork, NonKeyNetwork, Sums
+
+logger = logging.getLogger(__name__)
 
 STAGES = ("image", "flow", "video")
 _NEEDS = {
@@ -149,6 +152,12 @@ class YolactEdge(YOLACT, VideoMetaArch):
         arguments = super().from_config(cfg)
         edge = cfg.MODEL.YOLACT_EDGE
         if edge.STAGE != "image":
+            if not cfg.MODEL.WEIGHTS:
+                logger.warning(
+                    "MODEL.WEIGHTS is empty: a training in stage %r would freeze a random backbone. It "
+                    'starts from the weights of stage "image".',
+                    edge.STAGE,
+                )
             channels = cfg.MODEL.YOLACT.FPN_CHANNELS
             levels = len(cfg.MODEL.YOLACT.IN_FEATURES)
             arguments["flow_net"] = FlowNet(
