@@ -241,7 +241,7 @@ class _Tracked(nn.Module):
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         outputs = self.model(batched_inputs)
         for x, output in zip(batched_inputs, outputs, strict=True):
-            if "video_id" not in x:
+            if "frame" not in x:
                 continue
             if begins(x, self._last):
                 self.tracker.reset()

@@ -146,7 +146,7 @@ class ClipMapper(PairMapper):
     def _draw_reference(self, target: Record) -> Record | None:
         """The dict of another frame; None: the target is the reference."""
         place = self._places.get((target["file_name"], target["frame"]))
-        if place is None:
+        if place is None or "video_length" not in target:  # an image, even if a video has it, too
             return None
         first = place - target["frame"]
         last = first + target["video_length"] - 1
@@ -165,7 +165,7 @@ class ClipMapper(PairMapper):
         return np.full(shape, 0 if reference is None else np.nan, np.float32)
 
     def _read_sem_seg(self, dataset_dict: Record) -> np.ndarray | None:
-        if "video_id" in dataset_dict and "annotations" not in dataset_dict:
+        if "is_first" in dataset_dict and "annotations" not in dataset_dict:
             return None  # a reference that is not annotated
         return super()._read_sem_seg(dataset_dict)
 

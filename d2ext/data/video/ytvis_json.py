@@ -44,6 +44,8 @@ def _file_names(value: Any) -> list[str]:
     """A list of names, not empty."""
     if not isinstance(value, list) or not value or not all(isinstance(n, str) and n for n in value):
         raise ValueError("a list of the names of its frames")
+    if len(set(value)) < len(value):
+        raise ValueError("a list of different names")
     return value
 
 

@@ -394,11 +394,11 @@ class YolactEdge(YOLACT, VideoMetaArch):
         return super().postprocess(predictions[: len(Detections._fields) + 1], batched_inputs)
 
     def _is_key(self, inputs: dict[str, Any], row: int, memory: YolactEdgeMemory | None) -> bool:
-        if memory is None or inputs.get("is_first"):
+        frame = inputs.get("frame")
+        if memory is None or inputs.get("is_first") or frame is None:
             return True
         if inputs.get("key_frame") is not None:
             return bool(inputs["key_frame"])
-        frame = inputs["frame"]
         since = frame - int(memory.key_frames[row])
         if frame < self.key_phase or since >= self.key_interval:
             return True

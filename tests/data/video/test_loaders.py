@@ -72,6 +72,11 @@ def test_images_and_videos_train_together(register, videos):
     assert ["video_id" in r for r in records] == [False] * 4 + [True] * 15
 
 
+def test_images_that_name_a_video_are_images(register):
+    name = register([{**r, "video_id": 3} for r in load_shapes(SHAPES, "rle")[:3]])
+    assert len(list(build_test_loader(make_cfg(), name))) == 3
+
+
 def test_videos_that_nobody_annotated(register, videos):
     for video in videos:
         for frame in video["frames"]:

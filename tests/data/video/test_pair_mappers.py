@@ -208,6 +208,17 @@ def test_images_are_videos_of_one_frame(register, clips):
         assert len(set(ids)) == len(ids)
 
 
+def test_an_image_that_a_video_has_too(register, clips):
+    frame = load_shapes_video(SHAPES)[0]["frames"][0]
+    image = {k: frame[k] for k in ("file_name", "height", "width", "image_id", "annotations")}
+    for sample in train_samples(make_cfg(register([image]), clips, flow=False), 200):
+        if "video_id" not in sample:
+            assert sample["reference"]["image"] is sample["image"]
+            break
+    else:
+        pytest.fail("The image was left out.")
+
+
 @pytest.mark.parametrize("flow", [False, True])
 def test_images_alone_are_told(register, clips, flow, caplog):
     name = register(DatasetCatalog.get("shapes_val_rle")[:2])

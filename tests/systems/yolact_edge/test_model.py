@@ -102,6 +102,8 @@ def test_a_new_video_begins_anew_even_where_the_caller_forgets() -> None:
     # Plain images, as DefaultPredictor gives them.
     image = {"image": second[1]["image"], "height": 60, "width": 80}
     assert model([image])[0]["key_distance"] == model([image])[0]["key_distance"] == 0
+    _, memory = model.step([first[0]], None)
+    assert model.step([image], memory)[0][0]["key_distance"] == 0
 
 
 def test_videos_in_step_give_what_each_gives_alone() -> None:
