@@ -154,8 +154,8 @@ class ClipMapper(PairMapper):
         candidates = [i for i in range(low, high + 1) if self._sizes[i] == self._sizes[place]]
         if not candidates:
             return None
-        chosen = candidates[np.random.randint(len(candidates))]
-        return None if chosen == place else self._frames[chosen]
+        selected = candidates[np.random.randint(len(candidates))]
+        return None if selected == place else self._frames[selected]
 
     def _read_flow(self, target: Record, reference: Record | None) -> np.ndarray | None:
         file_name = target.get("flow_file_name")

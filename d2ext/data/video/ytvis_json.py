@@ -201,8 +201,8 @@ def _places(names: Sequence[str], there: dict[str, list[str]]) -> dict[str, int 
     for index, name in enumerate(names):
         if not name.lower().endswith(IMAGE_SUFFIXES):
             folder, base = os.path.split(name)
-            found = [n for n in there[folder] if os.path.splitext(n)[0] == base]
-            name = os.path.join(folder, found[0]) if found else f"{name}.jpg"
+            files = [n for n in there[folder] if os.path.splitext(n)[0] == base]
+            name = os.path.join(folder, files[0]) if files else f"{name}.jpg"
         result[name] = index
     return result
 
