@@ -203,7 +203,7 @@ def test_things_cross(clips):
 
 
 def test_catalog_of_clips():
-    assert len(DatasetCatalog.get("shapes_val_video")) == 10
+    assert len(DatasetCatalog.get("shapes_val_video")) == 20
     shapes = VideoSet("val", 2, 96, 128, length=3)
     for number, record in enumerate(load_shapes_video(shapes)):
         clip = shapes.clip(number)
@@ -230,7 +230,7 @@ def test_catalog_of_clips():
     metadata = MetadataCatalog.get("shapes_val_video")
     assert metadata.evaluator_type == "ytvis" and metadata.video and metadata.thing_colors
     with PathManager.open(metadata.json_file) as file:
-        assert len(json.load(file)["videos"]) == 10
+        assert len(json.load(file)["videos"]) == 20
 
 
 def test_catalog_of_panoptic_clips():
@@ -291,7 +291,7 @@ def test_flow_pairs():
     far = [p for p in many if p["image_id"] % 20 >= 4]
     counts = np.bincount([_distance(p, 20) for p in far], minlength=5)[1:]
     assert counts.min() > 0.7 * len(far) / 4
-    assert len(DatasetCatalog.get("shapes_train_flow")) == 40 * 11
+    assert len(DatasetCatalog.get("shapes_train_flow")) == 120 * 11
 
 
 def _distance(pair, length):
