@@ -190,7 +190,7 @@ class TestDataLoader(ReportingDataLoader):
         for batch in super().__iter__():
             used += len(batch)
             for sample in batch:
-                if "video_id" in sample:  # the first frame of a video may have been left out
+                if "is_first" in sample:  # of a video, whose first frame may have been left out
                     sample["is_first"] = sample["is_first"] or sample["video_id"] != video
                     video = sample["video_id"]
             yield batch
@@ -388,7 +388,7 @@ def build_test_loader(
         dataset,
         batch_size=1,
         sampler=VideoSampler([r["video_id"] for r in records])
-        if "video_id" in records[0]
+        if "is_first" in records[0]
         else InferenceSampler(len(dataset)),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )

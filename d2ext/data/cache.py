@@ -3,6 +3,7 @@
 import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -31,6 +32,23 @@ def cache_folder(part: str) -> Path:
     folder = Path(_temporary_folder().name, part)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextlib.contextmanager
+def folder_to_fill(target: Path) -> Iterator[Path]:
+    """An empty folder that becomes ``target`` when the block has filled it, whole or not at all.
+
+    Where another process was faster, its folder stays: it holds the same.
+    """
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
+        folder = Path(temporary) / target.name
+        folder.mkdir()
+        yield folder
+        try:
+            folder.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
 
 
 @lru_cache(maxsize=1)

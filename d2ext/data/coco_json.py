@@ -279,10 +279,9 @@ def coco_records(file: CocoFile, image_root: str) -> list[Record]:
     """Detectron2's dicts, by ascending image id, as its own reader of COCO files gives them.
 
     Annotations have ``id``, ``bbox`` (``BoxMode.XYWH_ABS``) and ``iscrowd``; ``segmentation``,
-    ``keypoints`` and ``track_id`` as far as the file has them; and a contiguous
-    ``category_id``. 0.5 is added to
-    coordinates of keypoints, which are pixel indices in COCO: the centre of the first pixel is 0.5 in
-    Detectron2.
+    ``keypoints`` and ``track_id`` as far as the file has them; and a contiguous ``category_id``. 0.5 is
+    added to coordinates of keypoints, which are pixel indices in COCO: the centre of the first pixel is
+    0.5 in Detectron2.
     """
     contiguous = {category: i for i, category in enumerate(file.classes)}
     records = {image["id"]: image_record(image, image_root) for image in file.images}

@@ -127,7 +127,7 @@ def load_images(name: str) -> list[Record]:
 
 def _annotated(name: str, records: list[Record]) -> list[Record]:
     """Frames without annotations are left out; images are as they are."""
-    left = [r for r in records if "annotations" in r or "video_id" not in r]
+    left = [r for r in records if "annotations" in r or "is_first" not in r]
     if not left:
         raise DatasetError(
             f"No frame of the videos of data set '{name}' is annotated (the public files of validation "

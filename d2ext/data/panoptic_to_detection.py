@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -22,7 +21,7 @@ import numpy as np
 from detectron2.utils.file_io import PathManager
 from pycocotools import mask as mask_util
 
-from d2ext.data.cache import cache_folder
+from d2ext.data.cache import cache_folder, folder_to_fill
 from d2ext.data.coco_schema import Id
 from d2ext.data.errors import AnnotationError, DatasetError, SampleError, shorten
 from d2ext.data.panoptic import IGNORE_LABEL, read_segments
@@ -69,15 +68,9 @@ def panoptic_to_detection(
         f"Data set '{name}': instances and stuff maps of {len(summary.annotations)} images are "
         f"made of their panoptic PNGs, once, in '{target}'."
     )
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
-        made = Path(temporary) / "made"
-        (made / "sem_seg").mkdir(parents=True)
-        _write(summary, root, made)
-        try:
-            made.rename(target)
-        except OSError:
-            if not target.is_dir():  # else another process was faster, with the same files
-                raise
+    with folder_to_fill(target) as folder:
+        (folder / "sem_seg").mkdir()
+        _write(summary, root, folder)
     return files
 
 

@@ -24,6 +24,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from fvcore.common.registry import Registry
+from pycocotools.cocoeval import Params
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -47,11 +48,6 @@ _IMAGE_SIDE = 640
 _MAX_LOST = 15
 # A detection continues a track from this similarity on.
 _LEAST_SIMILARITY = 0.05
-# Of COCO's 17 body keypoints, as its evaluation has them.
-_COCO_SIGMAS = (
-    *(0.026, 0.025, 0.025, 0.035, 0.035, 0.079, 0.079, 0.072, 0.072),
-    *(0.062, 0.062, 0.107, 0.107, 0.087, 0.087, 0.089, 0.089),
-)
 
 
 def build_tracker(name: str, cfg: CfgNode) -> Any:
@@ -194,7 +190,7 @@ class NorfairTracker:
         points, predicted, seen = points[:, 2:], predicted[:, 2:], seen[..., 2:]
         sigmas = self._sigmas
         if len(sigmas) != points.shape[1]:
-            coco = np.array(_COCO_SIGMAS)
+            coco = Params("keypoints").kpt_oks_sigmas
             sigmas = coco if len(coco) == points.shape[1] else np.full(points.shape[1], coco.mean())
         square = ((points[:, None] - predicted) ** 2).sum(axis=3)
         oks = np.exp(-square / (2 * area[:, None, None] * (2 * sigmas) ** 2))
@@ -241,7 +237,7 @@ class _Tracked(nn.Module):
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         outputs = self.model(batched_inputs)
         for x, output in zip(batched_inputs, outputs, strict=True):
-            if "video_id" not in x:
+            if "frame" not in x:
                 continue
             if begins(x, self._last):
                 self.tracker.reset()

@@ -324,7 +324,7 @@ class Trainer(DefaultTrainer):
         passes = getattr(model, "evaluation_passes", None)
         tested = build_tracked(cfg, build_tta(cfg, model))
         results = [
-            super(Trainer, cls).test(cfg, tested, evaluators) for _ in (passes() if passes else "1")
+            super(Trainer, cls).test(cfg, tested, evaluators) for _ in (passes() if passes else [0])
         ]
         return results[0] if len(results) == 1 else _mean(results)
 

@@ -90,11 +90,9 @@ class SegmentationTrackingQuality:
 
     def compute(self) -> dict[str, float]:
         """STQ, AQ, IoU of all videos: 0..1; NaN where the annotations have nothing for it."""
-        return _quality(list(self._sequences.values()))
-
-    def compute_each(self) -> dict[Hashable, dict[str, float]]:
-        """The same for each video."""
-        return {video: _quality([sequence]) for video, sequence in self._sequences.items()}
+        sequences = list(self._sequences.values())
+        association, iou = _association(sequences), _class_iou(sequences)
+        return {"STQ": math.sqrt(association * iou), "AQ": association, "IoU": iou}
 
 
 def overlap_pixels(
@@ -115,12 +113,6 @@ def overlap_pixels(
         )
     pairs = targets.astype(np.int64) * shape[1] + predictions
     return np.bincount(pairs.reshape(-1), minlength=shape[0] * shape[1]).reshape(shape)
-
-
-def _quality(sequences: Sequence[_Sequence]) -> dict[str, float]:
-    association = _association(sequences)
-    iou = _class_iou(sequences)
-    return {"STQ": math.sqrt(association * iou), "AQ": association, "IoU": iou}
 
 
 def _association(sequences: Sequence[_Sequence]) -> float:

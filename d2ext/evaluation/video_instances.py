@@ -64,6 +64,7 @@ class VideoInstanceEvaluator(COCOEvaluator):
         dataset_name: registered; its records are videos.
         output_dir: folder for the results.
         coco: further arguments of :class:`~d2ext.evaluation.coco.COCOEvaluator`.
+            The official implementation is used, whose matches ``AP-d<distance>`` reads.
     """
 
     def __init__(self, dataset_name: str, output_dir: str | None = None, **coco: Any) -> None:
@@ -78,6 +79,7 @@ class VideoInstanceEvaluator(COCOEvaluator):
         self._listed = {video["video_id"]: _listed_frames(video["frames"]) for video in videos}
         self._distances: dict[int, set[Any]] = {}
         content = _coco_content(dataset_name, frames)
+        coco["use_fast_impl"] = False
         super().__init__(dataset_name, output_dir=output_dir, content=content, **coco)
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:

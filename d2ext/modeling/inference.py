@@ -7,6 +7,7 @@ A system splits its inference into a network (images → raw predictions) and a 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -216,16 +217,21 @@ class _CapturedGraph:
                 self.outputs = function(*self.inputs)
         self.pool = self.graph.pool()
         # What was copied last; kept alive, so that no other tensor takes its place in memory.
-        self._state: list[tuple[Tensor, int]] = []
+        self._state: list[tuple[Tensor, float]] = []
 
     def __call__(self, images: Tensor, *state: Tensor) -> Any:
         self.inputs[0].copy_(images)
         for target, new, (old, version) in zip(
             self.inputs[1:], state, self._state or [(images, -1)] * len(state), strict=True
         ):
-            if new is not old or new._version != version:  # the same for several frames
+            if new is not old or _version(new) != version:  # the same for several frames
                 target.copy_(new)
-        self._state = [(x, x._version) for x in state]
+        self._state = [(x, _version(x)) for x in state]
         self.graph.replay()
         # The next replay overwrites the graph's memory.
         return tree_map_only(Tensor, torch.clone, self.outputs)
+
+
+def _version(x: Tensor) -> float:
+    """Changes with the values; NaN, which differs from itself, where they are not counted."""
+    return math.nan if x.is_inference() else x._version

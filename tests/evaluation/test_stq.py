@@ -33,6 +33,7 @@ def test_published_numbers() -> None:
     expected = np.load(FIXTURE / "outputs.npz")
     manifest = json.loads((FIXTURE / "manifest.json").read_text())
     halves = [SegmentationTrackingQuality(), SegmentationTrackingQuality()]
+    each = [SegmentationTrackingQuality() for _ in range(3)]
     frames = zip(
         expected["ground_truth"],
         expected["predictions"],
@@ -43,14 +44,15 @@ def test_published_numbers() -> None:
         target_places, targets = segments(truth, manifest["things"], True)
         places, predictions = segments(predicted, manifest["things"], False)
         pixels = overlap_pixels(target_places, places, (len(targets) + 1, len(predictions) + 1))
-        halves[sequence % 2].update(sequence, pixels, targets, predictions)
+        for quality in (halves[sequence % 2], each[sequence]):
+            quality.update(sequence, pixels, targets, predictions)
 
     halves[0].merge(halves[1])
-    result, each = halves[0].compute(), halves[0].compute_each()
+    result = halves[0].compute()
 
     for name in ("STQ", "AQ", "IoU"):
         assert result[name] == pytest.approx(float(expected[name]), abs=1e-9)
-        mine = [each[k][name] for k in range(3)]
+        mine = [quality.compute()[name] for quality in each]
         np.testing.assert_allclose(mine, expected[f"{name}_per_seq"], rtol=0, atol=1e-9)
 
 

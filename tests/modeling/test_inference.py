@@ -208,6 +208,22 @@ def test_compiled_predictions_keep_their_structure(monkeypatch: pytest.MonkeyPat
     assert backend.frame_count == 1
 
 
+def test_a_graph_copies_a_memory_that_is_new() -> None:
+    """In inference mode, where tensors do not say whether they changed, always."""
+    graph = object.__new__(_CapturedGraph)
+    graph.inputs, graph._state = [torch.zeros(1), torch.zeros(1)], []
+    graph.outputs = graph.inputs[1]
+    graph.graph = SimpleNamespace(replay=lambda: None)
+    image = torch.zeros(1)
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            memory = torch.ones(1)
+            assert graph(image, memory).item() == 1
+            memory += 1
+            assert graph(image, memory).item() == 2
+            assert graph(image, torch.full((1,), 5.0)).item() == 5
+
+
 def test_a_graphs_predictions_are_the_callers() -> None:
     """A replay writes into the same memory again."""
     memory = _Predictions({"p2": torch.zeros(2), "p3": torch.zeros(1)}, [torch.zeros(3)])

@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 from detectron2.utils.file_io import PathHandler, PathManager
 
-from d2ext.data.cache import cache_folder
+from d2ext.data.cache import cache_folder, folder_to_fill
 from d2ext.data.shapes.coco import (
     id_to_rgb,
     instances_json,
@@ -125,22 +125,16 @@ class ShapesPathHandler(PathHandler):
         if read is not None:
             _write_atomically(target, read())
             return str(target)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
-            filled = Path(temporary) / target.name
-            self._fill(path.rstrip("/"), filled)
+        with folder_to_fill(target) as folder:
+            self._fill(path.rstrip("/"), folder)
             if force:
                 shutil.rmtree(target, ignore_errors=True)
-            try:
-                filled.rename(target)
-            except OSError:
-                if not target.is_dir():  # else another process was faster, with the same files
-                    raise
         return str(target)
 
     def _fill(self, path: str, folder: Path) -> None:
-        folder.mkdir()
         for name in self._ls(path):
             if self._isdir(f"{path}/{name}"):
+                (folder / name).mkdir()
                 self._fill(f"{path}/{name}", folder / name)
             else:
                 (folder / name).write_bytes(_locate(f"{path}/{name}")())

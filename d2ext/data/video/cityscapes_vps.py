@@ -9,7 +9,6 @@ instance are void. The evaluation part is in COCO's panoptic form.
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 from detectron2.data.datasets.builtin_meta import CITYSCAPES_CATEGORIES
 
-from d2ext.data.cache import cache_folder
+from d2ext.data.cache import cache_folder, folder_to_fill
 from d2ext.data.coco_json import Entry, compressed_rle, read_coco_json
 from d2ext.data.errors import DatasetError, SampleError, shorten
 from d2ext.data.image_io import read_label_map
@@ -70,16 +69,10 @@ def read_train(name: str, root: str) -> VideoData:
     digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
     target = cache_folder("cityscapes_vps") / f"train-{digest}"
     if not target.is_dir():
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
-            made = Path(temporary) / "made"
-            (made / "panoptic").mkdir(parents=True)
-            maps = {p: os.path.join(root, "train", "labelmap", n) for p, n in label_maps.items()}
-            _make(instances.images, instances.annotations, maps, made)
-            try:
-                made.rename(target)
-            except OSError:
-                if not target.is_dir():  # else another process was faster, with the same files
-                    raise
+        maps = {p: os.path.join(root, "train", "labelmap", n) for p, n in label_maps.items()}
+        with folder_to_fill(target) as folder:
+            (folder / "panoptic").mkdir()
+            _make(instances.images, instances.annotations, maps, folder)
     return read_panoptic_video(name, str(target / "panoptic.json"), images)
 
 
@@ -93,7 +86,7 @@ def _make(
     of_image: dict[Any, list[Entry]] = {image["id"]: [] for image in images}
     for instance in instances:
         of_image[instance["image_id"]].append(instance)
-    numbers: dict[tuple[int, Any], int] = {}
+    numbers: dict[int, dict[Any, int]] = {}
     annotations = []
     for image in images:
         place = place_of(image["file_name"])
@@ -107,7 +100,7 @@ def _make(
                 f"'{label_maps[place]}' has height and width {labels.shape}, the JSON file says "
                 f"{(image['height'], image['width'])}."
             )
-        ids = _segment_ids(labels, of_image[image["id"]], place[0], numbers)
+        ids = _segment_ids(labels, of_image[image["id"]], numbers.setdefault(place[0], {}))
         name = f"{place[0]:04d}_{place[1]:04d}.png"
         bgr = np.stack([ids >> 16, ids >> 8 & 255, ids & 255], axis=2).astype(np.uint8)
         if not cv2.imwrite(str(folder / "panoptic" / name), bgr):
@@ -127,9 +120,9 @@ def _make(
 
 
 def _segment_ids(
-    labels: np.ndarray, instances: Sequence[Entry], clip: int, numbers: dict[tuple[int, Any], int]
+    labels: np.ndarray, instances: Sequence[Entry], numbers: dict[Any, int]
 ) -> np.ndarray:
-    """(H, W) int32; ``numbers`` holds those of the things of each clip, by (clip, inst_id)."""
+    """(H, W) int32; ``numbers`` holds those of the clip's things, by ``inst_id``; new ones are added."""
     stuff = [c["trainId"] for c in CITYSCAPES_CATEGORIES if not c["isthing"]]
     ids = np.where(np.isin(labels, stuff), (labels + 1) * _FACTOR, 0)
     for instance in instances:
@@ -137,8 +130,7 @@ def _segment_ids(
             raise DatasetError(
                 f"Annotation {instance['id']} of Cityscapes-VPS has no 'inst_id' or no mask."
             )
-        key = clip, instance["inst_id"]
-        number = numbers.setdefault(key, 1 + sum(c == clip for c, _ in numbers))
+        number = numbers.setdefault(instance["inst_id"], len(numbers) + 1)
         mask = mask_util.decode(compressed_rle(instance["segmentation"], *labels.shape)) > 0
         ids[mask] = (instance["category_id"] + 1) * _FACTOR + number
     return ids.astype(np.int32)

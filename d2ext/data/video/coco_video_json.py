@@ -9,17 +9,10 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from d2ext.data.coco_json import (
-    Entry,
-    check_lists,
-    coco_file,
-    coco_records,
-    raise_problems,
-)
+from d2ext.data.coco_json import Entry, check_lists, coco_file, raise_problems
 from d2ext.data.coco_schema import Findings, Id, check_ids, place
 from d2ext.data.errors import DatasetError, shorten
-from d2ext.data.video.records import video_record
-from d2ext.data.video.video_data import FRAMES, VideoData, natural_order, video_metadata
+from d2ext.data.video.video_data import FRAMES, VideoData, natural_order, videos_of_images
 
 _VIDEO_KEYS = ("video_id", "vid_id")
 _TRACK_KEYS = ("track_id", "instance_id")
@@ -73,21 +66,12 @@ def read_coco_video(json_file: str, content: Entry, image_root: str) -> VideoDat
         image_root,
         schema=FRAMES,
     )
-    records = {record["image_id"]: record for record in coco_records(file, image_root)}
     videos: dict[Id, list[Entry]] = {}
     for image in file.images:
         videos.setdefault(image["video_id"], []).append(image)
     _check_empty(json_file, content.get("videos"), videos)
-    result = []
-    for video_id, of_video in videos.items():
-        frames = []
-        for image in _in_order(json_file, video_id, of_video):
-            record = records[image["id"]]
-            if not annotated or image.get("is_labeled") is False:
-                del record["annotations"]
-            frames.append(record)
-        result.append(video_record(video_id, frames))
-    return VideoData(result, video_metadata(file, result))
+    ordered = [_in_order(json_file, video_id, of_video) for video_id, of_video in videos.items()]
+    return videos_of_images(file, ordered, image_root, annotated)
 
 
 def _video(image: Entry, named: bool) -> Any:

@@ -79,7 +79,7 @@ def _walk(root: str, folder: str = "") -> list[tuple[str, list[str]]]:
     pngs = [name for name in list_images(path) if name.lower().endswith(".png")]
     inner = [os.path.join(folder, name) for name in sorted(PathManager.ls(path))]
     folders = [f for f in inner if PathManager.isdir(os.path.join(root, f))]
-    return [(folder, pngs), *(found for f in folders for found in _walk(root, f))]
+    return [(folder, pngs), *(below for f in folders for below in _walk(root, f))]
 
 
 def _frames(

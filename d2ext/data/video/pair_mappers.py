@@ -146,7 +146,7 @@ class ClipMapper(PairMapper):
     def _draw_reference(self, target: Record) -> Record | None:
         """The dict of another frame; None: the target is the reference."""
         place = self._places.get((target["file_name"], target["frame"]))
-        if place is None:
+        if place is None or "video_length" not in target:  # an image, even if a video has it, too
             return None
         first = place - target["frame"]
         last = first + target["video_length"] - 1
@@ -154,8 +154,8 @@ class ClipMapper(PairMapper):
         candidates = [i for i in range(low, high + 1) if self._sizes[i] == self._sizes[place]]
         if not candidates:
             return None
-        chosen = candidates[np.random.randint(len(candidates))]
-        return None if chosen == place else self._frames[chosen]
+        selected = candidates[np.random.randint(len(candidates))]
+        return None if selected == place else self._frames[selected]
 
     def _read_flow(self, target: Record, reference: Record | None) -> np.ndarray | None:
         file_name = target.get("flow_file_name")
@@ -165,7 +165,7 @@ class ClipMapper(PairMapper):
         return np.full(shape, 0 if reference is None else np.nan, np.float32)
 
     def _read_sem_seg(self, dataset_dict: Record) -> np.ndarray | None:
-        if "video_id" in dataset_dict and "annotations" not in dataset_dict:
+        if "is_first" in dataset_dict and "annotations" not in dataset_dict:
             return None  # a reference that is not annotated
         return super()._read_sem_seg(dataset_dict)
 

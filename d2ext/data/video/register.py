@@ -184,6 +184,7 @@ def register_relabelled(
         return records
 
     DatasetCatalog.register(name, load)
+    MetadataCatalog.get(name).set(evaluator_type="coco")
 
 
 def register_builtin_videos() -> None:

@@ -14,8 +14,6 @@ from d2ext.data.coco_json import (
     Entry,
     check_lists,
     coco_file,
-    coco_records,
-    image_record,
     raise_problems,
 )
 from d2ext.data.coco_schema import (
@@ -29,14 +27,13 @@ from d2ext.data.coco_schema import (
     place,
     side,
 )
-from d2ext.data.video.records import video_record
 from d2ext.data.video.video_data import (
     FRAMES,
     IMAGE_SUFFIXES,
     VideoData,
     list_images,
     natural_order,
-    video_metadata,
+    videos_of_images,
 )
 
 
@@ -44,6 +41,8 @@ def _file_names(value: Any) -> list[str]:
     """A list of names, not empty."""
     if not isinstance(value, list) or not value or not all(isinstance(n, str) and n for n in value):
         raise ValueError("a list of the names of its frames")
+    if len(set(value)) < len(value):
+        raise ValueError("a list of different names")
     return value
 
 
@@ -122,17 +121,7 @@ def read_ytvis(json_file: str, content: Entry, image_root: str) -> VideoData:
         image_root,
         schema=FRAMES,
     )
-    records = {record["image_id"]: record for record in coco_records(file, image_root)}
-    result = []
-    for of_video in frames:
-        made = []
-        for image in of_video:
-            record = records.get(image["id"]) or image_record(image, image_root)
-            if not annotated or "json_index" not in image:
-                del record["annotations"]
-            made.append({**record, **{k: image[k] for k in ("json_index",) if k in image}})
-        result.append(video_record(of_video[0]["video_id"], made))
-    return VideoData(result, video_metadata(file, result))
+    return videos_of_images(file, frames, image_root, annotated)
 
 
 def _check_lengths(annotations: list[Entry], videos: list[Entry], findings: Findings) -> None:
@@ -170,7 +159,7 @@ def _frame_annotations(
 
 def _frames(videos: list[Entry], image_root: str) -> list[list[Entry]]:
     """For each video, entries of its frames in order: ``id`` (of all frames, from 1), ``file_name``,
-    ``height``, ``width``, ``video_id`` and, of listed ones, ``json_index``."""
+    ``height``, ``width``, ``video_id``; of listed ones ``json_index``, of others ``is_labeled``."""
     folders = [{os.path.dirname(name) for name in video["file_names"]} for video in videos]
     used = Counter(folder for of_video in folders for folder in of_video)
     frames: list[list[Entry]] = []
@@ -186,8 +175,7 @@ def _frames(videos: list[Entry], image_root: str) -> list[list[Entry]]:
             number += 1
             entry = {"id": number, "file_name": name, "video_id": video["id"]}
             entry.update(height=video["height"], width=video["width"])
-            if index is not None:
-                entry["json_index"] = index
+            entry.update({"is_labeled": False} if index is None else {"json_index": index})
             of_frames.append(entry)
         frames.append(of_frames)
     return frames
@@ -199,8 +187,8 @@ def _places(names: Sequence[str], there: dict[str, list[str]]) -> dict[str, int 
     for index, name in enumerate(names):
         if not name.lower().endswith(IMAGE_SUFFIXES):
             folder, base = os.path.split(name)
-            found = [n for n in there[folder] if os.path.splitext(n)[0] == base]
-            name = os.path.join(folder, found[0]) if found else f"{name}.jpg"
+            files = [n for n in there[folder] if os.path.splitext(n)[0] == base]
+            name = os.path.join(folder, files[0]) if files else f"{name}.jpg"
         result[name] = index
     return result
 

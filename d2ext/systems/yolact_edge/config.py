@@ -32,8 +32,9 @@ def add_yolact_edge_config(cfg: CfgNode) -> None:
     edge.KEY_PHASE = 0
     # Evaluate in KEY_INTERVAL passes with key frames shifted by one each, as published: means over them.
     edge.TEST_ALL_PHASES = False
-    # A frame also becomes a key frame if the mean cosine similarity of its flow features and the key
-    # frame's is below this (-1..1), as where the scene is cut. -1: never, as published.
+    # A frame also becomes a key frame if the mean cosine similarity to the key frame, of what the flow
+    # net's first convolution makes of each frame, is below this (-1..1), as where the scene is cut.
+    # -1: never, as published.
     edge.MIN_SIMILARITY = -1.0
     # Refine the features that were carried over with the frame's own lateral (published: SPA).
     edge.REFINEMENT = True

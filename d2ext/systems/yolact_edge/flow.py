@@ -61,27 +61,22 @@ class FlowNet(nn.Module):
         # In inference the first convolution in two: what reads the current frame, and the key frame.
         self.halves: nn.ModuleList | None = None
         widths = [width * 2**level for level in range(num_levels)]
+        # Of what gives a level's flow: the encoder's features and, but for the coarsest, those of the
+        # next level and its flow.
+        joined = [*(2 * own + 2 for own in widths[:-1]), widths[-1]]
         self.reduce = _conv3x3(channels, width)
-        self.encoder = nn.ModuleList()
-        self.up_features = nn.ModuleList()
-        self.up_flow = nn.ModuleList()
-        self.flow = nn.ModuleList()
-        self.scale = nn.ModuleList()
-        self.bias = nn.ModuleList()
-        coarser = 0  # channels of the decoder's features on the next level
-        for level in reversed(range(num_levels)):
-            own, first = widths[level], widths[level - 1] if level else 2 * width
-            pair = [_conv3x3(first, own, stride=2 if level else 1), _conv3x3(own, own)]
-            self.encoder.insert(0, nn.ModuleList(pair))
-            if coarser:
-                self.up_features.insert(0, _conv3x3(coarser, own, bias=False))
-                self.up_flow.insert(0, _conv3x3(2, 2, bias=False))
-                coarser = own + own + 2
-            else:
-                coarser = own
-            self.flow.insert(0, _conv3x3(coarser, 2, bias=False))
-            self.scale.insert(0, nn.Conv2d(coarser, channels, 1))
-            self.bias.insert(0, nn.Conv2d(coarser, channels, 1))
+        self.encoder = nn.ModuleList(
+            nn.ModuleList([_conv3x3(first, own, stride=2 if level else 1), _conv3x3(own, own)])
+            for level, (first, own) in enumerate(
+                zip([2 * width, *widths[:-1]], widths, strict=True)
+            )
+        )
+        up = list(zip(joined[1:], widths[:-1], strict=True))
+        self.up_features = nn.ModuleList(_conv3x3(next_, own, bias=False) for next_, own in up)
+        self.up_flow = nn.ModuleList(_conv3x3(2, 2, bias=False) for _ in up)
+        self.flow = nn.ModuleList(_conv3x3(inputs, 2, bias=False) for inputs in joined)
+        self.scale = nn.ModuleList(nn.Conv2d(inputs, channels, 1) for inputs in joined)
+        self.bias = nn.ModuleList(nn.Conv2d(inputs, channels, 1) for inputs in joined)
         self._init_weights(published_init)
 
     def _init_weights(self, published: bool) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2ext.systems.yolact_edge.flow import FLOW_UNITS, Motion
+from d2ext.systems.yolact.fpn import resize
+from d2ext.systems.yolact_edge.flow import FLOW_UNITS
 
 
 def warp_loss(
@@ -50,22 +51,19 @@ def flow_targets(flow: Tensor) -> Tensor:
     return flow * (2 * FLOW_UNITS / sides)
 
 
-def flow_loss(motions: Iterable[Motion], targets: Tensor, valid: Tensor) -> Tensor:
+def flow_loss(flows: Iterable[Tensor], targets: Tensor, valid: Tensor) -> Tensor:
     """Mean end-point error, summed over the levels; a scalar.
 
     Args:
-        motions: of all levels.
+        flows: of all levels (B, 2, h_l, w_l).
         targets: (B, 2, H, W) flow in the flow net's units; resized bilinearly to each level.
         valid: (B, H, W) bool; cells that any unknown pixel reaches do not count.
     """
     total = targets.new_zeros(())
     targets = targets.masked_fill(~valid[:, None], 0)
-    for motion in motions:
-        size = motion.flow.shape[-2:]
-        wanted = F.interpolate(targets, size, mode="bilinear", align_corners=False)
-        share = F.interpolate(valid[:, None].float(), size, mode="bilinear", align_corners=False)
-        known = share[:, 0] > 1 - 1e-4
-        error = (motion.flow.float() - wanted).square().sum(dim=1)
+    for flow in flows:
+        known = resize(valid[:, None].float(), flow)[:, 0] > 1 - 1e-4
+        error = (flow.float() - resize(targets, flow)).square().sum(dim=1)
         # The root's gradient at 0 is infinite.
         error = error.clamp(min=1e-12).sqrt()
         total = total + (error * known).sum() / known.sum().clamp(min=1)

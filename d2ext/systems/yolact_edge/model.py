@@ -18,7 +18,6 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor
-from torch.nn import functional as F
 
 from d2ext.config import ConfigError
 from d2ext.modeling.inference import InferenceNetwork
@@ -262,7 +261,7 @@ class YolactEdge(YOLACT, VideoMetaArch):
         """
         joint = step == "images"
         inputs = [x for x in batched_inputs if bool(x.get("joint")) == joint]
-        if step != "carried" and self.stage == "image":
+        if self.stage == "image":
             losses = super().forward(inputs)
             assert isinstance(losses, dict)
             return losses, None
@@ -328,16 +327,12 @@ class YolactEdge(YOLACT, VideoMetaArch):
             )
         encoded = self.flow_net.encode_key(self.flow_net.features(key))
         motions = self.flow_net(self.flow_net.features(current), encoded, finest=0)
-        side = (self.input_size, self.input_size)
-        targets, valid = [], []
-        for x in inputs:
-            flow = flow_targets(x["flow"].to(self.device)[None].float())
-            known = x["flow_valid"].to(self.device)[None, None].float()
-            flow = flow.masked_fill(known == 0, 0)
-            targets.append(F.interpolate(flow, side, mode="bilinear", align_corners=False)[0])
-            known = F.interpolate(known, side, mode="bilinear", align_corners=False)
-            valid.append(known[0, 0] > 1 - 1e-4)
-        return {"loss_flow": flow_loss(motions.values(), torch.stack(targets), torch.stack(valid))}
+        losses = []
+        for i, x in enumerate(inputs):  # whose flows may differ in size
+            flow, valid = x["flow"].to(self.device)[None], x["flow_valid"].to(self.device)[None]
+            flows = [motion.flow[i : i + 1] for motion in motions.values()]
+            losses.append(flow_loss(flows, flow_targets(flow.float()), valid))
+        return {"loss_flow": torch.stack(losses).mean()}
 
     # Inference
 
@@ -394,11 +389,11 @@ class YolactEdge(YOLACT, VideoMetaArch):
         return super().postprocess(predictions[: len(Detections._fields) + 1], batched_inputs)
 
     def _is_key(self, inputs: dict[str, Any], row: int, memory: YolactEdgeMemory | None) -> bool:
-        if memory is None or inputs.get("is_first"):
+        frame = inputs.get("frame")
+        if memory is None or inputs.get("is_first") or frame is None:
             return True
         if inputs.get("key_frame") is not None:
             return bool(inputs["key_frame"])
-        frame = inputs["frame"]
         since = frame - int(memory.key_frames[row])
         if frame < self.key_phase or since >= self.key_interval:
             return True

@@ -2,7 +2,7 @@
 
 Frames are evaluated as published (yolact_edge/NOTES.md §5): in as many passes as a key frame has frames,
 with key frames shifted by one each, so that every frame is seen at every distance. The fastest third of
-the objects, by the mean way of their box's centre from frame to frame, is also evaluated alone.
+the objects is also evaluated alone.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 from d2ext.data import build_test_loader
+from d2ext.data.coco_json import compressed_rle
+from d2ext.evaluation.track_ap import average_precision
 from d2ext.systems.yolact_edge import YolactEdge, YolactEdgeMemory
 from d2ext.tools.compare.comparison import COMPARISONS, Arm, Comparison, Plot, Series
 
 _CONFIG = "yolact_edge/yolact_edge_vid_shapes.yaml"
 _AP = "mask AP"
-# COCO's limit of detections a frame.
-_MAX_DETECTIONS = 100
 Annotation = dict[str, Any]
 
 
@@ -48,11 +48,7 @@ class KeptKeyFrame(YolactEdge):
         outputs, memory = super().step(inputs, memory)
         if outputs[0]["key_distance"] == 0:
             self._kept = outputs
-        return [{**x, **y} for x, y in zip(self._kept, _distances(outputs), strict=True)], memory
-
-
-def _distances(outputs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{"key_distance": x["key_distance"]} for x in outputs]
+        return [{**self._kept[0], "key_distance": outputs[0]["key_distance"]}], memory
 
 
 @COMPARISONS.register()
@@ -95,105 +91,99 @@ def measure(cfg: CfgNode, model: nn.Module) -> tuple[dict[str, float], Series]:
     """AP by distance, of all objects and of the fastest third."""
     assert isinstance(model, YolactEdge)
     (name,) = cfg.DATASETS.TEST
-    groups: dict[int, list[tuple[dict[str, Any], list[Annotation]]]] = defaultdict(list)
+    videos = DatasetCatalog.get(name)
+    annotated = {x["image_id"]: x for v in videos for x in v["frames"] if "annotations" in x}
+    # Of each distance, the annotated frames and the detections in them.
+    groups: dict[int, tuple[list[dict[str, Any]], list[Annotation]]] = defaultdict(lambda: ([], []))
     seconds = []
     batches = list(build_test_loader(cfg, name))
     model.test_all_phases = True
     for phase in model.evaluation_passes():
-        model.train()
-        model.eval()  # forgets the memory
         for batch in batches:
             start = time.perf_counter()
             (output,) = model(batch)
             if model.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
-            (inputs,) = batch
+            frame = annotated.get(batch[0]["image_id"])
             distance = output["key_distance"]
-            if distance > 0 or inputs["frame"] % model.key_interval == phase:
-                found = instances_to_coco_json(output["instances"].to("cpu"), inputs["image_id"])
-                groups[distance].append((inputs, found))
-    fast = fast_tracks(DatasetCatalog.get(name))
+            if frame and (distance > 0 or frame["frame"] % model.key_interval == phase):
+                frames, detections = groups[distance]
+                frames.append(frame)
+                instances = output["instances"].to("cpu")
+                detections += instances_to_coco_json(instances, frame["image_id"])
+    fast = fast_tracks(videos)
     results = {"ms": 1e3 * float(np.mean(seconds))}
     series: Series = {"distance": [], "fast": []}
-    for distance, frames in sorted(groups.items()):
+    for distance, group in sorted(groups.items()):
         for plot, key, tracks in (("distance", "d", None), ("fast", "fast/d", fast)):
-            value = average_precision(frames, DatasetCatalog.get(name), tracks)
+            value = mask_ap(*group, tracks)
             results[f"{key}{distance}"] = value
             series[plot].append((float(distance), value, 0.0))
     return results, series
 
 
 def fast_tracks(videos: Sequence[dict[str, Any]]) -> set[tuple[Any, int]]:
-    """(video, track) of the fastest third: by the mean way of the box's centre from frame to frame."""
+    """(video, track) of the fastest third.
+
+    By the mean way of the box's centre from one annotated frame to the next.
+    """
     centers: dict[tuple[Any, int], dict[int, np.ndarray]] = defaultdict(dict)
     for video in videos:
-        for frame in video["frames"]:
-            for annotation in frame.get("annotations", ()):
-                key = (video["video_id"], annotation["track_id"])
-                centers[key][frame["frame"]] = _box(annotation).reshape(2, 2).mean(axis=0)
+        annotated = [frame for frame in video["frames"] if "annotations" in frame]
+        for place, frame in enumerate(annotated):
+            for a in frame["annotations"]:
+                box = BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS)
+                center = np.reshape(box, (2, 2)).mean(axis=0)
+                centers[video["video_id"], a["track_id"]][place] = center
     speeds = {}
     for key, known in centers.items():
         ways = [np.linalg.norm(known[t + 1] - known[t]) for t in known if t + 1 in known]
         if ways:
             speeds[key] = float(np.mean(ways))
-    limit = np.quantile(list(speeds.values()), 2 / 3)
+    limit = np.quantile(list(speeds.values()), 2 / 3) if speeds else 0.0
     return {key for key, speed in speeds.items() if speed >= limit}
 
 
-def _box(annotation: Annotation) -> np.ndarray:
-    mode = annotation.get("bbox_mode", BoxMode.XYWH_ABS)
-    return np.array(BoxMode.convert(list(annotation["bbox"]), mode, BoxMode.XYXY_ABS))
-
-
-def average_precision(
-    frames: Sequence[tuple[dict[str, Any], list[Annotation]]],
-    videos: Sequence[dict[str, Any]],
+def mask_ap(
+    frames: Sequence[dict[str, Any]],
+    detections: Sequence[Annotation],
     tracks: set[tuple[Any, int]] | None,
 ) -> float:
-    """COCO's mask AP (0..100) of detections on some annotated frames.
+    """COCO's mask AP (0..100, NaN where no object counts) on some annotated frames.
 
     Args:
-        frames: (input, detections as COCO results with classes from 0).
+        detections: of these frames, COCO results with classes from 0.
         tracks: only these objects count, the others are ignored; None: all.
     """
-    annotated = {x["image_id"]: x for v in videos for x in v["frames"] if "annotations" in x}
-    images: list[dict[str, Any]] = []
     annotations: list[Annotation] = []
-    detections: list[Annotation] = []
-    for inputs, found in frames:
-        record = annotated.get(inputs["image_id"])
-        if record is None:
-            continue
-        height, width = record["height"], record["width"]
-        images.append({"id": record["image_id"], "height": height, "width": width})
-        detections += found
-        for a in record["annotations"]:
-            mask = a["segmentation"]
-            if isinstance(mask, list):
-                mask = mask_util.merge(mask_util.frPyObjects(mask, height, width))
-            counted = tracks is None or (record["video_id"], a["track_id"]) in tracks
+    for frame in frames:
+        for a in frame["annotations"]:
+            mask = compressed_rle(a["segmentation"], frame["height"], frame["width"])
+            counted = tracks is None or (frame["video_id"], a["track_id"]) in tracks
             annotations.append(
                 {
                     "id": len(annotations) + 1,
-                    "image_id": record["image_id"],
+                    "image_id": frame["image_id"],
                     "category_id": a["category_id"],
                     "segmentation": mask,
                     "area": float(mask_util.area(mask)),
-                    "bbox": mask_util.toBbox(mask).tolist(),
                     "iscrowd": int(a.get("iscrowd", 0) or not counted),
                 }
             )
-    categories = [{"id": i} for i in sorted({a["category_id"] for a in annotations})]
+    if not detections:
+        return 0.0
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
-        truth.dataset = {"images": images, "annotations": annotations, "categories": categories}
-        truth.createIndex()
-        if not detections:
-            return 0.0
-        evaluation = COCOeval(truth, truth.loadRes(detections), "segm")
-        evaluation.params.maxDets = [1, 10, _MAX_DETECTIONS]
+        targets = COCO()
+        targets.dataset = {
+            "images": [
+                {"id": f["image_id"], "height": f["height"], "width": f["width"]} for f in frames
+            ],
+            "categories": [{"id": i} for i in {a["category_id"] for a in annotations}],
+            "annotations": annotations,
+        }
+        targets.createIndex()
+        evaluation = COCOeval(targets, targets.loadRes(list(detections)), "segm")
         evaluation.evaluate()
         evaluation.accumulate()
-        evaluation.summarize()
-    return 100 * float(evaluation.stats[0])
+    return average_precision(evaluation.eval["precision"][:, :, :, 0, -1])

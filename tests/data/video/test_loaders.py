@@ -1,37 +1,16 @@
 """Loaders on data sets of videos: annotated frames for training, all of them in order for a test."""
 
-import copy
 import itertools
 import logging
-import uuid
 
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from d2ext.config import get_cfg
 from d2ext.data import DatasetError, build_test_loader, build_train_loader, get_dataset_dicts
-from d2ext.data.shapes import THING_CLASSES, VideoSet, load_shapes, load_shapes_video
+from d2ext.data.shapes import VideoSet, load_shapes, load_shapes_video
 from d2ext.data.video.records import video_record
 
 SHAPES = VideoSet("val", 3, 64, 64, length=5)
-
-
-@pytest.fixture
-def register():
-    """Register dicts; returns the name. Unregistered after the test."""
-    names = []
-
-    def add(records):
-        name = f"test_video_{uuid.uuid4().hex}"
-        DatasetCatalog.register(name, lambda: copy.deepcopy(records))
-        MetadataCatalog.get(name).thing_classes = list(THING_CLASSES)
-        names.append(name)
-        return name
-
-    yield add
-    for name in names:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.pop(name, None)
 
 
 @pytest.fixture
@@ -70,6 +49,11 @@ def test_images_and_videos_train_together(register, videos):
     cfg = make_cfg(images, name)
     records = get_dataset_dicts(cfg, [images, name], is_train=True)
     assert ["video_id" in r for r in records] == [False] * 4 + [True] * 15
+
+
+def test_images_that_name_a_video_are_images(register):
+    name = register([{**r, "video_id": 3} for r in load_shapes(SHAPES, "rle")[:3]])
+    assert len(list(build_test_loader(make_cfg(), name))) == 3
 
 
 def test_videos_that_nobody_annotated(register, videos):

@@ -1,8 +1,6 @@
 """Pairs of frames under one augmentation: pixels, ids and flow still belong together after it."""
 
-import copy
 import itertools
-import uuid
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
@@ -19,31 +17,13 @@ from d2ext.data import DatasetError, build_test_loader, build_train_loader
 from d2ext.data.build import build_mapper
 from d2ext.data.errors import AnnotationError, SampleError
 from d2ext.data.sampler import sample_randomness
-from d2ext.data.shapes import THING_CLASSES, VideoSet, load_shapes_flow, load_shapes_video
+from d2ext.data.shapes import VideoSet, load_shapes_flow, load_shapes_video
 from d2ext.data.shapes.video import SEEN
 from d2ext.data.video.flow import read_flow
 from d2ext.data.video.records import video_record
 
 SHAPES = VideoSet("train", 6, 128, 160, seed=3)
 RECIPES = ("ssd", "default", "centernet", "cornernet", "none")
-
-
-@pytest.fixture
-def register():
-    """Register dicts; returns the name. Unregistered after the test."""
-    names = []
-
-    def add(records, **metadata):
-        name = f"test_pair_mappers_{uuid.uuid4().hex}"
-        DatasetCatalog.register(name, lambda: copy.deepcopy(records))
-        MetadataCatalog.get(name).set(thing_classes=list(THING_CLASSES), **metadata)
-        names.append(name)
-        return name
-
-    yield add
-    for name in names:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.pop(name, None)
 
 
 @pytest.fixture
@@ -206,6 +186,17 @@ def test_images_are_videos_of_one_frame(register, clips):
         assert (sample["flow"] == 0).all() and sample["flow_valid"].any()
         ids = sample["instances"].gt_ids.tolist()
         assert len(set(ids)) == len(ids)
+
+
+def test_an_image_that_a_video_has_too(register, clips):
+    frame = load_shapes_video(SHAPES)[0]["frames"][0]
+    image = {k: frame[k] for k in ("file_name", "height", "width", "image_id", "annotations")}
+    for sample in train_samples(make_cfg(register([image]), clips, flow=False), 200):
+        if "video_id" not in sample:
+            assert sample["reference"]["image"] is sample["image"]
+            break
+    else:
+        pytest.fail("The image was left out.")
 
 
 @pytest.mark.parametrize("flow", [False, True])

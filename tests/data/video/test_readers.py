@@ -194,6 +194,10 @@ def test_tracks_of_boxes(frames):
             lambda c: c["videos"][1].update(file_names=[]),
             "'file_names' that is not a list of the names",
         ),
+        (
+            lambda c: c["videos"][0].update(file_names=["a/0.jpg", "a/5.jpg", "a/5.jpg"]),
+            "'file_names' that is not a list of different names",
+        ),
         (lambda c: c["videos"][0].pop("height"), "videos have no 'height': id 7"),
         (lambda c: c["annotations"][0].update(video_id=9), "video_id that is not in 'videos'"),
         (lambda c: c["annotations"][0].update(category_id=9), "category_id that is not in"),

@@ -9,12 +9,14 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
+from d2ext.config import get_cfg
 from d2ext.data import DatasetError
 from d2ext.data.dataset_dicts import load_dataset
 from d2ext.data.shapes.video import flow_bytes
 from d2ext.data.video import register as register_module
 from d2ext.data.video.flow_pairs import flow_pairs
 from d2ext.data.video.register import register_builtin_videos, register_relabelled
+from d2ext.evaluation import COCOEvaluator, build_evaluator
 from tests.data.video.test_readers import (
     HEIGHT,
     WIDTH,
@@ -79,7 +81,7 @@ def test_published_pairs_of_classes():
     assert pairs["sedan"] == "car" and "mouse" not in pairs
 
 
-def test_relabelled_images(real_data):
+def test_relabelled_images(real_data, tmp_path):
     target = "test_relabelled_target"
     MetadataCatalog.get(target).thing_classes = ["sedan", "yeti", "person"]
     name = "test_relabelled"
@@ -97,6 +99,7 @@ def test_relabelled_images(real_data):
             i: categories for i, categories in wanted.items() if categories
         }
         assert MetadataCatalog.get(name).thing_classes == ["sedan", "yeti", "person"]
+        assert isinstance(build_evaluator(get_cfg(), name, str(tmp_path)), COCOEvaluator)
     finally:
         DatasetCatalog.remove(name)
         MetadataCatalog.pop(name, None)

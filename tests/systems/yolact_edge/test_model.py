@@ -102,6 +102,8 @@ def test_a_new_video_begins_anew_even_where_the_caller_forgets() -> None:
     # Plain images, as DefaultPredictor gives them.
     image = {"image": second[1]["image"], "height": 60, "width": 80}
     assert model([image])[0]["key_distance"] == model([image])[0]["key_distance"] == 0
+    _, memory = model.step([first[0]], None)
+    assert model.step([image], memory)[0][0]["key_distance"] == 0
 
 
 def test_videos_in_step_give_what_each_gives_alone() -> None:
@@ -170,6 +172,11 @@ def test_flow_stage_learns_the_flow() -> None:
         optimizer.step()
         values.append(loss.item())
     assert values[-1] < 0.5 * values[0]
+    large = {**inputs[1], "image": inputs[1]["image"].repeat(1, 2, 2)}
+    large["flow"] = torch.ones(2, 120, 160)
+    large["flow_valid"] = torch.arange(160).expand(120, 160) > 40
+    alone = [model([x])["loss_flow"].item() for x in (inputs[0], large)]
+    assert model([inputs[0], large])["loss_flow"].item() == pytest.approx(sum(alone) / 2, rel=1e-5)
     unknown = [{**x, "flow_valid": torch.zeros(60, 80, dtype=torch.bool)} for x in inputs]
     assert model(unknown)["loss_flow"].item() == 0
 

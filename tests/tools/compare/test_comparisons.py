@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 
-from d2ext.data.shapes import ShapesSet, VideoSet, register_shapes
+from d2ext.data.shapes import ShapesSet, VideoSet, load_shapes_video, register_shapes
 from d2ext.data.shapes.export_video import export_video
 from d2ext.testing import random_inputs, tiny_config
 from d2ext.tools import compare
@@ -86,6 +88,32 @@ def test_kept_key_frames_do_not_change() -> None:
     assert [x["key_distance"] for x in outputs] == [0, 1, 2, 3, 4, 0]
     assert all(x["instances"] is outputs[0]["instances"] for x in outputs[:5])
     assert outputs[5]["instances"] is not outputs[0]["instances"]
+
+
+def test_fast_objects_and_their_ap() -> None:
+    """In videos of which every second frame is annotated."""
+    shapes = VideoSet("train", 2, 64, 64, length=8, every=2)
+    videos = load_shapes_video(shapes, "panoptic")
+    frames = [f for video in videos for f in video["frames"] if "annotations" in f]
+    fast = key_frames.fast_tracks(videos)
+    objects = [(f["image_id"], f["video_id"], a) for f in frames for a in f["annotations"]]
+    assert 0 < len(fast) < len({(video, a["track_id"]) for _, video, a in objects})
+    detections = [
+        {
+            "image_id": image_id,
+            "category_id": a["category_id"],
+            "segmentation": a["segmentation"],
+            "bbox": a["bbox"],
+            "score": 0.9 if (video, a["track_id"]) in fast else 0.8,
+        }
+        for image_id, video, a in objects
+    ]
+    for tracks in (None, fast):
+        assert key_frames.mask_ap(frames, copy.deepcopy(detections), tracks) == pytest.approx(100)
+    found = [d for d in detections if d["score"] > 0.8]
+    assert key_frames.mask_ap(frames, found, fast) == pytest.approx(100)
+    assert key_frames.mask_ap(frames, found, None) < 90
+    assert math.isnan(key_frames.mask_ap(frames, found, set()))
 
 
 @pytest.fixture(scope="module")
