@@ -23,7 +23,7 @@ from d2ext.data.video.records import flatten
 from tests.data.test_mutations import mutate
 from tests.data.video.test_readers import coco, polygon_of, rle_of, write_frames, ytvis
 
-CASES = int(os.environ.get("D2EXT_MUTATIONS", "1200")) // 4
+CASES = int(os.environ.get("D2EXT_MUTATIONS", "1200")) // 8
 
 
 def coco_with_masks():

@@ -143,8 +143,8 @@ def test_files_to_tracks(run: Train, files: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [IMAGE, VIDEO, (*IMAGE, *JOINT[-2:]), JOINT],
-    ids=["image", "video", "image-joint", "video-joint"],
+    [(*IMAGE, *JOINT[-2:]), JOINT],
+    ids=["image", "video"],
 )
 def test_resumed_training_is_the_same(
     run: Train, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
