@@ -294,6 +294,12 @@ def stored_size(file_name: str) -> tuple[tuple[int, int], int]:
         return (image.height, image.width), orientation
 
 
+def upright_size(file_name: str) -> tuple[int, int]:
+    """Height and width of an image file as :func:`read_image` gives it; see :func:`stored_size`."""
+    (height, width), orientation = stored_size(file_name)
+    return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
+
+
 def _upright(image: Image.Image) -> Image.Image:
     """Apply the EXIF orientation, if the file has a readable one."""
     try:

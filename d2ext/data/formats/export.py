@@ -27,7 +27,7 @@ from pycocotools import mask as mask_util
 
 from d2ext.data.cache import cache_folder
 from d2ext.data.errors import DatasetError
-from d2ext.data.image_io import stored_size
+from d2ext.data.image_io import upright_size
 from d2ext.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ class Export:
 
     def add_image(self, name: str, size: tuple[int, int] | None = None) -> dict[str, Any]:
         """Add an image of ``size`` (height, width), by default what the file has."""
-        height, width = size or _image_size(self.root / name)
+        height, width = size or upright_size(str(self.root / name))
         image = {"id": len(self.images) + 1, "file_name": name, "height": height, "width": width}
         self.images.append(image)
         return image
@@ -176,12 +176,6 @@ class Export:
             with atomic_write(path, "w") as file:
                 file.write(text)
         return str(path)
-
-
-def _image_size(path: Path) -> tuple[int, int]:
-    """Height and width of an upright image file."""
-    (height, width), orientation = stored_size(str(path))
-    return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
 
 @contextmanager

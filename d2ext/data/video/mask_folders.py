@@ -21,7 +21,7 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from d2ext.data.errors import AnnotationError, DatasetError, ImageReadError, shorten
-from d2ext.data.image_io import label_bits, read_label_map, stored_size
+from d2ext.data.image_io import label_bits, read_label_map, upright_size
 from d2ext.data.video.records import Record, video_record
 from d2ext.data.video.video_data import VideoData, list_images
 
@@ -124,10 +124,7 @@ def _annotate(frames: list[Record], mots: bool, classes: Sequence[str]) -> None:
         file_name = frame.pop("mask", None)
         if file_name is None:
             with contextlib.suppress(OSError):  # a broken image is told when it is needed
-                (height, width), orientation = stored_size(frame["file_name"])
-                frame["height"], frame["width"] = (
-                    (width, height) if orientation >= 5 else (height, width)
-                )
+                frame["height"], frame["width"] = upright_size(frame["file_name"])
             continue
         (frame["height"], frame["width"]), masks = maps[file_name]
         frame["annotations"] = [
