@@ -127,13 +127,13 @@ def load_images(name: str) -> list[Record]:
 
 def _annotated(name: str, records: list[Record]) -> list[Record]:
     """Frames without annotations are left out; images are as they are."""
-    left = [r for r in records if "annotations" in r or "is_first" not in r]
-    if not left:
+    annotated = [r for r in records if "annotations" in r or "is_first" not in r]
+    if not annotated:
         raise DatasetError(
             f"No frame of the videos of data set '{name}' is annotated (the public files of validation "
             "and test sets have no annotations)."
         )
-    return left
+    return annotated
 
 
 def _proposal_file(cfg: CfgNode, name: str, is_train: bool) -> str:

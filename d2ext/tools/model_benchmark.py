@@ -208,7 +208,7 @@ class StreamPredictor(BatchPredictor):
 
     def __init__(self, cfg: CfgNode, model: nn.Module) -> None:
         super().__init__(cfg, model)
-        self.period = cfg.MODEL.YOLACT_EDGE.KEY_INTERVAL
+        self.period = model.key_interval
         self._frame = 0
 
     def upload(

@@ -49,7 +49,7 @@ def flow_pairs(
         raise DatasetError(
             f"{len(incomplete)} of {len(parts)} pairs in '{folder}' lack a file: {shorten(incomplete)}."
         )
-    kinds = _kinds(len(parts), split_file)
+    splits = _splits(len(parts), split_file)
     return [
         {
             "file_name": files["img1"],
@@ -57,12 +57,12 @@ def flow_pairs(
             "reference": {"file_name": files["img2"]},
             "flow_file_name": files["flow"],
         }
-        for i, (files, kind) in enumerate(zip(parts.values(), kinds, strict=True))
-        if split in (None, kind)
+        for i, (files, own) in enumerate(zip(parts.values(), splits, strict=True))
+        if split in (None, own)
     ]
 
 
-def _kinds(count: int, split_file: str | None) -> list[str]:
+def _splits(count: int, split_file: str | None) -> list[str]:
     """Which split each pair belongs to."""
     if split_file is None or not PathManager.isfile(split_file):
         return ["val" if i % _EVERY == _EVERY - 1 else "train" for i in range(count)]

@@ -410,11 +410,11 @@ class YolactEdge(YOLACT, VideoMetaArch):
     ) -> tuple[list[Tensor], YolactEdgeMemory]:
         """Decoded predictions of key frames and others in the order of the videos, and the memory."""
         count = len(results) - self.num_memory
-        decoded, kept = list(results[:count]), list(results[count:])
+        decoded, new = list(results[:count]), list(results[count:])
         key_numbers = torch.tensor([numbers[i] for i in key])
         if memory is None or len(key) == len(numbers):
-            return decoded, YolactEdgeMemory(kept[1:], kept[0], key_numbers)
-        features, *sums = replace_rows(memory.tensors(), key, kept)
+            return decoded, YolactEdgeMemory(new[1:], new[0], key_numbers)
+        features, *sums = replace_rows(memory.tensors(), key, new)
         (frames,) = replace_rows([memory.key_frames], key, [key_numbers])
         if others:
             order = [*others, *key]
