@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 StateDict = Mapping[str, Tensor]
@@ -66,6 +67,26 @@ def apply_rules(state_dict: StateDict, rules: Iterable[Rule]) -> dict[str, Tenso
             "Is this a checkpoint of another system, or already converted?"
         )
     return converted
+
+
+def background_last(
+    state_dict: StateDict, class_rows: Mapping[str, int], keep: str
+) -> dict[str, Tensor]:
+    """Published class layers have the background first; Detectron2 has it last, and only in one.
+
+    Args:
+        state_dict: published names.
+        class_rows: name of a layer whose rows are classes → rows of each class.
+        keep: the layer that has the background in Detectron2, too; it is dropped from the others.
+    """
+    reordered = dict(state_dict)
+    for name, rows in class_rows.items():
+        for leaf in ("weight", "bias"):
+            value = reordered.get(f"{name}.{leaf}")
+            if value is not None:
+                background = [value[:rows]] if name == keep else []
+                reordered[f"{name}.{leaf}"] = torch.cat([value[rows:], *background])
+    return reordered
 
 
 def register_converter(system: str) -> Callable[[Converter], Converter]:

@@ -66,6 +66,42 @@ def resize_like_opencv(image: Tensor, height: int, width: int) -> Tensor:
     return ((above + below + 2) >> 2).clamp(0, 255).to(torch.uint8)
 
 
+def resize_crops_like_opencv(masks: Tensor, index: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Crops of masks, each resized as ``cv2.resize`` does with bytes of 0 and 1.
+
+    Args:
+        masks: (G, H, W) bool.
+        index: (R,) int64 which mask to crop.
+        boxes: (R, 4) int64 first and last column and row, x1, y1, x2, y2, inside the mask.
+        size: side of the result.
+
+    Returns:
+        (R, size, size) bool.
+    """
+    places, weights = [], []
+    for low, high, rows in ((boxes[:, 1], boxes[:, 3], True), (boxes[:, 0], boxes[:, 2], False)):
+        old = (high - low + 1).clamp(min=1)[:, None]
+        cells = torch.arange(size, device=boxes.device, dtype=torch.float64)
+        place = ((cells + 0.5) * (old.double() / size) - 0.5).float()
+        first = place.floor()
+        part = place - first
+        if not rows:  # OpenCV leaves the fraction beyond the outermost rows as it is
+            part[(first < 0) | (first >= old - 1)] = 0
+        second = (first.long() + 1).clamp(min=0).minimum(old - 1)
+        first = first.long().clamp(min=0).minimum(old - 1)
+        places.append((first + low[:, None], second + low[:, None]))
+        pair = torch.stack([1 - part, part]).mul(_RESIZE_ONE).round().to(torch.int32)
+        weights.append((pair[0], pair[1]))
+    which = index[:, None, None]
+    result = torch.zeros((), dtype=torch.int32, device=masks.device)
+    for row, row_weight in zip(*(x[0] for x in (places, weights)), strict=True):
+        line = torch.zeros((), dtype=torch.int32, device=masks.device)
+        for column, weight in zip(*(x[1] for x in (places, weights)), strict=True):
+            line = line + masks[which, row[:, :, None], column[:, None, :]] * weight[:, None, :]
+        result = result + (((line >> 4) * row_weight[:, :, None]) >> 16)
+    return ((result + 2) >> 2) > 0
+
+
 def warp_like_opencv(
     image: Tensor, inverse: Sequence[Sequence[float]], height: int, width: int
 ) -> Tensor:

@@ -6,6 +6,7 @@ from d2ext.systems import (  # noqa: F401
     cornernet,
     landmarks,
     upsnet,
+    vpsnet,
     yolact,
     yolact_edge,
 )

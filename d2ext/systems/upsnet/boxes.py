@@ -152,6 +152,8 @@ class PyramidRoIAlign(nn.Module):
         # The CPU kernel has no bfloat16; the result goes back to the feature's dtype.
         rois = rois.to(feature.dtype) if feature.dtype == torch.float64 else rois.float()
         values = feature if feature.dtype == rois.dtype else feature.float()
-        return roi_align(
-            values, rois, self.size, 1.0 / stride, self.sampling_ratio, aligned=False
-        ).to(feature.dtype)
+        return self._align(values, rois, stride).to(feature.dtype)
+
+    def _align(self, feature: Tensor, rois: Tensor, stride: int) -> Tensor:
+        """Pool regions (R, 5), each an image's index and an inclusive box, from one level."""
+        return roi_align(feature, rois, self.size, 1.0 / stride, self.sampling_ratio, aligned=False)

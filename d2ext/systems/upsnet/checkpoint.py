@@ -14,6 +14,7 @@ from d2ext.checkpoint.convert import (
     Rule,
     StateDict,
     apply_rules,
+    background_last,
     register_converter,
 )
 
@@ -79,15 +80,7 @@ def convert_upsnet(state_dict: StateDict) -> dict[str, Tensor]:
             "another system, or is already converted. (ImageNet weights of a caffe-style ResNet "
             "need no conversion: set MODEL.WEIGHTS to them.)"
         )
-    reordered = dict(state_dict)
-    for name, rows in _CLASS_ROWS.items():
-        for leaf in ("weight", "bias"):
-            value = reordered.get(f"{name}.{leaf}")
-            if value is None:
-                continue
-            background = [value[:rows]] if name == "rcnn.cls_score" else []
-            reordered[f"{name}.{leaf}"] = torch.cat([value[rows:], *background])
-    return apply_rules(reordered, _RULES)
+    return apply_rules(background_last(state_dict, _CLASS_ROWS, "rcnn.cls_score"), _RULES)
 
 
 @register_converter("upsnet_coco_to_cityscapes")

@@ -10,9 +10,8 @@ Letters: N images, S stuff classes, T thing classes, R regions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.colormap import colormap
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from d2ext.modeling.meta_arch import MetaArch, image_size, output_size
 from d2ext.systems.upsnet import losses as L
@@ -71,6 +70,14 @@ def _unchanged(predictions: UPSNetPredictions) -> UPSNetPredictions:
 @META_ARCH_REGISTRY.register()
 class UPSNet(MetaArch):
     """UPSNet."""
+
+    postprocessor_class: ClassVar[type[UPSNetPostprocessor]] = UPSNetPostprocessor
+    # An image's training dict → its targets.
+    read_targets: ClassVar[Callable[..., Any]] = staticmethod(T.read_targets)
+    # An image's panoptic logits and target → its loss.
+    panoptic_cross_entropy: ClassVar[Callable[[Tensor, Tensor], Tensor]] = staticmethod(
+        L.panoptic_loss
+    )
 
     @configurable
     def __init__(
@@ -128,34 +135,16 @@ class UPSNet(MetaArch):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        upsnet, combine = cfg.MODEL.UPSNET, cfg.MODEL.PANOPTIC_FPN.COMBINE
-        if upsnet.TEST.PANOPTIC not in ("head", "heuristic"):
-            raise ValueError(
-                f'MODEL.UPSNET.TEST.PANOPTIC is "head" or "heuristic", not "{upsnet.TEST.PANOPTIC}".'
-            )
-        heuristic = {
-            "overlap_threshold": combine.OVERLAP_THRESH,
-            "stuff_area_thresh": combine.STUFF_AREA_LIMIT,
-            "instances_score_thresh": combine.INSTANCES_CONFIDENCE_THRESH,
-        }
+        upsnet = cfg.MODEL.UPSNET
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
-        postprocessor = UPSNetPostprocessor(
-            num_stuff=upsnet.NUM_STUFF,
-            num_things=cfg.MODEL.ROI_HEADS.NUM_CLASSES,
-            overlap_fraction=upsnet.TEST.OVERLAP_FRACTION,
-            unknown=upsnet.TEST.UNKNOWN,
-            category_ids=upsnet.CATEGORY_IDS,
-            stuff_area_limit=upsnet.TEST.STUFF_AREA_LIMIT,
-            heuristic=heuristic if upsnet.TEST.PANOPTIC == "heuristic" else None,
-        )
         return {
             **super().from_config(cfg),
             "backbone": backbone,
             "proposal_generator": build_proposal_generator(cfg, shapes),
             "roi_heads": build_roi_heads(cfg, shapes),
             "sem_seg_head": build_sem_seg_head(cfg, shapes),
-            "postprocessor": postprocessor,
+            "postprocessor": cls.postprocessor_class(cfg),
             "labels_with_things": cfg.INPUT.SEM_SEG_WITH_THINGS,
             **{key.lower(): value for key, value in upsnet.LOSS.items()},
             "candidate_score_threshold": upsnet.TEST.SCORE_THRESH,
@@ -179,7 +168,7 @@ class UPSNet(MetaArch):
             "with_things": self.labels_with_things,
             "device": self.device,
         }
-        return [T.read_targets(inputs, **options) for inputs in batched_inputs]
+        return [self.read_targets(inputs, **options) for inputs in batched_inputs]
 
     def losses(
         self, predictions: UPSNetPredictions, targets: list[UPSNetTargets]
@@ -192,7 +181,7 @@ class UPSNet(MetaArch):
             [x.rpn_instances for x in targets],
         )
         regions = [self.roi_heads.sample(*pair) for pair in zip(proposals, targets, strict=True)]
-        losses.update(self.region_losses(predictions.features, regions, targets))
+        losses.update(self.region_losses(predictions, regions, targets))
         labels = ImageList.from_tensors(
             [x.semantic for x in targets], self.backbone.size_divisibility, T.IGNORE
         ).tensor
@@ -211,10 +200,13 @@ class UPSNet(MetaArch):
         return losses
 
     def region_losses(
-        self, features: dict[str, Tensor], regions: list[Instances], targets: list[UPSNetTargets]
+        self,
+        predictions: UPSNetPredictions,
+        regions: list[Instances],
+        targets: Sequence[UPSNetTargets],
     ) -> dict[str, Tensor]:
         """``loss_cls``, ``loss_box_reg`` and ``loss_mask`` of given regions."""
-        heads = self.roi_heads
+        heads, features = self.roi_heads, predictions.features
         losses = L.box_losses(
             *heads.predict_boxes(features, [x.proposal_boxes.tensor for x in regions]),
             torch.cat([x.gt_classes for x in regions]),
@@ -229,7 +221,7 @@ class UPSNet(MetaArch):
         boxes = [x.proposal_boxes.tensor for x in positive]
         masks = heads.predict_masks(features, boxes, torch.cat([x.gt_classes for x in positive]))
         mask_targets = [
-            heads.mask_targets(x, t, masks.shape[-1]) for x, t in zip(boxes, targets, strict=True)
+            heads.mask_targets(x, t, masks.shape[-1]) for x, t in zip(positive, targets, strict=True)
         ]
         losses["loss_mask"] = L.mask_loss(masks, torch.cat(mask_targets), [len(x) for x in boxes])
         return losses
@@ -281,7 +273,7 @@ class UPSNet(MetaArch):
                     num_stuff=self.num_stuff,
                     unknown=unknown,
                 )
-                total = total + L.panoptic_loss(logits.joined, target)
+                total = total + self.panoptic_cross_entropy(logits.joined, target)
         return total / len(targets)
 
     def sample_instances(self, count: int) -> Tensor:
@@ -348,19 +340,28 @@ class UPSNet(MetaArch):
         """Boxes (R, T, 4) and class probabilities (R, T) of an image of the given (height, width) →
         detections, and candidates of the panoptic head; see :func:`postprocess.select`."""
         predictor = self.roi_heads.box_predictor
-        select_from = partial(select, boxes, probabilities, size)
-        return (
-            select_from(
-                score_threshold=predictor.test_score_thresh,
-                nms_threshold=predictor.test_nms_thresh,
-                limit=predictor.test_topk_per_image,
-            ),
-            select_from(
-                score_threshold=self.candidate_score_threshold,
-                nms_threshold=self.candidate_nms_threshold,
-                limit=self.max_candidates,
-                across_classes=True,
-            ),
+        detections = select(
+            boxes,
+            probabilities,
+            size,
+            score_threshold=predictor.test_score_thresh,
+            nms_threshold=predictor.test_nms_thresh,
+            limit=predictor.test_topk_per_image,
+        )
+        return detections, self.select_candidates(boxes, probabilities, size)
+
+    def select_candidates(
+        self, boxes: Tensor, probabilities: Tensor, size: tuple[int, int]
+    ) -> Instances:
+        """Candidates of the panoptic head; see :meth:`select`."""
+        return select(
+            boxes,
+            probabilities,
+            size,
+            score_threshold=self.candidate_score_threshold,
+            nms_threshold=self.candidate_nms_threshold,
+            limit=self.max_candidates,
+            across_classes=True,
         )
 
     def predict_masks(
@@ -390,7 +391,7 @@ class UPSNet(MetaArch):
         from detectron2.utils.visualizer import Visualizer
 
         inputs = batched_inputs[0] | {"height": None, "width": None}
-        first = tree_map(lambda x: x[:1].float(), predictions)
+        first = tree_map_only(Tensor, lambda x: x[:1].float(), predictions)
         with inference_context(self.proposal_generator), inference_context(self.roi_heads):
             predicted = self.postprocess(first, [inputs])[0]["panoptic_seg"]
         image = inputs["image"].permute(1, 2, 0).clamp(0, 255).cpu()

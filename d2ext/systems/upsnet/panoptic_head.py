@@ -127,6 +127,7 @@ def predict_panoptic(
     num_stuff: int,
     overlap_fraction: float = 0.3,
     unknown: bool = True,
+    dummy: bool = True,
 ) -> PanopticPrediction:
     """Prune the candidates' masks and take the arg max of Z.
 
@@ -140,8 +141,9 @@ def predict_panoptic(
         num_stuff: S.
         overlap_fraction: see :func:`d2ext.layers.panoptic_fusion.prune_masks`.
         unknown: whether there is the channel (5).
+        dummy: without candidates, a channel of zeros stands for them, as published.
     """
-    if len(boxes) == 0:
+    if len(boxes) == 0 and dummy:
         # As published: a dummy box of class 0 (background), which is a channel of zeros; where it wins,
         # that class is read as the last stuff class.
         boxes = score.new_zeros((1, 4), dtype=torch.float32)
@@ -149,7 +151,7 @@ def predict_panoptic(
         masks = boxes.new_full((1, *masks.shape[1:]), -1.0)
     keep = prune_masks(masks, boxes, classes, scores, size, overlap_fraction)
     masks = masks[keep]
-    if len(keep) == 0:
+    if len(keep) == 0 and len(boxes) > 0:
         # Published: the first candidate, without its mask.
         keep = keep.new_zeros(1)
         masks = boxes.new_zeros((1, *masks.shape[1:]))

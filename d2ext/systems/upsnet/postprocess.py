@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from detectron2.config import CfgNode, configurable
 from detectron2.layers import paste_masks_in_image
 from detectron2.modeling.meta_arch.panoptic_fpn import combine_semantic_and_instance_outputs
 from detectron2.structures import Boxes, Instances
@@ -131,7 +132,13 @@ def clean(
 
 
 def segments(
-    panoptic: PanopticMap, classes: Tensor, scores: Tensor, *, num_stuff: int, category_ids: str
+    panoptic: PanopticMap,
+    classes: Tensor,
+    scores: Tensor,
+    *,
+    num_stuff: int,
+    category_ids: str,
+    track_ids: Tensor | None = None,
 ) -> tuple[Tensor, list[dict[str, Any]]]:
     """Detectron2's ``panoptic_seg``.
 
@@ -140,16 +147,19 @@ def segments(
         classes, scores: (n,) of the instances.
         num_stuff: S.
         category_ids: "separated" (things 0..T-1, stuff 1..S) or "joint" (stuff 0..S-1, things S..).
+        track_ids: (n,) of the instances, if they have ids.
 
     Returns:
         (H, W) int32 map of segment ids, 0 void; and for each segment ``id`` (from 1), ``category_id``,
-        ``isthing``, ``score`` (of the detection; 1 for stuff), ``area`` in pixels.
+        ``isthing``, ``score`` (of the detection; 1 for stuff), ``area`` in pixels, things also
+        ``track_id`` if they have one.
     """
     joint = category_ids == "joint"
     areas = panoptic.areas.tolist()
     categories = [*range(1 - joint, num_stuff + 1 - joint)]
     categories += (classes + num_stuff * joint).tolist()
     confidences = [1.0] * num_stuff + scores.tolist()
+    tracks = None if track_ids is None else track_ids.tolist()
     ids = torch.zeros(len(areas) + 1, dtype=torch.int32)  # the last: void
     infos: list[dict[str, Any]] = []
     # Things first, as Detectron2's own merge.
@@ -166,6 +176,8 @@ def segments(
                 "area": areas[label],
             }
         )
+        if tracks is not None and label >= num_stuff:
+            infos[-1]["track_id"] = tracks[label - num_stuff]
     return ids.to(panoptic.labels.device)[panoptic.labels], infos
 
 
@@ -181,6 +193,10 @@ class UPSNetPostprocessor:
             of Detectron2's ``combine_semantic_and_instance_outputs``.
     """
 
+    # See `predict_panoptic`.
+    dummy = True
+
+    @configurable
     def __init__(
         self,
         *,
@@ -203,6 +219,28 @@ class UPSNetPostprocessor:
         self.category_ids = category_ids
         self.stuff_area_limit = stuff_area_limit
         self.heuristic = heuristic
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        upsnet, combine = cfg.MODEL.UPSNET, cfg.MODEL.PANOPTIC_FPN.COMBINE
+        if upsnet.TEST.PANOPTIC not in ("head", "heuristic"):
+            raise ValueError(
+                f'MODEL.UPSNET.TEST.PANOPTIC is "head" or "heuristic", not "{upsnet.TEST.PANOPTIC}".'
+            )
+        heuristic = {
+            "overlap_threshold": combine.OVERLAP_THRESH,
+            "stuff_area_thresh": combine.STUFF_AREA_LIMIT,
+            "instances_score_thresh": combine.INSTANCES_CONFIDENCE_THRESH,
+        }
+        return {
+            "num_stuff": upsnet.NUM_STUFF,
+            "num_things": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+            "overlap_fraction": upsnet.TEST.OVERLAP_FRACTION,
+            "unknown": upsnet.TEST.UNKNOWN,
+            "category_ids": upsnet.CATEGORY_IDS,
+            "stuff_area_limit": upsnet.TEST.STUFF_AREA_LIMIT,
+            "heuristic": heuristic if upsnet.TEST.PANOPTIC == "heuristic" else None,
+        }
 
     def __call__(
         self, score: Tensor, detections: Instances, candidates: Instances, size: tuple[int, int]
@@ -230,10 +268,15 @@ class UPSNetPostprocessor:
             num_stuff=self.num_stuff,
             overlap_fraction=self.overlap_fraction,
             unknown=self.unknown,
+            dummy=self.dummy,
         )
 
     def segments(
-        self, prediction: PanopticPrediction, image_size: tuple[int, int], size: tuple[int, int]
+        self,
+        prediction: PanopticPrediction,
+        image_size: tuple[int, int],
+        size: tuple[int, int],
+        track_ids: Tensor | None = None,
     ) -> tuple[Tensor, list[dict[str, Any]]]:
         """The panoptic map of an image of ``image_size`` → ``panoptic_seg`` at the output's size."""
         panoptic = clean(
@@ -250,6 +293,7 @@ class UPSNetPostprocessor:
             prediction.scores,
             num_stuff=self.num_stuff,
             category_ids=self.category_ids,
+            track_ids=track_ids,
         )
 
     def instances(self, detections: Instances, size: tuple[int, int]) -> Instances:

@@ -10,7 +10,7 @@ Letters: N images, R regions, T thing classes, M side of a mask's logits (28).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from detectron2.config import CfgNode
@@ -32,10 +32,12 @@ class UPSNetROIHeads(StandardROIHeads):
     """Box and mask heads. The model calls :meth:`predict_boxes` and :meth:`predict_masks`; targets come
     from :meth:`sample` and :meth:`mask_targets`."""
 
+    pooler_class: ClassVar[type[PyramidRoIAlign]] = PyramidRoIAlign
+
     @classmethod
     def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         parts = super()._init_box_head(cfg, input_shape)
-        parts["box_pooler"] = _pooler(cfg.MODEL.ROI_BOX_HEAD, cfg, input_shape)
+        parts["box_pooler"] = cls._pooler(cfg.MODEL.ROI_BOX_HEAD, cfg, input_shape)
         return parts
 
     @classmethod
@@ -43,16 +45,28 @@ class UPSNetROIHeads(StandardROIHeads):
         if not cfg.MODEL.MASK_ON:
             raise ConfigError("UPSNet needs its mask head: set MODEL.MASK_ON to True.")
         parts = super()._init_mask_head(cfg, input_shape)
-        parts["mask_pooler"] = _pooler(cfg.MODEL.ROI_MASK_HEAD, cfg, input_shape)
+        parts["mask_pooler"] = cls._pooler(cfg.MODEL.ROI_MASK_HEAD, cfg, input_shape)
         return parts
+
+    @classmethod
+    def _pooler(
+        cls, head: CfgNode, cfg: CfgNode, input_shape: dict[str, ShapeSpec]
+    ) -> PyramidRoIAlign:
+        if head.POOLER_TYPE != "ROIAlign":
+            raise ValueError(f'UPSNet pools with "ROIAlign", not "{head.POOLER_TYPE}".')
+        strides = [input_shape[name].stride for name in cfg.MODEL.ROI_HEADS.IN_FEATURES]
+        return cls.pooler_class(head.POOLER_RESOLUTION, strides, head.POOLER_SAMPLING_RATIO)
+
+    def pool_boxes(self, features: dict[str, Tensor], boxes: Sequence[Tensor]) -> Tensor:
+        """Boxes of N images → what they look like (R, C, s, s), input of the box head."""
+        maps = [features[name] for name in self.box_in_features]
+        return self.box_pooler(maps, [Boxes(x) for x in boxes])
 
     def predict_boxes(
         self, features: dict[str, Tensor], boxes: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Boxes of N images → class logits (R, T + 1), background last, and deltas (R, T, 4)."""
-        maps = [features[name] for name in self.box_in_features]
-        pooled = self.box_pooler(maps, [Boxes(x) for x in boxes])
-        logits, deltas = self.box_predictor(self.box_head(pooled))
+        logits, deltas = self.box_predictor(self.box_head(self.pool_boxes(features, boxes)))
         return logits.float(), deltas.float().unflatten(1, (self.num_classes, 4))
 
     def predict_masks(
@@ -113,34 +127,29 @@ class UPSNetROIHeads(StandardROIHeads):
         return regions
 
     @torch.no_grad()
-    def mask_targets(self, boxes: Tensor, targets: UPSNetTargets, size: int) -> Tensor:
+    def mask_targets(self, regions: Instances, targets: UPSNetTargets, size: int) -> Tensor:
         """Mask targets of positive regions: the mask, within the inclusive region, of the object (not
         of a crowd) whose mask's extent overlaps the region most.
 
         Args:
-            boxes: (R, 4) positive regions.
+            regions: positive ones of :meth:`sample`.
             targets: only ``gt_masks`` is used.
             size: M.
 
         Returns:
             (R, M, M) float32; zeros without objects (the regions are positives of a crowd then).
         """
+        boxes = regions.proposal_boxes.tensor
         if len(targets.instances) == 0 or len(boxes) == 0:
             return boxes.new_zeros((len(boxes), size, size))
         masks: PolygonMasks | BitMasks = targets.instances.gt_masks
         extents = masks.get_bounding_boxes().tensor.to(boxes.device).float()
-        regions, pixel = inclusive(boxes), targets.pixel
+        boxes, pixel = inclusive(boxes), targets.pixel
         if isinstance(masks, PolygonMasks):
             extents = end_behind(extents, pixel)
-        iou = pairwise_iou(Boxes(end_behind(regions, pixel)), Boxes(extents))
+        iou = pairwise_iou(Boxes(end_behind(boxes, pixel)), Boxes(extents))
         nearest = iou.nan_to_num(0.0).argmax(dim=1)
-        low = regions[:, :2]
-        regions = torch.cat([low, torch.maximum(regions[:, 2:], low + pixel)], dim=1)
-        return masks[nearest].crop_and_resize(regions, size).to(boxes.device).float()
+        low = boxes[:, :2]
+        boxes = torch.cat([low, torch.maximum(boxes[:, 2:], low + pixel)], dim=1)
+        return masks[nearest].crop_and_resize(boxes, size).to(boxes.device).float()
 
-
-def _pooler(head: CfgNode, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> PyramidRoIAlign:
-    if head.POOLER_TYPE != "ROIAlign":
-        raise ValueError(f'UPSNet pools with "ROIAlign", not "{head.POOLER_TYPE}".')
-    strides = [input_shape[name].stride for name in cfg.MODEL.ROI_HEADS.IN_FEATURES]
-    return PyramidRoIAlign(head.POOLER_RESOLUTION, strides, head.POOLER_SAMPLING_RATIO)

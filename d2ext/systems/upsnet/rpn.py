@@ -76,13 +76,21 @@ class UPSNetRPN(RPN):
             inside = inside.nonzero()[:, 0]
             label = every.new_full((len(every),), -1, dtype=torch.int64)
             boxes = torch.zeros_like(every)
-            iou, best = match(targets.gt_boxes, Boxes(every[inside]))
-            label[inside] = self._sample(iou)
+            label[inside], best = self._label(targets.gt_boxes, Boxes(every[inside]))
             if len(targets) > 0:
                 boxes[inside] = targets.gt_boxes.tensor.to(every.dtype)[best]
             labels.append(label)
             matched.append(boxes)
         return labels, matched
+
+    def _label(self, objects: Boxes, anchors: Boxes) -> tuple[Tensor, Tensor]:
+        """G boxes and ``a`` anchors → sampled labels (a,) and each anchor's box (a,) int64."""
+        iou, best = match(objects, anchors)
+        return self._sample(iou), best
+
+    def _class_loss_divisor(self, sampled: Tensor) -> Tensor | int:
+        """What the class loss of an image is divided by; ``sampled``: (A,) bool."""
+        return self.batch_size_per_image
 
     def _sample(self, iou: Tensor) -> Tensor:
         """iou (G, a) of boxes and anchors → labels (a,)."""
@@ -126,7 +134,7 @@ class UPSNetRPN(RPN):
             sampled = label >= 0
             classification = classification + F.binary_cross_entropy_with_logits(
                 logits[i][sampled], label[sampled].float(), reduction="sum"
-            ) / (self.batch_size_per_image * count)
+            ) / (self._class_loss_divisor(sampled) * count)
             positive = label == 1
             target = self.box2box_transform.get_deltas(every[positive], boxes[positive])
             localization = localization + F.smooth_l1_loss(

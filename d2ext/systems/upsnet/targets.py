@@ -7,7 +7,8 @@ Letters: H×W network input (without padding), S stuff classes, T thing classes,
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,11 +26,13 @@ IGNORE = 255
 NO_TARGET = -1
 
 
-class UPSNetTargets(NamedTuple):
+@dataclass(frozen=True)
+class UPSNetTargets:
     """Targets of one image; coordinates in pixels of the network input."""
 
     instances: Instances
-    """``gt_boxes``, ``gt_classes``, ``gt_masks`` of the objects, without crowds, none without area."""
+    """``gt_boxes``, ``gt_classes``, ``gt_masks``, in videos also ``gt_ids``, of the objects, without
+    crowds, none without area."""
     crowd_boxes: Tensor
     """(n, 4)."""
     crowd_classes: Tensor
@@ -88,6 +91,8 @@ def read_targets(
     objects = Instances(size)
     objects.gt_boxes = Boxes(instances.gt_boxes.tensor.float())
     objects.gt_classes = instances.gt_classes
+    if instances.has("gt_ids"):
+        objects.gt_ids = instances.gt_ids
     masks = torch.zeros((0, *size), dtype=torch.bool, device=device)
     if len(instances) > 0:
         objects.gt_masks = instances.gt_masks

@@ -476,7 +476,8 @@ def test_training_targets(training: TrainingCase) -> None:
     np.testing.assert_allclose(boxes[keep], expected["panoptic.gt_rois"][:, 1:], rtol=1e-5)
     target = T.panoptic_target(quarter, masks[keep], 53, unknown=True)
     np.testing.assert_array_equal(as_published(target), expected["panoptic.target"][0])
-    rois = end_behind(torch.from_numpy(expected["mask.rois"][:, 1:]))
+    rois = Instances(targets.instances.image_size)
+    rois.proposal_boxes = Boxes(end_behind(torch.from_numpy(expected["mask.rois"][:, 1:])))
     mask_targets = training.model.roi_heads.mask_targets(rois, targets, 28)
     np.testing.assert_array_equal(mask_targets, expected["mask.targets"])
 

@@ -1,0 +1,224 @@
+"""VPSNet's network: features of the frame before are fused with the current ones, objects are matched
+with those of earlier frames (arXiv 2006.11339, sections 4.1 and 4.2).
+
+Letters: B images, C channels of the pyramid, h×w cells of its finest level (stride 4), R regions,
+M objects in memory, D channels of an object's embedding.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import fvcore.nn.weight_init as weight_init
+import torch
+from detectron2.modeling import Backbone
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from d2ext.layers.correlation import correlation
+from d2ext.layers.warp import warp
+from d2ext.systems.upsnet.head import SemanticPredictions, UPSNetSemanticHead
+from d2ext.systems.vpsnet.rpn import VPSNetRPN
+
+# Stride of the finest level of the pyramid.
+STRIDE = 4
+# Slope of the fusion's activations for negative inputs (vpsnet/NOTES.md, Network).
+NEGATIVE_SLOPE = 0.1
+# Channels of the hidden convolutions that correct the flow (vpsnet/NOTES.md, Network).
+FLOW_CHANNELS = (64, 64, 32)
+
+
+class VPSNetPredictions(NamedTuple):
+    """Predictions for a batch, before the heads on regions: UPSNet's, and what the next frame needs."""
+
+    features: dict[str, Tensor]
+    """The pyramid, fused."""
+    logits: list[Tensor]
+    deltas: list[Tensor]
+    """See :meth:`UPSNetRPN.predict`."""
+    semantic: SemanticPredictions
+    gathered: Tensor | None
+    """(B, C, h, w) from the pyramid before fusion, see :meth:`FusionNeck.gather`; None without fusion."""
+    reference: dict[str, Tensor] | None = None
+    """The pyramid of the other frame of a pair, in training."""
+
+
+def _leaky_relu(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, NEGATIVE_SLOPE)
+
+
+class FusionNeck(nn.Module):
+    """Fuses a pyramid with the one of another frame.
+
+    The levels are gathered at the finest one's size. The other frame's are warped by the optical flow
+    and by a correction of it, which convolutions predict from both frames' cost volume. An attention
+    over the frames and one over the cells weight them; what comes out is added to every level.
+
+    Args:
+        channels: C.
+        max_displacement: of the cost volume, in cells.
+        published_warp: see ``MODEL.VPSNET.PUBLISHED_WARP``.
+    """
+
+    def __init__(
+        self, channels: int, *, max_displacement: int = 4, published_warp: bool = False
+    ) -> None:
+        super().__init__()
+        self.max_displacement = max_displacement
+        self.published_warp = published_warp
+        width = channels + (2 * max_displacement + 1) ** 2 + 2
+        convs = [
+            nn.Conv2d(a, b, 3, padding=1)
+            for a, b in zip((width, *FLOW_CHANNELS), (*FLOW_CHANNELS, 2), strict=True)
+        ]
+        self.residual_flow = nn.ModuleList(convs)
+        self.temporal_embedding = nn.Conv2d(channels, channels, 3, padding=1)
+        self.temporal_reference = nn.Conv2d(channels, channels, 3, padding=1)
+        self.temporal_fusion = nn.Conv2d(2 * channels, channels, 1)
+        self.spatial1 = nn.Conv2d(2 * channels, channels, 1)
+        self.spatial2 = nn.Conv2d(2 * channels, channels, 1)
+        self.spatial3 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.spatial4 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.spatial_add1 = nn.Conv2d(channels, channels, 1)
+        self.spatial_add2 = nn.Conv2d(channels, channels, 1)
+        self.refine = nn.Conv2d(channels, channels, 3, padding=1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, a=NEGATIVE_SLOPE)
+                nn.init.zeros_(module.bias)
+        # A new neck neither corrects the flow nor changes the features.
+        for conv in (convs[-1], self.refine):
+            nn.init.zeros_(conv.weight)
+
+    def gather(self, features: dict[str, Tensor]) -> Tensor:
+        """Mean of the levels, brought to the finest one's size (nearest): (B, C, h, w)."""
+        levels = list(features.values())
+        size = levels[0].shape[-2:]
+        return torch.stack(
+            [levels[0], *(F.interpolate(x, size, mode="nearest") for x in levels[1:])]
+        ).mean(dim=0)
+
+    def warp(self, features: Tensor, flow: Tensor) -> Tensor:
+        """Features (B, C, h, w) at the places that a flow (B, 2, h, w) in cells leads to, 0 outside."""
+        return warp(features, flow, published_grid=self.published_warp)
+
+    def correct(self, current: Tensor, warped: Tensor, flow: Tensor) -> Tensor:
+        """What the flow that warped the other frame's features lacks: (B, 2, h, w), in cells."""
+        volume = correlation(current, warped, self.max_displacement)
+        x = torch.cat([current, volume, flow.to(current.dtype)], dim=1)
+        *hidden, last = self.residual_flow
+        for conv in hidden:
+            x = _leaky_relu(conv(x))
+        return last(x)
+
+    def attend(self, current: Tensor, warped: Tensor) -> Tensor:
+        """Temporal and spatial attention over both frames' features (B, C, h, w) → (B, C, h, w)."""
+        frames = torch.cat([current, warped])
+        reference = self.temporal_reference(current).repeat(2, 1, 1, 1)
+        weights = (self.temporal_embedding(frames) * reference).sum(dim=1, keepdim=True).sigmoid()
+        x = torch.cat((frames * weights).chunk(2), dim=1)
+        fused = _leaky_relu(self.temporal_fusion(x))
+        x = _leaky_relu(self.spatial1(x))
+        pools = F.max_pool2d(x, 3, 2, padding=1), F.avg_pool2d(x, 3, 2, padding=1)
+        x = _leaky_relu(self.spatial2(torch.cat(pools, dim=1)))
+        x = _leaky_relu(self.spatial3(x))
+        x = F.interpolate(x, fused.shape[-2:], mode="bilinear", align_corners=False)
+        x = self.spatial4(x)
+        added = self.spatial_add2(_leaky_relu(self.spatial_add1(x)))
+        return fused * x.sigmoid() * 2 + added
+
+    def forward(
+        self, features: dict[str, Tensor], current: Tensor, reference: Tensor, flow: Tensor
+    ) -> dict[str, Tensor]:
+        """Pyramid → fused pyramid.
+
+        Args:
+            features: of the current frame.
+            current, reference: (B, C, h, w), :meth:`gather` of the current and of the other frame.
+            flow: (B, 2, h, w) x, y from the current to the other frame, in cells.
+        """
+        warped = self.warp(reference, flow)
+        warped = self.warp(warped, self.correct(current, warped, flow))
+        refined = F.relu(self.refine(self.attend(current, warped)))
+        return {
+            name: x + F.adaptive_max_pool2d(refined, x.shape[-2:]) for name, x in features.items()
+        }
+
+
+def quarter_flow(flow: Tensor) -> Tensor:
+    """Flow (B, 2, H, W) in pixels → (B, 2, H / 4, W / 4) in cells of stride 4 (bilinear, no low-pass)."""
+    return F.interpolate(flow, scale_factor=1 / STRIDE, mode="bilinear") / STRIDE
+
+
+class VPSNetNetwork(nn.Module):
+    """Backbone, fusion, RPN head and semantic head: images → :class:`VPSNetPredictions`."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        fusion: FusionNeck | None,
+        rpn: VPSNetRPN,
+        semantic: UPSNetSemanticHead,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.fusion = fusion
+        self.rpn = rpn
+        self.semantic = semantic
+
+    def forward(
+        self,
+        images: Tensor,
+        flow: Tensor | None = None,
+        reference: Tensor | None = None,
+        alone: Tensor | None = None,
+    ) -> VPSNetPredictions:
+        """Images (B, 3, H, W); the others only with fusion.
+
+        Args:
+            flow: (B, 2, H, W), pixels, from the images to the frames before them.
+            reference: (B, C, h, w), ``gathered`` of the frames before.
+            alone: (B,) bool: images that are their own reference; default: none.
+        """
+        features, gathered = self.backbone(images), None
+        if self.fusion is not None:
+            assert flow is not None and reference is not None
+            gathered = self.fusion.gather(features)
+            if alone is not None:
+                reference = torch.where(alone[:, None, None, None], gathered, reference)
+            features = self.fusion(features, gathered, reference.to(gathered), quarter_flow(flow))
+        semantic = self.semantic(features)
+        return VPSNetPredictions(features, *self.rpn.predict(features), semantic, gathered)
+
+
+class TrackHead(nn.Module):
+    """Two fully connected layers: what a region looks like → its embedding.
+
+    Args:
+        inputs: C · s · s of the regions' features.
+        channels: D.
+    """
+
+    def __init__(self, inputs: int, channels: int = 1024) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(inputs, channels)
+        self.fc2 = nn.Linear(channels, channels)
+        for layer in (self.fc1, self.fc2):
+            weight_init.c2_xavier_fill(layer)
+
+    def forward(self, regions: Tensor) -> Tensor:
+        """(R, C, s, s) → (R, D)."""
+        return self.fc2(F.relu(self.fc1(regions.flatten(1))))
+
+
+def match_logits(embeddings: Tensor, objects: Tensor) -> Tensor:
+    """How well regions match objects.
+
+    Args:
+        embeddings: (R, D) of the regions.
+        objects: (M, D) of the objects.
+
+    Returns:
+        (R, 1 + M) logits; column 0, "a new object", is 0.
+    """
+    return F.pad(embeddings.float() @ objects.float().T, (1, 0))

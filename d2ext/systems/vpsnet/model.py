@@ -1,0 +1,291 @@
+"""VPSNet: panoptic segmentation of videos (arXiv 2006.11339).
+
+UPSNet on pairs of frames. Optical flow (:mod:`d2ext.modeling.flow`) leads from a frame to the one before;
+features of that one are warped by it and fused with the frame's own (:class:`~.head.FusionNeck`). What
+UPSNet's box head sees of an object is also matched with the objects of earlier frames
+(:class:`~.head.TrackHead`, :func:`~.postprocess.track`), so that it keeps its id. Either part can be left
+out: the paper's variants Fuse, Track and FuseTrack.
+
+Letters: B videos in step, C channels of the pyramid, h×w cells of its finest level, H×W network input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.roi_heads.roi_heads import select_foreground_proposals
+from detectron2.structures import Instances
+from torch import Tensor
+
+from d2ext.config import ConfigError
+from d2ext.modeling.flow import FlowEstimator, build_flow
+from d2ext.modeling.inference import InferenceNetwork
+from d2ext.modeling.meta_arch import output_size
+from d2ext.modeling.video import Inputs, VideoMetaArch
+from d2ext.systems.upsnet.model import UPSNet
+from d2ext.systems.upsnet.targets import UPSNetTargets
+from d2ext.systems.vpsnet import losses as L
+from d2ext.systems.vpsnet import targets as T
+from d2ext.systems.vpsnet.head import (
+    FusionNeck,
+    TrackHead,
+    VPSNetNetwork,
+    VPSNetPredictions,
+    match_logits,
+)
+from d2ext.systems.vpsnet.postprocess import (
+    ObjectMemory,
+    VPSNetPostprocessor,
+    dummy_candidate,
+    track,
+)
+
+
+@dataclass(frozen=True)
+class VPSNetMemory:
+    """What the results of the next frames of B videos depend on."""
+
+    images: Tensor
+    """(B, 3, H, W) network input of the last frames."""
+    gathered: Tensor | None
+    """(B, C, h, w), see :class:`VPSNetPredictions`."""
+    sizes: list[tuple[int, int]]
+    """B × (height, width) of the last frames without padding."""
+    objects: list[ObjectMemory]
+    """Those of each video; empty without track head."""
+
+
+@META_ARCH_REGISTRY.register()
+class VPSNet(UPSNet, VideoMetaArch):
+    """VPSNet."""
+
+    postprocessor_class = VPSNetPostprocessor
+    read_targets = staticmethod(T.read_targets)
+    panoptic_cross_entropy = staticmethod(L.panoptic_loss)
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        flow: FlowEstimator | None = None,
+        fusion: FusionNeck | None = None,
+        track_head: TrackHead | None = None,
+        match_loss_weight: float = 0.5,
+        match_weights: Sequence[float] = (1.0, 2.0, 10.0),
+        max_objects: int = 1000,
+        **upsnet: Any,
+    ) -> None:
+        """Args:
+        flow, fusion: both or none.
+        track_head: None: objects get no ids.
+        match_loss_weight, match_weights, max_objects: see ``MODEL.VPSNET``.
+        upsnet: see :class:`UPSNet`.
+        """
+        super().__init__(**upsnet)
+        if (flow is None) != (fusion is None):
+            raise ValueError("Fusion and optical flow go together.")
+        self.fusion = fusion
+        self.track_head = track_head
+        self.match_loss_weight = match_loss_weight
+        self.match_weights = tuple(match_weights)
+        self.max_objects = max_objects
+        self.set_network(
+            VPSNetNetwork(self.backbone, fusion, self.proposal_generator, self.sem_seg_head),
+            lambda predictions: predictions,
+        )
+        self.flow = flow
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        arguments = super().from_config(cfg)
+        vpsnet = cfg.MODEL.VPSNET
+        shapes = arguments["backbone"].output_shape()
+        channels = shapes[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
+        if vpsnet.FUSION:
+            arguments["flow"] = build_flow(cfg)
+            arguments["fusion"] = FusionNeck(
+                channels,
+                max_displacement=vpsnet.MAX_DISPLACEMENT,
+                published_warp=vpsnet.PUBLISHED_WARP,
+            )
+        if vpsnet.TRACK:
+            cells = cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION**2
+            arguments["track_head"] = TrackHead(channels * cells, vpsnet.TRACK_FC_DIM)
+        return {
+            **arguments,
+            "match_loss_weight": vpsnet.MATCH_LOSS_WEIGHT,
+            "match_weights": vpsnet.MATCH_WEIGHTS,
+            "max_objects": vpsnet.MAX_OBJECTS,
+        }
+
+    @property
+    def gives_ids(self) -> bool:  # type: ignore[override]
+        """Only with a track head; a tracker can give ids otherwise."""
+        return self.track_head is not None
+
+    def rgb(self, images: Tensor) -> Tensor:
+        """Network input (B, 3, H, W) → RGB in 0..255, what the flow network takes."""
+        images = images * self.pixel_std + self.pixel_mean
+        return images.flip(1) if self.input_format == "BGR" else images
+
+    def predict_flow(self, images: Tensor, references: Tensor, inputs: Inputs) -> Tensor:
+        """(B, 2, H, W) pixels from network inputs (B, 3, H, W) to others."""
+        assert self.flow is not None
+        return self.flow(self.rgb(images), self.rgb(references), inputs)
+
+    # Training
+
+    def check_training_inputs(self, inputs: Inputs) -> None:
+        """Raise ConfigError where the data mapper does not give pairs of frames."""
+        if not all("reference" in x for x in inputs):
+            raise ConfigError(
+                "VPSNet trains on pairs of frames and these samples have no `reference`: set "
+                'INPUT.MAPPER to "ClipMapper".'
+            )
+
+    def forward(self, batched_inputs: Inputs) -> Any:
+        """See :class:`MetaArch`; training inputs have ``reference``, the dict of another frame."""
+        if not self.training:
+            return super().forward(batched_inputs)
+        self.check_training_inputs(batched_inputs)
+        images, targets = self.training_batch(batched_inputs)
+        references = self.preprocess([x["reference"] for x in batched_inputs])
+        reference_features = self.backbone(references)
+        fusing: tuple[Tensor, ...] = ()
+        if self.fusion is not None:
+            flow = self.predict_flow(images, references, batched_inputs)
+            fusing = flow, self.fusion.gather(reference_features)
+        predictions = self.network(images, *fusing)._replace(reference=reference_features)
+        self.put_picture(batched_inputs, images, targets, predictions)
+        return self.losses(predictions, targets)
+
+    def region_losses(
+        self,
+        predictions: VPSNetPredictions,
+        regions: list[Instances],
+        targets: Sequence[UPSNetTargets],
+    ) -> dict[str, Tensor]:
+        """Also ``loss_match``: regions of the fused frame against annotated boxes of the other one."""
+        losses = super().region_losses(predictions, regions, targets)
+        if self.track_head is None:
+            return losses
+        assert predictions.reference is not None
+        positive, _ = select_foreground_proposals(regions, self.roi_heads.num_classes)
+        embeddings = self.embed(predictions.features, [x.proposal_boxes.tensor for x in positive])
+        objects = self.embed(predictions.reference, [x.reference_boxes for x in targets])
+        pairs = zip(embeddings, objects, strict=True)
+        loss = L.match_loss(
+            [match_logits(*pair) for pair in pairs],
+            [T.match_targets(x.gt_index, t) for x, t in zip(positive, targets, strict=True)],
+        )
+        losses["loss_match"] = loss * self.match_loss_weight
+        return losses
+
+    def embed(
+        self, features: dict[str, Tensor], boxes: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Boxes (n, 4) of each image → their embeddings (n, D)."""
+        assert self.track_head is not None
+        embeddings = self.track_head(self.roi_heads.pool_boxes(features, boxes))
+        return embeddings.split([len(x) for x in boxes])
+
+    # Inference
+
+    @torch.no_grad()
+    def step(
+        self, inputs: Inputs, memory: VPSNetMemory | None
+    ) -> tuple[list[dict[str, Any]], VPSNetMemory]:
+        """One frame of each of B videos; see :class:`VideoMetaArch`.
+
+        A frame of another size than the one before is fused with itself; objects keep their ids.
+        """
+        images = self.preprocess(inputs)
+        sizes = [self.network_size(x) for x in inputs]
+        first = [memory is None or bool(x.get("is_first")) for x in inputs]
+        predictions = self._predict(images, sizes, first, inputs, memory)
+        outputs, objects = [], []
+        for i, (candidates, embeddings) in enumerate(self._candidates(predictions, sizes)):
+            if embeddings is not None:
+                known = ObjectMemory.empty(embeddings.shape[1], images.device)
+                if memory is not None and not first[i]:
+                    known = memory.objects[i]
+                candidates.track_ids, known = track(
+                    candidates,
+                    embeddings,
+                    known,
+                    weights=self.match_weights,
+                    limit=self.max_objects,
+                )
+                objects.append(known)
+            score = predictions.semantic.score[i]
+            size = output_size(inputs[i])
+            outputs.append(self.postprocessor(score, candidates, candidates, size))
+        return outputs, VPSNetMemory(images, predictions.gathered, sizes, objects)
+
+    def _predict(
+        self,
+        images: Tensor,
+        sizes: list[tuple[int, int]],
+        first: list[bool],
+        inputs: Inputs,
+        memory: VPSNetMemory | None,
+    ) -> VPSNetPredictions:
+        """The network on frames and, with fusion, the frames before them."""
+        if self.fusion is None:
+            return self.inference_network(images)
+        alone, references, gathered = [True] * len(images), images, None
+        if memory is not None and memory.images.shape == images.shape:
+            alone = [x or a != b for x, a, b in zip(first, sizes, memory.sizes, strict=True)]
+            gathered = memory.gathered
+        own = torch.tensor(alone, device=images.device)
+        if not all(alone):
+            assert memory is not None
+            references = torch.where(own[:, None, None, None], images, memory.images)
+        flow = self.predict_flow(images, references, inputs)
+        if gathered is None:
+            finest = self.backbone.output_shape()[self.backbone._out_features[0]]
+            cells = [x // finest.stride for x in images.shape[-2:]]
+            gathered = images.new_zeros((len(images), finest.channels, *cells))
+        return self.inference_network(images, flow, gathered, own)
+
+    def _candidates(
+        self, predictions: VPSNetPredictions, sizes: list[tuple[int, int]]
+    ) -> list[tuple[Instances, Tensor | None]]:
+        """Candidates of the panoptic head, with mask logits, of each frame; and their embeddings."""
+        candidates = [
+            self.select_candidates(*x, size)
+            for x, size in zip(self.predict_regions(predictions, sizes), sizes, strict=True)
+        ]
+        if self.postprocessor.dummy:
+            candidates = [
+                x if len(x) else dummy_candidate(x.image_size, x.scores) for x in candidates
+            ]
+        for x, logits in zip(candidates, self.predict_masks(predictions, candidates), strict=True):
+            x.mask_logits = logits
+        if self.track_head is None:
+            return [(x, None) for x in candidates]
+        with self._inference_precision():
+            boxes = [x.pred_boxes.tensor for x in candidates]
+            embeddings = self.embed(predictions.features, boxes)
+        return [(x, e.float()) for x, e in zip(candidates, embeddings, strict=True)]
+
+    def postprocess(
+        self, predictions: VPSNetPredictions, batched_inputs: Inputs
+    ) -> list[dict[str, Any]]:
+        """Results of frames as of videos of their own: without ids."""
+        sizes = [self.network_size(x) for x in batched_inputs]
+        candidates = [x for x, _ in self._candidates(predictions, sizes)]
+        return [
+            self.postprocessor(score, x, x, output_size(inputs))
+            for score, x, inputs in zip(
+                predictions.semantic.score, candidates, batched_inputs, strict=True
+            )
+        ]
+
+
+__all__ = ["VPSNet", "VPSNetMemory"]

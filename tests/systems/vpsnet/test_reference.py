@@ -1,0 +1,233 @@
+"""VPSNet against the published implementation: the fixtures in tests/reference/vpsnet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.structures import BitMasks, Boxes, Instances, pairwise_iou
+from torch import Tensor
+from torch.nn import functional as F
+
+from d2ext import model_zoo
+from d2ext.checkpoint import convert_state_dict
+from d2ext.checkpoint.convert import apply_rules
+from d2ext.modeling.flow import FlowEstimator
+from d2ext.systems.upsnet.boxes import end_behind, inclusive
+from d2ext.systems.upsnet.panoptic_head import panoptic_logits
+from d2ext.systems.vpsnet import losses as L
+from d2ext.systems.vpsnet.checkpoint import _RULES
+from d2ext.systems.vpsnet.head import (
+    FusionNeck,
+    TrackHead,
+    VPSNetNetwork,
+    match_logits,
+    quarter_flow,
+)
+from d2ext.systems.vpsnet.model import VPSNet
+from d2ext.systems.vpsnet.postprocess import (
+    ObjectMemory,
+    assign_objects,
+    match_scores,
+    track,
+)
+from d2ext.systems.vpsnet.roi_heads import VPSNetRoIAlign
+from d2ext.systems.vpsnet.rpn import rounded_anchors
+from d2ext.systems.vpsnet.targets import VPSNetTargets
+from tests.reference.fixture import Fixture, draw_image, draw_tensor
+
+REFERENCE = Path(__file__).parents[2] / "reference" / "vpsnet"
+# DESIGN: raw outputs within 1e-4 relative.
+RAW_TOLERANCE = 1e-4
+CONFIG = "vpsnet/vpsnet_fusetrack_R_50_cityscapes_vps.yaml"
+WEIGHTS = (1.0, 2.0, 10.0)
+
+
+def drawn(name: str, shape: tuple[int, ...]) -> Tensor:
+    return torch.from_numpy(draw_tensor(name, shape, 0))
+
+
+def check(fixture: Fixture, outputs: dict[str, Tensor]) -> None:
+    for name, value in outputs.items():
+        assert fixture.compare(name, value.detach().numpy()) < RAW_TOLERANCE, name
+
+
+def converted(fixture: Fixture, prefix: str) -> dict[str, Tensor]:
+    """The fixture's parameters of one of our modules."""
+    published = {k: torch.from_numpy(v) for k, v in fixture.state_dict().items()}
+    return {k.removeprefix(prefix): v for k, v in apply_rules(published, _RULES).items()}
+
+
+# ---------------------------------------------------------------- parts
+
+
+def test_fusion_neck() -> None:
+    fixture = Fixture(REFERENCE / "fuse_neck")
+    neck = FusionNeck(256, published_warp=True)
+    neck.load_state_dict(converted(fixture, "fusion."), strict=True)
+    sizes = {f"p{i + 2}": (1, 256, 32 >> i, 48 >> i) for i in range(5)}
+    current = {k: drawn(f"current.{k}", shape) for k, shape in sizes.items()}
+    reference = {
+        k: 0.6 * x.roll((1, 2), (2, 3)) + 0.5 * drawn(f"reference.{k}", tuple(x.shape))
+        for k, x in current.items()
+    }
+    flow = 2 * F.interpolate(drawn("flow", (1, 2, 8, 12)), scale_factor=4, mode="bilinear")
+    with torch.no_grad():
+        gathered = neck.gather(current)
+        warped = neck.warp(neck.gather(reference), flow)
+        residual = neck.correct(gathered, warped, flow)
+        final = neck.warp(warped, residual)
+        fused = neck.attend(gathered, final)
+        levels = neck(current, gathered, neck.gather(reference), flow)
+    check(
+        fixture,
+        {
+            "gathered": gathered,
+            "warp_initial": warped,
+            "residual_flow": residual,
+            "warp_final": final,
+            "fused": fused,
+            **levels,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def track_case() -> tuple[Fixture, TrackHead]:
+    fixture = Fixture(REFERENCE / "track_head")
+    head = TrackHead(256 * 49).requires_grad_(False)
+    head.load_state_dict(converted(fixture, "track_head."), strict=True)
+    return fixture, head
+
+
+def detections(frame: list[dict[str, Any]]) -> Instances:
+    result = Instances((128, 256))
+    result.pred_boxes = Boxes(end_behind(torch.tensor([x["box"] for x in frame]).float()))
+    result.pred_classes = torch.tensor([x["class"] - 1 for x in frame])
+    result.scores = torch.tensor([x["score"] for x in frame])
+    return result
+
+
+def region_features(fixture: Fixture, number: int) -> Tensor:
+    frame = fixture.manifest["inputs"]["frames"][number]
+    shape = (256, 7, 7)
+    return 0.15 * torch.stack(
+        [
+            drawn(f"object.{x['object']}", shape) + 0.35 * drawn(f"noise.{number}.{i}", shape)
+            for i, x in enumerate(frame)
+        ]
+    )
+
+
+def test_ids_of_three_frames(track_case: tuple[Fixture, TrackHead]) -> None:
+    fixture, head = track_case
+    expected = fixture.expected
+    memory = ObjectMemory.empty(1024, torch.device("cpu"))
+    features: dict[int, Tensor] = {}
+    for number, frame in enumerate(fixture.manifest["inputs"]["frames"]):
+        candidates, regions = detections(frame), region_features(fixture, number)
+        embeddings = head(regions)
+        if number:
+            logits = match_logits(embeddings, memory.embeddings)
+            scores = match_scores(candidates, embeddings, memory, WEIGHTS)
+            name = f"frame{number}"
+            iou = pairwise_iou(candidates.pred_boxes, Boxes(memory.boxes))
+            check(
+                fixture,
+                {
+                    f"{name}.match_score": logits,
+                    f"{name}.log_softmax": logits.log_softmax(dim=1),
+                    f"{name}.iou": iou,
+                    f"{name}.comprehensive_score": scores,
+                },
+            )
+        ids, memory = track(candidates, embeddings, memory, weights=WEIGHTS)
+        np.testing.assert_array_equal(ids - 1, expected[f"frame{number}.ids"])
+        np.testing.assert_allclose(
+            inclusive(memory.boxes), expected[f"frame{number}.remembered_boxes"]
+        )
+        np.testing.assert_array_equal(
+            memory.classes, expected[f"frame{number}.remembered_labels"]
+        )
+        # The published memory holds the features of the regions; ours, what the head makes of them.
+        features |= {int(i): region for i, region in zip(ids, regions, strict=True)}
+        remembered = torch.stack([features[int(i)] for i in memory.ids])
+        np.testing.assert_allclose(head(remembered), memory.embeddings, atol=1e-4)
+        norms = remembered.flatten(1).norm(dim=1)
+        np.testing.assert_allclose(
+            norms, expected[f"frame{number}.remembered_feature_norm"], rtol=1e-5
+        )
+
+
+def test_ids_from_given_scores(track_case: tuple[Fixture, TrackHead]) -> None:
+    """Displaced candidates, and new objects of both kinds, in four frames."""
+    fixture, _ = track_case
+    memory = ObjectMemory.empty(1, torch.device("cpu"))
+    for number, frame in enumerate(fixture.manifest["inputs"]["given"]):
+        candidates = Instances((128, 256))
+        candidates.pred_boxes = Boxes(end_behind(torch.tensor(frame["boxes"])))
+        candidates.pred_classes = torch.tensor(frame["classes"])
+        candidates.scores = torch.tensor(frame["scores"])
+        embeddings = torch.zeros((len(candidates), 1))
+        if number:
+            # With embeddings of 0 the log-softmax of the match is the same for all columns.
+            count = len(memory.ids)
+            scores = match_scores(candidates, embeddings, memory, WEIGHTS) + np.log(count + 1)
+            scores = scores + torch.tensor(frame["match"]).log_softmax(dim=1)
+            check(fixture, {f"given.frame{number}.comprehensive_score": scores})
+            index, new = assign_objects(scores.numpy())
+            index[new] = np.arange(len(new)) + count
+            np.testing.assert_array_equal(index, fixture.expected[f"given.frame{number}.ids"])
+            # The next frame's memory, by the published rule: a winner's box, in the order of the ids.
+            boxes = torch.cat([memory.boxes, torch.zeros((len(new), 4))])
+            boxes[index] = candidates.pred_boxes.tensor
+            classes = torch.cat([memory.classes, candidates.pred_classes[new]])
+            ids = torch.arange(len(classes)) + 1
+            memory = ObjectMemory(boxes, torch.zeros((len(ids), 1)), classes, ids, ids * 0)
+        else:
+            ids, memory = track(candidates, embeddings, memory, weights=WEIGHTS)
+            np.testing.assert_array_equal(ids - 1, fixture.expected["given.frame0.ids"])
+
+
+def test_match_loss(track_case: tuple[Fixture, TrackHead]) -> None:
+    fixture, head = track_case
+    logits = match_logits(*(head(region_features(fixture, i)) for i in (1, 0)))
+    check(fixture, {"train.match_score": logits})
+    positive = fixture.expected["train.weights"] > 0
+    targets = torch.from_numpy(fixture.expected["train.target_ids"]).long()
+    loss = L.match_loss([logits[positive]], [targets[positive]])
+    np.testing.assert_allclose(0.5 * loss, fixture.expected["train.loss_match"][0], rtol=1e-5)
+
+
+def test_operators() -> None:
+    fixture = Fixture(REFERENCE / "operators")
+    rois = torch.tensor(fixture.manifest["inputs"]["rois"])
+    feature = drawn("a", (1, 16, 20, 28))
+    for size, stride in ((7, 4), (14, 8)):
+        pooled = VPSNetRoIAlign(size, [stride])([feature], [Boxes(end_behind(rois[:, 1:]))])
+        check(fixture, {f"roi_align_{size}": pooled})
+    anchors = [rounded_anchors(s, [8 * s], [0.5, 1, 2]) for s in (4, 8, 16, 32, 64)]
+    np.testing.assert_array_equal(inclusive(torch.stack(anchors)), fixture.expected["anchors"])
+    sides = torch.tensor([20.0, 111, 112, 113, 223, 224, 300, 447, 448, 449, 900])
+    squares = torch.stack([sides * 0, sides * 0, sides, sides], dim=1)
+    levels = VPSNetRoIAlign(7, [4, 8, 16, 32]).levels(squares)
+    np.testing.assert_array_equal(levels, fixture.expected["roi_level"])
+
+
+# ---------------------------------------------------------------- the whole model
+
+
+class StoredFlow(FlowEstimator):
+    """Gives what it is told to."""
+
+    flow: Tensor
+
+    def forward(self, current: Tensor, reference: Tensor, inputs: Any = None) -> Tensor:
+        return self.flow
