@@ -97,6 +97,8 @@ model = L(UPSNet)(
     ),
     postprocessor=L(UPSNetPostprocessor)(num_stuff=53, num_things=80),
     labels_with_things=True,
+    min_size=800,
+    max_size=1333,
     pixel_mean=[102.9801, 115.9465, 122.7717],
     pixel_std=[1.0, 1.0, 1.0],
 )

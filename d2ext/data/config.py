@@ -48,6 +48,9 @@ def add_data_config(cfg: CfgNode) -> None:
     #   "centernet"  CenterNet's as published: mirror, affine crop to SIZE x SIZE, colours
     #   "cornernet"  CornerNet's as published: random window, resize to SIZE x SIZE, mirror, colours
     #   "cornernet_saccade"  the same with a crop around an object, to SIZE x SIZE
+    #   "upsnet"   UPSNet's as published: as "default", resized as floats by OpenCV
+    #   "vpsnet"   VPSNet's as published: resized by a factor in RESIZE_SCALE, flipped
+    #              (INPUT.RANDOM_FLIP), cropped (INPUT.CROP)
     #   "none"     images as they are
     c.NAME = "default"
 
@@ -111,3 +114,6 @@ def add_data_config(cfg: CfgNode) -> None:
     c.CENTER_CROP.SCALES = [0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3]
     # Least distance of the window's centre from the image's edges, pixels; halved until it fits
     c.CENTER_CROP.BORDER = 128
+
+    # Smallest and largest factor on both sides of an image, for "vpsnet"; the published values.
+    c.RESIZE_SCALE = [0.8, 1.5]

@@ -1,8 +1,8 @@
-"""Bilinear resampling of byte images as OpenCV does it, on any device.
+"""Bilinear resampling of images as OpenCV does it, on any device.
 
 OpenCV resizes and warps bytes in integer arithmetic: positions are rounded to 1/32 pixel, weights to
-1/2048 or 1/32768, results to bytes. Published models were trained and measured with it; doing the same
-here lets the image stay on its device.
+1/2048 or 1/32768, results to bytes. Floats it resizes in floats. Published models were trained and
+measured with it; doing the same here lets the image stay on its device.
 
 Shapes: image (C, H, W), H and W at least 1.
 """
@@ -100,6 +100,30 @@ def resize_crops_like_opencv(masks: Tensor, index: Tensor, boxes: Tensor, size: 
             line = line + masks[which, row[:, :, None], column[:, None, :]] * weight[:, None, :]
         result = result + (((line >> 4) * row_weight[:, :, None]) >> 16)
     return ((result + 2) >> 2) > 0
+
+
+def resize_float_like_opencv(
+    images: Tensor, size: tuple[int, int], scales: tuple[float, float]
+) -> Tensor:
+    """``cv2.resize(image, None, fx=scales[1], fy=scales[0])`` of float32: bilinear, no low-pass.
+
+    The step between pixels is 1 / scale, not the ratio of the sizes, of which one is rounded.
+
+    Args:
+        images: (B, C, H, W), any dtype.
+        size: (height, width) of the result, H and W times the scales, rounded.
+        scales: of height and width.
+
+    Returns:
+        (B, C, height, width) float32, within 1e-4 grey levels of OpenCV with IPP, its default on x86.
+        (Without IPP it rounds positions to float32, and differs from itself by 0.03.)
+    """
+    if images.shape[-2:] == size:
+        return images.float()  # what OpenCV does, whatever the scales
+    # float64: a position beyond 1000 in float32 would be 6e-5 off. `F.interpolate` takes a size or
+    # scales, not both.
+    resized = torch.ops.aten.upsample_bilinear2d(images.double(), size, False, *scales)
+    return resized.float()
 
 
 def warp_like_opencv(

@@ -13,7 +13,12 @@ from d2ext.data.augmentations.crop import RandomCrop, RandomIoUCrop
 from d2ext.data.augmentations.expand import RandomExpand
 from d2ext.data.augmentations.lighting import RandomColorLighting
 from d2ext.data.augmentations.photometric import RandomPhotometricDistortion
-from d2ext.data.augmentations.resize import ResizeShortestEdge, ResizeToSquare
+from d2ext.data.augmentations.resize import (
+    RandomScale,
+    ResizeShortestEdge,
+    ResizeToSquare,
+    ScaleShortestEdge,
+)
 from d2ext.data.augmentations.saccade import RandomObjectCrop
 
 Recipe = Callable[[CfgNode, bool], list[T.Augmentation]]
@@ -67,6 +72,40 @@ def build_default_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentat
 def build_no_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     """Training sees images as they are; test images are resized as with ``"default"``."""
     return [] if is_train else build_default_augmentation(cfg, False)
+
+
+@AUGMENTATION_REGISTRY.register_as("upsnet")
+def build_upsnet_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
+    """As ``"default"``, but training images are resized as published for UPSNet: float32, by OpenCV.
+
+    Test images are resized as with ``"default"`` (with ``INPUT.MIN_SIZE_TEST: 0``, not at all: the
+    model resizes them itself).
+    """
+    augmentations = build_default_augmentation(cfg, is_train)
+    if not is_train:
+        return augmentations
+    return [
+        ScaleShortestEdge(x.short_edge_length, x.max_size, "range" if x.is_range else "choice")
+        if isinstance(x, T.ResizeShortestEdge)
+        else x
+        for x in augmentations
+    ]
+
+
+@AUGMENTATION_REGISTRY.register_as("vpsnet")
+def build_vpsnet_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
+    """The published VPSNet recipe: resize by ``RESIZE_SCALE``, flip, then ``INPUT.CROP``.
+
+    Both frames of a pair go through the same. Images become float32. Test images: as ``"upsnet"``.
+    """
+    if not is_train:
+        return build_default_augmentation(cfg, False)
+    augmentations: list[T.Augmentation] = [RandomScale(cfg.INPUT.AUGMENTATION.RESIZE_SCALE)]
+    flips = detection_utils.build_augmentation(cfg, True)
+    augmentations += [x for x in flips if isinstance(x, T.RandomFlip)]
+    if cfg.INPUT.CROP.ENABLED:
+        augmentations.append(RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
+    return augmentations
 
 
 @AUGMENTATION_REGISTRY.register_as("ssd")

@@ -55,6 +55,12 @@ def add_upsnet_config(cfg: CfgNode) -> None:
     loss.KEEP_FRACTION = 0.7
 
     test = upsnet.TEST = CfgNode()
+    # Size of the network's input, which the model makes of the whole image as published (OpenCV's
+    # arithmetic on floats): pixels of the short side, and most pixels of the long one (Cityscapes: 1024,
+    # 2048). MIN_SIZE 0: the image as it is. With INPUT.MIN_SIZE_TEST above 0 Detectron2 has resized the
+    # image before, by PIL on bytes, and the model leaves it so.
+    test.MIN_SIZE = 800
+    test.MAX_SIZE = 1333
     # "head": the parameter-free panoptic head; "heuristic": Detectron2's merge of the same boxes,
     # masks and semantic map, with MODEL.PANOPTIC_FPN.COMBINE.
     test.PANOPTIC = "head"
@@ -75,10 +81,10 @@ def add_upsnet_config(cfg: CfgNode) -> None:
     # Test-time augmentation of the semantic logits, boxes and masks; see tta.py. d2ext's tools wrap the
     # model for it; with a plain DefaultPredictor: `predictor.model = build_tta(cfg, predictor.model)`.
     aug.ENABLED = False
-    # Short sides in pixels; empty: the input's (INPUT.MIN_SIZE_TEST). The published code has no
-    # multi-scale testing.
+    # Short sides in pixels; empty: the model's own (TEST.MIN_SIZE, MAX_SIZE). The published code has
+    # no multi-scale testing.
     aug.MIN_SIZES = []
-    # Longest side in pixels.
+    # Longest side in pixels, of these.
     aug.MAX_SIZE = 4000
     # Each scale also mirrored.
     aug.FLIP = True

@@ -10,6 +10,7 @@ Letters: N images, S stuff classes, T thing classes, R regions.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -33,6 +34,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
+from d2ext.codecs.image_scale import axis_scales, scaled_size, short_side_scale
+from d2ext.layers.opencv_resample import resize_float_like_opencv
 from d2ext.modeling.meta_arch import MetaArch, image_size, output_size
 from d2ext.systems.upsnet import losses as L
 from d2ext.systems.upsnet import targets as T
@@ -43,6 +46,8 @@ from d2ext.systems.upsnet.postprocess import PanopticMap, UPSNetPostprocessor, s
 from d2ext.systems.upsnet.roi_heads import UPSNetROIHeads
 from d2ext.systems.upsnet.rpn import UPSNetRPN
 from d2ext.systems.upsnet.targets import UPSNetTargets
+
+logger = logging.getLogger(__name__)
 
 # Side of the grid of a region in the semantic loss (published).
 SEMANTIC_ROI_SIZE = 28
@@ -96,6 +101,8 @@ class UPSNet(MetaArch):
         candidate_score_threshold: float = 0.6,
         candidate_nms_threshold: float = 0.5,
         max_candidates: int = 100,
+        min_size: int = 0,
+        max_size: int = 1333,
         **meta_arch: Any,
     ) -> None:
         """Args:
@@ -108,6 +115,8 @@ class UPSNet(MetaArch):
         keep_fraction: share of the instances that keep their panoptic channel in training.
         candidate_score_threshold, candidate_nms_threshold, max_candidates: which boxes are
             candidates of the panoptic head.
+        min_size, max_size: of the network's input in inference, pixels of the short side and at most
+            of the long one; 0: images as they are, as in training.
         meta_arch: see :class:`MetaArch`. The inference mode governs backbone, RPN and semantic head;
             box and mask heads take its dtype only.
         """
@@ -115,6 +124,11 @@ class UPSNet(MetaArch):
         if not 0 < keep_fraction <= 1:
             raise ValueError(
                 f"MODEL.UPSNET.LOSS.KEEP_FRACTION lies in (0, 1], {keep_fraction} does not."
+            )
+        if min_size < 0 or max_size < 1:
+            raise ValueError(
+                "MODEL.UPSNET.TEST.MIN_SIZE and MAX_SIZE are pixels (MIN_SIZE 0: the image as it is), "
+                f"not {min_size} and {max_size}."
             )
         self.backbone = backbone
         self.proposal_generator = proposal_generator
@@ -131,11 +145,20 @@ class UPSNet(MetaArch):
         self.candidate_score_threshold = candidate_score_threshold
         self.candidate_nms_threshold = candidate_nms_threshold
         self.max_candidates = max_candidates
+        self.min_size = min_size
+        self.max_size = max_size
         self.set_network(UPSNetNetwork(backbone, proposal_generator, sem_seg_head), _unchanged)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         upsnet = cfg.MODEL.UPSNET
+        resized_before = cfg.INPUT.MIN_SIZE_TEST > 0
+        if resized_before:
+            logger.warning(
+                f"INPUT.MIN_SIZE_TEST is {cfg.INPUT.MIN_SIZE_TEST}: test images are resized before the "
+                "model sees them, as bytes, and the model does not resize them again. For published "
+                "numbers set it to 0, and the sizes in MODEL.UPSNET.TEST.MIN_SIZE and MAX_SIZE."
+            )
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
         return {
@@ -150,12 +173,45 @@ class UPSNet(MetaArch):
             "candidate_score_threshold": upsnet.TEST.SCORE_THRESH,
             "candidate_nms_threshold": upsnet.TEST.NMS_THRESH,
             "max_candidates": upsnet.TEST.MAX_INSTANCES,
+            "min_size": 0 if resized_before else upsnet.TEST.MIN_SIZE,
+            "max_size": upsnet.TEST.MAX_SIZE,
         }
 
     def preprocess(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
-        """Images of the inputs → (N, 3, H, W), normalised, padded with zeros at the bottom and right."""
-        images = [self.normalize(self.upload(x).float()) for x in batched_inputs]
-        return ImageList.from_tensors(images, self.backbone.size_divisibility).tensor
+        """Images of the inputs → (N, 3, H, W), normalised, in inference resized to
+        :meth:`network_size`, padded with zeros at the bottom and right."""
+        scales = [self.network_scale(image_size(x)) for x in batched_inputs]
+        pairs = zip(batched_inputs, scales, strict=True)
+        return self.pad([self.resize(self.upload(x), scale) for x, scale in pairs])
+
+    def network_scale(self, size: tuple[int, int]) -> float:
+        """The factor by which an image of ``size`` (height, width) is resized for the network."""
+        # Training images come from the data mapper in the network's size.
+        return 1.0 if self.training else short_side_scale(size, self.min_size, self.max_size)
+
+    def network_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of an image → those of the network's input without padding."""
+        return scaled_size(size, self.network_scale(size))
+
+    def output_scales(self, inputs: dict[str, Any]) -> tuple[float, float]:
+        """Pixels of the network's input in one of the output, along height and width."""
+        size = image_size(inputs)
+        scale = self.network_scale(size)
+        height, width = (scale * (a / b) for a, b in zip(size, output_size(inputs), strict=True))
+        return height, width
+
+    def resize(self, image: Tensor, scale: float) -> Tensor:
+        """An image (3, H, W) on the model's device, in 0..255 → float32, normalised, then resized, as
+        published."""
+        size = (image.shape[-2], image.shape[-1])
+        images = self.normalize(image.float())[None]
+        return resize_float_like_opencv(images, scaled_size(size, scale), axis_scales(size, scale))[
+            0
+        ]
+
+    def pad(self, images: Sequence[Tensor]) -> Tensor:
+        """Normalised images (3, h, w) → (N, 3, H, W), padded with zeros at the bottom and right."""
+        return ImageList.from_tensors([*images], self.backbone.size_divisibility).tensor
 
     # Training
 
@@ -293,9 +349,10 @@ class UPSNet(MetaArch):
         ``instances`` with ``pred_boxes``, ``scores``, ``pred_classes``, ``pred_masks``; ``sem_seg``
         logits, (S + 1, h, w) with all things in channel 0 for separated category ids, (S + T, h, w)
         for joint ones."""
-        selected = self.detect(predictions, [image_size(x) for x in batched_inputs])
+        sizes = [self.network_size(image_size(x)) for x in batched_inputs]
+        selected = self.detect(predictions, sizes)
         return [
-            self.postprocessor(score, *pair, output_size(inputs))
+            self.postprocessor(score, *pair, output_size(inputs), self.output_scales(inputs))
             for score, pair, inputs in zip(
                 predictions.semantic.score, selected, batched_inputs, strict=True
             )
@@ -304,7 +361,8 @@ class UPSNet(MetaArch):
     def detect(
         self, predictions: UPSNetPredictions, image_sizes: Sequence[tuple[int, int]]
     ) -> list[tuple[Instances, Instances]]:
-        """Detections, and candidates of the panoptic head, of each image; see ``postprocess.py``."""
+        """Detections, and candidates of the panoptic head, of each image of the network's input, of
+        ``image_sizes`` without padding; see ``postprocess.py``."""
         regions = self.predict_regions(predictions, image_sizes)
         selected = [self.select(*x, size) for x, size in zip(regions, image_sizes, strict=True)]
         masks = self.predict_masks(predictions, [Instances.cat([*pair]) for pair in selected])

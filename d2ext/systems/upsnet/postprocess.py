@@ -64,15 +64,30 @@ def select(
     return result
 
 
-def nearest(maps: Tensor, image_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
+def nearest(
+    maps: Tensor,
+    image_size: tuple[int, int],
+    size: tuple[int, int],
+    scales: tuple[float, float] | None = None,
+) -> Tensor:
     """Crop padded maps (..., h', w') to the image (h, w) and resize them (nearest) to (H, W).
 
-    Output cell i is input cell floor(i · h / H).
+    Output cell i is input cell floor(i · scale).
+
+    Args:
+        scales: input cells in one of the output, along height and width; None: (h / H, w / W).
     """
-    for dim, before, after in zip((-2, -1), image_size, size, strict=True):
-        index = torch.arange(after, device=maps.device) * before // after
-        maps = maps.index_select(dim, index)
+    scales = scales or _ratios(image_size, size)
+    for dim, before, after, scale in zip((-2, -1), image_size, size, scales, strict=True):
+        # Published: OpenCV, with 1 / scale as the factor and its inverse as the step.
+        step = 1 / (1 / scale)
+        index = torch.arange(after, device=maps.device, dtype=torch.float64) * step
+        maps = maps.index_select(dim, index.to(torch.int64).clamp(max=before - 1))
     return maps
+
+
+def _ratios(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[float, float]:
+    return image_size[0] / size[0], image_size[1] / size[1]
 
 
 class PanopticMap(NamedTuple):
@@ -243,15 +258,24 @@ class UPSNetPostprocessor:
         }
 
     def __call__(
-        self, score: Tensor, detections: Instances, candidates: Instances, size: tuple[int, int]
+        self,
+        score: Tensor,
+        detections: Instances,
+        candidates: Instances,
+        size: tuple[int, int],
+        scales: tuple[float, float] | None = None,
     ) -> dict[str, Any]:
         """One image's semantic score (S + T, h, w) of the padded input, detections and candidates of
-        the panoptic head → its results at ``size`` (height, width)."""
-        instances = self.instances(detections, size)
-        semantic = self.semantic_map(score, detections.image_size, size)
+        the panoptic head → its results at ``size`` (height, width).
+
+        ``scales``, here and below: pixels of the network's input in one of the output, along height
+        and width; None: the ratios of their sizes, which are off where a size was rounded.
+        """
+        instances = self.instances(detections, size, scales)
+        semantic = self.semantic_map(score, detections.image_size, size, scales)
         if self.heuristic is None:
             prediction = self.fuse(score, candidates)
-            panoptic = self.segments(prediction, candidates.image_size, size)
+            panoptic = self.segments(prediction, candidates.image_size, size, scales)
         else:
             panoptic = self.merge(instances, semantic, self.heuristic)
         return {"instances": instances, "sem_seg": semantic, "panoptic_seg": panoptic}
@@ -276,12 +300,13 @@ class UPSNetPostprocessor:
         prediction: PanopticPrediction,
         image_size: tuple[int, int],
         size: tuple[int, int],
+        scales: tuple[float, float] | None = None,
         track_ids: Tensor | None = None,
     ) -> tuple[Tensor, list[dict[str, Any]]]:
         """The panoptic map of an image of ``image_size`` → ``panoptic_seg`` at the output's size."""
         panoptic = clean(
-            nearest(prediction.labels, image_size, size),
-            nearest(prediction.semantic, image_size, size),
+            nearest(prediction.labels, image_size, size, scales),
+            nearest(prediction.semantic, image_size, size, scales),
             prediction.classes,
             num_stuff=self.num_stuff,
             num_classes=self.num_classes,
@@ -296,12 +321,17 @@ class UPSNetPostprocessor:
             track_ids=track_ids,
         )
 
-    def instances(self, detections: Instances, size: tuple[int, int]) -> Instances:
+    def instances(
+        self,
+        detections: Instances,
+        size: tuple[int, int],
+        scales: tuple[float, float] | None = None,
+    ) -> Instances:
         """Detections of one image at the size of the output: ``pred_boxes``, ``scores``,
         ``pred_classes``, ``pred_masks``."""
-        scales = [after / before for after, before in zip(size, detections.image_size, strict=True)]
+        height, width = scales or _ratios(detections.image_size, size)
         boxes = detections.pred_boxes.tensor
-        boxes = end_behind(inclusive(boxes) * boxes.new_tensor([*scales[::-1]] * 2))
+        boxes = end_behind(inclusive(boxes) / boxes.new_tensor([width, height] * 2))
         boxes = torch.minimum(boxes, boxes.new_tensor([*size[::-1]] * 2))
         result = Instances(size)
         result.pred_boxes = Boxes(boxes)
@@ -313,10 +343,15 @@ class UPSNetPostprocessor:
         return result
 
     def semantic_map(
-        self, score: Tensor, image_size: tuple[int, int], size: tuple[int, int]
+        self,
+        score: Tensor,
+        image_size: tuple[int, int],
+        size: tuple[int, int],
+        scales: tuple[float, float] | None = None,
     ) -> Tensor:
         """(S + T, h, w) score of the padded image → ``sem_seg`` logits at the size of the output."""
-        factors = (STRIDE * size[0] / image_size[0], STRIDE * size[1] / image_size[1])
+        height, width = scales or _ratios(image_size, size)
+        factors = (STRIDE / height, STRIDE / width)
         # One more cell at either end, so that rounding of the factors cannot leave a line out; the
         # interpolation repeats the border there too.
         cells = F.pad(score[None].float(), (0, 1, 0, 1), mode="replicate")

@@ -1,7 +1,7 @@
 """Test-time augmentation of UPSNet: flips and scales.
 
 The published code has none, though the paper reports multi-scale results. Here the network runs on
-several views of the image. In the frame of the input image,
+several views of the image. In the frame of the model's own input,
 
 - semantic logits are averaged;
 - the boxes of all views, with their view's probabilities, go into one NMS;
@@ -23,6 +23,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d2ext.codecs.image_scale import short_side_scale
 from d2ext.modeling.meta_arch import image_size, output_size
 from d2ext.modeling.tta import TTA_REGISTRY
 from d2ext.systems.upsnet.boxes import clip
@@ -76,8 +77,8 @@ class UPSNetWithTTA(nn.Module):
     ) -> None:
         """Args:
         model: predicts on each view.
-        min_sizes: short sides in pixels; empty: the image's own.
-        max_size: longest side in pixels.
+        min_sizes: short sides in pixels; empty: the size that the model itself uses.
+        max_size: longest side in pixels, with ``min_sizes``.
         flip: each scale also mirrored.
         """
         super().__init__()
@@ -110,7 +111,8 @@ class UPSNetWithTTA(nn.Module):
 
     def predict(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """One image's results."""
-        model, frame = self.model, image_size(inputs)
+        model = self.model
+        frame = model.network_size(image_size(inputs))
         views = self.views(inputs["image"])
         padded = model.preprocess([inputs]).shape[-2:]
         stride = model.sem_seg_head.stride
@@ -121,24 +123,23 @@ class UPSNetWithTTA(nn.Module):
         selected = model.select(torch.cat(boxes), torch.cat(probabilities), frame)
         for instances in selected:
             instances.mask_logits = self.masks(views, instances)
-        return model.postprocessor(score, *selected, output_size(inputs))
+        return model.postprocessor(
+            score, *selected, output_size(inputs), model.output_scales(inputs)
+        )
 
     def views(self, image: Tensor) -> list[AugmentedView]:
         """The views of an image (3, H, W) in 0..255."""
-        image = image.to(self.model.device).float()
-        height, width = image.shape[-2:]
+        model = self.model
+        image = image.to(model.device)
+        frame = (image.shape[-2], image.shape[-1])
+        scales = [short_side_scale(frame, short, self.max_size) for short in self.min_sizes]
         views = []
-        for short in self.min_sizes or [min(height, width)]:
-            factor = min(short / min(height, width), self.max_size / max(height, width))
-            size = (max(round(height * factor), 1), max(round(width * factor), 1))
-            scaled = image
-            if size != (height, width):
-                scaled = F.interpolate(
-                    image[None], size, mode="bilinear", align_corners=False, antialias=True
-                )[0]
+        for scale in scales or [model.network_scale(frame)]:
+            scaled = model.resize(image, scale)
+            size = (scaled.shape[-2], scaled.shape[-1])
             for flipped in (False, True) if self.flip else (False,):
-                images = self.model.preprocess([{"image": scaled.flip(-1) if flipped else scaled}])
-                views.append(AugmentedView(size, self.model.inference_network(images), flipped))
+                padded = model.pad([scaled.flip(-1) if flipped else scaled])
+                views.append(AugmentedView(size, model.inference_network(padded), flipped))
         return views
 
     def masks(self, views: Sequence[AugmentedView], instances: Instances) -> Tensor:

@@ -46,7 +46,7 @@ def build(fixture: Fixture, **test: Any) -> UPSNet:
     cfg = model_zoo.get_config(CONFIG)
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.PIXEL_STD = [64.0, 64.0, 64.0]
-    cfg.MODEL.UPSNET.TEST.update(test)
+    cfg.MODEL.UPSNET.TEST.update({"MIN_SIZE": 0, **test})
     model: UPSNet = build_model(cfg)
     published = {k: torch.from_numpy(v) for k, v in fixture.state_dict().items()}
     model.load_state_dict(convert_state_dict("upsnet", published), strict=True)
