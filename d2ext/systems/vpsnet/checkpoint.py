@@ -16,6 +16,7 @@ from d2ext.checkpoint.convert import (
     background_last,
     register_converter,
 )
+from d2ext.checkpoint.flow import flownet2_rules
 from d2ext.checkpoint.torchvision import resnet_rules
 
 # Published levels of the neck are counted from the finest, res2.
@@ -29,6 +30,7 @@ _FUSION = {
 _RULES = (
     # Counters of batch norms, unused because these are never trained.
     Rule(r".*num_batches_tracked", None),
+    *flownet2_rules(source=r"flownet2\."),
     *resnet_rules(r"backbone\.", r"backbone\.layer", "backbone.bottom_up.", first_stage=1),
     Rule(
         r"neck\.lateral_convs\.(\d)\.conv\.(\w+)",

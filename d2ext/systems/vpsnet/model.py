@@ -25,7 +25,7 @@ from torch import Tensor
 from d2ext.config import ConfigError
 from d2ext.modeling.flow import FlowEstimator, build_flow
 from d2ext.modeling.inference import InferenceNetwork
-from d2ext.modeling.meta_arch import output_size
+from d2ext.modeling.meta_arch import image_size, output_size
 from d2ext.modeling.video import Inputs, VideoMetaArch
 from d2ext.systems.upsnet.model import UPSNet
 from d2ext.systems.upsnet.targets import UPSNetTargets
@@ -205,7 +205,7 @@ class VPSNet(UPSNet, VideoMetaArch):
         A frame of another size than the one before is fused with itself; objects keep their ids.
         """
         images = self.preprocess(inputs)
-        sizes = [self.network_size(x) for x in inputs]
+        sizes = [self.network_size(image_size(x)) for x in inputs]
         first = [memory is None or bool(x.get("is_first")) for x in inputs]
         predictions = self._predict(images, sizes, first, inputs, memory)
         outputs, objects = [], []
@@ -222,9 +222,7 @@ class VPSNet(UPSNet, VideoMetaArch):
                     limit=self.max_objects,
                 )
                 objects.append(known)
-            score = predictions.semantic.score[i]
-            size = output_size(inputs[i])
-            outputs.append(self.postprocessor(score, candidates, candidates, size))
+            outputs.append(self._result(predictions, i, candidates, inputs[i]))
         return outputs, VPSNetMemory(images, predictions.gathered, sizes, objects)
 
     def _predict(
@@ -278,14 +276,18 @@ class VPSNet(UPSNet, VideoMetaArch):
         self, predictions: VPSNetPredictions, batched_inputs: Inputs
     ) -> list[dict[str, Any]]:
         """Results of frames as of videos of their own: without ids."""
-        sizes = [self.network_size(x) for x in batched_inputs]
-        candidates = [x for x, _ in self._candidates(predictions, sizes)]
+        sizes = [self.network_size(image_size(x)) for x in batched_inputs]
+        candidates = self._candidates(predictions, sizes)
         return [
-            self.postprocessor(score, x, x, output_size(inputs))
-            for score, x, inputs in zip(
-                predictions.semantic.score, candidates, batched_inputs, strict=True
-            )
+            self._result(predictions, i, candidates[i][0], inputs)
+            for i, inputs in enumerate(batched_inputs)
         ]
+
+    def _result(
+        self, predictions: VPSNetPredictions, row: int, candidates: Instances, inputs: dict[str, Any]
+    ) -> dict[str, Any]:
+        score, scales = predictions.semantic.score[row], self.output_scales(inputs)
+        return self.postprocessor(score, candidates, candidates, output_size(inputs), scales)
 
 
 __all__ = ["VPSNet", "VPSNetMemory"]

@@ -196,39 +196,49 @@ class VPSNetPostprocessor(UPSNetPostprocessor):
             "published_id_lookup": vpsnet.PUBLISHED_ID_LOOKUP,
         }
 
-    def instances(self, detections: Instances, size: tuple[int, int]) -> Instances:
-        """See the base class; the dummy is left out."""
+    def instances(
+        self,
+        detections: Instances,
+        size: tuple[int, int],
+        scales: tuple[float, float] | None = None,
+    ) -> Instances:
+        """As the base class; the dummy is left out."""
         detections = detections[detections.pred_classes != DUMMY]
-        result = super().instances(detections, size)
+        result = super().instances(detections, size, scales)
         if detections.has("track_ids"):
             result.track_ids = detections.track_ids
         return result
 
-    def channel_ids(
-        self,
-        prediction: PanopticPrediction,
-        candidates: Instances,
-        image_size: tuple[int, int],
-        size: tuple[int, int],
-    ) -> Tensor | None:
-        """(n',) int64 ids of the map's instances, in channel order."""
-        if not candidates.has("track_ids"):
-            return None
-        ids = candidates.track_ids[prediction.keep]
-        if not self.published_id_lookup:
-            return ids
-        labels = nearest(prediction.labels, image_size, size).flatten().long()
-        pixels = torch.bincount(labels, minlength=self.num_stuff + len(ids))
-        present = pixels[self.num_stuff : self.num_stuff + len(ids)] > 0
-        return ids[(present.cumsum(0) - 1).clamp(min=0)]
-
     def __call__(
-        self, score: Tensor, detections: Instances, candidates: Instances, size: tuple[int, int]
+        self,
+        score: Tensor,
+        detections: Instances,
+        candidates: Instances,
+        size: tuple[int, int],
+        scales: tuple[float, float] | None = None,
     ) -> dict[str, Any]:
         """As the base class."""
-        instances = self.instances(detections, size)
-        semantic = self.semantic_map(score, candidates.image_size, size)
         prediction = self.fuse(score, candidates)
-        ids = self.channel_ids(prediction, candidates, candidates.image_size, size)
-        panoptic = self.segments(prediction, candidates.image_size, size, ids)
-        return {"instances": instances, "sem_seg": semantic, "panoptic_seg": panoptic}
+        ids = candidates.track_ids[prediction.keep] if candidates.has("track_ids") else None
+        return {
+            "instances": self.instances(detections, size, scales),
+            "sem_seg": self.semantic_map(score, candidates.image_size, size, scales),
+            "panoptic_seg": self.segments(prediction, candidates.image_size, size, scales, ids),
+        }
+
+    def segments(
+        self,
+        prediction: PanopticPrediction,
+        image_size: tuple[int, int],
+        size: tuple[int, int],
+        scales: tuple[float, float] | None = None,
+        track_ids: Tensor | None = None,
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        """As the base class."""
+        if track_ids is not None and self.published_id_lookup:
+            labels = nearest(prediction.labels, image_size, size, scales).flatten().long()
+            first, last = self.num_stuff, self.num_stuff + len(track_ids)
+            present = torch.bincount(labels, minlength=last)[first:last] > 0
+            # The place among the instances that have pixels, taken for the channel.
+            track_ids = track_ids[(present.cumsum(0) - 1).clamp(min=0)]
+        return super().segments(prediction, image_size, size, scales, track_ids)

@@ -224,10 +224,152 @@ def test_operators() -> None:
 # ---------------------------------------------------------------- the whole model
 
 
-class StoredFlow(FlowEstimator):
-    """Gives what it is told to."""
+def build(fixture: Fixture, **upsnet: Any) -> VPSNet:
+    """The published model with the fixture's weights."""
+    cfg = model_zoo.get_config(CONFIG)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.RPN.PRE_NMS_TOPK_TEST = cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 100
+    cfg.MODEL.UPSNET.TEST.update(upsnet)
+    model: VPSNet = build_model(cfg)
+    published = {k: torch.from_numpy(v) for k, v in fixture.state_dict().items()}
+    model.load_state_dict(convert_state_dict("vpsnet", published), strict=True)
+    return model
 
-    flow: Tensor
 
-    def forward(self, current: Tensor, reference: Tensor, inputs: Any = None) -> Tensor:
-        return self.flow
+def frame_of(fixture: Fixture, first: int) -> Tensor:
+    """256 columns of the fixture's image, from ``first`` on: (3, H, 256) RGB."""
+    frames = fixture.manifest["inputs"]["frames"]
+    image = draw_image(frames["height"], frames["width"], frames["seed"])
+    columns = image[:, first : first + 256, ::-1]
+    return torch.from_numpy(columns.astype(np.float32).transpose(2, 0, 1).copy())
+
+
+class VideoCase:
+    """The fixture ``fusetrack_3frames`` and what we compute for it."""
+
+    def __init__(self) -> None:
+        self.fixture = Fixture(REFERENCE / "fusetrack_3frames")
+        self.expected = self.fixture.expected
+        self.model = build(self.fixture, STUFF_AREA_LIMIT=200).eval()
+        self.inputs = [
+            {"image": frame_of(self.fixture, 4 * t), "video_id": 1, "frame": t} for t in range(3)
+        ]
+        self.predictions: list[Any] = []
+        self.flows: list[Tensor] = []
+        self.candidates: list[Instances] = []
+        self.scores: list[Tensor] = []
+        self.maps: list[Any] = []
+        self.outputs: list[dict[str, Any]] = []
+        spied = {
+            (self.model, "_predict"): self.predictions,
+            (self.model, "predict_flow"): self.flows,
+            (self.model, "_candidates"): self.candidates,
+            (self.model.postprocessor, "fuse"): self.maps,
+        }
+        with pytest.MonkeyPatch.context() as patch:
+            for (owner, name), results in spied.items():
+                patch.setattr(owner, name, _recorded(getattr(owner, name), results))
+            memory = None
+            self.memories = []
+            for x in self.inputs:
+                outputs, memory = self.model.step([x], memory)
+                self.outputs += outputs
+                self.memories.append(memory)
+
+
+def _recorded(function: Any, results: list[Any]) -> Any:
+    def recorded(*args: Any) -> Any:
+        results.append(function(*args))
+        return results[-1]
+
+    return recorded
+
+
+@pytest.fixture(scope="module")
+def video() -> VideoCase:
+    return VideoCase()
+
+
+def test_flow(video: VideoCase) -> None:
+    for t, flow in enumerate(video.flows):
+        check(
+            video.fixture,
+            {f"frame{t}.flow.full": flow, f"frame{t}.fuse.quarter_flow": quarter_flow(flow)},
+        )
+
+
+@pytest.mark.parametrize("t", range(3))
+def test_network(video: VideoCase, t: int) -> None:
+    predictions = video.predictions[t]
+    levels = ["p2", "p3", "p4", "p5", "p6"] if t == 1 else ["p2", "p3", "p6"]
+    outputs = {f"fuse.{name}": predictions.features[name] for name in levels}
+    for level, logits in zip(("p2", "p3", "p4", "p5", "p6"), predictions.logits, strict=True):
+        height, width = predictions.features[level].shape[-2:]
+        maps = logits.view(1, height, width, 3).permute(0, 3, 1, 2)
+        outputs[f"rpn.cls_score.{level}"] = maps
+    outputs["semantic.score"] = predictions.semantic.score
+    if t == 1:
+        outputs["fuse.gathered"] = predictions.gathered
+    check(video.fixture, {f"frame{t}.{name}": value for name, value in outputs.items()})
+
+
+@pytest.mark.parametrize("t", range(3))
+def test_candidates_and_ids(video: VideoCase, t: int) -> None:
+    ((candidates, _),) = video.candidates[t]
+    expected = {
+        name: video.expected[f"frame{t}.{name}"]
+        for name in ("candidates.boxes", "candidates.classes", "candidates.scores", "track.ids")
+    }
+    np.testing.assert_array_equal(candidates.pred_classes + 1, expected["candidates.classes"])
+    np.testing.assert_allclose(candidates.scores, expected["candidates.scores"], atol=1e-4)
+    boxes = inclusive(candidates.pred_boxes.tensor)
+    np.testing.assert_allclose(boxes, expected["candidates.boxes"], atol=0.05)
+    check(video.fixture, {f"frame{t}.candidates.mask_logits": candidates.mask_logits})
+    np.testing.assert_array_equal(candidates.track_ids - 1, expected["track.ids"])
+    np.testing.assert_array_equal(candidates.track_ids, video.outputs[t]["instances"].track_ids)
+    assert len(video.memories[t].objects[0].ids) == video.expected[f"frame{t}.track.memory_size"]
+
+
+@pytest.mark.parametrize("t", [1, 2])
+def test_match_scores(video: VideoCase, t: int) -> None:
+    ((candidates, embeddings),) = video.candidates[t]
+    objects = video.memories[t - 1].objects[0]
+    logits = match_logits(embeddings, objects.embeddings)
+    scores = match_scores(candidates, embeddings, objects, WEIGHTS)
+    check(
+        video.fixture,
+        {
+            f"frame{t}.track.match_score": logits,
+            f"frame{t}.track.comprehensive_score": scores,
+        },
+    )
+
+
+@pytest.mark.parametrize("t", range(3))
+def test_panoptic_map(video: VideoCase, t: int) -> None:
+    prediction = video.maps[t]
+    np.testing.assert_array_equal(prediction.keep, video.expected[f"frame{t}.panoptic.keep"])
+    np.testing.assert_array_equal(
+        prediction.classes + 1, video.expected[f"frame{t}.panoptic.classes"]
+    )
+    # The fixture's own check: a change of 1e-6 in the weights moves 3e-5 of the pixels.
+    for name, labels in (("panoptic.map", prediction.labels), ("semantic.argmax", prediction.semantic)):
+        differ = labels.numpy() != video.expected[f"frame{t}.{name}"][0]
+        assert differ.mean() < 1e-4, name
+
+
+@pytest.mark.parametrize("t", [1, 2])
+def test_cleaned_map_with_ids(video: VideoCase, t: int) -> None:
+    """Also the published fault: ids are looked up by the place among the instances that are there."""
+    ids, segments = video.outputs[t]["panoptic_seg"]
+    expected = video.expected[f"frame{t}.panoptic.three_channel"]
+    semantic, objects = torch.full_like(ids, 255), torch.full_like(ids, 255)
+    for segment in segments:
+        # Our things come first, Cityscapes' stuff does.
+        category = segment["category_id"] + (11 if segment["isthing"] else -1)
+        semantic[ids == segment["id"]] = category
+        objects[ids == segment["id"]] = segment.get("track_id", category)
+    assert (semantic.numpy() != expected[..., 0]).mean() < 1e-4
+    things = (expected[..., 0] != 255) & (expected[..., 0] >= 11)
+    assert (objects.numpy()[things] != expected[..., 2][things]).mean() < 1e-4
+    assert things.any()
