@@ -28,8 +28,6 @@ _FUSION = {
     **{f"sAtt_add_{i}": f"spatial_add{i}" for i in (1, 2)},
 }
 _RULES = (
-    # Counters of batch norms, unused because these are never trained.
-    Rule(r".*num_batches_tracked", None),
     *flownet2_rules(source=r"flownet2\."),
     *resnet_rules(r"backbone\.", r"backbone\.layer", "backbone.bottom_up.", first_stage=1),
     Rule(
@@ -85,8 +83,8 @@ def convert_vpsnet(state_dict: StateDict) -> dict[str, Tensor]:
     """Published VPSNet checkpoint → :class:`VPSNet`'s state dict, that of FlowNet2 included if it is
     there.
 
-    The counters of the batch norms are dropped, and the background's rows of the box regression
-    (``bbox_head.fc_reg``) and of the masks (``mask_head.conv_logits``).
+    The background's rows of the box regression (``bbox_head.fc_reg``) and of the masks
+    (``mask_head.conv_logits``) are dropped.
 
     Raises:
         ConversionError: the names are not those of a VPSNet checkpoint.

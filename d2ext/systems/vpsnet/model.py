@@ -20,7 +20,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.roi_heads.roi_heads import select_foreground_proposals
 from detectron2.structures import Instances
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2ext.config import ConfigError
 from d2ext.modeling.flow import FlowEstimator, build_flow
@@ -139,6 +139,17 @@ class VPSNet(UPSNet, VideoMetaArch):
         return self.flow(self.rgb(images), self.rgb(references), inputs)
 
     # Training
+
+    def train(self, mode: bool = True) -> VPSNet:
+        """Batch norms stay in evaluation mode: their statistics are those of the image model.
+
+        Their weights are trained (vpsnet/NOTES.md, Network).
+        """
+        super().train(mode)
+        for module in self.backbone.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
 
     def check_training_inputs(self, inputs: Inputs) -> None:
         """Raise ConfigError where the data mapper does not give pairs of frames."""

@@ -40,6 +40,7 @@ from d2ext.systems.vpsnet.postprocess import (
 )
 from d2ext.systems.vpsnet.roi_heads import VPSNetRoIAlign
 from d2ext.systems.vpsnet.rpn import rounded_anchors
+from d2ext.systems.vpsnet.targets import match_targets
 from d2ext.systems.vpsnet.targets import VPSNetTargets
 from tests.reference.fixture import Fixture, draw_image, draw_tensor
 
@@ -373,3 +374,181 @@ def test_cleaned_map_with_ids(video: VideoCase, t: int) -> None:
     things = (expected[..., 0] != 255) & (expected[..., 0] >= 11)
     assert (objects.numpy()[things] != expected[..., 2][things]).mean() < 1e-4
     assert things.any()
+
+
+class TrainingCase:
+    """The fixture ``fusetrack_training``: a pair of frames with annotations."""
+
+    def __init__(self) -> None:
+        self.fixture = Fixture(REFERENCE / "fusetrack_training")
+        self.expected = self.fixture.expected
+        inputs = self.fixture.manifest["inputs"]
+        self.model = build(self.fixture).train()
+        labels = torch.from_numpy(self.expected["semantic_label"]).long()
+        current, reference = inputs["gt"], inputs["reference_gt"]
+        self.batch = [
+            {
+                "image": frame_of(self.fixture, 8),
+                "sem_seg": labels,
+                "instances": annotated(current, self.expected["gt_masks"]),
+                "reference": {
+                    "image": frame_of(self.fixture, 0),
+                    "instances": annotated(reference),
+                },
+            }
+        ]
+        images, (self.targets,) = self.model.training_batch(self.batch)
+        references = self.model.preprocess([self.batch[0]["reference"]])
+        features = self.model.backbone(references)
+        flow = self.model.predict_flow(images, references, self.batch)
+        gathered = self.model.fusion.gather(features)
+        predictions = self.model.network(images, flow, gathered)
+        self.predictions = predictions._replace(reference=features)
+        rpn = self.model.proposal_generator
+        self.anchors = rpn.anchor_generator([*predictions.features.values()])
+
+    def stored_anchors(self) -> tuple[Tensor, Tensor]:
+        """Labels (A,) and box targets (A, 4), in our order."""
+        labels, targets = [], []
+        for stride in (4, 8, 16, 32, 64):
+            label, target = (self.expected[f"rpn.{x}.s{stride}"] for x in ("labels", "bbox_targets"))
+            labels.append(label.transpose(1, 2, 0).reshape(-1))
+            targets.append(target.transpose(2, 3, 0, 1).reshape(-1, 4))
+        return torch.from_numpy(np.concatenate(labels)).long(), torch.from_numpy(
+            np.concatenate(targets)
+        )
+
+    def stored_regions(self) -> Instances:
+        count = int(self.expected["rcnn.num_pos"])
+        classes = torch.from_numpy(self.expected["rcnn.labels"]).long()
+        index = torch.full_like(classes, -1)
+        index[:count] = torch.from_numpy(self.expected["rcnn.assigned_gt"]).long()
+        return Instances(
+            (128, 256),
+            proposal_boxes=Boxes(end_behind(torch.from_numpy(self.expected["rcnn.rois"]))),
+            gt_classes=torch.where(classes == 0, 8, classes - 1),
+            gt_deltas=torch.from_numpy(self.expected["rcnn.bbox_targets"]),
+            gt_index=index,
+        )
+
+
+def annotated(annotations: dict[str, Any], masks: np.ndarray | None = None) -> Instances:
+    result = Instances((128, 256))
+    result.gt_boxes = Boxes(end_behind(torch.tensor(annotations["boxes"])))
+    result.gt_classes = torch.tensor(annotations["labels"]) - 1
+    result.gt_ids = torch.tensor(annotations["ids"])
+    if masks is not None:
+        result.gt_masks = BitMasks(torch.from_numpy(masks).bool())
+    return result
+
+
+@pytest.fixture(scope="module")
+def training() -> Iterator[TrainingCase]:
+    yield TrainingCase()
+
+
+def test_anchor_labels(training: TrainingCase) -> None:
+    """Our drawing differs; what may be drawn, and the targets, do not."""
+    rpn = training.model.proposal_generator
+    stored, targets = training.stored_anchors()
+    every = torch.cat([x.tensor for x in training.anchors])
+    drawn_labels, _ = rpn.label_and_sample_anchors(
+        training.anchors, [training.targets.rpn_instances]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rpn, "_subsample_labels", lambda label: label)
+        (labels,), (boxes,) = rpn.label_and_sample_anchors(
+            training.anchors, [training.targets.rpn_instances]
+        )
+    counts = training.expected["rpn.num_pos_neg"].tolist()
+    assert [int((drawn_labels[0] == x).sum()) for x in (1, 0)] == counts
+    assert bool((labels[stored >= 0] == stored[stored >= 0]).all())
+    assert int((labels == 1).sum()) == counts[0]
+    positive = stored == 1
+    deltas = rpn.box2box_transform.get_deltas(every[positive], boxes[positive])
+    np.testing.assert_allclose(deltas, targets[positive], atol=1e-5)
+
+
+def test_region_targets(training: TrainingCase) -> None:
+    """The stored regions, offered as proposals, get the stored classes, objects and targets."""
+    stored = training.stored_regions()
+    count = len(training.targets.instances)
+    # The first ones are the objects' boxes, which are added.
+    own = training.targets.instances.gt_boxes.tensor
+    rest = (stored.proposal_boxes.tensor[:, None] - own).abs().amax(-1).amin(1) > 1e-3
+    proposals = Instances((128, 256), proposal_boxes=stored.proposal_boxes[rest])
+    sampled = training.model.roi_heads.sample(proposals, training.targets)
+    ours = {tuple(b): i for i, b in enumerate(sampled.proposal_boxes.tensor.tolist())}
+    pairs = [
+        (i, ours[tuple(box)])
+        for i, box in enumerate(stored.proposal_boxes.tensor.tolist())
+        if tuple(box) in ours
+    ]
+    assert len(pairs) > 500 - count
+    positives = 0
+    for i, j in pairs:
+        assert sampled.gt_classes[j] == stored.gt_classes[i]
+        assert sampled.gt_index[j] == stored.gt_index[i]
+        if stored.gt_classes[i] < 8:
+            positives += 1
+            np.testing.assert_allclose(sampled.gt_deltas[j], stored.gt_deltas[i], atol=1e-4)
+    assert positives >= int(training.expected["rcnn.num_pos"]) - count
+    regions = stored[stored.gt_classes < 8]
+    masks = training.model.roi_heads.mask_targets(regions, training.targets, 28)
+    np.testing.assert_array_equal(masks, training.expected["mask.targets"])
+    columns = match_targets(regions.gt_index, training.targets)
+    np.testing.assert_array_equal(columns, training.expected["track.target_ids"][: len(regions)])
+
+
+def test_losses_and_gradients(training: TrainingCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, model = training.expected, training.model
+    labels, targets = training.stored_anchors()
+    every = torch.cat([x.tensor for x in training.anchors])
+    boxes = model.proposal_generator.box2box_transform.apply_deltas(targets, every)
+    regions = training.stored_regions()
+    # What the published code drew at random.
+    monkeypatch.setattr(
+        model.proposal_generator, "label_and_sample_anchors", lambda *_: ([labels], [boxes])
+    )
+    monkeypatch.setattr(model.roi_heads, "sample", lambda *_: regions)
+    losses = model.losses(training.predictions, [training.targets])
+    names = training.fixture.manifest["inputs"]["losses"]
+    published = dict(zip(names, expected["losses"].tolist(), strict=True))
+    ours = {
+        "loss_rpn_cls": published["loss_rpn_cls"],
+        "loss_rpn_loc": published["loss_rpn_bbox"],
+        "loss_cls": published["loss_cls"],
+        "loss_box_reg": published["loss_bbox"],
+        "loss_match": published["loss_match"],
+        "loss_mask": published["loss_mask"],
+        "loss_sem_seg": published["loss_segm"],
+        "loss_panoptic": published["loss_pano"],
+    }
+    assert {k: v.item() for k, v in losses.items()} == pytest.approx(ours, rel=1e-4)
+    total = sum(losses.values())
+    assert total.item() == pytest.approx(published["loss"], rel=1e-4)
+    model.zero_grad()
+    total.backward()
+    renamed = published_to_ours(training.fixture)
+    parameters = dict(model.named_parameters())
+    compared = 0
+    for name, norm in zip(
+        training.fixture.manifest["inputs"]["grad_norms_of"], expected["grad_norms"], strict=True
+    ):
+        parameter = parameters.get(renamed[name])
+        if norm < 0:  # frozen
+            assert parameter is None or parameter.grad is None, name
+            continue
+        assert parameter is not None and parameter.grad is not None, name
+        compared += 1
+        assert float(parameter.grad.norm()) == pytest.approx(float(norm), rel=1e-3), name
+    assert compared > 100
+
+
+def published_to_ours(fixture: Fixture) -> dict[str, str]:
+    """Which published name became which of ours, told by values that differ."""
+    tagged = {}
+    for i, (name, shape) in enumerate(fixture.manifest["parameters"]):
+        tagged[name] = torch.full((shape[0] if shape else 1,), float(i))
+    names = {float(v[0]): k for k, v in convert_state_dict("vpsnet", tagged).items()}
+    return {n: names[float(v[0])] for n, v in tagged.items() if float(v[0]) in names}
