@@ -9,6 +9,7 @@ from d2ext.layers.corner_pool import (
     corner_pool_pair,
     corner_pool_reference,
 )
+from d2ext.layers.correlation import correlation
 from d2ext.layers.panoptic_fusion import (
     fuse_panoptic,
     fuse_panoptic_reference,
@@ -22,6 +23,7 @@ from d2ext.layers.prototype_masks import (
     assemble_masks_reference,
 )
 from d2ext.layers.soft_nms import SoftNMSRows, soft_nms, soft_nms_merge, soft_nms_rows
+from d2ext.layers.warp import warp
 
 __all__ = [
     "CornerPool",
@@ -35,6 +37,7 @@ __all__ = [
     "corner_pool",
     "corner_pool_pair",
     "corner_pool_reference",
+    "correlation",
     "extension_info",
     "fuse_panoptic",
     "fuse_panoptic_reference",
@@ -46,4 +49,5 @@ __all__ = [
     "soft_nms_merge",
     "soft_nms_rows",
     "truncated_crops",
+    "warp",
 ]
