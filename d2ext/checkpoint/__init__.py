@@ -1,6 +1,6 @@
 """Conversion of published checkpoints, and safe reading of untrusted files."""
 
-from d2ext.checkpoint import torchvision  # noqa: F401  (registers its converter)
+from d2ext.checkpoint import flow, torchvision  # noqa: F401  (registers their converters)
 from d2ext.checkpoint.convert import (
     ConversionError,
     Rule,

@@ -1,5 +1,6 @@
 """Parts that two or more systems use. Importing this package registers the backbones."""
 
+from d2ext.modeling import flow  # noqa: F401  (registers the estimators of optical flow)
 from d2ext.modeling.cornernet_hourglass import (
     CornerNetHourglass,
     build_cornernet_hourglass_backbone,

@@ -137,7 +137,7 @@ class PeakMemory(TorchDispatchMode):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_memory(channels_last: bool) -> None:
-    """FlowNetC's, at a quarter of the height: beside arguments and result at most 1.5 times the result."""
+    """FlowNetC's, a quarter of its rows: beside arguments and result at most 1.5 times the result."""
     a, b = drawn(1, 256, 26, 208)
     if channels_last:
         a, b = (x.to(memory_format=torch.channels_last) for x in (a, b))

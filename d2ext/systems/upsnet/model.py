@@ -277,7 +277,8 @@ class UPSNet(MetaArch):
         boxes = [x.proposal_boxes.tensor for x in positive]
         masks = heads.predict_masks(features, boxes, torch.cat([x.gt_classes for x in positive]))
         mask_targets = [
-            heads.mask_targets(x, t, masks.shape[-1]) for x, t in zip(positive, targets, strict=True)
+            heads.mask_targets(x, t, masks.shape[-1])
+            for x, t in zip(positive, targets, strict=True)
         ]
         losses["loss_mask"] = L.mask_loss(masks, torch.cat(mask_targets), [len(x) for x in boxes])
         return losses

@@ -152,4 +152,3 @@ class UPSNetROIHeads(StandardROIHeads):
         low = boxes[:, :2]
         boxes = torch.cat([low, torch.maximum(boxes[:, 2:], low + pixel)], dim=1)
         return masks[nearest].crop_and_resize(boxes, size).to(boxes.device).float()
-

@@ -197,9 +197,7 @@ class VPSNet(UPSNet, VideoMetaArch):
         losses["loss_match"] = loss * self.match_loss_weight
         return losses
 
-    def embed(
-        self, features: dict[str, Tensor], boxes: Sequence[Tensor]
-    ) -> tuple[Tensor, ...]:
+    def embed(self, features: dict[str, Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Boxes (n, 4) of each image → their embeddings (n, D)."""
         assert self.track_head is not None
         embeddings = self.track_head(self.roi_heads.pool_boxes(features, boxes))
@@ -295,7 +293,11 @@ class VPSNet(UPSNet, VideoMetaArch):
         ]
 
     def _result(
-        self, predictions: VPSNetPredictions, row: int, candidates: Instances, inputs: dict[str, Any]
+        self,
+        predictions: VPSNetPredictions,
+        row: int,
+        candidates: Instances,
+        inputs: dict[str, Any],
     ) -> dict[str, Any]:
         score, scales = predictions.semantic.score[row], self.output_scales(inputs)
         return self.postprocessor(score, candidates, candidates, output_size(inputs), scales)

@@ -154,9 +154,7 @@ def test_ids_of_three_frames(track_case: tuple[Fixture, TrackHead]) -> None:
         np.testing.assert_allclose(
             inclusive(memory.boxes), expected[f"frame{number}.remembered_boxes"]
         )
-        np.testing.assert_array_equal(
-            memory.classes, expected[f"frame{number}.remembered_labels"]
-        )
+        np.testing.assert_array_equal(memory.classes, expected[f"frame{number}.remembered_labels"])
         # The published memory holds the features of the regions; ours, what the head makes of them.
         features |= {int(i): region for i, region in zip(ids, regions, strict=True)}
         remembered = torch.stack([features[int(i)] for i in memory.ids])
@@ -354,7 +352,10 @@ def test_panoptic_map(video: VideoCase, t: int) -> None:
         prediction.classes + 1, video.expected[f"frame{t}.panoptic.classes"]
     )
     # The fixture's own check: a change of 1e-6 in the weights moves 3e-5 of the pixels.
-    for name, labels in (("panoptic.map", prediction.labels), ("semantic.argmax", prediction.semantic)):
+    for name, labels in (
+        ("panoptic.map", prediction.labels),
+        ("semantic.argmax", prediction.semantic),
+    ):
         differ = labels.numpy() != video.expected[f"frame{t}.{name}"][0]
         assert differ.mean() < 1e-4, name
 
@@ -411,7 +412,9 @@ class TrainingCase:
         """Labels (A,) and box targets (A, 4), in our order."""
         labels, targets = [], []
         for stride in (4, 8, 16, 32, 64):
-            label, target = (self.expected[f"rpn.{x}.s{stride}"] for x in ("labels", "bbox_targets"))
+            label, target = (
+                self.expected[f"rpn.{x}.s{stride}"] for x in ("labels", "bbox_targets")
+            )
             labels.append(label.transpose(1, 2, 0).reshape(-1))
             targets.append(target.transpose(2, 3, 0, 1).reshape(-1, 4))
         return torch.from_numpy(np.concatenate(labels)).long(), torch.from_numpy(
