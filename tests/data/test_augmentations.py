@@ -2,6 +2,7 @@
 
 import copy
 
+import cv2
 import numpy as np
 import pytest
 from detectron2.data import detection_utils
@@ -23,8 +24,11 @@ from d2ext.data.augmentations.expand import ExpandTransform, RandomExpand
 from d2ext.data.augmentations.photometric import PhotometricTransform, RandomPhotometricDistortion
 from d2ext.data.augmentations.resize import (
     BilinearResizeTransform,
+    RandomScale,
     ResizeShortestEdge,
     ResizeToSquare,
+    ScaleShortestEdge,
+    ScaleTransform,
 )
 from tests.data.scenes import COLORS, Scene, iou, object_at, paint_scene
 
@@ -36,6 +40,7 @@ AUGMENTATIONS = {
     "crop": RandomCrop("relative_range", (0.5, 0.5)),
     "flip": T.RandomFlip(),
     "square": ResizeToSquare(150),
+    "scale": RandomScale((1.0, 1.5)),  # smaller factors are too coarse for masks, which are nearest
     "affine_crop": RandomAffineWarp((150, 170), scales=(0.8, 1.3)),
     "affine_shift": RandomAffineWarp((150, 170), "shift"),
     "shortest_edge": ResizeShortestEdge(100, 200, "choice"),
@@ -339,6 +344,71 @@ class TestResize:
         assert tfm.apply_image(image).shape == (1, 1333, 3)
 
 
+class TestScale:
+    @pytest.mark.parametrize("scale", [0.61, 1.0, 1.875])
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_is_opencvs_resize_of_floats(self, scale, channels):
+        image = np.random.default_rng(0).integers(0, 256, (40, 70, channels), dtype=np.uint8)
+        tfm = ScaleTransform(40, 70, scale)
+        expected = cv2.resize(image.astype(np.float32), None, fx=scale, fy=scale)
+        actual = tfm.apply_image(image)
+        assert actual.dtype == np.float32 and actual.shape == (*expected.shape[:2], channels)
+        np.testing.assert_array_equal(actual.squeeze(), expected.squeeze())
+        assert scale == 1 or (actual != actual.round()).any()
+        np.testing.assert_allclose(
+            tfm.apply_coords(np.array([[10.0, 4.0]])), [[10 * scale, 4 * scale]]
+        )
+
+    @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64, bool])
+    def test_labels_and_masks_are_nearest(self, dtype):
+        labels = (
+            np.random.default_rng(0)
+            .integers(0, 2 if dtype is bool else 200, (40, 70))
+            .astype(dtype)
+        )
+        for scale in (0.61, 1.875):
+            expected = cv2.resize(
+                labels.astype(np.uint8), None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST
+            )
+            actual = ScaleTransform(40, 70, scale).apply_segmentation(labels)
+            assert actual.dtype == dtype
+            np.testing.assert_array_equal(actual, expected)
+
+    def test_wrong_size_is_refused(self):
+        with pytest.raises(ValueError, match="Expected an image of 4x4"):
+            ScaleTransform(4, 4, 2.0).apply_image(np.zeros((4, 5, 3)))
+
+    def test_long_thin_image_keeps_a_pixel(self):
+        tfm = ScaleShortestEdge(800, 1333, "choice").get_transform(np.zeros((1, 5000, 3)))
+        assert tfm.apply_image(np.zeros((1, 5000, 3), np.uint8)).shape == (1, 1333, 3)
+
+    def test_short_sides_are_drawn(self):
+        image = np.zeros((50, 100, 3), np.uint8)
+        for lengths, style, seen in (
+            ((20, 40), "choice", {20, 40}),
+            ((20, 22), "range", {20, 21, 22}),
+        ):
+            augmentation = ScaleShortestEdge(lengths, 200, style)
+            drawn = {
+                augmentation.get_transform(image).apply_image(image).shape[0] for _ in range(60)
+            }
+            assert drawn == seen
+        assert ScaleShortestEdge(40, 60).get_transform(image).apply_image(image).shape == (
+            30,
+            60,
+            3,
+        )
+
+    def test_factors_are_uniform(self):
+        image = np.zeros((50, 100, 3), np.uint8)
+        augmentation = RandomScale((0.8, 1.5))
+        drawn = np.array([augmentation.get_transform(image).scale for _ in range(400)])
+        assert 0.8 <= drawn.min() < 0.82 and 1.48 < drawn.max() <= 1.5
+        assert abs(drawn.mean() - 1.15) < 0.04
+        with pytest.raises(ValueError, match="RESIZE_SCALE"):
+            RandomScale((1.5, 0.8))
+
+
 class TestRecipes:
     def cfg(self, name):
         cfg = get_cfg()
@@ -373,11 +443,42 @@ class TestRecipes:
         assert resize.short_edge_length == cfg.INPUT.MIN_SIZE_TRAIN
         assert resize.max_size == cfg.INPUT.MAX_SIZE_TRAIN
 
-    @pytest.mark.parametrize("name", ["ssd", "none", "default"])
+    @pytest.mark.parametrize("name", ["ssd", "none", "default", "upsnet", "vpsnet"])
     def test_test_images_are_resized_like_detectron2s(self, name):
         (resize,) = build_augmentations(self.cfg(name), False)
         assert isinstance(resize, T.ResizeShortestEdge) and not resize.is_range
         assert resize.short_edge_length == (800, 800) and resize.max_size == 1333
+
+    def test_upsnet_is_the_default_by_a_factor(self):
+        cfg = self.cfg("upsnet")
+        cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (640, 800), 1000
+        resize, flip = build_augmentations(cfg, True)
+        assert isinstance(resize, ScaleShortestEdge) and isinstance(flip, T.RandomFlip)
+        assert resize.short_edge_length == (640, 800) and resize.max_size == 1000
+        assert not resize.is_range
+        cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING, cfg.INPUT.CROP.ENABLED = "range", True
+        crop, resize, _ = build_augmentations(cfg, True)
+        assert isinstance(crop, RandomCrop) and resize.is_range
+
+    def test_vpsnet_is_the_published_sequence(self):
+        cfg = self.cfg("vpsnet")
+        cfg.INPUT.CROP.ENABLED, cfg.INPUT.CROP.TYPE = True, "absolute"
+        cfg.INPUT.CROP.SIZE = [800, 1600]
+        augmentations = build_augmentations(cfg, True)
+        assert [type(a) for a in augmentations] == [RandomScale, T.RandomFlip, RandomCrop]
+        assert list(augmentations[0].scales) == [0.8, 1.5] and augmentations[1].prob == 0.5
+        image = np.zeros((1024, 2048, 3), np.uint8)
+        for _ in range(3):
+            aug_input = DetectionInput(
+                image, boxes=np.array([[0.0, 0, 10, 10], [2000, 0, 2048, 9]])
+            )
+            T.AugmentationList(augmentations)(aug_input)
+            assert aug_input.image.shape == (800, 1600, 3)
+            # At least one of the two corners lies outside of a window that is narrower.
+            sides = aug_input.boxes[:, 2:] - aug_input.boxes[:, :2]
+            assert (sides.prod(axis=1) == 0).any()
+        cfg.INPUT.CROP.ENABLED, cfg.INPUT.RANDOM_FLIP = False, "none"
+        assert len(build_augmentations(cfg, True)) == 1
 
     def test_none(self):
         assert build_augmentations(self.cfg("none"), True) == []

@@ -1,4 +1,4 @@
-"""Resampling of bytes as OpenCV does it."""
+"""Resampling as OpenCV does it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from d2ext.layers.opencv_resample import resize_like_opencv, warp_like_opencv
+from d2ext.layers.opencv_resample import (
+    resize_float_like_opencv,
+    resize_like_opencv,
+    warp_like_opencv,
+)
 
 
 def _noise(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -62,3 +66,37 @@ def test_what_is_no_byte_is_made_one() -> None:
     image = torch.tensor([[[float("nan"), 300.0, -5.0, 12.4]]])
     identity = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
     assert warp_like_opencv(image, identity, 1, 4)[0, 0].tolist() == [0, 255, 0, 12]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "scale"),
+    [
+        (48, 64, 800 / 480),
+        (427, 640, 800 / 427),
+        (150, 2100, 1333 / 2100),
+        (37, 41, 3.7),
+        (37, 41, 0.31),
+        (64, 32, 0.5),
+        (102, 204, 1.001),  # no size changes, so that nothing does
+        (2, 3, 10.0),
+        (100, 2, 0.999),
+    ],
+)
+def test_resize_of_floats_by_a_factor(height: int, width: int, scale: float) -> None:
+    images = [_noise(height, width, seed).astype(np.float32) - 110.5 for seed in (0, 1)]
+    expected = [cv2.resize(x, None, fx=scale, fy=scale) for x in images]
+    size = expected[0].shape[:2]
+    batch = torch.stack([_tensor(x) for x in images])
+    actual = resize_float_like_opencv(batch, size, (scale, scale))
+    assert actual.dtype == torch.float32
+    # Without IPP (other processors) OpenCV rounds positions to float32.
+    tolerance = 1e-4 if cv2.ipp.useIPP() else 0.1
+    for ours, published in zip(actual, expected, strict=True):
+        assert np.abs(ours.permute(1, 2, 0).numpy() - published).max() < tolerance
+
+
+def test_resize_of_floats_in_low_precision_computes_in_float32() -> None:
+    images = _tensor(_noise(30, 40))[None].to(torch.bfloat16)
+    actual = resize_float_like_opencv(images, (50, 67), (5 / 3, 5 / 3))
+    assert torch.equal(actual, resize_float_like_opencv(images.float(), (50, 67), (5 / 3, 5 / 3)))
+    assert resize_float_like_opencv(images, (30, 40), (1.0, 1.0)).dtype == torch.float32

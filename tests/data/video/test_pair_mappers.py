@@ -23,7 +23,7 @@ from d2ext.data.video.flow import read_flow
 from d2ext.data.video.records import video_record
 
 SHAPES = VideoSet("train", 6, 128, 160, seed=3)
-RECIPES = ("ssd", "default", "centernet", "cornernet", "none")
+RECIPES = ("ssd", "default", "centernet", "cornernet", "upsnet", "vpsnet", "none")
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from d2ext import model_zoo
 from d2ext.checkpoint import convert_state_dict
+from d2ext.data.augmentations.resize import ScaleShortestEdge
 from d2ext.systems.upsnet import losses as L
 from d2ext.systems.upsnet import targets as T
 from d2ext.systems.upsnet.boxes import clip, end_behind, inclusive
@@ -480,6 +481,25 @@ def test_training_targets(training: TrainingCase) -> None:
     rois.proposal_boxes = Boxes(end_behind(torch.from_numpy(expected["mask.rois"][:, 1:])))
     mask_targets = training.model.roi_heads.mask_targets(rois, targets, 28)
     np.testing.assert_array_equal(mask_targets, expected["mask.targets"])
+
+
+def test_input_from_the_unresized_image(training: TrainingCase) -> None:
+    """The published network input, of the model's own resize and of the training mapper's."""
+    image = training.fixture.manifest["inputs"]["image"]
+    size = (image["height"], image["width"])
+    short = round(1.6 * min(size))
+    bgr = draw_image(*size, image["seed"])
+    model = training.model.eval()
+    model.min_size = short
+    try:
+        inputs = [{"image": torch.from_numpy(bgr.transpose(2, 0, 1).copy())}]
+        check(training.fixture, {"input.data": model.preprocess(inputs)})
+    finally:
+        model.min_size = 0
+        model.train()
+    resized = ScaleShortestEdge((short,), 1333, "choice").get_transform(bgr).apply_image(bgr)
+    inputs = [{"image": torch.from_numpy(resized.transpose(2, 0, 1).copy())}]
+    check(training.fixture, {"input.data": model.preprocess(inputs)})
 
 
 def _stored_rpn(training: TrainingCase) -> tuple[Tensor, Tensor]:
