@@ -69,7 +69,7 @@ class ClipMapper(PairMapper):
     at ``INPUT.VIDEO.REFERENCE_OFFSETS`` that the video has in the target's size; where it has none, it
     is the one nearest to them, or the target itself. An image is a video of one frame.
 
-    With ``INPUT.VIDEO.REFERENCES`` "annotated" the offsets count the video's annotated frames, others are
+    With ``INPUT.VIDEO.REFERENCES`` "annotated" the offsets count annotated frames, others are
     never taken, and the target is its own reference only where the offsets reach no other.
 
     In a test frames are single images.
