@@ -196,18 +196,14 @@ def test_test(vps):
     """Images without annotations, in order, under the ids of their list."""
     (video,) = load_dataset("cityscapes_vps_test")
     assert [f["image_id"] for f in video["frames"]] == [60000 + t for t in range(6)]
-    metadata = MetadataCatalog.get("cityscapes_vps_test")
-    assert (
-        metadata.thing_classes
-        == MetadataCatalog.get("cityscapes_fine_panoptic_val").get(
-            "thing_classes", metadata.thing_classes
-        )[-8:]
-    )
+    facts = dataset_facts("cityscapes_vps_test")
+    assert facts.things[0] == "person" and (len(facts.stuff), len(facts.things)) == (11, 8)
+    assert (video["video_id"], video["height"], video["width"]) == (6, HEIGHT, WIDTH)
     cfg = get_cfg()
     cfg.DATALOADER.NUM_WORKERS = 0
     seen = [s for (s,) in build_test_loader(cfg, "cityscapes_vps_test")]
     assert [(s["frame"], s["is_first"]) for s in seen] == [(t, t == 0) for t in range(6)]
-    with pytest.raises(DatasetError, match="No frame of the videos .* is annotated"):
+    with pytest.raises(DatasetError, match=r"No frame of the videos .* is annotated"):
         cfg.DATASETS.TRAIN = ("cityscapes_vps_test",)
         build_train_loader(cfg)
 
@@ -310,7 +306,7 @@ def test_viper(viper):
     metadata = MetadataCatalog.get("viper_vps_val")
     assert metadata.stuff_classes == ["things", "sky", "mobile_barrier"]
     assert metadata.thing_classes == ["person"] and metadata.vpq_left_out == ["mobile_barrier"]
-    with pytest.raises(DatasetError, match="train/img' does not exist .*on request"):
+    with pytest.raises(DatasetError, match=r"train/img' does not exist .*on request"):
         load_dataset("viper_vps_train")
     # As Cityscapes-VPS has it.
     write_frames(root / "train/img", [i["file_name"] for i in images])
