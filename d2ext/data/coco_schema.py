@@ -346,9 +346,10 @@ SEGMENT = {
     "category_id": Field(identifier, True),
     "iscrowd": Field(flag),
     "area": Field(area),
+    "track_id": Field(identifier),
 }
 PANOPTIC: Schema = {
-    "images": _IMAGE,
+    "images": {**_IMAGE, "video_id": Field(identifier), "frame_id": Field(integer)},
     "annotations": {
         "image_id": Field(identifier, True),
         "file_name": Field(text, True),

@@ -69,6 +69,9 @@ class ClipMapper(PairMapper):
     at ``INPUT.VIDEO.REFERENCE_OFFSETS`` that the video has in the target's size; where it has none, it
     is the one nearest to them, or the target itself. An image is a video of one frame.
 
+    With ``INPUT.VIDEO.REFERENCES`` "annotated" the offsets count annotated frames, others are
+    never taken, and the target is its own reference only where the offsets reach no other.
+
     In a test frames are single images.
     """
 
@@ -79,6 +82,7 @@ class ClipMapper(PairMapper):
         self,
         *args: Any,
         reference_offsets: Sequence[int] = (-5, -2),
+        references: str = "any",
         flow: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -86,6 +90,7 @@ class ClipMapper(PairMapper):
         Args:
             args, kwargs: of :class:`D2extDatasetMapper`
             reference_offsets: smallest and largest offset of the reference's number to the target's
+            references: "any" frame, or only "annotated" ones
             flow: give the optical flow
         """
         super().__init__(*args, **kwargs)
@@ -94,11 +99,17 @@ class ClipMapper(PairMapper):
             raise ConfigError(
                 f"INPUT.VIDEO.REFERENCE_OFFSETS is [{low}, {high}]: the smaller one goes first."
             )
+        if references not in ("any", "annotated"):
+            raise ConfigError(
+                f"INPUT.VIDEO.REFERENCES is {references!r}; known are 'any' and 'annotated'."
+            )
         self.reference_offsets = low, high
+        self.annotated_references = references == "annotated"
         self.flow = flow
         self._frames: Sequence[Record] = []
         self._places: dict[tuple[str, int], int] = {}
         self._sizes: list[tuple[int, int]] = []
+        self._videos = np.zeros(0, np.int64)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -106,11 +117,12 @@ class ClipMapper(PairMapper):
         return {
             **super().from_config(cfg, is_train),
             "reference_offsets": video.REFERENCE_OFFSETS,
+            "references": video.REFERENCES,
             "flow": video.FLOW,
         }
 
     def samples(self, records: list[Record], dataset_names: Sequence[str]) -> list[Record]:
-        """The dicts as they are; keeps all frames of the data sets' videos to choose references from.
+        """The dicts as they are; keeps the frames of the data sets' videos that references can be.
 
         They are serialised, and forked workers share them.
         """
@@ -122,11 +134,16 @@ class ClipMapper(PairMapper):
                     f"INPUT.VIDEO.FLOW is set, but no frame of {', '.join(dataset_names)} has optical "
                     "flow (flow_file_name)."
                 )
-            if all(frame["video_length"] == 1 for frame in frames):
+            videos = np.cumsum([frame["is_first"] for frame in frames], dtype=np.int64)
+            if self.annotated_references:
+                keep = np.array(["annotations" in frame for frame in frames], bool)
+                frames, videos = [f for f, k in zip(frames, keep, strict=True) if k], videos[keep]
+            if len(np.unique(videos)) == len(videos):
                 logger.warning(
-                    f"{', '.join(dataset_names)} has single images only: each is its own reference, so "
-                    "that nothing moves."
+                    f"No video of {', '.join(dataset_names)} has several frames that can be references: "
+                    "each image is its own, so that nothing moves."
                 )
+            self._videos = videos  # number of each frame's video, ascending
             self._places = {(f["file_name"], f["frame"]): i for i, f in enumerate(frames)}
             self._sizes = [(f.get("height", 0), f.get("width", 0)) for f in frames]
             self._frames = DatasetFromList(frames, copy=False) if frames else []
@@ -148,10 +165,11 @@ class ClipMapper(PairMapper):
         place = self._places.get((target["file_name"], target["frame"]))
         if place is None or "video_length" not in target:  # an image, even if a video has it, too
             return None
-        first = place - target["frame"]
-        last = first + target["video_length"] - 1
-        low, high = (min(max(place + o, first), last) for o in self.reference_offsets)
+        first, end = np.searchsorted(self._videos, self._videos[place] + np.array([0, 1])).tolist()
+        low, high = (min(max(place + o, first), end - 1) for o in self.reference_offsets)
         candidates = [i for i in range(low, high + 1) if self._sizes[i] == self._sizes[place]]
+        if self.annotated_references and candidates != [place]:
+            candidates = [i for i in candidates if i != place]
         if not candidates:
             return None
         selected = candidates[np.random.randint(len(candidates))]

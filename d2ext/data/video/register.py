@@ -5,7 +5,9 @@ Under ``DETECTRON2_DATASETS``, read when they are first used:
 - ``ytvis_{2019,2021,2022}_{train,val,test}``: ``ytvis_2019/{train,valid,test}/JPEGImages`` with
   ``ytvis_2019/train.json`` or ``ytvis_2019/train/instances.json``; ``valid`` may be called ``val``;
 - ``coco_2017_{train,val}_as_ytvis_2019``: COCO's objects of classes that YouTube-VIS has, as its own;
-- ``cityscapes_vps_{train,val}``: the folder ``cityscapes_vps`` as it comes (:mod:`.cityscapes_vps`);
+- ``cityscapes_vps_{train,val,test}``: the folder ``cityscapes_vps`` as it comes
+  (:mod:`.cityscapes_vps`);
+- ``viper_vps_{train,val}``: the folder ``viper_vps`` (:mod:`.viper_vps`);
 - ``flying_chairs_{train,val}``: ``FlyingChairs_release/data``, and the split file
   ``FlyingChairs_train_val.txt`` beside it or in the folder above, if there is one.
 """
@@ -25,7 +27,7 @@ from d2ext.data.dataset_dicts import load_dataset
 from d2ext.data.dataset_facts import dataset_facts
 from d2ext.data.errors import DatasetError, shorten
 from d2ext.data.summary import summarize
-from d2ext.data.video.cityscapes_vps import read_train, read_val
+from d2ext.data.video import cityscapes_vps, viper_vps
 from d2ext.data.video.coco_video_json import is_coco_video, read_coco_video
 from d2ext.data.video.flow_pairs import flow_pairs
 from d2ext.data.video.mask_folders import read_mask_folders
@@ -207,11 +209,22 @@ def register_builtin_videos() -> None:
             YTVIS_2019_FROM_COCO,
         )
         DatasetCatalog.register(f"flying_chairs_{split}", partial(_flying_chairs, root, split))
-    vps = os.path.join(root, "cityscapes_vps")
-    for split, read in (("train", read_train), ("val", read_val)):
-        name = f"cityscapes_vps_{split}"
-        known = {"evaluator_type": "video_panoptic_seg", "image_root": vps}
-        register_videos(name, partial(read, name, vps), known)
+    for folder, readers in (
+        (
+            "cityscapes_vps",
+            {
+                "train": cityscapes_vps.read_train,
+                "val": cityscapes_vps.read_val,
+                "test": cityscapes_vps.read_test,
+            },
+        ),
+        ("viper_vps", {"train": viper_vps.read_train, "val": viper_vps.read_val}),
+    ):
+        path = os.path.join(root, folder)
+        for split, read in readers.items():
+            name = f"{folder}_{split}"
+            known = {"evaluator_type": "video_panoptic_seg", "image_root": path}
+            register_videos(name, partial(read, name, path), known)
 
 
 def _read_ytvis(name: str, files: list[tuple[str, str]]) -> VideoData:

@@ -7,6 +7,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from d2ext.data.shapes import THING_CLASSES
+from d2ext.data.video.register import register_builtin_videos
 
 
 @pytest.fixture
@@ -25,3 +26,27 @@ def register():
     for name in names:
         DatasetCatalog.remove(name)
         MetadataCatalog.pop(name, None)
+
+
+@pytest.fixture
+def builtin(tmp_path, monkeypatch):
+    """The built-in names in a folder of the test's own."""
+    before = set(DatasetCatalog.list())
+    catalog = dict(DatasetCatalog.data)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    names = [
+        n
+        for n in before
+        if n.startswith(("ytvis_", "flying_", "cityscapes_vps", "viper_vps")) or "_as_" in n
+    ]
+    assert len(names) == 9 + 2 + 3 + 2 + 2
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.pop(name, None)
+    register_builtin_videos()
+    yield tmp_path
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.pop(name, None)
+        DatasetCatalog.register(name, catalog[name])
+    assert set(DatasetCatalog.list()) == before

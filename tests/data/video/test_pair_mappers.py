@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
+from detectron2.structures import BitMasks
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
@@ -165,6 +166,57 @@ def test_references_are_uniform_and_inside_of_the_video(clips):
     assert offsets(22) == {1: 400} and offsets(23) == {0: 400}
 
 
+def test_annotated_references(register):
+    """Every third frame is annotated: the neighbour among them, before or after, never itself."""
+    videos = load_shapes_video(SHAPES)[:3]
+    for video, kept in zip(videos, ({1, 4, 7, 10}, {5}, {0, 3}), strict=True):
+        for frame in video["frames"]:
+            if frame["frame"] not in kept:
+                del frame["annotations"]
+    videos[2]["frames"][3]["annotations"] = []  # annotated, without any object
+    cfg = make_cfg(register(videos), flow=False)
+    cfg.INPUT.VIDEO.REFERENCES = "annotated"
+    cfg.INPUT.VIDEO.REFERENCE_OFFSETS = [-1, 1]
+    cfg.SEED = 5
+    seen = Counter()
+    samples = train_samples(cfg, 80)
+    for sample in samples:
+        reference = sample["reference"]
+        assert reference["video_id"] == sample["video_id"]
+        assert len(reference["instances"].gt_ids) == len(reference["instances"])
+        seen[sample["video_id"], sample["frame"], reference["frame"]] += 1
+    assert set(seen) == {
+        *((0, t, r) for t, r in ((1, 4), (4, 1), (4, 7), (7, 4), (7, 10), (10, 7))),
+        *((1, 5, 5), (2, 0, 3)),  # one annotated frame: its own reference
+    }
+    assert min(seen.values()) > 2
+    for sample, again in zip(samples[:20], train_samples(cfg, 20), strict=True):
+        assert sample["reference"]["file_name"] == again["reference"]["file_name"]
+    (later,) = train_samples(cfg, 41)[40:]
+    batch = next(iter(build_train_loader(cfg, start_iter=20)))
+    torch.testing.assert_close(batch[0]["reference"]["image"], later["reference"]["image"])
+    cfg.INPUT.VIDEO.REFERENCE_OFFSETS = [2, 2]
+    pairs = {(s["frame"], s["reference"]["frame"]) for s in train_samples(cfg, 40)}
+    assert {(1, 7), (4, 10), (7, 10), (10, 10)} < pairs
+    cfg.INPUT.VIDEO.REFERENCES = "labelled"
+    with pytest.raises(ConfigError, match=r"REFERENCES is 'labelled'; known are"):
+        build_mapper(cfg, is_train=True)
+
+
+def test_one_annotated_frame_a_video_is_told(register, caplog):
+    videos = load_shapes_video(SHAPES)[:2]
+    for video in videos:
+        for frame in video["frames"][1:]:
+            del frame["annotations"]
+    cfg = make_cfg(register(videos), flow=False)
+    for references, told in (("any", False), ("annotated", True)):
+        cfg.INPUT.VIDEO.REFERENCES = references
+        caplog.clear()
+        with caplog.at_level("WARNING"):
+            train_samples(cfg, 2)
+        assert ("so that nothing moves" in caplog.text) == told
+
+
 def test_the_stream_does_not_depend_on_workers(clips):
     one, two = (train_samples(make_cfg(clips, workers=workers), 6) for workers in (0, 2))
     for a, b in zip(one, two, strict=True):
@@ -240,6 +292,21 @@ def test_panoptic_clips(register):
         references.append("sem_seg" in sample["reference"])
         assert references[-1] == ("instances" in sample["reference"])
     assert set(references) == {True, False}
+    cfg.INPUT.VIDEO.REFERENCE_OFFSETS = [-1, 1]
+    cfg.INPUT.VIDEO.REFERENCES = "annotated"
+    hits = []
+    for sample in train_samples(cfg, 12):
+        reference = sample["reference"]
+        assert abs(sample["frame"] - reference["frame"]) == 5
+        for one in (sample, reference):
+            assert one["sem_seg"].shape == one["image"].shape[1:]
+            assert len(one["instances"].gt_ids) == len(one["instances"])
+            masks = one["instances"].gt_masks
+            masks = BitMasks.from_polygon_masks(masks, *one["sem_seg"].shape).tensor
+            for mask, category in zip(masks, one["instances"].gt_classes, strict=True):
+                if mask.sum() > 50:  # 6 classes of stuff come first
+                    hits.append((one["sem_seg"][mask] == 6 + category).float().mean())
+    assert len(hits) > 30 and np.mean(hits) > 0.9
 
 
 def test_flow_that_is_not_there(register):

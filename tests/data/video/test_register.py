@@ -1,7 +1,6 @@
 """Built-in names of data sets of videos, Cityscapes-VPS, relabelled images, FlyingChairs."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,39 +14,12 @@ from d2ext.data.dataset_dicts import load_dataset
 from d2ext.data.shapes.video import flow_bytes
 from d2ext.data.video import register as register_module
 from d2ext.data.video.flow_pairs import flow_pairs
-from d2ext.data.video.register import register_builtin_videos, register_relabelled
+from d2ext.data.video.register import register_relabelled
 from d2ext.evaluation import COCOEvaluator, build_evaluator
 from tests.data.video.test_readers import (
-    HEIGHT,
-    WIDTH,
-    rle_of,
     write_frames,
-    write_json,
-    write_masks,
     ytvis,
 )
-
-
-@pytest.fixture
-def builtin(tmp_path, monkeypatch):
-    """The built-in names in a folder of the test's own."""
-    before = set(DatasetCatalog.list())
-    catalog = dict(DatasetCatalog.data)
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    names = [
-        n for n in before if n.startswith(("ytvis_", "flying_", "cityscapes_vps")) or "_as_" in n
-    ]
-    assert len(names) == 9 + 2 + 2 + 2
-    for name in names:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.pop(name, None)
-    register_builtin_videos()
-    yield tmp_path
-    for name in names:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.pop(name, None)
-        DatasetCatalog.register(name, catalog[name])
-    assert set(DatasetCatalog.list()) == before
 
 
 @pytest.mark.parametrize(
@@ -140,75 +112,3 @@ def test_flying_chairs(builtin):
     (folder / "00003_flow.flo").unlink()
     with pytest.raises(DatasetError, match=r"1 of 40 pairs .* lack a file: 00003"):
         flow_pairs(str(folder))
-
-
-def vps_labels(time):
-    """Road above, sky below, a car (and in the first frame another one) and a person without mask."""
-    labels = np.zeros((HEIGHT, WIDTH), np.uint8)
-    labels[12:] = 10
-    labels[2:6, 2 + time : 8 + time] = 13
-    labels[14:20, 20:26] = 13 if time == 0 else 10
-    labels[20:23, 2:6] = 11
-    labels[0, 0] = 255
-    return labels
-
-
-@pytest.fixture
-def cityscapes(builtin, monkeypatch):
-    """Two clips of two frames, named as Cityscapes-VPS names them."""
-    monkeypatch.setenv("D2EXT_CACHE", str(builtin / "cache"))
-    root = builtin / "cityscapes_vps"
-    images, annotations = [], []
-    for clip in (3, 4):
-        for time in (0, 1):
-            stem = f"{clip:04d}_{5 * time + 5:04d}_frankfurt_000000_00{clip}2{time}"
-            write_frames(root / "train/img", [f"{stem}_newImg8bit.png"])
-            write_masks(root / "train/labelmap", {f"{stem}_gtFine_color.png": vps_labels(time)})
-            image_id = 10000 * clip + 5 * time + 5
-            size = {"height": HEIGHT, "width": WIDTH}
-            images.append({"id": image_id, "file_name": f"{stem}_leftImg8bit.png", **size})
-            for inst, box in ((7, (2 + time, 2, 6, 4)), (9, (20, 14, 6, 6)))[: 2 - time]:
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": image_id,
-                        "category_id": 13,
-                        "inst_id": inst,
-                        "iscrowd": 0,
-                        "segmentation": rle_of(*box),
-                    }
-                )
-    categories = [{"id": 13, "name": "car"}]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    write_json(root / "instances_train_city_vps_rle.json", content)
-    return root
-
-
-def test_cityscapes_vps(cityscapes):
-    videos = load_dataset("cityscapes_vps_train")
-    metadata = MetadataCatalog.get("cityscapes_vps_train")
-    assert metadata.thing_classes[:3] == ["person", "rider", "car"]
-    assert len(metadata.stuff_classes) == 12 and metadata.evaluator_type == "video_panoptic_seg"
-    assert [(v["video_id"], v["length"]) for v in videos] == [(3, 2), (4, 2)]
-    for video in videos:
-        tracks = []
-        for time, frame in enumerate(video["frames"]):
-            boxes = {a["track_id"]: a["bbox"] for a in frame["annotations"]}
-            assert next(iter(boxes.values())) == [2 + time, 2, 6, 4]
-            assert {a["category_id"] for a in frame["annotations"]} == {2}
-            tracks.append(list(boxes))
-            stuff = [s["category_id"] for s in frame["segments_info"] if not s["isthing"]]
-            assert stuff == [1, 11]  # road, sky; the person has no instance and is void
-            sem_seg = np.asarray(Image.open(frame["sem_seg_file_name"]))
-            assert sem_seg[0, 0] == 255 and (sem_seg[20:23, 2:6] == 255).all()
-            assert sem_seg[3, 4] == 0 and sem_seg[0, 9] == 1 and sem_seg[23, 9] == 11
-        assert tracks[1] == tracks[0][:1] and len(tracks[0]) == 2
-    load_dataset("cityscapes_vps_train")
-    with pytest.raises(DatasetError, match=r"panoptic_gt_val_city_vps\.json' does not exist"):
-        load_dataset("cityscapes_vps_val")
-
-
-def test_cityscapes_vps_without_label_maps(cityscapes):
-    shutil.rmtree(cityscapes / "train/labelmap")
-    with pytest.raises(DatasetError, match=r"4 of 4 images .* have no label map"):
-        load_dataset("cityscapes_vps_train")

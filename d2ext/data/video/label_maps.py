@@ -1,0 +1,143 @@
+"""Clips whose classes are in label maps and whose things are instances in COCO's form, with ``inst_id``
+constant over a clip: the training parts of Cityscapes-VPS and VIPER. Panoptic PNGs are made of them,
+once.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pycocotools.mask as mask_util
+
+from d2ext.data.cache import cache_folder, folder_to_fill
+from d2ext.data.coco_json import CocoFile, Entry, compressed_rle, read_coco_json
+from d2ext.data.coco_schema import Id
+from d2ext.data.errors import DatasetError, SampleError, shorten
+from d2ext.data.image_io import label_values, read_label_map
+from d2ext.data.panoptic import IGNORE_LABEL
+from d2ext.data.video.panoptic_video import Place, by_place, places_by_name, read_panoptic_video
+from d2ext.data.video.video_data import VideoData
+
+# Segment id = (category + 1) * this + number of the thing in its clip; 0 stays void.
+_FACTOR = 1000
+_VERSION = 2
+
+
+def read_label_map_clips(
+    name: str,
+    json_file: str,
+    image_root: str,
+    label_root: str,
+    categories: Sequence[Entry],
+) -> VideoData:
+    """Records of clips; PNGs are made at the first call, then from the cache.
+
+    Args:
+        name: of the data set
+        json_file: instances with ``inst_id``, as RLE; ``category_id`` is the label of the maps
+        image_root: folder of the images
+        label_root: folder of the label maps, of one channel; values are category ids, 255 is void. Those
+            of a palette PNG are its indices. Pixels of things without an instance become void
+        categories: ``id``, ``name``, ``isthing`` and, if known, ``color``
+
+    Raises:
+        DatasetError: files that are missing or cannot be used
+    """
+    file = read_coco_json(json_file)
+    places = places_by_name(json_file, file.images, "id")
+    label_maps = by_place(label_root)
+    missing = [i["file_name"] for i in file.images if places[i["id"]] not in label_maps]
+    if missing:
+        raise DatasetError(
+            f"{len(missing)} of {len(file.images)} images of '{json_file}' have no label map in "
+            f"'{label_root}': {shorten(missing)}."
+        )
+    _check_instances(json_file, file, categories)
+    status = os.stat(json_file)
+    key = f"{_VERSION} {os.path.abspath(json_file)} {status.st_size} {status.st_mtime_ns}"
+    digest = hashlib.blake2b(f"{key}{list(categories)}".encode(), digest_size=8).hexdigest()
+    target = cache_folder("label_map_clips") / f"{name}-{digest}"
+    if not target.is_dir():
+        maps = {i: os.path.join(label_root, label_maps[at]) for i, at in places.items()}
+        with folder_to_fill(target) as folder:
+            (folder / "panoptic").mkdir()
+            _make(file, places, maps, categories, folder)
+    return read_panoptic_video(name, str(target / "panoptic.json"), image_root)
+
+
+def _check_instances(json_file: str, file: CocoFile, categories: Sequence[Entry]) -> None:
+    names = {c["id"]: c["name"] for c in categories if c["isthing"]}
+    for text, wrong in (
+        (
+            "annotations have no 'inst_id' or no mask",
+            [a["id"] for a in file.annotations if not {"inst_id", "segmentation"} <= a.keys()],
+        ),
+        (
+            f"annotations are of no thing ({', '.join(f'{i} {n}' for i, n in names.items())})",
+            [a["id"] for a in file.annotations if a["category_id"] not in names],
+        ),
+    ):
+        if wrong:
+            raise DatasetError(f"{len(wrong)} {text} in '{json_file}': id {shorten(wrong)}.")
+
+
+def _make(
+    file: CocoFile,
+    places: dict[Id, Place],
+    label_maps: dict[Id, str],
+    categories: Sequence[Entry],
+    folder: Path,
+) -> None:
+    """Write ``panoptic.json`` and ``panoptic/``."""
+    of_image: dict[Id, list[Entry]] = {image["id"]: [] for image in file.images}
+    for instance in file.annotations:
+        of_image[instance["image_id"]].append(instance)
+    stuff = [c["id"] for c in categories if not c["isthing"]]
+    numbers: dict[Id, dict[Any, int]] = {}
+    annotations = []
+    for image in file.images:
+        size = (image["height"], image["width"])
+        labels = _read_labels(label_maps[image["id"]], size, {c["id"] for c in categories})
+        clip, frame = places[image["id"]]
+        of_clip = numbers.setdefault(clip, {})
+        ids = np.where(np.isin(labels, stuff), (labels + 1) * _FACTOR, 0)
+        for instance in of_image[image["id"]]:
+            number = of_clip.setdefault(instance["inst_id"], len(of_clip) + 1)
+            mask = mask_util.decode(compressed_rle(instance["segmentation"], *size)) > 0
+            ids[mask] = (instance["category_id"] + 1) * _FACTOR + number
+        name = f"{clip:04d}_{frame:04d}.png"
+        bgr = np.stack([ids >> 16, ids >> 8 & 255, ids & 255], axis=2).astype(np.uint8)
+        if not cv2.imwrite(str(folder / "panoptic" / name), bgr):
+            raise OSError(f"Could not write '{folder / 'panoptic' / name}': is the disk full?")
+        segments = [
+            {"id": i, "category_id": i // _FACTOR - 1, "iscrowd": 0}
+            for i in np.unique(ids).tolist()
+            if i
+        ]
+        annotations.append({"image_id": image["id"], "file_name": name, "segments_info": segments})
+    content = {"images": file.images, "annotations": annotations, "categories": list(categories)}
+    (folder / "panoptic.json").write_text(json.dumps(content))
+
+
+def _read_labels(file_name: str, size: tuple[int, int], known: set[int]) -> np.ndarray:
+    """(H, W) int32."""
+    try:
+        labels = read_label_map(file_name)
+    except SampleError as e:
+        raise DatasetError(f"A label map cannot be used: {e}") from e
+    if labels.shape != size:
+        raise DatasetError(
+            f"'{file_name}' has height and width {labels.shape}, the JSON file says {size}."
+        )
+    wrong = [v for v in label_values(labels) if v not in known and v != IGNORE_LABEL]
+    if wrong:
+        raise DatasetError(
+            f"Label map '{file_name}' has labels {shorten(wrong)}, which are no class (0 to "
+            f"{max(known)}, 255 is void). Maps of instances (class * 1000 + object) are no label maps."
+        )
+    return labels.astype(np.int32)
