@@ -325,7 +325,11 @@ def read_panoptic_json(json_file: str) -> dict[str, Any]:
 
 
 def contiguous_segment(segment: Segment, metadata: Metadata) -> Segment:
-    """A segment of a panoptic JSON file with Detectron2's contiguous id and ``isthing``."""
+    """A segment of a panoptic JSON file with Detectron2's contiguous id and ``isthing``.
+
+    ``area`` (pixels) and ``visibility`` (share of the object that is not hidden) stay where the file has
+    them.
+    """
     category = segment["category_id"]
     isthing = category in metadata.thing_dataset_id_to_contiguous_id
     ids = (
@@ -338,4 +342,5 @@ def contiguous_segment(segment: Segment, metadata: Metadata) -> Segment:
         "category_id": ids[category],
         "isthing": isthing,
         "iscrowd": segment.get("iscrowd", 0),
+        **{key: segment[key] for key in ("area", "visibility") if segment.get(key) is not None},
     }
