@@ -3,8 +3,8 @@
 A window is n consecutive annotated frames of a clip; it slides by one. In it, the segments of one object
 form a tube. Tubes are compared as segments of an image are (:mod:`~d2ext.evaluation.panoptic_match`):
 IoU > 0.5 within a class is a match, void does not count as part of a prediction, a prediction more than
-half of which is void or crowd of its class is left out. Matches, wrong and missed tubes are added up over
-all windows of all clips; VPQ of n is the mean over the classes that occur of
+half of which is void or crowd of its class is left out. Matches, wrong and missed tubes are added up
+over all windows of all clips; VPQ of n is the mean over the classes that occur of
 
     PQ = sum of IoUs / (matches + wrong / 2 + missed / 2).
 
@@ -20,10 +20,11 @@ Letters: G annotated and P predicted segments of a frame, T annotated and Q pred
 C classes.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -64,9 +65,9 @@ class IdSwitch(NamedTuple):
     """
 
     frame: int
-    target: Hashable
-    before: Hashable
-    after: Hashable
+    target: Any
+    before: Any
+    after: Any
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class VideoPanopticQuality:
         result: Counter[int] = Counter()
         for frames in self._videos.values():
             numbers = sorted(frame.number for frame in frames)
-            result.update(b - a for a, b in zip(numbers, numbers[1:], strict=False))
+            result.update(b - a for a, b in itertools.pairwise(numbers))
         return result
 
     def counts(self, length: int, video_ids: Iterable[Hashable] | None = None) -> Counts:
@@ -260,9 +261,7 @@ class _Clip:
     def window(self, start: int, stop: int) -> "_Window":
         """Frames ``start`` to ``stop`` - 1 of the annotated ones."""
         shared = self._shared[self._shared_ends[start] : self._shared_ends[stop]]
-        targets, predictions = (
-            rows[ends[start] : ends[stop]] for rows, ends in self._segments
-        )
+        targets, predictions = (rows[ends[start] : ends[stop]] for rows, ends in self._segments)
         return _Window(shared, targets, predictions, len(self.targets), len(self.predictions))
 
 
@@ -287,7 +286,7 @@ class _Window:
         """
         Args:
             shared: (M, 3) int64 target, prediction, pixels
-            targets, predictions: (N, 5) float64 tube, label, crowd, area, visibility of segments in order
+            targets, predictions: (N, 5) float64 tube, label, crowd, area, visibility of segments
             num_targets, num_predictions: T + 1, Q + 1
         """
         codes, inverse = np.unique(
@@ -355,9 +354,7 @@ class _Window:
         return counts
 
 
-def _number(
-    frames: Iterable[Sequence[TubeSegment]], names: list[Hashable]
-) -> list[np.ndarray]:
+def _number(frames: Iterable[Sequence[TubeSegment]], names: list[Hashable]) -> list[np.ndarray]:
     """Numbers of the tubes of each frame's segments, 0 in front; ``names`` gets new ones appended."""
     numbers: dict[Hashable, int] = {}
     result = []
@@ -379,7 +376,7 @@ def _joined(arrays: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, list[
 
 
 def _first(segments: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(size, 2) int64 label and crowd of the first segment of each tube, -1: none; tubes as they come."""
+    """(size, 2) int64 label and crowd of each tube's first segment, -1: none; tubes as they come."""
     tubes, first = np.unique(segments[:, 0].astype(np.int64), return_index=True)
     result = np.full((size, 2), -1, np.int64)
     result[tubes] = segments[first, 1:3]

@@ -2,9 +2,9 @@
 frame, whose pixels hold segment ids as R + 256 G + 65536 B, and COCO's panoptic JSON with ``area`` and,
 where they are known, ``score`` and ``track_id`` of each segment.
 
-A segment id is the place of the class (from 1) times ``label_divisor`` of the file, plus the track id of
-a thing, 0 for stuff: an object has one id, and one colour, over its clip. A thing without a track id gets
-a number of its own in its frame, counted down from ``label_divisor`` - 1.
+A segment id is the place of the class (from 1) times ``label_divisor`` of the file, plus the track id
+of a thing, 0 for stuff: an object has one id, and one colour, over its clip. A thing without a track id
+gets a number of its own in its frame, counted down from ``label_divisor`` - 1.
 """
 
 from collections.abc import Sequence
