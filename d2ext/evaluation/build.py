@@ -116,7 +116,7 @@ def video_keypoints(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
 
 @EVALUATOR_REGISTRY.register()
 def video_panoptic_seg(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
-    """VPQ, STQ, panoptic quality of annotated frames, and the tracks of things that the data also has."""
+    """VPQ, STQ, panoptic quality of annotated frames, and the tracks of things that the data has."""
     frames = [frame for video in DatasetCatalog.get(name) for frame in video["frames"]]
     video = VideoPanopticEvaluator(
         name,

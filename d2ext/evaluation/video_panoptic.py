@@ -49,16 +49,16 @@ class VideoPanopticEvaluator(DatasetEvaluator):
     """VPQ (:mod:`~d2ext.evaluation.vpq`) and STQ (:mod:`~d2ext.evaluation.stq`) on annotated frames.
 
     Those are the frames with ``pan_seg_file_name`` and ``segments_info``, whose things have
-    ``track_id``. What identifies an object is its class and its track id; stuff of a class is one object,
-    a thing without a track id is one in every frame anew. A frame is found by its image id, or else by
-    its file name without folder and ending. An annotated frame without a prediction (it could not be
-    read) is one where nothing is predicted.
+    ``track_id``. What identifies an object is its class and its track id; stuff of a class is one
+    object, a thing without a track id is one in every frame anew. A frame is found by its image id, or
+    else by its file name without folder and ending. An annotated frame without a prediction (it could
+    not be read) is one where nothing is predicted.
 
     Areas of annotated segments are those of the annotations (``area``), as published, or where these
     have none, counted; if stated and counted ones differ, the log says so. Windows are of consecutive
-    annotated frames, whatever lies between them: k // d + 1 of them, where d is the usual distance of one
-    to the next. The log says how many, and whether there are other distances. A window that is longer
-    than all clips is left out of the mean.
+    annotated frames, whatever lies between them: k // d + 1 of them, where d is the usual distance of
+    one to the next. The log says how many, and whether there are other distances. A window that is
+    longer than all clips is left out of the mean.
 
     Metadata's ``vpq_left_out`` names classes that do not count in the averages of VPQ.
 

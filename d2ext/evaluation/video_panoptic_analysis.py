@@ -1,8 +1,8 @@
 """Where video panoptic quality is lost: VPQ and changes of ids of each clip, the worst clips drawn.
 
 Written into a folder: ``clips.json``, the clips, worst first, each with its VPQ and every change of an
-id; and ``worst_clips/``, pictures of frames side by side, below them the annotations and the predictions,
-with things in the colours of their ids.
+id; and ``worst_clips/``, pictures of frames side by side, below them the annotations and the
+predictions, with things in the colours of their ids.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Which files `d2ext predict` reads and writes: pictures, videos, COCO, YouTube-VIS and panoptic results."""
+"""Files that `d2ext predict` reads and writes: pictures, videos, COCO, YouTube-VIS, panoptic results."""
 
 from __future__ import annotations
 

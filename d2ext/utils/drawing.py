@@ -266,7 +266,8 @@ def _segment_text(segment: dict[str, Any], metadata: Metadata, names: bool) -> s
 
 class VideoDrawer(PictureDrawer):
     """Draws frame after frame: instances with ``track_ids``, and panoptic things with ``track_id``, in
-    the colour of their id, which their label names; other objects keep a colour while their boxes overlap.
+    the colour of their id, which their label names; other objects keep a colour while their boxes
+    overlap.
     """
 
     def __init__(self, metadata: Metadata, max_drawn: int = 200) -> None:
