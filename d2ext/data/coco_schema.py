@@ -141,6 +141,12 @@ def area(value: Any) -> float | None:
     return (value if isinstance(value, int | float) else number) if known else None
 
 
+def share(value: Any) -> float | None:
+    """A number from 0 to 1; None: not known."""
+    number = area(value)
+    return number if number is not None and number <= 1 else None
+
+
 def box(value: Any) -> list[float] | None:
     """x, y, width, height in pixels; None: without width or height, or not finite."""
     numbers = _array(value)
@@ -347,6 +353,7 @@ SEGMENT = {
     "iscrowd": Field(flag),
     "area": Field(area),
     "track_id": Field(identifier),
+    "visibility": Field(share),
 }
 PANOPTIC: Schema = {
     "images": {**_IMAGE, "video_id": Field(identifier), "frame_id": Field(integer)},

@@ -74,6 +74,15 @@ class PanopticClasses:
         """Names of all S+T labels of a full map."""
         return [*self.stuff, *self.things]
 
+    @property
+    def unique_names(self) -> list[str]:
+        """Those names; of a thing and a stuff class that share one, each says which it is."""
+        shared = set(self.stuff) & set(self.things)
+        return [
+            *(f"{n} (stuff)" if n in shared else n for n in self.stuff),
+            *(f"{n} (thing)" if n in shared else n for n in self.things),
+        ]
+
     def label_of(self, segment: Segment) -> int | None:
         """Label in a full map of a data set dict's segment, None for an unknown category.
 
@@ -87,6 +96,25 @@ class PanopticClasses:
             thing = self.thing_labels.get(category)
             return None if thing is None else len(self.stuff) + thing
         return self.stuff_labels.get(category)
+
+    def predicted_label(self, segment: Segment, file_name: str) -> int:
+        """Label in a full map of a model's segment; without ``isthing`` its id is the data set's own.
+
+        Raises:
+            ValueError: a class that the data set does not have
+        """
+        if segment.get("isthing") is None:
+            label = self.dataset_ids.get(segment["category_id"])
+        else:
+            label = self.label_of(segment)
+        if label is None:
+            kind = "thing" if segment.get("isthing") else "stuff"
+            raise ValueError(
+                f"The model predicted {kind} class {segment['category_id']} on '{file_name}', which "
+                "the data set does not have. The class counts of the config must be those of the "
+                "data set."
+            )
+        return label
 
 
 def is_panoptic(dataset_name: str) -> bool:
@@ -325,7 +353,11 @@ def read_panoptic_json(json_file: str) -> dict[str, Any]:
 
 
 def contiguous_segment(segment: Segment, metadata: Metadata) -> Segment:
-    """A segment of a panoptic JSON file with Detectron2's contiguous id and ``isthing``."""
+    """A segment of a panoptic JSON file with Detectron2's contiguous id and ``isthing``.
+
+    ``area`` (pixels) and ``visibility`` (share of the object that is not hidden) stay where the file has
+    them.
+    """
     category = segment["category_id"]
     isthing = category in metadata.thing_dataset_id_to_contiguous_id
     ids = (
@@ -338,4 +370,5 @@ def contiguous_segment(segment: Segment, metadata: Metadata) -> Segment:
         "category_id": ids[category],
         "isthing": isthing,
         "iscrowd": segment.get("iscrowd", 0),
+        **{key: segment[key] for key in ("area", "visibility") if segment.get(key) is not None},
     }

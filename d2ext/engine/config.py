@@ -58,11 +58,15 @@ def add_engine_config(cfg: CfgNode) -> None:
     # A training ends after so many evaluations in a row without a better BEST_METRIC; 0: never.
     cfg.TEST.EARLY_STOPPING = 0
     # True: evaluation also writes where panoptic quality is lost, per class, per image and between
-    # classes, as tables and pictures (d2ext train --analyze).
+    # classes, as tables and pictures, for videos also per clip and where ids change (d2ext train
+    # --analyze).
     cfg.TEST.ANALYZE = False
     # What computes panoptic quality: "panopticapi", or the faster "hotcoco" (pip install hotcoco),
     # which gives the same numbers.
     cfg.TEST.PANOPTIC_BACKEND = "panopticapi"
+    # Windows of Video Panoptic Quality, in frames; 0: single frames. Where every fifth frame is
+    # annotated, as in Cityscapes-VPS, these are 1 to 4 annotated frames.
+    cfg.TEST.VPQ_WINDOWS = (0, 5, 10, 15)
     # COCO's keypoint evaluation leaves out an instance whose keypoints are as similar as this (OKS) to
     # those of one with a better score: 0.9 in the published top-down systems. 0: keep all.
     cfg.TEST.KEYPOINT_OKS_NMS = 0.0

@@ -56,8 +56,9 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
     ``lvis``, ``pascal_voc``     Detectron2's
     ``ytvis``                    boxes, masks, keypoints of the annotated frames of videos; with track
     ``video_keypoints``          ids also YouTube-VIS's track AP (masks), IDF1 and HOTA
-    ``video_panoptic_seg``       those, panoptic quality of the annotated frames, and Segmentation and
-                                 Tracking Quality (STQ) if segments have track ids
+    ``video_panoptic_seg``       those, panoptic quality of the annotated frames, Video Panoptic Quality
+                                 (VPQ) and, if segments have track ids, Segmentation and Tracking
+                                 Quality (STQ)
     ============================ ================================================================
 
     ``EVALUATOR_REGISTRY`` holds them; register a function there for a type of your own.
@@ -68,6 +69,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
             (:func:`~d2ext.data.dataset_facts.oks_sigmas`). ``TEST.KEYPOINT_OKS_NMS`` leaves out
             instances whose keypoints are those of a better one. ``TEST.PANOPTIC_BACKEND`` computes
             panoptic quality; with ``TEST.ANALYZE`` the folder ``analysis`` says where it is lost.
+            ``TEST.VPQ_WINDOWS`` are the windows of VPQ.
         dataset_name: registered data set.
         output_folder: where results are written; made when needed.
 
@@ -114,11 +116,15 @@ def video_keypoints(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
 
 @EVALUATOR_REGISTRY.register()
 def video_panoptic_seg(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
-    """STQ, panoptic quality of the annotated frames, and the tracks of things that the data also has."""
+    """VPQ, STQ, panoptic quality of annotated frames, and the tracks of things that the data has."""
     frames = [frame for video in DatasetCatalog.get(name) for frame in video["frames"]]
-    evaluators: list[DatasetEvaluator] = [
-        IfPredicted("panoptic_seg", VideoPanopticEvaluator(name)),
-    ]
+    video = VideoPanopticEvaluator(
+        name,
+        folder,
+        windows=cfg.TEST.VPQ_WINDOWS,
+        analysis_dir=os.path.join(folder, "analysis") if cfg.TEST.ANALYZE else None,
+    )
+    evaluators: list[DatasetEvaluator] = [IfPredicted("panoptic_seg", video)]
     if any("annotations" in frame for frame in frames):
         evaluators.append(ytvis(cfg, name, folder))
     if MetadataCatalog.get(name).get("panoptic_json") is not None:
@@ -215,7 +221,7 @@ def _panoptic_quality(
 def check_analysis(dataset_name: str) -> None:
     """Raise :class:`DatasetError` unless ``TEST.ANALYZE`` has something to say on a data set."""
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-    if kind not in ("coco_panoptic_seg", "cityscapes_panoptic_seg"):
+    if kind not in ("coco_panoptic_seg", "cityscapes_panoptic_seg", "video_panoptic_seg"):
         raise DatasetError(
             f"There is no analysis of data set '{dataset_name}': --analyze (TEST.ANALYZE) is for "
             f"panoptic data, this one is of type {kind!r}. Leave it out, or evaluate on a panoptic "

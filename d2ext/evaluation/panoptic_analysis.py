@@ -142,7 +142,7 @@ class PanopticAnalysis(DatasetEvaluator):
         self._write_matrix("confusion_pixels.csv", pixels, "void", "void")
         self._write_json(counts, categories, rows)
         draw_confusion(
-            self._output_dir / "confusion.png", confusion, self._unique_names(), num_shown=30
+            self._output_dir / "confusion.png", confusion, self._classes.unique_names, num_shown=30
         )
         self._draw_worst([i for i in images if i.prediction is not None][: self._num_pictures])
         self._log(categories, rows)
@@ -165,7 +165,9 @@ class PanopticAnalysis(DatasetEvaluator):
         labels = np.array([self._classes.dataset_ids[s["category_id"]] for s in infos], np.int64)
         crowd = np.array([bool(s.get("iscrowd", 0)) for s in infos], bool)
         places = _places(ids, segments, file_name)
-        predicted = np.array([self._label(s, file_name) for s in segments], np.int64)
+        predicted = np.array(
+            [self._classes.predicted_label(s, file_name) for s in segments], np.int64
+        )
         matches = match_segments(targets, labels, crowd, places, predicted, len(self._classes.full))
         self._confusion += matches.confusion
         self._pixels += matches.pixels
@@ -216,31 +218,8 @@ class PanopticAnalysis(DatasetEvaluator):
         ]
         return ids + 1, segments
 
-    def _label(self, segment: dict[str, Any], file_name: str) -> int:
-        if segment.get("isthing") is None:  # then it is the data set's own id
-            label = self._classes.dataset_ids.get(segment["category_id"])
-        else:
-            label = self._classes.label_of(segment)
-        if label is None:
-            kind = "thing" if segment.get("isthing") else "stuff"
-            raise ValueError(
-                f"The model predicted {kind} class {segment['category_id']} on '{file_name}', which "
-                "the data set does not have. The class counts of the config must be those of the "
-                "data set."
-            )
-        return label
-
-    def _unique_names(self) -> list[str]:
-        """Names of the full labels; those that a thing and a stuff class share say which is which."""
-        stuff, things = self._classes.stuff, self._classes.things
-        shared = set(stuff) & set(things)
-        return [
-            *(f"{n} (stuff)" if n in shared else n for n in stuff),
-            *(f"{n} (thing)" if n in shared else n for n in things),
-        ]
-
     def _category_rows(self, counts: Counts, confusion: np.ndarray) -> list[dict[str, Any]]:
-        names = self._unique_names()
+        names = self._classes.unique_names
         quality = counts.quality()
         rows = []
         for label, name in enumerate(names):
@@ -269,7 +248,7 @@ class PanopticAnalysis(DatasetEvaluator):
             writer.writerows(rows)
 
     def _write_matrix(self, name: str, matrix: np.ndarray, row: str, column: str) -> None:
-        names = self._unique_names()
+        names = self._classes.unique_names
         with atomic_write(self._output_dir / name, "w") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["annotated \\ predicted", *names, column])

@@ -56,7 +56,9 @@ class Counts:
         result[total == 0] = np.nan
         return result
 
-    def mean_quality(self, selected: slice = slice(None)) -> tuple[float, float, float, int]:
+    def mean_quality(
+        self, selected: slice | np.ndarray = slice(None)
+    ) -> tuple[float, float, float, int]:
         """PQ, SQ, RQ averaged over the classes that occurred, and how many these are.
 
         Args:

@@ -1,18 +1,71 @@
-"""Pictures of the panoptic analysis."""
+"""Pictures of the panoptic analysis, of images and of videos."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from detectron2.data import Metadata
 
-from d2ext.utils.drawing import PictureDrawer
+from d2ext.utils.drawing import PictureDrawer, draw_tracked_panoptic
 
 # Longest side of a picture, pixels; smaller ones are enlarged to the second.
 _LARGEST, _SMALLEST = 800, 400
 _STRIP = 26  # height of a caption, pixels
+# Width of a frame in a strip of frames, pixels; and of the red line around one that is marked.
+_FRAME_WIDTH, _MARK = 400, 4
+
+
+class StripFrame(NamedTuple):
+    """A frame of a strip.
+
+    Attributes:
+        image: H×W×3 uint8 BGR
+        annotations, prediction: (H, W) ids and segments with ``track_id``
+        title: above it
+        marked: whether it has a red frame
+    """
+
+    image: np.ndarray
+    annotations: tuple[np.ndarray, list[dict[str, Any]]]
+    prediction: tuple[np.ndarray, list[dict[str, Any]]]
+    title: str
+    marked: bool = False
+
+
+def draw_strip(frames: Sequence[StripFrame], metadata: Metadata, caption: str) -> np.ndarray:
+    """Frames of a video side by side, below each its annotations and its prediction.
+
+    Args:
+        frames: of one shape of images, from left to right
+        metadata: names and colours of the classes
+
+    Returns:
+        H'×W'×3 uint8 BGR
+    """
+    columns = []
+    for frame in frames:
+        height = max(1, round(_FRAME_WIDTH * frame.image.shape[0] / frame.image.shape[1]))
+        size = (_FRAME_WIDTH, height)
+        small = frame.image.shape[1] < _FRAME_WIDTH
+        image = cv2.resize(
+            frame.image, size, interpolation=cv2.INTER_CUBIC if small else cv2.INTER_AREA
+        )
+        panels = [image]
+        for ids, segments in (frame.annotations, frame.prediction):
+            resized = cv2.resize(ids.astype(np.int32), size, interpolation=cv2.INTER_NEAREST)
+            panels.append(draw_tracked_panoptic(image, resized, segments, metadata, names=False))
+        if frame.marked:
+            cv2.rectangle(panels[-1], (0, 0), (size[0] - 1, size[1] - 1), (0, 0, 255), _MARK)
+        column = _captioned(np.concatenate(panels), frame.title)
+        columns.append(np.pad(column, ((0, 0), (0, 2), (0, 0)), constant_values=255))
+    tallest = max(column.shape[0] for column in columns)
+    columns = [
+        np.pad(c, ((0, tallest - c.shape[0]), (0, 0), (0, 0)), constant_values=255) for c in columns
+    ]
+    return _captioned(np.concatenate(columns, axis=1), caption)
 
 
 def draw_comparison(

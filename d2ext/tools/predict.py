@@ -25,7 +25,10 @@ PNG. Beside them (named after the file, where the output is one file) appear
   number that is the file's name, if all files have such names and all differ (as in COCO); otherwise
   files count from 1. In a video it is the number of the frame, from 1.
 - ytvis_results.json, with --video-results: a list of the video's tracks in YouTube-VIS's result form,
-  with boxes (x, y, width, height) and the track's id.
+  with boxes (x, y, width, height) and the track's id;
+- panoptic_video/, panoptic_video.json, with --video-results of a panoptic model: a PNG for each frame
+  whose pixels hold the ids of segments (R + 256 G + 65536 B; an object has one in the whole video), and
+  COCO's panoptic JSON, with score and track_id.
 
 A folder as --video-input is a video of 25 frames a second: its image files in the order of their names.
 With ids (a model with memory gives them, for others a --tracker does) an object has one colour in the
@@ -66,6 +69,7 @@ from d2ext.tools.command_line import CommandError, add_config_argument, make_par
 from d2ext.tools.prediction_files import (
     FolderReader,
     Job,
+    PanopticWriter,
     ResultWriter,
     TrackWriter,
     open_video,
@@ -200,6 +204,7 @@ def run_on_video(
         stack.callback(reader.release)
         results = ResultWriter(stack, target, metadata)
         tracks = TrackWriter(target, metadata) if args.video_results else None
+        panoptic = PanopticWriter(stack, target, metadata) if args.video_results else None
         show: Callable[[np.ndarray, float], None] | None = None
         if args.pictures:
             show = stack.enter_context(video_writer(target, reader.rate))
@@ -222,6 +227,8 @@ def run_on_video(
                     if show is not None:
                         show(drawer(image, output), seconds)
                     name = name or f"{reader.name}#{number}"
+                    if panoptic is not None and "panoptic_seg" in output:
+                        panoptic.add(number, name, output["panoptic_seg"])
                     results.write(number, name, image.shape, output)
                     progress.update()
         except KeyboardInterrupt:
@@ -316,7 +323,8 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         "like read their results from",
     )
     add("--no-pictures", dest="pictures", action="store_false", help="write results only")
-    add("--video-results", action="store_true", help="write a video's tracks as YouTube-VIS JSON")
+    help_text = "write a video's tracks as YouTube-VIS JSON, its panoptic maps as PNG and JSON"
+    add("--video-results", action="store_true", help=help_text)
     help_text = "text file, one class name a line; default: those of the config's data set"
     add("--class-names", metavar="FILE", help=help_text)
 

@@ -1,4 +1,4 @@
-"""Which files `d2ext predict` reads and writes: pictures, videos, COCO and YouTube-VIS results."""
+"""Files that `d2ext predict` reads and writes: pictures, videos, COCO, YouTube-VIS, panoptic results."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from detectron2.structures import Instances
 
 from d2ext.data.errors import ImageReadError
 from d2ext.data.image_io import is_image, read_image
+from d2ext.data.video.panoptic_results import PanopticVideoWriter, segment_places
 from d2ext.files import json_list
 from d2ext.tools.command_line import CommandError
 from d2ext.utils.drawing import name_classes
@@ -42,6 +43,8 @@ PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 # Suffixes that do not name a folder, whether or not they can be written.
 MOVIE_SUFFIXES = {*VIDEO_SUFFIXES, ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv"}
 RESULTS, IMAGES, TRACKS = "coco_results.json", "coco_images.json", "ytvis_results.json"
+# A JSON file, and the folder of its PNGs.
+PANOPTIC = "panoptic_video"
 
 
 class Job(NamedTuple):
@@ -271,6 +274,42 @@ class TrackWriter:
                         "bboxes": boxes,
                     }
                 )
+
+
+class PanopticWriter:
+    """Writes the panoptic maps of one video as they come, in the form of
+    :mod:`d2ext.data.video.panoptic_results`; nothing if there are none.
+
+    Args:
+        output, metadata: as of :class:`ResultWriter`.
+    """
+
+    def __init__(self, stack: ExitStack, output: Path, metadata: Metadata) -> None:
+        self._stack, self._output = stack, output
+        self._writer = PanopticVideoWriter(_path(output, PANOPTIC), metadata)
+        self._write: Any = None
+        self._others: dict[str, Any] = {}
+
+    def add(
+        self, number: int, file: str, panoptic: tuple[torch.Tensor, list[dict[str, Any]]]
+    ) -> None:
+        """Add a frame: its number from 1, which is its image id, and a model's ``panoptic_seg``."""
+        if self._write is None:
+            self._others.update(
+                images=[],
+                categories=self._writer.categories,
+                label_divisor=self._writer.divisor,
+            )
+            path = _path(self._output, f"{PANOPTIC}.json")
+            self._write = self._stack.enter_context(
+                json_list(path, key="annotations", others=self._others)
+            )
+        ids = panoptic[0].cpu().numpy()
+        places = segment_places(ids, panoptic[1], file)
+        name = f"{1:06d}_{number - 1:06d}.png"  # clip and frame, as panoptic videos are named
+        self._write(self._writer.write(name, number, places, panoptic[1]))
+        size = {"height": ids.shape[0], "width": ids.shape[1]}
+        self._others["images"].append({"id": number, "file_name": file, **size})
 
 
 class ResultWriter:

@@ -189,9 +189,85 @@ def track_color(track_id: int) -> tuple[float, float, float]:
     return colorsys.hsv_to_rgb(track_id * 0.618034 % 1, (1.0, 0.65)[track_id // 8 % 2], 0.95)
 
 
+def draw_tracked_panoptic(
+    image: np.ndarray,
+    segments: np.ndarray,
+    info: Sequence[dict[str, Any]],
+    metadata: Metadata,
+    *,
+    names: bool = True,
+) -> np.ndarray:
+    """Draw a panoptic map: things in the colours of their tracks, which are written on them.
+
+    Args:
+        image: (H, W, 3) uint8, BGR
+        segments: (H, W) ids
+        info: segments with ``id``, ``category_id``, ``isthing`` and, for things, ``track_id`` (-1: none)
+        metadata: names and colours of the classes
+        names: whether to write the names of things beside their numbers, and those of stuff
+
+    Returns:
+        (H, W, 3) uint8, BGR
+    """
+    result = image.copy()
+    size = max(0.35, min(image.shape[:2]) / 1000)
+    labels = []
+    for segment in sorted(info, key=lambda s: bool(s["isthing"])):
+        mask = (segments == segment["id"]).astype(np.uint8)
+        x, y, width, height = cv2.boundingRect(mask)
+        if not width:
+            continue
+        window = slice(y, y + height), slice(x, x + width)
+        cut = mask[window]
+        color = [round(255 * c) for c in reversed(_segment_color(segment, metadata))]
+        part = result[window]
+        part[cut > 0] = (0.45 * part[cut > 0] + 0.55 * np.array(color)).astype(np.uint8)
+        if segment["isthing"]:
+            contours, _ = cv2.findContours(cut, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+            cv2.drawContours(part, contours, -1, color, max(1, round(2 * size)))
+        text = _segment_text(segment, metadata, names)
+        # In the widest part of the segment, not at the edge of its box.
+        distance = cv2.distanceTransform(np.pad(cut, 1), cv2.DIST_L2, 3)
+        _, widest, _, (column, row) = cv2.minMaxLoc(distance)
+        if text and (segment["isthing"] or widest > 20 * size):
+            labels.append((text, x + column - 1, y + row - 1))
+    for text, column, row in labels:
+        (width, height), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, size, 1)
+        left = min(max(column - width // 2, 1), max(image.shape[1] - width - 1, 1))
+        place = left, min(max(row + height // 2, height + 1), image.shape[0] - 2)
+        for line, ink in ((3, (0, 0, 0)), (1, (255, 255, 255))):
+            thick = max(line, round(line * size))
+            cv2.putText(
+                result, text, place, cv2.FONT_HERSHEY_SIMPLEX, size, ink, thick, cv2.LINE_AA
+            )
+    return result
+
+
+def _segment_color(segment: dict[str, Any], metadata: Metadata) -> tuple[float, float, float]:
+    """RGB in [0, 1]."""
+    if segment["isthing"]:
+        return track_color(int(segment.get("track_id", -1)))
+    colors = metadata.get("stuff_colors") or ()
+    category = segment["category_id"]
+    if category < len(colors):
+        red, green, blue = (c / 255 for c in colors[category])
+        return red, green, blue
+    return colorsys.hsv_to_rgb(category * 0.618034 % 1, 0.35, 0.7)
+
+
+def _segment_text(segment: dict[str, Any], metadata: Metadata, names: bool) -> str:
+    isthing, category = bool(segment["isthing"]), segment["category_id"]
+    track = int(segment.get("track_id", -1)) if isthing else -1
+    known = metadata.get("thing_classes" if isthing else "stuff_classes") or ()
+    name = known[category] if category < len(known) else f"class {category}"
+    words = [f"#{track}"] if track >= 0 else []
+    return " ".join([*words, name] if names else words)
+
+
 class VideoDrawer(PictureDrawer):
-    """Draws frame after frame: instances with ``track_ids`` in the colour of their id, which their label
-    names; other objects keep a colour while their boxes overlap.
+    """Draws frame after frame: instances with ``track_ids``, and panoptic things with ``track_id``, in
+    the colour of their id, which their label names; other objects keep a colour while their boxes
+    overlap.
     """
 
     def __init__(self, metadata: Metadata, max_drawn: int = 200) -> None:
@@ -211,6 +287,10 @@ class VideoDrawer(PictureDrawer):
     def _draw(self, image: np.ndarray, output: dict[str, Any]) -> np.ndarray:
         if "panoptic_seg" in output:
             segments, info = output["panoptic_seg"]
+            if any(s.get("track_id", -1) >= 0 for s in info or ()):
+                ids = segments.cpu().numpy()
+                picture = draw_tracked_panoptic(image[:, :, ::-1], ids, info, self.metadata)
+                return picture[:, :, ::-1]
             return self._visualizer.draw_panoptic_seg_predictions(
                 image, segments.cpu(), info
             ).get_image()

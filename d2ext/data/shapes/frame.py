@@ -311,8 +311,11 @@ class Frame:
         }
 
     def panoptic_segments(self) -> list[dict[str, Any]]:
-        """COCO's ``segments_info`` (category ids as in files), things before stuff."""
-        infos = []
+        """COCO's ``segments_info`` (category ids as in files), things before stuff.
+
+        Things have ``visibility``, the share of their pixels in the image that nothing hides.
+        """
+        infos: list[dict[str, Any]] = []
         for segment in self.segments:
             height, width = segment.mask.shape
             infos.append(
@@ -324,6 +327,9 @@ class Frame:
                     "iscrowd": int(segment.layer < 0),
                 }
             )
+            raster = self.rasters[segment.layer] if segment.layer >= 0 else None
+            if raster is not None:
+                infos[-1]["visibility"] = round(segment.area / raster.area, 4)
         for index, region in enumerate(self.background.regions):
             category = STUFF_IDS[region.category]
             if category * SEGMENT_ID_FACTOR in self._ids:

@@ -36,8 +36,8 @@ def add_vpsnet_config(cfg: CfgNode) -> None:
     # What is added to the log-probability that a candidate is an object of the memory: these times the
     # log of its score, the IoU of their boxes, and 1 for the same class (also for "a new object").
     vpsnet.MATCH_WEIGHTS = [1.0, 2.0, 10.0]
-    # Objects that a video's memory holds; beyond, the one not seen for longest is forgotten. 0: no limit,
-    # as published.
+    # Objects that a video's memory holds; beyond, the one not seen for longest is forgotten. 0: no
+    # limit, as published.
     vpsnet.MAX_OBJECTS = 1000
     # Published faults (vpsnet/NOTES.md); configs with published numbers set them.
     # Zero flow moves features by up to half a cell: coordinates for align_corners=True, sampled without.

@@ -38,7 +38,7 @@ class VPSNetPredictions(NamedTuple):
     """See :meth:`UPSNetRPN.predict`."""
     semantic: SemanticPredictions
     gathered: Tensor | None
-    """(B, C, h, w) from the pyramid before fusion, see :meth:`FusionNeck.gather`; None without fusion."""
+    """(B, C, h, w) of the pyramid before fusion (:meth:`FusionNeck.gather`); None without fusion."""
     reference: dict[str, Tensor] | None = None
     """The pyramid of the other frame of a pair, in training."""
 
@@ -146,7 +146,7 @@ class FusionNeck(nn.Module):
 
 
 def quarter_flow(flow: Tensor) -> Tensor:
-    """Flow (B, 2, H, W) in pixels → (B, 2, H / 4, W / 4) in cells of stride 4 (bilinear, no low-pass)."""
+    """Flow (B, 2, H, W) in pixels → (B, 2, H / 4, W / 4) in cells of stride 4 (bilinear)."""
     return F.interpolate(flow, scale_factor=1 / STRIDE, mode="bilinear") / STRIDE
 
 

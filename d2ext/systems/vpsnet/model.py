@@ -1,10 +1,10 @@
 """VPSNet: panoptic segmentation of videos (arXiv 2006.11339).
 
-UPSNet on pairs of frames. Optical flow (:mod:`d2ext.modeling.flow`) leads from a frame to the one before;
-features of that one are warped by it and fused with the frame's own (:class:`~.head.FusionNeck`). What
-UPSNet's box head sees of an object is also matched with the objects of earlier frames
-(:class:`~.head.TrackHead`, :func:`~.postprocess.track`), so that it keeps its id. Either part can be left
-out: the paper's variants Fuse, Track and FuseTrack.
+UPSNet on pairs of frames. Optical flow (:mod:`d2ext.modeling.flow`) leads from a frame to the one
+before; features of that one are warped by it and fused with the frame's own
+(:class:`~.head.FusionNeck`). What UPSNet's box head sees of an object is also matched with the objects
+of earlier frames (:class:`~.head.TrackHead`, :func:`~.postprocess.track`), so that it keeps its id.
+Either part can be left out: the paper's variants Fuse, Track and FuseTrack.
 
 Letters: B videos in step, C channels of the pyramid, h×w cells of its finest level, H×W network input.
 """
@@ -24,11 +24,9 @@ from torch import Tensor, nn
 
 from d2ext.config import ConfigError
 from d2ext.modeling.flow import FlowEstimator, build_flow
-from d2ext.modeling.inference import InferenceNetwork
 from d2ext.modeling.meta_arch import image_size, output_size
 from d2ext.modeling.video import Inputs, VideoMetaArch
 from d2ext.systems.upsnet.model import UPSNet
-from d2ext.systems.upsnet.targets import UPSNetTargets
 from d2ext.systems.vpsnet import losses as L
 from d2ext.systems.vpsnet import targets as T
 from d2ext.systems.vpsnet.head import (
@@ -177,15 +175,14 @@ class VPSNet(UPSNet, VideoMetaArch):
 
     def region_losses(
         self,
-        predictions: VPSNetPredictions,
+        predictions: Any,
         regions: list[Instances],
-        targets: Sequence[UPSNetTargets],
+        targets: Sequence[Any],
     ) -> dict[str, Tensor]:
         """Also ``loss_match``: regions of the fused frame against annotated boxes of the other one."""
         losses = super().region_losses(predictions, regions, targets)
         if self.track_head is None:
             return losses
-        assert predictions.reference is not None
         positive, _ = select_foreground_proposals(regions, self.roi_heads.num_classes)
         embeddings = self.embed(predictions.features, [x.proposal_boxes.tensor for x in positive])
         objects = self.embed(predictions.reference, [x.reference_boxes for x in targets])
@@ -261,7 +258,7 @@ class VPSNet(UPSNet, VideoMetaArch):
         return self.inference_network(images, flow, gathered, own)
 
     def _candidates(
-        self, predictions: VPSNetPredictions, sizes: list[tuple[int, int]]
+        self, predictions: Any, sizes: list[tuple[int, int]]
     ) -> list[tuple[Instances, Tensor | None]]:
         """Candidates of the panoptic head, with mask logits, of each frame; and their embeddings."""
         candidates = [
@@ -281,9 +278,7 @@ class VPSNet(UPSNet, VideoMetaArch):
             embeddings = self.embed(predictions.features, boxes)
         return [(x, e.float()) for x, e in zip(candidates, embeddings, strict=True)]
 
-    def postprocess(
-        self, predictions: VPSNetPredictions, batched_inputs: Inputs
-    ) -> list[dict[str, Any]]:
+    def postprocess(self, predictions: Any, batched_inputs: Inputs) -> list[dict[str, Any]]:
         """Results of frames as of videos of their own: without ids."""
         sizes = [self.network_size(image_size(x)) for x in batched_inputs]
         candidates = self._candidates(predictions, sizes)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.modeling.sampling import subsample_labels
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from torchvision.ops import roi_align
 

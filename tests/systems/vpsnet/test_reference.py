@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import BitMasks, Boxes, Instances, pairwise_iou
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,15 +17,12 @@ from torch.nn import functional as F
 from d2ext import model_zoo
 from d2ext.checkpoint import convert_state_dict
 from d2ext.checkpoint.convert import apply_rules
-from d2ext.modeling.flow import FlowEstimator
 from d2ext.systems.upsnet.boxes import end_behind, inclusive
-from d2ext.systems.upsnet.panoptic_head import panoptic_logits
 from d2ext.systems.vpsnet import losses as L
 from d2ext.systems.vpsnet.checkpoint import _RULES
 from d2ext.systems.vpsnet.head import (
     FusionNeck,
     TrackHead,
-    VPSNetNetwork,
     match_logits,
     quarter_flow,
 )
@@ -41,7 +36,6 @@ from d2ext.systems.vpsnet.postprocess import (
 from d2ext.systems.vpsnet.roi_heads import VPSNetRoIAlign
 from d2ext.systems.vpsnet.rpn import rounded_anchors
 from d2ext.systems.vpsnet.targets import match_targets
-from d2ext.systems.vpsnet.targets import VPSNetTargets
 from tests.reference.fixture import Fixture, draw_image, draw_tensor
 
 REFERENCE = Path(__file__).parents[2] / "reference" / "vpsnet"
