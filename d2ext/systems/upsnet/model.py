@@ -79,10 +79,6 @@ class UPSNet(MetaArch):
     postprocessor_class: ClassVar[type[UPSNetPostprocessor]] = UPSNetPostprocessor
     # An image's training dict → its targets.
     read_targets: ClassVar[Callable[..., Any]] = staticmethod(T.read_targets)
-    # An image's panoptic logits and target → its loss.
-    panoptic_cross_entropy: ClassVar[Callable[[Tensor, Tensor], Tensor]] = staticmethod(
-        L.panoptic_loss
-    )
 
     @configurable
     def __init__(
@@ -332,6 +328,10 @@ class UPSNet(MetaArch):
                 )
                 total = total + self.panoptic_cross_entropy(logits.joined, target)
         return total / len(targets)
+
+    def panoptic_cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+        """See :func:`losses.panoptic_loss`."""
+        return L.panoptic_loss(logits, target)
 
     def sample_instances(self, count: int) -> Tensor:
         """Which of ``count`` instances keep their channel, in channel order: max(int(fraction · count),
