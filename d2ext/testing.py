@@ -160,6 +160,18 @@ def _tiny_upsnet(cfg: CfgNode) -> None:
     cfg.INPUT.MIN_SIZE_TEST = 0
 
 
+def _tiny_vpsnet(cfg: CfgNode) -> None:
+    _tiny_upsnet(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "VPSNet"
+    cfg.MODEL.ANCHOR_GENERATOR.NAME = "RoundedAnchorGenerator"
+    cfg.MODEL.PROPOSAL_GENERATOR.NAME = "VPSNetRPN"
+    cfg.MODEL.ROI_HEADS.NAME = "VPSNetROIHeads"
+    cfg.MODEL.UPSNET.LOSS.KEEP_FRACTION = 1.0
+    cfg.MODEL.UPSNET.TEST.UNKNOWN = False
+    cfg.MODEL.VPSNET.TRACK_FC_DIM = 16
+    cfg.MODEL.FLOW.NAME = "DIS"
+
+
 def _tiny_landmarks(cfg: CfgNode) -> None:
     cfg.MODEL.META_ARCHITECTURE = "LandmarkNet"
     cfg.MODEL.KEYPOINT_ON = True
@@ -197,6 +209,7 @@ _TINY: dict[str, TinyModel] = {
     "CornerNetSaccade": TinyModel(_tiny_cornernet_saccade, ("bbox",)),
     "LandmarkNet": TinyModel(_tiny_landmarks, ("keypoints",)),
     "UPSNet": TinyModel(_tiny_upsnet, ("bbox", "segm", "panoptic")),
+    "VPSNet": TinyModel(_tiny_vpsnet, ("bbox", "segm", "panoptic")),
     "YOLACT": TinyModel(_tiny_yolact, ("bbox", "segm")),
     "YolactEdge": TinyModel(_tiny_yolact_edge, ("bbox", "segm")),
 }
@@ -268,12 +281,16 @@ def random_inputs(
         )
         instances.gt_classes = torch.randint(0, NUM_CLASSES, (objects,), generator=generator)
         instances.gt_keypoints = Keypoints(keypoints)
+        instances.gt_ids = torch.arange(objects) + 1
         sem_seg = (rows >= height / 2).long().expand(height, width) + 1
         inputs.append(
             {
                 "image": image.to(torch.uint8),
                 # The frame before, for models of videos.
-                "reference": {"image": image.roll((2, 3), dims=(1, 2)).to(torch.uint8)},
+                "reference": {
+                    "image": image.roll((2, 3), dims=(1, 2)).to(torch.uint8),
+                    "instances": instances,
+                },
                 "instances": instances,
                 "sem_seg": sem_seg.masked_fill(masks.any(dim=0), 0),
                 "height": height,

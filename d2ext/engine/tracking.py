@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from d2ext.config import ConfigError
 from d2ext.modeling.video import begins
 
-__all__ = ["TRACKER_REGISTRY", "NorfairTracker", "build_tracked", "build_tracker"]
+__all__ = ["TRACKER_REGISTRY", "NorfairTracker", "build_tracked", "build_tracker", "give_ids"]
 
 TRACKER_REGISTRY = Registry("TRACKER")
 TRACKER_REGISTRY.__doc__ = """
@@ -46,6 +46,8 @@ _MASK_SIDE = 128
 _IMAGE_SIDE = 640
 # A track lives on for so many frames without a detection, once it has had some.
 _MAX_LOST = 15
+# A thing of a panoptic map is an instance that covers at least this share of it.
+_LEAST_COVER = 0.5
 # A detection continues a track from this similarity on.
 _LEAST_SIMILARITY = 0.05
 
@@ -223,6 +225,39 @@ def _mask_iou(masks: Tensor, others: Tensor) -> Tensor:
     return both / union.clip(min=1e-6)
 
 
+def give_ids(output: dict[str, Any], tracker: Any, frame: int, min_score: float = 0.0) -> None:
+    """Give what a model predicted in a frame its ids, in place.
+
+    Args:
+        output: ``instances`` get ``track_ids``; of ``panoptic_seg``, things get the ``track_id`` of the
+            instance of highest IoU among those that cover half of them, -1 if there is none.
+        tracker: see :data:`TRACKER_REGISTRY`.
+        frame: its number in the video.
+        min_score: instances below are not tracked and have the id -1.
+    """
+    instances = output.get("instances")
+    if instances is None:
+        return
+    strong = instances.scores >= min_score
+    ids = instances.pred_classes.new_full((len(instances),), -1)
+    ids[strong] = tracker(instances[strong], frame).track_ids
+    instances.track_ids = ids
+    if "panoptic_seg" not in output or not instances.has("pred_masks"):
+        return
+    areas, segments = output["panoptic_seg"]
+    free, sizes = ids > 0, instances.pred_masks.sum(dim=(1, 2))
+    for segment in sorted(segments, key=lambda x: -x.get("area", 0)):
+        if not segment["isthing"]:
+            continue
+        segment["track_id"] = -1
+        pixels = areas == segment["id"]
+        common = (instances.pred_masks & pixels).sum(dim=(1, 2)) * free
+        best = (common / (sizes + pixels.sum() - common)).argmax() if len(common) else 0
+        if len(common) and common[best] >= _LEAST_COVER * pixels.sum():
+            segment["track_id"] = int(ids[best])
+            free[best] = False
+
+
 class _Tracked(nn.Module):
     """A model whose instances get ids; frames of a video come in order, video after video.
 
@@ -242,12 +277,7 @@ class _Tracked(nn.Module):
             if begins(x, self._last):
                 self.tracker.reset()
             self._last = {key: x.get(key) for key in ("video_id", "frame")}
-            if "instances" in output:
-                instances = output["instances"]
-                ids = instances.pred_classes.new_full((len(instances),), -1)
-                strong = instances.scores >= self.min_score
-                ids[strong] = self.tracker(instances[strong], x["frame"]).track_ids
-                instances.track_ids = ids
+            give_ids(output, self.tracker, x["frame"], self.min_score)
         return outputs
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from d2ext.config import ConfigError
 from d2ext.engine.predictor import BatchPredictor
 from d2ext.engine.top_down import BoxSource
-from d2ext.engine.tracking import build_tracker
+from d2ext.engine.tracking import build_tracker, give_ids
 from d2ext.utils.drawing import select
 
 __all__ = ["FramePredictor", "VideoPredictor"]
@@ -121,6 +121,6 @@ class VideoPredictor:
             if self._threshold > 0:
                 output["instances"] = select(output["instances"], self._threshold)
             if self._tracker is not None:
-                self._tracker(output["instances"], number)
+                give_ids(output, self._tracker, number)
         self._number += len(frames)
         return outputs

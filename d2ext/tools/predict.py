@@ -62,7 +62,7 @@ from d2ext.data.image_io import read_image
 from d2ext.engine.predictor import BatchPredictor
 from d2ext.engine.tiling import TiledPredictor
 from d2ext.engine.top_down import BoxFile, BoxSource, Detector
-from d2ext.engine.tracking import build_tracker
+from d2ext.engine.tracking import build_tracker, give_ids
 from d2ext.engine.video_predictor import FramePredictor
 from d2ext.model_zoo import find_config_file
 from d2ext.tools.command_line import CommandError, add_config_argument, make_parser, positive
@@ -219,8 +219,8 @@ def run_on_video(
                     if isinstance(output, str):
                         raise VideoError(f"Cannot predict on {reader.name}: {output}.")
                     instances = output.get("instances")
-                    if instances is not None and tracker is not None:
-                        tracker(instances, number)
+                    if tracker is not None:
+                        give_ids(output, tracker, number)
                     if instances is not None and tracks is not None:
                         tracks.add(number, instances)
                     number += 1

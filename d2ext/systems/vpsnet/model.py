@@ -22,6 +22,7 @@ from detectron2.modeling.roi_heads.roi_heads import select_foreground_proposals
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
+from d2ext.checkpoint.flow import load_flow_weights
 from d2ext.config import ConfigError
 from d2ext.modeling.flow import FlowEstimator, build_flow
 from d2ext.modeling.meta_arch import image_size, output_size
@@ -64,7 +65,6 @@ class VPSNet(UPSNet, VideoMetaArch):
 
     postprocessor_class = VPSNetPostprocessor
     read_targets = staticmethod(T.read_targets)
-    panoptic_cross_entropy = staticmethod(L.panoptic_loss)
 
     @configurable
     def __init__(
@@ -106,6 +106,8 @@ class VPSNet(UPSNet, VideoMetaArch):
         channels = shapes[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
         if vpsnet.FUSION:
             arguments["flow"] = build_flow(cfg)
+            if cfg.MODEL.FLOW.WEIGHTS:
+                load_flow_weights(arguments["flow"], cfg.MODEL.FLOW.WEIGHTS)
             arguments["fusion"] = FusionNeck(
                 channels,
                 max_displacement=vpsnet.MAX_DISPLACEMENT,
@@ -193,6 +195,10 @@ class VPSNet(UPSNet, VideoMetaArch):
         )
         losses["loss_match"] = loss * self.match_loss_weight
         return losses
+
+    def panoptic_cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+        """See :func:`losses.panoptic_loss`."""
+        return L.panoptic_loss(logits, target)
 
     def embed(self, features: dict[str, Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Boxes (n, 4) of each image → their embeddings (n, D)."""
