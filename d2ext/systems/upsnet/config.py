@@ -55,11 +55,11 @@ def add_upsnet_config(cfg: CfgNode) -> None:
     loss.KEEP_FRACTION = 0.7
 
     test = upsnet.TEST = CfgNode()
-    # Size of the network's input, which the model makes of the whole image as published (OpenCV's
-    # arithmetic on floats): pixels of the short side, and most pixels of the long one (Cityscapes: 1024,
-    # 2048). MIN_SIZE 0: the image as it is. With INPUT.MIN_SIZE_TEST above 0 Detectron2 has resized the
-    # image before, by PIL on bytes, and the model leaves it so.
-    test.MIN_SIZE = 800
+    # The model resizes an image itself, as published (OpenCV's arithmetic on floats): pixels of the
+    # short side, and most pixels of the long one (COCO: 800, 1333; Cityscapes: 1024, 2048). MIN_SIZE 0:
+    # the image as it is. Goes with INPUT.MIN_SIZE_TEST 0; above 0, Detectron2 resizes the image before,
+    # by PIL on bytes, and the model leaves it so.
+    test.MIN_SIZE = 0
     test.MAX_SIZE = 1333
     # "head": the parameter-free panoptic head; "heuristic": Detectron2's merge of the same boxes,
     # masks and semantic map, with MODEL.PANOPTIC_FPN.COMBINE.

@@ -14,6 +14,7 @@ from detectron2.modeling import build_model
 from torch import Tensor
 from torch.nn import functional as F
 
+from d2ext import model_zoo
 from d2ext.data import build_augmentations
 from d2ext.engine.predictor import BatchPredictor
 from d2ext.systems.upsnet.boxes import inclusive
@@ -204,3 +205,12 @@ def test_views_of_test_time_augmentation_come_from_the_unresized_image() -> None
     views = wider.views(inputs[0]["image"])
     assert [v.size for v in views] == [(50, 67)] * 2 + [(134, 180)] * 2
     assert wider(inputs)[0]["panoptic_seg"][0].shape == (75, 101)
+
+
+@pytest.mark.parametrize("name", ["R_50_coco", "R_101_dcn_coco", "R_50_cityscapes", "shapes"])
+def test_configs_leave_the_resize_to_the_model(name: str) -> None:
+    cfg = model_zoo.get_config(f"upsnet/upsnet_{name}.yaml")
+    assert cfg.INPUT.MIN_SIZE_TEST == 0 and cfg.INPUT.AUGMENTATION.NAME == "upsnet"
+    sizes = {"coco": (800, 1333), "cityscapes": (1024, 2048), "shapes": (160, 160)}
+    test = cfg.MODEL.UPSNET.TEST
+    assert sizes[name.rpartition("_")[2]] == (test.MIN_SIZE, test.MAX_SIZE)
