@@ -324,6 +324,8 @@ def read_panoptic_json(json_file: str) -> dict[str, Any]:
     if not isinstance(annotations, list) or not any(
         isinstance(a, dict) and "segments_info" in a for a in annotations
     ):
+        if annotations == []:
+            raise DatasetError(f"'{json_file}' annotates nothing: its 'annotations' are empty.")
         raise DatasetError(
             f"'{json_file}' is not a panoptic file: its 'annotations' must be a list of objects "
             "with image_id, file_name and segments_info. (An instances file goes into "

@@ -21,7 +21,8 @@ from detectron2.utils import comm
 from tabulate import tabulate
 
 from d2ext.data.errors import DatasetError, ImageReadError, shorten
-from d2ext.data.image_io import read_image, stored_size
+from d2ext.data.image_io import read_image, read_label_map, stored_size
+from d2ext.data.panoptic import IGNORE_LABEL
 from d2ext.data.video.records import flatten, is_video
 from d2ext.files import atomic_write
 
@@ -54,6 +55,7 @@ class Summary:
         boxes: looked at
         unlike_mask, outside: those that do not fit their mask, and that reach beyond their image
         labels: value of label maps → number of maps looked at that have it
+        void: of panoptic data, the share of the pixels looked at that belong to no segment
         warnings: what is probably not meant
     """
 
@@ -75,6 +77,7 @@ class Summary:
     unlike_mask: int = 0
     outside: int = 0
     labels: dict[int, int] = field(default_factory=dict)
+    void: float | None = None
     warnings: list[str] = field(default_factory=list)
 
     def rows(self) -> dict[str, Any]:
@@ -98,11 +101,13 @@ class Summary:
         if self.labels:
             labels = [f"{label} ({count})" for label, count in self.labels.items()]
             return {**rows, "labels (maps that have them)": shorten(labels, 8)}
+        void = {} if self.void is None else {"void": f"{100 * self.void:.1f} %"}
         empty = [name for name, count in self.classes.items() if not count]
         return {
             **rows,
             "instances": self.instances,
             "crowds": self.crowds,
+            **void,
             "with labelled keypoints": self.with_keypoints,
             "classes": len(self.classes),
             "classes without any": f"{len(empty)} ({shorten(empty, 3)})" if empty else 0,
@@ -139,6 +144,7 @@ def summarize(
         _count_tracks(summary, records)
     if comm.is_main_process():  # the others see the same files
         _look_at_images(summary, records)
+        _look_at_void(summary, records)
     if labels is None:
         _count(summary, records, MetadataCatalog.get(name).get("thing_classes") or [])
         _look_at_boxes(summary, records)
@@ -240,6 +246,25 @@ def _look_at_images(summary: Summary, records: Sequence[Record]) -> None:
                 f"{len(files)} of {len(sample)} images looked at {what}: {shorten(files)}. Such images "
                 "are left out."
             )
+
+
+def _look_at_void(summary: Summary, records: Sequence[Record]) -> None:
+    """Void pixels are neither learned nor scored."""
+    maps = [
+        record["sem_seg_file_name"]
+        for record in records
+        if "segments_info" in record and "sem_seg_file_name" in record
+    ]
+    void = total = 0
+    for file_name in evenly(maps, CHECKED_IMAGES):
+        try:
+            labels = read_label_map(file_name)
+        except ImageReadError:
+            continue  # training reports and leaves out
+        void += int((labels == IGNORE_LABEL).sum())
+        total += labels.size
+    if total:
+        summary.void = void / total
 
 
 def _annotated_size(record: Record) -> tuple[int, int] | None:

@@ -38,7 +38,9 @@ _DIVISOR = 1000
 
 def is_panoptic_video(content: Entry) -> bool:
     """Whether a JSON file's content is COCO's panoptic form."""
-    annotations = content.get("annotations")
+    annotations, categories = content.get("annotations"), content.get("categories")
+    if annotations == [] and isinstance(categories, list):
+        return any(isinstance(c, dict) and "isthing" in c for c in categories)
     return isinstance(annotations, list) and any(
         isinstance(a, dict) and "segments_info" in a for a in annotations
     )
