@@ -21,6 +21,7 @@ from d2ext.data.build import build_mapper
 from d2ext.data.errors import DataError
 from d2ext.data.video.records import flatten
 from tests.data.test_mutations import mutate
+from tests.data.video.test_panoptic_video import clips, write_clips
 from tests.data.video.test_readers import coco, polygon_of, rle_of, write_frames, ytvis
 
 CASES = int(os.environ.get("D2EXT_MUTATIONS", "1200")) // 8
@@ -35,7 +36,7 @@ def coco_with_masks():
     return content
 
 
-KINDS = {"ytvis": ytvis, "coco": coco_with_masks}
+KINDS = {"ytvis": ytvis, "coco": coco_with_masks, "panoptic": clips}
 
 
 def configure():
@@ -84,13 +85,18 @@ def run(folder, content, name):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_mutations(kind, tmp_path):
-    write_frames(tmp_path, [*(f"a/{i}.jpg" for i in range(11)), "b/0.jpg", "b/1.jpg"])
+def test_mutations(kind, tmp_path, monkeypatch):
+    if kind == "panoptic":
+        monkeypatch.setenv("D2EXT_CACHE", str(tmp_path / "cache"))
+        write_clips(tmp_path, clips())
+    else:
+        write_frames(tmp_path, [*(f"a/{i}.jpg" for i in range(11)), "b/0.jpg", "b/1.jpg"])
+    samples = {"ytvis": 3, "coco": 2, "panoptic": 4}[kind]
     logging.disable(logging.CRITICAL)
     refused, wrong = 0, []
     only = os.environ.get("D2EXT_MUTATION")
     try:
-        assert run(tmp_path, KINDS[kind](), "unchanged") == (3 if kind == "ytvis" else 2)
+        assert run(tmp_path, KINDS[kind](), "unchanged") == samples
         for number in range(CASES) if only is None else [int(only)]:
             content = copy.deepcopy(KINDS[kind]())
             done = mutate(content, random.Random(f"{kind}{number}"))
@@ -106,4 +112,5 @@ def test_mutations(kind, tmp_path):
     finally:
         logging.disable(logging.NOTSET)
     assert not wrong, f"{len(wrong)} cases are wrong:\n" + "\n".join(wrong[:40])
-    assert only is not None or 0.15 < refused / CASES < 0.9
+    most = 0.98 if kind == "panoptic" else 0.9  # PNGs and file must agree
+    assert only is not None or 0.15 < refused / CASES < most

@@ -42,32 +42,31 @@ def write_png(path, ids):
     Image.fromarray(rgb).save(path)
 
 
-def clips(folder, lengths=(3, 1)):
-    """Clips ``a``, ``b``, ... by ``video_id`` and ``frame_id``; every frame is annotated. Writes the
-    images and PNGs; names of the images in the file have another ending than the files."""
+def clips(lengths=(3, 1)):
+    """Clips ``a``, ``b``, ... by ``video_id`` and ``frame_id``; every frame is annotated."""
     images, annotations = [], []
     for clip, length in enumerate(lengths):
         for time in range(length):
             number = len(images) + 1
-            name = f"{'abc'[clip]}/{10 * time + 7}"
-            image = {"id": number, "file_name": f"{name}.png", "height": HEIGHT, "width": WIDTH}
+            name = f"{'abc'[clip]}/{10 * time + 7}.png"
+            image = {"id": number, "file_name": name, "height": HEIGHT, "width": WIDTH}
             images.append({**image, "video_id": f"clip {clip}", "frame_id": 10 * time + 7})
-            ids = map_at(time)
-            write_png(folder / f"videos/{name}.png", ids)
             segments = [
                 {"id": i, "category_id": c}
                 for i, c in ((SKY, 1), (ROAD, 2), (CAR, 3), (DOG, 4))
-                if (ids == i).any()
+                if (map_at(time) == i).any()
             ]
-            annotations.append(
-                {"image_id": number, "file_name": f"{name}.png", "segments_info": segments}
-            )
-    write_frames(folder, [image["file_name"].replace(".png", ".jpg") for image in images])
-    return {
-        "images": images[::-1],
-        "annotations": annotations,
-        "categories": copy.deepcopy(CATEGORIES),
-    }
+            annotations.append({"image_id": number, "file_name": name, "segments_info": segments})
+    categories = copy.deepcopy(CATEGORIES)
+    return {"images": images[::-1], "annotations": annotations, "categories": categories}
+
+
+def write_clips(folder, content):
+    """The images, with another ending than in the file, and the PNGs."""
+    for image in content["images"]:
+        write_png(folder / f"videos/{image['file_name']}", map_at((image["frame_id"] - 7) // 10))
+    write_frames(folder, [i["file_name"].replace(".png", ".jpg") for i in content["images"][::-1]])
+    return content
 
 
 def read(tmp_path, content):
@@ -80,7 +79,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_by_video_id_and_frame_id(tmp_path):
-    content = clips(tmp_path)
+    content = write_clips(tmp_path, clips())
     del content["annotations"][1]  # the second frame: listed, not annotated
     first, second = read(tmp_path, content).videos
     assert [(v["video_id"], v["length"]) for v in (first, second)] == [("clip 0", 3), ("clip 1", 1)]
@@ -95,11 +94,15 @@ def test_by_video_id_and_frame_id(tmp_path):
 
 def test_track_ids_of_segments(tmp_path):
     """Ids of segments are then of one frame alone, and tracks may be text."""
-    content = clips(tmp_path)
+    content = write_clips(tmp_path, clips())
     for annotation in content["annotations"]:
         for segment in annotation["segments_info"]:
             if segment["id"] >= CAR:
                 segment["track_id"] = {CAR: "mine", DOG: "hers"}[segment["id"]]
+    ids = map_at(2)
+    ids[ids == CAR] = 9
+    write_png(tmp_path / "videos/a/27.png", ids)
+    content["annotations"][2]["segments_info"][2]["id"] = 9
     first, _ = read(tmp_path, content).videos
     tracks = [[a["track_id"] for a in f["annotations"]] for f in first["frames"]]
     assert tracks[0] == tracks[2] and tracks[1] == tracks[0][:1] and len(set(tracks[0])) == 2
@@ -111,7 +114,7 @@ def test_track_ids_of_segments(tmp_path):
 
 
 def test_an_id_of_two_categories_is_two_tracks(tmp_path, caplog):
-    content = clips(tmp_path)
+    content = write_clips(tmp_path, clips())
     content["annotations"][2]["segments_info"][2]["category_id"] = 4
     content["annotations"][2]["segments_info"][3]["category_id"] = 2  # stuff has no track
     first, _ = read(tmp_path, content).videos
@@ -124,7 +127,7 @@ def test_an_id_of_two_categories_is_two_tracks(tmp_path, caplog):
 
 
 def test_number_0_of_a_class_is_told(tmp_path, caplog):
-    content = clips(tmp_path, lengths=(1,))
+    content = write_clips(tmp_path, clips((1,)))
     (annotation,) = content["annotations"]
     ids = map_at(0)
     ids[ids == CAR], ids[ids == DOG] = 3002, 4000
@@ -219,7 +222,7 @@ def no_png(content, folder):
     ],
 )
 def test_what_is_wrong_is_said(tmp_path, change, message):
-    content = clips(tmp_path)
+    content = write_clips(tmp_path, clips())
     change(content, tmp_path)
     with pytest.raises(DatasetError, match=message):
         read(tmp_path, content)
@@ -228,7 +231,7 @@ def test_what_is_wrong_is_said(tmp_path, change, message):
 @pytest.fixture
 def registered(tmp_path):
     name = "test_panoptic_video"
-    source = write_json(tmp_path / "videos.json", clips(tmp_path))
+    source = write_json(tmp_path / "videos.json", write_clips(tmp_path, clips()))
     custom.register_own_dataset(name, train_video_json=source, train_images=str(tmp_path))
     yield name
     custom._registered.pop(name)
