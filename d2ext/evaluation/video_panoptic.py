@@ -301,8 +301,8 @@ class VideoPanopticEvaluator(DatasetEvaluator):
         for k in counts:
             if 0 in counts and results[f"VPQ_{k}"] > results["VPQ_0"] + 1e-9:
                 logger.warning(
-                    f"VPQ of k = {k} exceeds that of single frames ({results[f'VPQ_{k}']:.2f} to "
-                    f"{results['VPQ_0']:.2f}): possible, but rare."
+                    f"VPQ of k = {k} exceeds that of single frames ({results[f'VPQ_{k}']:.4f} to "
+                    f"{results['VPQ_0']:.4f}): possible, but rare."
                 )
         return results
 

@@ -154,12 +154,12 @@ class VideoPanopticQuality:
     def recall_by_visibility(
         self, length: int, labels: Sequence[int], limit: float = 0.5
     ) -> dict[str, dict[str, float]]:
-        """How well tubes are found that are hidden for the most part, and the others.
+        """How well tubes are found that are hidden for the most part somewhere, and the others.
 
         Args:
             length: of windows, in annotated frames
             labels: classes that count
-            limit: a tube is "hidden" if its mean visibility over the window's frames is below it
+            limit: a tube is "hidden" if in a frame of the window its visibility is below it
 
         Returns:
             for "hidden" and "visible": ``tubes``, how many; ``recall``, the share of them that has a
@@ -272,7 +272,7 @@ class _Window:
         target_labels, predicted_labels: (T + 1,), (Q + 1,) int64 class of each tube of the clip, -1: not
             in this window
         crowd: (T + 1,) bool
-        visibility: (T + 1,) mean, NaN: not known
+        visibility: (T + 1,) the least over the frames, NaN: not known
     """
 
     def __init__(
@@ -302,11 +302,8 @@ class _Window:
         self.predicted_labels = np.where(self._area > 0, predicted[:, 0], -1)
         tubes = targets[:, 0].astype(np.int64)
         area = np.bincount(tubes, weights=targets[:, 3], minlength=num_targets)
-        with np.errstate(invalid="ignore"):
-            self.visibility = np.bincount(
-                tubes, weights=targets[:, 4], minlength=num_targets
-            ) / np.bincount(tubes, minlength=num_targets)
-        self.visibility[self.target_labels < 0] = np.nan
+        self.visibility = np.full(num_targets, np.nan)
+        np.fmin.at(self.visibility, tubes, targets[:, 4])
 
         of_void = self._rows == 0
         self._ignored = np.zeros(num_predictions)

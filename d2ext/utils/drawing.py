@@ -210,7 +210,7 @@ def draw_tracked_panoptic(
         (H, W, 3) uint8, BGR
     """
     result = image.copy()
-    size = max(0.35, min(image.shape[:2]) / 1000)
+    size = max(0.4, min(image.shape[:2]) / 1000)
     labels = []
     for segment in sorted(info, key=lambda s: bool(s["isthing"])):
         mask = (segments == segment["id"]).astype(np.uint8)

@@ -258,8 +258,10 @@ def test_recall_by_visibility() -> None:
     assert single["hidden"] == {"tubes": 1, "recall": 0, "iou": 0.5}
     assert single["visible"] == {"tubes": 3, "recall": 1 / 3, "iou": pytest.approx(2 / 3)}
     double = quality.recall_by_visibility(2, [0])
-    assert double["visible"] == {"tubes": 2, "recall": 0.5, "iou": pytest.approx((0.75 + 0.5) / 2)}
-    assert double["hidden"]["tubes"] == 0 and math.isnan(double["hidden"]["recall"])
+    assert double["hidden"] == {"tubes": 1, "recall": 1, "iou": 0.75}
+    assert double["visible"] == {"tubes": 1, "recall": 0, "iou": 0.5}
+    none = quality.recall_by_visibility(1, [0], limit=0.0)["hidden"]
+    assert none["tubes"] == 0 and math.isnan(none["recall"]) and math.isnan(none["iou"])
     other = VideoPanopticQuality(1)
     update(other, 0, 0, (row(1), [one(1)]), (row(1), [one(1)]))
     assert other.recall_by_visibility(1, [0]) == {}

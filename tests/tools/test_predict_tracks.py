@@ -16,10 +16,11 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
+from d2ext.data.video.panoptic_results import read_map
 from d2ext.testing import tiny_config
 from d2ext.tools import predict
 from d2ext.tools.prediction_files import TrackWriter
-from d2ext.utils.drawing import VideoDrawer, track_color
+from d2ext.utils.drawing import VideoDrawer, draw_tracked_panoptic, track_color
 from d2ext.utils.video import VideoReader
 from tests.engine import toy_video
 
@@ -51,6 +52,22 @@ class BrightSquares(nn.Module):
         found.pred_masks, found.pred_classes = masks, torch.zeros(len(masks), dtype=torch.int64)
         found.scores = torch.rand(len(masks)) / 10 + 0.9
         return found
+
+
+@META_ARCH_REGISTRY.register()
+class PanopticSquare(toy_video.ToyVideo):
+    """Its square is thing 300 before a stuff class."""
+
+    def step(self, inputs: Any, memory: Any) -> Any:
+        outputs, memory = super().step(inputs, memory)
+        for output in outputs:
+            ids = 7 - output["instances"].pred_masks[0].long() * 3
+            info: list[dict[str, Any]] = [
+                {"id": 4, "category_id": 0, "isthing": True, "track_id": 300, "score": 0.75},
+                {"id": 7, "category_id": 2, "isthing": False},
+            ]
+            output["panoptic_seg"] = ids, info
+        return outputs, memory
 
 
 @pytest.fixture
@@ -131,6 +148,36 @@ def test_model_with_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     ):
         assert run(config, tmp_path / "two", "--video-input", folder, *options) == 2
         assert message in capsys.readouterr().err
+
+
+def test_panoptic_model(tmp_path: Path) -> None:
+    config = write_config(tmp_path, PanopticSquare.__name__)
+    folder = write_frames(tmp_path / "frames", 3)
+    options = ("--video-input", folder, "--video-results")
+    assert run(config, tmp_path / "out", *options) == 0
+    content = json.loads((tmp_path / "out/frames_panoptic_video.json").read_text())
+    images = json.loads((tmp_path / "out/frames_coco_images.json").read_text())["images"]
+    assert content["images"] == images
+    names = {c["id"]: c["name"] for c in content["categories"]}
+    square = set()
+    for t, entry in enumerate(content["annotations"]):
+        assert entry["image_id"] == t + 1
+        ids = read_map(tmp_path / "out/frames_panoptic_video" / entry["file_name"])
+        (thing,) = (s for s in entry["segments_info"] if "track_id" in s)
+        assert (thing["track_id"], thing["score"], thing["area"]) == (300, 0.75, 8 * (9 + t))
+        assert names[thing["category_id"]] == "person"
+        assert (ids[:8, : 9 + t] == thing["id"]).all() and (ids == thing["id"]).sum() == thing[
+            "area"
+        ]
+        square.add(thing["id"])
+    assert len(square) == 1
+    drawn = next(iter(VideoReader(tmp_path / "out/frames.mp4"))).image
+    assert drawn[:8, :8].std() > 0 and drawn.shape[:2] == SIZE
+    # Without --video-results, or of a model without panoptic maps, there is no such file.
+    assert run(config, tmp_path / "two", *options[:2]) == 0
+    config = write_config(tmp_path, toy_video.ToyVideo.__name__)
+    assert run(config, tmp_path / "three", *options) == 0
+    assert not list(tmp_path.glob("t*/*panoptic*"))
 
 
 def test_wrong_options(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -221,3 +268,35 @@ def test_colour_is_that_of_the_id() -> None:
     assert all(max(x) - min(x) > 50 for x in first[:2]) and first[0] != first[1]
     assert max(first[2]) - min(first[2]) < 3
     assert len({track_color(i) for i in range(1, 200)}) == 199
+
+
+def test_panoptic_colour_is_that_of_the_track() -> None:
+    names = {"thing_classes": ["car"], "stuff_classes": ["things", "road"]}
+    metadata = Metadata(name="x", **names, stuff_colors=[(0, 0, 0), (10, 200, 90)])
+    image = np.full((60, 120, 3), 128, dtype=np.uint8)
+
+    def draw(tracks: list[int]) -> np.ndarray:
+        ids = np.full((60, 120), 9)
+        for i in range(len(tracks)):
+            ids[5:55, 5 + 60 * i : 55 + 60 * i] = i + 1
+        info: list[dict[str, Any]] = [{"id": 9, "category_id": 1, "isthing": False}]
+        for i, track in enumerate(tracks, 1):
+            info.append({"id": i, "category_id": 0, "isthing": True, "track_id": track})
+        drawer = VideoDrawer(metadata)
+        return drawer(image, {"panoptic_seg": (torch.from_numpy(ids), info)})
+
+    def color(picture: np.ndarray, place: int) -> list[int]:
+        return picture[10, 10 + 60 * place].tolist()
+
+    first, second = draw([3, 4]), draw([4, 3])
+    assert color(first, 0) == color(second, 1) != color(first, 1) == color(second, 0)
+    # 0.55 of the colour and 0.45 of the image.
+    expected = [0.45 * 128 + 0.55 * 255 * c for c in reversed(track_color(3))]
+    assert np.abs(np.array(color(first, 0)) - expected).max() < 2
+    assert np.abs(first[2, 2] - np.array([0.45 * 128 + 0.55 * c for c in (90, 200, 10)])).max() < 2
+    # The number stands in the middle of the thing.
+    assert (first[20:40, 5:55] != draw([11, 4])[20:40, 5:55]).any()
+    assert (first[20:40, 15:45] > 230).all(axis=2).any()
+    assert not (first[41:54, 8:52] > 230).all(axis=2).any()
+    alone = draw_tracked_panoptic(image, np.zeros((60, 120), int), [], metadata)
+    np.testing.assert_array_equal(alone, image)
