@@ -113,7 +113,7 @@ def test_it_is_frozen() -> None:
 def test_wrong_names_and_files_are_explained(tmp_path: Path) -> None:
     cfg = get_cfg()
     cfg.MODEL.FLOW.NAME = "FlowNet3"
-    with pytest.raises(ConfigError, match="one of .*FlowNet2, "):
+    with pytest.raises(ConfigError, match=r"one of .*FlowNet2, "):
         build_flow(cfg)
     cfg.MODEL.FLOW.NAME = "FlowNet2S"
     estimator, path = build_flow(cfg), str(tmp_path / "weights.pth")
@@ -121,5 +121,5 @@ def test_wrong_names_and_files_are_explained(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no network for optical flow"):
         load_flow_weights(estimator, path)
     torch.save({"flownetc.conv1.0.weight": torch.zeros(64, 3, 7, 7)}, path)
-    with pytest.raises(CheckpointError, match="another estimator than .* FlowNet2S"):
+    with pytest.raises(CheckpointError, match=r"another estimator than .* FlowNet2S"):
         load_flow_weights(estimator, path)
