@@ -25,6 +25,7 @@ from d2ext.data.errors import DatasetError
 from d2ext.data.image_io import read_label_map
 from d2ext.evaluation.coco import COCOEvaluator
 from d2ext.evaluation.landmarks import LandmarkEvaluator
+from d2ext.evaluation.optical_flow import OpticalFlowEvaluator
 from d2ext.evaluation.panoptic import COCOPanopticEvaluator
 from d2ext.evaluation.panoptic_analysis import PanopticAnalysis
 from d2ext.evaluation.video_instances import VideoInstanceEvaluator
@@ -54,6 +55,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
     ``cityscapes_sem_seg``
     ``cityscapes_panoptic_seg``  panoptic quality, and Cityscapes' own scripts for the rest
     ``lvis``, ``pascal_voc``     Detectron2's
+    ``optical_flow``             end-point error of pairs of images
     ``ytvis``                    boxes, masks, keypoints of the annotated frames of videos; with track
     ``video_keypoints``          ids also YouTube-VIS's track AP (masks), IDF1 and HOTA
     ``video_panoptic_seg``       those, panoptic quality of the annotated frames, Video Panoptic Quality
@@ -169,6 +171,12 @@ def landmarks(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
         return errors
     # COCO's is the last: it shifts the predicted keypoints in place.
     return DatasetEvaluators([errors, coco(cfg, name, folder)])
+
+
+@EVALUATOR_REGISTRY.register()
+def optical_flow(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
+    """End-point error."""
+    return IfPredicted("flow", OpticalFlowEvaluator())
 
 
 @EVALUATOR_REGISTRY.register()

@@ -116,7 +116,9 @@ def register_shapes_video(
         )
         if task == "flow":
             DatasetCatalog.register(name, partial(load_shapes_flow, shapes))
-            MetadataCatalog.get(name).set(image_root=f"{shapes.root}/images")
+            MetadataCatalog.get(name).set(
+                image_root=f"{shapes.root}/images", evaluator_type="optical_flow"
+            )
         else:
             of_frames, evaluator = VIDEO_TASKS[task]
             DatasetCatalog.register(name, partial(load_shapes_video, shapes, task))

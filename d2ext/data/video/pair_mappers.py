@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetFromList
+from fvcore.transforms.transform import Transform
 
 from d2ext.config import ConfigError
 from d2ext.data.dataset_dicts import load_dataset
@@ -49,14 +50,18 @@ class PairMapper(D2extDatasetMapper):
                 e.file_name = reference["file_name"]  # which may be that of other samples, too
                 raise
         if flow is not None:
-            if flow.shape[:2] != (sample["height"], sample["width"]):
-                raise AnnotationError(
-                    f"The optical flow of '{target['file_name']}' has height and width "
-                    f"{flow.shape[:2]}, the image {(sample['height'], sample['width'])}."
-                )
-            moved, valid = transform_flow(flow, transforms, *sample["image"].shape[1:])
-            sample["flow"], sample["flow_valid"] = torch.from_numpy(moved), torch.from_numpy(valid)
+            self.add_flow(sample, flow, transforms)
         return sample
+
+    def add_flow(self, sample: Record, flow: np.ndarray, transforms: Transform) -> None:
+        """Give a sample its ``flow`` and ``flow_valid``, see :meth:`pair`, in place."""
+        if flow.shape[:2] != (sample["height"], sample["width"]):
+            raise AnnotationError(
+                f"The optical flow of '{sample['file_name']}' has height and width "
+                f"{flow.shape[:2]}, the image {(sample['height'], sample['width'])}."
+            )
+        moved, valid = transform_flow(flow, transforms, *sample["image"].shape[1:])
+        sample["flow"], sample["flow_valid"] = torch.from_numpy(moved), torch.from_numpy(valid)
 
 
 @MAPPER_REGISTRY.register()
@@ -72,7 +77,8 @@ class ClipMapper(PairMapper):
     With ``INPUT.VIDEO.REFERENCES`` "annotated" the offsets count annotated frames, others are
     never taken, and the target is its own reference only where the offsets reach no other.
 
-    In a test frames are single images.
+    In a test frames are single images, with ``INPUT.VIDEO.FLOW`` with the flow to the frame before (0 in
+    the first) where the data set has it.
     """
 
     with_track_ids = True
@@ -151,7 +157,11 @@ class ClipMapper(PairMapper):
 
     def __call__(self, dataset_dict: Record) -> Record:
         if not self.is_train:
-            return super().__call__(dataset_dict)
+            sample, transforms = self.map(dataset_dict)
+            if self.flow and ("flow_file_name" in sample or self._is_first(sample)):
+                before = None if self._is_first(sample) else {"frame": sample["frame"] - 1}
+                self.add_flow(sample, self._read_flow(sample, before), transforms)
+            return sample
         target = {"frame": 0, **dataset_dict}
         if "annotations" in target:  # those of an image have no track
             numbered = enumerate(target["annotations"])
@@ -159,6 +169,11 @@ class ClipMapper(PairMapper):
         reference = self._draw_reference(target)
         flow = self._read_flow(target, reference) if self.flow else None
         return self.pair(target, reference, flow)
+
+    @staticmethod
+    def _is_first(frame: Record) -> bool:
+        """Whether no frame is before it; an image is a video of one frame."""
+        return not frame.get("frame")
 
     def _draw_reference(self, target: Record) -> Record | None:
         """The dict of another frame; None: the target is the reference."""
@@ -175,7 +190,7 @@ class ClipMapper(PairMapper):
         selected = candidates[np.random.randint(len(candidates))]
         return None if selected == place else self._frames[selected]
 
-    def _read_flow(self, target: Record, reference: Record | None) -> np.ndarray | None:
+    def _read_flow(self, target: Record, reference: Record | None) -> np.ndarray:
         file_name = target.get("flow_file_name")
         if reference is not None and file_name is not None:
             return read_flow(file_name.format(frame=reference["frame"]))

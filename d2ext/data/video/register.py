@@ -208,7 +208,9 @@ def register_builtin_videos() -> None:
             "ytvis_2019_train",
             YTVIS_2019_FROM_COCO,
         )
-        DatasetCatalog.register(f"flying_chairs_{split}", partial(_flying_chairs, root, split))
+        name = f"flying_chairs_{split}"
+        DatasetCatalog.register(name, partial(_flying_chairs, root, split))
+        MetadataCatalog.get(name).evaluator_type = "optical_flow"
     for folder, readers in (
         (
             "cityscapes_vps",

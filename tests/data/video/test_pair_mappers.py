@@ -21,7 +21,7 @@ from d2ext.data.sampler import sample_randomness
 from d2ext.data.shapes import VideoSet, load_shapes_flow, load_shapes_video
 from d2ext.data.shapes.video import SEEN
 from d2ext.data.video.flow import read_flow
-from d2ext.data.video.records import video_record
+from d2ext.data.video.records import flatten, video_record
 
 SHAPES = VideoSet("train", 6, 128, 160, seed=3)
 RECIPES = ("ssd", "default", "centernet", "cornernet", "upsnet", "vpsnet", "none")
@@ -428,3 +428,23 @@ def test_pairs_of_different_sizes(tmp_path):
     record["flow_file_name"] = load_shapes_flow(VideoSet("train", 1, 64, 64))[0]["flow_file_name"]
     with pytest.raises(AnnotationError, match="optical flow of"):
         mapper(record)
+
+
+def test_frames_of_a_test_have_the_flow_to_the_frame_before(clips):
+    """In pixels of the resized image; the first one has none, and an image is a first one."""
+    cfg = make_cfg(recipe="default")
+    cfg.INPUT.MIN_SIZE_TEST = 64  # half the size
+    mapper = build_mapper(cfg, is_train=False)
+    frames = flatten(DatasetCatalog.get(clips))[:2]
+    first, second = map(mapper, frames)
+    assert first["flow"].shape == (2, 64, 80)
+    assert not first["flow"].any()
+    flow = read_flow(frames[1]["flow_file_name"].format(frame=0)).transpose(2, 0, 1)
+    expected = flow[:, 1::2, 1::2] / 2
+    np.testing.assert_allclose(second["flow"], expected, atol=1e-5)
+    assert second["flow_valid"].all() and np.abs(flow).max() > 1
+    assert "flow" not in build_mapper(make_cfg(flow=False), is_train=False)(frames[1])
+    alone = {k: v for k, v in frames[1].items() if k not in ("frame", "flow_file_name")}
+    assert not mapper(alone)["flow"].any()
+    unknown = {k: v for k, v in frames[1].items() if k != "flow_file_name"}
+    assert "flow" not in mapper(unknown)
