@@ -49,6 +49,9 @@ class Comparison:
             training time.
         overrides: KEY VALUE pairs for all arms.
         evaluations: points on the curve against training time.
+        prepared: what arms begin with, by name: trained before them, once for all seeds. In the
+            overrides of an arm ``{name}`` stands for the file of its weights.
+        curves: name of a plot → x → key of the results.
         measure: (config of a finished run, its model) → further results, and series for ``plots``.
         plots: by name; ``time`` is always drawn.
     """
@@ -58,5 +61,7 @@ class Comparison:
     columns: Mapping[str, str]
     overrides: tuple[str, ...] = ()
     evaluations: int = 1
+    prepared: Mapping[str, Arm] = field(default_factory=dict)
+    curves: Mapping[str, Mapping[float, str]] = field(default_factory=dict)
     measure: Callable[[CfgNode, nn.Module], tuple[dict[str, float], Series]] | None = None
     plots: Mapping[str, Plot] = field(default_factory=dict)

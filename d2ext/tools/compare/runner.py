@@ -84,6 +84,26 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def plan_prepared(comparison: Comparison, args: argparse.Namespace) -> list[Run]:
+    """The trainings that arms begin with: on their own data sets, and as long as their configs say
+    unless --iterations are fewer."""
+    runs = []
+    for name, arm in comparison.prepared.items():
+        overrides = [*comparison.overrides, *arm.overrides, *args.opts, "SEED", str(args.seeds[0])]
+        arguments = ["--config-file", arm.config, *overrides]
+        if args.iterations:
+            cfg = read_config(arguments)
+            arguments += budget_options(cfg, min(args.iterations, cfg.SOLVER.MAX_ITER), 1)
+        folder = weights_of(args, name).parent
+        runs.append(Run(name, args.seeds[0], folder, arguments, read_config(arguments)))
+    return runs
+
+
+def weights_of(args: argparse.Namespace, prepared: str) -> Path:
+    """Where the weights of a training lie that arms begin with."""
+    return args.output / "prepared" / prepared / "model_final.pth"
+
+
 def plan(comparison: Comparison, args: argparse.Namespace, passed_on: Sequence[str]) -> list[Run]:
     """The runs, in the order of the arms.
 
@@ -100,10 +120,12 @@ def plan(comparison: Comparison, args: argparse.Namespace, passed_on: Sequence[s
             f"{', '.join(comparison.arms)}."
         )
     runs = []
+    weights = {name: str(weights_of(args, name)) for name in comparison.prepared}
     for name in names:
         arm = comparison.arms[name]
         file = files.get(name) or files.get(arm.trained_by) or arm.config
-        common = ["--config-file", file, *passed_on, *comparison.overrides, *arm.overrides]
+        overrides = [x.format(**weights) if weights else x for x in arm.overrides]
+        common = ["--config-file", file, *passed_on, *comparison.overrides, *overrides]
         for seed in args.seeds:
             folder = args.output / name / f"seed_{seed}"
             arguments = [*common, *args.opts, "SEED", str(seed)]
@@ -196,6 +218,9 @@ def carry_out(run: Run, trained: Run, comparison: Comparison) -> dict[str, Any]:
     metric = next(iter(comparison.columns))
     curve = [(s, x[metric], 0.0) for s, x in zip(seconds, lines, strict=True) if metric in x]
     report["series"] = {"time": curve if run is trained else []}
+    for plot, keys in comparison.curves.items():
+        known = {x: report["results"].get(key) for x, key in keys.items()}
+        report["series"][plot] = [(x, y, 0.0) for x, y in known.items() if y is not None]
     model = (build or build_model)(run.cfg).eval()
     report["parameters"] = sum(p.numel() for p in model.parameters())
     if comparison.measure is not None:
@@ -256,6 +281,9 @@ def run(arguments: list[str] | None = None) -> int:
     args.output = args.output or Path("output") / f"compare_{name}"
     setup_logger(name="d2ext")
     try:
+        for one in plan_prepared(comparison, args):
+            if not (one.folder / "model_final.pth").is_file():
+                start("train", ["--resume", *one.arguments], one.folder)
         runs = {(r.arm, r.seed): r for r in plan(comparison, args, passed_on)}
         reports = []
         # Arms that are trained come first; the others evaluate their weights.
