@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -175,8 +176,12 @@ def test_a_full_label_map_has_train_ids(vps, split):
     assert len(videos) == (2 if split == "train" else 1)
 
 
-def test_val(vps):
-    """Annotated frames and all frames are numbered differently; Cityscapes' number is the same."""
+@pytest.mark.parametrize("named", ["_final_mask", "_newImg8bit"])
+def test_val(vps, named):
+    """Annotated frames and all frames are numbered differently; Cityscapes' number is the same. The file
+    may name the PNGs otherwise, as evaluation must know."""
+    path = vps / "panoptic_gt_val_city_vps.json"
+    path.write_text(path.read_text().replace("_final_mask", named))
     (video,) = load_dataset("cityscapes_vps_val")
     assert (video["video_id"], video["length"]) == (5, 6)
     assert ["annotations" in f for f in video["frames"]] == [True, True, *[False] * 4]
@@ -190,6 +195,12 @@ def test_val(vps):
     }
     assert [a["track_id"] for a in second["annotations"]] == [262]
     assert first["pan_seg_file_name"].endswith("_final_mask.png")
+    metadata = MetadataCatalog.get("cityscapes_vps_val")
+    if named == "_final_mask":  # the published file itself
+        assert metadata.panoptic_json == str(vps / "panoptic_gt_val_city_vps.json")
+    content = json.loads(Path(metadata.panoptic_json).read_text())
+    for annotation in content["annotations"]:
+        assert Path(metadata.panoptic_root, annotation["file_name"]).is_file()
 
 
 def test_test(vps):
