@@ -58,12 +58,13 @@ def read_label_map_clips(
             f"'{label_root}': {shorten(missing)}."
         )
     _check_instances(json_file, file, categories)
-    status = os.stat(json_file)
-    key = f"{_VERSION} {os.path.abspath(json_file)} {status.st_size} {status.st_mtime_ns}"
-    digest = hashlib.blake2b(f"{key}{list(categories)}".encode(), digest_size=8).hexdigest()
-    target = cache_folder("label_map_clips") / f"{name}-{digest}"
+    maps = {i: os.path.join(label_root, label_maps[at]) for i, at in places.items()}
+    digest = hashlib.blake2b(f"{_VERSION}{list(categories)}".encode(), digest_size=8)
+    for path in (json_file, *maps.values()):
+        status = os.stat(path)
+        digest.update(f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}".encode())
+    target = cache_folder("label_map_clips") / f"{name}-{digest.hexdigest()}"
     if not target.is_dir():
-        maps = {i: os.path.join(label_root, label_maps[at]) for i, at in places.items()}
         with folder_to_fill(target) as folder:
             (folder / "panoptic").mkdir()
             _make(file, places, maps, categories, folder)

@@ -15,7 +15,7 @@ from d2ext.data import DatasetError, build_test_loader, build_train_loader
 from d2ext.data.dataset_dicts import load_dataset
 from d2ext.data.dataset_facts import dataset_facts
 from d2ext.data.panoptic import panoptic_classes
-from d2ext.data.video.cityscapes_vps import CATEGORIES
+from d2ext.data.video.cityscapes_vps import CATEGORIES, read_train
 from tests.data.video.test_readers import (
     HEIGHT,
     WIDTH,
@@ -140,7 +140,13 @@ def test_train(vps):
             assert sem_seg[0, 0] == 255 and (sem_seg[20:23, 2:6] == 255).all()
             assert sem_seg[3, 4] == 0 and sem_seg[0, 9] == 11 and sem_seg[23, 9] == 1
         assert tracks[1] == tracks[0][:1] and len(tracks[0]) == 2
-    assert load_dataset("cityscapes_vps_train")
+    # From the cache; a label map that changes counts.
+    path = sorted((vps / "train/labelmap").iterdir())[0]
+    write_masks(path.parent, {path.name: np.full((HEIGHT, WIDTH), 8)})
+    assert load_dataset("cityscapes_vps_train") == videos
+    changed = read_train("cityscapes_vps_train", str(vps)).videos
+    stuff = [s for s in changed[0]["frames"][0]["segments_info"] if not s["isthing"]]
+    assert [s["category_id"] for s in stuff] == [9]
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
