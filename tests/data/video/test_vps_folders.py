@@ -11,7 +11,12 @@ from detectron2.data import MetadataCatalog
 from PIL import Image
 
 from d2ext.config import get_cfg
-from d2ext.data import DatasetError, build_test_loader, build_train_loader
+from d2ext.data import (
+    DatasetError,
+    build_test_loader,
+    build_train_loader,
+    panoptic_to_detection,
+)
 from d2ext.data.dataset_dicts import load_dataset
 from d2ext.data.dataset_facts import dataset_facts
 from d2ext.data.panoptic import panoptic_classes
@@ -121,7 +126,9 @@ def vps(builtin, monkeypatch):
     return root
 
 
-def test_train(vps):
+@pytest.mark.parametrize("parallel_from", [1, 256])
+def test_train(vps, monkeypatch, parallel_from):
+    monkeypatch.setattr(panoptic_to_detection, "_PARALLEL_FROM", parallel_from)
     videos = load_dataset("cityscapes_vps_train")
     metadata = MetadataCatalog.get("cityscapes_vps_train")
     assert metadata.thing_classes[:3] == ["person", "rider", "car"]
@@ -337,6 +344,18 @@ def test_viper(viper):
     videos = load_dataset("viper_vps_train")
     assert [len(f["annotations"]) for v in videos for f in v["frames"]] == [2, 1, 2, 1]
     assert MetadataCatalog.get("viper_vps_train").vpq_left_out == ["mobile_barrier"]
+
+
+def test_viper_categories_that_are_no_labels(viper):
+    root, images = viper
+    path = root / "viper_panoptic_val_day_video.json"
+    path.write_text(path.read_text().replace('"category_id": 13', '"category_id": 255'))
+    path.write_text(path.read_text().replace('"id": 13, "name"', '"id": 255, "name"'))
+    for folder in ("img", "labelmap"):
+        write_frames(root / "train" / folder, [i["file_name"] for i in images])
+    write_json(root / "instances_train_05_viper_coco.json", instances_of(images, (0, 1, 0, 1)))
+    with pytest.raises(DatasetError, match="ids 255 cannot be labels"):
+        load_dataset("viper_vps_train")
 
 
 def test_viper_in_the_panoptic_form(viper):
