@@ -342,7 +342,7 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
             (
                 "video-json",
                 "FILE",
-                "tracks in their folders: YouTube-VIS, COCO, or a folder of masks",
+                "videos: YouTube-VIS, COCO, panoptic clips, or a folder of masks",
             ),
         ):
             group.add_argument(f"--{split}-{key}", metavar=metavar, help=text)

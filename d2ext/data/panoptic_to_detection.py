@@ -81,7 +81,7 @@ def _write(summary: PanopticSummary, root: str, folder: Path) -> None:
     annotations: list[dict[str, Any]] = []
     broken: list[str] = []
     entries = [(a, summary.images[i]) for i, a in summary.annotations.items()]
-    for instances, error in _map(work, entries):
+    for instances, error in map_images(work, entries):
         if error:
             broken.append(error)
         annotations.extend(instances)
@@ -100,7 +100,8 @@ def _write(summary: PanopticSummary, root: str, folder: Path) -> None:
     (folder / "instances.json").write_text(json.dumps(content), encoding="utf-8")
 
 
-def _map(work: Any, entries: list[Any]) -> Iterator[Any]:
+def map_images(work: Any, entries: list[Any]) -> Iterator[Any]:
+    """``work(entry)`` of each, in order; many entries are shared by several processes."""
     if len(entries) < _PARALLEL_FROM:
         yield from map(work, entries)
         return

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from d2ext.data.coco_schema import Id
 from d2ext.data.errors import DatasetError, SampleError, shorten
 from d2ext.data.image_io import label_values, read_label_map
 from d2ext.data.panoptic import IGNORE_LABEL
+from d2ext.data.panoptic_to_detection import map_images
 from d2ext.data.video.panoptic_video import Place, by_place, places_by_name, read_panoptic_video
 from d2ext.data.video.video_data import VideoData
 
@@ -58,12 +60,13 @@ def read_label_map_clips(
             f"'{label_root}': {shorten(missing)}."
         )
     _check_instances(json_file, file, categories)
-    status = os.stat(json_file)
-    key = f"{_VERSION} {os.path.abspath(json_file)} {status.st_size} {status.st_mtime_ns}"
-    digest = hashlib.blake2b(f"{key}{list(categories)}".encode(), digest_size=8).hexdigest()
-    target = cache_folder("label_map_clips") / f"{name}-{digest}"
+    maps = {i: os.path.join(label_root, label_maps[at]) for i, at in places.items()}
+    digest = hashlib.blake2b(f"{_VERSION}{list(categories)}".encode(), digest_size=8)
+    for path in (json_file, *maps.values()):
+        status = os.stat(path)
+        digest.update(f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}".encode())
+    target = cache_folder("label_map_clips") / f"{name}-{digest.hexdigest()}"
     if not target.is_dir():
-        maps = {i: os.path.join(label_root, label_maps[at]) for i, at in places.items()}
         with folder_to_fill(target) as folder:
             (folder / "panoptic").mkdir()
             _make(file, places, maps, categories, folder)
@@ -71,6 +74,12 @@ def read_label_map_clips(
 
 
 def _check_instances(json_file: str, file: CocoFile, categories: Sequence[Entry]) -> None:
+    no_label = [c["id"] for c in categories if c["id"] not in range(IGNORE_LABEL)]
+    if no_label:
+        raise DatasetError(
+            f"Categories with ids {shorten(no_label)} cannot be labels of maps, which are 0 to "
+            f"{IGNORE_LABEL - 1}."
+        )
     names = {c["id"]: c["name"] for c in categories if c["isthing"]}
     for text, wrong in (
         (
@@ -94,38 +103,61 @@ def _make(
     folder: Path,
 ) -> None:
     """Write ``panoptic.json`` and ``panoptic/``."""
-    of_image: dict[Id, list[Entry]] = {image["id"]: [] for image in file.images}
-    for instance in file.annotations:
-        of_image[instance["image_id"]].append(instance)
-    stuff = [c["id"] for c in categories if not c["isthing"]]
+    of_image: dict[Id, list[tuple[Entry, int]]] = {image["id"]: [] for image in file.images}
     numbers: dict[Id, dict[Any, int]] = {}
-    annotations = []
+    for instance in file.annotations:
+        of_clip = numbers.setdefault(places[instance["image_id"]][0], {})
+        number = of_clip.setdefault(instance["inst_id"], len(of_clip) + 1)
+        of_image[instance["image_id"]].append((instance, number))
+    many = [clip for clip, of_clip in numbers.items() if len(of_clip) >= _FACTOR]
+    if many:
+        raise DatasetError(f"Clips {shorten(many)} have {_FACTOR} things or more.")
+    entries = []
     for image in file.images:
-        size = (image["height"], image["width"])
-        labels = _read_labels(label_maps[image["id"]], size, {c["id"] for c in categories})
         clip, frame = places[image["id"]]
-        of_clip = numbers.setdefault(clip, {})
-        ids = np.where(np.isin(labels, stuff), (labels + 1) * _FACTOR, 0)
-        for instance in of_image[image["id"]]:
-            number = of_clip.setdefault(instance["inst_id"], len(of_clip) + 1)
-            mask = mask_util.decode(compressed_rle(instance["segmentation"], *size)) > 0
-            ids[mask] = (instance["category_id"] + 1) * _FACTOR + number
         name = f"{clip:04d}_{frame:04d}.png"
-        bgr = np.stack([ids >> 16, ids >> 8 & 255, ids & 255], axis=2).astype(np.uint8)
-        if not cv2.imwrite(str(folder / "panoptic" / name), bgr):
-            raise OSError(f"Could not write '{folder / 'panoptic' / name}': is the disk full?")
-        segments = [
-            {"id": i, "category_id": i // _FACTOR - 1, "iscrowd": 0}
-            for i in np.unique(ids).tolist()
-            if i
-        ]
-        annotations.append({"image_id": image["id"], "file_name": name, "segments_info": segments})
-    content = {"images": file.images, "annotations": annotations, "categories": list(categories)}
+        entries.append((image, label_maps[image["id"]], of_image[image["id"]], name))
+    work = partial(_make_image, categories=categories, folder=folder / "panoptic")
+    content = {
+        "images": file.images,
+        "annotations": list(map_images(work, entries)),
+        "categories": list(categories),
+    }
     (folder / "panoptic.json").write_text(json.dumps(content))
 
 
+def _make_image(
+    entry: tuple[Entry, str, list[tuple[Entry, int]], str],
+    *,
+    categories: Sequence[Entry],
+    folder: Path,
+) -> Entry:
+    """Write a PNG, from an image, its label map, its instances with their numbers, and the PNG's name;
+    returns its annotation."""
+    image, label_map, instances, name = entry
+    size = (image["height"], image["width"])
+    labels = _read_labels(label_map, size, {c["id"] for c in categories})
+    table = np.zeros(IGNORE_LABEL + 1, np.int32)
+    for category in categories:
+        if not category["isthing"]:
+            table[category["id"]] = (category["id"] + 1) * _FACTOR
+    ids = table[labels]
+    for instance, number in instances:
+        mask = mask_util.decode(compressed_rle(instance["segmentation"], *size))
+        ids[mask.view(bool)] = (instance["category_id"] + 1) * _FACTOR + number
+    bgr = np.stack([ids >> 16, ids >> 8 & 255, ids & 255], axis=2).astype(np.uint8)
+    if not cv2.imwrite(str(folder / name), bgr):
+        raise OSError(f"Could not write '{folder / name}': is the disk full?")
+    segments = [
+        {"id": i, "category_id": i // _FACTOR - 1, "iscrowd": 0}
+        for i in np.flatnonzero(np.bincount(ids.reshape(-1))).tolist()
+        if i
+    ]
+    return {"image_id": image["id"], "file_name": name, "segments_info": segments}
+
+
 def _read_labels(file_name: str, size: tuple[int, int], known: set[int]) -> np.ndarray:
-    """(H, W) int32."""
+    """(H, W) uint8."""
     try:
         labels = read_label_map(file_name)
     except SampleError as e:
@@ -140,4 +172,4 @@ def _read_labels(file_name: str, size: tuple[int, int], known: set[int]) -> np.n
             f"Label map '{file_name}' has labels {shorten(wrong)}, which are no class (0 to "
             f"{max(known)}, 255 is void). Maps of instances (class * 1000 + object) are no label maps."
         )
-    return labels.astype(np.int32)
+    return labels.astype(np.uint8)

@@ -8,6 +8,7 @@ then also tell which image and PNG belong together, whatever follows them (``_ne
 frame is that name's last number: the second one may count all frames or the annotated ones.
 """
 
+import json
 import logging
 import os
 import re
@@ -26,6 +27,7 @@ from d2ext.data.panoptic_json import check_panoptic_content
 from d2ext.data.panoptic_to_detection import panoptic_to_detection
 from d2ext.data.video.records import Record, video_record
 from d2ext.data.video.video_data import VideoData, list_images, natural_order
+from d2ext.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -66,14 +68,17 @@ def read_panoptic_video(
     """
     panoptic_root = panoptic_root or os.path.splitext(json_file)[0]
     content = read_panoptic_json(json_file)
+    names = [a["file_name"] for a in content["annotations"]]
     places, unlisted = _find_files(json_file, content, image_root, panoptic_root)
     raise_problems(json_file, "a panoptic data set of videos", list(_problems(content, places)))
     _warn_of_number_0(json_file, content)
     summary = check_panoptic_content(json_file, content, panoptic_root, image_root)
     files = panoptic_to_detection(name, summary, panoptic_root)
+    if names != [a["file_name"] for a in content["annotations"]]:
+        json_file = _write_beside(files.json_file, content)
     metadata = {
         **summary.metadata(),
-        "panoptic_json": json_file,
+        "panoptic_json": json_file,  # evaluation looks for the PNGs by its names
         "panoptic_root": panoptic_root,
         "sem_seg_root": files.sem_seg_root,
         "evaluator_type": "video_panoptic_seg",
@@ -104,6 +109,15 @@ def read_panoptic_video(
             path = os.path.join(image_root, file_name)
             frames[at] = {"file_name": path, "image_id": next(free)}
     return VideoData(_records(frames), metadata)
+
+
+def _write_beside(path: str, content: Entry) -> str:
+    """Write the panoptic form with the names that the PNGs have; returns the file's path."""
+    result = os.path.join(os.path.dirname(path), "panoptic.json")
+    if not os.path.isfile(result):
+        with atomic_write(result, "w") as file:
+            json.dump(content, file)
+    return result
 
 
 def image_videos(images: list[Entry], image_root: str, places: dict[Id, Place]) -> list[Record]:

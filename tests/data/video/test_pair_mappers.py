@@ -338,13 +338,15 @@ def test_frames_of_different_sizes(register):
     assert {r for t, r in seen if t == 4} == {4} and {r for t, r in seen if t == 5} == {4}
 
 
-def test_a_reference_that_cannot_be_read_is_reported(register, tmp_path):
+@pytest.mark.parametrize("references", ["any", "annotated"])
+def test_a_reference_that_cannot_be_read_is_reported(register, tmp_path, references):
     """Once, whatever number of samples it would belong to."""
     videos = load_shapes_video(SHAPES)
     broken = videos[0]["frames"][3:5]
     for frame in broken:
         frame["file_name"] = str(tmp_path / f"{frame['image_id']}.jpg")
     cfg = make_cfg(register(videos), flow=False)
+    cfg.INPUT.VIDEO.REFERENCES = references
     loader = build_train_loader(cfg)
     samples = [s for batch in itertools.islice(loader, 100) for s in batch]
     used = {s[k]["file_name"] if k else s["file_name"] for s in samples for k in ("", "reference")}

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,11 +11,16 @@ from detectron2.data import MetadataCatalog
 from PIL import Image
 
 from d2ext.config import get_cfg
-from d2ext.data import DatasetError, build_test_loader, build_train_loader
+from d2ext.data import (
+    DatasetError,
+    build_test_loader,
+    build_train_loader,
+    panoptic_to_detection,
+)
 from d2ext.data.dataset_dicts import load_dataset
 from d2ext.data.dataset_facts import dataset_facts
 from d2ext.data.panoptic import panoptic_classes
-from d2ext.data.video.cityscapes_vps import CATEGORIES
+from d2ext.data.video.cityscapes_vps import CATEGORIES, read_train
 from tests.data.video.test_readers import (
     HEIGHT,
     WIDTH,
@@ -120,7 +126,9 @@ def vps(builtin, monkeypatch):
     return root
 
 
-def test_train(vps):
+@pytest.mark.parametrize("parallel_from", [1, 256])
+def test_train(vps, monkeypatch, parallel_from):
+    monkeypatch.setattr(panoptic_to_detection, "_PARALLEL_FROM", parallel_from)
     videos = load_dataset("cityscapes_vps_train")
     metadata = MetadataCatalog.get("cityscapes_vps_train")
     assert metadata.thing_classes[:3] == ["person", "rider", "car"]
@@ -139,7 +147,13 @@ def test_train(vps):
             assert sem_seg[0, 0] == 255 and (sem_seg[20:23, 2:6] == 255).all()
             assert sem_seg[3, 4] == 0 and sem_seg[0, 9] == 11 and sem_seg[23, 9] == 1
         assert tracks[1] == tracks[0][:1] and len(tracks[0]) == 2
-    assert load_dataset("cityscapes_vps_train")
+    # From the cache; a label map that changes counts.
+    path = sorted((vps / "train/labelmap").iterdir())[0]
+    write_masks(path.parent, {path.name: np.full((HEIGHT, WIDTH), 8)})
+    assert load_dataset("cityscapes_vps_train") == videos
+    changed = read_train("cityscapes_vps_train", str(vps)).videos
+    stuff = [s for s in changed[0]["frames"][0]["segments_info"] if not s["isthing"]]
+    assert [s["category_id"] for s in stuff] == [9]
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -175,8 +189,12 @@ def test_a_full_label_map_has_train_ids(vps, split):
     assert len(videos) == (2 if split == "train" else 1)
 
 
-def test_val(vps):
-    """Annotated frames and all frames are numbered differently; Cityscapes' number is the same."""
+@pytest.mark.parametrize("named", ["_final_mask", "_newImg8bit"])
+def test_val(vps, named):
+    """Annotated frames and all frames are numbered differently; Cityscapes' number is the same. The file
+    may name the PNGs otherwise, as evaluation must know."""
+    path = vps / "panoptic_gt_val_city_vps.json"
+    path.write_text(path.read_text().replace("_final_mask", named))
     (video,) = load_dataset("cityscapes_vps_val")
     assert (video["video_id"], video["length"]) == (5, 6)
     assert ["annotations" in f for f in video["frames"]] == [True, True, *[False] * 4]
@@ -190,6 +208,12 @@ def test_val(vps):
     }
     assert [a["track_id"] for a in second["annotations"]] == [262]
     assert first["pan_seg_file_name"].endswith("_final_mask.png")
+    metadata = MetadataCatalog.get("cityscapes_vps_val")
+    if named == "_final_mask":  # the published file itself
+        assert metadata.panoptic_json == str(vps / "panoptic_gt_val_city_vps.json")
+    content = json.loads(Path(metadata.panoptic_json).read_text())
+    for annotation in content["annotations"]:
+        assert Path(metadata.panoptic_root, annotation["file_name"]).is_file()
 
 
 def test_test(vps):
@@ -320,6 +344,18 @@ def test_viper(viper):
     videos = load_dataset("viper_vps_train")
     assert [len(f["annotations"]) for v in videos for f in v["frames"]] == [2, 1, 2, 1]
     assert MetadataCatalog.get("viper_vps_train").vpq_left_out == ["mobile_barrier"]
+
+
+def test_viper_categories_that_are_no_labels(viper):
+    root, images = viper
+    path = root / "viper_panoptic_val_day_video.json"
+    path.write_text(path.read_text().replace('"category_id": 13', '"category_id": 255'))
+    path.write_text(path.read_text().replace('"id": 13, "name"', '"id": 255, "name"'))
+    for folder in ("img", "labelmap"):
+        write_frames(root / "train" / folder, [i["file_name"] for i in images])
+    write_json(root / "instances_train_05_viper_coco.json", instances_of(images, (0, 1, 0, 1)))
+    with pytest.raises(DatasetError, match="ids 255 cannot be labels"):
+        load_dataset("viper_vps_train")
 
 
 def test_viper_in_the_panoptic_form(viper):
