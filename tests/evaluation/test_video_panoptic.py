@@ -372,3 +372,16 @@ def test_shapes_have_visibility(tmp_path: Path) -> None:
     things = [s for s in frame["segments_info"] if s["isthing"]]
     assert all(0 < s["visibility"] <= 1 for s in things) and things
     assert all("visibility" not in s for s in frame["segments_info"] if not s["isthing"])
+
+
+def test_things_without_ids_are_new_in_every_frame(dataset: str) -> None:
+    evaluator = VideoPanopticEvaluator(dataset, windows=(0, 2))
+    for video in DatasetCatalog.get(dataset):
+        for frame in video["frames"]:
+            track = {"track_id": 1} if frame["frame"] < 4 else {}
+            segments = [{"id": 1, **ROAD}, {"id": 2, **CAR, **track}]
+            maps = torch.from_numpy(scene(frame["frame"]))
+            evaluator.process([frame], [{"panoptic_seg": (maps, segments)}])
+    scores = evaluator.evaluate()["video_panoptic_seg"]
+    # Of 3 windows of two frames 1 is right; the others have two halves each.
+    assert scores["VPQ_0_th"] == pytest.approx(100) and scores["VPQ_2_th"] == pytest.approx(25)
