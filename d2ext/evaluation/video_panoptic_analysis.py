@@ -17,6 +17,7 @@ import numpy as np
 from detectron2.data import Metadata
 from tabulate import tabulate
 
+from d2ext.data.errors import ImageReadError
 from d2ext.data.image_io import read_image
 from d2ext.data.panoptic import contiguous_segment, read_segments
 from d2ext.data.video.panoptic_results import read_map
@@ -104,6 +105,7 @@ def analyze_clips(
                 "after": switch.after[1],
             }
             for switch in quality.id_switches(video_id, groups["Things"].tolist())
+            if -1 not in (switch.before[1], switch.after[1])  # things without a track id
         ]
         clips.append({**row, "id_switches": len(switches), "switches": switches})
     clips.sort(key=lambda clip: math.inf if clip["VPQ"] is None else clip["VPQ"])
@@ -144,7 +146,7 @@ def _draw(
         text = ", ".join(f"#{s['track_id']}: {s['before']} > {s['after']}" for s in changes)
         strip.append(
             StripFrame(
-                read_image(frame.file_name, "BGR"),
+                _image(frame),
                 (read_segments(frame.png, frame.segments, allow_absent=True), targets),
                 (read_map(predictions / frame.result_name), predicted),
                 f"frame {frame.number}" + (f"  {text}" if text else ""),
@@ -157,3 +159,11 @@ def _draw(
         "image, annotations, prediction"
     )
     return draw_strip(strip, metadata, caption)
+
+
+def _image(frame: AnnotatedFrame) -> np.ndarray:
+    """BGR; grey where it cannot be read, as then nothing was predicted."""
+    try:
+        return read_image(frame.file_name, "BGR")
+    except ImageReadError:
+        return np.full((*frame.size, 3), 128, np.uint8)

@@ -325,6 +325,72 @@ def test_analysis(dataset: str, tmp_path: Path) -> None:
     assert reds[0] > 2000 and reds[1] == 0  # frames with changes are marked
 
 
+def test_analysis_of_things_without_ids(dataset: str, tmp_path: Path) -> None:
+    output, analysis = str(tmp_path / "out"), str(tmp_path / "analysis")
+    evaluator = VideoPanopticEvaluator(dataset, output, analysis_dir=analysis)
+    for video in DatasetCatalog.get(dataset):
+        for frame in video["frames"]:
+            maps = torch.from_numpy(scene(frame["frame"]))
+            evaluator.process(
+                [frame], [{"panoptic_seg": (maps, [{"id": 1, **ROAD}, {"id": 2, **CAR}])}]
+            )
+    assert evaluator.evaluate()["video_panoptic_seg"]["VPQ_0"] == pytest.approx(100)
+    clips = json.loads((tmp_path / "analysis/clips.json").read_text())["clips"]
+    assert [clip["id_switches"] for clip in clips] == [0, 0]
+    # There are no images: they are grey.
+    picture = np.asarray(Image.open(tmp_path / "analysis/worst_clips/00_0.png"))
+    assert (picture[100, 100] == 128).all()
+
+
+def test_published_numbers(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """The fixture of test_vpq.py as a data set, its stuff known by its class."""
+    folder = Path(__file__).resolve().parents[1] / "reference/vpsnet/vpq"
+    expected = np.load(folder / "outputs.npz")
+    given = json.loads((folder / "manifest.json").read_text())["inputs"]
+    things, stuff = (
+        [c for c in given["categories"] if c["isthing"] == isthing] for isthing in (1, 0)
+    )
+    numbers = {c["id"]: i for i, c in enumerate(things)}
+    numbers.update({c["id"]: i for i, c in enumerate(stuff, 1)})
+
+    def segments(kind: str, i: int) -> list[dict[str, Any]]:
+        result = []
+        for s in given[f"{kind}_segments_info"][i]:
+            isthing = s["category_id"] in [c["id"] for c in things]
+            track = {"track_id": s["id"]} if isthing else {}
+            result.append(
+                {**s, **track, "category_id": numbers[s["category_id"]], "isthing": isthing}
+            )
+        return result
+
+    frames = []
+    for i, ids in enumerate(expected["gt_ids"]):
+        Image.fromarray(id2rgb(ids)).save(tmp_path / f"{i}.png")
+        files = {"file_name": f"{i}.jpg", "pan_seg_file_name": str(tmp_path / f"{i}.png")}
+        sizes = {"height": ids.shape[0], "width": ids.shape[1]}
+        place = {"image_id": i, "video_id": i // 6, "frame": 4 + i % 6 * 5}
+        frames.append({**files, **sizes, **place, "segments_info": segments("gt", i)})
+    videos = [{"video_id": v, "frames": frames[6 * v : 6 * v + 6]} for v in range(2)]
+    DatasetCatalog.register("vpq_fixture", lambda: videos)
+    request.addfinalizer(lambda: DatasetCatalog.remove("vpq_fixture"))
+    request.addfinalizer(lambda: MetadataCatalog.remove("vpq_fixture"))
+    MetadataCatalog.get("vpq_fixture").set(
+        thing_classes=[c["name"] for c in things],
+        stuff_classes=["things", *(c["name"] for c in stuff)],
+        thing_dataset_id_to_contiguous_id={c["id"]: i for i, c in enumerate(things)},
+        stuff_dataset_id_to_contiguous_id={c["id"]: i for i, c in enumerate(stuff, 1)},
+    )
+    evaluator = VideoPanopticEvaluator("vpq_fixture", windows=(15, 5, 10, 0))
+    for i, ids in enumerate(expected["pred_ids"].astype(np.int64)):
+        output = torch.from_numpy(ids), segments("pred", i)
+        evaluator.process([{"image_id": i}], [{"panoptic_seg": output}])
+    scores = evaluator.evaluate()["video_panoptic_seg"]
+    for group, suffix in enumerate(("", "_th", "_st")):
+        each = [scores[f"VPQ_{k}{suffix}"] for k in given["windows_k"]]
+        np.testing.assert_allclose(each, expected["vpq_all_things_stuff"][:, group], rtol=1e-6)
+        assert scores[f"VPQ{suffix}"] == pytest.approx(float(expected["vpq"][group]), rel=1e-6)
+
+
 def test_visibility(dataset: str, tmp_path: Path) -> None:
     for video in DatasetCatalog.get(dataset):
         for frame in video["frames"][::2]:
@@ -372,3 +438,16 @@ def test_shapes_have_visibility(tmp_path: Path) -> None:
     things = [s for s in frame["segments_info"] if s["isthing"]]
     assert all(0 < s["visibility"] <= 1 for s in things) and things
     assert all("visibility" not in s for s in frame["segments_info"] if not s["isthing"])
+
+
+def test_things_without_ids_are_new_in_every_frame(dataset: str) -> None:
+    evaluator = VideoPanopticEvaluator(dataset, windows=(0, 2))
+    for video in DatasetCatalog.get(dataset):
+        for frame in video["frames"]:
+            track = {"track_id": 1} if frame["frame"] < 4 else {}
+            segments = [{"id": 1, **ROAD}, {"id": 2, **CAR, **track}]
+            maps = torch.from_numpy(scene(frame["frame"]))
+            evaluator.process([frame], [{"panoptic_seg": (maps, segments)}])
+    scores = evaluator.evaluate()["video_panoptic_seg"]
+    # Of 3 windows of two frames 1 is right; the others have two halves each.
+    assert scores["VPQ_0_th"] == pytest.approx(100) and scores["VPQ_2_th"] == pytest.approx(25)
