@@ -23,6 +23,7 @@ DEFAULT_VIDEO_SETS = (VideoSet("train", 120), VideoSet("val", 20))
 DEFAULT_PANOPTIC_VIDEO_SETS = (
     VideoSet("train", 20, length=30, every=5),
     VideoSet("val", 5, length=30, every=5),
+    VideoSet("test", 20, length=30, every=5),
 )
 
 # Task of the clips -> that of their frames, and the evaluator's type.
