@@ -10,12 +10,12 @@ from detectron2.utils import comm
 from d2ext.data.errors import AnnotationError
 from d2ext.data.video.flow import read_flow
 
-__all__ = ["OpticalFlowEvaluator", "end_point_errors"]
+__all__ = ["WRONG", "OpticalFlowEvaluator", "end_point_errors"]
 
 logger = logging.getLogger(__name__)
 
 # Pixels that are off by more count as wrong, as in KITTI.
-_WRONG = 3.0
+WRONG = 3.0
 
 
 def end_point_errors(flow: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -59,7 +59,7 @@ class OpticalFlowEvaluator(DatasetEvaluator):
                     f"{target.shape[:2]}, the prediction {flow.shape[1:]}."
                 )
             errors = end_point_errors(flow, target)
-            self._sums += errors.sum(), (errors > _WRONG).sum(), len(errors)
+            self._sums += errors.sum(), (errors > WRONG).sum(), len(errors)
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
         """Gather and average.
@@ -77,6 +77,6 @@ class OpticalFlowEvaluator(DatasetEvaluator):
         results = {"EPE": errors / count, "wrong": 100 * wrong / count}
         logger.info(
             f"Optical flow: end-point error {results['EPE']:.3f} px, "
-            f"{results['wrong']:.2f} % of the pixels are off by more than {_WRONG:g} px."
+            f"{results['wrong']:.2f} % of the pixels are off by more than {WRONG:g} px."
         )
         return {"optical_flow": results}

@@ -91,7 +91,9 @@ class PyramidFlow(FlowEstimator):
         for level in _LEVELS:
             first, second = pyramid[level - 1].chunk(2)
             if flows:
-                cells = F.interpolate(2 * cells, first.shape[-2:], mode="bilinear")
+                # Each level learns to correct what it gets (as in RAFT): through all levels at once,
+                # training is several times slower.
+                cells = F.interpolate(2 * cells, first.shape[-2:], mode="bilinear").detach()
                 second = warp(second, cells)
             else:
                 cells = cells.expand(-1, -1, *first.shape[-2:])
