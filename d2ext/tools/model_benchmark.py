@@ -208,7 +208,7 @@ class StreamPredictor(BatchPredictor):
 
     def __init__(self, cfg: CfgNode, model: nn.Module) -> None:
         super().__init__(cfg, model)
-        self.period = model.key_interval
+        self.period = getattr(model, "key_interval", 1)
         self._frame = 0
 
     def upload(
@@ -260,6 +260,8 @@ def stage_times(
     if not isinstance(model, MetaArch):
         stages["model"] = clock.median(lambda: model(inputs))
         return stages
+    if hasattr(model, "stages"):
+        return stages | {name: clock.median(part) for name, part in model.stages(inputs).items()}
     batch = model.preprocess(inputs)
     faster = model.inference_network
     alone = network_only(faster)

@@ -176,14 +176,16 @@ class VPSNetNetwork(nn.Module):
         """Images (B, 3, H, W); the others only with fusion.
 
         Args:
-            flow: (B, 2, H, W), pixels, from the images to the frames before them.
+            flow: (B, 2, H, W), pixels, from the images to the frames before them; default: the images
+                are those frames themselves.
             reference: (B, C, h, w), ``gathered`` of the frames before.
             alone: (B,) bool: images that are their own reference; default: none.
         """
         features, gathered = self.backbone(images), None
         if self.fusion is not None:
-            assert flow is not None and reference is not None
             gathered = self.fusion.gather(features)
+            if flow is None or reference is None:
+                flow, reference = torch.zeros_like(images[:, :2]), gathered
             if alone is not None:
                 reference = torch.where(alone[:, None, None, None], gathered, reference)
             features = self.fusion(features, gathered, reference.to(gathered), quarter_flow(flow))

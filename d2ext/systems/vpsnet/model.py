@@ -11,7 +11,7 @@ Letters: B videos in step, C channels of the pyramid, h×w cells of its finest l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from d2ext.checkpoint.flow import load_flow_weights
 from d2ext.config import ConfigError
 from d2ext.modeling.flow import FlowEstimator, build_flow
+from d2ext.modeling.inference import InferenceNetwork
 from d2ext.modeling.meta_arch import image_size, output_size
 from d2ext.modeling.video import Inputs, VideoMetaArch
 from d2ext.systems.upsnet.model import UPSNet
@@ -97,6 +98,9 @@ class VPSNet(UPSNet, VideoMetaArch):
             lambda predictions: predictions,
         )
         self.flow = flow
+        self._flow_network: tuple[InferenceNetwork, ...] = ()
+        if flow is not None and any(True for _ in flow.parameters()):
+            self._flow_network = (InferenceNetwork(flow, lambda x: x, **self._inference_options),)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -136,7 +140,9 @@ class VPSNet(UPSNet, VideoMetaArch):
     def predict_flow(self, images: Tensor, references: Tensor, inputs: Inputs) -> Tensor:
         """(B, 2, H, W) pixels from network inputs (B, 3, H, W) to others."""
         assert self.flow is not None
-        return self.flow(self.rgb(images), self.rgb(references), inputs)
+        if self.training or not self._flow_network:
+            return self.flow(self.rgb(images), self.rgb(references), inputs)
+        return self._flow_network[0](self.rgb(images), self.rgb(references))
 
     # Training
 
@@ -223,16 +229,8 @@ class VPSNet(UPSNet, VideoMetaArch):
         outputs, objects = [], []
         for i, (candidates, embeddings) in enumerate(self._candidates(predictions, sizes)):
             if embeddings is not None:
-                known = ObjectMemory.empty(embeddings.shape[1], images.device)
-                if memory is not None and not first[i]:
-                    known = memory.objects[i]
-                candidates.track_ids, known = track(
-                    candidates,
-                    embeddings,
-                    known,
-                    weights=self.match_weights,
-                    limit=self.max_objects,
-                )
+                known = None if memory is None or first[i] else memory.objects[i]
+                candidates.track_ids, known = self._track(candidates, embeddings, known)
                 objects.append(known)
             outputs.append(self._result(predictions, i, candidates, inputs[i]))
         return outputs, VPSNetMemory(images, predictions.gathered, sizes, objects)
@@ -263,6 +261,14 @@ class VPSNet(UPSNet, VideoMetaArch):
             gathered = images.new_zeros((len(images), finest.channels, *cells))
         return self.inference_network(images, flow, gathered, own)
 
+    def _track(
+        self, candidates: Instances, embeddings: Tensor, objects: ObjectMemory | None
+    ) -> tuple[Tensor, ObjectMemory]:
+        """See :func:`~.postprocess.track`; None: the video begins."""
+        objects = objects or ObjectMemory.empty(embeddings.shape[1], embeddings.device)
+        options: dict[str, Any] = {"weights": self.match_weights, "limit": self.max_objects}
+        return track(candidates, embeddings, objects, **options)
+
     def _candidates(
         self, predictions: Any, sizes: list[tuple[int, int]]
     ) -> list[tuple[Instances, Tensor | None]]:
@@ -283,6 +289,29 @@ class VPSNet(UPSNet, VideoMetaArch):
             boxes = [x.pred_boxes.tensor for x in candidates]
             embeddings = self.embed(predictions.features, boxes)
         return [(x, e.float()) for x, e in zip(candidates, embeddings, strict=True)]
+
+    def stages(self, inputs: Inputs) -> dict[str, Callable[[], Any]]:
+        """Parts of :meth:`step` by name, for benchmarks: each computes one, again with every call."""
+        images = self.preprocess(inputs)
+        sizes = [self.network_size(image_size(x)) for x in inputs]
+        first = [True] * len(inputs)
+        predictions = self._predict(images, sizes, first, inputs, None)
+        candidates = self._candidates(predictions, sizes)
+        stages: dict[str, Callable[[], Any]] = {"preprocess": lambda: self.preprocess(inputs)}
+        if self.fusion is not None:
+            stages["flow"] = lambda: self.predict_flow(images, images, inputs)
+            flow, gathered = self.predict_flow(images, images, inputs), predictions.gathered
+            own = torch.ones(len(images), dtype=torch.bool, device=images.device)
+            stages["network"] = lambda: self.inference_network(images, flow, gathered, own)
+        else:
+            stages["network"] = lambda: self.inference_network(images)
+        stages["heads"] = lambda: self._candidates(predictions, sizes)
+        if self.track_head is not None:
+            stages["tracking"] = lambda: [self._track(*x, None) for x in candidates]
+        stages["results"] = lambda: [
+            self._result(predictions, i, candidates[i][0], x) for i, x in enumerate(inputs)
+        ]
+        return stages
 
     def postprocess(self, predictions: Any, batched_inputs: Inputs) -> list[dict[str, Any]]:
         """Results of frames as of videos of their own: without ids."""
