@@ -89,7 +89,7 @@ def plan_prepared(comparison: Comparison, args: argparse.Namespace) -> list[Run]
     unless --iterations are fewer."""
     runs = []
     for name, arm in comparison.prepared.items():
-        overrides = [*comparison.overrides, *arm.overrides, *args.opts, "SEED", str(args.seeds[0])]
+        overrides = [*arm.overrides, *args.opts, "SEED", str(args.seeds[0])]
         arguments = ["--config-file", arm.config, *overrides]
         if args.iterations:
             cfg = read_config(arguments)
