@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import fvcore.nn.weight_init as weight_init
 import torch
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
@@ -206,7 +205,9 @@ class TrackHead(nn.Module):
         self.fc1 = nn.Linear(inputs, channels)
         self.fc2 = nn.Linear(channels, channels)
         for layer in (self.fc1, self.fc2):
-            weight_init.c2_xavier_fill(layer)
+            # Small, so that at first nothing matches well.
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, regions: Tensor) -> Tensor:
         """(R, C, s, s) → (R, D)."""
