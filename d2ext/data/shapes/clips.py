@@ -21,7 +21,7 @@ __all__ = [
 DEFAULT_VIDEO_SETS = (VideoSet("train", 120), VideoSet("val", 20))
 # Sizes and annotated frames as in Cityscapes-VPS.
 DEFAULT_PANOPTIC_VIDEO_SETS = (
-    VideoSet("train", 20, length=30, every=5),
+    VideoSet("train", 120, length=30, every=5),
     VideoSet("val", 5, length=30, every=5),
     VideoSet("test", 20, length=30, every=5),
 )
