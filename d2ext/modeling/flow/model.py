@@ -130,10 +130,8 @@ class OpticalFlow(MetaArch):
         outputs = []
         for x in batched_inputs:  # whose sizes may differ
             pair = self._images([x]), self._images([x["reference"]])
-            if self.inference_network.mode == "eager" and not list(self.flow.parameters()):
-                flow = self.flow(*pair, [x])
-            else:
-                flow = self.inference_network(*pair)
+            runs_as_network = any(True for _ in self.flow.parameters())
+            flow = self.inference_network(*pair) if runs_as_network else self.flow(*pair, [x])
             height, width = x["image"].shape[-2:]
             outputs.append(flow[0, :, :height, :width])
         return self.postprocess(outputs, batched_inputs)

@@ -180,3 +180,23 @@ def test_export() -> None:
     images = torch.rand(2, 1, 3, 64, 64).mul(255).unbind()
     program = torch.export.export(estimator, images)
     torch.testing.assert_close(program.module()(*images), estimator(*images))
+
+
+def test_each_level_warps_by_the_flow_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder that always says (1, -1): 1 cell, then 2·1 + 1, then 2·3 + 1, then 2·7 + 1."""
+    estimator = PyramidFlow().eval()
+    estimator.predict.bias.data = torch.tensor([1.0, -1.0])
+    warped: list[Tensor] = []
+
+    def warp(features: Tensor, flow: Tensor) -> Tensor:
+        warped.append(flow)
+        return features
+
+    monkeypatch.setattr("d2ext.modeling.flow.pyramid_flow.warp", warp)
+    images = torch.zeros(1, 3, 64, 96)
+    flows = estimator.flows(images, images)
+    for flow, cells in zip(warped, (2, 6, 14), strict=True):
+        assert (flow[:, 0] == cells).all() and (flow[:, 1] == -cells).all()
+    for flow, pixels in zip(flows, (32, 48, 56, 60, 60), strict=True):
+        torch.testing.assert_close(flow[:, 0], torch.full_like(flow[:, 0], pixels))
+    assert flows[-1].shape == (1, 2, 64, 96)
