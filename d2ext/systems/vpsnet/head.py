@@ -63,6 +63,7 @@ class FusionNeck(nn.Module):
         self, channels: int, *, max_displacement: int = 4, published_warp: bool = False
     ) -> None:
         super().__init__()
+        self.channels = channels
         self.max_displacement = max_displacement
         self.published_warp = published_warp
         width = channels + (2 * max_displacement + 1) ** 2 + 2
