@@ -31,6 +31,8 @@ class FlowEstimator(nn.Module):
     """Sides of what :meth:`estimate` gets are multiples of this."""
     min_size: ClassVar[int] = 1
     """And at least this, pixels."""
+    follows_inference_mode: ClassVar[bool] = True
+    """Whether ``MODEL.INFERENCE`` (dtype, CUDA graphs) applies; if not, it is called as it is."""
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:

@@ -18,6 +18,7 @@ class _RAFT(FlowEstimator):
     size_divisibility: ClassVar[int] = 8
     # torchvision: features at 1/8, of which the coarsest of four levels must have two cells.
     min_size: ClassVar[int] = 128
+    follows_inference_mode: ClassVar[bool] = False
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

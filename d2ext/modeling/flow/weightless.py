@@ -19,6 +19,7 @@ class DIS(FlowEstimator):
     """OpenCV's dense inverse search (arXiv 1603.03590) on grey images, preset "medium"; on the CPU."""
 
     min_size: ClassVar[int] = 32  # OpenCV refuses images of less than about 16 pixels
+    follows_inference_mode: ClassVar[bool] = False
 
     def estimate(
         self, current: Tensor, reference: Tensor, inputs: list[dict[str, Any]] | None
@@ -44,6 +45,8 @@ class Exact(FlowEstimator):
 
     Unknown motion (NaN) becomes 0. Images of another size than ``image`` are taken for a resized one.
     """
+
+    follows_inference_mode: ClassVar[bool] = False
 
     def estimate(
         self, current: Tensor, reference: Tensor, inputs: list[dict[str, Any]] | None

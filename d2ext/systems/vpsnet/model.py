@@ -112,7 +112,7 @@ class VPSNet(UPSNet, VideoMetaArch):
         )
         self.flow = flow
         self._flow_network: tuple[InferenceNetwork, ...] = ()
-        if flow is not None and any(True for _ in flow.parameters()):
+        if flow is not None and flow.follows_inference_mode:
             self._flow_network = (InferenceNetwork(flow, _unchanged, **self._inference_options),)
 
     @classmethod
