@@ -86,9 +86,10 @@ class FusionNeck(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, a=NEGATIVE_SLOPE)
                 nn.init.zeros_(module.bias)
-        # A new neck neither corrects the flow nor changes the features.
+        # A new neck hardly corrects the flow or changes the features. Not zero: what follows `refine` is a
+        # ReLU, which lets no gradient through at 0.
         for conv in (convs[-1], self.refine):
-            nn.init.zeros_(conv.weight)
+            nn.init.normal_(conv.weight, std=1e-3)
 
     def gather(self, features: dict[str, Tensor]) -> Tensor:
         """Mean of the levels, brought to the finest one's size (nearest): (B, C, h, w)."""

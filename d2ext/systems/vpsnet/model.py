@@ -90,10 +90,12 @@ class VPSNet(UPSNet, VideoMetaArch):
         match_loss_weight: float = 0.5,
         match_weights: Sequence[float] = (1.0, 2.0, 10.0),
         max_objects: int = 1000,
+        own_flow: bool = False,
         **upsnet: Any,
     ) -> None:
         """Args:
         flow, fusion: both or none.
+        own_flow: the flow network has its weights already: those of a checkpoint are ignored.
         track_head: None: objects get no ids.
         match_loss_weight, match_weights, max_objects: see ``MODEL.VPSNET``.
         upsnet: see :class:`UPSNet`.
@@ -111,6 +113,7 @@ class VPSNet(UPSNet, VideoMetaArch):
             _unchanged,
         )
         self.flow = flow
+        self.own_flow = own_flow or (flow is not None and not any(True for _ in flow.parameters()))
         self._flow_network: tuple[InferenceNetwork, ...] = ()
         if flow is not None and flow.follows_inference_mode:
             self._flow_network = (InferenceNetwork(flow, _unchanged, **self._inference_options),)
@@ -125,6 +128,7 @@ class VPSNet(UPSNet, VideoMetaArch):
             arguments["flow"] = build_flow(cfg)
             if cfg.MODEL.FLOW.WEIGHTS:
                 load_flow_weights(arguments["flow"], cfg.MODEL.FLOW.WEIGHTS)
+                arguments["own_flow"] = True
             arguments["fusion"] = FusionNeck(
                 channels,
                 max_displacement=vpsnet.MAX_DISPLACEMENT,
@@ -149,6 +153,13 @@ class VPSNet(UPSNet, VideoMetaArch):
     def gives_ids(self) -> bool:  # type: ignore[override]
         """Only with a track head; a tracker can give ids otherwise."""
         return self.track_head is not None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.own_flow and self.flow is not None:
+            for key in [key for key in state_dict if key.startswith(f"{prefix}flow.")]:
+                del state_dict[key]
+            state_dict.update(self.flow.state_dict(prefix=f"{prefix}flow."))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def rgb(self, images: Tensor) -> Tensor:
         """Network input (B, 3, H, W) → RGB in 0..255, what the flow network takes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from d2ext import VideoPredictor
+from d2ext.checkpoint.checkpointer import Checkpointer
 from d2ext.config import ConfigError
 from d2ext.engine.optimizer import build_optimizer
 from d2ext.engine.tracking import give_ids
+from d2ext.modeling.flow import build_flow
 from d2ext.systems.vpsnet import VPSNet, VPSNetMemory
 from d2ext.testing import random_inputs, tiny_config
 
@@ -427,3 +430,36 @@ def test_wrong_inputs_and_configs_say_what_to_do() -> None:
         build(UPSNET__TEST__PANOPTIC="heuristic")
     with pytest.raises(ConfigError, match=r"MODEL\.FLOW\.NAME"):
         build(FLOW__NAME="Farneback")
+
+
+def test_new_neck_is_trained() -> None:
+    """Not only has each of its last layers a gradient, it is not zero."""
+    model = build_model(tiny_config("VPSNet")).train()
+    sum(model(random_inputs()).values()).backward()
+    for layer in (model.fusion.refine, model.fusion.residual_flow[-1], model.fusion.spatial4):
+        assert layer.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["DIS", "PyramidFlow"])
+def test_checkpoint_with_another_flow_network(name: str, tmp_path: Path) -> None:
+    """The flow network of the config has its own weights; all else comes from the checkpoint."""
+    cfg = tiny_config("VPSNet")
+    cfg.MODEL.FLOW.NAME = "PyramidFlow"
+    torch.manual_seed(0)
+    trained = build_model(cfg)
+    checkpoint = tmp_path / "model.pth"
+    torch.save({"model": trained.state_dict()}, checkpoint)
+    torch.manual_seed(1)
+    cfg.MODEL.FLOW.NAME = name
+    if name == "PyramidFlow":
+        cfg.MODEL.FLOW.WEIGHTS = str(tmp_path / "flow.pth")
+        other = build_flow(cfg).state_dict(prefix="flow.")
+        torch.save({"model": other}, cfg.MODEL.FLOW.WEIGHTS)
+    model = build_model(cfg)
+    Checkpointer(model, fit="exact").load(str(checkpoint))
+    loaded = model.state_dict()
+    for key, value in trained.state_dict().items():
+        if not key.startswith("flow."):
+            assert torch.equal(loaded[key], value), key
+        elif name == "PyramidFlow":
+            assert torch.equal(loaded[key], other[key]), key
