@@ -53,7 +53,8 @@ def warp(
     places = torch.stack([x, y], dim=-1)
     with torch.autocast(features.device.type, enabled=False):
         return F.grid_sample(
-            features.to(dtype),
+            # Sampled plane by plane: neighbouring threads then read neighbouring cells.
+            features.to(dtype).contiguous(),
             places,
             mode="bilinear",
             padding_mode=padding_mode,

@@ -141,15 +141,20 @@ class MetaArch(nn.Module):
         """
         if not self.training:
             return self.inference(batched_inputs)
+        self.check_annotated(batched_inputs)
+        images, targets = self.training_batch(batched_inputs)
+        predictions = self.network(images)
+        self.put_picture(batched_inputs, images, targets, predictions)
+        return self.losses(predictions, targets)
+
+    @staticmethod
+    def check_annotated(batched_inputs: list[dict[str, Any]]) -> None:
+        """Raise KeyError for training inputs without ``instances``."""
         if not all("instances" in inputs for inputs in batched_inputs):
             raise KeyError(
                 "Training needs `instances` for each image: the data mapper did not provide them "
                 "(is it built with is_train=True, and has the data set annotations?)."
             )
-        images, targets = self.training_batch(batched_inputs)
-        predictions = self.network(images)
-        self.put_picture(batched_inputs, images, targets, predictions)
-        return self.losses(predictions, targets)
 
     def put_picture(
         self, batched_inputs: list[dict[str, Any]], images: Tensor, targets: Any, predictions: Any

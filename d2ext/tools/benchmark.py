@@ -11,6 +11,7 @@ size of the images, on the device, the device having finished. Its parts:
 - preprocess: resize to the network's input, normalisation;
 - network: backbone and heads; of a model with memory that of a key frame, "between" that of the others,
   "cycle" their mean from key frame to key frame;
+- flow: optical flow, heads: those on regions, tracking: ids, of models that say so themselves;
 - choice: decoding of boxes, NMS, selection of the detections;
 - results: masks assembled at the size of the image, Instances built.
 

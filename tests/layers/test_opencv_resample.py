@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from d2ext.layers.opencv_resample import (
+    resize_crops_like_opencv,
     resize_float_like_opencv,
     resize_like_opencv,
     warp_like_opencv,
@@ -45,6 +46,29 @@ def test_resize_to_the_same_size_changes_nothing() -> None:
     image = _tensor(_noise(7, 9))
     assert torch.equal(resize_like_opencv(image, 7, 9), image)
     assert torch.equal(resize_like_opencv(image.float() + 0.2, 7, 9), image)
+
+
+@pytest.mark.parametrize("size", [28, 7])
+def test_resize_of_crops_of_masks(size: int) -> None:
+    """Bytes of 0 and 1; crops of all sizes, down to one pixel."""
+    rng = np.random.default_rng(0)
+    masks = rng.random((4, 40, 60)) > 0.4
+    masks[3] = True
+    low = rng.integers(0, (60, 40), (60, 2))
+    high = np.minimum(low + rng.integers(0, 60, (60, 2)), (59, 39))
+    high[:10] = low[:10]
+    boxes, index = np.concatenate([low, high], axis=1), rng.integers(0, 4, 60)
+    actual = resize_crops_like_opencv(*map(torch.from_numpy, (masks, index, boxes)), size)
+    assert actual.shape == (60, size, size) and actual.dtype == torch.bool
+    wrong = 0
+    for ours, number, (x1, y1, x2, y2) in zip(actual.numpy(), index, boxes, strict=True):
+        crop = masks[number, y1 : y2 + 1, x1 : x2 + 1].astype(np.uint8)
+        wrong += (ours != cv2.resize(crop, (size, size))).sum()
+    assert wrong <= 0.001 * actual.numel() and 0.3 < actual.float().mean() < 0.9
+    assert actual[index == 3].all()
+    nothing = torch.zeros((0, 4), dtype=torch.int64)
+    empty = resize_crops_like_opencv(torch.from_numpy(masks), nothing[:, 0], nothing, size)
+    assert empty.shape == (0, size, size)
 
 
 @pytest.mark.parametrize("angle", [0.0, 20.0])

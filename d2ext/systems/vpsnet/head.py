@@ -63,6 +63,7 @@ class FusionNeck(nn.Module):
         self, channels: int, *, max_displacement: int = 4, published_warp: bool = False
     ) -> None:
         super().__init__()
+        self.channels = channels
         self.max_displacement = max_displacement
         self.published_warp = published_warp
         width = channels + (2 * max_displacement + 1) ** 2 + 2
@@ -139,9 +140,16 @@ class FusionNeck(nn.Module):
         warped = self.warp(reference, flow)
         warped = self.warp(warped, self.correct(current, warped, flow))
         refined = F.relu(self.refine(self.attend(current, warped)))
-        return {
-            name: x + F.adaptive_max_pool2d(refined, x.shape[-2:]) for name, x in features.items()
-        }
+        return {name: x + _max_pool_to(refined, x) for name, x in features.items()}
+
+
+def _max_pool_to(x: Tensor, like: Tensor) -> Tensor:
+    """``F.adaptive_max_pool2d`` of (B, C, h, w) to another map's size, faster where that divides."""
+    height, width = like.shape[-2:]
+    factor = x.shape[-2] // height
+    if (height * factor, width * factor) != x.shape[-2:]:
+        return F.adaptive_max_pool2d(x, (height, width))
+    return x if factor == 1 else F.max_pool2d(x, factor)
 
 
 def quarter_flow(flow: Tensor) -> Tensor:

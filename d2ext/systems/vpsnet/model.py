@@ -21,6 +21,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.roi_heads.roi_heads import select_foreground_proposals
 from detectron2.structures import Instances
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from d2ext.checkpoint.flow import load_flow_weights
 from d2ext.config import ConfigError
@@ -32,6 +33,7 @@ from d2ext.systems.upsnet.model import UPSNet
 from d2ext.systems.vpsnet import losses as L
 from d2ext.systems.vpsnet import targets as T
 from d2ext.systems.vpsnet.head import (
+    STRIDE,
     FusionNeck,
     TrackHead,
     VPSNetNetwork,
@@ -58,6 +60,17 @@ class VPSNetMemory:
     """B × (height, width) of the last frames without padding."""
     objects: list[ObjectMemory]
     """Those of each video; empty without track head."""
+
+
+def _unchanged(predictions: Any) -> Any:
+    """The decoding of both networks; a function of the module, so that models can be pickled."""
+    return predictions
+
+
+def _fit(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Maps (..., h, w) cropped, or padded with zeros, at the bottom and right to ``size``."""
+    height, width = (after - before for after, before in zip(size, maps.shape[-2:], strict=True))
+    return F.pad(maps, (0, width, 0, height))
 
 
 @META_ARCH_REGISTRY.register()
@@ -95,12 +108,12 @@ class VPSNet(UPSNet, VideoMetaArch):
         self.max_objects = max_objects
         self.set_network(
             VPSNetNetwork(self.backbone, fusion, self.proposal_generator, self.sem_seg_head),
-            lambda predictions: predictions,
+            _unchanged,
         )
         self.flow = flow
         self._flow_network: tuple[InferenceNetwork, ...] = ()
         if flow is not None and any(True for _ in flow.parameters()):
-            self._flow_network = (InferenceNetwork(flow, lambda x: x, **self._inference_options),)
+            self._flow_network = (InferenceNetwork(flow, _unchanged, **self._inference_options),)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -128,6 +141,11 @@ class VPSNet(UPSNet, VideoMetaArch):
         }
 
     @property
+    def has_memory(self) -> bool:
+        """Also with one of the two parts."""
+        return self.fusion is not None or self.track_head is not None
+
+    @property
     def gives_ids(self) -> bool:  # type: ignore[override]
         """Only with a track head; a tracker can give ids otherwise."""
         return self.track_head is not None
@@ -140,9 +158,17 @@ class VPSNet(UPSNet, VideoMetaArch):
     def predict_flow(self, images: Tensor, references: Tensor, inputs: Inputs) -> Tensor:
         """(B, 2, H, W) pixels from network inputs (B, 3, H, W) to others."""
         assert self.flow is not None
-        if self.training or not self._flow_network:
-            return self.flow(self.rgb(images), self.rgb(references), inputs)
-        return self._flow_network[0](self.rgb(images), self.rgb(references))
+        images, references = self.rgb(images), self.rgb(references)
+        if self._flow_network:
+            network = self.flow if self.training else self._flow_network[0]
+            return network(images, references)
+        # What is no network works on the image alone: padding has no flow.
+        flow = torch.zeros_like(images[:, :2])
+        for i, x in enumerate(inputs):
+            height, width = self.network_size(image_size(x))
+            inside = (slice(i, i + 1), slice(None), slice(height), slice(width))
+            flow[inside] = self.flow(images[inside], references[inside], [x])
+        return flow
 
     # Training
 
@@ -170,6 +196,7 @@ class VPSNet(UPSNet, VideoMetaArch):
         if not self.training:
             return super().forward(batched_inputs)
         self.check_training_inputs(batched_inputs)
+        self.check_annotated(batched_inputs)
         images, targets = self.training_batch(batched_inputs)
         references = self.preprocess([x["reference"] for x in batched_inputs])
         reference_features = self.backbone(references)
@@ -246,19 +273,19 @@ class VPSNet(UPSNet, VideoMetaArch):
         """The network on frames and, with fusion, the frames before them."""
         if self.fusion is None:
             return self.inference_network(images)
-        alone, references, gathered = [True] * len(images), images, None
-        if memory is not None and memory.images.shape == images.shape:
+        cells = [x // STRIDE for x in images.shape[-2:]]
+        if memory is None or memory.gathered is None:
+            own = torch.ones(len(images), dtype=torch.bool, device=images.device)
+            references = images
+            gathered = images.new_zeros((len(images), self.fusion.channels, *cells))
+        else:
             alone = [x or a != b for x, a, b in zip(first, sizes, memory.sizes, strict=True)]
-            gathered = memory.gathered
-        own = torch.tensor(alone, device=images.device)
-        if not all(alone):
-            assert memory is not None
-            references = torch.where(own[:, None, None, None], images, memory.images)
+            own = torch.tensor(alone, device=images.device)
+            # The padding may have changed with the other videos' frames.
+            last = _fit(memory.images, images.shape[-2:])
+            references = torch.where(own[:, None, None, None], images, last)
+            gathered = _fit(memory.gathered, cells)
         flow = self.predict_flow(images, references, inputs)
-        if gathered is None:
-            finest = self.backbone.output_shape()[self.backbone._out_features[0]]
-            cells = [x // finest.stride for x in images.shape[-2:]]
-            gathered = images.new_zeros((len(images), finest.channels, *cells))
         return self.inference_network(images, flow, gathered, own)
 
     def _track(
