@@ -26,7 +26,7 @@ from d2ext import VideoPredictor
 from d2ext.config import add_options_argument, load_config
 from d2ext.data.image_io import read_image
 from d2ext.model_zoo import find_config_file
-from d2ext.utils.drawing import VideoDrawer, reduced, write_picture
+from d2ext.utils.drawing import VideoDrawer, reduced
 from d2ext.utils.video import DEFAULT_RATE, video_writer
 
 GAP = 6  # pixels between pictures
@@ -62,11 +62,13 @@ def draw_video(
     predict: Callable[[np.ndarray], dict[str, Any]],
     metadata: Any,
     width: int,
+    annotations: bool = True,
 ) -> list[list[np.ndarray]]:
     """Of each frame two pictures (BGR) of one size: ground truth and predictions.
 
     Args:
         width: about how wide, pixels. Frames are made smaller before drawing, for legible labels.
+        annotations: False: the frames themselves instead of the ground truth.
     """
     drawers = [VideoDrawer(metadata) for _ in range(2)]
     numbers: dict[int, int] = {}
@@ -74,7 +76,7 @@ def draw_video(
     for frame in video["frames"]:
         image = read_image(frame["file_name"], "BGR")
         factor = max(1, round(image.shape[1] / width))
-        outputs = ground_truth(frame, numbers), predict(image)
+        outputs = ground_truth(frame, numbers) if annotations else {}, predict(image)
         pair = [draw(*reduced(image, x, factor)) for draw, x in zip(drawers, outputs, strict=True)]
         size = (pairs or [pair])[0][0].shape[1::-1]
         pairs.append([cv2.resize(picture, size) for picture in pair])
@@ -89,18 +91,23 @@ def join(pictures: list[np.ndarray], axis: int) -> np.ndarray:
     return np.concatenate([y for x in pictures for y in (gap, x)][1:], axis=axis)
 
 
-def write_pictures(pairs: list[list[np.ndarray]], folder: Path, columns: int) -> None:
+def with_palette(picture: np.ndarray) -> Image.Image:
+    """BGR → a picture of a third of the bytes."""
+    return Image.fromarray(picture[:, :, ::-1]).quantize(128)
+
+
+def write_pictures(pairs: list[list[np.ndarray]], folder: Path, columns: int, every: int) -> None:
     """Write strip.png, clip.mp4 and clip.gif."""
     folder.mkdir(parents=True, exist_ok=True)
     steps = np.linspace(0, len(pairs) - 1, min(columns, len(pairs))).round().astype(int)
     strip = join([join([pairs[i][row] for i in steps], 1) for row in range(2)], 0)
-    write_picture(folder / "strip.png", strip)
+    with_palette(strip).save(folder / "strip.png")
     frames = [join(pair, 1) for pair in pairs]
     with video_writer(folder / "clip.mp4", DEFAULT_RATE) as add:
         for frame in frames:
             add(frame, None)
-    first, *others = [Image.fromarray(x[:, :, ::-1]).quantize(128) for x in frames]
-    milliseconds = round(1000 / DEFAULT_RATE)
+    first, *others = [with_palette(x) for x in frames[::every]]
+    milliseconds = round(1000 * every / DEFAULT_RATE)
     first.save(
         folder / "clip.gif", save_all=True, append_images=others, duration=milliseconds, loop=0
     )
@@ -114,16 +121,22 @@ def main(arguments: list[str] | None = None) -> None:
     add("--output", type=Path, required=True, help="folder")
     add("--video", type=int, default=0, help="its place in the data set (0)")
     add("--columns", type=int, default=6, help="frames in the strip (6)")
+    add("--every", type=int, default=1, metavar="N", help="clip.gif: each N-th frame only (1)")
     add("--width", type=int, default=320, help="of a picture, about, pixels (320)")
     add("--tracker", default="", help="for models that give no ids: NorfairTracker")
     add("--confidence-threshold", type=float, default=0.3, help="draw from this score on (0.3)")
+    help_text = (
+        "the frames themselves instead of the ground truth, of which panoptic clips have little"
+    )
+    add("--no-annotations", dest="annotations", action="store_false", help=help_text)
     add_options_argument(parser)
     args = parser.parse_args(arguments)
     cfg = load_config(find_config_file(args.config_file), args.opts)
     predict = VideoPredictor(cfg, tracker=args.tracker, threshold=args.confidence_threshold)
     video = DatasetCatalog.get(args.dataset)[args.video]
-    pairs = draw_video(video, predict, MetadataCatalog.get(args.dataset), args.width)
-    write_pictures(pairs, args.output, args.columns)
+    metadata = MetadataCatalog.get(args.dataset)
+    pairs = draw_video(video, predict, metadata, args.width, args.annotations)
+    write_pictures(pairs, args.output, args.columns, args.every)
 
 
 if __name__ == "__main__":
