@@ -152,9 +152,9 @@ class VideoPanopticQuality:
         return total
 
     def recall_by_visibility(
-        self, length: int, labels: Sequence[int], limit: float = 0.5
+        self, length: int, labels: Sequence[int], limit: float = 0.8
     ) -> dict[str, dict[str, float]]:
-        """How well tubes are found that are hidden for the most part somewhere, and the others.
+        """How well tubes are found that are hidden in part somewhere, and the others.
 
         Args:
             length: of windows, in annotated frames
