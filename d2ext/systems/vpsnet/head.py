@@ -86,8 +86,8 @@ class FusionNeck(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, a=NEGATIVE_SLOPE)
                 nn.init.zeros_(module.bias)
-        # A new neck hardly corrects the flow or changes the features. Not zero: after `refine` is a ReLU,
-        # which lets no gradient through at 0.
+        # A new neck hardly corrects the flow or changes the features. Not zero: the ReLU after `refine`
+        # lets no gradient through at 0.
         for conv in (convs[-1], self.refine):
             nn.init.normal_(conv.weight, std=1e-3)
 
