@@ -142,7 +142,7 @@ class VPSNet(UPSNet, VideoMetaArch):
 
     @property
     def has_memory(self) -> bool:
-        """Also with one of the two parts."""
+        """With fusion, track head or both; without, each frame is on its own."""
         return self.fusion is not None or self.track_head is not None
 
     @property

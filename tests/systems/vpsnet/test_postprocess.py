@@ -196,8 +196,8 @@ def test_forget_keeps_those_seen_last_in_the_order_of_their_ids() -> None:
             20,
         )
 
-    kept = forget(memory(3, 8, 1, 8, 5), 3)
-    assert kept.ids.tolist() == [2, 4, 5] and kept.seen.tolist() == [8, 8, 5]
+    kept = forget(memory(3, 5, 1, 8, 8), 3)
+    assert kept.ids.tolist() == [2, 4, 5] and kept.seen.tolist() == [5, 8, 8]
     assert kept.classes.tolist() == kept.boxes[:, 0].tolist() == [1, 3, 4]
     assert kept.embeddings[:, 0].tolist() == [1, 3, 4]
     assert (kept.frame, kept.next_id) == (9, 20)
