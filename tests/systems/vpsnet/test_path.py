@@ -23,7 +23,7 @@ from d2ext.data.video.panoptic_results import read_map
 from d2ext.systems.vpsnet.model import VPSNet
 from d2ext.systems.vpsnet.postprocess import ObjectMemory
 from d2ext.testing import tiny_config
-from d2ext.tools import benchmark, predict, train
+from d2ext.tools import benchmark, evaluate, predict, train
 from tests.engine import toy
 
 NAME = "test_vps_path"
@@ -83,6 +83,7 @@ def run(files: Path, tmp_path: Path) -> Train:
         *options: object,
         architecture: str = "VPSNet",
         extra: tuple[str, ...] = (),
+        tool: Any = train,
         expected: int = 0,
     ) -> Path:
         config = write_config(tmp_path / f"{architecture}.yaml", architecture)
@@ -90,7 +91,7 @@ def run(files: Path, tmp_path: Path) -> Train:
         if "DATASETS.TEST" not in options:
             options = (*options, "DATASETS.TEST", "()")
         arguments = [*words, "OUTPUT_DIR", tmp_path / output, *options]
-        assert train.run([str(x) for x in arguments]) == expected
+        assert tool.run([str(x) for x in arguments]) == expected
         return tmp_path / output
 
     return start
@@ -138,7 +139,7 @@ def test_files_to_quality(run: Train, files: Path, tmp_path: Path) -> None:
         video / "model_final.pth",
         *start[2:],
         *TEST,
-        extra=("--eval-only",),
+        tool=evaluate,
     )
     first, second = (json.loads((x / "results.json").read_text()) for x in (video, again))
     np.testing.assert_equal(first, second)

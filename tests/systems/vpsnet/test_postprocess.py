@@ -177,7 +177,7 @@ def test_the_memory_is_bounded() -> None:
             assert others.pop() == 44
         assert min(others) > given  # never one that is forgotten
         given = max(others)
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 15  # measured: 3
     assert len(memory.ids) == limit and memory.next_id == given + 1 > 2 * frames
     held = [x for x in vars(memory).values() if isinstance(x, Tensor)]
     assert sum(x.untyped_storage().nbytes() for x in held) <= limit * 8 * (4 + channels + 3)
