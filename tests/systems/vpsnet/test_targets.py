@@ -59,6 +59,8 @@ def test_targets_of_a_pair() -> None:
     assert targets.reference_boxes.tolist() == [[0, 0, 9, 9], [31, 10, 51, 40]]
     columns = match_targets(torch.tensor([0, 1, 1, -1]), targets)
     assert columns.tolist() == [0, 2, 2, 0] and columns.dtype == torch.int64
+    first = targets_of(instances=instances([A], [5]))
+    assert match_targets(torch.tensor([0, -1]), first).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("kind", ["not annotated", "no objects", "no ids there", "no ids here"])
