@@ -253,7 +253,7 @@ def give_ids(output: dict[str, Any], tracker: Any, frame: int, min_score: float 
         pixels = areas == segment["id"]
         common = (instances.pred_masks & pixels).sum(dim=(1, 2)) * free
         best = (common / (sizes + pixels.sum() - common)).argmax() if len(common) else 0
-        if len(common) and common[best] >= _LEAST_COVER * pixels.sum():
+        if len(common) and common[best] >= max(_LEAST_COVER * int(pixels.sum()), 1):
             segment["track_id"] = int(ids[best])
             free[best] = False
 

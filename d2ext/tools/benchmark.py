@@ -44,7 +44,6 @@ from d2ext.files import atomic_write
 from d2ext.model_zoo import find_config_file
 from d2ext.tools.command_line import add_config_argument, make_parser, positive
 from d2ext.tools.model_benchmark import (
-    STAGES,
     BoxPredictor,
     Clock,
     StreamPredictor,
@@ -142,7 +141,7 @@ def print_head(report: dict[str, Any]) -> None:
 
 
 def print_batches(batches: list[dict[str, Any]]) -> None:
-    names = [s for s in (*STAGES, "model") if any(s in b["stages_ms"] for b in batches)]
+    names = [*dict.fromkeys(name for batch in batches for name in batch["stages_ms"])]
     rows = []
     for batch in batches:
         stages, latency, output = batch["stages_ms"], batch["latency_ms"], batch["output"]

@@ -23,11 +23,6 @@ from d2ext.modeling.meta_arch import MetaArch
 # Keys below MODEL that hold the score below which a system drops candidates.
 _SCORE_KEYS = ("SCORE_THRESH", "SCORE_THRESH_TEST")
 _ROUNDS = 3
-# In the order in which they run; no model has all of them.
-STAGES = (
-    *("upload", "preprocess", "flow", "network", "between", "cycle", "heads", "tracking"),
-    *("choice", "results", "total"),
-)
 
 
 class Clock:

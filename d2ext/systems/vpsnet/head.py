@@ -233,4 +233,5 @@ def match_logits(embeddings: Tensor, objects: Tensor) -> Tensor:
     Returns:
         (R, 1 + M) logits; column 0, "a new object", is 0.
     """
-    return F.pad(embeddings.float() @ objects.float().T, (1, 0))
+    with torch.autocast(embeddings.device.type, enabled=False):
+        return F.pad(embeddings.float() @ objects.float().T, (1, 0))

@@ -69,6 +69,8 @@ def _unchanged(predictions: Any) -> Any:
 
 def _fit(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Maps (..., h, w) cropped, or padded with zeros, at the bottom and right to ``size``."""
+    if maps.shape[-2:] == torch.Size(size):
+        return maps
     height, width = (after - before for after, before in zip(size, maps.shape[-2:], strict=True))
     return F.pad(maps, (0, width, 0, height))
 
@@ -146,7 +148,7 @@ class VPSNet(UPSNet, VideoMetaArch):
 
     @property
     def has_memory(self) -> bool:
-        """Also with one of the two parts."""
+        """With fusion, track head or both; without, each frame is on its own."""
         return self.fusion is not None or self.track_head is not None
 
     @property

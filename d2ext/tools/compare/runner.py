@@ -84,13 +84,42 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def config_files(args: argparse.Namespace) -> dict[str, str]:
+    """Of --config: arm → file."""
+    return dict(entry.partition("=")[::2] for entry in args.config)
+
+
+def selected_arms(comparison: Comparison, args: argparse.Namespace) -> list[str]:
+    """The arms that run, in order.
+
+    Raises:
+        CommandError: unknown arms, or one without the arm that trains it.
+    """
+    names = [name for name in comparison.arms if name in (args.arms or comparison.arms)]
+    trained_by = {comparison.arms[name].trained_by for name in names} - {""}
+    given = {*(args.arms or ()), *config_files(args)}
+    if unknown := given - {*comparison.arms} or trained_by - {*names}:
+        raise CommandError(
+            f"Arms are missing or unknown: {', '.join(unknown)}. There are "
+            f"{', '.join(comparison.arms)}."
+        )
+    return names
+
+
 def plan_prepared(comparison: Comparison, args: argparse.Namespace) -> list[Run]:
-    """The trainings that arms begin with: on their own data sets, and as long as their configs say
-    unless --iterations are fewer."""
+    """The trainings that the selected arms begin with: on their own data sets, and as long as their
+    configs say unless --iterations are fewer.
+
+    Raises: as :func:`selected_arms`.
+    """
     runs = []
+    arms = [comparison.arms[name] for name in selected_arms(comparison, args)]
+    overrides = "".join(x for arm in arms for x in arm.overrides)
     for name, arm in comparison.prepared.items():
-        overrides = [*arm.overrides, *args.opts, "SEED", str(args.seeds[0])]
-        arguments = ["--config-file", arm.config, *overrides]
+        if f"{{{name}}}" not in overrides:
+            continue
+        options = [*arm.overrides, *args.opts, "SEED", str(args.seeds[0])]
+        arguments = ["--config-file", arm.config, *options]
         if args.iterations:
             cfg = read_config(arguments)
             arguments += budget_options(cfg, min(args.iterations, cfg.SOLVER.MAX_ITER), 1)
@@ -108,17 +137,10 @@ def plan(comparison: Comparison, args: argparse.Namespace, passed_on: Sequence[s
     """The runs, in the order of the arms.
 
     Raises:
-        CommandError: unknown arms, or one without the arm that trains it.
+        CommandError: see :func:`selected_arms`.
         ConfigError: configs that do not exist, or budgets that differ.
     """
-    files = dict(entry.partition("=")[::2] for entry in args.config)
-    names = [name for name in comparison.arms if name in (args.arms or comparison.arms)]
-    trained_by = {comparison.arms[name].trained_by for name in names} - {""}
-    if unknown := {*(args.arms or ()), *files} - {*comparison.arms} or trained_by - {*names}:
-        raise CommandError(
-            f"Arms are missing or unknown: {', '.join(unknown)}. There are "
-            f"{', '.join(comparison.arms)}."
-        )
+    files, names = config_files(args), selected_arms(comparison, args)
     runs = []
     weights = {name: str(weights_of(args, name)) for name in comparison.prepared}
     for name in names:

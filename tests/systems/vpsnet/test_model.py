@@ -275,8 +275,9 @@ def test_variants(fusion: bool, track: bool) -> None:
         stage()
 
 
-def test_a_tracker_gives_ids_to_fuse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The panoptic map's, too, each instance's to one thing; other things -1."""
+def test_a_tracker_gives_ids_to_fuse() -> None:
+    """The panoptic map's, too, each instance's to one thing; other things, some of them without a
+    pixel, -1."""
     model = build(VPSNET__TRACK=False)
     output = model(video(1))[0]
     masks = torch.zeros((2, 60, 80), dtype=torch.bool)
@@ -288,9 +289,11 @@ def test_a_tracker_gives_ids_to_fuse(monkeypatch: pytest.MonkeyPatch) -> None:
         scores=torch.tensor([0.9, 0.8]),
         pred_masks=masks,
     )
-    ids = masks[0] * 1 + masks[1] * 2
+    ids = masks[0] * 1 + masks[1] * 2 - 1 * ~masks.any(0)
     ids[45:50], ids[50:] = 3, 4
-    segments = [{"id": i, "isthing": i < 4, "category_id": 0, "area": 400} for i in range(1, 5)]
+    segments: list[dict[str, Any]] = [
+        {"id": i, "isthing": i != 4, "category_id": 0, "area": 400 - i} for i in range(6)
+    ]
     output["panoptic_seg"] = ids, segments
 
     def tracker(instances: Instances, frame: int) -> Instances:
@@ -298,7 +301,7 @@ def test_a_tracker_gives_ids_to_fuse(monkeypatch: pytest.MonkeyPatch) -> None:
         return instances
 
     give_ids(output, tracker, 0)
-    assert [x.get("track_id") for x in segments] == [70_000, 9, -1, None]
+    assert [x.get("track_id") for x in segments] == [-1, 70_000, 9, -1, None, -1]
     assert output["instances"].track_ids.tolist() == [70_000, 9]
 
 
@@ -391,6 +394,16 @@ def test_pairs_without_matches(kind: str) -> None:
     losses = train(model, inputs)
     # With no object in the reference "new" is the only column.
     assert (losses["loss_match"].item() == 0) == (kind not in ("crowd alone", "other ids"))
+
+
+def test_mixed_precision() -> None:
+    torch.manual_seed(0)
+    exact = train(build(), random_inputs())
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = train(build(), random_inputs())
+    for name in ("loss_cls", "loss_sem_seg", "loss_panoptic"):
+        assert rough[name].item() == pytest.approx(exact[name].item(), rel=0.1), name
 
 
 def test_losses_of_variants() -> None:

@@ -23,7 +23,7 @@ from d2ext.data.video.panoptic_results import read_map
 from d2ext.systems.vpsnet.model import VPSNet
 from d2ext.systems.vpsnet.postprocess import ObjectMemory
 from d2ext.testing import tiny_config
-from d2ext.tools import benchmark, predict, train
+from d2ext.tools import benchmark, evaluate, predict, train
 from tests.engine import toy
 
 NAME = "test_vps_path"
@@ -83,6 +83,7 @@ def run(files: Path, tmp_path: Path) -> Train:
         *options: object,
         architecture: str = "VPSNet",
         extra: tuple[str, ...] = (),
+        tool: Any = train,
         expected: int = 0,
     ) -> Path:
         config = write_config(tmp_path / f"{architecture}.yaml", architecture)
@@ -90,7 +91,7 @@ def run(files: Path, tmp_path: Path) -> Train:
         if "DATASETS.TEST" not in options:
             options = (*options, "DATASETS.TEST", "()")
         arguments = [*words, "OUTPUT_DIR", tmp_path / output, *options]
-        assert train.run([str(x) for x in arguments]) == expected
+        assert tool.run([str(x) for x in arguments]) == expected
         return tmp_path / output
 
     return start
@@ -138,7 +139,7 @@ def test_files_to_quality(run: Train, files: Path, tmp_path: Path) -> None:
         video / "model_final.pth",
         *start[2:],
         *TEST,
-        extra=("--eval-only",),
+        tool=evaluate,
     )
     first, second = (json.loads((x / "results.json").read_text()) for x in (video, again))
     np.testing.assert_equal(first, second)
@@ -157,11 +158,8 @@ def test_files_to_quality(run: Train, files: Path, tmp_path: Path) -> None:
     assert sum(x.endswith(".png") for x in written) == 6, written
 
 
-@pytest.mark.parametrize("flow", ["DIS", "PyramidFlow"])
-def test_resumed_training_is_the_same(
-    run: Train, flow: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = ("SOLVER.CHECKPOINT_PERIOD", 2, "MODEL.FLOW.NAME", flow)
+def test_resumed_training_is_the_same(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("SOLVER.CHECKPOINT_PERIOD", 2, "MODEL.FLOW.NAME", "PyramidFlow")
     whole = run("whole", *options)
     forward = VPSNet.forward
 
@@ -176,25 +174,19 @@ def test_resumed_training_is_the_same(
     parts = run("parts", *options, extra=("--resume",))
     a, b = weights(whole), weights(parts)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert any(k.startswith("flow.") for k in a) == (flow == "PyramidFlow")
+    assert any(k.startswith("flow.") for k in a)
     assert toy.metrics(whole) == toy.metrics(parts)
 
 
-def test_ids_beyond_bytes_in_files(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("fusion", "track"), [(False, True), (True, False)], ids=["track", "fuse"])
+def test_variants(run: Train, fusion: bool, track: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fuse gets its ids from a tracker. Those of Track begin late, so that bytes cannot hold them."""
     empty = ObjectMemory.empty
 
     def late(*args: Any) -> ObjectMemory:
         return replace(empty(*args), next_id=65_530)
 
     monkeypatch.setattr(ObjectMemory, "empty", late)
-    output = run("ids", *TEST, "SOLVER.MAX_ITER", 1)
-    tracks = check_files(output / "inference")
-    assert tracks and min(tracks) >= 65_530
-
-
-@pytest.mark.parametrize(("fusion", "track"), [(False, True), (True, False)], ids=["track", "fuse"])
-def test_variants(run: Train, fusion: bool, track: bool) -> None:
-    """Fuse gets its ids from a tracker."""
     options: tuple[object, ...] = ("MODEL.VPSNET.FUSION", fusion, "MODEL.VPSNET.TRACK", track)
     if not track:
         pytest.importorskip("norfair", reason="needs norfair-enough")
@@ -202,11 +194,12 @@ def test_variants(run: Train, fusion: bool, track: bool) -> None:
     output = run("out", *options, *TEST, "SOLVER.MAX_ITER", 2)
     results = json.loads((output / "results.json").read_text())["video_panoptic_seg"]
     assert "VPQ_5" in results and "STQ" in results
-    check_files(output / "inference")
+    tracks = check_files(output / "inference")
+    assert tracks and (min(tracks) >= 65_530) == track
 
 
 def test_one_lost_step_does_not_end_a_training(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NaN in the fused features of one iteration: named in the log, or the run says what it is."""
+    """NaN in the fused features of one iteration is named in the log."""
     from d2ext.systems.vpsnet.head import FusionNeck
 
     attend = FusionNeck.attend
@@ -216,20 +209,17 @@ def test_one_lost_step_does_not_end_a_training(run: Train, monkeypatch: pytest.M
         return attend(self, *args) * nan
 
     monkeypatch.setattr(FusionNeck, "attend", broken)
-    run("out")
+    log = (run("out") / "log.txt").read_text()
+    assert "not finite" in log and "skipped" in log
 
 
-@pytest.mark.parametrize("kind", ["missing", "no checkpoint", "another network", "another system"])
+@pytest.mark.parametrize("kind", ["missing", "another network"])
 def test_wrong_flow_weights(
     run: Train, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "flow.pth"
-    if kind == "no checkpoint":
-        file.write_bytes(b"hello")
-    elif kind == "another network":
+    if kind == "another network":
         torch.save({"model": {"flow.network.x.weight": torch.zeros(1)}}, file)
-    elif kind == "another system":
-        torch.save({"backbone.conv1.weight": torch.zeros(1)}, file)
     options = ("MODEL.FLOW.NAME", "PyramidFlow", "MODEL.FLOW.WEIGHTS", file)
     run("out", *options, expected=2)
     (error,) = re.findall("^error: .*", capsys.readouterr().err, re.MULTILINE | re.DOTALL)

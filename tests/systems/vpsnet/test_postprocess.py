@@ -177,7 +177,7 @@ def test_the_memory_is_bounded() -> None:
             assert others.pop() == 44
         assert min(others) > given  # never one that is forgotten
         given = max(others)
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 15  # measured: 3
     assert len(memory.ids) == limit and memory.next_id == given + 1 > 2 * frames
     held = [x for x in vars(memory).values() if isinstance(x, Tensor)]
     assert sum(x.untyped_storage().nbytes() for x in held) <= limit * 8 * (4 + channels + 3)
@@ -196,8 +196,8 @@ def test_forget_keeps_those_seen_last_in_the_order_of_their_ids() -> None:
             20,
         )
 
-    kept = forget(memory(3, 8, 1, 8, 5), 3)
-    assert kept.ids.tolist() == [2, 4, 5] and kept.seen.tolist() == [8, 8, 5]
+    kept = forget(memory(3, 5, 1, 8, 8), 3)
+    assert kept.ids.tolist() == [2, 4, 5] and kept.seen.tolist() == [5, 8, 8]
     assert kept.classes.tolist() == kept.boxes[:, 0].tolist() == [1, 3, 4]
     assert kept.embeddings[:, 0].tolist() == [1, 3, 4]
     assert (kept.frame, kept.next_id) == (9, 20)

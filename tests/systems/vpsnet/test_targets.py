@@ -14,7 +14,7 @@ from detectron2.structures import BitMasks, Boxes, Instances, pairwise_iou
 from d2ext.systems.upsnet.boxes import end_behind
 from d2ext.systems.upsnet.targets import NO_TARGET
 from d2ext.systems.vpsnet import losses as L
-from d2ext.systems.vpsnet.head import FusionNeck, quarter_flow
+from d2ext.systems.vpsnet.head import FusionNeck, match_logits, quarter_flow
 from d2ext.systems.vpsnet.model import VPSNet
 from d2ext.systems.vpsnet.roi_heads import VPSNetRoIAlign
 from d2ext.systems.vpsnet.rpn import MAX_LOG_SCALE, assign, rounded_anchors
@@ -59,6 +59,8 @@ def test_targets_of_a_pair() -> None:
     assert targets.reference_boxes.tolist() == [[0, 0, 9, 9], [31, 10, 51, 40]]
     columns = match_targets(torch.tensor([0, 1, 1, -1]), targets)
     assert columns.tolist() == [0, 2, 2, 0] and columns.dtype == torch.int64
+    first = targets_of(instances=instances([A], [5]))
+    assert match_targets(torch.tensor([0, -1]), first).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("kind", ["not annotated", "no objects", "no ids there", "no ids here"])
@@ -358,6 +360,16 @@ def test_a_new_neck_changes_nothing_and_a_trained_one_every_level() -> None:
 
 
 # ---------------------------------------------------------------- losses
+
+
+def test_match_logits_are_exact_in_mixed_precision() -> None:
+    """They are large: inner products of many channels."""
+    a, b = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0)) * 10
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = match_logits(a, b)
+    expected = torch.cat([torch.zeros(3, 1), a @ b.T], dim=1)
+    torch.testing.assert_close(logits, expected)
+    assert match_logits(a, b[:0]).tolist() == [[0.0]] * 3
 
 
 def test_match_loss_is_the_mean_over_images_of_means_over_regions() -> None:

@@ -18,11 +18,13 @@ from d2ext.data.shapes import ShapesSet, VideoSet, load_shapes_video, register_s
 from d2ext.data.shapes.export_video import export_video
 from d2ext.testing import random_inputs, tiny_config
 from d2ext.tools import compare
-from d2ext.tools.compare import key_frames, landmark_heads, panoptic, runner
+from d2ext.tools.compare import key_frames, landmark_heads, panoptic, runner, video_panoptic
 from tests.data.panoptic_files import write_panoptic
 
 
-@pytest.mark.parametrize("make", [landmark_heads.landmark_heads, panoptic.panoptic])
+@pytest.mark.parametrize(
+    "make", [landmark_heads.landmark_heads, panoptic.panoptic, video_panoptic.video_panoptic]
+)
 def test_arms_have_configs_and_equal_budgets(make: Any, tmp_path: Path) -> None:
     comparison = make()
     words = [make.__name__.replace("_", "-"), "--output", str(tmp_path)]
@@ -190,3 +192,32 @@ def test_painted_share() -> None:
         assert xs.min() >= 10 and xs.max() < 90 and ys.min() >= 20 and ys.max() < 80
         places.add(int(xs.min()))
     assert len(places) > 2 and (one["image"] == 7).all()
+
+
+def test_trainings_that_arms_begin_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """VPSNet's: those that the selected arms need, once; wrong arms are told before any."""
+    started: list[str] = []
+    monkeypatch.setattr(runner, "start", lambda tool, words, folder: started.append(folder.name))
+    monkeypatch.setattr(runner, "carry_out", lambda *_: {})
+    comparison = video_panoptic.video_panoptic()
+    parser = runner.build_parser()
+
+    def planned(*words: str) -> list[runner.Run]:
+        args = parser.parse_args(["video-panoptic", "--output", str(tmp_path), *words])
+        return runner.plan_prepared(comparison, args)
+
+    assert [x.arm for x in planned()] == ["image", "flow"]
+    assert [x.arm for x in planned("--arms", "upsnet", "track")] == ["image"]
+    image, flow = planned("--iterations", "5")
+    assert image.cfg.SOLVER.MAX_ITER == flow.cfg.SOLVER.MAX_ITER == 5
+    assert flow.cfg.DATASETS.TRAIN != image.cfg.DATASETS.TRAIN == ("shapes_train_panoptic",)
+    assert (
+        image.folder
+        == runner.weights_of(
+            parser.parse_args(["video-panoptic", "--output", str(tmp_path)]), "image"
+        ).parent
+    )
+    assert runner.run(["video-panoptic", "--output", str(tmp_path), "--arms", "fused"]) == 2
+    assert "fused" in capsys.readouterr().err and started == []
