@@ -290,7 +290,7 @@ def test_a_tracker_gives_ids_to_fuse() -> None:
         pred_masks=masks,
     )
     ids = masks[0] * 1 + masks[1] * 2 - 1 * ~masks.any(0)
-    ids[45:50], ids[50:] = 3, 4
+    ids[31:40], ids[50:] = 3, 4  # both 2 and 3 are parts of the second
     segments: list[dict[str, Any]] = [
         {"id": i, "isthing": i != 4, "category_id": 0, "area": 400 - i} for i in range(6)
     ]

@@ -192,6 +192,10 @@ def test_regions_know_their_object(model: VPSNet) -> None:
     masks = model.roi_heads.mask_targets(regions, targets, 28)
     means = dict(zip(found, masks.mean(dim=(1, 2)).tolist(), strict=True))
     assert means[3, 2, 20, 20] == 1 and means[0, 30, 20, 47] == means[40, 0, 64, 9] == 0
+    on_object = Instances(
+        SIZE, proposal_boxes=Boxes(torch.tensor([A])), gt_index=torch.tensor([-1])
+    )
+    assert not model.roi_heads.mask_targets(on_object, targets, 28).any()
     nothing = targets_of(instances=instances([], []), crowd_instances=crowd)
     regions = model.roi_heads.sample(proposals, nothing)
     assert sorted(regions.gt_index.tolist()) == [-1] * 3
