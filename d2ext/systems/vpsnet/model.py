@@ -96,7 +96,7 @@ class VPSNet(UPSNet, VideoMetaArch):
         **upsnet: Any,
     ) -> None:
         """Args:
-        flow, fusion: both or none.
+        flow, fusion: both or none. The flow is frozen.
         own_flow: the flow network has its weights already: those of a checkpoint are ignored.
         track_head: None: objects get no ids.
         match_loss_weight, match_weights, max_objects: see ``MODEL.VPSNET``.
@@ -114,7 +114,7 @@ class VPSNet(UPSNet, VideoMetaArch):
             VPSNetNetwork(self.backbone, fusion, self.proposal_generator, self.sem_seg_head),
             _unchanged,
         )
-        self.flow = flow
+        self.flow = None if flow is None else flow.requires_grad_(False).eval()
         self.own_flow = own_flow or (flow is not None and not any(True for _ in flow.parameters()))
         self._flow_network: tuple[InferenceNetwork, ...] = ()
         if flow is not None and flow.follows_inference_mode:
