@@ -28,15 +28,19 @@ def _bytes(image: Tensor) -> Tensor:
     return image.to(torch.int32)
 
 
-def _resize_weights(new: int, old: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _resize_weights(
+    new: int, old: int, *, rows: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For each new pixel the two old ones and their weights (2048 is 1), on the CPU."""
     place = ((torch.arange(new, dtype=torch.float64) + 0.5) * (old / new) - 0.5).float()
     first = place.floor()
     part = place - first
-    # Beyond the centres of the outermost pixels there is nothing to interpolate with.
-    part[(first < 0) | (first >= old - 1)] = 0
+    # Beyond the centres of the outermost pixels there is nothing to interpolate with. OpenCV says so for
+    # columns; of rows it takes the outermost twice, with rounded weights.
+    if not rows:
+        part[(first < 0) | (first >= old - 1)] = 0
+    second = (first.long() + 1).clamp(0, old - 1)
     first = first.long().clamp(0, old - 1)
-    second = (first + 1).clamp(max=old - 1)
     weights = torch.stack([1 - part, part]).mul(_RESIZE_ONE).round().to(torch.int32)
     return first, second, weights[0], weights[1]
 
@@ -48,7 +52,7 @@ def resize_like_opencv(image: Tensor, height: int, width: int) -> Tensor:
         image: (C, H, W), uint8 or float; the latter is rounded to bytes.
 
     Returns:
-        (C, height, width) uint8. May differ from OpenCV by 1 in one pixel of a thousand.
+        (C, height, width) uint8.
     """
     values = _bytes(image)
     if values.shape[-2:] == (height, width):
@@ -57,7 +61,7 @@ def resize_like_opencv(image: Tensor, height: int, width: int) -> Tensor:
         x.to(image.device) for x in _resize_weights(width, values.shape[2])
     )
     upper, lower, upper_weight, lower_weight = (
-        x.to(image.device) for x in _resize_weights(height, values.shape[1])
+        x.to(image.device) for x in _resize_weights(height, values.shape[1], rows=True)
     )
     lines = values[:, :, left] * left_weight + values[:, :, right] * right_weight
     lines = lines >> 4
