@@ -18,10 +18,10 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.structures import Instances
 from torch import Tensor
-from torch.nn import functional as F
 
 from d2ext.codecs.canvas import Canvas, centered
 from d2ext.codecs.corners import decode_corners, encode_corners
+from d2ext.layers.opencv_resample import resize_like_opencv
 from d2ext.modeling.meta_arch import BackboneWithHead, image_size, output_size
 from d2ext.modeling.multi_scale import MultiScaleMetaArch
 from d2ext.systems.cornernet.head import CornerNetHead
@@ -156,12 +156,10 @@ class CornerNet(MultiScaleMetaArch):
     def draw(self, image: Tensor, canvas: Canvas) -> Tensor:
         """See the base class. Published quirk: where an image's side equals the canvas' (so that it is
         odd), its last row or column stays zero."""
-        image = image.float()
+        # The published code resizes bytes.
         if image.shape[-2:] != canvas.content:
-            # The published code resizes bytes.
-            image = F.interpolate(
-                image[None], canvas.content, mode="bilinear", align_corners=False
-            )[0].round()
+            image = resize_like_opencv(image, *canvas.content)
+        image = image.float()
         rows, columns = (
             inner // 2 + outer // 2
             for inner, outer in zip(canvas.content, canvas.size, strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -412,3 +413,22 @@ def test_mixed_precision_trains(architecture: str) -> None:
     assert all(value.dtype == torch.float32 for value in losses.values())
     sum(losses.values()).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.5])
+def test_scaled_image_is_what_opencv_makes(scale: float) -> None:
+    """Published: the bytes of the image are resized, then normalised."""
+    cfg = tiny_config("CornerNet")
+    cfg.MODEL.CORNERNET.TEST.SCALES = [scale]
+    model = build_model(cfg).eval()
+    image = np.random.default_rng(0).integers(0, 256, (45, 61, 3), dtype=np.uint8)
+    size = int(61 * scale), int(45 * scale)
+    expected = cv2.resize(image, size).astype(np.float32).transpose(2, 0, 1)
+    inputs = [{"image": torch.from_numpy(image.transpose(2, 0, 1).copy())}]
+    drawn = model.preprocess(inputs, scale)[0] * model.pixel_std + model.pixel_mean
+    canvas = model.canvas((45, 61), scale)
+    top, left = (
+        outer // 2 - inner // 2 for inner, outer in zip(size[::-1], canvas.size, strict=True)
+    )
+    window = drawn[:, top : top + size[1], left : left + size[0]]
+    np.testing.assert_allclose(window, expected, atol=1e-3)
