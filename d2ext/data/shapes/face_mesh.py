@@ -1,16 +1,18 @@
 """The head of `shapes` faces: a parametric mesh of our own, of 1,103 vertices.
 
-Frame of a head: x to the right as one sees it from the front, y down, z away from the one who looks; from
-the hair line (y = -1) to the chin (y = 1). The origin lies between the ears. Left is the left of the image.
+Frame of a head: x to the right as one sees it from the front, y down, z away from the one who looks;
+from the hair line (y = -1) to the chin (y = 1). The origin lies between the ears. Left is the left of
+the image.
 
-The face is a grid of 33 rows (forehead to chin) by 33 columns (ear to ear), row by row, and each ear adds
-seven vertices, the left one first. A grid vertex has a place on a *chart*: `COLUMNS`, the arc from the
-middle of the face, and `ROWS`, the height that it has on the front. All that is bent, and all that is painted
-(:mod:`.face_paint`), is a function of the chart, so that eyes, lips and nose move with the mesh.
+The face is a grid of 33 rows (forehead to chin) by 33 columns (ear to ear), row by row, and each ear
+adds seven vertices, the left one first. A grid vertex has a place on a *chart*: `COLUMNS`, the arc from
+the middle of the face, and `ROWS`, the height that it has on the front. All that is bent, and all that
+is painted (:mod:`.face_paint`), is a function of the chart, so that eyes, lips and nose move with the
+mesh.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -20,6 +22,8 @@ __all__ = [
     "FACE_VERTICES",
     "NUM_VERTICES",
     "POINT_CHART",
+    "POINT_CONNECTIONS",
+    "POINT_FLIP_MAP",
     "POINT_NAMES",
     "POINT_VERTICES",
     "ROWS",
@@ -57,6 +61,15 @@ POINT_VERTICES = tuple(
         (_MOUTH[0], -_MOUTH[1]),
         _MOUTH,
     )
+)
+POINT_FLIP_MAP = (("left_eye", "right_eye"), ("left_mouth", "right_mouth"))
+POINT_CONNECTIONS = (
+    ("left_eye", "right_eye", (255, 255, 255)),
+    ("left_eye", "nose", (0, 255, 0)),
+    ("right_eye", "nose", (255, 64, 0)),
+    ("nose", "left_mouth", (0, 255, 0)),
+    ("nose", "right_mouth", (255, 64, 0)),
+    ("left_mouth", "right_mouth", (255, 255, 255)),
 )
 POINT_CHART = np.array([(COLUMNS[v % _N], ROWS[v // _N]) for v in POINT_VERTICES])
 
@@ -103,7 +116,7 @@ class HeadShape:
     mouth_open: float = 0.0
     smile: float = 0.0
     brow_raise: float = 0.0
-    eyes_open: tuple[float, float] = field(default=(1.0, 1.0))
+    eyes_open: tuple[float, float] = (1.0, 1.0)
 
 
 def _bump(a: float, b: float, wide: float, high: float) -> np.ndarray:
@@ -164,7 +177,7 @@ def _pull_face(shape: HeadShape, x: np.ndarray, y: np.ndarray, z: np.ndarray) ->
     z += 0.03 * shape.smile * _CORNER - 0.03 * max(shape.smile, 0) * _SMILE_FOLD
     y -= 0.06 * shape.brow_raise * _BROW
     left, right = shape.eyes_open
-    shut = 1 - np.where(_A < 0, left, right)
+    shut = 1 - 0.5 * ((1 - _SIDE) * left + (1 + _SIDE) * right)
     y += 0.035 * shut * _UPPER_LID
 
 
@@ -218,7 +231,7 @@ def mirror_vertices() -> np.ndarray:
 
 
 def rotation(yaw: float, pitch: float, roll: float) -> np.ndarray:
-    """(3, 3): radians; positive turns the face to the image's right, down, and clockwise, in this order."""
+    """(3, 3): radians; positive turns the face to the image's right, down, clockwise, in this order."""
     sin, cos = math.sin(yaw), math.cos(yaw)
     turn = np.array([[cos, 0, -sin], [0, 1, 0], [sin, 0, cos]])
     sin, cos = math.sin(pitch), math.cos(pitch)

@@ -155,7 +155,7 @@ def _paint_skin(
     _blend(face, look.skin * 0.22, np.maximum(0.85 * nostril, 0.4 * wing))
     if look.beard > 0:
         jaw = _smooth(b + 0.35 * side, 0.55, 0.75) * _smooth(side + 0.4 * b, 0.3, 0.42)
-        lip = np.exp(-(((side / 0.27) ** 4))) * np.exp(-(((b - 0.43) / 0.05) ** 2))
+        lip = np.exp(-((side / 0.27) ** 4)) * np.exp(-(((b - 0.43) / 0.05) ** 2))
         hairy = np.maximum(jaw * _smooth(b, 0.0, 0.25), lip)
         _blend(face, look.hair * 0.85, look.beard * np.clip(hairy * (1 + 0.8 * noise), 0, 1))
     x = (side - 0.32) / 0.19
@@ -172,8 +172,8 @@ def _paint_mouth(
     within = _smooth(x, 1.04, 0.98)
     arch = np.clip(1 - x * x, 0, 1)
     thick = 1 + 0.35 * shape.lips
-    top = 0.56 - thick * (0.085 * arch ** 0.7 - 0.022 * np.exp(-((x / 0.16) ** 2)))
-    bottom = 0.56 + thick * 0.12 * arch ** 0.6
+    top = 0.56 - thick * (0.085 * arch**0.7 - 0.022 * np.exp(-((x / 0.16) ** 2)))
+    bottom = 0.56 + thick * 0.12 * arch**0.6
     lips = _smooth(b - top, -0.008, 0.008) * _smooth(b - bottom, 0.01, -0.01) * within
     _blend(face, look.lip, 0.9 * lips)
     _blend(face, look.lip * 1.25, 0.35 * lips * np.exp(-(((b - 0.63) / 0.02) ** 2)))
@@ -198,7 +198,7 @@ def _paint_eye(
     a, b = a[:, columns] - centre, b[rows] - height
     x = a / 0.145
     arch = np.clip(1 - x * x, 0, 1)
-    upper, lower = -0.075 * opened * arch ** 0.8, (0.05 * opened + 0.006) * arch
+    upper, lower = -0.075 * opened * arch**0.8, (0.05 * opened + 0.006) * arch
     upper = np.minimum(upper + 0.025 * (1 - opened) * arch, lower)
     inside = _smooth(b - upper, -0.008, 0.008) * _smooth(b - lower, 0.008, -0.008)
     inside = inside * _smooth(np.abs(x), 1.0, 0.94) * min(1.0, 4 * opened)
@@ -224,19 +224,23 @@ def _paint_glasses(face: np.ndarray, color: np.ndarray, a: np.ndarray, b: np.nda
     _blend(face, color.astype(np.float32), np.maximum(np.maximum(frame, bridge), arms))
 
 
-def _grid_triangles(rows: int, columns: int) -> np.ndarray:
-    corner = (np.arange(rows - 1)[:, None] * columns + np.arange(columns - 1)).reshape(-1)
-    a, b, c, d = corner, corner + 1, corner + columns + 1, corner + columns
+def _grid_triangles(rows: int, columns: int, step: int = 1) -> np.ndarray:
+    """(T, 3) triangles of a grid of vertices, of which every `step`-th counts."""
+    place = np.arange(0, rows - step, step)[:, None] * columns
+    a = (place + np.arange(0, columns - step, step)).reshape(-1)
+    b, c, d = a + step, a + step * columns + step, a + step * columns
     return np.concatenate([np.stack([a, c, b], 1), np.stack([a, d, c], 1)])
 
 
+_EARS = face_topology()[-12:]
+# A small face is drawn with every second row and column: a quarter of the triangles.
+_COARSE_BELOW = 20.0  # pixels per head unit
+_COARSE = np.concatenate([_grid_triangles(len(ROWS), len(COLUMNS), 2), _EARS])
 _HAIR_TRIANGLES = _grid_triangles(_RINGS, _SPOKES) + NUM_VERTICES
 _HANGS = np.repeat(np.arange(_RINGS - 1) >= _RINGS - 1 - _HANGING, _SPOKES - 1)
 _HANGS = np.concatenate([_HANGS, _HANGS])
 _NECK_RINGS, _NECK_SPOKES = 3, 13
-_NECK_TRIANGLES = (
-    _grid_triangles(_NECK_RINGS, _NECK_SPOKES) + NUM_VERTICES + _RINGS * _SPOKES
-)
+_NECK_TRIANGLES = _grid_triangles(_NECK_RINGS, _NECK_SPOKES) + NUM_VERTICES + _RINGS * _SPOKES
 _SPOKE = np.linspace(-math.pi, math.pi, _SPOKES)  # azimuths; 0 is the front
 
 
@@ -258,7 +262,9 @@ def _hair(look: HeadLook, shape: HeadShape) -> np.ndarray:
     volume = np.full((skull_rings, 1), -0.02 if bald else look.volume)
     if hat:
         volume[:] = np.maximum(volume, 0.06)
-    wave = 1 + 0.12 * np.sin(5 * _SPOKE + look.grain[0]) + 0.08 * np.sin(11 * _SPOKE + look.grain[1])
+    wave = (
+        1 + 0.12 * np.sin(5 * _SPOKE + look.grain[0]) + 0.08 * np.sin(11 * _SPOKE + look.grain[1])
+    )
     points = unit * radii * (1 + volume * (1.0 if hat else wave))[:, :, None] + _SKULL
     if hat and look.brim > 0:  # the fifth ring is a flat brim, the crown rises from within it
         points[4] = points[5] * (1 + look.brim, 1, 1 + look.brim)
@@ -321,11 +327,13 @@ def head_solid(
     mean = face.mean(axis=0)
     points = np.concatenate([face, hair.reshape(-1, 3), neck.reshape(-1, 3)]) - mean
     points = points * scale + (*centre, 0.0)
-    triangles = np.concatenate([face_topology(), _HAIR_TRIANGLES, _NECK_TRIANGLES])
+    of_face = _COARSE if scale < _COARSE_BELOW else face_topology()
+    triangles = np.concatenate([of_face, _HAIR_TRIANGLES, _NECK_TRIANGLES])
     seen = front_facing(points, triangles)
     # Ears and hair that hangs down are thin, and are seen from both sides.
-    seen[len(face_topology()) - 12 : len(face_topology())] = True
-    seen[len(face_topology()) : len(face_topology()) + len(_HANGS)] |= _HANGS
+    hair_from = len(of_face)
+    seen[hair_from - len(_EARS) : hair_from] = True
+    seen[hair_from : hair_from + len(_HANGS)] |= _HANGS
     return Solid(points, normals, triangles[seen], _places())
 
 
