@@ -77,18 +77,21 @@ def hides(
         probes: (n, 3) points in the same coordinates; z of -inf lies in front of all, inf behind
         scale: pixels per head unit
     """
-    low, high = _bounds(points[triangles, :2])
     hidden = np.zeros(len(probes), bool)
-    for i, (x, y, z) in enumerate(probes.tolist()):
-        near = np.flatnonzero(
-            (low[:, 0] <= x) & (low[:, 1] <= y) & (high[:, 0] >= x) & (high[:, 1] >= y)
-        )
-        if not len(near):
-            continue
+    x, y = probes[:, 0], probes[:, 1]
+    left, top, _ = points.min(axis=0)
+    right, bottom, _ = points.max(axis=0)
+    within = np.flatnonzero((left <= x) & (x <= right) & (top <= y) & (y <= bottom))
+    if not len(within):
+        return hidden
+    low, high = _bounds(points[triangles, :2])
+    for i in within:
+        probe = np.array([*probes[i, :2], 1.0])
+        near = np.flatnonzero(((low <= probe[:2]) & (high >= probe[:2])).all(axis=1))
         first, second, depth, solid = _planes(points, triangles[near])
-        first, second = (side[0] * x + side[1] * y + side[2] for side in (first, second))
+        first, second = probe @ first, probe @ second
         inside = solid & (first >= 0) & (second >= 0) & (first + second <= 1)
-        front = depth[0] * x + depth[1] * y + depth[2] < z - _BEHIND * scale
+        front = probe @ depth < probes[i, 2] - _BEHIND * scale
         hidden[i] = bool((inside & front).any())
     return hidden
 
@@ -111,13 +114,14 @@ def render(
     zoom = np.array([fine_w / width, fine_h / height])
     points = surface.points.copy()
     points[:, :2] = (points[:, :2] - (left, top)) * zoom - 0.5  # centres at whole numbers
-    # Farthest first: what is nearer is painted over it. Triangles are small beside the head.
+    # Farthest first: what is nearer is painted over it. Triangles are small within the head.
     distance = points[surface.triangles, 2].mean(axis=1)
     triangles = surface.triangles[np.argsort(-distance, kind="stable")]
     owner = np.zeros((fine_h, fine_w), np.int32)
     corners = np.rint(points[triangles, :2] * (1 << _SHIFT)).astype(np.int32)
+    fill = cv2.fillConvexPoly
     for number, corner in enumerate(corners, 1):
-        cv2.fillConvexPoly(owner, corner, number, cv2.LINE_8, _SHIFT)
+        fill(owner, corner, number, 8, _SHIFT)
     canvas = _shaded(surface, points, triangles, owner)
     small = cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA)
     return small[:, :, :3], small[:, :, 3]
