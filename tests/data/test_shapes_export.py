@@ -161,7 +161,7 @@ def test_failure_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
             raise OSError(28, "No space left on device")
         return b""
 
-    monkeypatch.setattr(export_module, "_encode_jpeg", full)
+    monkeypatch.setattr(export_module, "encode_jpeg", full)
     assert main([str(tmp_path / "out"), "--num", "5", "--size", "64"]) == 1
     assert "No space left" in capsys.readouterr().err
     assert content(tmp_path) == {} and len(written) == 3

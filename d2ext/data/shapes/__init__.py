@@ -22,13 +22,22 @@ from d2ext.data.shapes.clips import (
     load_shapes_video,
     register_shapes_video,
 )
+from d2ext.data.shapes.face_mesh import face_topology, mirror_vertices
+from d2ext.data.shapes.face_scene import draw_faces
+from d2ext.data.shapes.face_sets import (
+    DEFAULT_FACE_SETS,
+    load_shapes_faces,
+    register_shapes_faces,
+)
+from d2ext.data.shapes.faces import FaceFrame
 from d2ext.data.shapes.files import register_path_handler
 from d2ext.data.shapes.frame import Frame
 from d2ext.data.shapes.scene import draw_image
-from d2ext.data.shapes.sets import ShapesSet, VideoSet
+from d2ext.data.shapes.sets import FaceSet, ShapesSet, VideoSet
 from d2ext.data.shapes.video import Clip, draw_clip
 
 __all__ = [
+    "DEFAULT_FACE_SETS",
     "DEFAULT_PANOPTIC_VIDEO_SETS",
     "DEFAULT_SETS",
     "DEFAULT_VIDEO_SETS",
@@ -37,15 +46,22 @@ __all__ = [
     "TASKS",
     "THING_CLASSES",
     "Clip",
+    "FaceFrame",
+    "FaceSet",
     "Frame",
     "ShapesSet",
     "VideoSet",
     "draw_clip",
+    "draw_faces",
     "draw_image",
+    "face_topology",
     "load_shapes",
+    "load_shapes_faces",
     "load_shapes_flow",
     "load_shapes_video",
+    "mirror_vertices",
     "register_shapes",
+    "register_shapes_faces",
     "register_shapes_video",
     "shapes_metadata",
 ]
@@ -57,3 +73,5 @@ for _clips in DEFAULT_VIDEO_SETS:
     register_shapes_video(_clips)
 for _clips in DEFAULT_PANOPTIC_VIDEO_SETS:
     register_shapes_video(_clips, tasks=("panoptic",))
+for _faces in DEFAULT_FACE_SETS:
+    register_shapes_faces(_faces)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from d2ext.data.shapes.export import export_images
 from d2ext.data.shapes.export_video import VIDEO_FORMATS, export_video
-from d2ext.data.shapes.sets import ShapesSet, VideoSet
+from d2ext.data.shapes.face_sets import export_faces
+from d2ext.data.shapes.sets import FaceSet, ShapesSet, VideoSet
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -21,7 +22,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m d2ext.data.shapes",
         description="Write the built-in data set in the layout of COCO 2017: images, instances, "
-        "keypoints, panoptic; or, with --video, clips with tracks in several forms.",
+        "keypoints, panoptic; with --video, clips with tracks in several forms; with --faces, "
+        "faces with points and meshes.",
     )
     parser.add_argument("out", type=Path, help="folder to write to; other splits in it stay")
     parser.add_argument("--split", default="val", help="train, val or any other word (%(default)s)")
@@ -30,7 +32,11 @@ def _parser() -> argparse.ArgumentParser:
         "--size", type=_size, default=(256, 256), help="SIZE or HEIGHTxWIDTH in pixels (256)"
     )
     parser.add_argument("--seed", type=int, default=0, help="other scenes (%(default)s)")
-    parser.add_argument("--video", action="store_true", help="write clips")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--video", action="store_true", help="write clips")
+    kind.add_argument(
+        "--faces", action="store_true", help="write heads: boxes of faces, five points, meshes"
+    )
     parser.add_argument("--length", type=int, default=12, help="frames per clip (%(default)s)")
     parser.add_argument(
         "--format", choices=VIDEO_FORMATS, default="ytvis", help="of clips (%(default)s)"
@@ -49,6 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
             every = 5 if args.format == "cityscapes_vps" else 1
             clips = VideoSet(args.split, args.num, height, width, args.seed, args.length, every)
             written = export_video(clips, args.out, args.format, overwrite=args.overwrite)
+        elif args.faces:
+            faces = FaceSet(args.split, args.num, height, width, args.seed)
+            written = export_faces(faces, args.out, overwrite=args.overwrite)
         else:
             images = ShapesSet(args.split, args.num, height, width, args.seed)
             written = export_images(images, args.out, overwrite=args.overwrite)

@@ -16,9 +16,10 @@ For a split such as ``val`` the names are
 ``shapes_val_video_panoptic``  clips of 30 frames, every fifth annotated as panoptic
 ``shapes_val_video_keypoints`` clips: tracks of things with landmarks
 ``shapes_val_flow``            pairs of frames with optical flow
+``shapes_val_faces``           heads: boxes of faces, five points and meshes
 =============================  ==================================================================
 
-:mod:`.clips` has those of videos.
+:mod:`.clips` has those of videos, :mod:`.face_sets` those of faces.
 """
 
 import pickle

@@ -31,6 +31,7 @@ __all__ = [
     "Mark",
     "Outline",
     "blob_outline",
+    "capsule",
     "thing_outline",
 ]
 
@@ -142,7 +143,7 @@ def _ellipse(cx: float, cy: float, rx: float, ry: float, n: int) -> Contour:
     return np.stack([cx + rx * np.cos(angle), cy + ry * np.sin(angle)], axis=1)
 
 
-def _capsule(x0: float, y0: float, x1: float, y1: float, radius: float) -> Contour:
+def capsule(x0: float, y0: float, x1: float, y1: float, radius: float) -> Contour:
     """A segment with round ends."""
     along = math.atan2(y1 - y0, x1 - x0)
     angle = along + math.pi / 2 + np.linspace(0, math.pi, 6)
@@ -303,7 +304,7 @@ def _figure(random: Callable[[], float]) -> Outline:
         ):
             angle = low + (high - low) * random()
             end = (side * (x + length * math.sin(angle)), y + length * math.cos(angle))
-            parts.append([_capsule(side * x, y, *end, _LIMB)])
+            parts.append([capsule(side * x, y, *end, _LIMB)])
             ends[limb, side] = end
     keypoints = np.array(
         [

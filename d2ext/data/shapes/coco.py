@@ -21,7 +21,9 @@ from d2ext.data.shapes.sets import VideoSet
 
 __all__ = [
     "MAX_ANNOTATIONS",
+    "coco_file",
     "id_to_rgb",
+    "image_entry",
     "instances_json",
     "keypoints_json",
     "panoptic_json",
@@ -40,7 +42,8 @@ def id_to_rgb(ids: np.ndarray) -> np.ndarray:
     return np.stack([ids & 255, ids >> 8 & 255, ids >> 16 & 255], axis=2).astype(np.uint8)
 
 
-def _image(frame: Frame, image_id: int, file_name: str) -> dict[str, Any]:
+def image_entry(frame: Frame, image_id: int, file_name: str) -> dict[str, Any]:
+    """What the file says of an image."""
     return {
         "id": image_id,
         "file_name": file_name,
@@ -84,11 +87,12 @@ def _annotations(frame: Frame, image_id: int, mask_format: str) -> list[dict[str
     return annotations
 
 
-def _file(
+def coco_file(
     images: list[dict[str, Any]],
     annotations: list[dict[str, Any]],
     categories: list[dict[str, Any]],
 ) -> dict[str, Any]:
+    """The file's top level."""
     return {
         "info": _INFO,
         "licenses": [{"id": 0, "name": "Apache-2.0", "url": ""}],
@@ -109,9 +113,9 @@ def instances_json(
     """
     images, annotations = [], []
     for image_id, file_name, frame in frames:
-        images.append(_image(frame, image_id, file_name))
+        images.append(image_entry(frame, image_id, file_name))
         annotations.extend(_annotations(frame, image_id, mask_format))
-    return _file(images, annotations, _thing_categories())
+    return coco_file(images, annotations, _thing_categories())
 
 
 def _thing_categories() -> list[dict[str, Any]]:
@@ -128,7 +132,7 @@ def keypoints_json(frames: Iterable[tuple[int, str, Frame]]) -> dict[str, Any]:
     """
     images, annotations = [], []
     for image_id, file_name, frame in frames:
-        images.append(_image(frame, image_id, file_name))
+        images.append(image_entry(frame, image_id, file_name))
         of_frame = _annotations(frame, image_id, "polygon")
         for segment, annotation in zip(frame.segments, of_frame, strict=True):
             keypoints = frame.keypoints(segment)
@@ -146,14 +150,14 @@ def keypoints_json(frames: Iterable[tuple[int, str, Frame]]) -> dict[str, Any]:
         "keypoints": list(KEYPOINT_NAMES),
         "skeleton": [[place[a], place[b]] for a, b, _ in KEYPOINT_CONNECTIONS],
     }
-    return _file(images, annotations, [category])
+    return coco_file(images, annotations, [category])
 
 
 def panoptic_json(frames: Iterable[tuple[int, str, Frame]]) -> dict[str, Any]:
     """COCO's panoptic file; the PNG of an image has its name with the extension ``.png``."""
     images, annotations = [], []
     for image_id, file_name, frame in frames:
-        images.append(_image(frame, image_id, file_name))
+        images.append(image_entry(frame, image_id, file_name))
         annotations.append(
             {
                 "image_id": image_id,
@@ -168,7 +172,7 @@ def panoptic_json(frames: Iterable[tuple[int, str, Frame]]) -> dict[str, Any]:
         for kind, isthing, classes in (("thing", 1, things), ("stuff", 0, stuff))
         for i, name, color in classes
     ]
-    return _file(images, annotations, categories)
+    return coco_file(images, annotations, categories)
 
 
 def tracks_json(shapes: VideoSet, file_name: Callable[[int], str]) -> dict[str, Any]:
@@ -214,7 +218,7 @@ def tracks_json(shapes: VideoSet, file_name: Callable[[int], str]) -> dict[str, 
                 track["bboxes"][time] = annotation["bbox"]
                 track["areas"][time] = annotation["area"]
         annotations.extend(track for _, track in sorted(tracks.items()))
-    file = _file([], annotations, _thing_categories())
+    file = coco_file([], annotations, _thing_categories())
     del file["images"]
     return {**file, "videos": videos}
 

@@ -37,7 +37,7 @@ from d2ext.data.shapes.files import encode_png
 from d2ext.data.shapes.frame import Frame
 from d2ext.data.shapes.sets import ShapesSet
 
-__all__ = ["check_free", "export_images", "publish"]
+__all__ = ["check_free", "encode_jpeg", "export_images", "publish"]
 
 # JPEG quality at which neither thin lines nor textures visibly suffer.
 _JPEG_QUALITY = 95
@@ -45,7 +45,8 @@ _JPEG_QUALITY = 95
 _Builder = Callable[[list[tuple[int, str, Frame]]], dict[str, Any]]
 
 
-def _encode_jpeg(image: np.ndarray) -> bytes:
+def encode_jpeg(image: np.ndarray) -> bytes:
+    """JPEG of (H, W, 3) uint8 RGB."""
     bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])[1].tobytes()
 
@@ -115,7 +116,7 @@ def export_images(
         )
         for index, frame in enumerate(frames):
             stem = shapes.stem(index)
-            (temporary / year / f"{stem}.jpg").write_bytes(_encode_jpeg(frame.image))
+            (temporary / year / f"{stem}.jpg").write_bytes(encode_jpeg(frame.image))
             for folder, image in zip(
                 folders[1:], (id_to_rgb(frame.panoptic), frame.sem_seg), strict=True
             ):

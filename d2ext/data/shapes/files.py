@@ -28,8 +28,10 @@ from d2ext.data.shapes.coco import (
     panoptic_json,
     tracks_json,
 )
+from d2ext.data.shapes.face_coco import MESH_FILE, faces_json
+from d2ext.data.shapes.face_mesh import topology_obj
 from d2ext.data.shapes.frame import Frame
-from d2ext.data.shapes.sets import PREFIX, ShapesSet, VideoSet, set_from_name
+from d2ext.data.shapes.sets import PREFIX, FaceSet, ShapesSet, VideoSet, set_from_name
 from d2ext.data.shapes.video import Clip, flow_bytes
 
 __all__ = ["ShapesPathHandler", "encode_png", "register_path_handler"]
@@ -83,7 +85,16 @@ def _tracks_json(shapes: ShapesSet) -> dict[str, Any]:
     return tracks_json(shapes, lambda index: shapes.stem(index) + ".bmp")
 
 
-_ANNOTATIONS: dict[str, Callable[[ShapesSet], dict[str, Any]]] = {
+def _faces_json(shapes: ShapesSet) -> dict[str, Any]:
+    assert isinstance(shapes, FaceSet)  # _annotations
+    return faces_json((i, shapes.stem(i) + ".bmp", f) for i, f in enumerate(shapes.frames()))
+
+
+_FACE_ANNOTATIONS: dict[str, Callable[[ShapesSet], dict[str, Any] | str]] = {
+    "faces.json": _faces_json,
+    MESH_FILE: lambda shapes: topology_obj(),
+}
+_ANNOTATIONS: dict[str, Callable[[ShapesSet], dict[str, Any] | str]] = {
     "instances.json": lambda shapes: instances_json(_named(shapes)),
     "instances_rle.json": lambda shapes: instances_json(_named(shapes), "rle"),
     "keypoints.json": lambda shapes: keypoints_json(_named(shapes)),
@@ -170,7 +181,7 @@ def _locate(path: str) -> Callable[[], bytes]:
     shapes, folder, name = _parse(path)
     annotations = _annotations(shapes)
     if folder == "annotations" and name in annotations:
-        return lambda: json.dumps(_ANNOTATIONS[name](shapes)).encode()
+        return lambda: _encode_text(annotations[name](shapes))
     folders = _folders(shapes)
     if folder not in folders:
         raise FileNotFoundError(
@@ -187,11 +198,19 @@ def _locate(path: str) -> Callable[[], bytes]:
     return lambda: encode(shapes, index)
 
 
+def _encode_text(content: dict[str, Any] | str) -> bytes:
+    return (content if isinstance(content, str) else json.dumps(content)).encode()
+
+
 def _folders(shapes: ShapesSet) -> dict[str, tuple[str, _Encoder]]:
+    if isinstance(shapes, FaceSet):
+        return {"images": _PICTURES["images"]}
     return {**_PICTURES, **_MOTION} if isinstance(shapes, VideoSet) else _PICTURES
 
 
-def _annotations(shapes: ShapesSet) -> dict[str, Callable[[ShapesSet], dict[str, Any]]]:
+def _annotations(shapes: ShapesSet) -> dict[str, Callable[[ShapesSet], dict[str, Any] | str]]:
+    if isinstance(shapes, FaceSet):
+        return _FACE_ANNOTATIONS
     videos = isinstance(shapes, VideoSet)
     return {n: f for n, f in _ANNOTATIONS.items() if videos or n != "tracks.json"}
 

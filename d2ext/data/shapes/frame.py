@@ -26,7 +26,16 @@ from d2ext.data.shapes.textures import (
     thing_texture,
 )
 
-__all__ = ["SEGMENT_ID_FACTOR", "VOID", "Background", "Frame", "Layer", "Region", "Segment"]
+__all__ = [
+    "SEGMENT_ID_FACTOR",
+    "VOID",
+    "Background",
+    "Frame",
+    "Layer",
+    "Region",
+    "Segment",
+    "paint_layer",
+]
 
 VOID = 255  # label of pixels that belong to no class, in semantic maps
 # Panoptic segment id = category id x this + number of the thing (0 for stuff), at most 2^24.
@@ -238,12 +247,20 @@ class Frame:
     @cached_property
     def image(self) -> np.ndarray:
         """(H, W, 3) uint8, RGB."""
+        return self._lit(self._paint())
+
+    def _paint(self) -> np.ndarray:
+        """The picture before light and noise."""
         image = self._paint_background()
         for layer, matrix, raster in reversed(
             list(zip(self.layers, self.matrices, self.rasters, strict=True))
         ):
             if raster is not None:
-                _paint_layer(image, layer, matrix, raster)
+                paint_layer(image, layer, matrix, raster)
+        return image
+
+    def _lit(self, image: np.ndarray) -> np.ndarray:
+        """With uneven light and sensor noise."""
         height, width = self.height, self.width
         for strength, field, (row, column) in (
             (self.background.light, light_field(height, width), self.background.light_window),
@@ -409,7 +426,7 @@ def _textured(
     return cv2.applyColorMap(grey, ramp)
 
 
-def _paint_layer(image: np.ndarray, layer: Layer, matrix: np.ndarray, raster: Raster) -> None:
+def paint_layer(image: np.ndarray, layer: Layer, matrix: np.ndarray, raster: Raster) -> None:
     """Blend a layer over `image`, in place."""
     x0, y0 = raster.x0, raster.y0
     to_texture = compose(layer.texture_matrix, invert(matrix))

@@ -5,16 +5,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from d2ext.data.shapes.face_scene import draw_faces
+from d2ext.data.shapes.faces import FaceFrame
 from d2ext.data.shapes.frame import Frame
 from d2ext.data.shapes.scene import draw_image
 from d2ext.data.shapes.video import Clip, draw_clip
 
-__all__ = ["PREFIX", "ShapesSet", "VideoSet", "set_from_name"]
+__all__ = ["PREFIX", "FaceSet", "ShapesSet", "VideoSet", "set_from_name"]
 
 PREFIX = "shapes://"
 _NAME = re.compile(
     r"(?P<split>\w+)-(?P<num>\d+)(x(?P<length>\d+))?"
-    r"-(?P<height>\d+)x(?P<width>\d+)-seed(?P<seed>\d+)(-every(?P<every>\d+))?"
+    r"-(?P<height>\d+)x(?P<width>\d+)-seed(?P<seed>\d+)(-every(?P<every>\d+)|(?P<faces>-faces))?"
 )
 
 
@@ -147,6 +149,36 @@ class VideoSet(ShapesSet):
         return self.clip(index // self.length).frames[index % self.length]
 
 
+@dataclass(frozen=True)
+class FaceSet(ShapesSet):
+    """A split of `shapes` with heads: :mod:`.faces`.
+
+    Below :attr:`root` there are ``images/<stem>.bmp``, ``annotations/faces.json`` (COCO's form, with
+    meshes) and ``annotations/face.obj``, the mesh's topology.
+    """
+
+    @property
+    def name(self) -> str:
+        return super().name + "-faces"
+
+    def frame(self, index: int) -> FaceFrame:
+        frame = super().frame(index)
+        assert isinstance(frame, FaceFrame)  # _frame
+        return frame
+
+    def frames(self) -> Iterator[FaceFrame]:
+        for index in range(self.num):
+            yield draw_faces(self.seed, self.split, index, self.height, self.width)
+
+    def _frame(self, index: int) -> FaceFrame:
+        return _faces(self.seed, self.split, index, self.height, self.width)
+
+
+@lru_cache(maxsize=4)
+def _faces(seed: int, split: str, index: int, height: int, width: int) -> FaceFrame:
+    return draw_faces(seed, split, index, height, width)
+
+
 @lru_cache(maxsize=4)
 def _image(seed: int, split: str, index: int, height: int, width: int) -> Frame:
     return draw_image(seed, split, index, height, width)
@@ -160,13 +192,15 @@ def _clip(seed: int, split: str, number: int, height: int, width: int, length: i
 def set_from_name(name: str) -> ShapesSet:
     """The set with this :attr:`ShapesSet.name`; ValueError if there is none."""
     match = _NAME.fullmatch(name)
-    if match is None:
+    if match is None or (match["faces"] and match["length"]):
         raise ValueError(
             f"{name!r} is no name of a set: expected SPLIT-NUM-HEIGHTxWIDTH-seedSEED, as in "
-            "val-200-256x256-seed0, or SPLIT-NUMxLENGTH-HEIGHTxWIDTH-seedSEED for clips"
+            "val-200-256x256-seed0, SPLIT-NUMxLENGTH-HEIGHTxWIDTH-seedSEED for clips, or "
+            "SPLIT-NUM-HEIGHTxWIDTH-seedSEED-faces"
         )
     num, height, width, seed = (int(match[key]) for key in ("num", "height", "width", "seed"))
     if match["length"]:
         length, every = int(match["length"]), int(match["every"] or 1)
         return VideoSet(match["split"], num, height, width, seed, length, every)
-    return ShapesSet(match["split"], num, height, width, seed)
+    kind = FaceSet if match["faces"] else ShapesSet
+    return kind(match["split"], num, height, width, seed)

@@ -1,0 +1,143 @@
+"""Faces of `shapes` in Detectron2's catalogs, in COCO's form, and as files.
+
+``shapes_train_faces`` and ``shapes_val_faces``: 2,000 and 200 pictures of 256 x 256 with 0 to 8 heads of
+:mod:`.faces`, 8 to 200 pixels high. A box is that of the face from forehead to chin, without ears, also
+where it is hidden, cut to the picture. Faces below 12 pixels have neither points nor mesh: WIDER FACE's
+tiny ones have no points either.
+"""
+
+import json
+import pickle
+import tempfile
+from collections.abc import Iterable
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
+from tqdm import tqdm
+
+from d2ext.data.shapes.coco import MAX_ANNOTATIONS
+from d2ext.data.shapes.export import check_free, encode_jpeg, publish
+from d2ext.data.shapes.face_coco import MESH_FILE, faces_json
+from d2ext.data.shapes.face_mesh import (
+    POINT_CONNECTIONS,
+    POINT_FLIP_MAP,
+    POINT_NAMES,
+    POINT_VERTICES,
+    mirror_vertices,
+    topology_obj,
+)
+from d2ext.data.shapes.faces import FaceFrame
+from d2ext.data.shapes.sets import FaceSet
+
+__all__ = [
+    "DEFAULT_FACE_SETS",
+    "export_faces",
+    "load_shapes_faces",
+    "register_shapes_faces",
+]
+
+DEFAULT_FACE_SETS = (FaceSet("train", 2000), FaceSet("val", 200))
+
+
+def _annotations(frame: FaceFrame, image_id: int) -> list[dict[str, Any]]:
+    annotations = []
+    for place, item in enumerate(frame.faces):
+        annotation = {
+            "id": image_id * MAX_ANNOTATIONS + place + 1,
+            "bbox": list(frame.box(item)),
+            "bbox_mode": BoxMode.XYXY_ABS,
+            "category_id": 0,
+            "iscrowd": 0,
+            "keypoints": frame.face_points(item).reshape(-1).tolist(),
+        }
+        mesh = frame.mesh(item)
+        if mesh is not None:
+            annotation["mesh"] = mesh
+        annotations.append(annotation)
+    return annotations
+
+
+@lru_cache(maxsize=4)
+def _load(shapes: FaceSet) -> bytes:
+    dicts = [
+        {
+            "file_name": f"{shapes.root}/images/{shapes.stem(index)}.bmp",
+            "image_id": index,
+            "height": shapes.height,
+            "width": shapes.width,
+            "annotations": _annotations(frame, index),
+        }
+        for index, frame in enumerate(shapes.frames())
+    ]
+    return pickle.dumps(dicts)
+
+
+def load_shapes_faces(shapes: FaceSet) -> list[dict[str, Any]]:
+    """The set in Detectron2's format. Computed once per process; every call returns its own copy.
+
+    Returns:
+        A dict per picture. Annotations have ``bbox``, ``category_id`` 0, ``keypoints`` (15 numbers:
+        five points x, y, v; v = 0: outside or too small, 1: hidden, 2: visible) and, from 12 pixels on,
+        ``mesh`` (1103, 3) float32: x, y in pixels, z in pixels from the head's mean depth, towards the
+        camera negative.
+    """
+    return pickle.loads(_load(shapes))
+
+
+def register_shapes_faces(shapes: FaceSet, prefix: str = "shapes") -> str:
+    """Register a set as ``<prefix>_<split>_faces``; returns the name.
+
+    Raises:
+        AssertionError: from Detectron2's catalog, if the name is taken.
+    """
+    name = f"{prefix}_{shapes.split}_faces"
+    DatasetCatalog.register(name, partial(load_shapes_faces, shapes))
+    MetadataCatalog.get(name).set(
+        evaluator_type="faces",
+        thing_classes=["face"],
+        thing_colors=[(220, 20, 60)],
+        thing_dataset_id_to_contiguous_id={1: 0},
+        keypoint_names=POINT_NAMES,
+        keypoint_flip_map=POINT_FLIP_MAP,
+        keypoint_connection_rules=list(POINT_CONNECTIONS),
+        image_root=f"{shapes.root}/images",
+        json_file=f"{shapes.root}/annotations/faces.json",
+        mesh_file=f"{shapes.root}/annotations/{MESH_FILE}",
+        mesh_flip=mirror_vertices().tolist(),
+        # The mesh's vertices that are the five points.
+        mesh_keypoints=list(POINT_VERTICES),
+    )
+    return name
+
+
+def export_faces(
+    shapes: FaceSet, out: Path, *, overwrite: bool = False, progress: bool = True
+) -> list[str]:
+    """Write pictures, ``annotations/faces_<split>2017.json`` with points and meshes, and the OBJ that it
+    names; otherwise as :func:`~d2ext.data.shapes.export.export_images`."""
+    folder = f"{shapes.split}2017"
+    json_file, mesh_file = f"annotations/faces_{folder}.json", f"annotations/{MESH_FILE}"
+    check_free(out, [folder, json_file], overwrite)  # the OBJ is the same for all
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".shapes-", dir=out) as name:
+        temporary = Path(name)
+        for sub in (folder, "annotations"):
+            (temporary / sub).mkdir()
+
+        def written() -> Iterable[tuple[int, str, FaceFrame]]:
+            frames = tqdm(
+                shapes.frames(), shapes.split, shapes.num, unit="image", disable=not progress
+            )
+            for index, frame in enumerate(frames):
+                file_name = f"{shapes.stem(index)}.jpg"
+                (temporary / folder / file_name).write_bytes(encode_jpeg(frame.image))
+                yield index, file_name, frame
+
+        (temporary / json_file).write_text(json.dumps(faces_json(written())))
+        (temporary / mesh_file).write_text(topology_obj())
+        targets = [folder, json_file, mesh_file]
+        publish(temporary, out, targets)
+    return targets
