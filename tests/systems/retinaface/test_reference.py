@@ -80,17 +80,16 @@ def test_every_stage(case: Case) -> None:
     assert max(errors.values()) < TOLERANCE, errors
 
 
-@pytest.mark.parametrize("options", [{}, {"channels_last": True}])
-def test_detections(case: Case, options: dict[str, bool]) -> None:
+@pytest.mark.parametrize("prepared", [True, False])
+def test_detections(case: Case, prepared: bool) -> None:
     network = case.model.inference_network
-    if options:  # the prepared copy, whose norms are folded
-        case.model._inference_options.update(options)
-        case.model.set_network(network.network, case.model._decode)
+    assert not network._plain  # the config's copy with folded norms
+    network._plain = not prepared
     try:
         instances = case.model(case.inputs)[0]["instances"]
         predictions = case.model.inference_network(case.images)
     finally:
-        case.model._inference = (network,)
+        network._plain = False
     expected = torch.from_numpy(case.fixture.expected["detections"])
     assert len(instances) == len(expected) == 306
     torch.testing.assert_close(instances.pred_boxes.tensor, expected[:, :4], atol=0.01, rtol=0)
