@@ -20,6 +20,7 @@ def add_data_config(cfg: CfgNode) -> None:
     #   "D2extDatasetMapper"     images, as with Detectron2's mapper
     #   "build_top_down_mapper"  landmarks: in training one annotated instance, cropped; in a test one
     #                            image with the boxes to crop (INPUT.LANDMARKS)
+    #   "FaceMapper"             images of faces, with meshes where the data have them
     #   "ClipMapper"             videos: in training a frame and a reference frame (INPUT.VIDEO)
     #   "FlowPairMapper"         pairs of images with optical flow
     cfg.INPUT.MAPPER = "D2extDatasetMapper"
