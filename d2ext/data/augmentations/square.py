@@ -121,5 +121,6 @@ class RandomlyInterpolatedSquare(LabelAwareAugmentation):
         self._init(locals())
 
     def get_transform(self, image: np.ndarray) -> Transform:
+        h, w = image.shape[:2]
         interpolation = INTERPOLATIONS[np.random.randint(len(INTERPOLATIONS))]
-        return InterpolatedResizeTransform(*image.shape[:2], self.size, self.size, interpolation)
+        return InterpolatedResizeTransform(h, w, self.size, self.size, interpolation)

@@ -35,11 +35,24 @@ def add_retinaface_config(cfg: CfgNode) -> None:
     # Side lengths in pixels of each level's square prior boxes, finest level first; as many on each.
     anchors.SCALES = [[16.0, 32.0], [64.0, 128.0], [256.0, 512.0]]
 
+    mesh = face.MESH = CfgNode()
+    # Vertices of the mesh that is predicted for each face; 0: none.
+    mesh.NUM_VERTICES = 0
+    # Wavefront OBJ of the topology, with vertices of a mean face (x right, y down, z away from the
+    # camera). Training takes edges and the initial prediction from it; a trained model does without.
+    mesh.FILE = ""
+    # Positive priors of an image whose meshes are trained, drawn at random from more.
+    mesh.MAX_MESHES = 64
+
     loss = face.LOSS = CfgNode()
     # Factors of the terms (paper: 0.25, 1, 0.1).
     loss.BOX_WEIGHT = 2.0
     loss.CLASS_WEIGHT = 1.0
     loss.LANDMARK_WEIGHT = 1.0
+    # Of the mesh: distance of the vertices, and difference of the edges' lengths, both over the root of
+    # the face's area, means over vertices and coordinates, edges, and priors.
+    loss.VERTEX_WEIGHT = 5.0
+    loss.EDGE_WEIGHT = 5.0
     # IoU from which a prior is positive, and below which it is background (paper: 0.5, 0.3).
     loss.POSITIVE_IOU = 0.35
     loss.NEGATIVE_IOU = 0.35

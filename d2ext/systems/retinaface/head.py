@@ -1,7 +1,7 @@
 """RetinaFace's context modules and heads (arXiv 1905.00641, section 3.2; retinaface/NOTES.md).
 
 Shapes: B images, C classes, P points, a priors at a cell, A priors over all levels, h×w cells of a
-level.
+level, c channels.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2ext.systems.retinaface.fpn import conv3x3, conv_leaky, slope
+from d2ext.systems.retinaface.mesh import MeshHead
 
 
 class RetinaFacePredictions(NamedTuple):
@@ -26,6 +27,8 @@ class RetinaFacePredictions(NamedTuple):
     """(B, A, 4) box offsets for ``codecs.prior_boxes.decode_boxes``."""
     points: Tensor | None
     """(B, A, P, 2) offsets for ``codecs.prior_boxes.decode_points``; None: no points."""
+    vectors: Tensor | None
+    """(B, A / a, c) context feature of each cell, for the mesh branch; None: it has none."""
     feature_sizes: tuple[tuple[int, int], ...]
     """(rows, columns) of each level, finest first."""
     input_size: tuple[int, int]
@@ -71,6 +74,7 @@ class RetinaFaceHead(nn.Module):
         priors_per_cell: a.
         norm, deformable: see :class:`ContextModule`.
         shared: one set of 1x1 convolutions for all levels; the context modules are never shared.
+        mesh: the mesh branch; None: no meshes.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class RetinaFaceHead(nn.Module):
         norm: str = "BN",
         deformable: bool = False,
         shared: bool = False,
+        mesh: MeshHead | None = None,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
@@ -101,6 +106,7 @@ class RetinaFaceHead(nn.Module):
         self.logits = convs(num_classes + 1)
         self.offsets = convs(4)
         self.points = convs(2 * num_points) if num_points > 0 else None
+        self.mesh = mesh
 
     def forward(
         self, features: Sequence[Tensor], input_size: tuple[int, int]
@@ -117,6 +123,7 @@ class RetinaFaceHead(nn.Module):
             _predict(self.logits, context, self.num_classes + 1),
             _predict(self.offsets, context, 4),
             points,
+            None if self.mesh is None else _flatten(context),
             tuple((x.shape[2], x.shape[3]) for x in features),
             input_size,
         )
@@ -124,8 +131,10 @@ class RetinaFaceHead(nn.Module):
 
 def _predict(convs: nn.ModuleList, features: Sequence[Tensor], values: int) -> Tensor:
     """Features (B, c, h, w) of all levels → (B, A, values)."""
-    outputs = []
-    for level, x in enumerate(features):
-        y = convs[level % len(convs)](x)
-        outputs.append(y.permute(0, 2, 3, 1).reshape(y.shape[0], -1, values))
-    return torch.cat(outputs, dim=1)
+    outputs = [convs[level % len(convs)](x) for level, x in enumerate(features)]
+    return _flatten(outputs).reshape(len(outputs[0]), -1, values)
+
+
+def _flatten(features: Sequence[Tensor]) -> Tensor:
+    """Maps (B, c, h, w) of all levels → (B, cells, c)."""
+    return torch.cat([x.flatten(2).transpose(1, 2) for x in features], dim=1)

@@ -1,6 +1,6 @@
 """RetinaFace's losses (arXiv 1905.00641, section 3.1; retinaface/NOTES.md, "Loss").
 
-Letters: B images, A priors, P points.
+Letters: B images, A priors, P points, V mesh vertices, E edges, M priors whose meshes are trained.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from d2ext.codecs.canvas import scale_points
 from d2ext.codecs.prior_boxes import PriorMatches, encode_boxes, encode_points, mine_negatives
 from d2ext.systems.retinaface.head import RetinaFacePredictions
+from d2ext.systems.retinaface.mesh import MeshHead, decode_meshes
 from d2ext.systems.retinaface.targets import RetinaFaceTargets, match_priors
 
 _MINING = ("image", "batch")
@@ -24,16 +26,20 @@ class RetinaFaceCriterion:
     """Matches priors with faces and sums up the losses; has no parameters.
 
     Args:
-        box_weight, class_weight, landmark_weight: factors of the terms.
+        box_weight ... edge_weight: factors of the terms.
         positive_iou, negative_iou, forced_iou: see :func:`match_priors`.
         negatives_per_positive, min_negatives: see :func:`mine_negatives`.
         mining: "image" or "batch", among which priors the hardest negatives are selected.
         smooth_l1_beta: error at which smooth L1 becomes linear.
+        max_meshes: most positives of an image whose meshes are trained; a random selection of more.
+        edges: (E, 2) of the mesh; None: it is not known.
     """
 
     box_weight: float = 2.0
     class_weight: float = 1.0
     landmark_weight: float = 1.0
+    vertex_weight: float = 5.0
+    edge_weight: float = 5.0
     positive_iou: float = 0.35
     negative_iou: float = 0.35
     forced_iou: float = 0.2
@@ -41,6 +47,8 @@ class RetinaFaceCriterion:
     min_negatives: int = 0
     mining: str = "image"
     smooth_l1_beta: float = 1.0
+    max_meshes: int = 64
+    edges: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.mining not in _MINING:
@@ -77,6 +85,7 @@ class RetinaFaceCriterion:
         predictions: RetinaFacePredictions,
         priors: Tensor,
         targets: Sequence[RetinaFaceTargets],
+        mesh_head: MeshHead | None = None,
     ) -> dict[str, Tensor]:
         """Losses of a batch.
 
@@ -84,11 +93,12 @@ class RetinaFaceCriterion:
             predictions: of the network.
             priors: (A, 4) centre form.
             targets: one per image.
+            mesh_head: the mesh branch; None: no such loss.
 
         Returns:
-            ``loss_box``, ``loss_class`` and, if the model predicts points, ``loss_landmark``: scalars,
-            weighted. The first two are divided by the number of positives of the batch, the last by that
-            of positives whose face has points; at least by 1.
+            ``loss_box``, ``loss_class`` and, as far as the model predicts them, ``loss_landmark``,
+            ``loss_vertex``, ``loss_edge``: scalars, weighted. The first two are divided by the number of
+            positives of the batch, the third by that of positives whose face has points; at least by 1.
         """
         matches = self.match(priors, targets)
         labels = torch.stack([m.labels for m in matches])
@@ -122,9 +132,72 @@ class RetinaFaceCriterion:
             errors = errors.masked_fill(~annotated[..., None], 0.0)
             faces = annotated.any(dim=1).sum().clamp(min=1)
             losses["loss_landmark"] = errors.sum() * (self.landmark_weight / faces)
+        if mesh_head is not None:
+            height, width = predictions.input_size
+            has_mesh = torch.cat([target.has_mesh for target in targets])[face_of]
+            chosen = self._choose_meshes(image_of, has_mesh)
+            vertex_loss, edge_loss = self._mesh_losses(
+                self._predict_meshes(
+                    mesh_head,
+                    predictions,
+                    image_of[chosen],
+                    prior_of[chosen],
+                    scale_points(positive_priors[chosen], (width, height)),
+                ),
+                torch.cat([target.meshes for target in targets])[face_of[chosen]],
+                scale_points(boxes[chosen], (width, height)),
+            )
+            losses["loss_vertex"] = vertex_loss * self.vertex_weight
+            losses["loss_edge"] = edge_loss * self.edge_weight
         return losses
+
+    def _choose_meshes(self, image_of: Tensor, has_mesh: Tensor) -> Tensor:
+        """Indices (M,) into the positives: at most ``max_meshes`` of each image, drawn at random."""
+        shuffled = torch.randperm(len(image_of), device=image_of.device)
+        shuffled = shuffled[has_mesh[shuffled]]
+        images, order = image_of[shuffled].sort(stable=True)
+        # Place of each among those of its image.
+        place = torch.arange(len(images), device=images.device) - torch.searchsorted(images, images)
+        return shuffled[order][place < self.max_meshes]
+
+    @staticmethod
+    def _predict_meshes(
+        head: MeshHead,
+        predictions: RetinaFacePredictions,
+        image_of: Tensor,
+        prior_of: Tensor,
+        priors: Tensor,
+    ) -> Tensor:
+        """Meshes (M, V, 3) in pixels, of priors (M, 4) in pixels."""
+        assert predictions.vectors is not None
+        vectors = predictions.vectors[image_of, prior_of // head.priors_per_cell]
+        return decode_meshes(head(vectors, prior_of % head.priors_per_cell).float(), priors)
+
+    def _mesh_losses(self, meshes: Tensor, target: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Means of both terms for meshes (M, V, 3) and faces' boxes (M, 4), in pixels."""
+        size = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1).sqrt()
+        count = max(len(meshes), 1)
+        vertex = ((meshes - target).abs().mean(dim=(1, 2)) / size).sum() / count
+        if self.edge_weight == 0:
+            return vertex, meshes.sum() * 0.0
+        if self.edges is None:
+            raise ValueError(
+                "The edge loss needs the mesh's topology: set MODEL.RETINAFACE.MESH.FILE to an OBJ file "
+                "that exists, or MODEL.RETINAFACE.LOSS.EDGE_WEIGHT to 0."
+            )
+        edges = self.edges.to(meshes.device)
+        lengths = [_lengths(x, edges) for x in (meshes, target)]
+        edge = ((lengths[0] - lengths[1]).abs().mean(dim=1) / size).sum() / count
+        return vertex, edge
 
     def _smooth_l1(self, predicted: Tensor, target: Tensor) -> Tensor:
         return F.smooth_l1_loss(
             predicted.float(), target, beta=self.smooth_l1_beta, reduction="none"
         )
+
+
+def _lengths(meshes: Tensor, edges: Tensor) -> Tensor:
+    """Lengths (M, E) of the edges (E, 2) of meshes (M, V, 3)."""
+    difference = meshes[:, edges[:, 0]] - meshes[:, edges[:, 1]]
+    # The gradient of the root is infinite at 0; a millionth of a pixel hurts nobody.
+    return difference.square().sum(dim=2).clamp(min=1e-12).sqrt()

@@ -1,10 +1,11 @@
-"""RetinaFace: faces, their boxes and points in one pass (arXiv 1905.00641; CVPR 2020, pp. 5203-5212).
+"""RetinaFace: faces, their boxes, points and meshes (arXiv 1905.00641; CVPR 2020, pp. 5203-5212).
 
 An image goes through :meth:`RetinaFace.preprocess` (its own size, or resized), the backbone and pyramid
 (``fpn.py``), context modules and heads (``head.py``), and then either the losses (``targets.py``,
-``losses.py``) or, in inference, decoding and NMS (``postprocess.py``).
+``losses.py``) or, in inference, decoding and NMS (``postprocess.py``) and the meshes of what is left
+(``mesh.py``).
 
-Letters: B images, H×W pixels of the network's input, A priors, P points.
+Letters: B images, H×W pixels of the network's input, A priors, P points, V mesh vertices.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from d2ext.layers.opencv_resample import resize_float_like_opencv
 from d2ext.modeling.meta_arch import MetaArch, image_size, output_size
 from d2ext.systems.retinaface.head import RetinaFaceHead, RetinaFacePredictions
 from d2ext.systems.retinaface.losses import RetinaFaceCriterion
+from d2ext.systems.retinaface.mesh import MeshHead, decode_meshes, mesh_topology
 from d2ext.systems.retinaface.postprocess import Candidates, decode, select
 from d2ext.systems.retinaface.targets import RetinaFaceTargets, read_targets
 
@@ -56,7 +58,7 @@ class RetinaFaceNetwork(nn.Module):
 
 @META_ARCH_REGISTRY.register()
 class RetinaFace(MetaArch):
-    """RetinaFace for boxes and, with keypoints, for points of faces."""
+    """RetinaFace for boxes and, if it has these heads, for points and meshes of faces."""
 
     @configurable
     def __init__(
@@ -126,6 +128,10 @@ class RetinaFace(MetaArch):
                 f"The pyramid has {len(shapes)} levels: MODEL.RETINAFACE.ANCHORS.SCALES needs as many "
                 f"lists, all of the same length, not {scales}."
             )
+        mesh, topology = None, None
+        if face.MESH.NUM_VERTICES > 0:
+            topology = mesh_topology(face.MESH.FILE)
+            mesh = MeshHead(face.FPN_CHANNELS, face.MESH.NUM_VERTICES, len(scales[0]), topology)
         head = RetinaFaceHead(
             shapes,
             num_classes=face.NUM_CLASSES,
@@ -134,12 +140,18 @@ class RetinaFace(MetaArch):
             norm=face.NORM,
             deformable=face.DEFORMABLE,
             shared=face.SHARED_HEADS,
+            mesh=mesh,
+        )
+        criterion = RetinaFaceCriterion(
+            max_meshes=face.MESH.MAX_MESHES,
+            edges=None if topology is None else topology.edges,
+            **{key.lower(): value for key, value in face.LOSS.items()},
         )
         return {
             **super().from_config(cfg),
             "backbone": backbone,
             "head": head,
-            "criterion": RetinaFaceCriterion(**{k.lower(): v for k, v in face.LOSS.items()}),
+            "criterion": criterion,
             "anchor_scales": scales,
             "min_size": 0 if resized_before else face.TEST.MIN_SIZE,
             "max_size": face.TEST.MAX_SIZE,
@@ -202,8 +214,9 @@ class RetinaFace(MetaArch):
         """See :func:`read_targets`. Relative to the padded batch: what is encoded are distances in sides
         of priors, the same for any size."""
         size = (images.shape[2], images.shape[3])
+        vertices = 0 if self.head.mesh is None else self.head.mesh.num_vertices
         return [
-            read_targets(inputs, size, self.head.num_points, self.device)
+            read_targets(inputs, size, self.head.num_points, self.device, vertices)
             for inputs in batched_inputs
         ]
 
@@ -212,7 +225,7 @@ class RetinaFace(MetaArch):
     ) -> dict[str, Tensor]:
         """See :class:`RetinaFaceCriterion`."""
         priors = self.priors(predictions.feature_sizes, predictions.input_size)
-        return self.criterion(predictions, priors, targets)
+        return self.criterion(predictions, priors, targets, self.head.mesh)
 
     def draw_training(
         self,
@@ -246,19 +259,18 @@ class RetinaFace(MetaArch):
             results.update(zip(members, super().inference(group), strict=True))
         return [results[i] for i in range(len(batched_inputs))]
 
-    def _decode(self, predictions: RetinaFacePredictions) -> tuple[Tensor, ...]:
-        """Raw predictions → the fields of :class:`Candidates`, ``points`` only if the model has them."""
+    def _decode(self, predictions: RetinaFacePredictions) -> Candidates:
+        """See :func:`decode`."""
         priors = self.priors(predictions.feature_sizes, predictions.input_size)
-        candidates = decode(predictions, priors, self.pre_nms_top_k)
-        return tuple(field for field in candidates if field is not None)
+        return decode(predictions, priors, self.pre_nms_top_k)
 
     def postprocess(
-        self, predictions: tuple[Tensor, ...], batched_inputs: list[dict[str, Any]]
+        self, predictions: Candidates, batched_inputs: list[dict[str, Any]]
     ) -> list[dict[str, Instances]]:
         """Candidates → for each image ``{"instances": Instances}``, best first, with ``pred_boxes``,
-        ``scores``, ``pred_classes`` and, with points, ``pred_keypoints`` (N, P, 3), of which the last
-        number is 1."""
-        candidates = Candidates(*predictions)
+        ``scores``, ``pred_classes``, with points ``pred_keypoints`` (N, P, 3), of which the last number
+        is 1, and with meshes ``pred_face_meshes`` (N, V, 3) in pixels."""
+        candidates = predictions
         scales = [self.network_scale(image_size(x)) for x in batched_inputs]
         factors = torch.tensor(scales, device=self.device) if set(scales) != {1.0} else None
         if factors is not None:
@@ -293,4 +305,20 @@ class RetinaFace(MetaArch):
             points = candidates.points[i, keep]
             points = points if scale == (1.0, 1.0) else scale_points(points, scale)
             result.pred_keypoints = torch.cat([points, torch.ones_like(points[..., :1])], dim=2)
+        if self.head.mesh is not None:
+            factors = [s / self.network_scale((height, width)) for s in scale]
+            factors.append((factors[0] * factors[1]) ** 0.5)
+            meshes = self._meshes(candidates, i, keep)
+            result.pred_face_meshes = torch.stack(
+                [x * f for x, f in zip(meshes.unbind(-1), factors, strict=True)], dim=-1
+            )
         return result
+
+    def _meshes(self, candidates: Candidates, i: int, keep: Tensor) -> Tensor:
+        """(N, V, 3) of detections of image i, in pixels of the network's input."""
+        head = self.head.mesh
+        assert head is not None and candidates.vectors is not None
+        index = candidates.index[i, keep]
+        vectors = candidates.vectors[i, index // head.priors_per_cell].float()
+        offsets = head(vectors, index % head.priors_per_cell)
+        return decode_meshes(offsets.float(), candidates.priors[i, keep])

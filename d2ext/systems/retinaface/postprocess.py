@@ -28,10 +28,14 @@ class Candidates(NamedTuple):
     """(B, K) int64, from 0."""
     boxes: Tensor
     """(B, K, 4) corner form, not clipped."""
+    index: Tensor
+    """(B, K) int64 into A."""
     priors: Tensor
-    """(B, K) int64."""
+    """(B, K, 4) the priors, centre form."""
     points: Tensor | None = None
     """(B, K, P, 2)."""
+    vectors: Tensor | None = None
+    """(B, cells, c): :class:`RetinaFacePredictions`'s, for the mesh branch."""
 
 
 def decode(predictions: RetinaFacePredictions, priors: Tensor, top_k: int) -> Candidates:
@@ -46,7 +50,13 @@ def decode(predictions: RetinaFacePredictions, priors: Tensor, top_k: int) -> Ca
         offsets = _gather(predictions.points.flatten(2), index).float().unflatten(2, (-1, 2))
         points = scale_points(decode_points(offsets, selected), (width, height))
     return Candidates(
-        scores, classes.gather(1, index), scale_points(boxes, (width, height)), index, points
+        scores,
+        classes.gather(1, index),
+        scale_points(boxes, (width, height)),
+        index,
+        scale_points(selected, (width, height)),
+        points,
+        predictions.vectors,
     )
 
 

@@ -1,6 +1,6 @@
 """Annotations → targets of RetinaFace's losses (retinaface/NOTES.md, "Matching").
 
-Letters: n faces of an image, P points of a face, A priors.
+Letters: n faces of an image, P points and V mesh vertices of a face, A priors.
 """
 
 from __future__ import annotations
@@ -25,20 +25,30 @@ class RetinaFaceTargets(NamedTuple):
     """(n, P, 2)."""
     annotated: Tensor
     """(n, P) bool: which points are annotated, visible or not; only these are trained."""
+    meshes: Tensor
+    """(n, V, 3) in pixels, all vertices, hidden ones and those outside the image, too."""
+    has_mesh: Tensor
+    """(n,) bool."""
 
 
 def read_targets(
-    inputs: dict[str, Any], input_size: tuple[int, int], num_points: int, device: torch.device
+    inputs: dict[str, Any],
+    input_size: tuple[int, int],
+    num_points: int,
+    device: torch.device,
+    num_vertices: int = 0,
 ) -> RetinaFaceTargets:
     """Targets of one image; faces without area are left out.
 
     Args:
-        inputs: ``instances`` with ``gt_boxes``, ``gt_classes`` and, for points, ``gt_keypoints``.
+        inputs: ``instances`` with ``gt_boxes``, ``gt_classes``, for points ``gt_keypoints`` and, as far
+            as annotated, ``gt_face_meshes`` (n, V, 3) with ``gt_mesh_valid`` (n,).
         input_size: (height, width) of the batch, at whose top left the image lies.
         num_points: P; 0: no points.
+        num_vertices: V; 0: no meshes.
 
     Raises:
-        ValueError: the instances have no points, or not P.
+        ValueError: the instances have no points, or not P, or meshes of other than V vertices.
     """
     instances = inputs["instances"].to(device)
     height, width = input_size
@@ -60,8 +70,22 @@ def read_targets(
             )
     relative = (points[..., :2].double() / size).float()
     keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    meshes = torch.zeros((len(boxes), num_vertices, 3), device=device)
+    has_mesh = torch.zeros(len(boxes), dtype=torch.bool, device=device)
+    if num_vertices > 0 and instances.has("gt_face_meshes"):
+        meshes, has_mesh = instances.gt_face_meshes, instances.gt_mesh_valid
+        if meshes.shape[1] != num_vertices:
+            raise ValueError(
+                f"MODEL.RETINAFACE.MESH.NUM_VERTICES is {num_vertices}, and the annotations have meshes "
+                f"of {meshes.shape[1]} vertices."
+            )
     return RetinaFaceTargets(
-        boxes[keep], instances.gt_classes[keep], relative[keep], points[keep][..., 2] > 0
+        boxes[keep],
+        instances.gt_classes[keep],
+        relative[keep],
+        points[keep][..., 2] > 0,
+        meshes[keep],
+        has_mesh[keep],
     )
 
 

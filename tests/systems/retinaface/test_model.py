@@ -275,7 +275,7 @@ def test_nms_counts_whole_pixels_in_each_image_and_class() -> None:
     classes = torch.randint(0, 2, (3, 60), generator=generator)
     scores = torch.cat([scores[:2], scores[2:] * 0.01])  # nothing in the last image
     found = select(
-        Candidates(scores, classes, boxes, classes), nms_threshold=0.3, max_detections=25
+        Candidates(scores, classes, boxes, classes, boxes), nms_threshold=0.3, max_detections=25
     )
     for image in range(2):
         expected = []
