@@ -175,7 +175,7 @@ class RetinaFace(MetaArch):
         """
         images = [self._resize(self.upload(x)) for x in batched_inputs]
         if len({image.shape for image in images}) == 1:
-            return self.normalize(torch.stack(images))
+            return self.normalize(torch.stack(images).float())
         return ImageList.from_tensors([self.normalize(image) for image in images]).tensor
 
     def _resize(self, image: Tensor) -> Tensor:

@@ -77,15 +77,29 @@ def select(
     NMS is greedy within each class, counts whole pixels (sides and overlaps are one more than the
     difference of coordinates) and suppresses above ``nms_threshold``. Boxes are in pixels of the image.
     """
-    image, slot = (candidates.scores > score_threshold).nonzero(as_tuple=True)
+    above = candidates.scores > score_threshold
+    # Worse candidates do not change which of the better ones stay, and are mostly not needed.
+    first = 2 * max_detections
+    selected = _nms(candidates, above[:, :first], nms_threshold)
+    if first < above.shape[1]:
+        more = above[:, first].tolist()
+        if any(m and len(s) < max_detections for m, s in zip(more, selected, strict=True)):
+            selected = _nms(candidates, above, nms_threshold)
+    return [x[:max_detections] for x in selected]
+
+
+def _nms(candidates: Candidates, above: Tensor, threshold: float) -> list[Tensor]:
+    """:func:`select` of the candidates where ``above`` (B, k) is true, k up to K, without limit."""
+    image, slot = above.nonzero(as_tuple=True)
     boxes = candidates.boxes[image, slot].double()
+    classes = candidates.classes[image, slot]
+    group = image
     if len(boxes) > 0:
         # batched_nms separates its groups by shifting boxes, which takes coordinates from 0 up.
         boxes = boxes - boxes.amin()
+        group = image * (classes.max() + 1) + classes
     boxes[:, 2:] += 1
-    group = image * (int(candidates.classes.max()) + 1 if len(boxes) else 1)
-    group = group + candidates.classes[image, slot]
-    keep = batched_nms(boxes, candidates.scores[image, slot].double(), group, nms_threshold)
+    keep = batched_nms(boxes, candidates.scores[image, slot].double(), group, threshold)
     keep = keep.sort().values  # by image, and by falling score in each
-    counts = torch.bincount(image[keep], minlength=len(candidates.scores)).tolist()
-    return [x[:max_detections] for x in slot[keep].split(counts)]
+    counts = torch.bincount(image[keep], minlength=len(above)).tolist()
+    return list(slot[keep].split(counts))

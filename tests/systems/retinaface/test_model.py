@@ -284,6 +284,27 @@ def test_nms_counts_whole_pixels_in_each_image_and_class() -> None:
             expected += members[_plain_nms(boxes[image, members], 0.3)].tolist()
         assert found[image].tolist() == sorted(expected)[:25]
     assert len(found[2]) == 0
+    # Few detections, so that NMS looks at twice as many candidates first; 0.9 keeps most of them.
+    for limit, threshold in ((4, 0.9), (4, 0.0), (30, 0.0)):
+        options = {"nms_threshold": threshold, "score_threshold": -1.0}
+        candidates = Candidates(scores, classes, boxes, classes, boxes)
+        full = select(candidates, max_detections=60, **options)
+        some = select(candidates, max_detections=limit, **options)
+        assert [x.tolist() for x in some] == [x[:limit].tolist() for x in full]
+
+
+def test_shapes_do_not_depend_on_values() -> None:
+    model = _settled(_tiny())
+    images = model.preprocess(_images((61, 83), (61, 83)))
+    with torch.no_grad():
+        expected = model._decode(model.network(images))
+        compiled = torch.compile(
+            lambda x: model._decode(model.network(x)), fullgraph=True, backend="eager"
+        )
+        found = compiled(images)
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)
 
 
 # Published files
