@@ -188,6 +188,22 @@ def _tiny_landmarks(cfg: CfgNode) -> None:
     cfg.INPUT.MIN_SIZE_TEST = 0
 
 
+def _tiny_retinaface(cfg: CfgNode) -> None:
+    cfg.MODEL.META_ARCHITECTURE = "RetinaFace"
+    cfg.MODEL.KEYPOINT_ON = True
+    cfg.MODEL.PIXEL_MEAN = [104.0, 117.0, 123.0]
+    cfg.MODEL.PIXEL_STD = [1.0, 1.0, 1.0]
+    cfg.MODEL.BACKBONE.NAME = "build_retinaface_fpn_backbone"
+    cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = NUM_KEYPOINTS
+    cfg.MODEL.RETINAFACE.NUM_CLASSES = NUM_CLASSES
+    cfg.MODEL.RETINAFACE.FPN_CHANNELS = 16
+    cfg.MODEL.RETINAFACE.ANCHORS.SCALES = [[8.0, 12.0], [16.0, 24.0], [32.0, 48.0]]
+    cfg.MODEL.RETINAFACE.TEST.MAX_DETECTIONS = 10
+    cfg.MODEL.RETINAFACE.TEST.CLIP_BOXES = True
+    cfg.INPUT.FORMAT = "BGR"
+    cfg.INPUT.MIN_SIZE_TEST = 0
+
+
 def _tiny_cornernet_saccade(cfg: CfgNode) -> None:
     _tiny_cornernet(cfg)
     cfg.MODEL.META_ARCHITECTURE = "CornerNetSaccade"
@@ -207,6 +223,7 @@ _TINY: dict[str, TinyModel] = {
     "CornerNet": TinyModel(_tiny_cornernet, ("bbox",)),
     "CornerNetSaccade": TinyModel(_tiny_cornernet_saccade, ("bbox",)),
     "LandmarkNet": TinyModel(_tiny_landmarks, ("keypoints",)),
+    "RetinaFace": TinyModel(_tiny_retinaface, ("bbox", "keypoints")),
     "UPSNet": TinyModel(_tiny_upsnet, ("bbox", "segm", "panoptic")),
     "VPSNet": TinyModel(_tiny_vpsnet, ("bbox", "segm", "panoptic")),
     "YOLACT": TinyModel(_tiny_yolact, ("bbox", "segm")),

@@ -1,7 +1,7 @@
 """Prior boxes of SSD-style detectors (arXiv 1512.02325): their grid, box coding and matching.
 
 All boxes are relative to the network input (0..1). Corner form is (x1, y1, x2, y2), centre form is
-(cx, cy, w, h). Letters: A priors, N annotated objects, C crowd regions.
+(cx, cy, w, h). Letters: A priors, N annotated objects, C crowd regions, P points of an object.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ def prior_boxes(
     feature_sizes: Sequence[tuple[int, int]],
     scales: Sequence[Sequence[float]],
     aspect_ratios: Sequence[float],
-    input_size: int,
+    input_size: int | tuple[int, int],
     *,
     square: bool,
+    strides: Sequence[int] | None = None,
 ) -> Tensor:
     """Priors of all levels, in centre form.
 
@@ -36,9 +37,12 @@ def prior_boxes(
         feature_sizes: (rows, columns) of each level.
         scales: side lengths in pixels of each level's priors.
         aspect_ratios: width / height; these vary faster than the scales.
-        input_size: side of the network input in pixels; sides are divided by it.
+        input_size: (height, width) of the network input in pixels, or the side of a square one; sides
+            are divided by it.
         square: height = width = scale·sqrt(ratio), as in the published YOLACT models, instead of
             height = scale / sqrt(ratio) (yolact/NOTES.md §4 and §11).
+        strides: side of each level's cells in pixels, where the input is no multiple of it
+            (RetinaFace); None: the input is divided into equal cells.
 
     Returns:
         (A, 4) float32; a cell's priors vary fastest, then column, row, level.
@@ -46,18 +50,26 @@ def prior_boxes(
     if len(feature_sizes) != len(scales):
         raise ValueError(
             f"{len(feature_sizes)} feature levels but scales for {len(scales)}: "
-            "MODEL.YOLACT.ANCHORS.SCALES needs one list per level."
+            "ANCHORS.SCALES of the model needs one list per level."
         )
+    height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
     levels = []
-    for (rows, columns), level_scales in zip(feature_sizes, scales, strict=True):
+    for level, ((rows, columns), level_scales) in enumerate(
+        zip(feature_sizes, scales, strict=True)
+    ):
         sides = [
             (scale * ratio**0.5, scale * ratio**0.5 if square else scale / ratio**0.5)
             for scale in level_scales
             for ratio in aspect_ratios
         ]
-        size = torch.tensor(sides, dtype=torch.float64) / input_size
-        y = (torch.arange(rows, dtype=torch.float64) + 0.5) / rows
-        x = (torch.arange(columns, dtype=torch.float64) + 0.5) / columns
+        size = torch.tensor(sides, dtype=torch.float64)
+        size = size / torch.tensor([width, height], dtype=torch.float64)
+        y = torch.arange(rows, dtype=torch.float64) + 0.5
+        x = torch.arange(columns, dtype=torch.float64) + 0.5
+        if strides is None:
+            y, x = y / rows, x / columns
+        else:
+            y, x = y * strides[level] / height, x * strides[level] / width
         centers = torch.stack(
             [x.expand(rows, columns), y[:, None].expand(rows, columns)], dim=-1
         ).reshape(-1, 1, 2)
@@ -94,10 +106,21 @@ def encode_boxes(boxes: Tensor, priors: Tensor) -> Tensor:
 
 
 def decode_boxes(offsets: Tensor, priors: Tensor) -> Tensor:
-    """Boxes in corner form from offsets (..., A, 4) and priors (A, 4) in centre form."""
-    center = priors[:, :2] + offsets[..., :2] * CENTER_VARIANCE * priors[:, 2:]
-    size = priors[:, 2:] * torch.exp(offsets[..., 2:] * SIZE_VARIANCE)
+    """Boxes in corner form from offsets (..., A, 4) and priors (..., A, 4) in centre form."""
+    center = priors[..., :2] + offsets[..., :2] * CENTER_VARIANCE * priors[..., 2:]
+    size = priors[..., 2:] * torch.exp(offsets[..., 2:] * SIZE_VARIANCE)
     return to_corners(torch.cat([center, size], dim=-1))
+
+
+def encode_points(points: Tensor, priors: Tensor) -> Tensor:
+    """Points (A, P, 2) as offsets from their priors' centres, in prior sides over 0.1."""
+    return (points - priors[:, None, :2]) / (CENTER_VARIANCE * priors[:, None, 2:])
+
+
+def decode_points(offsets: Tensor, priors: Tensor) -> Tensor:
+    """Points from offsets (..., A, P, 2) and priors (..., A, 4): the inverse of
+    :func:`encode_points`."""
+    return priors[..., None, :2] + offsets * CENTER_VARIANCE * priors[..., None, 2:]
 
 
 class PriorMatches(NamedTuple):
@@ -183,3 +206,27 @@ def _force_best_priors(iou: Tensor) -> tuple[Tensor, Tensor]:
         torch.tensor(list(prior_of.keys()), dtype=torch.int64, device=device),
         torch.tensor(list(prior_of.values()), dtype=torch.int64, device=device),
     )
+
+
+def mine_negatives(
+    logits: Tensor, labels: Tensor, negatives_per_positive: int, minimum: int = 0
+) -> Tensor:
+    """Select the hardest background priors of each image.
+
+    Hardness is -log p(background). Neutral and positive priors are never selected.
+
+    Args:
+        logits: (B, A, classes + 1), background first.
+        labels: (B, A) as :class:`PriorMatches`.
+        minimum: negatives of an image with few positives, or none.
+
+    Returns:
+        (B, A) bool: in each image ``negatives_per_positive`` times its positives, or all negatives if
+        there are fewer.
+    """
+    with torch.no_grad():
+        hardness = logits.float().logsumexp(dim=2) - logits[..., 0].float()
+        hardness = hardness.masked_fill(labels != BACKGROUND, -1.0)
+        rank = hardness.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        wanted = negatives_per_positive * (labels > 0).sum(dim=1, keepdim=True)
+        return (rank < wanted.clamp(min=minimum)) & (labels == BACKGROUND)

@@ -11,6 +11,7 @@ from d2ext.data.errors import (
     ImageReadError,
     SampleError,
 )
+from d2ext.data.faces import FaceMapper, register_builtin_faces, register_faces
 from d2ext.data.image_io import read_image
 from d2ext.data.register_panoptic import register_cityscapes_separated
 from d2ext.data.video import config as video_config  # noqa: F401
@@ -20,6 +21,7 @@ from d2ext.data.video.register import register_builtin_videos
 
 register_cityscapes_separated()
 register_builtin_videos()
+register_builtin_faces()
 
 __all__ = [
     "AUGMENTATION_REGISTRY",
@@ -29,6 +31,7 @@ __all__ = [
     "D2extDatasetMapper",
     "DataError",
     "DatasetError",
+    "FaceMapper",
     "FlowPairMapper",
     "ImageReadError",
     "SampleError",
@@ -39,5 +42,6 @@ __all__ = [
     "flatten",
     "get_dataset_dicts",
     "read_image",
+    "register_faces",
     "video_record",
 ]

@@ -20,6 +20,7 @@ def add_data_config(cfg: CfgNode) -> None:
     #   "D2extDatasetMapper"     images, as with Detectron2's mapper
     #   "build_top_down_mapper"  landmarks: in training one annotated instance, cropped; in a test one
     #                            image with the boxes to crop (INPUT.LANDMARKS)
+    #   "FaceMapper"             images of faces, with meshes where the data have them
     #   "ClipMapper"             videos: in training a frame and a reference frame (INPUT.VIDEO)
     #   "FlowPairMapper"         pairs of images with optical flow
     cfg.INPUT.MAPPER = "D2extDatasetMapper"
@@ -48,6 +49,8 @@ def add_data_config(cfg: CfgNode) -> None:
     #   "centernet"  CenterNet's as published: mirror, affine crop to SIZE x SIZE, colours
     #   "cornernet"  CornerNet's as published: random window, resize to SIZE x SIZE, mirror, colours
     #   "cornernet_saccade"  the same with a crop around an object, to SIZE x SIZE
+    #   "retinaface"  RetinaFace's as published: square crop, colours, padding, mirror, resize to
+    #              SIZE x SIZE
     #   "upsnet"   UPSNet's as published: as "default", resized as floats by OpenCV
     #   "vpsnet"   VPSNet's as published: resized by a factor in RESIZE_SCALE, flipped
     #              (INPUT.RANDOM_FLIP), cropped (INPUT.CROP)
@@ -114,6 +117,17 @@ def add_data_config(cfg: CfgNode) -> None:
     c.CENTER_CROP.SCALES = [0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3]
     # Least distance of the window's centre from the image's edges, pixels; halved until it fits
     c.CENTER_CROP.BORDER = 128
+
+    # The keys below belong to "retinaface", which also takes SIZE, MEAN, FLIP_PROB and the photometric
+    # ones; their defaults are the published values.
+    c.SQUARE_CROP = CfgNode()
+    # Side of the window over the image's short side, one of them is drawn
+    c.SQUARE_CROP.SCALES = [0.3, 0.45, 0.6, 0.8, 1.0]
+    # Windows that are tried; then the whole image is padded to a square
+    c.SQUARE_CROP.TRIALS = 250
+    # Keypoints outside the window move to its border and are trained there, as published; False: they
+    # become unlabelled
+    c.SQUARE_CROP.PUBLISHED_CLIPPED_POINTS = False
 
     # Smallest and largest factor on both sides of an image, for "vpsnet"; the published values.
     c.RESIZE_SCALE = [0.8, 1.5]

@@ -10,6 +10,7 @@ Kinds of annotation:
 
 - instances in COCO's form (``json``), with masks or keypoints;
 - landmarks (``json`` and ``landmarks``, the set whose points they are), in any form of that set;
+- faces to detect (``json`` and ``landmarks``, one of :data:`~d2ext.data.faces.FACE_KINDS`);
 - COCO's panoptic form (``panoptic_json``, ``panoptic_root``): instances and stuff maps, which panoptic
   models read beside it, are made of it once, unless given (``json``, ``sem_seg``);
 - label maps (``sem_seg``), with the names of the classes;
@@ -43,6 +44,7 @@ from d2ext.data.dataset_facts import (
 )
 from d2ext.data.dataset_files import FILES, SPLITS, Split, load_dataset_yaml
 from d2ext.data.errors import DatasetError
+from d2ext.data.faces.register import FACE_KINDS, register_faces
 from d2ext.data.formats import FORMATS, convert_to_coco
 from d2ext.data.landmarks.datasets import LANDMARK_DATASETS
 from d2ext.data.landmarks.register import register_landmarks
@@ -96,7 +98,8 @@ def register_own_dataset(
         train_json, ..., val_video_json: files of the parts, see :class:`Split`
         semantic_classes: names of the classes, in the order of the labels; only for data that have
             nothing but label maps, and for videos with masks of several classes
-        landmarks: kind of the landmarks, see :func:`~d2ext.data.landmarks.register_landmarks`
+        landmarks: kind of the landmarks, see :func:`~d2ext.data.landmarks.register_landmarks`, or of
+            faces, see :func:`~d2ext.data.faces.load_faces`
         format: what wrote the ``json`` files or folders, if not COCO's form: a name in
             :data:`d2ext.data.formats.FORMATS`
 
@@ -161,6 +164,8 @@ def _registrar(
     splits: _Splits, classes: list[str] | None, landmarks: str | None
 ) -> Callable[[str, _Splits], None]:
     """What registers the parts of a data set, which are all of one kind."""
+    if landmarks in FACE_KINDS:
+        return partial(_register_faces, kind=landmarks)
     if landmarks is not None:
         return partial(_register_landmarks, kind=landmarks)
     kind = next(iter(splits.values())).kind
@@ -247,6 +252,17 @@ def _register_landmarks(name: str, splits: _Splits, *, kind: str) -> None:
         summarize(f"{name}_{key}", load_dataset(f"{name}_{key}"))
     if len(points) > 1:
         raise DatasetError(f"The train and val parts of '{name}' have different landmarks.")
+
+
+def _register_faces(name: str, splits: _Splits, *, kind: str) -> None:
+    topologies = set()
+    for key, split in splits.items():
+        assert split.json is not None and split.images is not None  # _check_complete
+        register_faces(f"{name}_{key}", split.json, split.images, kind=kind)
+        topologies.add(tuple(MetadataCatalog.get(f"{name}_{key}").get("mesh_flip") or ()))
+        summarize(f"{name}_{key}", load_dataset(f"{name}_{key}"))
+    if len(topologies - {()}) > 1:
+        raise DatasetError(f"The train and val parts of '{name}' have different meshes.")
 
 
 def _register_panoptic(name: str, splits: _Splits) -> None:
@@ -364,7 +380,8 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
         "--landmarks",
         metavar="KIND",
         help="the data are landmarks, in any form of this set: "
-        f"{', '.join(LANDMARK_DATASETS)}, or custom (COCO-keypoint JSON with the points' names)",
+        f"{', '.join(LANDMARK_DATASETS)}, or custom (COCO-keypoint JSON with the points' names). "
+        f"{', '.join(FACE_KINDS)}: faces to detect, with five points",
     )
 
 

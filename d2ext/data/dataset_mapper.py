@@ -244,16 +244,35 @@ class D2extDatasetMapper(DatasetMapper):
                 instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
             if shares is not None:
                 instances.gt_visible_shares = shares
-            if self.with_track_ids:
-                instances.gt_ids = torch.tensor([a["track_id"] for a in regular])
+            self._add_fields(dataset_dict, instances, regular, transforms)
             instances = detection_utils.filter_empty_instances(instances)
         else:
             instances = self._no_instances(image_shape)
+            self._add_fields(dataset_dict, instances, [], transforms)
             if shares is not None:
                 instances.gt_visible_shares = shares
         dataset_dict["instances"] = instances
         crowd_instances = detection_utils.annotations_to_instances(crowds, image_shape)
         dataset_dict["crowd_instances"] = detection_utils.filter_empty_instances(crowd_instances)
+
+    def _add_fields(
+        self,
+        dataset_dict: dict[str, Any],
+        instances: Instances,
+        annotations: list[dict[str, Any]],
+        transforms: TransformList,
+    ) -> None:
+        """Set further fields of ``instances``, before those without area are left out.
+
+        Args:
+            dataset_dict: of the image
+            instances: N; also of length 0
+            annotations: N; boxes, masks and keypoints are transformed, all else is as annotated
+            transforms: of this sample
+        """
+        if self.with_track_ids:
+            ids = [a["track_id"] for a in annotations]
+            instances.gt_ids = torch.tensor(ids, dtype=torch.int64)
 
     def _no_instances(self, image_shape: tuple[int, int]) -> Instances:
         """``Instances`` of length 0 with the fields that others have."""
@@ -264,8 +283,6 @@ class D2extDatasetMapper(DatasetMapper):
             instances.gt_masks = PolygonMasks([])
         elif self.use_instance_mask:
             instances.gt_masks = BitMasks(torch.zeros(0, *image_shape, dtype=torch.bool))
-        if self.with_track_ids:
-            instances.gt_ids = torch.zeros(0, dtype=torch.int64)
         if self.use_keypoint:
             instances.gt_keypoints = Keypoints(torch.zeros(0, self._num_keypoints(), 3))
         return instances

@@ -30,6 +30,7 @@ from d2ext.evaluation.panoptic import COCOPanopticEvaluator
 from d2ext.evaluation.panoptic_analysis import PanopticAnalysis
 from d2ext.evaluation.video_instances import VideoInstanceEvaluator
 from d2ext.evaluation.video_panoptic import VideoPanopticEvaluator
+from d2ext.evaluation.wider_face import WiderFaceEvaluator
 
 __all__ = ["EVALUATOR_REGISTRY", "IfPredicted", "build_evaluator", "check_analysis"]
 
@@ -50,6 +51,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
                                  ones for which the model has an output
     ``landmarks``                landmark metrics, by ``landmark_metrics`` of the metadata: NME, PCK,
                                  PCKh; "oks" adds COCO's keypoint AP
+    ``wider_face``               WIDER FACE's AP: easy, medium, hard
     ``sem_seg``                  semantic segmentation
     ``cityscapes_instance``,     Cityscapes' own scripts (package ``cityscapesscripts``)
     ``cityscapes_sem_seg``
@@ -171,6 +173,12 @@ def landmarks(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
         return errors
     # COCO's is the last: it shifts the predicted keypoints in place.
     return DatasetEvaluators([errors, coco(cfg, name, folder)])
+
+
+@EVALUATOR_REGISTRY.register()
+def wider_face(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
+    """WIDER FACE's protocol."""
+    return WiderFaceEvaluator(name, folder)
 
 
 @EVALUATOR_REGISTRY.register()

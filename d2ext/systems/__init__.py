@@ -5,6 +5,7 @@ from d2ext.systems import (  # noqa: F401
     centernet_triplets,
     cornernet,
     landmarks,
+    retinaface,
     upsnet,
     vpsnet,
     yolact,

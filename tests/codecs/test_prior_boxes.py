@@ -11,8 +11,11 @@ from d2ext.codecs.prior_boxes import (
     BACKGROUND,
     NEUTRAL,
     decode_boxes,
+    decode_points,
     encode_boxes,
+    encode_points,
     match_priors,
+    mine_negatives,
     prior_boxes,
     to_corners,
 )
@@ -123,3 +126,49 @@ def test_priors_in_crowds_are_neutral_unless_positive() -> None:
     assert labels[0] == 7
     assert labels[[1, 4, 5]].tolist() == [NEUTRAL] * 3
     assert (labels[[2, 3, 6, 7, *range(8, 16)]] == BACKGROUND).all()
+
+
+def test_negatives_are_the_hardest_background_priors() -> None:
+    # log-sum-exp minus background logit grows with the foreground logit
+    logits = torch.zeros(1, 6, 2)
+    logits[0, :, 1] = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
+    labels = torch.tensor([[1, NEUTRAL, BACKGROUND, BACKGROUND, BACKGROUND, BACKGROUND]])
+    chosen = mine_negatives(logits, labels, 2)
+    assert chosen[0].tolist() == [False, False, True, True, False, False]
+
+
+def test_images_without_positives_give_no_negatives() -> None:
+    labels = torch.tensor([[BACKGROUND] * 4, [1, BACKGROUND, BACKGROUND, BACKGROUND]])
+    chosen = mine_negatives(torch.randn(2, 4, 3), labels, 3)
+    assert chosen.sum(dim=1).tolist() == [0, 3]
+
+
+def test_all_negatives_are_taken_where_there_are_too_few() -> None:
+    labels = torch.tensor([[1, 2, NEUTRAL, BACKGROUND], [1, 2, 1, 2]])
+    chosen = mine_negatives(torch.randn(2, 4, 3), labels, 3)
+    assert chosen.tolist() == [[False, False, False, True], [False] * 4]
+
+
+def test_images_without_positives_give_the_minimum_of_negatives() -> None:
+    logits = torch.zeros(2, 4, 2)
+    logits[:, :, 1] = torch.tensor([0.0, 2.0, 1.0, 3.0])
+    labels = torch.tensor([[BACKGROUND] * 4, [1, BACKGROUND, BACKGROUND, BACKGROUND]])
+    chosen = mine_negatives(logits, labels, 3, minimum=2)
+    assert chosen.tolist() == [[False, True, False, True], [False, True, True, True]]
+
+
+def test_priors_of_cells_that_exceed_the_input() -> None:
+    # 50x20 pixels, cells of 16: the last column's centre lies at 56 of 50
+    priors = prior_boxes([(2, 4)], [[10, 30]], [1.0], (20, 50), square=True, strides=[16])
+    assert priors.shape == (16, 4)
+    torch.testing.assert_close(priors[0], torch.tensor([8 / 50, 8 / 20, 10 / 50, 10 / 20]))
+    torch.testing.assert_close(priors[7], torch.tensor([56 / 50, 8 / 20, 30 / 50, 30 / 20]))
+
+
+def test_point_coding() -> None:
+    priors = torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.1, 0.2, 0.1, 0.1]])
+    points = torch.rand(2, 3, 2)
+    points[0, 0] = torch.tensor([0.6, 0.3])
+    offsets = encode_points(points, priors)
+    torch.testing.assert_close(offsets[0, 0], torch.tensor([5.0, -5.0]))
+    torch.testing.assert_close(decode_points(offsets, priors), points)

@@ -20,6 +20,11 @@ from d2ext.data.augmentations.resize import (
     ScaleShortestEdge,
 )
 from d2ext.data.augmentations.saccade import RandomObjectCrop
+from d2ext.data.augmentations.square import (
+    PadToSquare,
+    RandomlyInterpolatedSquare,
+    RandomSquareCrop,
+)
 
 Recipe = Callable[[CfgNode, bool], list[T.Augmentation]]
 
@@ -118,17 +123,9 @@ def build_ssd_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]
     if not is_train:
         return build_default_augmentation(cfg, False)
     c = cfg.INPUT.AUGMENTATION
-    fill = list(c.MEAN) if cfg.INPUT.FORMAT == "RGB" else list(c.MEAN)[::-1]
     augmentations: list[T.Augmentation] = [
-        RandomPhotometricDistortion(
-            brightness=c.BRIGHTNESS,
-            contrast=c.CONTRAST,
-            saturation=c.SATURATION,
-            hue=c.HUE,
-            prob=c.PHOTOMETRIC_PROB,
-            image_format=cfg.INPUT.FORMAT,
-        ),
-        RandomExpand(ratio=c.EXPAND_RATIO, fill=fill, prob=c.EXPAND_PROB),
+        _photometric(cfg),
+        RandomExpand(ratio=c.EXPAND_RATIO, fill=_fill(cfg), prob=c.EXPAND_PROB),
     ]
     if c.CROP_ENABLED:
         augmentations.append(
@@ -142,6 +139,27 @@ def build_ssd_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]
         )
     # Published: flip, then resize. The two commute, and the small image is cheaper to flip.
     return [*augmentations, ResizeToSquare(c.SIZE), T.RandomFlip(prob=c.FLIP_PROB)]
+
+
+@AUGMENTATION_REGISTRY.register_as("retinaface")
+def build_retinaface_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
+    """The published RetinaFace recipe: square crop, photometric distortion, padding of what was not
+    cropped, flip, resize to a square by a random interpolation.
+
+    Images stay float32 in [0, 255] from the colours on, unclipped. Test images are resized as with
+    ``"default"`` (with ``INPUT.MIN_SIZE_TEST: 0``, not at all: the model does what is published).
+    """
+    if not is_train:
+        return build_default_augmentation(cfg, False)
+    c = cfg.INPUT.AUGMENTATION
+    crop = c.SQUARE_CROP
+    return [
+        RandomSquareCrop(crop.SCALES, crop.TRIALS, crop.PUBLISHED_CLIPPED_POINTS),
+        _photometric(cfg),
+        PadToSquare(_fill(cfg)),
+        T.RandomFlip(prob=c.FLIP_PROB),
+        RandomlyInterpolatedSquare(c.SIZE),
+    ]
 
 
 @AUGMENTATION_REGISTRY.register_as("centernet")
@@ -200,6 +218,25 @@ def build_cornernet_saccade_augmentation(cfg: CfgNode, is_train: bool) -> list[T
     c = cfg.INPUT.AUGMENTATION
     crop = RandomObjectCrop(c.SIZE, c.CENTER_CROP.SCALES)
     return [crop, RandomPixelMirror(c.FLIP_PROB), *_colors(cfg)]
+
+
+def _photometric(cfg: CfgNode) -> T.Augmentation:
+    """The photometric distortion of SSD."""
+    c = cfg.INPUT.AUGMENTATION
+    return RandomPhotometricDistortion(
+        brightness=c.BRIGHTNESS,
+        contrast=c.CONTRAST,
+        saturation=c.SATURATION,
+        hue=c.HUE,
+        prob=c.PHOTOMETRIC_PROB,
+        image_format=cfg.INPUT.FORMAT,
+    )
+
+
+def _fill(cfg: CfgNode) -> list[float]:
+    """Colour of new area, in the order of ``cfg.INPUT.FORMAT``."""
+    mean = list(cfg.INPUT.AUGMENTATION.MEAN)
+    return mean if cfg.INPUT.FORMAT == "RGB" else mean[::-1]
 
 
 def _colors(cfg: CfgNode) -> list[T.Augmentation]:

@@ -14,31 +14,10 @@ from detectron2.utils import comm
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2ext.codecs.prior_boxes import BACKGROUND, PriorMatches, encode_boxes, match_priors
+from d2ext.codecs.prior_boxes import PriorMatches, encode_boxes, match_priors, mine_negatives
 from d2ext.layers import assemble_masks
 from d2ext.systems.yolact.head import MaskScorer, YOLACTPredictions
 from d2ext.systems.yolact.targets import MASK_THRESHOLD, YOLACTTargets, resize_masks
-
-
-def mine_negatives(logits: Tensor, labels: Tensor, negatives_per_positive: int) -> Tensor:
-    """Select the hardest background priors of each image.
-
-    Hardness is -log p(background). Neutral and positive priors are never selected.
-
-    Args:
-        logits: (B, A, C + 1).
-        labels: (B, A) as :class:`PriorMatches`.
-
-    Returns:
-        (B, A) bool: in each image ``negatives_per_positive`` times its positives, or all negatives if
-        there are fewer.
-    """
-    with torch.no_grad():
-        hardness = logits.float().logsumexp(dim=2) - logits[..., 0].float()
-        hardness = hardness.masked_fill(labels != BACKGROUND, -1.0)
-        rank = hardness.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        wanted = negatives_per_positive * (labels > 0).sum(dim=1, keepdim=True)
-        return (rank < wanted) & (labels == BACKGROUND)
 
 
 @dataclass(kw_only=True)

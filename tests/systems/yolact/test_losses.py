@@ -5,35 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from d2ext.codecs.prior_boxes import BACKGROUND, NEUTRAL, prior_boxes, to_corners
+from d2ext.codecs.prior_boxes import prior_boxes, to_corners
 from d2ext.systems.yolact.head import MaskScorer, YOLACTPredictions
-from d2ext.systems.yolact.losses import (
-    YOLACTCriterion,
-    mask_iou,
-    mine_negatives,
-)
+from d2ext.systems.yolact.losses import YOLACTCriterion, mask_iou
 from d2ext.systems.yolact.targets import YOLACTTargets, resize_masks
-
-
-def test_negatives_are_the_hardest_background_priors() -> None:
-    # log-sum-exp minus background logit grows with the foreground logit
-    logits = torch.zeros(1, 6, 2)
-    logits[0, :, 1] = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
-    labels = torch.tensor([[1, NEUTRAL, BACKGROUND, BACKGROUND, BACKGROUND, BACKGROUND]])
-    chosen = mine_negatives(logits, labels, 2)
-    assert chosen[0].tolist() == [False, False, True, True, False, False]
-
-
-def test_images_without_positives_give_no_negatives() -> None:
-    labels = torch.tensor([[BACKGROUND] * 4, [1, BACKGROUND, BACKGROUND, BACKGROUND]])
-    chosen = mine_negatives(torch.randn(2, 4, 3), labels, 3)
-    assert chosen.sum(dim=1).tolist() == [0, 3]
-
-
-def test_all_negatives_are_taken_where_there_are_too_few() -> None:
-    labels = torch.tensor([[1, 2, NEUTRAL, BACKGROUND], [1, 2, 1, 2]])
-    chosen = mine_negatives(torch.randn(2, 4, 3), labels, 3)
-    assert chosen.tolist() == [[False, False, False, True], [False] * 4]
 
 
 def test_masks_are_resized_without_antialiasing() -> None:

@@ -13,9 +13,8 @@ from detectron2.structures import BitMasks, Boxes, Instances
 
 from d2ext import model_zoo
 from d2ext.checkpoint import convert_state_dict
-from d2ext.codecs.prior_boxes import decode_boxes
+from d2ext.codecs.prior_boxes import decode_boxes, mine_negatives
 from d2ext.layers import assemble_masks
-from d2ext.systems.yolact.losses import mine_negatives
 from d2ext.systems.yolact.model import YOLACT
 from d2ext.systems.yolact.postprocess import Detections
 from tests.reference.fixture import Fixture, draw_image

@@ -1,0 +1,324 @@
+"""RetinaFace: faces, their boxes, points and meshes (arXiv 1905.00641; CVPR 2020, pp. 5203-5212).
+
+An image goes through :meth:`RetinaFace.preprocess` (its own size, or resized), the backbone and pyramid
+(``fpn.py``), context modules and heads (``head.py``), and then either the losses (``targets.py``,
+``losses.py``) or, in inference, decoding and NMS (``postprocess.py``) and the meshes of what is left
+(``mesh.py``).
+
+Letters: B images, H×W pixels of the network's input, A priors, P points, V mesh vertices.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from d2ext.codecs.boxes import clip_boxes
+from d2ext.codecs.canvas import scale_points
+from d2ext.codecs.image_scale import axis_scales, scaled_size, short_side_scale
+from d2ext.codecs.prior_boxes import prior_boxes
+from d2ext.layers.opencv_resample import resize_float_like_opencv
+from d2ext.modeling.meta_arch import MetaArch, image_size, output_size
+from d2ext.systems.retinaface.head import RetinaFaceHead, RetinaFacePredictions
+from d2ext.systems.retinaface.losses import RetinaFaceCriterion
+from d2ext.systems.retinaface.mesh import MeshHead, decode_meshes, mesh_topology
+from d2ext.systems.retinaface.postprocess import Candidates, decode, select
+from d2ext.systems.retinaface.targets import RetinaFaceTargets, read_targets
+
+logger = logging.getLogger(__name__)
+
+# Input sizes whose priors are kept: those of WIDER FACE's images vary without end.
+_KEPT_PRIORS = 32
+
+
+class RetinaFaceNetwork(nn.Module):
+    """Backbone, pyramid and heads: images (B, 3, H, W) → :class:`RetinaFacePredictions`."""
+
+    def __init__(
+        self, backbone: Backbone, head: RetinaFaceHead, in_features: Sequence[str]
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.in_features = list(in_features)
+
+    def forward(self, images: Tensor) -> RetinaFacePredictions:
+        features = self.backbone(images)
+        size = (images.shape[2], images.shape[3])
+        return self.head([features[name] for name in self.in_features], size)
+
+
+@META_ARCH_REGISTRY.register()
+class RetinaFace(MetaArch):
+    """RetinaFace for boxes and, if it has these heads, for points and meshes of faces."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        head: RetinaFaceHead,
+        criterion: RetinaFaceCriterion,
+        anchor_scales: Sequence[Sequence[float]],
+        min_size: int = 0,
+        max_size: int = 2150,
+        score_threshold: float = 0.02,
+        nms_threshold: float = 0.4,
+        pre_nms_top_k: int = 5000,
+        max_detections: int = 750,
+        clip_boxes: bool = False,
+        **meta_arch: Any,
+    ) -> None:
+        """Args:
+        backbone: feature pyramid; all its levels are used, finest first.
+        head: context modules and heads on it.
+        criterion: the losses.
+        anchor_scales: sides in pixels of each level's square priors, as many on each.
+        min_size, max_size: of the image in inference, see :func:`short_side_scale`.
+        pre_nms_top_k: see :func:`decode`.
+        score_threshold, nms_threshold, max_detections: see :func:`select`.
+        clip_boxes: clip boxes to the image.
+        meta_arch: see :class:`MetaArch`.
+        """
+        super().__init__(**meta_arch)
+        if min_size < 0 or (min_size > 0 and max_size < min_size):
+            raise ValueError(
+                "MODEL.RETINAFACE.TEST.MIN_SIZE and MAX_SIZE are pixels (MIN_SIZE 0: the image as it "
+                f"is), not {min_size} and {max_size}."
+            )
+        self.backbone = backbone
+        self.head = head
+        self.criterion = criterion
+        self.anchor_scales = [list(scales) for scales in anchor_scales]
+        self.min_size = min_size
+        self.max_size = max_size
+        self.score_threshold = score_threshold
+        self.nms_threshold = nms_threshold
+        self.pre_nms_top_k = pre_nms_top_k
+        self.max_detections = max_detections
+        self.clip_boxes = clip_boxes
+        self._priors: dict[tuple[Any, ...], Tensor] = {}
+        shapes = backbone.output_shape()
+        features = sorted(shapes, key=lambda name: shapes[name].stride)
+        self.set_network(RetinaFaceNetwork(backbone, head, features), self._decode)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        face = cfg.MODEL.RETINAFACE
+        resized_before = cfg.INPUT.MIN_SIZE_TEST > 0
+        if resized_before and face.TEST.MIN_SIZE > 0:
+            logger.warning(
+                f"INPUT.MIN_SIZE_TEST is {cfg.INPUT.MIN_SIZE_TEST}: test images are resized before the "
+                "model sees them, as bytes, and the model does not resize them again. For published "
+                "numbers set it to 0."
+            )
+        backbone = build_backbone(cfg)
+        shapes = sorted(backbone.output_shape().values(), key=lambda shape: shape.stride)
+        scales = face.ANCHORS.SCALES
+        if len(scales) != len(shapes) or len({len(level) for level in scales}) != 1:
+            raise ValueError(
+                f"The pyramid has {len(shapes)} levels: MODEL.RETINAFACE.ANCHORS.SCALES needs as many "
+                f"lists, all of the same length, not {scales}."
+            )
+        mesh, topology = None, None
+        if face.MESH.NUM_VERTICES > 0:
+            topology = mesh_topology(face.MESH.FILE)
+            mesh = MeshHead(face.FPN_CHANNELS, face.MESH.NUM_VERTICES, len(scales[0]), topology)
+        head = RetinaFaceHead(
+            shapes,
+            num_classes=face.NUM_CLASSES,
+            num_points=cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0,
+            priors_per_cell=len(scales[0]),
+            norm=face.NORM,
+            deformable=face.DEFORMABLE,
+            shared=face.SHARED_HEADS,
+            mesh=mesh,
+        )
+        criterion = RetinaFaceCriterion(
+            max_meshes=face.MESH.MAX_MESHES,
+            edges=None if topology is None else topology.edges,
+            **{key.lower(): value for key, value in face.LOSS.items()},
+        )
+        return {
+            **super().from_config(cfg),
+            "backbone": backbone,
+            "head": head,
+            "criterion": criterion,
+            "anchor_scales": scales,
+            "min_size": 0 if resized_before else face.TEST.MIN_SIZE,
+            "max_size": face.TEST.MAX_SIZE,
+            "score_threshold": face.TEST.SCORE_THRESH,
+            "nms_threshold": face.TEST.NMS_THRESH,
+            "pre_nms_top_k": face.TEST.PRE_NMS_TOP_K,
+            "max_detections": face.TEST.MAX_DETECTIONS,
+            "clip_boxes": face.TEST.CLIP_BOXES,
+        }
+
+    def network_scale(self, size: tuple[int, int]) -> float:
+        """The factor by which an image of ``size`` (height, width) is resized for the network."""
+        # Training images come from the data mapper in the network's size.
+        return 1.0 if self.training else short_side_scale(size, self.min_size, self.max_size)
+
+    def preprocess(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
+        """Images of the inputs → (B, 3, H, W): in inference resized, then normalised, as published.
+
+        In training, where the published images are all squares of one size, smaller ones are padded with
+        zeros (the mean colour) at the bottom and right.
+        """
+        images = [self._resize(self.upload(x)) for x in batched_inputs]
+        if len({image.shape for image in images}) == 1:
+            return self.normalize(torch.stack(images).float())
+        return ImageList.from_tensors([self.normalize(image) for image in images]).tensor
+
+    def _resize(self, image: Tensor) -> Tensor:
+        size = (image.shape[1], image.shape[2])
+        scale = self.network_scale(size)
+        if scale == 1:
+            return image
+        return resize_float_like_opencv(
+            image[None], scaled_size(size, scale), axis_scales(size, scale)
+        )[0]
+
+    def priors(
+        self, feature_sizes: Sequence[tuple[int, int]], input_size: tuple[int, int]
+    ) -> Tensor:
+        """(A, 4) prior boxes, centre form, on the model's device."""
+        key = (tuple(feature_sizes), tuple(input_size), self.device)
+        if key not in self._priors:
+            # A CUDA graph or compiled code keeps using the priors of its input size.
+            if self.inference_network.mode == "eager" and len(self._priors) >= _KEPT_PRIORS:
+                self._priors.clear()
+            self._priors[key] = prior_boxes(
+                feature_sizes,
+                self.anchor_scales,
+                [1.0],
+                input_size,
+                square=True,
+                strides=self.head.strides,
+            ).to(self.device)
+        return self._priors[key]
+
+    # Training
+
+    def encode_targets(
+        self, batched_inputs: list[dict[str, Any]], images: Tensor
+    ) -> list[RetinaFaceTargets]:
+        """See :func:`read_targets`. Relative to the padded batch: what is encoded are distances in sides
+        of priors, the same for any size."""
+        size = (images.shape[2], images.shape[3])
+        vertices = 0 if self.head.mesh is None else self.head.mesh.num_vertices
+        return [
+            read_targets(inputs, size, self.head.num_points, self.device, vertices)
+            for inputs in batched_inputs
+        ]
+
+    def losses(
+        self, predictions: RetinaFacePredictions, targets: Sequence[RetinaFaceTargets]
+    ) -> dict[str, Tensor]:
+        """See :class:`RetinaFaceCriterion`."""
+        priors = self.priors(predictions.feature_sizes, predictions.input_size)
+        return self.criterion(predictions, priors, targets, self.head.mesh)
+
+    def draw_training(
+        self,
+        batched_inputs: list[dict[str, Any]],
+        images: Tensor,
+        targets: Sequence[RetinaFaceTargets],
+        predictions: RetinaFacePredictions,
+    ) -> tuple[str, Tensor]:
+        """Annotations of the first image beside its detections."""
+        inputs = batched_inputs[0] | {"height": None, "width": None}
+        first = tree_map_only(Tensor, lambda x: x[:1], predictions)
+        results = self.postprocess(self._decode(first), [inputs])
+        return self.draw_pair(inputs, results[0]["instances"])
+
+    # Inference
+
+    @torch.no_grad()
+    def inference(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Results of images of any sizes; see :meth:`postprocess`.
+
+        Those of one network size run as a batch. Padding the others would change their results: beyond
+        the image's border the network must see zeros in every layer.
+        """
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i, inputs in enumerate(batched_inputs):
+            size = image_size(inputs)
+            groups.setdefault(scaled_size(size, self.network_scale(size)), []).append(i)
+        results: dict[int, dict[str, Any]] = {}
+        for members in groups.values():
+            group = [batched_inputs[i] for i in members]
+            results.update(zip(members, super().inference(group), strict=True))
+        return [results[i] for i in range(len(batched_inputs))]
+
+    def _decode(self, predictions: RetinaFacePredictions) -> Candidates:
+        """See :func:`decode`."""
+        priors = self.priors(predictions.feature_sizes, predictions.input_size)
+        return decode(predictions, priors, self.pre_nms_top_k)
+
+    def postprocess(
+        self, predictions: Candidates, batched_inputs: list[dict[str, Any]]
+    ) -> list[dict[str, Instances]]:
+        """Candidates → for each image ``{"instances": Instances}``, best first, with ``pred_boxes``,
+        ``scores``, ``pred_classes``, with points ``pred_keypoints`` (N, P, 3), of which the last number
+        is 1, and with meshes ``pred_face_meshes`` (N, V, 3) in pixels."""
+        candidates = predictions
+        scales = [self.network_scale(image_size(x)) for x in batched_inputs]
+        factors = torch.tensor(scales, device=self.device) if set(scales) != {1.0} else None
+        if factors is not None:
+            boxes = candidates.boxes / factors[:, None, None]
+            points = candidates.points
+            points = None if points is None else points / factors[:, None, None, None]
+            candidates = candidates._replace(boxes=boxes, points=points)
+        selected = select(
+            candidates,
+            score_threshold=self.score_threshold,
+            nms_threshold=self.nms_threshold,
+            max_detections=self.max_detections,
+        )
+        return [
+            {"instances": self._instances(candidates, i, keep, inputs)}
+            for i, (keep, inputs) in enumerate(zip(selected, batched_inputs, strict=True))
+        ]
+
+    def _instances(
+        self, candidates: Candidates, i: int, keep: Tensor, inputs: dict[str, Any]
+    ) -> Instances:
+        """Detections of image i, in pixels of the input's image → instances at the output's size."""
+        size, (height, width) = output_size(inputs), image_size(inputs)
+        scale = size[1] / width, size[0] / height
+        boxes = candidates.boxes[i, keep]
+        boxes = boxes if scale == (1.0, 1.0) else scale_points(boxes, scale)
+        result = Instances(size)
+        result.pred_boxes = Boxes(clip_boxes(boxes, size) if self.clip_boxes else boxes)
+        result.scores = candidates.scores[i, keep]
+        result.pred_classes = candidates.classes[i, keep]
+        if candidates.points is not None:
+            points = candidates.points[i, keep]
+            points = points if scale == (1.0, 1.0) else scale_points(points, scale)
+            result.pred_keypoints = torch.cat([points, torch.ones_like(points[..., :1])], dim=2)
+        if self.head.mesh is not None:
+            factors = [s / self.network_scale((height, width)) for s in scale]
+            factors.append((factors[0] * factors[1]) ** 0.5)
+            meshes = self._meshes(candidates, i, keep)
+            result.pred_face_meshes = torch.stack(
+                [x * f for x, f in zip(meshes.unbind(-1), factors, strict=True)], dim=-1
+            )
+        return result
+
+    def _meshes(self, candidates: Candidates, i: int, keep: Tensor) -> Tensor:
+        """(N, V, 3) of detections of image i, in pixels of the network's input."""
+        head = self.head.mesh
+        assert head is not None and candidates.vectors is not None
+        index = candidates.index[i, keep]
+        vectors = candidates.vectors[i, index // head.priors_per_cell].float()
+        offsets = head(vectors, index % head.priors_per_cell)
+        return decode_meshes(offsets.float(), candidates.priors[i, keep])

@@ -1,0 +1,371 @@
+"""RetinaFace beyond the fixture: sizes, options of the papers, published files, odd annotations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances, Keypoints
+from torch import Tensor
+from torch.nn import functional as F
+
+from d2ext import model_zoo
+from d2ext.checkpoint import ConversionError, convert_state_dict
+from d2ext.codecs.prior_boxes import BACKGROUND, NEUTRAL
+from d2ext.systems.retinaface.losses import RetinaFaceCriterion
+from d2ext.systems.retinaface.model import RetinaFace
+from d2ext.systems.retinaface.postprocess import Candidates, select
+from d2ext.systems.retinaface.targets import match_priors, read_targets
+from d2ext.testing import random_inputs, tiny_config
+from tests.reference.fixture import Fixture
+from tests.systems.retinaface.test_reference import REFERENCE
+
+
+def _tiny(*options: Any) -> CfgNode:
+    cfg = tiny_config("RetinaFace")
+    cfg.merge_from_list([*options])
+    return cfg
+
+
+def _build(cfg: CfgNode) -> RetinaFace:
+    torch.manual_seed(0)
+    return build_model(cfg)
+
+
+def _settled(cfg: CfgNode) -> RetinaFace:
+    """In inference, with statistics of noise in its norms: the initial ones let nothing through."""
+    model = _build(cfg)
+    for norm in model.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.momentum = 1.0
+    with torch.no_grad():
+        model.network(model.preprocess(_images((96, 96), (96, 96))))
+    return model.eval()
+
+
+def _images(*sizes: tuple[int, int]) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {"image": torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)}
+        for size in sizes
+    ]
+
+
+def test_images_of_several_sizes_as_if_alone() -> None:
+    model = _settled(_tiny())
+    inputs = _images((61, 83), (40, 50), (61, 83), (33, 97))
+    inputs[2]["height"], inputs[2]["width"] = 122, 83
+    together = [x["instances"] for x in model(inputs)]
+    for x, expected in zip(inputs, together, strict=True):
+        alone = model([x])[0]["instances"]
+        assert len(alone) == len(expected) > 0
+        for name in ("pred_boxes", "pred_keypoints"):
+            one, other = (getattr(y.get(name), "tensor", y.get(name)) for y in (alone, expected))
+            torch.testing.assert_close(one, other, atol=2e-3, rtol=0)
+    assert [x.image_size for x in together] == [(61, 83), (40, 50), (122, 83), (33, 97)]
+
+
+def test_a_padded_training_batch_has_the_targets_of_each_image() -> None:
+    model = _build(_tiny())
+    inputs = random_inputs(1, height=64, width=64) + random_inputs(1, height=32, width=48)
+    encoded = []
+    for batch in (inputs, inputs[1:]):
+        images, targets = model.training_batch(batch)
+        predictions = model.network(images)
+        priors = model.priors(predictions.feature_sizes, predictions.input_size)
+        target = targets[-1]
+        match = match_priors(priors, target.boxes, target.classes)
+        height, width = predictions.input_size
+        places = (priors[match.labels > 0] * torch.tensor([width, height, width, height])).round()
+        encoded.append(sorted(places.tolist()))
+    assert encoded[0] == encoded[1] != []
+
+
+@pytest.mark.parametrize("size", [(30, 50), (60, 40)])
+def test_images_are_resized_as_published(size: tuple[int, int]) -> None:
+    sizes = ("MODEL.RETINAFACE.TEST.MIN_SIZE", 64, "MODEL.RETINAFACE.TEST.MAX_SIZE", 90)
+    model = _settled(_tiny(*sizes))
+    inputs = _images(size)
+    image = inputs[0]["image"].permute(1, 2, 0).numpy().astype(np.float32)
+    factor = 90 / max(size) if round(64 / min(size) * max(size)) > 90 else 64 / min(size)
+    expected = cv2.resize(image, None, fx=factor, fy=factor) - np.float32([104, 117, 123])
+    actual = model.preprocess(inputs)[0].permute(1, 2, 0)
+    np.testing.assert_allclose(actual, expected, atol=2e-4)
+    # Boxes of the whole image come back in its pixels.
+    plain = _settled(_tiny())
+    resized = {"image": torch.from_numpy(cv2.resize(image, None, fx=factor, fy=factor))}
+    resized["image"] = resized["image"].permute(2, 0, 1)
+    plain.clip_boxes = model.clip_boxes = False
+    # Candidates, not detections: NMS counts whole pixels of the image.
+    plain.nms_threshold = model.nms_threshold = 1.1
+    of_resized = plain([resized])[0]["instances"].pred_boxes.tensor
+    of_image = model(inputs)[0]["instances"].pred_boxes.tensor
+    torch.testing.assert_close(of_image * factor, of_resized, atol=1e-2, rtol=0)
+
+
+def test_pictures_resized_before_are_not_resized_again(caplog: pytest.LogCaptureFixture) -> None:
+    cfg = _tiny("MODEL.RETINAFACE.TEST.MIN_SIZE", 64, "INPUT.MIN_SIZE_TEST", 100)
+    assert _build(cfg).min_size == 0
+    assert "INPUT.MIN_SIZE_TEST" in caplog.text
+
+
+def test_boxes_are_clipped_on_request_alone() -> None:
+    model = _settled(_tiny())
+    inputs = _images((40, 50))
+    clipped = model(inputs)[0]["instances"].pred_boxes.tensor
+    model.clip_boxes = False
+    free = model(inputs)[0]["instances"].pred_boxes.tensor
+    assert free.amin() < 0
+    high = torch.tensor([50.0, 40.0, 50.0, 40.0])
+    torch.testing.assert_close(clipped, free.clamp(min=0).minimum(high))
+
+
+def test_the_papers_network_trains() -> None:
+    cfg = model_zoo.get_config("retinaface/R_50_dcn_5level_wider.yaml")
+    cfg.merge_from_list(
+        ["MODEL.DEVICE", "cpu", "MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
+    )
+    cfg.merge_from_list(["MODEL.RETINAFACE.FPN_CHANNELS", 16])
+    model = _build(cfg)
+    assert len(model.head.logits) == 1 and len(model.head.context) == 5
+    assert model.head.strides == [4, 8, 16, 32, 64]
+    inputs = random_inputs(2, height=70, width=90)
+    for x in inputs:
+        x["instances"].gt_classes[:] = 0
+        points = x["instances"].gt_keypoints.tensor
+        x["instances"].gt_keypoints = Keypoints(torch.cat([points, points[:, :2]], dim=1))
+    sum(model(inputs).values()).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    result = model.eval()(_images((70, 90)))[0]["instances"]
+    assert result.pred_keypoints.shape[1:] == (5, 3)
+
+
+def test_boxes_alone() -> None:
+    model = _build(_tiny("MODEL.KEYPOINT_ON", False))
+    inputs = random_inputs(1)
+    inputs[0]["instances"].remove("gt_keypoints")
+    assert set(model(inputs)) == {"loss_box", "loss_class"}
+    assert not model.eval()(inputs)[0]["instances"].has("pred_keypoints")
+
+
+# Matching and losses
+
+
+def test_matching_quirks() -> None:
+    # Priors side by side, of 0.1; in centre form.
+    priors = torch.tensor([[0.05 + 0.1 * i, 0.05, 0.1, 0.1] for i in range(5)])
+    corner = torch.tensor([0.0, 0.0, 0.1, 0.1])
+    boxes = torch.stack(
+        [
+            corner,
+            corner + torch.tensor([0.01, 0.0, 0.0, 0.0]),  # the same best prior: the last has it
+            torch.tensor([0.205, 0.0, 0.225, 0.1]),  # IoU 0.2 with prior 2: forced
+            torch.tensor([0.41, 0.01, 0.42, 0.02]),  # IoU 0.01: dropped
+        ]
+    )
+    classes = torch.zeros(4, dtype=torch.int64)
+    labels, faces = match_priors(priors, boxes, classes, forced_iou=0.19)
+    assert labels.tolist() == [1, BACKGROUND, 1, BACKGROUND, BACKGROUND]
+    assert faces[[0, 2, 4]].tolist() == [1, 2, 3]
+    # The dropped face takes over a positive prior.
+    boxes[2] = corner + torch.tensor([0.4, 0.0, 0.4, 0.0])
+    labels, faces = match_priors(priors, boxes, classes)
+    assert labels.tolist() == [1, BACKGROUND, BACKGROUND, BACKGROUND, 1]
+    assert faces[4] == 3
+    # No face is matched well enough: no positives at all.
+    labels, _ = match_priors(priors, boxes[3:], classes[3:])
+    assert (labels == BACKGROUND).all()
+    labels, _ = match_priors(priors, boxes[2:3] * 0.99, classes[2:3], positive_iou=0.99)
+    assert (labels[4], NEUTRAL in labels) == (1, False)
+    boxes = torch.cat([boxes[2:3], boxes[2:3] - torch.tensor([0.05, 0.0, 0.05, 0.0])])
+    labels, _ = match_priors(priors, boxes, classes[:2], positive_iou=0.5, negative_iou=0.3)
+    assert labels[4] == 1 and labels[3] in (1, NEUTRAL)
+
+
+def test_only_annotated_points_are_trained() -> None:
+    model = _build(_tiny())
+    inputs = random_inputs(1)
+    keypoints = inputs[0]["instances"].gt_keypoints.tensor
+    keypoints[0, :, 2] = 0
+    keypoints[1:, 0, 2] = 0
+    images, targets = model.training_batch(inputs)
+    predictions = model.network(images)
+    losses = model.losses(predictions, targets)
+    keypoints[0] = 1e6 * (1 - keypoints.new_tensor([0, 0, 1]))
+    keypoints[1:, 0, :2] = -1e6
+    _, far_away = model.training_batch(inputs)
+    again = model.losses(predictions, far_away)
+    assert losses["loss_landmark"].item() == again["loss_landmark"].item() > 0
+    keypoints[..., 2] = 0
+    _, nothing = model.training_batch(inputs)
+    losses = model.losses(predictions, nothing)
+    assert losses["loss_landmark"].item() == 0 and losses["loss_box"].item() > 0
+
+
+def test_negatives_of_the_batch_and_of_empty_images() -> None:
+    logits = torch.zeros(2, 4, 2)
+    logits[0, :, 1] = torch.tensor([5.0, 1.0, 0.5, 0.0])
+    logits[1, :, 1] = torch.tensor([4.0, 3.0, 2.0, 0.1])
+    labels = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0]])
+    by_image = RetinaFaceCriterion(negatives_per_positive=2)
+    assert by_image.mine(logits, labels).tolist() == [[False, True, True, False], [False] * 4]
+    by_batch = RetinaFaceCriterion(negatives_per_positive=2, mining="batch")
+    assert by_batch.mine(logits, labels).tolist() == [[False] * 4, [True, True, False, False]]
+    empty = RetinaFaceCriterion(negatives_per_positive=2, min_negatives=1)
+    assert empty.mine(logits, labels).sum(dim=1).tolist() == [2, 1]
+    with pytest.raises(ValueError, match="MINING"):
+        RetinaFaceCriterion(mining="pool")
+
+
+def test_odd_annotations() -> None:
+    instances = Instances((50, 60))
+    instances.gt_boxes = Boxes(
+        torch.tensor([[5.0, 5, 5, 20], [-10.0, 30, 12, 60], [0.0, 0, 60, 50], [9.0, 9, 9, 9]])
+    )
+    instances.gt_classes = torch.zeros(4, dtype=torch.int64)
+    instances.gt_keypoints = Keypoints(torch.zeros(4, 3, 3))
+    inputs = {"image": torch.zeros(3, 50, 60), "instances": instances}
+    targets = read_targets(inputs, (50, 60), 3, torch.device("cpu"))
+    assert len(targets.boxes) == 2  # those without area are left out, half outside is fine
+    model = _build(_tiny())
+    losses = model([inputs])
+    assert all(torch.isfinite(x) for x in losses.values())
+    crowd = Instances((50, 60))
+    x, y = torch.rand(2, 1000) * 50
+    crowd.gt_boxes = Boxes(torch.stack([x, y, x + 6, y + 7], dim=1))
+    crowd.gt_classes = torch.zeros(1000, dtype=torch.int64)
+    crowd.gt_keypoints = Keypoints(torch.rand(1000, 3, 3) * 50)
+    assert all(torch.isfinite(x) for x in model([inputs | {"instances": crowd}]).values())
+    with pytest.raises(ValueError, match=r"NUM_KEYPOINTS is 5"):
+        read_targets(inputs, (50, 60), 5, torch.device("cpu"))
+    instances.remove("gt_keypoints")
+    with pytest.raises(ValueError, match="KEYPOINT_ON"):
+        read_targets(inputs, (50, 60), 3, torch.device("cpu"))
+
+
+# Post-processing
+
+
+def _plain_nms(boxes: Tensor, threshold: float) -> list[int]:
+    keep: list[int] = []
+    for i, (x1, y1, x2, y2) in enumerate(boxes.double().tolist()):
+        area = (x2 - x1 + 1) * (y2 - y1 + 1)
+        for j in keep:
+            a1, b1, a2, b2 = boxes[j].double().tolist()
+            width = max(0, min(x2, a2) - max(x1, a1) + 1)
+            height = max(0, min(y2, b2) - max(y1, b1) + 1)
+            other = (a2 - a1 + 1) * (b2 - b1 + 1)
+            if width * height / (area + other - width * height) > threshold:
+                break
+        else:
+            keep.append(i)
+    return keep
+
+
+def test_nms_counts_whole_pixels_in_each_image_and_class() -> None:
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.rand(3, 60, 2, generator=generator) * 30 - 10
+    boxes = torch.cat([corner, corner + torch.rand(3, 60, 2, generator=generator) * 6], dim=2)
+    scores = torch.linspace(1, 0, 60).expand(3, -1)
+    classes = torch.randint(0, 2, (3, 60), generator=generator)
+    scores = torch.cat([scores[:2], scores[2:] * 0.01])  # nothing in the last image
+    found = select(
+        Candidates(scores, classes, boxes, classes, boxes), nms_threshold=0.3, max_detections=25
+    )
+    for image in range(2):
+        expected = []
+        for label in (0, 1):
+            members = ((classes[image] == label) & (scores[image] > 0.02)).nonzero()[:, 0]
+            expected += members[_plain_nms(boxes[image, members], 0.3)].tolist()
+        assert found[image].tolist() == sorted(expected)[:25]
+    assert len(found[2]) == 0
+    # Few detections, so that NMS looks at twice as many candidates first; 0.9 keeps most of them.
+    for limit, threshold in ((4, 0.9), (4, 0.0), (30, 0.0)):
+        options = {"nms_threshold": threshold, "score_threshold": -1.0}
+        candidates = Candidates(scores, classes, boxes, classes, boxes)
+        full = select(candidates, max_detections=60, **options)
+        some = select(candidates, max_detections=limit, **options)
+        assert [x.tolist() for x in some] == [x[:limit].tolist() for x in full]
+
+
+def test_shapes_do_not_depend_on_values() -> None:
+    model = _settled(_tiny())
+    images = model.preprocess(_images((61, 83), (61, 83)))
+    with torch.no_grad():
+        expected = model._decode(model.network(images))
+        compiled = torch.compile(
+            lambda x: model._decode(model.network(x)), fullgraph=True, backend="eager"
+        )
+        found = compiled(images)
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)
+
+
+# Published files
+
+
+def _published(backbone: str) -> dict[str, Tensor]:
+    """Names and shapes of the published files; ResNet-50 with torchvision's names."""
+    shapes = dict(Fixture(REFERENCE / "mobilenet025").manifest["parameters"])
+    if backbone == "mobilenet":
+        return {name: torch.zeros(shape) for name, shape in shapes.items()}
+    from torchvision.models import resnet50
+
+    state = {f"body.{k}": v for k, v in resnet50().state_dict().items() if not k.startswith("fc.")}
+    inputs = {"fpn.output1.0": 512, "fpn.output2.0": 1024, "fpn.output3.0": 2048}
+    for name, shape in shapes.items():
+        if name.startswith("body."):
+            continue
+        shape = [4 * n if n % 16 == 0 else n for n in shape]
+        if (layer := name.removesuffix(".weight")) in inputs:
+            shape[1] = inputs[layer]
+        state[name] = torch.zeros(shape)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("backbone", "config", "entries", "parameters"),
+    [("mobilenet", "mobilenet025_wider", 300, 426_608), ("resnet", "R_50_wider", 456, 27_293_600)],
+)
+def test_published_files(backbone: str, config: str, entries: int, parameters: int) -> None:
+    published = _published(backbone)
+    assert len(published) == entries
+    cfg = model_zoo.get_config(f"retinaface/{config}.yaml")
+    cfg.MODEL.DEVICE = "cpu"
+    model = _build(cfg)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    model.load_state_dict(convert_state_dict("retinaface", published), strict=True)
+    wrapped = {"state_dict": {f"module.{k}": v for k, v in published.items()}}
+    assert convert_state_dict("retinaface", wrapped).keys() == model.state_dict().keys()
+
+
+def test_wrong_files_are_refused() -> None:
+    with pytest.raises(ConversionError, match="SCRFD"):
+        convert_state_dict("retinaface", {"bbox_head.weight": torch.zeros(1)})
+    published = _published("mobilenet")
+    published["ClassHead.3.conv1x1.bias"] = torch.zeros(4)
+    with pytest.raises(ConversionError, match=r"ClassHead\.3"):
+        convert_state_dict("retinaface", published)
+
+
+def test_swapped_channels_change_the_result() -> None:
+    model = _settled(_tiny())
+    inputs = _images((40, 50))
+    swapped = [{"image": inputs[0]["image"].flip(0)}]
+    scores, other = (model(x)[0]["instances"].scores for x in (inputs, swapped))
+    assert len(scores) != len(other) or not torch.allclose(scores, other, atol=1e-4)
+
+
+def test_priors_of_many_sizes_are_not_kept_for_ever() -> None:
+    model = _settled(_tiny())
+    for width in range(32, 72):
+        model(_images((32, width)))
+    assert len(model._priors) <= 32
+    cells = F.max_pool2d(torch.zeros(1, 1, 32, 71), 1, stride=8).shape[-2:]
+    assert next(reversed(model._priors))[0][0] == tuple(cells)
