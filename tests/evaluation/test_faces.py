@@ -221,3 +221,9 @@ def test_ap50_is_coco_s(register) -> None:
     results = evaluate(records, *outputs)
     assert 20 < results["bbox"]["AP50"] < 90
     assert results["faces"]["AP50-all"] == pytest.approx(results["bbox"]["AP50"], abs=1e-6)
+
+
+def test_size_is_of_the_face(register) -> None:
+    records = register([face(10, 10, 16, 16)])
+    results = evaluate(records, predict([face(10, 10, 15, 16)]))
+    assert results["faces"]["AP50-from16"] == 100 and np.isnan(results["faces"]["AP50-0to16"])
