@@ -112,7 +112,7 @@ def register_faces(
 
 def face_metadata() -> dict[str, Any]:
     """Detectron2's metadata of the class and of the five points."""
-    keypoints = Keypoints(FACES.keypoints, FACES.flip_pairs, FACES.skeleton)
+    keypoints = Keypoints(FACES.keypoints, FACES.flip_pairs, FACES.skeleton, FACES.sigmas)
     return {
         **keypoint_metadata(keypoints),
         "thing_classes": [FACES.category],
