@@ -21,6 +21,11 @@
     landmarks: wflw
     train: {json: list_train.txt, images: WFLW_images/}
 
+    # faces to detect, with five points: WIDER FACE's text, label.txt, or COCO-keypoint JSON
+    name: crowd
+    landmarks: faces
+    train: {json: label.txt, images: images/}
+
     # streets.yaml
     name: streets
     train: {panoptic_json: train.json, panoptic_root: train_png/, images: train/}

@@ -24,6 +24,7 @@ from d2ext.data.dataset_facts import dataset_facts, oks_sigmas
 from d2ext.data.errors import DatasetError
 from d2ext.data.image_io import read_label_map
 from d2ext.evaluation.coco import COCOEvaluator
+from d2ext.evaluation.faces import FaceEvaluator
 from d2ext.evaluation.landmarks import LandmarkEvaluator
 from d2ext.evaluation.optical_flow import OpticalFlowEvaluator
 from d2ext.evaluation.panoptic import COCOPanopticEvaluator
@@ -51,6 +52,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
                                  ones for which the model has an output
     ``landmarks``                landmark metrics, by ``landmark_metrics`` of the metadata: NME, PCK,
                                  PCKh; "oks" adds COCO's keypoint AP
+    ``faces``                    boxes, also by face size, NME of points and meshes
     ``wider_face``               WIDER FACE's AP: easy, medium, hard
     ``sem_seg``                  semantic segmentation
     ``cityscapes_instance``,     Cityscapes' own scripts (package ``cityscapesscripts``)
@@ -173,6 +175,12 @@ def landmarks(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
         return errors
     # COCO's is the last: it shifts the predicted keypoints in place.
     return DatasetEvaluators([errors, coco(cfg, name, folder)])
+
+
+@EVALUATOR_REGISTRY.register()
+def faces(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
+    """Boxes, points, meshes."""
+    return FaceEvaluator(name, folder)
 
 
 @EVALUATOR_REGISTRY.register()

@@ -37,7 +37,6 @@ from tabulate import tabulate
 
 from d2ext.data.coco_json import read_text
 from d2ext.data.errors import DatasetError
-from d2ext.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ _FOLDERS = ("", "ground_truth", "eval_tools/ground_truth", "wider_face_split")
 # Without the official files: lower faces do not count. On the validation set this leaves 32,764 faces,
 # where "hard" has 31,958.
 _MIN_HEIGHT = 10.0
-# No score at least this high: the detections were probably cut at a high threshold, see _warn.
+# No score at least this high: the detections were probably cut at a high threshold.
 _LOW_SCORE = 0.1
 
 
@@ -286,14 +285,9 @@ def wider_detections(instances: Instances) -> np.ndarray:
     Returns:
         (N, 5) float64 x, y, w, h, score, by falling score. Corners are cut to whole pixels towards 0,
         and w = int(x1) - int(x0), as published.
-
-    Raises:
-        ValueError: boxes that all lie in 0..1: they were not scaled to pixels.
     """
     boxes = instances.pred_boxes.tensor.detach().double().numpy()
     scores = instances.scores.detach().double().numpy()
-    if len(boxes) and boxes.max() <= 1 and max(instances.image_size) > 1:
-        raise ValueError("All predicted boxes lie in 0..1: pred_boxes are pixels of the image.")
     order = np.argsort(-scores, kind="stable")
     corners = np.trunc(boxes[order])
     return np.column_stack([corners[:, :2], corners[:, 2:] - corners[:, :2], scores[order]])
@@ -309,8 +303,10 @@ def write_wider_results(detections: Mapping[str, np.ndarray], folder: str) -> No
         path = os.path.join(folder, f"{key}.txt")
         os.makedirs(os.path.dirname(path), exist_ok=True)
         lines = [key.rsplit("/", 1)[-1], str(len(rows))]
-        lines += [" ".join([*(f"{v:g}" for v in r[:4]), f"{r[4]:.9g}"]) for r in rows.tolist()]
-        with atomic_write(path, "w") as file:
+        lines += ["{:g} {:g} {:g} {:g} {:.9g}".format(*row) for row in rows.tolist()]
+        # Not flushed to the disk one by one, which would take longer than the evaluation: a file that is
+        # cut short has another number of lines than it says.
+        with open(path, "w", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
 
 
@@ -420,6 +416,9 @@ class WiderFaceEvaluator(DatasetEvaluator):
 
         Returns:
             ``{"wider_face": {"AP-<setting>": percent}}``; None in all processes but the main one.
+
+        Raises:
+            ValueError: boxes that all lie in 0..1: they were not scaled to pixels.
         """
         detections = self._detections
         if self._distributed:
@@ -427,11 +426,14 @@ class WiderFaceEvaluator(DatasetEvaluator):
             if not comm.is_main_process():
                 return None
             detections = dict(itertools.chain.from_iterable(d.items() for d in gathered))
+        _check(detections)
         if self._output_dir:
             folder = os.path.join(self._output_dir, "wider_face")
-            write_wider_results(detections, folder)
-            logger.info("Detections are in %s as WIDER FACE's text files.", folder)
-        _warn(detections)
+            try:
+                write_wider_results(detections, folder)
+                logger.info("Detections are in %s as WIDER FACE's text files.", folder)
+            except OSError as error:  # a full disk should cost the files, not the scores
+                logger.error("Could not write %s (%s). Scores are not affected.", folder, error)
         if self._images is None:
             return OrderedDict()
         self.curves = wider_curves(detections, self._images)
@@ -442,8 +444,12 @@ class WiderFaceEvaluator(DatasetEvaluator):
         return OrderedDict(wider_face=results)
 
 
-def _warn(detections: Mapping[str, np.ndarray]) -> None:
-    lowest = min((float(d[:, 4].min()) for d in detections.values() if len(d)), default=0.0)
+def _check(detections: Mapping[str, np.ndarray]) -> None:
+    """What users ran into: raise for fractions instead of pixels, warn of a high threshold."""
+    rows = np.concatenate([np.zeros((0, 5)), *detections.values()])
+    if len(rows) and (rows[:, :2] + rows[:, 2:4]).max() <= 1:
+        raise ValueError("All predicted boxes lie in 0..1: pred_boxes are pixels of the image.")
+    lowest = float(rows[:, 4].min()) if len(rows) else 0.0
     if lowest >= _LOW_SCORE:
         logger.warning(
             "No detection has a score below %g (lowest %.3g). Published figures keep all above 0.02; a "

@@ -101,8 +101,10 @@ def register_faces(
             return
         raise DatasetError(f"Data set '{name}' is already registered. Choose another name.")
     load = partial(load_faces, annotations, images, kind, origin)
-    if not any(record.get("annotations") for record in load()):  # errors belong here
+    faces = [face for record in load() for face in record.get("annotations", ())]
+    if not faces:  # errors belong here, not to the first epoch
         raise DatasetError(f"'{annotations}' has no face.")
+    _warn_of_viewpoint(annotations, faces)
     metadata: dict[str, Any] = {"image_root": images, "face_source": source}
     if kind == "faces" and annotations.lower().endswith(".json"):
         metadata.update(mesh_metadata(annotations))
@@ -110,9 +112,21 @@ def register_faces(
     MetadataCatalog.get(name).set(evaluator_type="faces", **face_metadata(), **metadata)
 
 
+def _warn_of_viewpoint(annotations: str, faces: list[Record]) -> None:
+    """COCO's left eye is the person's, which is on the right of the image."""
+    points = np.array([f["keypoints"] for f in faces if "keypoints" in f]).reshape(-1, 5, 3)
+    eyes = points[(points[:, :2, 2] > 0).all(axis=1), :2, 0]
+    if len(eyes) and (eyes[:, 0] > eyes[:, 1]).mean() > 0.5:
+        logger.warning(
+            "In '%s' the left eye is to the right of the right eye in most faces: left and right are "
+            "probably the person's. The five points are %s, as the image shows them.",
+            *(annotations, ", ".join(FACES.keypoints)),
+        )
+
+
 def face_metadata() -> dict[str, Any]:
     """Detectron2's metadata of the class and of the five points."""
-    keypoints = Keypoints(FACES.keypoints, FACES.flip_pairs, FACES.skeleton)
+    keypoints = Keypoints(FACES.keypoints, FACES.flip_pairs, FACES.skeleton, FACES.sigmas)
     return {
         **keypoint_metadata(keypoints),
         "thing_classes": [FACES.category],

@@ -75,7 +75,7 @@ def register(name: str, tmp_path: Path, annotations: list[dict], **category: obj
     register_from_arguments(parser.parse_args([*arguments, "--landmarks", "faces"]))
 
 
-def test_points_and_meshes_reach_the_model(name, tmp_path: Path) -> None:
+def test_points_and_meshes_reach_the_model(name, tmp_path: Path, caplog) -> None:
     faces = [
         {"keypoints": POINTS, "mesh": MESH},
         {},  # neither points nor mesh
@@ -83,6 +83,7 @@ def test_points_and_meshes_reach_the_model(name, tmp_path: Path) -> None:
         {"bbox": [30, 30, 0, 5]},
     ]
     register(name, tmp_path, faces, mesh_file="head.obj")
+    assert "probably the person's" not in caplog.text
     metadata = MetadataCatalog.get(f"{name}_train")
     assert metadata.mesh_flip == [1, 0, 2] and metadata.mesh_file == str(tmp_path / "head.obj")
     assert metadata.evaluator_type == "faces"
@@ -172,6 +173,12 @@ def test_names_taken_and_no_faces(name, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("# a.jpg\n")
     with pytest.raises(DatasetError, match="has no face"):
         register_faces(f"{name}_val", str(tmp_path / "empty.txt"), str(tmp_path))
+
+
+def test_left_of_the_person(name, tmp_path: Path, caplog) -> None:
+    swapped = np.reshape(POINTS, (5, 3))[[1, 0, 2, 4, 3]].ravel().tolist()
+    register(name, tmp_path, [{"keypoints": swapped}, {}])
+    assert "probably the person's" in caplog.text
 
 
 @pytest.fixture
