@@ -10,10 +10,10 @@ Letters: V vertices, E edges, A priors, a priors at a cell, n gathered priors, c
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
+from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,7 +39,7 @@ def mesh_topology(path: str) -> MeshTopology | None:
     Raises:
         DatasetError: no OBJ.
     """
-    if not os.path.isfile(path):
+    if not PathManager.isfile(path):
         return None
     vertices, triangles = (torch.from_numpy(x) for x in read_topology(path))
     low, high = vertices.amin(dim=0), vertices.amax(dim=0)
