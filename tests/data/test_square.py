@@ -101,6 +101,12 @@ def test_all_interpolations_are_drawn() -> None:
     assert seen == set(INTERPOLATIONS)
 
 
+def test_points_at_the_border_stay_there() -> None:
+    for side in range(1, 200):
+        tfm = InterpolatedResizeTransform(side, side, 640, 640, cv2.INTER_LINEAR)
+        assert tfm.apply_coords(np.array([[0.0, side]])).tolist() == [[0.0, 640.0]]
+
+
 def test_the_recipe() -> None:
     cfg = model_zoo.get_config("retinaface/mobilenet025_wider.yaml")
     augmentations = build_augmentations(cfg, True)

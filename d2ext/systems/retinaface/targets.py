@@ -102,7 +102,7 @@ def match_priors(
 
     A prior takes the face of highest IoU. It is positive from ``positive_iou`` up, background below
     ``negative_iou``, neutral in between. The best prior of each face that overlaps it by ``forced_iou``
-    is positive in any case; if there is no such face, the image has no positives.
+    is positive in any case.
 
     Published quirk: then the best prior of *each* face, in their order, is assigned to it, even if the
     face was left out above. So it may take over a positive prior of another face, and of several faces
@@ -128,5 +128,5 @@ def match_priors(
     objects = torch.where(owner >= 0, owner, objects)
     labels = classes[objects] + 1
     labels = labels.masked_fill(best_of_prior < positive_iou, NEUTRAL)
-    background = (best_of_prior < negative_iou) | ~forced.any()
-    return PriorMatches(labels.masked_fill(background, BACKGROUND), objects)
+    labels = labels.masked_fill(best_of_prior < negative_iou, BACKGROUND)
+    return PriorMatches(labels, objects)

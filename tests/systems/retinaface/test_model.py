@@ -218,6 +218,8 @@ def test_negatives_of_the_batch_and_of_empty_images() -> None:
     assert by_batch.mine(logits, labels).tolist() == [[False] * 4, [True, True, False, False]]
     empty = RetinaFaceCriterion(negatives_per_positive=2, min_negatives=1)
     assert empty.mine(logits, labels).sum(dim=1).tolist() == [2, 1]
+    both = RetinaFaceCriterion(negatives_per_positive=2, min_negatives=2, mining="batch")
+    assert both.mine(logits, labels).sum(dim=1).tolist() == [1, 3]
     with pytest.raises(ValueError, match="MINING"):
         RetinaFaceCriterion(mining="pool")
 
@@ -284,7 +286,13 @@ def test_nms_counts_whole_pixels_in_each_image_and_class() -> None:
             expected += members[_plain_nms(boxes[image, members], 0.3)].tolist()
         assert found[image].tolist() == sorted(expected)[:25]
     assert len(found[2]) == 0
+    # Boxes beyond the corners of different images, which end up side by side if they are only shifted.
+    corners = torch.tensor([[[90.0, 90, 100, 100]], [[-10.0, -10, 0, 0]]])
+    one, zero = torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int64)
+    apart = select(Candidates(one, zero, corners, zero, corners), nms_threshold=0.0)
+    assert [x.tolist() for x in apart] == [[0], [0]]
     # Few detections, so that NMS looks at twice as many candidates first; 0.9 keeps most of them.
+    boxes[0, 1:10] = boxes[0, 0]  # and this time does not find enough among them
     for limit, threshold in ((4, 0.9), (4, 0.0), (30, 0.0)):
         options = {"nms_threshold": threshold, "score_threshold": -1.0}
         candidates = Candidates(scores, classes, boxes, classes, boxes)
