@@ -1,6 +1,7 @@
-"""torchvision's ImageNet ResNets and MobileNetV2 as backbones.
+"""Networks trained on ImageNet as backbones: torchvision's ResNets and MobileNetV2, and the
+MobileNetV1 x0.25 that is published with RetinaFace.
 
-The result has the names of Detectron2's ResNet, or of d2ext's MobileNetV2, without a prefix;
+The result has the names of Detectron2's ResNet, or of d2ext's MobileNets, without a prefix;
 ``DetectionCheckpointer`` finds where they belong by its name-matching heuristics.
 """
 
@@ -53,18 +54,58 @@ _MOBILENET_RULES = (
     Rule(r"features\.(\d+)\.(.*)", lambda m: "group{}.{}.".format(*_GROUP_OF[int(m[1])]) + m[2]),
     Rule(r"classifier\..*", None),
 )
+
+
+def mobilenet_v1_rules(source: str, target: str) -> tuple[Rule, ...]:
+    """How the names of RetinaFace's MobileNetV1 become those of d2ext's.
+
+    Args:
+        source: regular expression before ``stage1``, without groups.
+        target: prefix of d2ext's names.
+    """
+
+    def leaf(index: int, name: str) -> str:
+        return f"norm.{name}" if index else name
+
+    def block(match: re.Match[str]) -> str:
+        # convolutions at 0 and 3, their norms at 1 and 4
+        part, index = divmod(int(match[3]), 3)
+        layer = ("depthwise", "pointwise")[part]
+        return f"{target}stage{match[1]}.{match[2]}.{layer}.{leaf(index, match[4])}"
+
+    return (
+        Rule(
+            rf"{source}stage1\.0\.([01])\.(\w+)",
+            lambda m: f"{target}stage1.0.conv.{leaf(int(m[1]), m[2])}",
+        ),
+        Rule(rf"{source}stage([123])\.(\d)\.([0134])\.(\w+)", block),
+    )
+
+
+_MOBILENET_V1_RULES = (
+    *mobilenet_v1_rules("", ""),
+    # the ImageNet classifier
+    Rule(r"fc\.(weight|bias)", None),
+)
 # Converter → names that tell its checkpoints.
 _MARKS = {
     "torchvision_resnet": {"conv1.weight", "bn1.weight", "layer1.0.conv1.weight"},
     "torchvision_mobilenetv2": {"features.0.0.weight", "features.1.conv.1.weight"},
+    "mobilenet_v1": {"stage1.0.0.weight", "stage3.1.3.weight"},
 }
 # Systems whose files are backbones trained on a classification task.
 BACKBONE_SYSTEMS = tuple(_MARKS)
 
 
 def torchvision_backbone(state_dict: StateDict) -> str:
-    """The converter for one of torchvision's backbones, told by its names; "" for anything else."""
+    """The converter for one of these backbones, told by its names; "" for anything else."""
     return next((system for system, names in _MARKS.items() if names <= set(state_dict)), "")
+
+
+@register_converter("mobilenet_v1")
+def convert_mobilenet_v1(state_dict: StateDict) -> dict[str, Tensor]:
+    """MobileNetV1 x0.25 published with RetinaFace → names of d2ext's, classifier left out."""
+    return apply_rules(state_dict, _MOBILENET_V1_RULES)
 
 
 @register_converter("torchvision_mobilenetv2")

@@ -194,7 +194,7 @@ def convert(cfg: CfgNode, source: str, system: str | None) -> tuple[dict[str, ob
     backbone = torchvision_backbone(published)
     if backbone and system not in BACKBONE_SYSTEMS:
         raise ConversionError(
-            f"'{source}' holds a backbone of torchvision, not a whole {system} model: give "
+            f"'{source}' holds a backbone, not a whole {system} model: give "
             f"--system {backbone} to use it as one."
         )
     converted = convert_state_dict(system, published)

@@ -14,7 +14,7 @@ from d2ext.checkpoint.convert import (
     apply_rules,
     register_converter,
 )
-from d2ext.checkpoint.torchvision import resnet_rules
+from d2ext.checkpoint.torchvision import mobilenet_v1_rules, resnet_rules
 
 BOTTOM_UP = "backbone.bottom_up."
 # The published pyramid counts levels from 1, which is p3.
@@ -53,20 +53,6 @@ _PYRAMID_AND_HEADS = (
 )
 
 
-def _separable(match: re.Match[str]) -> str:
-    """Convolutions at 0 and 3, their norms at 1 and 4."""
-    part, index = (
-        ("depthwise", int(match[3])) if match[3] in "01" else ("pointwise", int(match[3]) - 3)
-    )
-    return f"{BOTTOM_UP}stage{match[1]}.{match[2]}.{part}.{_leaf(str(index), match[4])}"
-
-
-_MOBILENET = (
-    Rule(rf"body\.stage1\.0\.{_LEAF}", lambda m: f"{BOTTOM_UP}stage1.0.conv.{_leaf(m[1], m[2])}"),
-    Rule(r"body\.stage([123])\.(\d)\.([0134])\.(\w+)", _separable),
-)
-
-
 @register_converter("retinaface")
 def convert_retinaface(state_dict: StateDict) -> dict[str, Tensor]:
     """Published RetinaFace checkpoint, MobileNet-0.25 or ResNet-50 → :class:`RetinaFace`'s state dict.
@@ -81,7 +67,7 @@ def convert_retinaface(state_dict: StateDict) -> dict[str, Tensor]:
             "converted."
         )
     backbone = (
-        _MOBILENET
+        mobilenet_v1_rules(r"body\.", BOTTOM_UP)
         if "body.stage1.0.0.weight" in state_dict
         else resnet_rules(r"body\.", r"body\.layer", BOTTOM_UP, first_stage=1)
     )

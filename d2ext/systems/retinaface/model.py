@@ -25,6 +25,7 @@ from d2ext.codecs.boxes import clip_boxes
 from d2ext.codecs.canvas import scale_points
 from d2ext.codecs.image_scale import axis_scales, scaled_size, short_side_scale
 from d2ext.codecs.prior_boxes import prior_boxes
+from d2ext.config import ConfigError
 from d2ext.layers.opencv_resample import resize_float_like_opencv
 from d2ext.modeling.meta_arch import MetaArch, image_size, output_size
 from d2ext.systems.retinaface.head import RetinaFaceHead, RetinaFacePredictions
@@ -130,6 +131,11 @@ class RetinaFace(MetaArch):
             )
         mesh, topology = None, None
         if face.MESH.NUM_VERTICES > 0:
+            if cfg.INPUT.AUGMENTATION.SQUARE_CROP.PUBLISHED_CLIPPED_POINTS:
+                raise ConfigError(
+                    "INPUT.AUGMENTATION.SQUARE_CROP.PUBLISHED_CLIPPED_POINTS would crush the meshes of "
+                    "faces at the crop's border: set it to False."
+                )
             topology = mesh_topology(face.MESH.FILE)
             mesh = MeshHead(face.FPN_CHANNELS, face.MESH.NUM_VERTICES, len(scales[0]), topology)
         head = RetinaFaceHead(

@@ -16,7 +16,9 @@ from torch.nn import functional as F
 
 from d2ext import model_zoo
 from d2ext.checkpoint import ConversionError, convert_state_dict
+from d2ext.checkpoint.torchvision import torchvision_backbone
 from d2ext.codecs.prior_boxes import BACKGROUND, NEUTRAL
+from d2ext.modeling.mobilenet import MobileNetV1
 from d2ext.systems.retinaface.losses import RetinaFaceCriterion
 from d2ext.systems.retinaface.model import RetinaFace
 from d2ext.systems.retinaface.postprocess import Candidates, select
@@ -351,6 +353,18 @@ def test_published_files(backbone: str, config: str, entries: int, parameters: i
     model.load_state_dict(convert_state_dict("retinaface", published), strict=True)
     wrapped = {"state_dict": {f"module.{k}": v for k, v in published.items()}}
     assert convert_state_dict("retinaface", wrapped).keys() == model.state_dict().keys()
+
+
+def test_the_published_backbone() -> None:
+    body = {k: v for k, v in _published("mobilenet").items() if k.startswith("body.")}
+    trained = {k.removeprefix("body."): torch.full_like(v, 2) for k, v in body.items()}
+    trained |= {"fc.weight": torch.zeros(1000, 256), "fc.bias": torch.zeros(1000)}
+    assert torchvision_backbone(trained) == "mobilenet_v1"
+    wrapped = {"state_dict": {f"module.{k}": v for k, v in trained.items()}}
+    converted = convert_state_dict("mobilenet_v1", wrapped)
+    backbone = MobileNetV1()
+    backbone.load_state_dict(converted, strict=True)
+    assert all((x == 2).all() for x in backbone.parameters())
 
 
 def test_wrong_files_are_refused() -> None:
