@@ -163,7 +163,9 @@ def test_table_of_systems_is_honest() -> None:
         "RetinaFace": "RetinaFace",
         "DensePose": "DensePose",
     }
-    table = re.findall(r"^\| ([^|]+) \| [^|]+ \| (done|in part|not yet) \|$", README, flags=re.MULTILINE)
+    table = re.findall(
+        r"^\| ([^|]+) \| [^|]+ \| (done|in part|not yet) \|$", README, flags=re.MULTILINE
+    )
     # The name is the link's text, where there is a link.
     rows = [(re.sub(r"^\[([^\]]+)\].*", r"\1", name), state) for name, state in table]
     assert {name for name, _ in rows} == set(architectures)
