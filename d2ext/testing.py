@@ -162,6 +162,8 @@ def _tiny_upsnet(cfg: CfgNode) -> None:
 def _tiny_vpsnet(cfg: CfgNode) -> None:
     _tiny_upsnet(cfg)
     cfg.MODEL.META_ARCHITECTURE = "VPSNet"
+    # Batch norms would keep the statistics of random weights.
+    cfg.MODEL.RESNETS.NORM = "GN"
     cfg.MODEL.ANCHOR_GENERATOR.NAME = "RoundedAnchorGenerator"
     cfg.MODEL.PROPOSAL_GENERATOR.NAME = "VPSNetRPN"
     cfg.MODEL.ROI_HEADS.NAME = "VPSNetROIHeads"

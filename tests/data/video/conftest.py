@@ -32,7 +32,6 @@ def register():
 def builtin(tmp_path, monkeypatch):
     """The built-in names in a folder of the test's own."""
     before = set(DatasetCatalog.list())
-    catalog = dict(DatasetCatalog.data)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     names = [
         n
@@ -45,8 +44,9 @@ def builtin(tmp_path, monkeypatch):
         MetadataCatalog.pop(name, None)
     register_builtin_videos()
     yield tmp_path
+    monkeypatch.undo()
     for name in names:
         DatasetCatalog.remove(name)
         MetadataCatalog.pop(name, None)
-        DatasetCatalog.register(name, catalog[name])
+    register_builtin_videos()  # with their metadata
     assert set(DatasetCatalog.list()) == before

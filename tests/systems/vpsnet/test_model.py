@@ -30,6 +30,7 @@ Video = list[dict[str, Any]]
 def config(**keys: Any) -> Any:
     """``MODEL__VPSNET__TRACK=False`` sets MODEL.VPSNET.TRACK."""
     cfg = tiny_config("VPSNet")
+    cfg.MODEL.RESNETS.NORM = "BN"  # as the published models
     for key, value in keys.items():
         cfg.merge_from_list([f"MODEL.{key.replace('__', '.')}", value])
     return cfg
