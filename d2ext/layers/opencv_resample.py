@@ -29,18 +29,28 @@ def _bytes(image: Tensor) -> Tensor:
 
 
 def _resize_weights(
-    new: int, old: int, *, rows: bool = False
+    new: int, old: Tensor, *, rows: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For each new pixel the two old ones and their weights (2048 is 1), on the CPU."""
-    place = ((torch.arange(new, dtype=torch.float64) + 0.5) * (old / new) - 0.5).float()
+    """For each new pixel the two old ones and their weights (2048 is 1).
+
+    Args:
+        new: pixels of the result.
+        old: (..., 1) int64 pixels of lines, at least 1.
+        rows: the lines are columns of rows, not rows of columns.
+
+    Returns:
+        four tensors (..., new), on the device of ``old``
+    """
+    pixels = torch.arange(new, dtype=torch.float64, device=old.device)
+    place = ((pixels + 0.5) * (old.double() / new) - 0.5).float()
     first = place.floor()
     part = place - first
     # Beyond the centres of the outermost pixels there is nothing to interpolate with. OpenCV says so for
     # columns; of rows it takes the outermost twice, with rounded weights.
     if not rows:
         part[(first < 0) | (first >= old - 1)] = 0
-    second = (first.long() + 1).clamp(0, old - 1)
-    first = first.long().clamp(0, old - 1)
+    second = (first.long() + 1).clamp(min=0).minimum(old - 1)
+    first = first.long().clamp(min=0).minimum(old - 1)
     weights = torch.stack([1 - part, part]).mul(_RESIZE_ONE).round().to(torch.int32)
     return first, second, weights[0], weights[1]
 
@@ -58,10 +68,11 @@ def resize_like_opencv(image: Tensor, height: int, width: int) -> Tensor:
     if values.shape[-2:] == (height, width):
         return values.to(torch.uint8)
     left, right, left_weight, right_weight = (
-        x.to(image.device) for x in _resize_weights(width, values.shape[2])
+        x.to(image.device) for x in _resize_weights(width, torch.tensor([values.shape[2]]))
     )
     upper, lower, upper_weight, lower_weight = (
-        x.to(image.device) for x in _resize_weights(height, values.shape[1], rows=True)
+        x.to(image.device)
+        for x in _resize_weights(height, torch.tensor([values.shape[1]]), rows=True)
     )
     lines = values[:, :, left] * left_weight + values[:, :, right] * right_weight
     lines = lines >> 4
@@ -85,17 +96,9 @@ def resize_crops_like_opencv(masks: Tensor, index: Tensor, boxes: Tensor, size: 
     places, weights = [], []
     for low, high, rows in ((boxes[:, 1], boxes[:, 3], True), (boxes[:, 0], boxes[:, 2], False)):
         old = (high - low + 1).clamp(min=1)[:, None]
-        cells = torch.arange(size, device=boxes.device, dtype=torch.float64)
-        place = ((cells + 0.5) * (old.double() / size) - 0.5).float()
-        first = place.floor()
-        part = place - first
-        if not rows:  # OpenCV leaves the fraction beyond the outermost rows as it is
-            part[(first < 0) | (first >= old - 1)] = 0
-        second = (first.long() + 1).clamp(min=0).minimum(old - 1)
-        first = first.long().clamp(min=0).minimum(old - 1)
+        first, second, *pair = _resize_weights(size, old, rows=rows)
         places.append((first + low[:, None], second + low[:, None]))
-        pair = torch.stack([1 - part, part]).mul(_RESIZE_ONE).round().to(torch.int32)
-        weights.append((pair[0], pair[1]))
+        weights.append(pair)
     which = index[:, None, None]
     result = torch.zeros((), dtype=torch.int32, device=masks.device)
     for row, row_weight in zip(*(x[0] for x in (places, weights)), strict=True):

@@ -14,7 +14,7 @@ from d2ext.data.dataset_facts import DatasetFacts, follows_data
 
 
 @follows_data("UPSNet")
-def _upsnet_keys(facts: DatasetFacts) -> dict[str, Any]:
+def upsnet_keys(facts: DatasetFacts) -> dict[str, Any]:
     return {
         "MODEL.ROI_HEADS.NUM_CLASSES": facts.things,
         "MODEL.UPSNET.NUM_STUFF": facts.stuff,

@@ -67,8 +67,11 @@ class UPSNetNetwork(nn.Module):
         return UPSNetPredictions(features, *self.rpn.predict(features), self.semantic(features))
 
 
-def _unchanged(predictions: UPSNetPredictions) -> UPSNetPredictions:
-    """The network's decoding: proposals, the first step after it, have shapes that depend on values."""
+def unchanged(predictions: Any) -> Any:
+    """The network's decoding: proposals, the first step after it, have shapes that depend on values.
+
+    A function of the module, so that models can be pickled.
+    """
     return predictions
 
 
@@ -143,7 +146,7 @@ class UPSNet(MetaArch):
         self.max_candidates = max_candidates
         self.min_size = min_size
         self.max_size = max_size
-        self.set_network(UPSNetNetwork(backbone, proposal_generator, sem_seg_head), _unchanged)
+        self.set_network(UPSNetNetwork(backbone, proposal_generator, sem_seg_head), unchanged)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:

@@ -266,7 +266,7 @@ class UPSNetPostprocessor:
         scales: tuple[float, float] | None = None,
     ) -> dict[str, Any]:
         """One image's semantic score (S + T, h, w) of the padded input, detections and candidates of
-        the panoptic head → its results at ``size`` (height, width).
+        the panoptic head, in videos with ``track_ids`` → its results at ``size`` (height, width).
 
         ``scales``, here and below: pixels of the network's input in one of the output, along height
         and width; None: the ratios of their sizes, which are off where a size was rounded.
@@ -275,7 +275,8 @@ class UPSNetPostprocessor:
         semantic = self.semantic_map(score, detections.image_size, size, scales)
         if self.heuristic is None:
             prediction = self.fuse(score, candidates)
-            panoptic = self.segments(prediction, candidates.image_size, size, scales)
+            ids = candidates.track_ids[prediction.keep] if candidates.has("track_ids") else None
+            panoptic = self.segments(prediction, candidates.image_size, size, scales, ids)
         else:
             panoptic = self.merge(instances, semantic, self.heuristic)
         return {"instances": instances, "sem_seg": semantic, "panoptic_seg": panoptic}

@@ -3,20 +3,13 @@
 It takes UPSNet's keys (``MODEL.UPSNET``) and those of the flow (``MODEL.FLOW``), too.
 """
 
-from typing import Any
-
 from detectron2.config import CfgNode
 
 from d2ext.config import CONFIG_REGISTRY
-from d2ext.data.dataset_facts import DatasetFacts, follows_data
+from d2ext.data.dataset_facts import follows_data
+from d2ext.systems.upsnet.config import upsnet_keys
 
-
-@follows_data("VPSNet")
-def _vpsnet_keys(facts: DatasetFacts) -> dict[str, Any]:
-    return {
-        "MODEL.ROI_HEADS.NUM_CLASSES": facts.things,
-        "MODEL.UPSNET.NUM_STUFF": facts.stuff,
-    }
+follows_data("VPSNet")(upsnet_keys)
 
 
 @CONFIG_REGISTRY.register()

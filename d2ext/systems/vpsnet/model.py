@@ -29,7 +29,7 @@ from d2ext.modeling.flow import FlowEstimator, build_flow
 from d2ext.modeling.inference import InferenceNetwork
 from d2ext.modeling.meta_arch import image_size, output_size
 from d2ext.modeling.video import Inputs, VideoMetaArch
-from d2ext.systems.upsnet.model import UPSNet
+from d2ext.systems.upsnet.model import UPSNet, unchanged
 from d2ext.systems.vpsnet import losses as L
 from d2ext.systems.vpsnet import targets as T
 from d2ext.systems.vpsnet.head import (
@@ -60,11 +60,6 @@ class VPSNetMemory:
     """B × (height, width) of the last frames without padding."""
     objects: list[ObjectMemory]
     """Those of each video; empty without track head."""
-
-
-def _unchanged(predictions: Any) -> Any:
-    """The decoding of both networks; a function of the module, so that models can be pickled."""
-    return predictions
 
 
 def _fit(maps: Tensor, size: Sequence[int]) -> Tensor:
@@ -112,13 +107,13 @@ class VPSNet(UPSNet, VideoMetaArch):
         self.max_objects = max_objects
         self.set_network(
             VPSNetNetwork(self.backbone, fusion, self.proposal_generator, self.sem_seg_head),
-            _unchanged,
+            unchanged,
         )
         self.flow = None if flow is None else flow.requires_grad_(False).eval()
         self.own_flow = own_flow or (flow is not None and not any(True for _ in flow.parameters()))
         self._flow_network: tuple[InferenceNetwork, ...] = ()
         if flow is not None and flow.follows_inference_mode:
-            self._flow_network = (InferenceNetwork(flow, _unchanged, **self._inference_options),)
+            self._flow_network = (InferenceNetwork(flow, unchanged, **self._inference_options),)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:

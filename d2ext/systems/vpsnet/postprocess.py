@@ -209,23 +209,6 @@ class VPSNetPostprocessor(UPSNetPostprocessor):
             result.track_ids = detections.track_ids
         return result
 
-    def __call__(
-        self,
-        score: Tensor,
-        detections: Instances,
-        candidates: Instances,
-        size: tuple[int, int],
-        scales: tuple[float, float] | None = None,
-    ) -> dict[str, Any]:
-        """As the base class."""
-        prediction = self.fuse(score, candidates)
-        ids = candidates.track_ids[prediction.keep] if candidates.has("track_ids") else None
-        return {
-            "instances": self.instances(detections, size, scales),
-            "sem_seg": self.semantic_map(score, candidates.image_size, size, scales),
-            "panoptic_seg": self.segments(prediction, candidates.image_size, size, scales, ids),
-        }
-
     def segments(
         self,
         prediction: PanopticPrediction,
