@@ -23,11 +23,10 @@ from torch.utils._pytree import tree_map_only
 
 from d2ext.codecs.boxes import clip_boxes
 from d2ext.codecs.canvas import scale_points
-from d2ext.codecs.image_scale import axis_scales, scaled_size, short_side_scale
 from d2ext.codecs.prior_boxes import prior_boxes
 from d2ext.config import ConfigError
-from d2ext.layers.opencv_resample import resize_float_like_opencv
-from d2ext.modeling.meta_arch import MetaArch, image_size, output_size
+from d2ext.modeling.meta_arch import image_size, output_size
+from d2ext.modeling.short_side import ShortSideMetaArch, scaled
 from d2ext.systems.retinaface.head import RetinaFaceHead, RetinaFacePredictions
 from d2ext.systems.retinaface.losses import RetinaFaceCriterion
 from d2ext.systems.retinaface.mesh import MeshHead, decode_meshes, mesh_topology
@@ -58,7 +57,7 @@ class RetinaFaceNetwork(nn.Module):
 
 
 @META_ARCH_REGISTRY.register()
-class RetinaFace(MetaArch):
+class RetinaFace(ShortSideMetaArch):
     """RetinaFace for boxes and, if it has these heads, for points and meshes of faces."""
 
     @configurable
@@ -168,11 +167,6 @@ class RetinaFace(MetaArch):
             "clip_boxes": face.TEST.CLIP_BOXES,
         }
 
-    def network_scale(self, size: tuple[int, int]) -> float:
-        """The factor by which an image of ``size`` (height, width) is resized for the network."""
-        # Training images come from the data mapper in the network's size.
-        return 1.0 if self.training else short_side_scale(size, self.min_size, self.max_size)
-
     def preprocess(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
         """Images of the inputs → (B, 3, H, W): in inference resized, then normalised, as published.
 
@@ -185,13 +179,8 @@ class RetinaFace(MetaArch):
         return ImageList.from_tensors([self.normalize(image) for image in images]).tensor
 
     def _resize(self, image: Tensor) -> Tensor:
-        size = (image.shape[1], image.shape[2])
-        scale = self.network_scale(size)
-        if scale == 1:
-            return image
-        return resize_float_like_opencv(
-            image[None], scaled_size(size, scale), axis_scales(size, scale)
-        )[0]
+        scale = self.network_scale((image.shape[1], image.shape[2]))
+        return image if scale == 1 else scaled(image, scale)
 
     def priors(
         self, feature_sizes: Sequence[tuple[int, int]], input_size: tuple[int, int]
@@ -257,8 +246,7 @@ class RetinaFace(MetaArch):
         """
         groups: dict[tuple[int, int], list[int]] = {}
         for i, inputs in enumerate(batched_inputs):
-            size = image_size(inputs)
-            groups.setdefault(scaled_size(size, self.network_scale(size)), []).append(i)
+            groups.setdefault(self.network_size(image_size(inputs)), []).append(i)
         results: dict[int, dict[str, Any]] = {}
         for members in groups.values():
             group = [batched_inputs[i] for i in members]

@@ -34,9 +34,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
-from d2ext.codecs.image_scale import axis_scales, scaled_size, short_side_scale
-from d2ext.layers.opencv_resample import resize_float_like_opencv
-from d2ext.modeling.meta_arch import MetaArch, image_size, output_size
+from d2ext.modeling.meta_arch import image_size, output_size
+from d2ext.modeling.short_side import ShortSideMetaArch, scaled
 from d2ext.systems.upsnet import losses as L
 from d2ext.systems.upsnet import targets as T
 from d2ext.systems.upsnet.boxes import PyramidRoIAlign, end_behind, inclusive
@@ -76,7 +75,7 @@ def unchanged(predictions: Any) -> Any:
 
 
 @META_ARCH_REGISTRY.register()
-class UPSNet(MetaArch):
+class UPSNet(ShortSideMetaArch):
     """UPSNet."""
 
     postprocessor_class: ClassVar[type[UPSNetPostprocessor]] = UPSNetPostprocessor
@@ -183,15 +182,6 @@ class UPSNet(MetaArch):
         pairs = zip(batched_inputs, scales, strict=True)
         return self.pad([self.resize(self.upload(x), scale) for x, scale in pairs])
 
-    def network_scale(self, size: tuple[int, int]) -> float:
-        """The factor by which an image of ``size`` (height, width) is resized for the network."""
-        # Training images come from the data mapper in the network's size.
-        return 1.0 if self.training else short_side_scale(size, self.min_size, self.max_size)
-
-    def network_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(height, width) of an image → those of the network's input without padding."""
-        return scaled_size(size, self.network_scale(size))
-
     def output_scales(self, inputs: dict[str, Any]) -> tuple[float, float]:
         """Pixels of the network's input in one of the output, along height and width."""
         size = image_size(inputs)
@@ -202,11 +192,7 @@ class UPSNet(MetaArch):
     def resize(self, image: Tensor, scale: float) -> Tensor:
         """An image (3, H, W) on the model's device, in 0..255 → float32, normalised, then resized, as
         published."""
-        size = (image.shape[-2], image.shape[-1])
-        images = self.normalize(image.float())[None]
-        return resize_float_like_opencv(images, scaled_size(size, scale), axis_scales(size, scale))[
-            0
-        ]
+        return scaled(self.normalize(image.float()), scale)
 
     def pad(self, images: Sequence[Tensor]) -> Tensor:
         """Normalised images (3, h, w) → (N, 3, H, W), padded with zeros at the bottom and right."""
