@@ -2,8 +2,8 @@
 
 ``D2EXT_BUILD`` chooses what is compiled:
 
-- unset or ``auto``: CPU and CUDA operators if there is a CUDA toolkit of the major version that
-  PyTorch was built with; else CPU operators if there is a C++ compiler; else none.
+- unset or ``auto``: CPU and CUDA operators if there are a GPU and a CUDA toolkit of the major version
+  that PyTorch was built with; else CPU operators if there is a C++ compiler; else none.
 - ``cuda`` / ``cpu``: exactly that; an error if it cannot be.
 - ``0``: nothing.
 
@@ -125,6 +125,8 @@ def choose_build(choice: str) -> tuple[str, Path | None]:
     toolkit, reason = cuda_toolkit(torch.version.cuda)
     if choice == "cuda" and toolkit is None:
         raise SystemExit(f"D2EXT_BUILD=cuda: {reason}")
+    if choice == "auto" and toolkit is not None and not torch.cuda.is_available():
+        toolkit, reason = None, "no GPU here (D2EXT_BUILD=cuda compiles for one all the same)"
     if choice != "cpu" and toolkit is not None:
         say(f"compiling for the CPU and for {reason}")
         return "cuda", toolkit

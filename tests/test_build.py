@@ -79,6 +79,11 @@ def test_auto_takes_cuda_then_the_compiler_then_nothing(build, toolkit, monkeypa
     monkeypatch.setattr(build, "find_compiler", lambda: "/usr/bin/c++")
     assert build.choose_build("auto") == ("cpu", None)
     folder = toolkit("5.5")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert build.choose_build("auto") == ("cpu", None)
+    assert "no GPU here" in capfd.readouterr().err
+    assert build.choose_build("cuda") == ("cuda", folder)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert build.choose_build("auto") == ("cuda", folder)
     assert build.choose_build("cpu") == ("cpu", None)
     assert build.choose_build("0") == ("0", None)
