@@ -22,9 +22,6 @@ def add_vpsnet_config(cfg: CfgNode) -> None:
     vpsnet.TRACK = True
     # Sides of the cost volume between the fused frames, in cells of stride 4: 2 * this + 1.
     vpsnet.MAX_DISPLACEMENT = 4
-    # In training the backbone's batch norms stay in evaluation mode: their weights are trained, their
-    # statistics are those of the image model (vpsnet/NOTES.md, Network).
-    vpsnet.NORM_EVAL = True
     # Channels of the fully connected layers of the track head.
     vpsnet.TRACK_FC_DIM = 1024
     # Cross entropy of the track head.

@@ -87,7 +87,6 @@ class VPSNet(UPSNet, VideoMetaArch):
         match_loss_weight: float = 0.5,
         match_weights: Sequence[float] = (1.0, 2.0, 10.0),
         max_objects: int = 1000,
-        norm_eval: bool = True,
         own_flow: bool = False,
         **upsnet: Any,
     ) -> None:
@@ -95,7 +94,7 @@ class VPSNet(UPSNet, VideoMetaArch):
         flow, fusion: both or none. The flow is frozen.
         own_flow: the flow network has its weights already: those of a checkpoint are ignored.
         track_head: None: objects get no ids.
-        match_loss_weight, match_weights, max_objects, norm_eval: see ``MODEL.VPSNET``.
+        match_loss_weight, match_weights, max_objects: see ``MODEL.VPSNET``.
         upsnet: see :class:`UPSNet`.
         """
         super().__init__(**upsnet)
@@ -106,7 +105,6 @@ class VPSNet(UPSNet, VideoMetaArch):
         self.match_loss_weight = match_loss_weight
         self.match_weights = tuple(match_weights)
         self.max_objects = max_objects
-        self.norm_eval = norm_eval
         self.set_network(
             VPSNetNetwork(self.backbone, fusion, self.proposal_generator, self.sem_seg_head),
             unchanged,
@@ -141,7 +139,6 @@ class VPSNet(UPSNet, VideoMetaArch):
             "match_loss_weight": vpsnet.MATCH_LOSS_WEIGHT,
             "match_weights": vpsnet.MATCH_WEIGHTS,
             "max_objects": vpsnet.MAX_OBJECTS,
-            "norm_eval": vpsnet.NORM_EVAL,
         }
 
     @property
@@ -184,10 +181,13 @@ class VPSNet(UPSNet, VideoMetaArch):
     # Training
 
     def train(self, mode: bool = True) -> VPSNet:
-        """With ``norm_eval`` the backbone's batch norms stay in evaluation mode."""
+        """Batch norms stay in evaluation mode: their statistics are those of the image model.
+
+        Their weights are trained (vpsnet/NOTES.md, Network).
+        """
         super().train(mode)
         for module in self.backbone.modules():
-            if self.norm_eval and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         return self
 
