@@ -52,9 +52,8 @@ def test_signs_are_those_of_the_picture() -> None:
 def test_poses_of_other_heads_that_pull_faces(yaw: float) -> None:
     rng = np.random.default_rng(0)
     for _ in range(5):
-        values = dict(
-            zip(("jaw_width", "chin", "nose_height", "cheeks", "smile"), rng.uniform(-1, 1, 5))
-        )
+        names = ("jaw_width", "chin", "nose_height", "cheeks", "smile")
+        values = {name: rng.uniform(-1, 1) for name in names}
         head = head_vertices(HeadShape(**values, mouth_open=0.5))
         (found,) = face_poses(_turned(head, yaw, 10, -20)[None], MEAN)
         assert (found - torch.tensor([yaw, 10.0, -20.0])).abs().max() < 5

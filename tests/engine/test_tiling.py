@@ -130,8 +130,8 @@ def test_what_cannot_be_merged_is_told(
 
 @pytest.mark.parametrize(("size", "overlap"), [(256, 0.6), (300, 0.5)])
 def test_a_crowd_of_faces_whose_cut_ones_are_guessed(size: int, overlap: float) -> None:
-    """As RetinaFace predicts: boxes are not clipped, so that those of cut faces end beyond the tile, where
-    points and meshes are a guess."""
+    """As RetinaFace predicts: boxes are not clipped, so that those of cut faces end beyond the tile,
+    where points and meshes are a guess."""
     frames = [draw_faces(0, "val", i, 256, 256) for i in range(8)]
     boxes, meshes = [], []
     for column, frame in enumerate(frames):

@@ -1,10 +1,10 @@
 """RetinaFace's test-time augmentation: several sizes, each also mirrored, and box voting.
 
-As in the paper (arXiv 1905.00641; retinaface/NOTES.md, "WIDER FACE protocol"). The model predicts on each
-view by itself, NMS included. Of the union the best box and those that overlap it are one face, then the
-best of the rest and those that overlap it, and so on. A face has the best score; its box is the mean of the
-votes, weighted by their scores. So are points and vertices, of which the paper does not say it: they belong
-to the box, and their noise is averaged, too.
+As in the paper (arXiv 1905.00641; retinaface/NOTES.md, "WIDER FACE protocol"). The model predicts on
+each view by itself, NMS included. Of the union the best box and those that overlap it are one face, then
+the best of the rest and those that overlap it, and so on. A face has the best score; its box is the mean
+of the votes, weighted by their scores. So are points and vertices, of which the paper does not say it:
+they belong to the box, and their noise is averaged, too.
 
 Letters: N detections of all views of an image, G faces.
 """
@@ -154,7 +154,7 @@ def vote(detections: Instances, iou: float = 0.4, max_faces: int = 750) -> tuple
     boxes[:, 2:] += 1
     classes, group = detections.pred_classes.cpu(), torch.full((len(boxes),), -1)
     rest = detections.scores.cpu().argsort(descending=True, stable=True)
-    first = []
+    first: list[int] = []
     while len(rest) and len(first) < max_faces:
         best = rest[0]
         same = pairwise_iou(Boxes(boxes[best][None]), Boxes(boxes[rest]))[0] >= iou
@@ -192,6 +192,6 @@ def _vertex_partners(cfg: CfgNode, count: int) -> list[int]:
         return mirror_permutation(read_topology(cfg.MODEL.RETINAFACE.MESH.FILE)[0])
     except DatasetError as error:
         raise ConfigError(
-            "MODEL.RETINAFACE.TEST.AUG.FLIP needs to know each vertex's mirror partner: set it to False, "
-            f"or name the data set in DATASETS. ({error})"
+            "MODEL.RETINAFACE.TEST.AUG.FLIP needs to know each vertex's mirror partner: set it to "
+            f"False, or name the data set in DATASETS. ({error})"
         ) from error
