@@ -15,7 +15,7 @@ _POINTS = ((255, 60, 60), (60, 120, 255), (60, 230, 60), (255, 70, 255), (255, 2
 _SHIFT, _FAR = 4, 30000.0
 # Opacity of lines. Where they lie next to each other they would hide the face: if the edges' mean length
 # is below so many pixels, they get thinner and paler in proportion, down to these parts; dots smaller.
-_OPACITY, _DENSE = 0.7, 8.0
+_OPACITY, _DENSE = 0.6, 12.0
 _THINNEST, _PALEST = 0.25, 0.3
 
 

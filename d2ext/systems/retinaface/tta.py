@@ -122,9 +122,8 @@ class RetinaFaceWithTTA(nn.Module):
         """Detections (N) of all views of an image → its faces, best first."""
         first, group = vote(detections, self.vote_iou, self.model.max_detections)
         detections, group = detections[group >= 0], group[group >= 0]
-        weights = detections.scores / first.scores.new_zeros(len(first)).index_add_(
-            0, group, detections.scores
-        ).index_select(0, group)
+        scores = detections.scores
+        weights = scores / scores.new_zeros(len(first)).index_add_(0, group, scores)[group]
 
         def mean(values: Tensor) -> Tensor:
             """(N, ...) → (G, ...)."""
@@ -150,8 +149,7 @@ def vote(detections: Instances, iou: float = 0.4, max_faces: int = 750) -> tuple
         the best detection of each face, (G) by falling score; of each detection the number of its face,
         (N,) int64, or -1 beyond ``max_faces``.
     """
-    boxes = detections.pred_boxes.tensor.cpu().double()
-    boxes[:, 2:] += 1
+    boxes = detections.pred_boxes.tensor.cpu().double() + torch.tensor([0, 0, 1, 1])
     classes, group = detections.pred_classes.cpu(), torch.full((len(boxes),), -1)
     rest = detections.scores.cpu().argsort(descending=True, stable=True)
     first: list[int] = []
