@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 # Pieces are of one object if they overlap this much where both of their tiles see them (IoU).
 _SAME = 0.5
-# A piece is cut if it ends this near to an edge of its tile: part of the tile's side, and pixels.
+# A piece is cut if it ends beyond an edge of its tile or this near to it: part of the tile's side, and
+# pixels.
 _EDGE, _EDGE_PIXELS = 0.01, 2.0
 # Fields of points (N, K, 2 or more): x, y, ...
 _POINTS = ("pred_keypoints", "pred_face_meshes")
@@ -158,11 +159,13 @@ def _moved(instances: Instances, tile: Tile, image: np.ndarray) -> Instances:
 
 
 def _is_cut(box: np.ndarray, tile: Tile, image: np.ndarray) -> bool:
-    """Whether a box ends at an edge of the tile inside the image."""
+    """Whether a box ends at an edge of the tile inside the image, or beyond it: some models guess what
+    they do not see."""
     near = max(_EDGE * max(tile[2] - tile[0], tile[3] - tile[1]), _EDGE_PIXELS)
     ends = (0, 0, image.shape[1], image.shape[0])
+    inner = (box[0] - tile[0], box[1] - tile[1], tile[2] - box[2], tile[3] - box[3])
     return any(
-        abs(edge - x) < near for edge, end, x in zip(tile, ends, box, strict=True) if edge != end
+        space < near for space, edge, end in zip(inner, tile, ends, strict=True) if edge != end
     )
 
 

@@ -12,7 +12,7 @@ from d2ext.config import ConfigError
 from d2ext.data.coco_results import read_coco_results
 from d2ext.engine.predictor import BatchPredictor
 
-__all__ = ["BoxFile", "BoxSource", "Detector"]
+__all__ = ["BoxFile", "BoxSource", "Detector", "WithMargins"]
 
 
 class BoxSource:
@@ -105,4 +105,26 @@ class Detector(BoxSource):
             boxes = Instances(detections.image_size)
             boxes.pred_boxes, boxes.scores = detections.pred_boxes[order], detections.scores[order]
             result.append(boxes)
+        return result
+
+
+class WithMargins(BoxSource):
+    """Boxes of another source, larger or smaller: data sets disagree about where an object ends.
+
+    Args:
+        source: gives the boxes.
+        margins: left, top, right and bottom, in widths and heights of the box; negative ones cut.
+    """
+
+    def __init__(self, source: BoxSource, margins: Sequence[float]) -> None:
+        left, top, right, bottom = margins
+        self._source, self._outward = source, (-left, -top, right, bottom)
+
+    def __call__(self, image_ids: Sequence[int], images: Sequence[np.ndarray]) -> list[Instances]:
+        """As the source's."""
+        result = self._source(image_ids, images)
+        for instances in result:
+            boxes = instances.pred_boxes.tensor
+            sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+            instances.pred_boxes = Boxes(boxes + sides * boxes.new_tensor(self._outward))
         return result

@@ -30,6 +30,11 @@ PNG. Beside them (named after the file, where the output is one file) appear
   whose pixels hold the ids of segments (R + 256 G + 65536 B; an object has one in the whole video), and
   COCO's panoptic JSON, with score and track_id.
 
+Each face gets a file of its own, called NAME_IMAGE_FACE (the image's name and id, and the place of the
+face among the image's results, from 1), with --save-crops: an aligned picture of 112 x 112 pixels, as
+recognition networks take it; and with --save-meshes: a Wavefront OBJ, in pixels, x right, y down, z away
+from the camera. Meshes are then in coco_results.json, too; poses always are (yaw, pitch, roll; degrees).
+
 A folder as --video-input is a video of 25 frames a second: its image files in the order of their names.
 With ids (a model with memory gives them, for others a --tracker does) an object has one colour in the
 whole video, and the results name its track_id.
@@ -56,16 +61,17 @@ from detectron2.data.catalog import Metadata
 from detectron2.utils.logger import setup_logger
 
 from d2ext.config import ConfigError, add_options_argument, load_config
-from d2ext.data.coco_results import category_ids
 from d2ext.data.errors import ImageReadError
 from d2ext.data.image_io import read_image
 from d2ext.engine.predictor import BatchPredictor
 from d2ext.engine.tiling import TiledPredictor
-from d2ext.engine.top_down import BoxFile, BoxSource, Detector
+from d2ext.engine.top_down import BoxSource
 from d2ext.engine.tracking import build_tracker, give_ids
 from d2ext.engine.video_predictor import FramePredictor
 from d2ext.model_zoo import find_config_file
 from d2ext.tools.command_line import CommandError, add_config_argument, make_parser, positive
+from d2ext.tools.face_files import FaceWriter, add_face_arguments, mesh_triangles
+from d2ext.tools.predict_boxes import add_box_arguments, build_box_source
 from d2ext.tools.prediction_files import (
     FolderReader,
     Job,
@@ -151,10 +157,11 @@ def run_on_images(
 ) -> list[str]:
     """Predict on images; returns the errors, a line each."""
     problems: list[str] = []
-    drawer = PictureDrawer(metadata, args.max_drawn)
+    drawer = PictureDrawer(metadata, args.max_drawn, args.triangles)
+    faces = FaceWriter(args.save_crops, args.save_meshes, args.triangles)
     instances = 0
     with ExitStack() as stack:
-        results = ResultWriter(stack, args.output, metadata)
+        results = ResultWriter(stack, args.output, metadata, meshes=faces.saves_meshes)
         progress = stack.enter_context(tqdm.tqdm(total=len(jobs), unit="image"))
         for batch in batches(jobs, args.batch_size):
             read: list[tuple[Job, np.ndarray]] = []
@@ -172,6 +179,7 @@ def run_on_images(
                 instances += len(output.get("instances", ()))
                 if args.pictures:
                     write_picture(job.target, drawer(image, output))
+                faces.write(job.image_id, str(job.source), image, output)
                 # last, for it shifts keypoints to COCO's convention in place
                 results.write(job.image_id, str(job.source), image.shape, output)
             progress.update(len(batch))
@@ -200,15 +208,16 @@ def run_on_video(
     problems: list[str] = []
     wanted = min(n for n in (args.max_frames, reader.length, sys.maxsize) if n is not None)
     number = 0
+    faces = FaceWriter(args.save_crops, args.save_meshes, args.triangles)
     with ExitStack() as stack:
         stack.callback(reader.release)
-        results = ResultWriter(stack, target, metadata)
+        results = ResultWriter(stack, target, metadata, meshes=faces.saves_meshes)
         tracks = TrackWriter(target, metadata) if args.video_results else None
         panoptic = PanopticWriter(stack, target, metadata) if args.video_results else None
         show: Callable[[np.ndarray, float], None] | None = None
         if args.pictures:
             show = stack.enter_context(video_writer(target, reader.rate))
-        drawer = VideoDrawer(metadata, args.max_drawn)
+        drawer = VideoDrawer(metadata, args.max_drawn, args.triangles)
         total = wanted if wanted < sys.maxsize else None
         progress = stack.enter_context(tqdm.tqdm(total=total, unit="frame"))
         try:
@@ -229,6 +238,7 @@ def run_on_video(
                     name = name or f"{reader.name}#{number}"
                     if panoptic is not None and "panoptic_seg" in output:
                         panoptic.add(number, name, output["panoptic_seg"])
+                    faces.write(number, name, image, output)
                     results.write(number, name, image.shape, output)
                     progress.update()
         except KeyboardInterrupt:
@@ -251,6 +261,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_config_argument(parser)
     add_input_arguments(parser)
     add_output_arguments(parser)
+    add_face_arguments(parser)
     add_box_arguments(parser)
     add_options_argument(parser)
     return parser
@@ -329,31 +340,6 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add("--class-names", metavar="FILE", help=help_text)
 
 
-def add_box_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where the boxes of a top-down model come from."""
-    source = parser.add_mutually_exclusive_group().add_argument
-    help_text = "config of a detector for the boxes of a top-down model"
-    source("--detector", metavar="CONFIG", help=help_text)
-    help_text = "JSON list of detections (COCO's result form): the boxes"
-    source("--boxes", metavar="FILE", help=help_text)
-    add = parser.add_argument
-    add("--detector-weights", metavar="FILE", help="the detector's checkpoint")
-    add(
-        "--detector-classes",
-        nargs="+",
-        metavar="NAME",
-        help="the detector's classes whose boxes are used (default: the model's own class if the "
-        "detector has it, otherwise all)",
-    )
-    add(
-        "--box-threshold",
-        type=float,
-        default=0.5,
-        metavar="SCORE",
-        help="use boxes with at least this score (default: %(default)s)",
-    )
-
-
 def score(text: str) -> float:
     """A number in 0..1, for ``add_argument(type=...)``."""
     if not 0 <= float(text) <= 1:
@@ -366,35 +352,6 @@ def read_class_names(path: str) -> list[str]:
     if not any(names):
         raise CommandError(f"--class-names '{path}' holds no name.")
     return [name for name in names if name]
-
-
-def build_box_source(args: argparse.Namespace, metadata: Metadata) -> BoxSource | None:
-    """The source of boxes named by ``--detector`` or ``--boxes``.
-
-    Raises:
-        ValueError, FileNotFoundError: the detector's config or checkpoint or the file is wrong.
-    """
-    if args.boxes:
-        return BoxFile(args.boxes, args.box_threshold, category_ids(metadata))
-    if not args.detector:
-        return None
-    cfg = load_config(find_config_file(args.detector))
-    if args.detector_weights:
-        cfg.MODEL.WEIGHTS = args.detector_weights
-    if not cfg.MODEL.WEIGHTS:
-        logger.warning("The detector's MODEL.WEIGHTS is empty: detecting with random weights.")
-    names = list(class_metadata(cfg).get("thing_classes") or [])
-    wanted = args.detector_classes
-    if wanted is None:
-        own = metadata.get("thing_classes") or []
-        wanted = [name for name in names if name in own] or None
-    unknown = [name for name in wanted or () if name not in names]
-    if unknown:
-        raise CommandError(
-            f"The detector has no class {', '.join(map(repr, unknown))}; it has {names or 'no names'}."
-        )
-    ids = None if wanted is None else [names.index(name) for name in wanted]
-    return Detector(BatchPredictor(cfg), args.box_threshold, ids)
 
 
 def prepare(args: argparse.Namespace) -> Callable[[], list[str]]:
@@ -427,6 +384,7 @@ def prepare(args: argparse.Namespace) -> Callable[[], list[str]]:
             "others that predict objects as points have."
         )
     metadata = class_metadata(cfg, names)
+    args.triangles = mesh_triangles(cfg, metadata)
     boxes = build_box_source(args, metadata)
     used: BatchPredictor | TiledPredictor = predictor
     if args.tile:
@@ -461,6 +419,8 @@ def run(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if (args.detector_weights or args.detector_classes) and not args.detector:
         parser.error("--detector-weights and --detector-classes belong to --detector.")
+    if args.box_margins and not (args.detector or args.boxes):
+        parser.error("--box-margins belongs to --detector or --boxes.")
     if args.tile and (args.detector or args.boxes or args.draw == "heatmaps"):
         parser.error("--tile goes neither with --detector or --boxes nor with --draw heatmaps.")
     if args.input and (args.tracker or args.video_results):

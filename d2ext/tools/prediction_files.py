@@ -318,9 +318,17 @@ class ResultWriter:
     Args:
         output: the output folder or file.
         metadata: class names, and the data set's own category ids where it has them.
+        meshes: also write those of faces, ``mesh``: 3 V numbers x, y, z, of which x and y are counted as
+            COCO's keypoints (pixel indices).
+
+    The head pose of a face is ``pose``: yaw, pitch and roll, see
+    :func:`~d2ext.codecs.face_alignment.face_poses`.
     """
 
-    def __init__(self, stack: ExitStack, output: Path, metadata: Metadata) -> None:
+    def __init__(
+        self, stack: ExitStack, output: Path, metadata: Metadata, *, meshes: bool = False
+    ) -> None:
+        self._meshes = meshes
         self._category = _dataset_ids(metadata)
         self._metadata = metadata
         self._others: dict[str, Any] = {}
@@ -353,4 +361,9 @@ class ResultWriter:
                 result["category_id"] = self._category.get(category, category)
                 if ids is not None:
                     result["track_id"] = ids[i]
+                if instances.has("pred_face_poses"):
+                    result["pose"] = [round(x, 2) for x in instances.pred_face_poses[i].tolist()]
+                if self._meshes and instances.has("pred_face_meshes"):
+                    shifted = instances.pred_face_meshes[i].double().numpy() - (0.5, 0.5, 0)
+                    result["mesh"] = np.round(shifted, 2).reshape(-1).tolist()
                 self._result(result)

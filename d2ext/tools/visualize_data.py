@@ -51,7 +51,9 @@ from d2ext.data.panoptic import panoptic_classes
 from d2ext.data.summary import report
 from d2ext.model_zoo import find_config_file
 from d2ext.tools.command_line import make_parser, positive
+from d2ext.tools.face_files import mesh_triangles
 from d2ext.utils.drawing import write_picture
+from d2ext.utils.faces import draw_meshes
 
 logger = logging.getLogger("d2ext.tools.visualize_data")
 
@@ -154,11 +156,16 @@ def metadata_of(cfg: CfgNode, source: str) -> Metadata:
     return Metadata(name="full label maps", **others, **full)
 
 
-def draw(sample: dict[str, Any], metadata: Metadata, image_format: str) -> np.ndarray:
+def draw(
+    sample: dict[str, Any],
+    metadata: Metadata,
+    image_format: str,
+    triangles: np.ndarray | None = None,
+) -> np.ndarray:
     """Draw everything that a training sample holds; returns an RGB image, uint8. A pair of frames is a
-    strip."""
+    strip. ``triangles``: see :func:`~d2ext.utils.faces.draw_meshes`."""
     if "reference" not in sample:
-        return draw_image(sample, metadata, image_format)
+        return draw_image(sample, metadata, image_format, triangles)
     frames = [sample, sample["reference"]]
     if "flow" in sample:
         frames.append({"image": warp_reference(sample)})
@@ -174,11 +181,20 @@ def warp_reference(sample: dict[str, Any]) -> torch.Tensor:
     return torch.from_numpy(warped).permute(2, 0, 1) * sample["flow_valid"]
 
 
-def draw_image(sample: dict[str, Any], metadata: Metadata, image_format: str) -> np.ndarray:
+def draw_image(
+    sample: dict[str, Any],
+    metadata: Metadata,
+    image_format: str,
+    triangles: np.ndarray | None = None,
+) -> np.ndarray:
     """One image with its annotations, RGB, uint8."""
     image = sample["image"].permute(1, 2, 0).numpy()
     # Photometric distortion is not clipped.
     image = detection_utils.convert_image_to_rgb(image.clip(0, 255), image_format)
+    if "instances" in sample and sample["instances"].has("gt_face_meshes"):
+        instances = sample["instances"]
+        meshes = instances.gt_face_meshes[instances.gt_mesh_valid]
+        image = draw_meshes(image.astype(np.uint8), meshes, triangles)
     scale = max(1.0, SMALLEST / max(image.shape[:2]))
     visualizer = Visualizer(image.astype(np.uint8), metadata, scale=scale)
     if "sem_seg" in sample:
@@ -272,9 +288,10 @@ def run(arguments: list[str] | None = None) -> int:
         report((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST), str(folder))
         samples = Samples(cfg, args.source, args.num)
         metadata = metadata_of(cfg, args.source)
+        triangles = mesh_triangles(cfg, metadata)
         cells = []
         for i, sample in enumerate(tqdm(samples, total=samples.num, unit="image")):
-            picture = draw(sample, metadata, cfg.INPUT.FORMAT)
+            picture = draw(sample, metadata, cfg.INPUT.FORMAT, triangles)
             name = f"{i:04d}_{Path(sample['file_name']).stem}.png"
             write_picture(folder / name, picture[:, :, ::-1])
             cells.append(shrink(picture))

@@ -19,6 +19,7 @@ from detectron2.data.catalog import Metadata
 from detectron2.structures import Boxes, Instances
 
 from d2ext.files import atomic_write
+from d2ext.utils.faces import draw_five_points, draw_meshes
 from d2ext.utils.heatmaps import draw_points, overlay_heatmaps
 
 # Larger images are drawn smaller: Detectron2's visualizer takes some 120 bytes for a pixel.
@@ -116,8 +117,10 @@ def reduced(
                 value = Boxes(value.tensor / factor)
             elif name == "pred_masks":
                 value = value[:, ::factor, ::factor]
-            elif name in ("pred_keypoints", "pred_face_meshes"):
+            elif name == "pred_keypoints":
                 value = torch.cat([value[..., :2] / factor, value[..., 2:]], dim=-1)
+            elif name == "pred_face_meshes":
+                value = value / factor
             smaller.set(name, value)
         output["instances"] = smaller
     return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA), output
@@ -129,11 +132,15 @@ class PictureDrawer:
     Args:
         metadata: see :func:`class_metadata`.
         max_drawn: draw at most this many instances, the best; drawing takes milliseconds for each.
+        triangles: of the meshes of faces, see :func:`~d2ext.utils.faces.draw_meshes`.
     """
 
-    def __init__(self, metadata: Metadata, max_drawn: int = 200) -> None:
+    def __init__(
+        self, metadata: Metadata, max_drawn: int = 200, triangles: np.ndarray | None = None
+    ) -> None:
         self.metadata = metadata
         self.max_drawn = max_drawn
+        self.triangles = triangles
 
     def __call__(self, image: np.ndarray, output: dict[str, Any]) -> np.ndarray:
         """Draw on an image (H×W×3, BGR, uint8); a new one of the same kind.
@@ -153,13 +160,24 @@ class PictureDrawer:
             return self._draw_all(image[:, :, ::-1], output)[:, :, ::-1]
 
     def _draw_all(self, image: np.ndarray, output: dict[str, Any]) -> np.ndarray:
-        """On RGB: heat maps below and points above what :meth:`_draw` draws."""
-        if "heatmaps" not in output:
+        """On RGB: heat maps and meshes below and points above what :meth:`_draw` draws."""
+        if "heatmaps" in output:
+            image = overlay_heatmaps(image, output["heatmaps"])
+        if "instances" not in output:
             return self._draw(image, output)
-        image = self._draw(overlay_heatmaps(image, output["heatmaps"]), output)
-        if "instances" in output:
-            image = draw_points(image, output["instances"][: self.max_drawn])
-        return image
+        instances = output["instances"][: self.max_drawn]
+        others = instances[:]
+        if instances.has("pred_face_meshes"):
+            image = draw_meshes(image, instances.pred_face_meshes, self.triangles)
+        # Detectron2's marks would cover a face.
+        five = instances.has("pred_keypoints") and instances.pred_keypoints.shape[1] == 5
+        five = five and "left_mouth" in (self.metadata.get("keypoint_names") or ())
+        if five:
+            others.remove("pred_keypoints")
+        image = self._draw(image, output | {"instances": others})
+        if five:
+            image = draw_five_points(image, instances.pred_keypoints)
+        return draw_points(image, instances) if "heatmaps" in output else image
 
     def _draw(self, image: np.ndarray, output: dict[str, Any]) -> np.ndarray:
         """On RGB."""
@@ -174,7 +192,7 @@ class PictureDrawer:
             labels = output["sem_seg"].argmax(dim=0).cpu()
             image = visualizer.draw_sem_seg(labels, alpha=0.5).get_image()
         if "instances" in output:
-            instances = output["instances"][: self.max_drawn]
+            instances = output["instances"]
             metadata = name_classes(self.metadata, instances.pred_classes)
             visualizer = Visualizer(image, metadata)
             image = visualizer.draw_instance_predictions(instances).get_image()
@@ -270,8 +288,10 @@ class VideoDrawer(PictureDrawer):
     overlap.
     """
 
-    def __init__(self, metadata: Metadata, max_drawn: int = 200) -> None:
-        super().__init__(metadata, max_drawn)
+    def __init__(
+        self, metadata: Metadata, max_drawn: int = 200, triangles: np.ndarray | None = None
+    ) -> None:
+        super().__init__(metadata, max_drawn, triangles)
         from detectron2.utils.video_visualizer import VideoVisualizer  # pulls in matplotlib
 
         with _fixed_colors(0):
@@ -298,7 +318,7 @@ class VideoDrawer(PictureDrawer):
             labels = output["sem_seg"].argmax(dim=0).cpu()
             image = self._visualizer.draw_sem_seg(image, labels).get_image()
         if "instances" in output:
-            instances = output["instances"][: self.max_drawn]
+            instances = output["instances"]
             metadata = name_classes(self.metadata, instances.pred_classes)
             if instances.has("track_ids"):
                 return _draw_tracks(image, instances, metadata)

@@ -9,6 +9,8 @@ import torch
 from detectron2.structures import Boxes, Instances
 
 from d2ext.config import ConfigError
+from d2ext.data.shapes.face_mesh import NUM_VERTICES, POINT_VERTICES
+from d2ext.data.shapes.face_scene import draw_faces
 from d2ext.engine import tiling
 from d2ext.engine.tiling import TiledPredictor
 
@@ -124,3 +126,59 @@ def test_what_cannot_be_merged_is_told(
     monkeypatch.setattr(tiling, "available_memory", lambda: 1000)
     with pytest.raises(MemoryError, match="masks"):
         TiledPredictor(predict, 200)([image])
+
+
+@pytest.mark.parametrize(("size", "overlap"), [(256, 0.6), (300, 0.5)])
+def test_a_crowd_of_faces_whose_cut_ones_are_guessed(size: int, overlap: float) -> None:
+    """As RetinaFace predicts: boxes are not clipped, so that those of cut faces end beyond the tile,
+    where points and meshes are a guess."""
+    frames = [draw_faces(0, "val", i, 256, 256) for i in range(8)]
+    boxes, meshes = [], []
+    for column, frame in enumerate(frames):
+        shift = np.array([256.0 * column, 0, 0])
+        for item in frame.faces:
+            if (mesh := frame.mesh(item)) is not None:
+                x0, y0, x1, y1 = frame.items[item].extent
+                boxes.append([x0 + shift[0], y0, x1 + shift[0], y1])
+                meshes.append(mesh + shift)
+    image = np.hstack([np.zeros((256, 256, 3), np.uint8)] * len(frames))
+
+    def detect(tiles: list[np.ndarray]) -> list[dict[str, Instances]]:
+        outputs = []
+        for tile in tiles:
+            left, right = _left(tile, image), _left(tile, image) + tile.shape[1]
+            seen = [min(b[2], right) - max(b[0], left) >= 0.5 * (b[2] - b[0]) for b in boxes]
+            found = Instances(tile.shape[:2])
+            own = torch.tensor([b for b, s in zip(boxes, seen, strict=True) if s]).reshape(-1, 4)
+            own_meshes = np.array([m for m, s in zip(meshes, seen, strict=True) if s])
+            cut = (own[:, 0] < left) | (own[:, 2] > right)
+            own = own - torch.tensor([left, 0, left, 0])
+            found.pred_face_meshes = torch.from_numpy(
+                own_meshes.reshape(-1, NUM_VERTICES, 3)
+            ).float()
+            found.pred_face_meshes[..., 0] -= left
+            found.pred_face_meshes[cut] *= 1.1
+            found.pred_keypoints = found.pred_face_meshes[:, list(POINT_VERTICES)]
+            found.pred_boxes = Boxes(own.float())
+            found.scores = torch.where(cut, 0.95, 0.9)  # the guess is surer
+            found.pred_classes = torch.zeros(len(own), dtype=torch.int64)
+            outputs.append({"instances": found})
+        return outputs
+
+    (output,) = TiledPredictor(detect, size, overlap, batch_size=2)([image])
+    found = output["instances"]
+    assert len(found) == len(boxes) > 15
+    place = found.pred_boxes.tensor[:, 0].argsort()
+    expected = torch.tensor(boxes)[:, 0].argsort()
+    torch.testing.assert_close(
+        found.pred_boxes.tensor[place], torch.tensor(boxes)[expected].float(), atol=1e-3, rtol=0
+    )
+    targets = torch.from_numpy(np.array(meshes)).float()[expected]
+    torch.testing.assert_close(found.pred_face_meshes[place], targets, atol=1e-3, rtol=0)
+    points = targets[:, list(POINT_VERTICES)]
+    torch.testing.assert_close(found.pred_keypoints[place], points, atol=1e-3, rtol=0)
+
+
+def _left(tile: np.ndarray, image: np.ndarray) -> int:
+    """The column of the image where a view of it begins."""
+    return (tile.ctypes.data - image.ctypes.data) % image.strides[0] // image.strides[1]

@@ -173,6 +173,22 @@ class TestDraw:
         changed = np.argwhere((visualize_data.draw(sample, self.metadata, "RGB") != before).any(-1))
         assert len(changed) and np.abs(changed.mean(0) - [300, 350]).max() < 2
 
+    def test_meshes(self):
+        sample = self.sample()
+        del sample["instances"].get_fields()["gt_masks"]
+        before = visualize_data.draw(sample, self.metadata, "RGB")
+        mesh = torch.tensor([[[300.0, 300, 0], [400, 300, 0], [350, 400, 0]]])
+        sample["instances"].gt_face_meshes = mesh
+        sample["instances"].gt_mesh_valid = torch.tensor([True])
+        for triangle, centers in (([0, 2, 1], [333, 350]), ([0, 1, 2], None), (None, [333, 350])):
+            triangles = None if triangle is None else np.array([triangle])
+            picture = visualize_data.draw(sample, self.metadata, "RGB", triangles)
+            changed = np.argwhere((picture != before).any(-1))
+            assert len(changed) == 0 if centers is None else len(changed) > 2
+            assert centers is None or np.abs(changed.mean(0) - centers).max() < 15
+        sample["instances"].gt_mesh_valid[:] = False
+        assert (visualize_data.draw(sample, self.metadata, "RGB") == before).all()
+
     def test_sem_seg_with_ignored_pixels(self):
         sem_seg = torch.full((450, 450), 255)
         sem_seg[:, :225] = 1

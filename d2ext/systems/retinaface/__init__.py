@@ -7,6 +7,7 @@ from d2ext.systems.retinaface.losses import RetinaFaceCriterion
 from d2ext.systems.retinaface.mesh import MeshHead, MeshTopology, mesh_topology
 from d2ext.systems.retinaface.model import RetinaFace
 from d2ext.systems.retinaface.targets import RetinaFaceTargets
+from d2ext.systems.retinaface.tta import RetinaFaceWithTTA
 
 __all__ = [
     "ContextModule",
@@ -18,6 +19,7 @@ __all__ = [
     "RetinaFaceHead",
     "RetinaFacePredictions",
     "RetinaFaceTargets",
+    "RetinaFaceWithTTA",
     "build_retinaface_fpn_backbone",
     "mesh_topology",
 ]

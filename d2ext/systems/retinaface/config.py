@@ -39,7 +39,8 @@ def add_retinaface_config(cfg: CfgNode) -> None:
     # Vertices of the mesh that is predicted for each face; 0: none.
     mesh.NUM_VERTICES = 0
     # Wavefront OBJ of the topology, with vertices of a mean face (x right, y down, z away from the
-    # camera). Training takes edges and the initial prediction from it; a trained model does without.
+    # camera). Training takes edges and the initial prediction from it, prediction the pose; a trained
+    # model does without. Triangles, counter-clockwise from outside, are for pictures and files.
     mesh.FILE = ""
     # Positive priors of an image whose meshes are trained, drawn at random from more.
     mesh.MAX_MESHES = 64
@@ -82,3 +83,16 @@ def add_retinaface_config(cfg: CfgNode) -> None:
     test.MAX_DETECTIONS = 750
     # Clip boxes to the image. Published: no; faces at the border extend beyond it.
     test.CLIP_BOXES = False
+
+    aug = test.AUG = CfgNode()
+    # Test-time augmentation: detections of several views vote; see tta.py. d2ext's tools wrap the model
+    # for it; with a plain DefaultPredictor: `predictor.model = build_tta(cfg, predictor.model)`.
+    aug.ENABLED = False
+    # Short sides in pixels (the paper's); empty: the model's own size (MIN_SIZE, MAX_SIZE).
+    aug.MIN_SIZES = [500, 800, 1100, 1400, 1700]
+    # Longest side in pixels, of these.
+    aug.MAX_SIZE = 4000
+    # Each size also mirrored.
+    aug.FLIP = True
+    # IoU with the best box of a face from which a box votes (paper).
+    aug.VOTE_IOU = 0.4

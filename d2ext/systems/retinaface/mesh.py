@@ -75,6 +75,9 @@ class MeshHead(nn.Module):
         num_vertices: V.
         priors_per_cell: a.
         topology: the initial prediction is its mean face in the prior; None: a point at its centre.
+
+    Attributes:
+        mean: (V, 3) the mean face, which poses are relative to; None without topology.
     """
 
     def __init__(
@@ -90,6 +93,8 @@ class MeshHead(nn.Module):
         self.output = nn.Linear(channels, priors_per_cell * num_vertices * 3)
         nn.init.normal_(self.output.weight, std=0.01)
         nn.init.zeros_(self.output.bias)
+        # Not in checkpoints, which go without a topology.
+        self.register_buffer("mean", None if topology is None else topology.mean, False)
         if topology is not None:
             if len(topology.mean) != num_vertices:
                 raise ValueError(

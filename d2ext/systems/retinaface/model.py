@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map_only
 
 from d2ext.codecs.boxes import clip_boxes
 from d2ext.codecs.canvas import scale_points
+from d2ext.codecs.face_alignment import face_poses
 from d2ext.codecs.prior_boxes import prior_boxes
 from d2ext.config import ConfigError
 from d2ext.modeling.meta_arch import image_size, output_size
@@ -263,7 +264,8 @@ class RetinaFace(ShortSideMetaArch):
     ) -> list[dict[str, Instances]]:
         """Candidates → for each image ``{"instances": Instances}``, best first, with ``pred_boxes``,
         ``scores``, ``pred_classes``, with points ``pred_keypoints`` (N, P, 3), of which the last number
-        is 1, and with meshes ``pred_face_meshes`` (N, V, 3) in pixels."""
+        is 1, with meshes ``pred_face_meshes`` (N, V, 3) in pixels, and with their topology also
+        ``pred_face_poses`` (N, 3), see :func:`face_poses`."""
         candidates = predictions
         scales = [self.network_scale(image_size(x)) for x in batched_inputs]
         factors = torch.tensor(scales, device=self.device) if set(scales) != {1.0} else None
@@ -306,6 +308,8 @@ class RetinaFace(ShortSideMetaArch):
             result.pred_face_meshes = torch.stack(
                 [x * f for x, f in zip(meshes.unbind(-1), factors, strict=True)], dim=-1
             )
+            if self.head.mesh.mean is not None:
+                result.pred_face_poses = face_poses(result.pred_face_meshes, self.head.mesh.mean)
         return result
 
     def _meshes(self, candidates: Candidates, i: int, keep: Tensor) -> Tensor:
