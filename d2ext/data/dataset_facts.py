@@ -15,7 +15,10 @@ things. A system that has others says so where it adds its keys::
             "MODEL.SEM_SEG_HEAD.NUM_CLASSES": facts.full,
         }
 
-``--dataset`` then sets these keys, and :func:`check_config_against_data` compares them with the data.
+``--dataset`` then sets these keys, and :func:`check_config_against_data` compares them with the data. A
+part of a model that the data cannot train is switched off by False or 0, and says so::
+
+    "MODEL.KEYPOINT_ON": None if facts.keypoints else False
 """
 
 import json
@@ -35,6 +38,8 @@ from pycocotools.cocoeval import Params
 from d2ext.data.dataset_dicts import check_same_classes, load_dataset
 from d2ext.data.errors import DatasetError, shorten
 from d2ext.data.panoptic import is_panoptic, panoptic_classes
+
+logger = logging.getLogger(__name__)
 
 # COCO's per-keypoint OKS constants lie between 0.025 and 0.107 and are those of a person's 17
 # keypoints; others get a value in the middle unless the config or the data have their own.
@@ -175,6 +180,8 @@ class DatasetFacts:
         flip_indices: which keypoint takes the place of each in a mirrored picture; empty: not known
         flip_pairs: the same as [i, j] lists
         sigmas: of keypoint similarity, as the data give them
+        mesh_flip: which vertex takes the place of each in a mirrored picture, of meshes of faces
+        mesh_file: their topology, a Wavefront OBJ
     """
 
     things: Names
@@ -184,6 +191,8 @@ class DatasetFacts:
     keypoints: Names = None
     flip_indices: list[int] | None = None
     sigmas: list[float] | None = None
+    mesh_flip: list[int] | None = None
+    mesh_file: str | None = None
 
     @property
     def flip_pairs(self) -> list[list[int]] | None:
@@ -198,7 +207,8 @@ def dataset_facts(dataset_name: str) -> DatasetFacts:
     if metadata.get("thing_classes") is None and metadata.get("stuff_classes") is None:
         load_dataset(dataset_name)
     panoptic = panoptic_classes(dataset_name) if is_panoptic(dataset_name) else None
-    names = metadata.get("keypoint_names")
+    # Some sets have names of keypoints, and no keypoint.
+    names = metadata.get("keypoint_names") if metadata.get("keypoints_labelled", True) else None
     has_mirrors = metadata.get("keypoint_flip_map") is not None
     sigmas = metadata.get("keypoint_oks_sigmas")
     return DatasetFacts(
@@ -210,6 +220,8 @@ def dataset_facts(dataset_name: str) -> DatasetFacts:
         keypoints=list(names) if names else None,
         flip_indices=(flip_indices(dataset_name) if has_mirrors else []) if names else None,
         sigmas=list(sigmas) if sigmas else None,
+        mesh_flip=metadata.get("mesh_flip"),
+        mesh_file=metadata.get("mesh_file"),
     )
 
 
@@ -279,7 +291,8 @@ def follows_data(*architectures: str) -> Callable[[KeyFunction], KeyFunction]:
     """Decorator for a function that says which keys of the config follow from which facts.
 
     The function gets :class:`DatasetFacts` and returns ``{key: value}``. A key whose last word begins
-    with ``NUM_`` gets the length of the value, a list of names; None leaves a key alone.
+    with ``NUM_`` gets the length of the value, a list, unless it is 0: that part is off. False or 0:
+    the data have nothing for it, so it goes off. None leaves a key alone.
 
     Args:
         architectures: values of ``MODEL.META_ARCHITECTURE`` that it speaks for
@@ -338,9 +351,22 @@ def set_config_from_data(cfg: CfgNode, dataset_name: str) -> None:
         if names is not None:
             node.NUM_CLASSES = len(names)
     for key, value in _keys_of(cfg, facts).items():
+        section, leaf = _section_of(cfg, key)
+        if _is_off(value) and section[leaf]:
+            logger.warning(
+                "%s is now %s, instead of %s: data set '%s' has nothing for it. To keep this part of "
+                "the model untrained, set the key at the end of the command line.",
+                *(key, value, section[leaf], dataset_name),
+            )
+        if leaf.startswith("NUM_") and value:
+            value = len(value)
+            if section[leaf] == 0:
+                logger.warning(
+                    "%s stays 0: the %d of data set '%s' are not learned.", key, value, dataset_name
+                )
+                continue
         if value is not None:
-            section, leaf = _section_of(cfg, key)
-            section[leaf] = len(value) if leaf.startswith("NUM_") else value
+            section[leaf] = value
     if facts.keypoints is not None:
         cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = len(facts.keypoints)
         cfg.TEST.KEYPOINT_OKS_SIGMAS = oks_sigmas(facts, cfg.TEST.KEYPOINT_OKS_SIGMAS)
@@ -357,27 +383,50 @@ def check_config_against_data(cfg: CfgNode, *, train: bool = True) -> None:
         DatasetError: a mismatch; the message says which key to set to which value
     """
     dataset_names = [*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST]
+    if train:
+        _check_trainable(cfg)
     for name in dataset_names:
         for key, value, names in _counts(cfg, dataset_facts(name)):
             if value != len(names):
-                what = "keypoints" if key.endswith("KEYPOINTS") else "classes"
+                what = key.rpartition("NUM_")[2].lower()
+                listed = f" ({shorten(names)})" if isinstance(names[0], str) else ""
                 raise DatasetError(
-                    f"{key} is {value}, but data set '{name}' has {len(names)} {what} "
-                    f"({shorten(names)}). Set {key} to {len(names)} in the config or at the end of the "
-                    "command line; --dataset sets it by itself."
+                    f"{key} is {value}, but data set '{name}' has {len(names)} {what}{listed}. Set "
+                    f"{key} to {len(names)} in the config or at the end of the command line; --dataset "
+                    "sets it by itself."
                 )
     if dataset_names:
         check_same_classes(dataset_names)
 
 
-def _counts(cfg: CfgNode, facts: DatasetFacts) -> Iterator[tuple[str, int, list[str]]]:
-    """Key, its value in the config, and the names that it counts."""
+def _check_trainable(cfg: CfgNode) -> None:
+    """Raise :class:`DatasetError` if a part of the model is on that no data set trains."""
+    off = [
+        {k: v for k, v in _keys_of(cfg, dataset_facts(name)).items() if _is_off(v)}
+        for name in cfg.DATASETS.TRAIN
+    ]
+    for key, value in off[0].items() if off else ():
+        section, leaf = _section_of(cfg, key)
+        if section[leaf] and all(key in others for others in off):
+            raise DatasetError(
+                f"{key} is {section[leaf]}, but {', '.join(cfg.DATASETS.TRAIN)} have nothing for it. "
+                f"Set {key} to {value}; --dataset sets it by itself."
+            )
+
+
+def _is_off(value: Any) -> bool:
+    """Whether a function of :func:`follows_data` says that the data have nothing for a key."""
+    return isinstance(value, int) and not value
+
+
+def _counts(cfg: CfgNode, facts: DatasetFacts) -> Iterator[tuple[str, int, list[Any]]]:
+    """Key, its value in the config unless that is 0, and what it counts."""
     keys = _keys_of(cfg, facts)
     if cfg.MODEL.KEYPOINT_ON and not any(key.endswith("NUM_KEYPOINTS") for key in keys):
         keys["MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"] = facts.keypoints
     for key, names in keys.items():
         section, leaf = _section_of(cfg, key)
-        if leaf.startswith("NUM_") and names is not None:
+        if leaf.startswith("NUM_") and names and section[leaf]:
             yield key, section[leaf], names
 
 
