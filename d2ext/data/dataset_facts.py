@@ -39,8 +39,6 @@ from d2ext.data.dataset_dicts import check_same_classes, load_dataset
 from d2ext.data.errors import DatasetError, shorten
 from d2ext.data.panoptic import is_panoptic, panoptic_classes
 
-logger = logging.getLogger(__name__)
-
 # COCO's per-keypoint OKS constants lie between 0.025 and 0.107 and are those of a person's 17
 # keypoints; others get a value in the middle unless the config or the data have their own.
 _DEFAULT_OKS_SIGMA = 0.05
@@ -267,15 +265,17 @@ def oks_sigmas(facts: DatasetFacts, given: Sequence[float] = ()) -> list[float]:
         return list(given)
     if is_coco:
         return []
-    log_first_n(
-        logging.WARNING,
+    _warn_once(
         f"The data have no 'sigmas' of their {len(names)} keypoints ({shorten(names)}): keypoint AP "
         f"takes {_DEFAULT_OKS_SIGMA} for each. Give them in the category or as "
-        "TEST.KEYPOINT_OKS_SIGMAS; other constants give another AP.",
-        name=__name__,
-        key="message",
+        "TEST.KEYPOINT_OKS_SIGMAS; other constants give another AP."
     )
     return [_DEFAULT_OKS_SIGMA] * len(names)
+
+
+def _warn_once(message: str) -> None:
+    """A config is made several times in a process."""
+    log_first_n(logging.WARNING, message, name=__name__, key="message")
 
 
 def _are_coco_sigmas(values: Sequence[float]) -> bool:
@@ -353,16 +353,16 @@ def set_config_from_data(cfg: CfgNode, dataset_name: str) -> None:
     for key, value in _keys_of(cfg, facts).items():
         section, leaf = _section_of(cfg, key)
         if _is_off(value) and section[leaf]:
-            logger.warning(
-                "%s is now %s, instead of %s: data set '%s' has nothing for it. To keep this part of "
-                "the model untrained, set the key at the end of the command line.",
-                *(key, value, section[leaf], dataset_name),
+            _warn_once(
+                f"{key} is now {value}, instead of {section[leaf]}: data set '{dataset_name}' has "
+                "nothing for it. To keep this part of the model, untrained, set the key at the end of "
+                "the command line."
             )
         if leaf.startswith("NUM_") and value:
             value = len(value)
             if section[leaf] == 0:
-                logger.warning(
-                    "%s stays 0: the %d of data set '%s' are not learned.", key, value, dataset_name
+                _warn_once(
+                    f"{key} stays 0: the {value} of data set '{dataset_name}' are not learned."
                 )
                 continue
         if value is not None:

@@ -135,7 +135,7 @@ def test_config_follows_points_and_meshes(name, tmp_path: Path, caplog) -> None:
     apply_dataset_to_config(cfg, name)
     check_config_against_data(cfg)
     mesh = cfg.MODEL.RETINAFACE.MESH
-    assert (mesh.NUM_VERTICES, mesh.FILE) == (3, str(tmp_path / "head.obj"))
+    assert (3, str(tmp_path / "head.obj")) == (mesh.NUM_VERTICES, mesh.FILE)
     assert cfg.MODEL.KEYPOINT_ON and "NUM_VERTICES" not in caplog.text
     # Without --dataset the topology is still that of the training data, of any of several sets.
     cfg = own_config(name, "mobilenet025_wider_mesh")
