@@ -336,8 +336,8 @@ def set_config_from_data(cfg: CfgNode, dataset_name: str) -> None:
 
     That is the names in ``cfg.DATASETS``, ``NUM_CLASSES`` of every section of ``cfg.MODEL`` (of
     ``SEM_SEG_HEAD`` only if the data has semantic classes), what the meta-architecture says
-    (:func:`follows_data`), and with keypoints their number and the constants of their similarity
-    (:func:`oks_sigmas`).
+    (:func:`follows_data`; parts go off only for a data set of ``cfg.DATASETS.TRAIN``), and with keypoints
+    their number and the constants of their similarity (:func:`oks_sigmas`).
     """
     facts = dataset_facts(dataset_name)
     metadata = MetadataCatalog.get(dataset_name)
@@ -353,6 +353,8 @@ def set_config_from_data(cfg: CfgNode, dataset_name: str) -> None:
     for key, value in _keys_of(cfg, facts).items():
         section, leaf = _section_of(cfg, key)
         if _is_off(value) and section[leaf]:
+            if dataset_name not in cfg.DATASETS.TRAIN:  # a trained model keeps what it has
+                continue
             _warn_once(
                 f"{key} is now {value}, instead of {section[leaf]}: data set '{dataset_name}' has "
                 "nothing for it. To keep this part of the model, untrained, set the key at the end of "

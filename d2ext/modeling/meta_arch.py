@@ -227,12 +227,10 @@ class MetaArch(nn.Module):
         pictures = []
         for prefix, instances in (("gt", annotations), ("pred", detections)):
             shown = {"boxes": instances.get(f"{prefix}_boxes")}
-            if instances.has(f"{prefix}_keypoints"):
-                shown["keypoints"] = instances.get(f"{prefix}_keypoints")
-            if masks and instances.has(f"{prefix}_masks"):
-                shown["masks"] = instances.get(f"{prefix}_masks")
-            if isinstance(shown.get("masks"), Tensor):
-                shown["masks"] = shown["masks"].numpy()
+            for field in ("keypoints", "masks") if masks else ("keypoints",):
+                if instances.has(f"{prefix}_{field}"):
+                    value = instances.get(f"{prefix}_{field}")
+                    shown[field] = value.detach().numpy() if isinstance(value, Tensor) else value
             canvas = image.copy()
             if instances.has(f"{prefix}_face_meshes"):
                 meshes = instances.get(f"{prefix}_face_meshes")
@@ -250,7 +248,7 @@ class MetaArch(nn.Module):
 
 def _draw_dots(image: np.ndarray, points: Tensor) -> None:
     """Paint the pixels of points (..., 2 or more: x, y) half green, so that small faces stay visible."""
-    x, y = points[..., :2].reshape(-1, 2).floor().long().numpy().T
+    x, y = points[..., :2].reshape(-1, 2).detach().floor().long().numpy().T
     inside = (x >= 0) & (y >= 0) & (x < image.shape[1]) & (y < image.shape[0])
     x, y = x[inside], y[inside]
     image[y, x] = image[y, x] // 2 + np.array([0, 127, 0], image.dtype)

@@ -20,9 +20,15 @@ from d2ext.data.custom import (
     check_config_against_data,
     register_from_arguments,
 )
-from d2ext.data.dataset_facts import flip_indices
+from d2ext.data.dataset_facts import flip_indices, set_config_from_data
 from d2ext.data.errors import AnnotationError, DatasetError
-from d2ext.data.faces import FaceMapper, load_faces, register_builtin_faces, register_faces
+from d2ext.data.faces import (
+    FaceMapper,
+    face_metadata,
+    load_faces,
+    register_builtin_faces,
+    register_faces,
+)
 from d2ext.evaluation.wider_face import wider_images
 
 POINTS = [10, 10, 2, 20, 10, 1, 15, 15, 2, 11, 20, 2, 19, 20, 2]
@@ -165,6 +171,13 @@ def test_config_of_boxes_alone(name, tmp_path: Path, caplog) -> None:
     check_config_against_data(cfg)
     assert not cfg.MODEL.KEYPOINT_ON and cfg.MODEL.RETINAFACE.MESH.NUM_VERTICES == 0
     assert caplog.text.count("has nothing for it") == 2
+    # A model that has been trained on others is evaluated as it is.
+    MetadataCatalog.get(f"{name}_val").set(**face_metadata(), keypoints_labelled=False)
+    other = own_config(name, "mobilenet025_wider_mesh")
+    other.DATASETS.TRAIN, other.DATASETS.TEST = (), (f"{name}_val",)
+    set_config_from_data(other, f"{name}_val")
+    check_config_against_data(other, train=False)
+    assert other.MODEL.KEYPOINT_ON and other.MODEL.RETINAFACE.MESH.NUM_VERTICES == 1103
     cfg.MODEL.DEVICE, cfg.INPUT.AUGMENTATION.SIZE = "cpu", 96
     mapper = build_mapper(cfg, is_train=True)
     batch = [mapper(x) for x in get_dataset_dicts(cfg, cfg.DATASETS.TRAIN, is_train=True)]
