@@ -336,8 +336,8 @@ def set_config_from_data(cfg: CfgNode, dataset_name: str) -> None:
 
     That is the names in ``cfg.DATASETS``, ``NUM_CLASSES`` of every section of ``cfg.MODEL`` (of
     ``SEM_SEG_HEAD`` only if the data has semantic classes), what the meta-architecture says
-    (:func:`follows_data`; parts go off only for a data set of ``cfg.DATASETS.TRAIN``), and with keypoints
-    their number and the constants of their similarity (:func:`oks_sigmas`).
+    (:func:`follows_data`; parts go off only for a data set of ``cfg.DATASETS.TRAIN``), and with
+    keypoints their number and the constants of their similarity (:func:`oks_sigmas`).
     """
     facts = dataset_facts(dataset_name)
     metadata = MetadataCatalog.get(dataset_name)

@@ -177,6 +177,9 @@ def test_config_of_boxes_alone(name, tmp_path: Path, caplog) -> None:
     other.DATASETS.TRAIN, other.DATASETS.TEST = (), (f"{name}_val",)
     set_config_from_data(other, f"{name}_val")
     check_config_against_data(other, train=False)
+    assert "annotations" not in build_mapper(other, is_train=False)(
+        DatasetCatalog.get(f"{name}_train")[0]
+    )
     assert other.MODEL.KEYPOINT_ON and other.MODEL.RETINAFACE.MESH.NUM_VERTICES == 1103
     cfg.MODEL.DEVICE, cfg.INPUT.AUGMENTATION.SIZE = "cpu", 96
     mapper = build_mapper(cfg, is_train=True)
