@@ -64,7 +64,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def write_photos(folder: Path) -> None:
     (folder / "sub").mkdir(parents=True)
-    for name, box in (("sub/a.png", (20, 30, 60, 90)), ("b.png", None)):
+    for name, box in (("sub/a.png", (60, 70, 90, 110)), ("b.png", None)):
         image = np.zeros((120, 100, 3), np.uint8)
         if box:
             image[box[1] : box[3], box[0] : box[2]] = 255
@@ -79,8 +79,8 @@ def test_faces_of_photos(script: Any, tmp_path: Path, capsys: pytest.CaptureFixt
     records = load_faces(str(tmp_path / "faces.json"), str(tmp_path / "photos"))
     (face,) = records[1]["annotations"]
     assert records[1]["file_name"].endswith("photos/sub/a.png") and not records[0]["annotations"]
-    np.testing.assert_allclose(face["bbox"], [20, 30, 60, 90])
-    np.testing.assert_allclose(face["mesh"], grid(20, 30, 40, 60), atol=0.01)
+    np.testing.assert_allclose(face["bbox"], [60, 70, 90, 110])
+    np.testing.assert_allclose(face["mesh"], grid(60, 70, 30, 40), atol=0.01)
     np.testing.assert_allclose(face["keypoints"][6:8], face["mesh"][1, :2], atol=0.01)  # the nose
     vertices, triangles = read_topology(str(tmp_path / "faces.obj"))
     np.testing.assert_array_equal(triangles, grid_triangles())
@@ -93,15 +93,15 @@ def test_faces_of_photos(script: Any, tmp_path: Path, capsys: pytest.CaptureFixt
 def test_known_faces_keep_boxes_and_points(script: Any, tmp_path: Path) -> None:
     write_photos(tmp_path / "photos")
     points = " ".join(["31 42 0"] * 5)
-    text = f"# sub/a.png\n22 28 40 60 {points} 0\n1 2 30 9\n# b.png\n10 10 50 50\n"
+    text = f"# sub/a.png\n62 68 30 40 {points} 0\n1 2 30 9\n# b.png\n10 10 50 50\n"
     (tmp_path / "label.txt").write_text(text)
     words = [str(tmp_path / "photos"), str(tmp_path / "faces.json"), "--model", "m"]
     script.main([*words, "--annotations", str(tmp_path / "label.txt"), "--min-size", "20"])
     records = load_faces(str(tmp_path / "faces.json"), str(tmp_path / "photos"))
     first, tiny = records[0]["annotations"]
-    assert first["bbox"] == [22, 28, 62, 88] and first["keypoints"] == [31, 42, 2] * 5
+    assert first["bbox"] == [62, 68, 92, 108] and first["keypoints"] == [31, 42, 2] * 5
     # The crop begins elsewhere; the mesh is in pixels of the photo.
-    np.testing.assert_allclose(first["mesh"], grid(20, 30, 40, 60), atol=0.01)
+    np.testing.assert_allclose(first["mesh"], grid(60, 70, 30, 40), atol=0.01)
     assert "mesh" not in tiny and "keypoints" not in tiny
     assert "mesh" not in records[1]["annotations"][0]
 
@@ -115,7 +115,7 @@ def test_mean_face_looks_to_the_front(script: Any) -> None:
     )
     mean = script.mean_face([front, (front - front.mean(axis=0)) @ yaw.T * 3 + 7], partners)
     expected = script.mean_face([front], partners)
-    np.testing.assert_allclose(mean, expected, atol=0.05)
+    np.testing.assert_allclose(mean, expected, atol=1e-6)
     np.testing.assert_allclose(mean[partners] * (-1, 1, 1), mean, atol=1e-9)
 
 

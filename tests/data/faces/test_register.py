@@ -166,7 +166,12 @@ def test_config_of_boxes_alone(name, tmp_path: Path, caplog) -> None:
     # Beside data that have points they may train.
     assert "has nothing for it" not in caplog.text
     cfg.DATASETS.TRAIN = (f"{name}_train", "shapes_train_faces")
+    with pytest.raises(DatasetError, match="has 1103 vertices"):
+        cfg.MODEL.RETINAFACE.MESH.NUM_VERTICES = 3
+        check_config_against_data(cfg)
+    cfg.MODEL.RETINAFACE.MESH.NUM_VERTICES = 1103
     check_config_against_data(cfg)
+    assert len(FaceMapper.from_config(cfg)["mesh_flip"]) == 1103
     apply_dataset_to_config(cfg, name)
     check_config_against_data(cfg)
     assert not cfg.MODEL.KEYPOINT_ON and cfg.MODEL.RETINAFACE.MESH.NUM_VERTICES == 0
