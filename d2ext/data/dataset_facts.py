@@ -15,7 +15,10 @@ things. A system that has others says so where it adds its keys::
             "MODEL.SEM_SEG_HEAD.NUM_CLASSES": facts.full,
         }
 
-``--dataset`` then sets these keys, and :func:`check_config_against_data` compares them with the data.
+``--dataset`` then sets these keys, and :func:`check_config_against_data` compares them with the data. A
+part of a model that the data cannot train is switched off by False or 0, and says so::
+
+    "MODEL.KEYPOINT_ON": None if facts.keypoints else False
 """
 
 import json
@@ -175,6 +178,8 @@ class DatasetFacts:
         flip_indices: which keypoint takes the place of each in a mirrored picture; empty: not known
         flip_pairs: the same as [i, j] lists
         sigmas: of keypoint similarity, as the data give them
+        mesh_flip: which vertex takes the place of each in a mirrored picture, of meshes of faces
+        mesh_file: their topology, a Wavefront OBJ
     """
 
     things: Names
@@ -184,6 +189,8 @@ class DatasetFacts:
     keypoints: Names = None
     flip_indices: list[int] | None = None
     sigmas: list[float] | None = None
+    mesh_flip: list[int] | None = None
+    mesh_file: str | None = None
 
     @property
     def flip_pairs(self) -> list[list[int]] | None:
@@ -198,7 +205,8 @@ def dataset_facts(dataset_name: str) -> DatasetFacts:
     if metadata.get("thing_classes") is None and metadata.get("stuff_classes") is None:
         load_dataset(dataset_name)
     panoptic = panoptic_classes(dataset_name) if is_panoptic(dataset_name) else None
-    names = metadata.get("keypoint_names")
+    # Some sets have names of keypoints, and no keypoint.
+    names = metadata.get("keypoint_names") if metadata.get("keypoints_labelled", True) else None
     has_mirrors = metadata.get("keypoint_flip_map") is not None
     sigmas = metadata.get("keypoint_oks_sigmas")
     return DatasetFacts(
@@ -210,6 +218,8 @@ def dataset_facts(dataset_name: str) -> DatasetFacts:
         keypoints=list(names) if names else None,
         flip_indices=(flip_indices(dataset_name) if has_mirrors else []) if names else None,
         sigmas=list(sigmas) if sigmas else None,
+        mesh_flip=metadata.get("mesh_flip"),
+        mesh_file=metadata.get("mesh_file"),
     )
 
 
@@ -255,15 +265,17 @@ def oks_sigmas(facts: DatasetFacts, given: Sequence[float] = ()) -> list[float]:
         return list(given)
     if is_coco:
         return []
-    log_first_n(
-        logging.WARNING,
+    _warn_once(
         f"The data have no 'sigmas' of their {len(names)} keypoints ({shorten(names)}): keypoint AP "
         f"takes {_DEFAULT_OKS_SIGMA} for each. Give them in the category or as "
-        "TEST.KEYPOINT_OKS_SIGMAS; other constants give another AP.",
-        name=__name__,
-        key="message",
+        "TEST.KEYPOINT_OKS_SIGMAS; other constants give another AP."
     )
     return [_DEFAULT_OKS_SIGMA] * len(names)
+
+
+def _warn_once(message: str) -> None:
+    """A config is made several times in a process."""
+    log_first_n(logging.WARNING, message, name=__name__, key="message")
 
 
 def _are_coco_sigmas(values: Sequence[float]) -> bool:
@@ -279,7 +291,8 @@ def follows_data(*architectures: str) -> Callable[[KeyFunction], KeyFunction]:
     """Decorator for a function that says which keys of the config follow from which facts.
 
     The function gets :class:`DatasetFacts` and returns ``{key: value}``. A key whose last word begins
-    with ``NUM_`` gets the length of the value, a list of names; None leaves a key alone.
+    with ``NUM_`` gets the length of the value, a list, unless it is 0: that part is off. False or 0:
+    the data have nothing for it, so it goes off. None leaves a key alone.
 
     Args:
         architectures: values of ``MODEL.META_ARCHITECTURE`` that it speaks for
@@ -323,8 +336,8 @@ def set_config_from_data(cfg: CfgNode, dataset_name: str) -> None:
 
     That is the names in ``cfg.DATASETS``, ``NUM_CLASSES`` of every section of ``cfg.MODEL`` (of
     ``SEM_SEG_HEAD`` only if the data has semantic classes), what the meta-architecture says
-    (:func:`follows_data`), and with keypoints their number and the constants of their similarity
-    (:func:`oks_sigmas`).
+    (:func:`follows_data`; parts go off only for a data set of ``cfg.DATASETS.TRAIN``), and with
+    keypoints their number and the constants of their similarity (:func:`oks_sigmas`).
     """
     facts = dataset_facts(dataset_name)
     metadata = MetadataCatalog.get(dataset_name)
@@ -338,9 +351,24 @@ def set_config_from_data(cfg: CfgNode, dataset_name: str) -> None:
         if names is not None:
             node.NUM_CLASSES = len(names)
     for key, value in _keys_of(cfg, facts).items():
+        section, leaf = _section_of(cfg, key)
+        if _is_off(value) and section[leaf]:
+            if dataset_name not in cfg.DATASETS.TRAIN:  # a trained model keeps what it has
+                continue
+            _warn_once(
+                f"{key} is now {value}, instead of {section[leaf]}: data set '{dataset_name}' has "
+                "nothing for it. To keep this part of the model, untrained, set the key at the end of "
+                "the command line."
+            )
+        if leaf.startswith("NUM_") and value:
+            value = len(value)
+            if section[leaf] == 0:
+                _warn_once(
+                    f"{key} stays 0: the {value} of data set '{dataset_name}' are not learned."
+                )
+                continue
         if value is not None:
-            section, leaf = _section_of(cfg, key)
-            section[leaf] = len(value) if leaf.startswith("NUM_") else value
+            section[leaf] = value
     if facts.keypoints is not None:
         cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = len(facts.keypoints)
         cfg.TEST.KEYPOINT_OKS_SIGMAS = oks_sigmas(facts, cfg.TEST.KEYPOINT_OKS_SIGMAS)
@@ -357,27 +385,50 @@ def check_config_against_data(cfg: CfgNode, *, train: bool = True) -> None:
         DatasetError: a mismatch; the message says which key to set to which value
     """
     dataset_names = [*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST]
+    if train:
+        _check_trainable(cfg)
     for name in dataset_names:
         for key, value, names in _counts(cfg, dataset_facts(name)):
             if value != len(names):
-                what = "keypoints" if key.endswith("KEYPOINTS") else "classes"
+                what = key.rpartition("NUM_")[2].lower()
+                listed = f" ({shorten(names)})" if isinstance(names[0], str) else ""
                 raise DatasetError(
-                    f"{key} is {value}, but data set '{name}' has {len(names)} {what} "
-                    f"({shorten(names)}). Set {key} to {len(names)} in the config or at the end of the "
-                    "command line; --dataset sets it by itself."
+                    f"{key} is {value}, but data set '{name}' has {len(names)} {what}{listed}. Set "
+                    f"{key} to {len(names)} in the config or at the end of the command line; --dataset "
+                    "sets it by itself."
                 )
     if dataset_names:
         check_same_classes(dataset_names)
 
 
-def _counts(cfg: CfgNode, facts: DatasetFacts) -> Iterator[tuple[str, int, list[str]]]:
-    """Key, its value in the config, and the names that it counts."""
+def _check_trainable(cfg: CfgNode) -> None:
+    """Raise :class:`DatasetError` if a part of the model is on that no data set trains."""
+    off = [
+        {k: v for k, v in _keys_of(cfg, dataset_facts(name)).items() if _is_off(v)}
+        for name in cfg.DATASETS.TRAIN
+    ]
+    for key, value in off[0].items() if off else ():
+        section, leaf = _section_of(cfg, key)
+        if section[leaf] and all(key in others for others in off):
+            raise DatasetError(
+                f"{key} is {section[leaf]}, but {', '.join(cfg.DATASETS.TRAIN)} have nothing for it. "
+                f"Set {key} to {value}; --dataset sets it by itself."
+            )
+
+
+def _is_off(value: Any) -> bool:
+    """Whether a function of :func:`follows_data` says that the data have nothing for a key."""
+    return isinstance(value, int) and not value
+
+
+def _counts(cfg: CfgNode, facts: DatasetFacts) -> Iterator[tuple[str, int, list[Any]]]:
+    """Key, its value in the config unless that is 0, and what it counts."""
     keys = _keys_of(cfg, facts)
     if cfg.MODEL.KEYPOINT_ON and not any(key.endswith("NUM_KEYPOINTS") for key in keys):
         keys["MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"] = facts.keypoints
     for key, names in keys.items():
         section, leaf = _section_of(cfg, key)
-        if leaf.startswith("NUM_") and names is not None:
+        if leaf.startswith("NUM_") and names and section[leaf]:
             yield key, section[leaf], names
 
 

@@ -72,7 +72,13 @@ class D2extDatasetMapper(DatasetMapper):
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
         """Arguments of the constructor. ``cfg.INPUT.AUGMENTATION.NAME`` chooses the recipe."""
-        arguments = super().from_config(cfg, is_train)
+        common = cfg
+        if not is_train and cfg.MODEL.KEYPOINT_ON:
+            # Detectron2 would ask the training data, which may not be there, for mirrored keypoints.
+            common = cfg.clone()
+            common.defrost()
+            common.MODEL.KEYPOINT_ON = False
+        arguments = super().from_config(common, is_train)
         arguments["augmentations"] = build_augmentations(cfg, is_train)
         if cfg.INPUT.AUGMENTATION.NAME != "default":
             arguments["recompute_boxes"] = False

@@ -217,7 +217,8 @@ class MetaArch(nn.Module):
     def draw_pair(
         self, inputs: dict[str, Any], detections: Instances, *, masks: bool = False
     ) -> tuple[str, Tensor]:
-        """Annotations beside detections on the image of ``inputs``; see :meth:`draw_training`."""
+        """Annotations beside detections on the image of ``inputs``, with keypoints and the vertices of
+        faces' meshes where they have some; see :meth:`draw_training`."""
         from detectron2.utils.visualizer import Visualizer  # pulls in matplotlib
 
         image = inputs["image"].permute(1, 2, 0).clamp(0, 255).cpu()
@@ -226,11 +227,15 @@ class MetaArch(nn.Module):
         pictures = []
         for prefix, instances in (("gt", annotations), ("pred", detections)):
             shown = {"boxes": instances.get(f"{prefix}_boxes")}
-            if masks and instances.has(f"{prefix}_masks"):
-                shown["masks"] = instances.get(f"{prefix}_masks")
-            if isinstance(shown.get("masks"), Tensor):
-                shown["masks"] = shown["masks"].numpy()
-            pictures.append(Visualizer(image).overlay_instances(**shown).get_image())
+            for field in ("keypoints", "masks") if masks else ("keypoints",):
+                if instances.has(f"{prefix}_{field}"):
+                    value = instances.get(f"{prefix}_{field}")
+                    shown[field] = value.detach().numpy() if isinstance(value, Tensor) else value
+            canvas = image.copy()
+            if instances.has(f"{prefix}_face_meshes"):
+                meshes = instances.get(f"{prefix}_face_meshes")
+                _draw_dots(canvas, meshes[meshes.flatten(1).any(dim=1)])  # zeros: not annotated
+            pictures.append(Visualizer(canvas).overlay_instances(**shown).get_image())
         joined = torch.from_numpy(np.concatenate(pictures, axis=1)).permute(2, 0, 1)
         return "Left: annotations. Right: detections", joined.float() / 255
 
@@ -239,6 +244,14 @@ class MetaArch(nn.Module):
             for key in [key for key in state_dict if key.startswith(prefix + old)]:
                 state_dict[prefix + new + key.removeprefix(prefix + old)] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _draw_dots(image: np.ndarray, points: Tensor) -> None:
+    """Paint the pixels of points (..., 2 or more: x, y) half green, so that small faces stay visible."""
+    x, y = points[..., :2].reshape(-1, 2).detach().floor().long().numpy().T
+    inside = (x >= 0) & (y >= 0) & (x < image.shape[1]) & (y < image.shape[0])
+    x, y = x[inside], y[inside]
+    image[y, x] = image[y, x] // 2 + np.array([0, 127, 0], image.dtype)
 
 
 def image_size(inputs: dict[str, Any]) -> tuple[int, int]:

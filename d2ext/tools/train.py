@@ -92,6 +92,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
 def main(args: argparse.Namespace) -> dict[str, Any] | None:
     """What each process does. Returns the results of the evaluation."""
     cfg = setup(args)
+    if not args.eval_only and not cfg.DATASETS.TRAIN:
+        raise ConfigError("There is nothing to train on: set DATASETS.TRAIN or pass --dataset.")
     with ExitStack() as stack:
         if not args.eval_only:
             comm.synchronize()  # all have read the config, which may be one that moves aside

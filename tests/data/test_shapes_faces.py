@@ -17,7 +17,14 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from pycocotools.coco import COCO
 
-from d2ext.data.shapes import FaceSet, ShapesSet, load_shapes_faces, register_shapes_faces
+from d2ext.data.shapes import (
+    FaceSet,
+    ShapesSet,
+    face_sets,
+    files,
+    load_shapes_faces,
+    register_shapes_faces,
+)
 from d2ext.data.shapes.__main__ import main
 from d2ext.data.shapes.classes import Outline
 from d2ext.data.shapes.face_mesh import (
@@ -420,6 +427,41 @@ def test_dicts(name):
             )
     dicts[0]["annotations"] = None
     assert load_shapes_faces(TINY)[0]["annotations"] is not None
+
+
+def test_annotations_are_cached(tmp_path, monkeypatch):
+    monkeypatch.setenv("D2EXT_CACHE", str(tmp_path))
+    shapes = FaceSet("val", 4, 64, 64, seed=3)
+    drawn = []
+    draw = face_sets._draw_annotations
+    monkeypatch.setattr(face_sets, "_draw_annotations", lambda s: drawn.append(s) or draw(s))
+    loaded = []
+    for version in ("1", "1", "2"):
+        monkeypatch.setattr(files, "_version", lambda version=version: version)
+        face_sets._load.cache_clear()  # a new process
+        loaded.append(load_shapes_faces(shapes))
+    assert drawn == [shapes, shapes]  # once for each version of the code
+    first, again = ([a for d in x for a in d["annotations"]] for x in loaded[:2])
+    assert [a.pop("mesh", np.zeros(0)).tolist() for a in first] == [
+        a.pop("mesh", np.zeros(0)).tolist() for a in again
+    ]
+    assert first == again and len(first) == sum(len(f.faces) for f in shapes.frames()) > 4
+    # Interrupted, it leaves nothing; and it is not in the way of the set's files.
+    monkeypatch.setattr(files, "_version", lambda: "3")
+    monkeypatch.setattr(np, "savez", lambda file, **_: file.write(b"half") and 1 / 0)
+    face_sets._load.cache_clear()
+    with pytest.raises(ZeroDivisionError):
+        load_shapes_faces(shapes)
+    assert list((tmp_path / "shapes/3").iterdir()) == []
+    assert not (tmp_path / "shapes/1" / shapes.name).exists()
+
+
+def test_a_set_without_faces(tmp_path, monkeypatch):
+    monkeypatch.setenv("D2EXT_CACHE", str(tmp_path))
+    monkeypatch.setattr(FaceFrame, "faces", [])
+    records = load_shapes_faces(FaceSet("val", 2, 40, 40, seed=3))
+    assert [d["annotations"] for d in records] == [[], []]
+    face_sets._load.cache_clear()
 
 
 def test_annotation_file_and_topology(name, tmp_path):

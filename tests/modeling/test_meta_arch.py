@@ -105,6 +105,26 @@ def test_pictures_come_at_their_period() -> None:
         assert len(storage._vis_data) == 1
 
 
+def test_keypoints_and_meshes_are_drawn() -> None:
+    size = (40, 60)
+    inputs = {
+        "image": torch.full((3, *size), 100, dtype=torch.uint8),
+        "instances": Instances(size, gt_boxes=Boxes(torch.zeros(0, 4))),
+    }
+    instances = Instances(size, pred_boxes=Boxes(torch.tensor([[22.0, 14.0, 38.0, 26.0]] * 2)))
+    instances.pred_keypoints = torch.tensor([[[30.0, 20.0, 1.0]]] * 2)
+    # One lies outside; the second face has none.
+    meshes = torch.tensor([[[50.5, 10.5, 3.0], [12.5, 33.5, 0.0], [-4.0, 99.0, 0.0]]])
+    instances.pred_face_meshes = torch.cat([meshes, torch.zeros_like(meshes)])
+    _, picture = Toy().draw_pair(inputs, instances)
+    left, right = (255 * picture).round().int().chunk(2, dim=2)
+    assert (left == 100).all()
+    assert right[:, 10, 50].tolist() == right[:, 33, 12].tolist() == [50, 177, 50]
+    assert right[:, 0, 0].tolist() == [100] * 3
+    red, green, _ = right[:, 20, 30].tolist()
+    assert red > 200 and green < 60  # Detectron2's points
+
+
 def test_parameters_of_earlier_versions_load(tmp_path: Any) -> None:
     weight = torch.arange(9.0).view(3, 3, 1, 1)
     torch.save({"model": {"old.weight": weight}}, tmp_path / "old.pth")

@@ -142,6 +142,7 @@ def test_command_line_errors(capsys: pytest.CaptureFixture, tmp_path: Path) -> N
         (toy.options(tmp_path, DATASETS__TRAIN="('nothing',)"), "'nothing' is not registered"),
         (toy.options(tmp_path, SOLVER__IMS_PER_BATCH=0), "SOLVER.IMS_PER_BATCH is 0"),
         (["--eval-only", *toy.options(tmp_path)], "nothing to evaluate"),
+        (toy.options(tmp_path, DATASETS__TRAIN="()"), "nothing to train on"),
         (["--num-gpus", "0", *toy.options(tmp_path)], "at least 1"),
         (["--num-gpus", "1000", *toy.options(tmp_path), "MODEL.DEVICE", "cuda"], "--num-gpus 1000"),
         (["--num-machines", "2", *toy.options(tmp_path)], "--dist-url tcp://"),

@@ -17,7 +17,8 @@ class PhotometricTransform(PixelTransform):
     """Brightness, then contrast and HSV changes in one of two orders. Coordinates do not change.
 
     The result is float32 and is not clipped to [0, 255], as published: a bright area that is made
-    brighter keeps its texture.
+    brighter keeps its texture. Hue is in degrees, as OpenCV has it for floats; SSD code that works on
+    bytes counts it in half degrees (0..179), so its 18 is 36 here.
     """
 
     def __init__(

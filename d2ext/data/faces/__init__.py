@@ -7,7 +7,12 @@
 """
 
 from d2ext.data.faces.mapper import FaceMapper
-from d2ext.data.faces.meshes import mirror_permutation, read_topology, transform_meshes
+from d2ext.data.faces.meshes import (
+    mirror_permutation,
+    read_topology,
+    topology_of,
+    transform_meshes,
+)
 from d2ext.data.faces.points import FACE_POINTS, five_points
 from d2ext.data.faces.register import (
     FACE_KINDS,
@@ -28,5 +33,6 @@ __all__ = [
     "read_topology",
     "register_builtin_faces",
     "register_faces",
+    "topology_of",
     "transform_meshes",
 ]

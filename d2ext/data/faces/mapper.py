@@ -5,13 +5,12 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.data import MetadataCatalog
 from detectron2.structures import Instances
 from fvcore.transforms.transform import TransformList
 
 from d2ext.data.dataset_mapper import MAPPER_REGISTRY, D2extDatasetMapper
 from d2ext.data.errors import AnnotationError, DatasetError
-from d2ext.data.faces.meshes import check_mesh, transform_meshes
+from d2ext.data.faces.meshes import check_mesh, topology_of, transform_meshes
 
 
 @MAPPER_REGISTRY.register()
@@ -34,8 +33,8 @@ class FaceMapper(D2extDatasetMapper):
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
         """Arguments of the constructor; the topology is that of the training data."""
         arguments = super().from_config(cfg, is_train)
-        if is_train and cfg.DATASETS.TRAIN:
-            arguments["mesh_flip"] = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("mesh_flip")
+        if is_train:
+            arguments["mesh_flip"] = topology_of(cfg.DATASETS.TRAIN).get("mesh_flip")
         return arguments
 
     def _add_fields(

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from detectron2.data import MetadataCatalog
 from fvcore.transforms.transform import TransformList
 
 from d2ext.data.coco_json import read_json, read_text
@@ -103,6 +104,15 @@ def mesh_metadata(json_file: str) -> dict[str, Any]:
             f"'{path}'."
         )
     return {"mesh_file": path, "mesh_flip": [int(i) for i in flip]}
+
+
+def topology_of(dataset_names: Sequence[str]) -> dict[str, Any]:
+    """``mesh_file`` and ``mesh_flip`` of the first of several registered data sets that has meshes."""
+    for name in dataset_names:
+        metadata = MetadataCatalog.get(name)
+        if metadata.get("mesh_flip"):
+            return {key: metadata.get(key) for key in ("mesh_file", "mesh_flip")}
+    return {}
 
 
 def attach_meshes(

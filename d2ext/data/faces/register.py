@@ -92,6 +92,9 @@ def register_faces(
 ) -> None:
     """Register faces; see :func:`load_faces`. Registering the same again is harmless.
 
+    The metadata say whether any face has points (``keypoints_labelled``) and, if any has a mesh, name
+    the topology.
+
     Raises:
         DatasetError: files that cannot be used, or a name that is taken
     """
@@ -106,7 +109,9 @@ def register_faces(
         raise DatasetError(f"'{annotations}' has no face.")
     _warn_of_viewpoint(annotations, faces)
     metadata: dict[str, Any] = {"image_root": images, "face_source": source}
-    if kind == "faces" and annotations.lower().endswith(".json"):
+    # The names are there in any case: a set without points can train beside one that has some.
+    metadata["keypoints_labelled"] = any("keypoints" in face for face in faces)
+    if any("mesh" in face for face in faces):
         metadata.update(mesh_metadata(annotations))
     DatasetCatalog.register(name, load)
     MetadataCatalog.get(name).set(evaluator_type="faces", **face_metadata(), **metadata)

@@ -34,7 +34,7 @@ from d2ext.data.shapes.frame import Frame
 from d2ext.data.shapes.sets import PREFIX, FaceSet, ShapesSet, VideoSet, set_from_name
 from d2ext.data.shapes.video import Clip, flow_bytes
 
-__all__ = ["ShapesPathHandler", "encode_png", "register_path_handler"]
+__all__ = ["ShapesPathHandler", "encode_png", "register_path_handler", "versioned_cache"]
 
 
 def encode_png(image: np.ndarray) -> bytes:
@@ -129,7 +129,7 @@ class ShapesPathHandler(PathHandler):
     def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
         self._check_kwargs(kwargs)
         read = None if self._isdir(path) else _locate(path)
-        target = _cache_folder() / path.rstrip("/")[len(PREFIX) :]
+        target = versioned_cache() / path.rstrip("/")[len(PREFIX) :]
         if target.exists() and not force:
             return str(target)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -255,7 +255,7 @@ def _version() -> str:
     return digest.hexdigest()
 
 
-def _cache_folder() -> Path:
+def versioned_cache() -> Path:
     """This version's folder in the cache."""
     return cache_folder(f"shapes/{_version()}")
 

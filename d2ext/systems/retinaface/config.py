@@ -4,9 +4,23 @@ With ``MODEL.KEYPOINT_ON`` the model also predicts ``MODEL.ROI_KEYPOINT_HEAD.NUM
 each face.
 """
 
+from typing import Any
+
 from detectron2.config import CfgNode
 
 from d2ext.config import CONFIG_REGISTRY
+from d2ext.data.dataset_facts import DatasetFacts, follows_data
+
+
+@follows_data("RetinaFace")
+def retinaface_keys(facts: DatasetFacts) -> dict[str, Any]:
+    """Classes, and points and meshes as far as the data have them."""
+    return {
+        "MODEL.RETINAFACE.NUM_CLASSES": facts.things,
+        "MODEL.KEYPOINT_ON": None if facts.keypoints else False,
+        "MODEL.RETINAFACE.MESH.NUM_VERTICES": facts.mesh_flip or 0,
+        "MODEL.RETINAFACE.MESH.FILE": facts.mesh_file,
+    }
 
 
 @CONFIG_REGISTRY.register()
@@ -36,11 +50,12 @@ def add_retinaface_config(cfg: CfgNode) -> None:
     anchors.SCALES = [[16.0, 32.0], [64.0, 128.0], [256.0, 512.0]]
 
     mesh = face.MESH = CfgNode()
-    # Vertices of the mesh that is predicted for each face; 0: none.
+    # Vertices of the mesh that is predicted for each face; 0: none, whatever the data have.
     mesh.NUM_VERTICES = 0
     # Wavefront OBJ of the topology, with vertices of a mean face (x right, y down, z away from the
     # camera). Training takes edges and the initial prediction from it, prediction the pose; a trained
     # model does without. Triangles, counter-clockwise from outside, are for pictures and files.
+    # Empty: that of the training data.
     mesh.FILE = ""
     # Positive priors of an image whose meshes are trained, drawn at random from more.
     mesh.MAX_MESHES = 64

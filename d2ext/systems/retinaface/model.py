@@ -26,6 +26,7 @@ from d2ext.codecs.canvas import scale_points
 from d2ext.codecs.face_alignment import face_poses
 from d2ext.codecs.prior_boxes import prior_boxes
 from d2ext.config import ConfigError
+from d2ext.data.faces import topology_of
 from d2ext.modeling.meta_arch import image_size, output_size
 from d2ext.modeling.short_side import ShortSideMetaArch, scaled
 from d2ext.systems.retinaface.head import RetinaFaceHead, RetinaFacePredictions
@@ -136,7 +137,8 @@ class RetinaFace(ShortSideMetaArch):
                     "INPUT.AUGMENTATION.SQUARE_CROP.PUBLISHED_CLIPPED_POINTS would crush the meshes of "
                     "faces at the crop's border: set it to False."
                 )
-            topology = mesh_topology(face.MESH.FILE)
+            file = face.MESH.FILE or topology_of(cfg.DATASETS.TRAIN).get("mesh_file")
+            topology = mesh_topology(file) if file else None
             mesh = MeshHead(face.FPN_CHANNELS, face.MESH.NUM_VERTICES, len(scales[0]), topology)
         head = RetinaFaceHead(
             shapes,
@@ -230,11 +232,12 @@ class RetinaFace(ShortSideMetaArch):
         targets: Sequence[RetinaFaceTargets],
         predictions: RetinaFacePredictions,
     ) -> tuple[str, Tensor]:
-        """Annotations of the first image beside its detections."""
+        """Annotations of the first image beside its best detections, 20 or as many as annotations."""
         inputs = batched_inputs[0] | {"height": None, "width": None}
         first = tree_map_only(Tensor, lambda x: x[:1], predictions)
         results = self.postprocess(self._decode(first), [inputs])
-        return self.draw_pair(inputs, results[0]["instances"])
+        best = results[0]["instances"][: max(20, len(inputs["instances"]))]
+        return self.draw_pair(inputs, best)
 
     # Inference
 

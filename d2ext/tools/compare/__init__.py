@@ -4,6 +4,7 @@ from d2ext.tools.compare import (  # noqa: F401  (register themselves)
     key_frames,
     landmark_heads,
     panoptic,
+    retinaface_tasks,
     video_panoptic,
 )
 from d2ext.tools.compare.runner import run

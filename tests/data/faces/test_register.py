@@ -8,18 +8,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
 from PIL import Image
 
+from d2ext import model_zoo
 from d2ext.config import get_cfg
 from d2ext.data import build_mapper, get_dataset_dicts
 from d2ext.data.custom import (
     add_dataset_arguments,
     apply_dataset_to_config,
+    check_config_against_data,
     register_from_arguments,
 )
-from d2ext.data.dataset_facts import flip_indices
+from d2ext.data.dataset_facts import flip_indices, set_config_from_data
 from d2ext.data.errors import AnnotationError, DatasetError
-from d2ext.data.faces import load_faces, register_builtin_faces, register_faces
+from d2ext.data.faces import (
+    FaceMapper,
+    face_metadata,
+    load_faces,
+    register_builtin_faces,
+    register_faces,
+)
 from d2ext.evaluation.wider_face import wider_images
 
 POINTS = [10, 10, 2, 20, 10, 1, 15, 15, 2, 11, 20, 2, 19, 20, 2]
@@ -116,6 +125,73 @@ def test_points_and_meshes_reach_the_model(name, tmp_path: Path, caplog) -> None
         empty = mapper(records[1])["instances"]
         assert empty.gt_face_meshes.shape == (0, 3, 3) and empty.gt_mesh_valid.shape == (0,)
         assert empty.gt_keypoints.tensor.shape == (0, 5, 3)
+
+
+def own_config(name: str, file: str):
+    cfg = model_zoo.get_config(f"retinaface/{file}.yaml")
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (f"{name}_train",), ()
+    return cfg
+
+
+def test_config_follows_points_and_meshes(name, tmp_path: Path, caplog) -> None:
+    register(name, tmp_path, [{"keypoints": POINTS, "mesh": MESH}, {}], mesh_file="head.obj")
+    cfg = own_config(name, "mobilenet025_wider_mesh")
+    with pytest.raises(DatasetError, match=r"VERTICES is 1103, but data .* has 3 vertices\. Set"):
+        check_config_against_data(cfg)
+    apply_dataset_to_config(cfg, name)
+    check_config_against_data(cfg)
+    mesh = cfg.MODEL.RETINAFACE.MESH
+    assert (3, str(tmp_path / "head.obj")) == (mesh.NUM_VERTICES, mesh.FILE)
+    assert cfg.MODEL.KEYPOINT_ON and "NUM_VERTICES" not in caplog.text
+    # Without --dataset the topology is still that of the training data, of any of several sets.
+    cfg = own_config(name, "mobilenet025_wider_mesh")
+    cfg.merge_from_list(["MODEL.RETINAFACE.MESH.NUM_VERTICES", 3, "MODEL.DEVICE", "cpu"])
+    cfg.DATASETS.TRAIN = ("wider_face_train", f"{name}_train")
+    assert build_model(cfg).criterion.edges.tolist() == [[0, 1], [0, 2], [1, 2]]
+    assert FaceMapper.from_config(cfg)["mesh_flip"] == [1, 0, 2]
+    # A config without meshes stays so.
+    cfg = own_config(name, "mobilenet025_wider")
+    check_config_against_data(cfg)
+    apply_dataset_to_config(cfg, name)
+    assert cfg.MODEL.RETINAFACE.MESH.NUM_VERTICES == 0
+    assert "stays 0: the 3 of data set" in caplog.text
+
+
+def test_config_of_boxes_alone(name, tmp_path: Path, caplog) -> None:
+    """Also where all points of the file are absent, and a category names a topology without a mesh."""
+    register(name, tmp_path, [{"keypoints": [0] * 15}, {}], mesh_file="head.obj")
+    cfg = own_config(name, "mobilenet025_wider_mesh")
+    with pytest.raises(DatasetError, match=r"KEYPOINT_ON is True, .* nothing for it. Set .* False"):
+        check_config_against_data(cfg)
+    # Beside data that have points they may train.
+    assert "has nothing for it" not in caplog.text
+    cfg.DATASETS.TRAIN = (f"{name}_train", "shapes_train_faces")
+    with pytest.raises(DatasetError, match="has 1103 vertices"):
+        cfg.MODEL.RETINAFACE.MESH.NUM_VERTICES = 3
+        check_config_against_data(cfg)
+    cfg.MODEL.RETINAFACE.MESH.NUM_VERTICES = 1103
+    check_config_against_data(cfg)
+    assert len(FaceMapper.from_config(cfg)["mesh_flip"]) == 1103
+    apply_dataset_to_config(cfg, name)
+    check_config_against_data(cfg)
+    assert not cfg.MODEL.KEYPOINT_ON and cfg.MODEL.RETINAFACE.MESH.NUM_VERTICES == 0
+    assert caplog.text.count("has nothing for it") == 2
+    # A model that has been trained on others is evaluated as it is.
+    MetadataCatalog.get(f"{name}_val").set(**face_metadata(), keypoints_labelled=False)
+    other = own_config(name, "mobilenet025_wider_mesh")
+    other.DATASETS.TRAIN, other.DATASETS.TEST = (), (f"{name}_val",)
+    set_config_from_data(other, f"{name}_val")
+    check_config_against_data(other, train=False)
+    assert "annotations" not in build_mapper(other, is_train=False)(
+        DatasetCatalog.get(f"{name}_train")[0]
+    )
+    assert other.MODEL.KEYPOINT_ON and other.MODEL.RETINAFACE.MESH.NUM_VERTICES == 1103
+    cfg.MODEL.DEVICE, cfg.INPUT.AUGMENTATION.SIZE = "cpu", 96
+    mapper = build_mapper(cfg, is_train=True)
+    batch = [mapper(x) for x in get_dataset_dicts(cfg, cfg.DATASETS.TRAIN, is_train=True)]
+    losses = build_model(cfg)(batch)
+    assert set(losses) == {"loss_box", "loss_class"}
+    assert all(np.isfinite(x.item()) for x in losses.values())
 
 
 def test_1000_faces(name, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -16,7 +17,8 @@ from detectron2.modeling import build_model
 
 from d2ext import model_zoo
 from d2ext.config import ConfigError
-from d2ext.data import build_train_loader, register_faces
+from d2ext.data import build_test_loader, build_train_loader, register_faces
+from d2ext.evaluation.faces import FaceEvaluator
 
 OBJ = "v -1 0 0\nv 1 0 0\nv 0 2 0\nv 0 1 -1\nf 1 2 3\nf 1 3 4\n"
 
@@ -88,3 +90,44 @@ def test_faces_with_points_and_meshes_train(cfg: CfgNode) -> None:
             both = (left[:, 2] > 0) & (right[:, 2] > 0)
             assert (left[both, 0] < right[both, 0]).all()
     assert seen == {"loss_box", "loss_class", "loss_landmark", "loss_vertex", "loss_edge"}
+
+
+def test_odd_faces_from_the_file_to_the_results(cfg: CfgNode, tmp_path: Path) -> None:
+    """Without points, with absent ones, without area, at the border, outside, 1,000, none, a crowd."""
+    cfg.INPUT.AUGMENTATION.SQUARE_CROP.PUBLISHED_CLIPPED_POINTS = False
+    content = json.loads((tmp_path / "faces.json").read_text())
+    whole = content["annotations"][0]
+    odd: list[dict[str, Any]] = [
+        {"keypoints": [0] * 15},
+        *({"bbox": box} for box in ([9, 9, 0, 9], [9, 9, 9, 0], [9, 9, -4, 9])),
+        *({"bbox": box} for box in ([-15, 10, 30, 30], [65, 45, 30, 30], [400, 400, 9, 9])),
+        {"iscrowd": 1},
+        *({"image_id": 1, "bbox": [i % 70, i // 25, 4 + i % 9, 6]} for i in range(1000)),
+    ]
+    common = {k: whole[k] for k in ("image_id", "bbox", "category_id", "iscrowd", "area")}
+    odd = [{**common, "id": i, **face} for i, face in enumerate(odd, 10)]
+    content["annotations"] = [whole, *odd]
+    (tmp_path / "odd.json").write_text(json.dumps(content))
+    name = f"odd_{tmp_path.name}"
+    register_faces(name, str(tmp_path / "odd.json"), str(tmp_path))
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (name,)
+    cfg.MODEL.RETINAFACE.LOSS.MIN_NEGATIVES = 10
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    batches = iter(build_train_loader(cfg))
+    for batch in (next(batches), next(batches)):
+        assert sorted(len(x["instances"]) for x in batch)[0] == 0
+        losses = model(batch)
+        assert all(torch.isfinite(x) for x in losses.values())
+        sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    evaluator = FaceEvaluator(name, distributed=False)
+    evaluator.reset()
+    model.eval().max_detections = 9  # COCO's evaluation is slow
+    for inputs in build_test_loader(cfg, name):
+        evaluator.process(inputs, model(inputs))
+    results = evaluator.evaluate()
+    assert results is not None and set(results) == {"bbox", "faces", "points", "mesh"}
+    assert 0 <= results["faces"]["AP50-all"] <= 100
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)

@@ -12,18 +12,40 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.structures import Boxes, Instances
 
-from d2ext.data.shapes import ShapesSet, VideoSet, load_shapes_video, register_shapes
+from d2ext.data.shapes import (
+    FaceSet,
+    ShapesSet,
+    VideoSet,
+    load_shapes_video,
+    register_shapes,
+    register_shapes_faces,
+)
 from d2ext.data.shapes.export_video import export_video
+from d2ext.evaluation.faces import FaceEvaluator
 from d2ext.testing import random_inputs, tiny_config
 from d2ext.tools import compare
-from d2ext.tools.compare import key_frames, landmark_heads, panoptic, runner, video_panoptic
+from d2ext.tools.compare import (
+    key_frames,
+    landmark_heads,
+    panoptic,
+    retinaface_tasks,
+    runner,
+    video_panoptic,
+)
 from tests.data.panoptic_files import write_panoptic
 
 
 @pytest.mark.parametrize(
-    "make", [landmark_heads.landmark_heads, panoptic.panoptic, video_panoptic.video_panoptic]
+    "make",
+    [
+        landmark_heads.landmark_heads,
+        panoptic.panoptic,
+        retinaface_tasks.retinaface_tasks,
+        video_panoptic.video_panoptic,
+    ],
 )
 def test_arms_have_configs_and_equal_budgets(make: Any, tmp_path: Path) -> None:
     comparison = make()
@@ -33,7 +55,36 @@ def test_arms_have_configs_and_equal_budgets(make: Any, tmp_path: Path) -> None:
     for run in runs:  # small stuff is dropped alike
         models = run.cfg.MODEL
         limits = (models.PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT, models.UPSNET.TEST.STUFF_AREA_LIMIT)
-        assert len(set(limits)) == 1 or make is landmark_heads.landmark_heads
+        assert len(set(limits)) == 1 or "panoptic" not in make.__name__
+
+
+def test_tasks_of_faces(faces: str, tmp_path: Path) -> None:
+    """Arms differ in their heads alone; the evaluator gives what columns and curves name."""
+    comparison = retinaface_tasks.retinaface_tasks()
+    words = ["retinaface-tasks", "--output", str(tmp_path)]
+    runs = runner.plan(comparison, runner.build_parser().parse_args(words), [])
+    learned = [(r.cfg.MODEL.KEYPOINT_ON, r.cfg.MODEL.RETINAFACE.MESH.NUM_VERTICES) for r in runs]
+    assert learned == [(False, 0), (True, 0), (True, 1103)]
+    evaluator = FaceEvaluator(faces, distributed=False)
+    evaluator.reset()
+    for record in DatasetCatalog.get(faces):
+        known = [a for a in record["annotations"] if "mesh" in a]
+        instances = Instances((128, 128), pred_boxes=Boxes([a["bbox"] for a in known]))
+        instances.scores = torch.ones(len(known))
+        instances.pred_classes = torch.zeros(len(known), dtype=torch.int64)
+        points = torch.tensor([a["keypoints"] for a in known])
+        instances.pred_keypoints = points.reshape(-1, 5, 3)
+        meshes = np.array([a["mesh"] for a in known]).reshape(-1, 1103, 3)
+        instances.pred_face_meshes = torch.from_numpy(meshes)
+        evaluator.process([record], [{"instances": instances}])
+    results = flatten_results_dict(evaluator.evaluate())
+    keys = {
+        *comparison.columns,
+        *(k for curve in comparison.curves.values() for k in curve.values()),
+    }
+    assert keys <= set(results)
+    assert all(list(curve) == sorted(curve) for curve in comparison.curves.values())
+    assert results["mesh/NME-all"] == pytest.approx(0, abs=1e-4)
 
 
 def test_panoptic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,6 +167,15 @@ def test_fast_objects_and_their_ap() -> None:
     assert key_frames.mask_ap(frames, found, fast) == pytest.approx(100)
     assert key_frames.mask_ap(frames, found, None) < 90
     assert math.isnan(key_frames.mask_ap(frames, found, set()))
+
+
+@pytest.fixture
+def faces():
+    """``few_val_faces`` of `shapes`."""
+    name = register_shapes_faces(FaceSet("val", 4, 128, 128, seed=5), prefix="few")
+    yield name
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
 
 
 @pytest.fixture(scope="module")
