@@ -1,16 +1,16 @@
 """Annotated points on surfaces of persons (or animals), and coarse part masks: ``gt_densepose``.
 
-Training inputs may have ``instances.gt_densepose``, a :class:`DensePoseAnnotations` of all instances of an
-image. A mapper makes it with one :class:`SurfacePoints` for each annotated person, None for the others::
+Training inputs may have ``instances.gt_densepose``, a :class:`DensePoseAnnotations` of all instances of
+an image. A mapper makes it with one :class:`SurfacePoints` for each annotated person, None for others::
 
     instances.gt_densepose = DensePoseAnnotations([SurfacePoints(x, y, ...), None, ...])
     if mirrored:
         instances.gt_densepose = instances.gt_densepose.mirrored(symmetry)
 
-**Frame.** Positions and masks are relative to the person's box, each axis for itself: 0 is the box's left
-or upper edge, 256 its right or lower one. They are not touched when an image is resized, and mean the
-same only as long as ``gt_boxes`` is the whole annotated box: a mapper that crops must leave it uncut, or
-drop the person.
+**Frame.** Positions and masks are relative to the person's box, each axis for itself: 0 is the box's
+left or upper edge, 256 its right or lower one. They are not touched when an image is resized, and mean
+the same only as long as ``gt_boxes`` is the whole annotated box: a mapper that crops must leave it
+uncut, or drop the person.
 
 Letters: N persons, P points of the person that has most, K points of all.
 """
@@ -76,8 +76,8 @@ class AnnotatedPoints(NamedTuple):
 class DensePoseAnnotations:
     """Annotations of N persons, with or without points and masks.
 
-    What is stored is never copied by indexing (ROI heads repeat a person for each of its proposals): a row
-    number for each person points into the storage.
+    What is stored is never copied by indexing (ROI heads repeat a person for each of its proposals): a
+    row number for each person points into the storage.
     """
 
     def __init__(self, persons: Sequence[SurfacePoints | None]) -> None:

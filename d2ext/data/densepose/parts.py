@@ -16,8 +16,8 @@ from torch import Tensor
 from d2ext.data.errors import DatasetError
 
 NUM_PARTS = 24
-# Torso, right hand, left hand, left foot, right foot, upper leg right, left, lower leg right, left, upper
-# arm left, right, lower arm left, right, head.
+# Torso, right hand, left hand, left foot, right foot, upper leg right, left, lower leg right, left,
+# upper arm left, right, lower arm left, right, head.
 NUM_COARSE_PARTS = 14
 # What stands at the place of each part in a mirrored picture, background included.
 MIRRORED_PARTS = (0, 1, 2, *(p + 1 if p % 2 else p - 1 for p in range(3, 25)))
@@ -31,9 +31,9 @@ class SurfaceSymmetry:
     """Where points of the surface lie in a mirrored picture.
 
     Attributes:
-        charts: (2, 25, 256, 256) float32, the mirrored U and V by part (before mirroring; row 0 unused), V
-            and U, or None. Charts of paired parts are not mirror images of each other, so that tables say
-            it, and U and V change for the torso too.
+        charts: (2, 25, 256, 256) float32, the mirrored U and V by part (before mirroring; row 0
+            unused), V and U, or None. Charts of paired parts are not mirror images of each other, so
+            that tables say it, and U and V change for the torso too.
         vertices: by name of a mesh, (V,) int64: the mirror vertex of each.
     """
 
@@ -62,16 +62,17 @@ class SurfaceSymmetry:
         return moved
 
     def mirror_uv(self, parts: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """U and V (any shape, in [0, 1]) of points on ``parts`` (int64, same shape; 0: stay) in the mirror.
+        """U and V (any shape, in [0, 1]) in the mirror, of points on ``parts`` (int64, same shape; 0:
+        they stay).
 
         Raises:
             DatasetError: there are no tables.
         """
         if self.charts is None:
             raise DatasetError(
-                "Mirrored pictures need the tables of the mirrored U and V (UV_symmetry_transforms.mat): "
-                "name the file as `densepose_uv_symmetry` of the dataset's metadata, or set "
-                "INPUT.RANDOM_FLIP: none."
+                "Mirrored pictures need the tables of the mirrored U and V, "
+                "UV_symmetry_transforms.mat: name the file as `densepose_uv_symmetry` of the dataset's "
+                "metadata, or set INPUT.RANDOM_FLIP: none."
             )
         # Cut, not rounded (published).
         row, column = (v * 255).long(), (u * 255).long()
