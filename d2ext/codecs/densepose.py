@@ -34,7 +34,7 @@ _LINE = 76
 Predictions = TypeVar("Predictions", bound="SurfacePredictions")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SurfacePredictions:
     """Maps (N, channels, S, S) of N persons; a subclass names them. Those that a model does not give are
     None. Indexing, :meth:`to` and :meth:`cat` treat all maps alike, as fields of ``Instances`` need it.
@@ -50,6 +50,10 @@ class SurfacePredictions:
 
     def __len__(self) -> int:
         return len(self.coarse_segm)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in self.maps().items())
+        return f"{type(self).__name__}({shapes})"
 
     def __getitem__(self: Predictions, index: int | slice | Tensor) -> Predictions:
         """The persons of an index (then of one), a slice, indices (int64) or a mask (bool)."""
@@ -70,7 +74,7 @@ class SurfacePredictions:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ChartPredictions(SurfacePredictions):
     """Parts and chart coordinates."""
 
@@ -91,7 +95,7 @@ class ChartPredictions(SurfacePredictions):
     """1 channel, positive; ``coarse_segm`` is multiplied by it already."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EmbeddingPredictions(SurfacePredictions):
     """Embeddings, to be compared with those of a mesh's vertices."""
 
