@@ -273,8 +273,8 @@ _TINY: dict[str, TinyModel] = {
 
 
 def tiny_architectures() -> list[str]:
-    """Meta-architectures that :func:`tiny_config` knows: all that d2ext registers, and "DensePose", which
-    is Detectron2's ``GeneralizedRCNN`` with ROI heads of d2ext's."""
+    """Meta-architectures that :func:`tiny_config` knows: all that d2ext registers, and "DensePose",
+    which is Detectron2's ``GeneralizedRCNN`` with ROI heads of d2ext's."""
     return sorted(_TINY)
 
 

@@ -53,9 +53,22 @@ class VertexEmbedder(nn.Module):
                 self.register_buffer("features", features)
         rows = vertices if feature_size is None else feature_size
         self.embeddings = nn.Parameter(torch.zeros(rows, embed_size))
+        self._trained_before = False
 
     def forward(self) -> Tensor:
-        """(V, D), normalised."""
+        """(V, D), normalised.
+
+        Raises:
+            ConfigError: in the first iteration of a training, if all features are zero
+        """
+        if self.training and not self._trained_before:
+            self._trained_before = True
+            if hasattr(self, "features") and not self.features.any():
+                raise ConfigError(
+                    "The features of a mesh are all zero, so that nothing is learned: name their file "
+                    "as MODEL.ROI_DENSEPOSE_HEAD.CSE.EMBEDDERS.<mesh>.INIT_FILE, or start from a "
+                    "checkpoint that has them."
+                )
         embeddings = self.embeddings
         if hasattr(self, "features"):
             embeddings = self.features @ embeddings
