@@ -17,6 +17,7 @@ from d2ext.systems.densepose.predictor import (
 )
 from d2ext.systems.densepose.roi_heads import DensePoseROIHeads
 from d2ext.systems.densepose.targets import DensePoseTargets
+from d2ext.systems.densepose.tta import GeneralizedRCNNWithTTA
 
 __all__ = [
     "DENSEPOSE_HEAD_REGISTRY",
@@ -31,6 +32,7 @@ __all__ = [
     "DensePoseV1ConvXHead",
     "Embedder",
     "EmbeddingLoss",
+    "GeneralizedRCNNWithTTA",
     "PixelCycle",
     "ShapeCycle",
     "VertexEmbedder",

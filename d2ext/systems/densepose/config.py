@@ -62,6 +62,16 @@ def add_densepose_config(cfg: CfgNode) -> None:
     # Least factor.
     confidence.EPSILON = 0.01
 
+    # Faults of the published test-time augmentation (TEST.AUG; its FLIP needs the tables of the mirrored
+    # U and V, `densepose_uv_symmetry` of the dataset's metadata).
+    # Confidences are the first image's; False: means of all images.
+    head.PUBLISHED_TTA_CONFIDENCES = False
+    # Rotated maps are turned back by way of boxes of whole pixels, sheared unless these are square;
+    # False: each cell is looked up where the rotation takes it.
+    head.PUBLISHED_TTA_ROTATION = False
+    # Degrees counter-clockwise of rotated images.
+    cfg.TEST.AUG.ROTATION_ANGLES = []
+
     cse = head.CSE = CfgNode()
     # D, numbers of an embedding.
     cse.EMBED_SIZE = 16
