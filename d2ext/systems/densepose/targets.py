@@ -122,15 +122,17 @@ def encode_targets(
         coarse_channels: 2: all coarse parts are one foreground
         trained_by_masks: the coarse target is the instance mask, ``gt_masks``, not the annotated parts
         with_masks: give ``masks``
+
+    Raises:
+        ValueError: masks are asked for, and an image has none
     """
     annotations = annotations_of(proposals)
     boxes = torch.cat([x.proposal_boxes.tensor for x in proposals])
     persons = torch.cat(
         [x.gt_boxes.tensor if x.has("gt_boxes") else x.proposal_boxes.tensor for x in proposals]
     )
-    masks = None
-    if (trained_by_masks or with_masks) and all(x.has("gt_masks") for x in proposals if len(x)):
-        masks = _instance_masks(proposals, side)
+    masks = _instance_masks(proposals, side) if trained_by_masks or with_masks else None
+    coarse: Tensor | None
     if trained_by_masks:
         coarse = None if masks is None else masks.long()
     elif annotations.has_masks.all():
@@ -193,6 +195,11 @@ def resample_masks(masks: Tensor, persons: Tensor, boxes: Tensor, side: int) -> 
 
 def _instance_masks(proposals: Sequence[Instances], side: int) -> Tensor:
     """``gt_masks`` cut to the proposals, (R, S, S) bool."""
+    if any(len(x) and not x.has("gt_masks") for x in proposals):
+        raise ValueError(
+            "COARSE_SEGM_TRAINED_BY_MASKS and PIX_TO_SHAPE_CYCLE_LOSS need instance masks, and the "
+            "training data come without `gt_masks`."
+        )
     device = proposals[0].proposal_boxes.device
     cut = [
         x.gt_masks.crop_and_resize(x.proposal_boxes.tensor, side).to(device)

@@ -143,6 +143,7 @@ def test_unrotated_maps_lie_where_they_were(tiny: tuple[CfgNode, nn.Module], ang
 
 def test_a_model_predicts(tiny: tuple[CfgNode, nn.Module]) -> None:
     wrapper, inputs = _wrapper(tiny), random_inputs(2)
+    wrapper.tta_mapper.min_sizes = (48,)
     inputs[0].update(height=90, width=120)
     inputs[1]["image"] = torch.zeros_like(inputs[1]["image"])
     for x, result in zip(inputs, wrapper(inputs), strict=True):
