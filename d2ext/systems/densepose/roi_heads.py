@@ -168,11 +168,7 @@ class DensePoseROIHeads(StandardROIHeads):
             iou_threshold=self.fg_iou_threshold,
             with_masks=self.trained_by_masks,
         )
-        maps = self.maps(features)
-        pooled = self.densepose_pooler(maps, [x.proposal_boxes for x in selected])
-        if len(pooled) == 0:  # the pooler cuts the graph
-            pooled = pooled + sum(x.sum() for x in maps) * 0
-        predictions = self.densepose_predictor(self.densepose_head(pooled))
+        predictions = self.predict(features, [x.proposal_boxes for x in selected])
         targets = self.densepose_targets(selected, predictions)
         if self.embedder is None:
             return self.densepose_criterion(predictions, targets)

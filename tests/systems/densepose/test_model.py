@@ -90,6 +90,17 @@ def test_finds_nobody(model: nn.Module) -> None:
         assert charts_in_boxes(found.pred_densepose, found.pred_boxes.tensor) == []
 
 
+@torch.no_grad()
+def test_each_image_gets_its_own_persons() -> None:
+    torch.manual_seed(0)
+    model, inputs = build_model(_config("plain")).eval(), random_inputs(2)
+    together = [x["instances"].pred_densepose for x in model(inputs)]
+    for x, expected in zip(inputs, together, strict=True):
+        alone = model([x])[0]["instances"].pred_densepose
+        torch.testing.assert_close(alone.u, expected.u, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(together[0].u, together[1].u, atol=1e-2)
+
+
 def test_masks_that_lack_are_named() -> None:
     model, inputs = build_model(_config("anisotropic")), random_inputs()
     for x in inputs:

@@ -137,17 +137,27 @@ def test_unrotated_maps_lie_where_they_were(tiny: tuple[CfgNode, nn.Module], ang
     maps = places(rotated, back=True)
     predictions = ChartPredictions(maps, maps, maps, maps)
     found = unrotate(predictions, transforms[-1], boxes, rotated).u
-    error = (found - places(boxes, back=False)).abs()[:, :, 2:-2, 2:-2]
-    assert error.max() < 1.0  # RotationTransform.inverse() itself is off by half a pixel
+    error = (found - places(boxes, back=False)).abs()
+    # RotationTransform.inverse() itself is off by half a pixel; at the borders, half a cell.
+    assert error[:, :, 2:-2, 2:-2].max() < 1.0 and error.max() < 2.5
 
 
-def test_a_model_predicts(tiny: tuple[CfgNode, nn.Module]) -> None:
+def test_a_model_predicts(tiny: tuple[CfgNode, nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     wrapper, inputs = _wrapper(tiny), random_inputs(2)
     wrapper.tta_mapper.min_sizes = (48,)
     inputs[0].update(height=90, width=120)
     inputs[1]["image"] = torch.zeros_like(inputs[1]["image"])
-    for x, result in zip(inputs, wrapper(inputs), strict=True):
+    calls, predict = [], tiny[1].roi_heads.predict
+    monkeypatch.setattr(
+        tiny[1].roi_heads, "predict", lambda *args: calls.append(args) or predict(*args)
+    )
+    results = wrapper(inputs)
+    assert len(calls) == 2  # once an image: for the merged boxes, of its three views
+    wrapper.tta_mapper.angles = []
+    for x, result, straight in zip(inputs, results, wrapper(inputs), strict=True):
         found = result["instances"]
+        # Boxes do not come from rotated images.
+        assert torch.equal(found.pred_boxes.tensor, straight["instances"].pred_boxes.tensor)
         assert found.image_size == (x["height"], x["width"])
         assert len(found) == len(found.pred_densepose) > 0
     assert tiny[1].roi_heads.densepose_on
