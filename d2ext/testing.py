@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
 
 from d2ext.config import get_cfg
+from d2ext.data.densepose import DensePoseAnnotations, SurfacePoints
 
 # Thing classes of every tiny model.
 NUM_CLASSES = 3
@@ -27,7 +28,7 @@ class TinyModel(NamedTuple):
     configure: Callable[[CfgNode], None]
     """Changes a default config into the model's, in place."""
     tasks: tuple[str, ...]
-    """Kinds of predictions: "bbox", "segm", "keypoints", "panoptic"."""
+    """Kinds of predictions: "bbox", "segm", "keypoints", "panoptic", "densepose"."""
 
 
 def _tiny_yolact(cfg: CfgNode) -> None:
@@ -206,6 +207,43 @@ def _tiny_retinaface(cfg: CfgNode) -> None:
     cfg.INPUT.MIN_SIZE_TEST = 0
 
 
+def _tiny_densepose(cfg: CfgNode) -> None:
+    cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
+    cfg.MODEL.PIXEL_STD = [58.0, 58.0, 58.0]
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    cfg.MODEL.RESNETS.DEPTH = 18
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    # Batch norms would keep the statistics of random weights.
+    cfg.MODEL.RESNETS.NORM = "GN"
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.FPN.OUT_CHANNELS = 16
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[8], [16], [32], [64], [128]]
+    cfg.MODEL.RPN.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
+    cfg.MODEL.RPN.CONV_DIMS = [16]
+    cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE = 32
+    cfg.MODEL.RPN.PRE_NMS_TOPK_TRAIN = cfg.MODEL.RPN.PRE_NMS_TOPK_TEST = 50
+    cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 30
+    cfg.MODEL.ROI_HEADS.NAME = "DensePoseROIHeads"
+    cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p2", "p3", "p4", "p5"]
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = NUM_CLASSES
+    cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 16
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
+    cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 1
+    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 32
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 7
+    head = cfg.MODEL.ROI_DENSEPOSE_HEAD
+    head.NUM_STACKED_CONVS = 1
+    head.CONV_HEAD_DIM = 16
+    head.POOLER_RESOLUTION = 7
+    head.DECODER_CONV_DIMS = 16
+    cfg.TEST.DETECTIONS_PER_IMAGE = 10
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.INPUT.MIN_SIZE_TEST = 0
+
+
 def _tiny_cornernet_saccade(cfg: CfgNode) -> None:
     _tiny_cornernet(cfg)
     cfg.MODEL.META_ARCHITECTURE = "CornerNetSaccade"
@@ -224,6 +262,7 @@ _TINY: dict[str, TinyModel] = {
     "CenterNetTriplets": TinyModel(_tiny_centernet_triplets, ("bbox",)),
     "CornerNet": TinyModel(_tiny_cornernet, ("bbox",)),
     "CornerNetSaccade": TinyModel(_tiny_cornernet_saccade, ("bbox",)),
+    "DensePose": TinyModel(_tiny_densepose, ("bbox", "densepose")),
     "LandmarkNet": TinyModel(_tiny_landmarks, ("keypoints",)),
     "RetinaFace": TinyModel(_tiny_retinaface, ("bbox", "keypoints")),
     "UPSNet": TinyModel(_tiny_upsnet, ("bbox", "segm", "panoptic")),
@@ -234,12 +273,13 @@ _TINY: dict[str, TinyModel] = {
 
 
 def tiny_architectures() -> list[str]:
-    """Meta-architectures that :func:`tiny_config` knows: all that d2ext registers."""
+    """Meta-architectures that :func:`tiny_config` knows: all that d2ext registers, and "DensePose",
+    which is Detectron2's ``GeneralizedRCNN`` with ROI heads of d2ext's."""
     return sorted(_TINY)
 
 
 def tiny_tasks(architecture: str) -> tuple[str, ...]:
-    """What the tiny model of ``architecture`` predicts: "bbox", "segm", "keypoints", "panoptic"."""
+    """What the tiny model of ``architecture`` predicts; see :class:`TinyModel`."""
     return _TINY[architecture].tasks
 
 
@@ -258,6 +298,18 @@ def tiny_config(architecture: str) -> CfgNode:
     return cfg
 
 
+# Points on a grid in a box, each with the chart that its place says.
+_SIDES = torch.arange(16, 256, 32.0)
+_GRID = SurfacePoints(
+    x=_SIDES.repeat(8),
+    y=_SIDES.repeat_interleave(8),
+    parts=3 + (_SIDES.repeat(8) > 128).long(),
+    u=_SIDES.repeat(8) / 256,
+    v=_SIDES.repeat_interleave(8) / 256,
+    mask=torch.ones(256, 256, dtype=torch.uint8),
+)
+
+
 def random_inputs(
     count: int = 2,
     *,
@@ -268,8 +320,9 @@ def random_inputs(
 ) -> list[dict[str, Any]]:
     """Training inputs in Detectron2's form: noise images with bright ellipses as objects.
 
-    Each has boxes, classes, masks and keypoints of its objects, and ``sem_seg`` (upper half stuff 1,
-    lower half stuff 2, things 0; int64).
+    Each has boxes, classes, masks and keypoints of its objects, points on charts (left half of the box
+    part 3, right half part 4, U and V from side to side) of all but the first, and ``sem_seg`` (upper
+    half stuff 1, lower half stuff 2, things 0; int64).
 
     Args:
         count: images.
@@ -299,6 +352,7 @@ def random_inputs(
         )
         instances.gt_classes = torch.randint(0, NUM_CLASSES, (objects,), generator=generator)
         instances.gt_keypoints = Keypoints(keypoints)
+        instances.gt_densepose = DensePoseAnnotations([None, *[_GRID] * objects][:objects])
         instances.gt_ids = torch.arange(objects) + 1
         sem_seg = (rows >= height / 2).long().expand(height, width) + 1
         inputs.append(

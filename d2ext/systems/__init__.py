@@ -4,6 +4,7 @@ from d2ext.systems import (  # noqa: F401
     centernet,
     centernet_triplets,
     cornernet,
+    densepose,
     landmarks,
     retinaface,
     upsnet,

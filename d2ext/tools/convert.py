@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.config import CfgNode
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY, build_model
 from detectron2.utils.logger import setup_logger
 from torch import Tensor, nn
 
@@ -61,14 +61,16 @@ def _as_tensors(data: object) -> object:
 
 
 def system_of(cfg: CfgNode) -> str:
-    """The converter's name for a config's meta-architecture: that of the system it belongs to.
+    """The converter's name for a config: that of the system which its meta-architecture belongs to, or,
+    where that is Detectron2's own, its ROI heads.
 
     Raises:
         ConversionError: there is no converter of that name.
     """
     architecture = cfg.MODEL.META_ARCHITECTURE
-    if architecture in META_ARCH_REGISTRY:
-        module = META_ARCH_REGISTRY.get(architecture).__module__
+    parts = [(META_ARCH_REGISTRY, architecture), (ROI_HEADS_REGISTRY, cfg.MODEL.ROI_HEADS.NAME)]
+    for registry, part in parts:
+        module = registry.get(part).__module__ if part in registry else ""
         own = module.startswith("d2ext.systems.")
         if own and (name := module.split(".")[2]) in available_converters():
             return name

@@ -1,0 +1,341 @@
+"""Predictions on surfaces of persons (or animals), and what they say in the persons' boxes.
+
+``instances.pred_densepose`` is a :class:`ChartPredictions` or an :class:`EmbeddingPredictions`, raw maps
+of a fixed size, whatever the size of the box; ``instances.pred_boxes`` says where they lie.
+
+- :func:`charts_in_boxes` gives part, U and V of each pixel of a box, :func:`quantize` bytes of them,
+  :func:`encode_result` text;
+- :func:`vertices_in_boxes` gives the vertex of a mesh for each pixel.
+
+**Boxes** (x, y, w, h) are cut to integers, w and h at least 1 (:func:`integer_boxes`; published), and
+results are in the frame of that box.
+
+Letters: N persons, S side of a map, D numbers of an embedding, T pixels of all boxes.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+# Pixels that are worked on at a time: 25 channels of them are 50 MB.
+_CHUNK = 1 << 19
+# Characters in a line of the text form.
+_LINE = 76
+
+Predictions = TypeVar("Predictions", bound="SurfacePredictions")
+
+
+@dataclass(frozen=True, repr=False)
+class SurfacePredictions:
+    """Maps (N, channels, S, S) of N persons; a subclass names them. Those that a model does not give are
+    None. Indexing, :meth:`to` and :meth:`cat` treat all maps alike, as fields of ``Instances`` need it.
+    """
+
+    coarse_segm: Tensor
+    """Logits of foreground or coarse parts, background first: 2 or 15 channels."""
+
+    def maps(self) -> dict[str, Tensor]:
+        """The maps that there are, by name, in the order of the class."""
+        named = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        return {name: value for name, value in named if value is not None}
+
+    def __len__(self) -> int:
+        return len(self.coarse_segm)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in self.maps().items())
+        return f"{type(self).__name__}({shapes})"
+
+    def __getitem__(self: Predictions, index: int | slice | Tensor) -> Predictions:
+        """The persons of an index (then of one), a slice, indices (int64) or a mask (bool)."""
+        if isinstance(index, int):
+            index = slice(index, None if index == -1 else index + 1)
+        return type(self)(**{name: x[index] for name, x in self.maps().items()})
+
+    def to(self: Predictions, *args: Any, **kwargs: Any) -> Predictions:
+        """On another device or of another type; arguments as of ``Tensor.to``."""
+        return type(self)(**{name: x.to(*args, **kwargs) for name, x in self.maps().items()})
+
+    @staticmethod
+    def cat(parts: Sequence[Predictions]) -> Predictions:
+        """The persons of all, in order; of one model, so that all have the same maps."""
+        names = parts[0].maps()
+        return type(parts[0])(
+            **{name: torch.cat([getattr(p, name) for p in parts]) for name in names}
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class ChartPredictions(SurfacePredictions):
+    """Parts and chart coordinates."""
+
+    fine_segm: Tensor
+    """25 logits of parts, background first."""
+    u: Tensor
+    """25 channels: U on each part, about 0..1; channel 0 unused."""
+    v: Tensor
+    """25 channels: V on each part."""
+    sigma_2: Tensor | None = None
+    """25 channels: before softplus, the variance of U and V."""
+    kappa_u: Tensor | None = None
+    """25 channels: the direction of larger variance, with ``kappa_v``."""
+    kappa_v: Tensor | None = None
+    fine_segm_confidence: Tensor | None = None
+    """1 channel, positive; ``fine_segm`` is multiplied by it already."""
+    coarse_segm_confidence: Tensor | None = None
+    """1 channel, positive; ``coarse_segm`` is multiplied by it already."""
+
+
+@dataclass(frozen=True, repr=False)
+class EmbeddingPredictions(SurfacePredictions):
+    """Embeddings, to be compared with those of a mesh's vertices."""
+
+    embedding: Tensor
+    """D channels, not normalised."""
+    coarse_segm_confidence: Tensor | None = None
+    """As in :class:`ChartPredictions`."""
+
+
+class ChartResult(NamedTuple):
+    """One person in a box of h×w pixels."""
+
+    labels: Tensor
+    """(h, w) int64: part 1..24, 0 background."""
+    uv: Tensor
+    """(2, h, w) float32: U and V of the label's part, about 0..1, not clamped; 0 on background."""
+    confidences: dict[str, Tensor]
+    """(h, w) float32 by the name of the map: ``sigma_2``, ``kappa_u``, ``kappa_v`` of the label's part,
+    before softplus, 0 on background; ``fine_segm_confidence``, ``coarse_segm_confidence`` everywhere."""
+
+
+class VertexResult(NamedTuple):
+    """One person in a box of h×w pixels."""
+
+    vertices: Tensor
+    """(h, w) int64: nearest vertex from 0; 0 outside the mask."""
+    mask: Tensor
+    """(h, w) bool."""
+
+
+def integer_boxes(boxes: Tensor) -> Tensor:
+    """XYXY (N, 4) → (N, 4) int64 x, y, w, h, cut to integers, at least a pixel."""
+    sizes = (boxes[:, 2:] - boxes[:, :2]).long().clamp(min=1)
+    return torch.cat([boxes[:, :2].long(), sizes], dim=1)
+
+
+class _Pixels(NamedTuple):
+    """Pixels of boxes and where they lie between the cells of the persons' maps."""
+
+    person: Tensor
+    """(T,) int64."""
+    corners: Tensor
+    """(4, T) int64: cells of all maps, laid end to end: upper left and right, lower left and right."""
+    right: Tensor
+    """(T,) weight of the right column, of 1."""
+    lower: Tensor
+    """(T,) weight of the lower row, of 1."""
+
+    def select(self, keep: Tensor) -> _Pixels:
+        """The pixels of indices or of a mask."""
+        return _Pixels(*(x[..., keep] for x in self))
+
+    def sample(self, cells: Tensor, channel: Tensor | None = None) -> Tensor:
+        """Bilinear samples, in the arithmetic of :func:`torch.nn.functional.interpolate`.
+
+        Args:
+            cells: (N * S * S, C)
+            channel: (T,) of each pixel; None: all
+
+        Returns:
+            (T, C) or (T,)
+        """
+        if channel is None:
+            a, b, c, d = (cells.index_select(0, corner) for corner in self.corners)
+            right, lower = self.right[:, None], self.lower[:, None]
+        else:
+            a, b, c, d = (cells[corner, channel] for corner in self.corners)
+            right, lower = self.right, self.lower
+        return (1 - lower) * ((1 - right) * a + right * b) + lower * ((1 - right) * c + right * d)
+
+
+def _place(length: Tensor, index: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Index of a pixel among ``length`` → low cell, high cell, weight of the high one
+    (``align_corners=False``)."""
+    position = (side / length.float() * (index + 0.5) - 0.5).clamp(min=0)
+    low = position.long().clamp(max=side - 1)
+    return low, (low + 1).clamp(max=side - 1), position - low
+
+
+def _pixels_of(sizes: Tensor, side: int) -> Iterator[_Pixels]:
+    """The pixels of boxes, person by person, row by row, a chunk at a time.
+
+    Args:
+        sizes: (N, 2) int64: w, h
+        side: S
+    """
+    ends = sizes.prod(dim=1).cumsum(0)
+    total = int(ends[-1]) if len(ends) else 0
+    for start in range(0, total, _CHUNK):
+        index = torch.arange(start, min(start + _CHUNK, total), device=sizes.device)
+        person = torch.searchsorted(ends, index, right=True)
+        width, height = sizes[person].unbind(1)
+        within = index - (ends[person] - width * height)
+        y0, y1, lower = _place(height, within // width, side)
+        x0, x1, right = _place(width, within % width, side)
+        first = person * side
+        rows = torch.stack([first + y0, first + y0, first + y1, first + y1])
+        yield _Pixels(person, rows * side + torch.stack([x0, x1, x0, x1]), right, lower)
+
+
+def _cells(maps: Tensor) -> Tensor:
+    """(N, C, S, S) → (N * S * S, C): the channels of a cell side by side."""
+    return maps.float().permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
+
+
+@torch.no_grad()
+def charts_in_boxes(predictions: ChartPredictions, boxes: Tensor) -> list[ChartResult]:
+    """Part, U, V and confidences of each pixel of the persons' boxes.
+
+    All pixels of all boxes go through the same few calls, and only those of the foreground are
+    interpolated in all parts.
+
+    Args:
+        predictions: of N persons
+        boxes: (N, 4) XYXY, pixels of the image that the results are for
+    """
+    sizes = integer_boxes(boxes)[:, 2:]
+    side = predictions.coarse_segm.shape[-1]
+    cells = {name: _cells(x) for name, x in predictions.maps().items()}
+    coarse, fine = cells.pop("coarse_segm"), cells.pop("fine_segm")
+    labels, values = [], []
+    for pixels in _pixels_of(sizes, side):
+        foreground = (pixels.sample(coarse).argmax(dim=1) > 0).nonzero()[:, 0]
+        part = pixels.select(foreground).sample(fine).argmax(dim=1)
+        foreground, part = foreground[part > 0], part[part > 0]
+        label = torch.zeros_like(pixels.person)
+        label[foreground] = part
+        inside = pixels.select(foreground)
+        rows = []
+        for name, x in cells.items():
+            if name.endswith("segm_confidence"):
+                rows.append(pixels.sample(x)[:, 0])
+            else:
+                row = torch.zeros_like(pixels.right)
+                row[foreground] = inside.sample(x, part)
+                rows.append(row)
+        labels.append(label)
+        values.append(torch.stack(rows))
+    if not labels:
+        return []
+    shapes = [(h, w) for w, h in sizes.tolist()]
+    areas = [h * w for h, w in shapes]
+    parts = torch.cat(labels).split(areas)
+    maps = torch.cat(values, dim=1).split(areas, dim=1)
+    results = []
+    for shape, label, own in zip(shapes, parts, maps, strict=True):
+        own = own.unflatten(1, shape)
+        confidences = dict(zip(list(cells)[2:], own[2:], strict=True))
+        results.append(ChartResult(label.view(shape), own[:2], confidences))
+    return results
+
+
+@torch.no_grad()
+def vertices_in_boxes(
+    predictions: EmbeddingPredictions, boxes: Tensor, vertices: Tensor
+) -> list[VertexResult]:
+    """The nearest vertex of a mesh for each pixel of the persons' boxes.
+
+    Args:
+        predictions: of N persons
+        boxes: (N, 4) XYXY, pixels of the image that the results are for
+        vertices: (V, D) embeddings of the mesh's vertices, normalised
+    """
+    sizes = integer_boxes(boxes)[:, 2:]
+    side = predictions.coarse_segm.shape[-1]
+    coarse, embedding = _cells(predictions.coarse_segm), _cells(predictions.embedding)
+    nearest, masks = [], []
+    for pixels in _pixels_of(sizes, side):
+        mask = pixels.sample(coarse).argmax(dim=1) > 0
+        vertex = torch.zeros_like(pixels.person)
+        vertex[mask] = nearest_vertices(pixels.select(mask).sample(embedding), vertices)
+        nearest.append(vertex)
+        masks.append(mask)
+    if not nearest:
+        return []
+    shapes = [(h, w) for w, h in sizes.tolist()]
+    areas = [h * w for h, w in shapes]
+    split = zip(torch.cat(nearest).split(areas), torch.cat(masks).split(areas), strict=True)
+    return [
+        VertexResult(vertex.view(shape), mask.view(shape))
+        for shape, (vertex, mask) in zip(shapes, split, strict=True)
+    ]
+
+
+def nearest_vertices(embeddings: Tensor, vertices: Tensor) -> Tensor:
+    """(T, D) embeddings of pixels, (V, D) of vertices → (T,) int64, the vertex of least distance."""
+    squares = vertices.square().sum(dim=1)
+    chunks = [
+        # The pixel's own square is the same for all vertices.
+        torch.addmm(squares, own, vertices.T, alpha=-2).argmin(dim=1)
+        for own in embeddings.split(max(1, (_CHUNK * 25) // max(len(vertices), 1)))
+    ]
+    return torch.cat(chunks) if chunks else embeddings.new_zeros(0, dtype=torch.int64)
+
+
+def quantize(result: ChartResult) -> Tensor:
+    """(3, h, w) uint8: part, 255 U and 255 V, clamped and cut."""
+    uv = (result.uv * 255).clamp(0, 255).to(torch.uint8)
+    return torch.cat([result.labels[None].to(torch.uint8), uv])
+
+
+def paste_masks(results: Sequence[ChartResult], boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """The persons' pixels in the image. A box under one pixel wide or high has none, though its result
+    has a pixel (published).
+
+    Args:
+        results: N, of :func:`charts_in_boxes`
+        boxes: (N, 4) that they are for
+        size: (height, width) of the image
+
+    Returns:
+        (N, height, width) bool
+    """
+    masks = torch.zeros((len(results), *size), dtype=torch.bool, device=boxes.device)
+    corners, sizes = boxes[:, :2].long().tolist(), (boxes[:, 2:] - boxes[:, :2]).long().tolist()
+    for mask, result, (x, y), (w, h) in zip(masks, results, corners, sizes, strict=True):
+        window = mask[y : y + h, x : x + w]
+        window.copy_(result.labels[: window.shape[0], : window.shape[1]] > 0)
+    return masks
+
+
+def encode_result(quantized: Tensor) -> str:
+    """(3, h, w) uint8 → text: a PNG of the three planes as red, green, blue, in base64, with a line
+    break after every 76 characters and at the end (published)."""
+    rgb = quantized.permute(1, 2, 0).cpu().numpy()
+    done, png = cv2.imencode(".png", np.ascontiguousarray(rgb[..., ::-1]))
+    if not done:
+        raise ValueError(f"A result of shape {tuple(quantized.shape)} makes no PNG.")
+    text = base64.b64encode(png.tobytes()).decode("ascii")
+    return "".join(f"{text[i : i + _LINE]}\n" for i in range(0, len(text), _LINE))
+
+
+def decode_result(text: str) -> Tensor:
+    """Inverse of :func:`encode_result`.
+
+    Raises:
+        ValueError: the text is no such PNG.
+    """
+    content = np.frombuffer(base64.b64decode(text), np.uint8)
+    bgr = cv2.imdecode(content, cv2.IMREAD_UNCHANGED) if len(content) else None
+    if bgr is None or bgr.ndim != 3 or bgr.shape[2] != 3 or bgr.dtype != np.uint8:
+        raise ValueError("The text holds no PNG of three planes of bytes.")
+    return torch.from_numpy(np.ascontiguousarray(bgr[..., ::-1])).permute(2, 0, 1)
