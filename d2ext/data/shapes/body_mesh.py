@@ -1,17 +1,18 @@
 """The body of `shapes`: a closed triangle mesh of our own of a person 1.75 m tall, with charts.
 
-Frame: metres; x to the right as one sees the person from the front, y down, z away from the one who looks; the
-floor is y = 0. So the person's left lies at x > 0. The person stands with their arms stretched 45 degrees out
-(A pose).
+Frame: metres; x to the right as one sees the person from the front, y down, z away from the one who
+looks; the floor is y = 0. So the person's left lies at x > 0. The person stands with their arms
+stretched 45 degrees out (A pose).
 
-Torso and head are rings of 20 vertices; from holes in the torso's sides and from its lower end, cut in two by the
-crotch, grow arms and legs: rings of 14, closed by caps. Only the left half is built, the right one is its mirror
-image.
+Torso and head are rings of 20 vertices; from holes in the torso's sides and from its lower end, cut
+in two by the crotch, grow arms and legs: rings of 14, closed by caps. Only the left half is built,
+the right one is its mirror image.
 
-The 24 parts are those of DensePose (NOTES.md, *Semantics*), each a chart [0, 1]^2 without jumps. Torso, arms and
-legs are cut into back and front along their sides, the head along its middle; hands and feet are squares whose
-border is the wrist or the ankle. As in DensePose, charts of left and right are no mirror images of each other:
-those on the right are turned or turned over, each pair in another way (:func:`mirror_chart`).
+The 24 parts are those of DensePose (NOTES.md, *Semantics*), each a chart [0, 1]^2 without jumps.
+Torso, arms and legs are cut into back and front along their sides, the head along its middle; hands
+and feet are squares whose border is the wrist or the ankle. As in DensePose, charts of left and
+right are no mirror images of each other: those on the right are turned or turned over, each pair in
+another way (:func:`mirror_chart`).
 """
 
 import math
@@ -35,11 +36,11 @@ __all__ = [
 ]
 
 BODY_HEIGHT = 1.75  # metres
-BONES = ("pelvis", "chest", "head")
-BONES += tuple(
-    f"{side}_{bone}"
-    for bone in ("upper_arm", "lower_arm", "hand", "upper_leg", "lower_leg", "foot")
-    for side in ("left", "right")
+BONES = (
+    *("pelvis", "chest", "head", "left_upper_arm", "right_upper_arm"),
+    *("left_lower_arm", "right_lower_arm", "left_hand", "right_hand"),
+    *("left_upper_leg", "right_upper_leg", "left_lower_leg", "right_lower_leg"),
+    *("left_foot", "right_foot"),
 )
 # Coarse part of each fine part, background included (NOTES.md, *Semantics*).
 COARSE_PARTS = (0, 1, 1, 2, 3, 4, 5, 6, 7, 6, 7, 8, 9, 8, 9, 10, 11, 10, 11, 12, 13, 12, 13, 14, 14)
@@ -160,7 +161,8 @@ class BodyMesh:
 
 
 def mirror_chart(part: int, uv: np.ndarray) -> np.ndarray:
-    """(..., 2) U, V of points of `part`, as they are on the chart of its mirrored part in a mirror."""
+    """(..., 2) U, V of points of `part`, as they are on the chart of its mirrored part in a
+    mirror."""
     if part <= 2:
         return np.stack([1 - uv[..., 0], uv[..., 1]], axis=-1)
     # Of the eight ways to lay a square on itself, the pairs have those but the first in turns.
@@ -191,7 +193,8 @@ class _Half:
         self.uv: list[list[np.ndarray]] = []
 
     def ring(self, middle: np.ndarray, offsets: np.ndarray, *bones: str) -> list[int]:
-        """Vertices around `middle`, (3,) or one for each; by which bones they move, in equal shares."""
+        """Vertices around `middle`, (3,) or one for each; by which bones they move, in equal
+        shares."""
         first = len(self.middles)
         self.middles += list(np.broadcast_to(middle, offsets.shape))
         self.offsets += list(offsets)
@@ -208,8 +211,9 @@ class _Half:
         uv: np.ndarray,
         hole: tuple[range, range] = (range(0), range(0)),
     ) -> None:
-        """Two triangles for each cell of a grid of vertices, whose (rows, columns, 2) places on the chart
-        are `uv`; cells in `hole` stay open. Corners that coincide make one triangle of a cell."""
+        """Two triangles for each cell of a grid of vertices, whose (rows, columns, 2) places on the
+        chart are `uv`; cells in `hole` stay open. Corners that coincide make one triangle of a
+        cell."""
         for r in range(len(rows) - 1):
             for c in range(len(rows[0]) - 1):
                 if r in hole[0] and c in hole[1]:
@@ -232,7 +236,8 @@ def _lattice(rows: int, columns: int) -> np.ndarray:
 
 
 def _torso(half: _Half) -> list[list[int]]:
-    """Rows of the left half of the torso, from below, each from the front's middle to the back's."""
+    """Rows of the left half of the torso, from below, each from the front's middle to the
+    back's."""
     angle = np.linspace(0, math.pi, _HALF_RING + 1)
     sin, cos = np.sin(angle), np.cos(angle)
     sin[-1] = 0.0
@@ -286,18 +291,12 @@ def _limb_ring(
     return along[:, None] * out + across[:, None] * front
 
 
-# Places of a ring's vertices on the border of the square [-1, 1]^2.
-_SQUARE = np.zeros((_RING, 2))
-for _start, _end, _from, _to in zip(
-    _CORNERS,
-    (*_CORNERS[1:], _CORNERS[0] + _RING),
-    ((1, -1), (1, 1), (-1, 1), (-1, -1)),
-    ((1, 1), (-1, 1), (-1, -1), (1, -1)),
-    strict=True,
-):
-    for _i in range(_start, _end):
-        _t = (_i - _start) / (_end - _start)
-        _SQUARE[_i % _RING] = (1 - _t) * np.array(_from) + _t * np.array(_to)
+def _square() -> np.ndarray:
+    """(14, 2): the vertices of a ring on the border of [-1, 1]^2."""
+    ends = np.array([(1, -1), (1, 1), (-1, 1), (-1, -1), (1, -1)])
+    place = np.arange(_RING) + np.where(np.arange(_RING) < _CORNERS[0], _RING, 0)
+    corners = [*_CORNERS, _CORNERS[0] + _RING]
+    return np.stack([np.interp(place, corners, axis) for axis in ends.T], axis=1)
 
 
 def _halves(half: _Half, back: int, front: int, rings: list[list[int]]) -> None:
@@ -309,9 +308,10 @@ def _halves(half: _Half, back: int, front: int, rings: list[list[int]]) -> None:
 
 
 def _end(half: _Half, part: int, rings: list[list[int]], tip: np.ndarray, bone: str) -> None:
-    """Hand or foot: its rings are squares on the chart, and the cap, which stands out by `tip`, is the
-    innermost one."""
-    squares = np.concatenate([_SQUARE, _SQUARE[:1]])
+    """Hand or foot: its rings are squares on the chart, and the cap, which stands out by `tip`, is
+    the innermost one."""
+    square = _square()
+    squares = np.concatenate([square, square[:1]])
     uv = np.stack([0.5 + 0.5 * s * squares for s in _SQUARES])
     half.grid(part, [[*ring, ring[0]] for ring in rings], uv)
     last = rings[-1]

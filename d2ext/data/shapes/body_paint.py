@@ -43,7 +43,8 @@ class BodyLook:
     Attributes:
         skin, hair, shoes: colours.
         shirt, trousers: what covers torso and arms, legs.
-        sleeves, legs: how far down they reach, 0 shoulder or hip, 1 elbow or knee, 2 wrist or ankle.
+        sleeves, legs: how far down they reach, 0 shoulder or hip, 1 elbow or knee, 2 wrist or
+            ankle.
         hair_length: V on the head's chart down to which the back is covered; above 1: bald.
         buttons: colour of a strip down the front of the shirt; None: without.
     """
@@ -61,7 +62,8 @@ class BodyLook:
 
 @cache
 def _places() -> tuple[np.ndarray, np.ndarray]:
-    """(24, 48, 48, 2) U, V of the charts' pixels as they are on the left part's chart, and in metres."""
+    """(24, 48, 48, 2) U, V of the charts' pixels as they are on the left part's chart, and in
+    metres."""
     middle = (np.arange(CHART) + 0.5) / CHART
     uv = np.stack(np.meshgrid(middle, middle), axis=2)
     places, metres = [], []
@@ -111,7 +113,8 @@ def paint_charts(look: BodyLook) -> np.ndarray:
 
 
 def _paint_torso(charts: np.ndarray, look: BodyLook, u: np.ndarray, v: np.ndarray) -> None:
-    """Trousers reach up to the belt; skin at the neck, farther down in front; a strip of buttons."""
+    """Trousers reach up to the belt; skin at the neck, farther down in front; a strip of
+    buttons."""
     for part, neckline in ((1, 0.93), (2, 0.82)):
         chart = charts[part]
         trousers = v[part] < 0.2
@@ -143,7 +146,8 @@ def _paint_heads(charts: np.ndarray, look: BodyLook, u: np.ndarray, v: np.ndarra
 
 @cache
 def _faces_of_vertices() -> np.ndarray:
-    """(V, n) int64: the triangles around each vertex; the number of triangles where there are fewer."""
+    """(V, n) int64: the triangles around each vertex; the number of triangles where there are
+    fewer."""
     mesh = body_mesh()
     flat = mesh.triangles.reshape(-1)
     order = np.argsort(flat, kind="stable")

@@ -26,9 +26,10 @@ class BodyPose:
     """What a person does, and how stout they are.
 
     Attributes:
-        angles: (15, 3) radians by bone of :data:`~d2ext.data.shapes.body_mesh.BONES`, from the A pose: bent
-            (what hangs down swings to the front, what stands up to the back), spread (away from the
-            middle; trunk and head: what hangs down to the person's left), twisted (left ones about down).
+        angles: (15, 3) radians by bone of :data:`~d2ext.data.shapes.body_mesh.BONES`, from the A
+            pose: bent (what hangs down swings to the front, what stands up to the back), spread
+            (away from the middle; trunk and head: what hangs down to the person's left), twisted
+            (left ones about down).
         girth: (15,) by bone, of 1.
     """
 
@@ -82,8 +83,8 @@ def pose_vertices(pose: BodyPose) -> np.ndarray:
 
 
 def view(yaw: float, pitch: float, roll: float) -> np.ndarray:
-    """(3, 3) turn of a person before the camera, radians: yaw to the image's right (half a turn shows the
-    back), pitch: the camera looks from above, roll clockwise."""
+    """(3, 3) turn of a person before the camera, radians: yaw to the image's right (half a turn
+    shows the back), pitch: the camera looks from above, roll clockwise."""
     angle = np.array([yaw])
     turn = _turns(0, np.array([-pitch])) @ _turns(1, angle)
     sin, cos = math.sin(roll), math.cos(roll)

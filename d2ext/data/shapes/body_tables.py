@@ -1,9 +1,11 @@
-"""What models and evaluators need to know of the mesh of `shapes` bodies: geodesic distances, symmetry, features.
+"""What models and evaluators need to know of the mesh of `shapes` bodies: geodesic distances,
+symmetry, features.
 
-Geodesics are shortest ways over the mesh as it is, flat triangles and sharp edges. From each vertex the triangles
-around are unfolded into the plane, a few deep: vertices that can be seen in there have an exact distance. The
-shortest way over chains of such stretches (Floyd and Warshall) is longer than the geodesic only where that passes
-through no vertex for more triangles than were unfolded.
+Geodesics are shortest ways over the mesh as it is, flat triangles and sharp edges. From each vertex
+the triangles around are unfolded into the plane, a few deep: vertices that can be seen in there
+have an exact distance. The shortest way over chains of such stretches (Floyd and Warshall) is
+longer than the geodesic only where that passes through no vertex for more triangles than were
+unfolded.
 """
 
 import io
@@ -34,7 +36,8 @@ _CELLS = 256  # of a table of the mirrored U and V
 
 
 def _unfold(vertices: np.ndarray, triangles: np.ndarray, depth: int) -> np.ndarray:
-    """(V, V) float32: distances along straight lines over at most 1 + `depth` triangles; else inf."""
+    """(V, V) float32: distances along straight lines over at most 1 + `depth` triangles; else
+    inf."""
     n = len(vertices)
     result = np.full((n, n), np.inf)
     # A half-edge is a vertex times n and the next one; across it lies the triangle of the opposite one.
@@ -120,8 +123,8 @@ def body_geodesics() -> np.ndarray:
 
 
 def geodesics_npy() -> bytes:
-    """The file of geodesics: the strictly lower triangle by rows, entry i (i - 1) / 2 + j for i > j, as in
-    DensePose's Pdist_matrix (NOTES.md, *GPS evaluation*); float32, metres."""
+    """The file of geodesics: the strictly lower triangle by rows, entry i (i - 1) / 2 + j for i >
+    j, as in DensePose's Pdist_matrix (NOTES.md, *GPS evaluation*); float32, metres."""
     distances = body_geodesics()
     stream = io.BytesIO()
     np.save(stream, distances[np.tril_indices(len(distances), -1)])
@@ -145,8 +148,8 @@ def chart_vertices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @cache
 def _features() -> np.ndarray:
-    """(V, 64) float32: eigenvectors of the Laplacian of the mesh's graph (edges count as the inverse of
-    their length) but the constant one, scaled to a mean square of 1."""
+    """(V, 64) float32: eigenvectors of the Laplacian of the mesh's graph (edges count as the
+    inverse of their length) but the constant one, scaled to a mean square of 1."""
     mesh = body_mesh()
     n = len(mesh.vertices)
     near = np.zeros((n, n))
@@ -164,8 +167,8 @@ def body_npz() -> bytes:
     """The file of the mesh, an .npz of
 
     - ``vertices`` (V, 3) float32, metres, x right, y down, z away, ``triangles`` (T, 3) int64;
-    - ``chart_vertices``, ``chart_parts`` (C,) int64, ``chart_u``, ``chart_v`` (C,) float32: the vertices on
-      the charts, one on a border on each of the parts;
+    - ``chart_vertices``, ``chart_parts`` (C,) int64, ``chart_u``, ``chart_v`` (C,) float32: the
+      vertices on the charts, one on a border on each of the parts;
     - ``vertex_transforms`` (V,) int64: mirror vertices, as DensePose's files call them;
     - ``features`` (V, 64) float32 for CSE.
     """
@@ -187,8 +190,8 @@ def body_npz() -> bytes:
 
 
 def uv_symmetry_npz() -> bytes:
-    """The file of mirrored U and V, as :func:`~d2ext.data.densepose.parts.read_uv_symmetry` reads it:
-    ``U_transforms`` and ``V_transforms``, (24, 256, 256) float32 by part, V, U."""
+    """The file of mirrored U and V, as :func:`~d2ext.data.densepose.parts.read_uv_symmetry` reads
+    it: ``U_transforms`` and ``V_transforms``, (24, 256, 256) float32 by part, V, U."""
     # A cell's middle: U and V are cut, not rounded, to find their cell.
     middle = np.minimum((np.arange(_CELLS) + 0.5) / (_CELLS - 1), 1)
     uv = np.stack(np.meshgrid(middle, middle), axis=2)
