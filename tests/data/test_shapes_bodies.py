@@ -1,0 +1,530 @@
+"""Bodies of `shapes`: one mesh with charts, and annotations that are what the picture shows."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.file_io import PathManager
+from pycocotools import mask as mask_util
+
+from d2ext.data.densepose import (
+    MIRRORED_PARTS,
+    DensePoseAnnotations,
+    SurfacePoints,
+    SurfaceSymmetry,
+    read_uv_symmetry,
+)
+from d2ext.data.shapes import BodySet, ShapesSet, load_shapes_bodies, register_shapes_bodies
+from d2ext.data.shapes.__main__ import main
+from d2ext.data.shapes.bodies import Body, BodyFrame
+from d2ext.data.shapes.body_coco import BODY_MESH, body_annotations
+from d2ext.data.shapes.body_mesh import BONES, COARSE_PARTS, body_mesh, mirror_chart
+from d2ext.data.shapes.body_paint import BodyLook, Cloth, vertex_normals
+from d2ext.data.shapes.body_pose import BodyPose, mirror_pose, pose_vertices, view
+from d2ext.data.shapes.body_raster import shown_points
+from d2ext.data.shapes.body_scene import draw_bodies, draw_body_clip, draw_pose
+from d2ext.data.shapes.body_tables import (
+    body_geodesics,
+    body_npz,
+    chart_vertices,
+    geodesics,
+    geodesics_npy,
+    uv_symmetry_npz,
+)
+from d2ext.data.shapes.face_paint import Light
+from d2ext.data.shapes.faces import Cover
+from d2ext.data.shapes.scene import Draws
+from d2ext.data.shapes.sets import set_from_name
+
+TINY = BodySet("val", 6, 160, 128, seed=3)
+CLOTH = Cloth(2, 300.0, (0, 0), np.linspace((20, 60, 150), (220, 200, 90), 256).astype(np.uint8))
+LOOK = BodyLook(
+    skin=np.array([230.0, 180, 150]),
+    hair=np.array([60.0, 40, 30]),
+    shoes=np.array([90.0, 20, 20]),
+    shirt=CLOTH,
+    trousers=dataclasses.replace(CLOTH, texture=4),
+    sleeves=1.4,
+    legs=2.1,
+    hair_length=0.3,
+)
+EVEN = Light(np.array([0.0, 0, -1]), 1.25)  # no shades
+GREY = ShapesSet("val", 1, 200, 200).frame(0)  # a backdrop
+A_POSE = BodyPose(np.zeros((15, 3)), np.ones(15))
+FLIP = np.array([-1.0, 1, 1])
+
+
+@pytest.fixture(scope="module")
+def frames():
+    return [draw_bodies(0, "val", index, 256, 256) for index in range(30)]
+
+
+def body(yaw=0.0, pitch=0.0, roll=0.0, pose=A_POSE, scale=100.0, centre=(100.0, 100.0)):
+    turn = view(*(math.radians(a) for a in (yaw, pitch, roll)))
+    return Body(pose, LOOK, turn, scale, centre)
+
+
+def frame_of(*items):
+    return BodyFrame(list(items), EVEN, 0.0, GREY)
+
+
+# The mesh.
+
+
+def test_mesh_is_closed_and_a_persons():
+    mesh = body_mesh()
+    edges = {(a, b) for t in mesh.triangles.tolist() for a, b in zip(t, t[1:] + t[:1], strict=True)}
+    assert len(edges) == 3 * len(mesh.triangles)
+    assert all((b, a) in edges for a, b in edges)
+    assert set(mesh.triangles.reshape(-1)) == set(range(len(mesh.vertices)))
+    assert len(mesh.vertices) - len(edges) // 2 + len(mesh.triangles) == 2  # a sphere, no holes
+    assert mesh.vertices[:, 1].min() == -1.75 and -0.01 < mesh.vertices[:, 1].max() < 0
+    a, b, c = (mesh.vertices[mesh.triangles[:, i]] for i in range(3))
+    volume = np.einsum("ij,ij->i", np.cross(a, b), c).sum() / 6
+    assert 0.055 < volume < 0.08  # outwards; people have as many tonnes
+    np.testing.assert_allclose(mesh.weights.sum(axis=1), 1)
+
+
+def test_mesh_is_its_mirror_image():
+    mesh = body_mesh()
+    np.testing.assert_allclose(mesh.vertices[mesh.mirror], mesh.vertices * FLIP, atol=1e-12)
+    assert (mesh.mirror[mesh.mirror] == np.arange(len(mesh.mirror))).all()
+    corners = {}
+    for t, part, uv in zip(mesh.triangles.tolist(), mesh.parts.tolist(), mesh.uv, strict=True):
+        corners[frozenset(t)] = part, dict(zip(t, uv, strict=True))
+    for t, (part, uv) in corners.items():
+        other, mirrored = corners[frozenset(mesh.mirror[list(t)].tolist())]
+        assert other == MIRRORED_PARTS[part]
+        for v in t:
+            np.testing.assert_allclose(mirror_chart(part, uv[v]), mirrored[mesh.mirror[v]])
+
+
+def test_charts_cover_their_squares_once():
+    mesh = body_mesh()
+    for part in range(1, 25):
+        uv = mesh.uv[mesh.parts == part]
+        np.testing.assert_array_equal(uv.min(axis=(0, 1)), 0)
+        np.testing.assert_array_equal(uv.max(axis=(0, 1)), 1)
+        (ux, uy), (vx, vy) = (uv[:, 1] - uv[:, 0]).T, (uv[:, 2] - uv[:, 0]).T
+        area = (ux * vy - uy * vx) / 2
+        assert (area > 0).all() or (area < 0).all()  # nothing is folded
+        # All but the arms' holes in the torso and a sliver at the crown.
+        assert np.abs(area).sum() == pytest.approx(1, abs=0.12 if part <= 2 else 0.02)
+    # Within a part a vertex has one place: charts do not jump.
+    vertices, parts, uv = chart_vertices()
+    places = {(p, v): c for p, v, c in zip(parts.tolist(), vertices.tolist(), uv, strict=True)}
+    for t, part, c in zip(mesh.triangles.tolist(), mesh.parts.tolist(), mesh.uv, strict=True):
+        np.testing.assert_allclose([places[part, v] for v in t], c, atol=1e-12)
+
+
+def test_parts_are_where_their_names_say():
+    mesh = body_mesh()
+    centre = np.array(
+        [mesh.vertices[mesh.triangles[mesh.parts == p]].mean(axis=(0, 1)) for p in range(1, 25)]
+    )
+    x, y, z = np.concatenate([np.zeros((1, 3)), centre]).T
+    assert z[1] > 0.03 and z[2] < -0.03  # back and front of the torso
+    # The person's left is the picture's right: hand 4, foot 5, then even, odd, head 24.
+    for left, right in ((4, 3), (5, 6), (8, 7), (10, 9), (12, 11), (14, 13)):
+        assert x[left] > 0.05 and x[right] < -0.05
+    for left, right in ((15, 16), (17, 18), (19, 20), (21, 22), (24, 23)):
+        assert x[left] > 0.01 and x[right] < -0.01
+    for back, front in (
+        (7, 9),
+        (8, 10),
+        (11, 13),
+        (12, 14),
+        (15, 17),
+        (16, 18),
+        (19, 21),
+        (20, 22),
+    ):
+        assert z[back] > z[front] and COARSE_PARTS[back] == COARSE_PARTS[front]
+    assert y[24] < y[15] < y[19] < y[4] and y[4] < y[12] < y[5]
+    assert [COARSE_PARTS[p] for p in (2, 3, 4, 5, 6, 9, 10, 14, 17, 21, 23)] == [
+        *(1, 2, 3, 4, 5, 6, 7, 9, 10, 12, 14)
+    ]
+
+
+def test_bones_move_what_they_should():
+    def moved(bone, **angles):
+        turned = np.zeros((15, 3))
+        turned[BONES.index(bone)] = [
+            math.radians(angles.get(n, 0)) for n in ("bent", "spread", "twist")
+        ]
+        return pose_vertices(BodyPose(turned, np.ones(15))) - rest
+
+    rest, mesh = pose_vertices(A_POSE), body_mesh()
+    np.testing.assert_allclose(rest, mesh.vertices, atol=1e-12)
+    foot, hand = (
+        np.unique(mesh.triangles[mesh.parts == 5]),
+        np.unique(mesh.triangles[mesh.parts == 4]),
+    )
+    other = np.unique(mesh.triangles[mesh.parts == 6])
+    leg = moved("left_upper_leg", bent=60)
+    assert (leg[foot, 2] < -0.5).all() and np.abs(leg[other]).max() < 1e-9
+    assert (moved("left_lower_leg", bent=-60)[foot, 2] > 0.2).all()
+    assert (moved("left_lower_arm", bent=60)[hand, 2] < -0.15).all()
+    assert (moved("left_upper_arm", spread=60)[hand, 1] < -0.3).all()
+    assert (moved("left_upper_arm", twist=40)[hand] ** 2).sum(axis=1).max() < 0.05**2
+    thick = pose_vertices(BodyPose(A_POSE.angles, np.full(15, 1.2)))
+    assert np.ptp(thick[:, 2]) > 1.05 * np.ptp(rest[:, 2])
+
+
+# Geodesics and the other tables.
+
+
+def sphere(rows=12, columns=20):
+    """Vertices and triangles of a sphere of radius 1."""
+    polar = np.linspace(0, math.pi, rows + 1)[1:-1, None]
+    round_ = np.arange(columns) * (2 * math.pi / columns)
+    ring = [np.sin(polar) * np.cos(round_), np.sin(polar) * np.sin(round_)]
+    grid = np.stack([*ring, np.cos(polar) + 0 * round_], axis=2).reshape(-1, 3)
+    n, triangles = len(grid), []
+    for c in range(columns):
+        d = (c + 1) % columns
+        triangles += [(n, c, d), (n + 1, n - columns + d, n - columns + c)]
+        for r in range(0, n - columns, columns):
+            triangles += [
+                (r + c, r + columns + c, r + columns + d),
+                (r + c, r + columns + d, r + d),
+            ]
+    return np.concatenate([grid, [(0, 0, 1), (0, 0, -1)]]), np.array(triangles)
+
+
+def test_geodesics_of_a_sphere():
+    vertices, triangles = sphere()
+    exact = np.arccos(np.clip(vertices @ vertices.T, -1, 1))
+    error = geodesics(vertices, triangles)[exact > 1e-3] / exact[exact > 1e-3] - 1
+    # A polyhedron in a sphere is a little smaller; ways along edges alone are 8 % too long.
+    assert error.min() > -0.03 and error.max() < 0.005 and abs(error.mean()) < 0.015
+    edges = geodesics(vertices, triangles, 0)[exact > 1e-3] / exact[exact > 1e-3] - 1
+    assert edges.mean() > 0.05
+    np.testing.assert_allclose(
+        geodesics(vertices * 3, triangles), 3 * geodesics(vertices, triangles), rtol=1e-5
+    )
+
+
+def test_geodesics_of_the_body():
+    distance, mesh = body_geodesics(), body_mesh()
+    assert distance.dtype == np.float32 and np.isfinite(distance).all()
+    np.testing.assert_array_equal(distance, distance.T)
+    np.testing.assert_allclose(distance[np.ix_(mesh.mirror, mesh.mirror)], distance, rtol=1e-4)
+    straight = np.linalg.norm(mesh.vertices[:, None] - mesh.vertices[None], axis=2)
+    assert (distance >= straight - 1e-5).all()
+    assert ((distance == 0) == np.eye(len(distance), dtype=bool)).all()
+    for over in range(0, len(distance), 97):
+        assert (distance <= distance[over] + distance[:, over, None] + 1e-5).all()
+    crown = mesh.vertices[:, 1].argmin()
+    feet = np.unique(mesh.triangles[mesh.parts == 5])
+    assert distance[crown, feet].min() > 1.7 and distance[crown, feet].max() < 2.2
+    stored = np.load(io.BytesIO(geodesics_npy()))
+    for i, j in ((1, 0), (2, 1), (900, 17), (1179, 1178)):
+        assert stored[i * (i - 1) // 2 + j] == distance[i, j]
+    assert stored.shape == (len(distance) * (len(distance) - 1) // 2,)
+
+
+def test_mesh_file():
+    content, mesh = np.load(io.BytesIO(body_npz())), body_mesh()
+    np.testing.assert_allclose(content["vertices"], mesh.vertices, atol=1e-6)
+    np.testing.assert_array_equal(content["vertex_transforms"], mesh.mirror)
+    assert set(content["chart_vertices"]) == set(range(len(mesh.vertices)))
+    features = content["features"]
+    assert features.shape == (len(mesh.vertices), 64)
+    np.testing.assert_allclose(features.T @ features, len(features) * np.eye(64), atol=0.1)
+    # Smooth: the first ones hardly change along an edge, and tell hands and feet apart.
+    steps = np.abs(features[mesh.triangles[:, 0]] - features[mesh.triangles[:, 1]])
+    assert steps[:, :4].mean() < 0.15 < np.ptp(features[:, :4], axis=0).min()
+
+
+@pytest.fixture(scope="module")
+def symmetry(tmp_path_factory):
+    path = tmp_path_factory.mktemp("symmetry") / "tables.npz"
+    path.write_bytes(uv_symmetry_npz())
+    return SurfaceSymmetry(read_uv_symmetry(path), {BODY_MESH: torch.tensor(body_mesh().mirror)})
+
+
+# Pictures of one body.
+
+
+def test_near_surfaces_hide_far_ones():
+    mesh = body_mesh()
+    front, back = body().shown, body(yaw=180).shown
+    for shown, seen, hidden in ((front, 2, 1), (back, 1, 2)):
+        parts = mesh.parts[shown.triangles]
+        assert (parts == seen).sum() > 1500 and (parts == hidden).sum() < 200
+        np.testing.assert_allclose(shown.weights.sum(axis=1), 1)
+        assert shown.weights.min() >= -1e-8
+    # Against all triangles, one pixel at a time.
+    person = body(yaw=70, pitch=20)
+    points, (left, top, width, _) = person.points, person.window
+    row, column = np.divmod(person.shown.pixels, width)
+    for i in range(0, len(row), 211):
+        x, y = column[i] + left + 0.5, row[i] + top + 0.5
+        depths = []
+        for corner in points[mesh.triangles]:
+            m = np.vstack([corner[:, :2].T, np.ones(3)])
+            if abs(np.linalg.det(m)) > 1e-9:
+                w = np.linalg.solve(m, (x, y, 1))
+                depths += [w @ corner[:, 2]] if (w >= 0).all() else []
+        shown = points[mesh.triangles[person.shown.triangles[i]]]
+        np.testing.assert_allclose(person.shown.weights[i] @ shown[:, :2], (x, y), atol=1e-6)
+        assert person.shown.weights[i] @ shown[:, 2] == pytest.approx(min(depths), abs=1e-6)
+
+
+def test_windows_and_sub_pixels_agree():
+    person, mesh = body(yaw=30), body_mesh()
+    whole = person.shown
+    moved, again = body(yaw=30).moved(7, -4), body(yaw=30, centre=(107.0, 96.0))
+    np.testing.assert_allclose(moved.points, again.points)
+    assert moved.window == again.window
+    np.testing.assert_array_equal(whole.pixels, again.shown.pixels)
+    # Of 3 x 3 sub-pixels the middle one has the pixel's centre.
+    fine = shown_points(person.points, mesh.triangles, person.window, 3)
+    width = person.window[2]
+    row, column = np.divmod(fine.pixels, 3 * width)
+    middle = (row % 3 == 1) & (column % 3 == 1)
+    np.testing.assert_array_equal(row[middle] // 3 * width + column[middle] // 3, whole.pixels)
+    same = np.abs(fine.weights[middle] - whole.weights).max(axis=1) < 1e-6
+    assert same.mean() > 0.99  # centres on an edge belong to either triangle
+
+
+def test_mirrored_person_has_the_mirrored_annotation(symmetry):
+    """The tables turn the annotation of a picture into that of the mirrored picture."""
+    turn = view(0.5, 0.2, 0.1)
+    pose = draw_pose(Draws(0, "test", "pose", 5))
+    left = Body(pose, LOOK, turn, 110.0, (90.0, 100.0))
+    mirrored = np.diag(FLIP) @ turn @ np.diag(FLIP)
+    right = Body(mirror_pose(pose), LOOK, mirrored, 110.0, (110.0, 100.0))
+    np.testing.assert_allclose(
+        right.points[body_mesh().mirror], left.points * FLIP + (200, 0, 0), atol=1e-9
+    )
+    frame, other = frame_of(left), frame_of(right)
+    np.testing.assert_array_equal(other.mask(0), frame.mask(0)[:, ::-1])
+    (given,), (expected,) = body_annotations(frame, 0), body_annotations(other, 0)
+    annotations = DensePoseAnnotations([_surface_points(given)]).mirrored(symmetry)
+    points = annotations.points()
+    # What the mirrored picture shows at the mirrored points.
+    x0, y0, width, height = expected["bbox"]
+    column = np.floor(points.x.numpy() * width / 256 + x0).astype(int)
+    row = np.floor(points.y.numpy() * height / 256 + y0).astype(int)
+    surface = other.surface(0)
+    place = np.full((200, 200), -1)
+    place[surface.rows, surface.columns] = np.arange(len(surface.rows))
+    index = place[row, column]
+    assert len(index) > 80 and (index >= 0).all()
+    np.testing.assert_array_equal(points.parts, surface.parts[index])
+    np.testing.assert_allclose(np.stack([points.u, points.v], 1), surface.uv[index], atol=0.0045)
+    np.testing.assert_array_equal(points.vertices, surface.vertices[index])
+    differ = (annotations.masks[0].numpy() != _surface_points(expected).mask).mean()
+    assert differ < 0.01
+
+
+def _surface_points(annotation):
+    mask = np.zeros((256, 256), np.uint8)
+    for part, rle in enumerate(annotation["dp_masks"], 1):
+        if rle:
+            mask[mask_util.decode(rle) > 0] = part
+    values = [annotation[f"dp_{k}"] for k in ("x", "y", "I", "U", "V", "vertex")]
+    return SurfacePoints(*values, annotation["ref_model"], mask)
+
+
+def test_points_lie_on_their_pixels(frames):
+    mesh, counts = body_mesh(), []
+    for frame in frames[:12]:
+        for annotation in body_annotations(frame, 0):
+            x0, y0, width, height = annotation["bbox"]
+            item = frame.bodies[(annotation["id"] - 1) % 1000]
+            mask = frame.mask(item)
+            assert cv2.boundingRect(mask) == (x0, y0, width, height)
+            decoded = mask_util.decode(mask_util.frPyObjects(annotation["segmentation"], 256, 256))
+            union = np.bitwise_or.reduce(decoded, axis=2)
+            iou = (union & mask).sum() / (union | mask).sum()
+            assert iou > 0.9
+            if "dp_x" not in annotation:
+                continue
+            points = _surface_points(annotation)
+            x = np.array(points.x) * width / 256 + x0
+            y = np.array(points.y) * height / 256 + y0
+            surface = frame.surface(item)
+            place = np.full((256, 256), -1)
+            place[surface.rows, surface.columns] = np.arange(len(surface.rows))
+            index = place[np.floor(y).astype(int), np.floor(x).astype(int)]
+            assert (index >= 0).all() and len(set(index)) == len(index)
+            np.testing.assert_allclose(x, surface.columns[index] + 0.5, atol=2e-3)
+            np.testing.assert_array_equal(points.parts, surface.parts[index])
+            np.testing.assert_allclose(points.u, surface.uv[index, 0], atol=1e-5)
+            np.testing.assert_allclose(points.v, surface.uv[index, 1], atol=1e-5)
+            # The vertex belongs to the part, and the mask to the points.
+            of_part = {
+                p: set(mesh.triangles[mesh.parts == p].reshape(-1)) for p in set(points.parts)
+            }
+            assert all(v in of_part[p] for v, p in zip(points.vertices, points.parts, strict=True))
+            coarse = points.mask[np.int64(points.y), np.int64(points.x)]
+            agree = coarse == np.array(COARSE_PARTS)[points.parts]
+            assert agree.mean() > 0.98
+            counts.append(len(x))
+    assert 70 < np.mean(counts) < 160
+
+
+def test_colors_of_parts_are_the_looks():
+    """Texture and chart belong together: the picture has a part's colour where the map has the part."""
+    frame = frame_of(body(yaw=0, scale=105.0, centre=(100.0, 105.0)))
+    surface, image = frame.surface(0), frame.image
+    assert image.shape == (200, 200, 3) and frame.mask(0).sum() == len(surface.rows)
+    inner = cv2.erode(frame.mask(0), np.ones((3, 3), np.uint8))[surface.rows, surface.columns] > 0
+    colors = image[surface.rows, surface.columns].astype(float)
+    for parts, color in (((3, 4), LOOK.skin * 1.25), ((5, 6), LOOK.shoes * 1.25)):
+        own = inner & np.isin(surface.parts, parts)
+        assert own.sum() > 20
+        assert np.abs(np.median(colors[own], axis=0) - np.clip(color, 0, 255)).max() < 45
+
+
+def test_covers_and_persons_hide_what_is_behind(frames):
+    front = body(centre=(100.0, 100.0))
+    behind = body(yaw=90, centre=(110.0, 100.0))
+    frame = frame_of(front, behind)
+    assert frame.bodies == [0, 1]
+    assert frame.mask(0).sum() == frame_of(front).mask(0).sum()
+    assert frame.mask(1).sum() < frame_of(behind).mask(0).sum()
+    assert not (frame.mask(0) & frame.mask(1)).any()
+    assert len(frame.surface(1).rows) == frame.mask(1).sum()
+    covered = next(f for f in frames if any(isinstance(item, Cover) for item in f.items))
+    cover = next(i for i, item in enumerate(covered.items) if isinstance(item, Cover))
+    with pytest.raises(ValueError, match="no person"):
+        covered.surface(cover)
+    for item in covered.bodies:
+        assert not (covered.mask(item) & covered.mask(cover)).any()
+
+
+# Clips.
+
+
+def test_a_point_of_the_surface_keeps_its_place_through_a_clip():
+    """A point on the mesh is followed from frame to frame: wherever it is seen, the pixel there has its
+    part, U and V, and in even light its colour."""
+    clip = draw_body_clip(0, "test", 1, 256, 256, 6)
+    clip = [BodyFrame([dataclasses.replace(f.items[0], look=LOOK)], EVEN, 0.0, f) for f in clip]
+    mesh, rng = body_mesh(), np.random.default_rng(0)
+    triangles = rng.integers(len(mesh.triangles), size=3000)
+    weights = rng.dirichlet((2, 2, 2), size=len(triangles))
+    corners, uv = mesh.triangles[triangles], mesh.uv[triangles]
+    uv = np.einsum("nk,nkc->nc", weights, uv)
+    colors = [np.full((len(triangles), 3), np.nan) for _ in clip]
+    places, seen_often = [], np.zeros(len(triangles), int)
+    for time, frame in enumerate(clip):
+        person = frame.items[0]
+        points = np.einsum("nk,nkc->nc", weights, person.points[corners])
+        normals = vertex_normals(pose_vertices(person.pose)) @ person.turn.T
+        places.append(points[:, :2])
+        surface = frame.surface(0)
+        index = np.full((256, 256), -1)
+        index[surface.rows, surface.columns] = np.arange(len(surface.rows))
+        column, row = np.floor(points[:, :2]).astype(int).T
+        within = (column >= 0) & (column < 256) & (row >= 0) & (row < 256)
+        # Seen: turned to the camera, and what the pixel shows is no farther in front than it slopes.
+        turned = np.einsum("nk,nkc->nc", weights, normals[corners])[:, 2] < -0.5
+        pixel = np.where(within, index[row.clip(0, 255), column.clip(0, 255)], -1)
+        rows, columns = person.places()
+        depth = np.full((256, 256), np.inf)
+        shown = person.points[mesh.triangles[person.shown.triangles], 2]
+        inside = (rows >= 0) & (rows < 256) & (columns >= 0) & (columns < 256)
+        depth[rows[inside], columns[inside]] = (person.shown.weights * shown).sum(axis=1)[inside]
+        near = points[:, 2] < depth[row.clip(0, 255), column.clip(0, 255)] + 2.5
+        seen = np.flatnonzero(turned & near & (pixel >= 0))
+        assert len(seen) > 300
+        same = surface.parts[pixel[seen]] == mesh.parts[triangles[seen]]
+        assert same.mean() > 0.9  # the others lie within a pixel of a border
+        error = np.abs(surface.uv[pixel[seen]] - uv[seen]).max(axis=1)[same]
+        assert np.median(error) < 0.03 and np.quantile(error, 0.95) < 0.15
+        colors[time][seen] = frame.image[row[seen], column[seen]]
+        seen_often[seen] += 1
+    moved = np.linalg.norm(places[-1] - places[0], axis=1)
+    assert np.median(moved) > 3 and (seen_often > 3).sum() > 200
+    change = np.abs(colors[-1] - colors[0]).max(axis=1)
+    follow = np.isfinite(change)
+    # Points that are not the same show what the pattern makes of it.
+    others = np.abs(colors[-1][follow] - np.roll(colors[0][follow], 1, axis=0)).max(axis=1)
+    assert np.mean(change[follow]) < 0.5 * np.mean(others)
+
+
+# Sets.
+
+
+def digest(frame):
+    content = hashlib.blake2b(frame.image.tobytes(), digest_size=8)
+    content.update(json.dumps(body_annotations(frame, 0)).encode())
+    return content.hexdigest()
+
+
+def test_pictures_do_not_depend_on_what_was_drawn_before(frames):
+    assert digest(draw_bodies(0, "val", 3, 256, 256)) == digest(frames[3])
+    assert digest(draw_bodies(1, "val", 3, 256, 256)) != digest(frames[3])
+    assert digest(draw_bodies(0, "train", 3, 256, 256)) != digest(frames[3])
+    first, again = (draw_body_clip(0, "val", 0, 64, 64, 2)[1] for _ in range(2))
+    np.testing.assert_array_equal(first.image, again.image)
+
+
+def test_pictures_are_varied_and_fair(frames):
+    persons = [(f, i) for f in frames for i in f.bodies]
+    assert {len(f.bodies) for f in frames} >= {1, 2, 3}
+    sizes = [f.items[i].scale * 1.75 for f, i in persons]
+    assert min(sizes) < 60 and max(sizes) > 170
+    facing = [f.items[i].turn[2, 2] for f, i in persons]  # 1: to the camera, -1: away
+    assert min(facing) < -0.8 and max(facing) > 0.8
+    shares = [
+        frame.mask(item).sum() / len(frame.items[item].shown.pixels) for frame, item in persons
+    ]
+    assert min(shares) > 0.45 and 0.02 < np.mean(np.array(shares) < 0.9) < 0.7
+    assert any(isinstance(item, Cover) for f in frames for item in f.items)
+
+
+@pytest.fixture(scope="module")
+def name():
+    name = register_shapes_bodies(TINY, prefix="tiny")
+    yield name
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
+def test_dicts_and_files(name):
+    dicts, metadata = DatasetCatalog.get(name), MetadataCatalog.get(name)
+    with PathManager.open(metadata.json_file) as f:
+        content = json.load(f)
+    given = [a for d in dicts for a in d["annotations"]]
+    assert len(dicts) == len(content["images"]) == 6 and len(given) == len(content["annotations"])
+    assert any("dp_x" in a for a in given)
+    for entry, annotation in zip(content["annotations"], given, strict=True):
+        for key in annotation.keys() - {"category_id", "bbox_mode"}:
+            assert entry[key] == annotation[key]
+        if "dp_x" in entry:
+            assert len(entry["dp_masks"]) == 14 and entry["ref_model"] == BODY_MESH
+            assert max(entry["dp_x"] + entry["dp_y"]) < 256 and min(entry["dp_x"]) > 0
+    with PathManager.open(metadata.densepose_mesh, "rb") as f:
+        assert f.read() == body_npz()
+    assert metadata.evaluator_type == "densepose" and metadata.densepose_mesh_name == BODY_MESH
+    assert PathManager.isfile(metadata.densepose_geodesics)
+    assert PathManager.isfile(metadata.densepose_uv_symmetry)
+    assert set_from_name(TINY.name) == TINY and TINY.name == "val-6-160x128-seed3-bodies"
+    assert load_shapes_bodies(TINY)[0]["annotations"] is not dicts[0]["annotations"]
+    for split in ("train", "val"):
+        assert f"shapes_{split}_bodies" in DatasetCatalog.list()
+
+
+def test_export(tmp_path, capsys):
+    arguments = [str(tmp_path), "--bodies", "--num", "2", "--size", "160x128", "--seed", "3"]
+    assert main(arguments) == 0
+    content = json.loads((tmp_path / "annotations/densepose_val2017.json").read_text())
+    assert [i["file_name"] for i in content["images"]] == ["000000000000.jpg", "000000000001.jpg"]
+    image = cv2.imread(str(tmp_path / "val2017/000000000001.jpg"))[..., ::-1]
+    assert np.abs(image.astype(float) - TINY.frame(1).image).mean() < 12
+    assert read_uv_symmetry(tmp_path / "annotations/body_uv_symmetry.npz").shape[1] == 24
+    assert (tmp_path / "annotations/body_geodesics.npy").read_bytes() == geodesics_npy()
+    assert main(arguments) == 1 and "already holds" in capsys.readouterr().err
