@@ -18,8 +18,9 @@ __all__ = ["BODY_MESH", "bodies_json", "body_annotations"]
 BODY_MESH = "shapes_body"  # the mesh's name: ``ref_model``
 # Side of the frame of points and masks, which is the box (NOTES.md, *Semantics*).
 _FRAME = 256
-# Points on one part at most, and pixels of it for each: about 100 points on a person of 100 pixels.
-_PART_POINTS, _POINT_PIXELS = 9, 6
+# Points on n pixels of a part: first factor times n to the power of the second, but at most one for so
+# many pixels. About 100 points on a person, as annotators gave; more on large parts, but not in proportion.
+_POINTS, _POINT_PIXELS = (1.4, 0.36), 6
 # What shows fewer pixels than this is no annotated person, and has no points below the second one.
 _MIN_AREA, _MIN_POINTS_AREA = 20, 120
 
@@ -70,7 +71,8 @@ def _points(
     selected = []
     for part in np.unique(surface.parts):
         pixels = np.flatnonzero(surface.parts == part)
-        number = min(len(pixels) // _POINT_PIXELS, _PART_POINTS)
+        factor, power = _POINTS
+        number = min(len(pixels) // _POINT_PIXELS, round(factor * len(pixels) ** power))
         inside = pixels[off[pixels]]
         if len(inside) >= number:
             pixels = inside
