@@ -18,8 +18,8 @@ __all__ = ["BODY_MESH", "bodies_json", "body_annotations"]
 BODY_MESH = "shapes_body"  # the mesh's name: ``ref_model``
 # Side of the frame of points and masks, which is the box (NOTES.md, *Semantics*).
 _FRAME = 256
-# Points on n pixels of a part: first factor times n to the power of the second, but at most one for so
-# many pixels. About 100 points on a person, as annotators gave; more on large parts, but not in proportion.
+# Points on n pixels of a part: the first times n to the power of the second, but at most one for so many
+# pixels. About 100 on a person, as annotators gave; more on large parts, but not in proportion.
 _POINTS, _POINT_PIXELS = (1.4, 0.36), 6
 # What shows fewer pixels than this is no annotated person, and has no points below the second one.
 _MIN_AREA, _MIN_POINTS_AREA = 20, 120
