@@ -7,6 +7,14 @@ lists the names) and the ``shapes://`` paths under which their images lie. To ha
     register_shapes(ShapesSet("val", num=50, height=320, width=480, seed=7), prefix="wide")
 """
 
+from d2ext.data.shapes.bodies import BodyFrame
+from d2ext.data.shapes.body_coco import BODY_MESH
+from d2ext.data.shapes.body_scene import draw_bodies, draw_body_clip
+from d2ext.data.shapes.body_sets import (
+    DEFAULT_BODY_SETS,
+    load_shapes_bodies,
+    register_shapes_bodies,
+)
 from d2ext.data.shapes.catalog import (
     DEFAULT_SETS,
     TASKS,
@@ -33,10 +41,12 @@ from d2ext.data.shapes.faces import FaceFrame
 from d2ext.data.shapes.files import register_path_handler
 from d2ext.data.shapes.frame import Frame
 from d2ext.data.shapes.scene import draw_image
-from d2ext.data.shapes.sets import FaceSet, ShapesSet, VideoSet
+from d2ext.data.shapes.sets import BodySet, FaceSet, ShapesSet, VideoSet
 from d2ext.data.shapes.video import Clip, draw_clip
 
 __all__ = [
+    "BODY_MESH",
+    "DEFAULT_BODY_SETS",
     "DEFAULT_FACE_SETS",
     "DEFAULT_PANOPTIC_VIDEO_SETS",
     "DEFAULT_SETS",
@@ -45,22 +55,28 @@ __all__ = [
     "STUFF_CLASSES",
     "TASKS",
     "THING_CLASSES",
+    "BodyFrame",
+    "BodySet",
     "Clip",
     "FaceFrame",
     "FaceSet",
     "Frame",
     "ShapesSet",
     "VideoSet",
+    "draw_bodies",
+    "draw_body_clip",
     "draw_clip",
     "draw_faces",
     "draw_image",
     "face_topology",
     "load_shapes",
+    "load_shapes_bodies",
     "load_shapes_faces",
     "load_shapes_flow",
     "load_shapes_video",
     "mirror_vertices",
     "register_shapes",
+    "register_shapes_bodies",
     "register_shapes_faces",
     "register_shapes_video",
     "shapes_metadata",
@@ -75,3 +91,5 @@ for _clips in DEFAULT_PANOPTIC_VIDEO_SETS:
     register_shapes_video(_clips, tasks=("panoptic",))
 for _faces in DEFAULT_FACE_SETS:
     register_shapes_faces(_faces)
+for _bodies in DEFAULT_BODY_SETS:
+    register_shapes_bodies(_bodies)

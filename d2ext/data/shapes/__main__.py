@@ -5,10 +5,11 @@ import re
 import sys
 from pathlib import Path
 
+from d2ext.data.shapes.body_sets import export_bodies
 from d2ext.data.shapes.export import export_images
 from d2ext.data.shapes.export_video import VIDEO_FORMATS, export_video
 from d2ext.data.shapes.face_sets import export_faces
-from d2ext.data.shapes.sets import FaceSet, ShapesSet, VideoSet
+from d2ext.data.shapes.sets import BodySet, FaceSet, ShapesSet, VideoSet
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -23,7 +24,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m d2ext.data.shapes",
         description="Write the built-in data set in the layout of COCO 2017: images, instances, "
         "keypoints, panoptic; with --video, clips with tracks in several forms; with --faces, "
-        "faces with points and meshes.",
+        "faces with points and meshes; with --bodies, persons with points on their surface.",
     )
     parser.add_argument("out", type=Path, help="folder to write to; other splits in it stay")
     parser.add_argument("--split", default="val", help="train, val or any other word (%(default)s)")
@@ -36,6 +37,11 @@ def _parser() -> argparse.ArgumentParser:
     kind.add_argument("--video", action="store_true", help="write clips")
     kind.add_argument(
         "--faces", action="store_true", help="write heads: boxes of faces, five points, meshes"
+    )
+    kind.add_argument(
+        "--bodies",
+        action="store_true",
+        help="write persons in DensePose-COCO's form, and their mesh",
     )
     parser.add_argument("--length", type=int, default=12, help="frames per clip (%(default)s)")
     parser.add_argument(
@@ -58,6 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
         elif args.faces:
             faces = FaceSet(args.split, args.num, height, width, args.seed)
             written = export_faces(faces, args.out, overwrite=args.overwrite)
+        elif args.bodies:
+            bodies = BodySet(args.split, args.num, height, width, args.seed)
+            written = export_bodies(bodies, args.out, overwrite=args.overwrite)
         else:
             images = ShapesSet(args.split, args.num, height, width, args.seed)
             written = export_images(images, args.out, overwrite=args.overwrite)

@@ -17,9 +17,11 @@ For a split such as ``val`` the names are
 ``shapes_val_video_keypoints`` clips: tracks of things with landmarks
 ``shapes_val_flow``            pairs of frames with optical flow
 ``shapes_val_faces``           heads: boxes of faces, five points and meshes
+``shapes_val_bodies``          persons: boxes, masks, points on the surface of a mesh
 =============================  ==================================================================
 
-:mod:`.clips` has those of videos, :mod:`.face_sets` those of faces.
+:mod:`.clips` has those of videos, :mod:`.face_sets` those of faces, :mod:`.body_sets` those of
+bodies.
 """
 
 import pickle

@@ -24,7 +24,7 @@ from d2ext.data.shapes.scene import (
 )
 from d2ext.data.shapes.textures import color_ramp
 
-__all__ = ["draw_faces"]
+__all__ = ["HAIRS", "SKINS", "between_colors", "draw_faces", "draw_light"]
 
 # Lowest and highest height of a face, forehead to chin, in pixels of a picture of REFERENCE_SIDE.
 _SMALLEST, _LARGEST = 8.0, 200.0
@@ -33,8 +33,8 @@ _FACES = (0.08, 0.31, 0.52, 0.68, 0.79, 0.87, 0.93, 0.97, 1.0)
 # A face stands where at least this share of it can be seen; behind an occluder the second one.
 _SEEN, _SEEN_OCCLUDED = 0.65, 0.5
 
-_SKINS = ((252, 218, 192), (235, 188, 155), (205, 152, 112), (150, 100, 68), (92, 58, 42))
-_HAIRS = ((22, 18, 18), (52, 34, 24), (98, 62, 36), (200, 165, 100), (150, 70, 35), (170, 168, 165))
+SKINS = ((252, 218, 192), (235, 188, 155), (205, 152, 112), (150, 100, 68), (92, 58, 42))
+HAIRS = ((22, 18, 18), (52, 34, 24), (98, 62, 36), (200, 165, 100), (150, 70, 35), (170, 168, 165))
 _IRISES = ((75, 50, 30), (90, 120, 150), (85, 115, 75), (60, 45, 35))
 
 
@@ -116,7 +116,9 @@ class _Scene:
                 return
 
 
-def _near(draws: Draws, colors: tuple[tuple[int, int, int], ...], spread: float) -> np.ndarray:
+def between_colors(
+    draws: Draws, colors: tuple[tuple[int, int, int], ...], spread: float
+) -> np.ndarray:
     """Between two neighbours of a list of colours, lighter or darker by up to `spread`."""
     place = draws() * (len(colors) - 1)
     index = int(place)
@@ -154,8 +156,8 @@ def _draw_shape(draws: Draws) -> HeadShape:
 
 
 def _draw_look(draws: Draws) -> HeadLook:
-    skin = _near(draws, _SKINS, 0.1)
-    hair = np.array(_HAIRS[draws.below(len(_HAIRS))], float) * draws.uniform(0.75, 1.15)
+    skin = between_colors(draws, SKINS, 0.1)
+    hair = np.array(HAIRS[draws.below(len(HAIRS))], float) * draws.uniform(0.75, 1.15)
     if draws.chance(0.06):  # dyed
         hair = draws.color()
     lip = skin * np.array([draws.uniform(0.8, 1), draws.uniform(0.45, 0.68), 0.62])
@@ -233,7 +235,7 @@ def _hand(skin: np.ndarray, draws: Draws) -> Layer:
     )
 
 
-def _draw_light(draws: Draws) -> Light:
+def draw_light(draws: Draws) -> Light:
     """From the side of the camera, up to 65 degrees to a side and rather from above."""
     azimuth, height = math.radians(draws.uniform(-65, 65)), math.radians(draws.uniform(-15, 60))
     flat = math.cos(height)
@@ -257,7 +259,7 @@ def draw_faces(seed: int, split: str, index: int, height: int, width: int) -> Fa
     """
     draws = Draws(seed, split, "faces", index)
     unit = min(height, width) / REFERENCE_SIDE
-    light, scene = _draw_light(draws), _Scene(draws, height, width)
+    light, scene = draw_light(draws), _Scene(draws, height, width)
     u = draws()
     sizes = [_draw_size(draws) * unit for _ in range(sum(u >= limit for limit in _FACES))]
     if len(sizes) > 4:  # a group does not fit otherwise

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +21,8 @@ import numpy as np
 from detectron2.utils.file_io import PathHandler, PathManager
 
 from d2ext.data.cache import cache_folder, folder_to_fill
+from d2ext.data.shapes.body_coco import bodies_json
+from d2ext.data.shapes.body_tables import body_npz, geodesics_npy, uv_symmetry_npz
 from d2ext.data.shapes.coco import (
     id_to_rgb,
     instances_json,
@@ -31,10 +33,16 @@ from d2ext.data.shapes.coco import (
 from d2ext.data.shapes.face_coco import MESH_FILE, faces_json
 from d2ext.data.shapes.face_mesh import topology_obj
 from d2ext.data.shapes.frame import Frame
-from d2ext.data.shapes.sets import PREFIX, FaceSet, ShapesSet, VideoSet, set_from_name
+from d2ext.data.shapes.sets import PREFIX, BodySet, FaceSet, ShapesSet, VideoSet, set_from_name
 from d2ext.data.shapes.video import Clip, flow_bytes
 
-__all__ = ["ShapesPathHandler", "encode_png", "register_path_handler", "versioned_cache"]
+__all__ = [
+    "BODY_FILES",
+    "ShapesPathHandler",
+    "encode_png",
+    "register_path_handler",
+    "versioned_cache",
+]
 
 
 def encode_png(image: np.ndarray) -> bytes:
@@ -90,11 +98,33 @@ def _faces_json(shapes: ShapesSet) -> dict[str, Any]:
     return faces_json((i, shapes.stem(i) + ".bmp", f) for i, f in enumerate(shapes.frames()))
 
 
-_FACE_ANNOTATIONS: dict[str, Callable[[ShapesSet], dict[str, Any] | str]] = {
+def _bodies_json(shapes: ShapesSet) -> dict[str, Any]:
+    assert isinstance(shapes, BodySet)  # _annotations
+    return bodies_json((i, shapes.stem(i) + ".bmp", f) for i, f in enumerate(shapes.frames()))
+
+
+_Content = dict[str, Any] | str | bytes
+# The mesh of all bodies, its geodesics, and the symmetry of its charts.
+BODY_FILES: dict[str, Callable[[], bytes]] = {
+    "body.npz": body_npz,
+    "body_geodesics.npy": geodesics_npy,
+    "body_uv_symmetry.npz": uv_symmetry_npz,
+}
+
+
+def _body_file(name: str, shapes: ShapesSet) -> bytes:
+    return BODY_FILES[name]()
+
+
+_BODY_ANNOTATIONS: dict[str, Callable[[ShapesSet], _Content]] = {
+    "densepose.json": _bodies_json,
+    **{name: partial(_body_file, name) for name in BODY_FILES},
+}
+_FACE_ANNOTATIONS: dict[str, Callable[[ShapesSet], _Content]] = {
     "faces.json": _faces_json,
     MESH_FILE: lambda shapes: topology_obj(),
 }
-_ANNOTATIONS: dict[str, Callable[[ShapesSet], dict[str, Any] | str]] = {
+_ANNOTATIONS: dict[str, Callable[[ShapesSet], _Content]] = {
     "instances.json": lambda shapes: instances_json(_named(shapes)),
     "instances_rle.json": lambda shapes: instances_json(_named(shapes), "rle"),
     "keypoints.json": lambda shapes: keypoints_json(_named(shapes)),
@@ -181,7 +211,7 @@ def _locate(path: str) -> Callable[[], bytes]:
     shapes, folder, name = _parse(path)
     annotations = _annotations(shapes)
     if folder == "annotations" and name in annotations:
-        return lambda: _encode_text(annotations[name](shapes))
+        return lambda: _encode(annotations[name](shapes))
     folders = _folders(shapes)
     if folder not in folders:
         raise FileNotFoundError(
@@ -198,17 +228,21 @@ def _locate(path: str) -> Callable[[], bytes]:
     return lambda: encode(shapes, index)
 
 
-def _encode_text(content: dict[str, Any] | str) -> bytes:
+def _encode(content: _Content) -> bytes:
+    if isinstance(content, bytes):
+        return content
     return (content if isinstance(content, str) else json.dumps(content)).encode()
 
 
 def _folders(shapes: ShapesSet) -> dict[str, tuple[str, _Encoder]]:
-    if isinstance(shapes, FaceSet):
+    if isinstance(shapes, (FaceSet, BodySet)):
         return {"images": _PICTURES["images"]}
     return {**_PICTURES, **_MOTION} if isinstance(shapes, VideoSet) else _PICTURES
 
 
-def _annotations(shapes: ShapesSet) -> dict[str, Callable[[ShapesSet], dict[str, Any] | str]]:
+def _annotations(shapes: ShapesSet) -> dict[str, Callable[[ShapesSet], _Content]]:
+    if isinstance(shapes, BodySet):
+        return _BODY_ANNOTATIONS
     if isinstance(shapes, FaceSet):
         return _FACE_ANNOTATIONS
     videos = isinstance(shapes, VideoSet)

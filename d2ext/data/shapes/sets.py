@@ -5,18 +5,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from d2ext.data.shapes.bodies import BodyFrame
+from d2ext.data.shapes.body_scene import draw_bodies
 from d2ext.data.shapes.face_scene import draw_faces
 from d2ext.data.shapes.faces import FaceFrame
 from d2ext.data.shapes.frame import Frame
 from d2ext.data.shapes.scene import draw_image
 from d2ext.data.shapes.video import Clip, draw_clip
 
-__all__ = ["PREFIX", "FaceSet", "ShapesSet", "VideoSet", "set_from_name"]
+__all__ = ["PREFIX", "BodySet", "FaceSet", "ShapesSet", "VideoSet", "set_from_name"]
 
 PREFIX = "shapes://"
 _NAME = re.compile(
     r"(?P<split>\w+)-(?P<num>\d+)(x(?P<length>\d+))?"
-    r"-(?P<height>\d+)x(?P<width>\d+)-seed(?P<seed>\d+)(-every(?P<every>\d+)|(?P<faces>-faces))?"
+    r"-(?P<height>\d+)x(?P<width>\d+)-seed(?P<seed>\d+)"
+    r"(-every(?P<every>\d+)|-(?P<kind>faces|bodies))?"
 )
 
 
@@ -174,6 +177,36 @@ class FaceSet(ShapesSet):
         return _faces(self.seed, self.split, index, self.height, self.width)
 
 
+@dataclass(frozen=True)
+class BodySet(ShapesSet):
+    """A split of `shapes` with persons: :mod:`.bodies`.
+
+    Below :attr:`root` there are ``images/<stem>.bmp``, ``annotations/densepose.json`` (DensePose-COCO's
+    form) and, in the same folder, the files of the mesh (:mod:`.body_tables`).
+    """
+
+    @property
+    def name(self) -> str:
+        return super().name + "-bodies"
+
+    def frame(self, index: int) -> BodyFrame:
+        frame = super().frame(index)
+        assert isinstance(frame, BodyFrame)  # _frame
+        return frame
+
+    def frames(self) -> Iterator[BodyFrame]:
+        for index in range(self.num):
+            yield draw_bodies(self.seed, self.split, index, self.height, self.width)
+
+    def _frame(self, index: int) -> BodyFrame:
+        return _bodies(self.seed, self.split, index, self.height, self.width)
+
+
+@lru_cache(maxsize=4)
+def _bodies(seed: int, split: str, index: int, height: int, width: int) -> BodyFrame:
+    return draw_bodies(seed, split, index, height, width)
+
+
 @lru_cache(maxsize=4)
 def _faces(seed: int, split: str, index: int, height: int, width: int) -> FaceFrame:
     return draw_faces(seed, split, index, height, width)
@@ -192,15 +225,16 @@ def _clip(seed: int, split: str, number: int, height: int, width: int, length: i
 def set_from_name(name: str) -> ShapesSet:
     """The set with this :attr:`ShapesSet.name`; ValueError if there is none."""
     match = _NAME.fullmatch(name)
-    if match is None or (match["faces"] and match["length"]):
+    if match is None or (match["kind"] and match["length"]):
         raise ValueError(
             f"{name!r} is no name of a set: expected SPLIT-NUM-HEIGHTxWIDTH-seedSEED, as in "
             "val-200-256x256-seed0, SPLIT-NUMxLENGTH-HEIGHTxWIDTH-seedSEED for clips, or "
-            "SPLIT-NUM-HEIGHTxWIDTH-seedSEED-faces"
+            "SPLIT-NUM-HEIGHTxWIDTH-seedSEED-faces or -bodies"
         )
     num, height, width, seed = (int(match[key]) for key in ("num", "height", "width", "seed"))
     if match["length"]:
         length, every = int(match["length"]), int(match["every"] or 1)
         return VideoSet(match["split"], num, height, width, seed, length, every)
-    kind = FaceSet if match["faces"] else ShapesSet
+    kinds: dict[str | None, type[ShapesSet]] = {"faces": FaceSet, "bodies": BodySet}
+    kind = kinds.get(match["kind"], ShapesSet)
     return kind(match["split"], num, height, width, seed)
