@@ -34,7 +34,7 @@ from d2ext.data.shapes.body_tables import (
     uv_symmetry_npz,
 )
 from d2ext.data.shapes.face_paint import Light
-from d2ext.data.shapes.faces import Cover
+from d2ext.data.shapes.items import Cover
 from d2ext.data.shapes.scene import Draws
 from d2ext.data.shapes.sets import set_from_name
 

@@ -44,7 +44,8 @@ from d2ext.data.shapes.face_mesh import (
 from d2ext.data.shapes.face_paint import HeadLook, Light, head_solid, head_surface
 from d2ext.data.shapes.face_raster import Surface, hides, render
 from d2ext.data.shapes.face_scene import draw_faces
-from d2ext.data.shapes.faces import Cover, FaceFrame, Head
+from d2ext.data.shapes.faces import FaceFrame, Head
+from d2ext.data.shapes.items import Cover
 from d2ext.data.shapes.raster import rasterize
 from d2ext.data.shapes.scene import Draws, draw_layer
 from d2ext.data.shapes.sets import set_from_name

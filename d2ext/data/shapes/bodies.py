@@ -18,8 +18,7 @@ from d2ext.data.shapes.body_paint import (
 from d2ext.data.shapes.body_pose import BodyPose, pose_vertices
 from d2ext.data.shapes.body_raster import Shown, shown_points
 from d2ext.data.shapes.face_paint import Light
-from d2ext.data.shapes.faces import Cover
-from d2ext.data.shapes.frame import Frame, paint_layer
+from d2ext.data.shapes.items import Cover, ItemFrame
 
 __all__ = ["Body", "BodyFrame", "SurfaceMap"]
 
@@ -103,31 +102,8 @@ class SurfaceMap(NamedTuple):
     """(n,) int64: the nearest corner of the triangle that the pixel shows."""
 
 
-class BodyFrame(Frame):
-    """A picture of persons. Its other annotations, those of a :class:`Frame`, are of what lies
-    behind them.
-
-    Args:
-        items: persons and what stands among them, front to back.
-        light: on the persons.
-        blur: deviation of the whole picture's blur in pixels.
-        backdrop: what lies behind them; only its background, layers and noise are used.
-    """
-
-    def __init__(
-        self, items: list[Body | Cover], light: Light, blur: float, backdrop: Frame
-    ) -> None:
-        super().__init__(
-            backdrop.height,
-            backdrop.width,
-            backdrop.layers,
-            backdrop.matrices,
-            backdrop.background,
-            backdrop.camera,
-            backdrop.noise_window,
-            backdrop.rasters,
-        )
-        self.items, self.light, self.blur = items, light, blur
+class BodyFrame(ItemFrame[Body]):
+    """A picture of persons; see :class:`ItemFrame`."""
 
     @cached_property
     def front(self) -> np.ndarray:
@@ -174,18 +150,8 @@ class BodyFrame(Frame):
         uv = np.einsum("nk,nkc->nc", weights, mesh.uv[triangles])
         return SurfaceMap(rows[seen], columns[seen], mesh.parts[triangles], uv, nearest)
 
-    @cached_property
-    def image(self) -> np.ndarray:
-        """(H, W, 3) uint8, RGB."""
-        image = self._paint()
-        for item in reversed(self.items):
-            if isinstance(item, Cover):
-                paint_layer(image, item.layer, item.matrix, item.raster)
-            else:
-                _paint_body(image, item, self.light)
-        if self.blur > 0:
-            image = cv2.GaussianBlur(image, (0, 0), self.blur)
-        return self._lit(image)
+    def _paint_solid(self, image: np.ndarray, item: Body) -> None:
+        _paint_body(image, item, self.light)
 
 
 def _paint_body(image: np.ndarray, body: Body, light: Light) -> None:

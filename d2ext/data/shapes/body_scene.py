@@ -11,8 +11,8 @@ from d2ext.data.shapes.body_paint import BodyLook, Cloth
 from d2ext.data.shapes.body_pose import BodyPose, view
 from d2ext.data.shapes.classes import THING_CLASSES
 from d2ext.data.shapes.face_scene import HAIRS, SKINS, between_colors, draw_light
-from d2ext.data.shapes.faces import Cover
 from d2ext.data.shapes.frame import Frame
+from d2ext.data.shapes.items import Cover
 from d2ext.data.shapes.raster import rasterize
 from d2ext.data.shapes.scene import (
     IDENTITY,

@@ -19,7 +19,7 @@ Clips: :mod:`.export_video`. Detectron2's loaders read them as they are::
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from d2ext.data.shapes.files import encode_png
 from d2ext.data.shapes.frame import Frame
 from d2ext.data.shapes.sets import ShapesSet
 
-__all__ = ["check_free", "encode_jpeg", "export_images", "publish"]
+__all__ = ["check_free", "encode_jpeg", "export_images", "export_items", "publish"]
 
 # JPEG quality at which neither thin lines nor textures visibly suffer.
 _JPEG_QUALITY = 95
@@ -125,5 +125,48 @@ def export_images(
                 _add(annotations, target, build([(index, f"{stem}.jpg", frame)]))
         for target, content in annotations.items():
             (temporary / target).write_text(json.dumps(content))
+        publish(temporary, out, targets)
+    return targets
+
+
+def export_items(
+    shapes: ShapesSet,
+    out: Path,
+    json_name: str,
+    build_json: Callable[[Iterable[tuple[int, str, Any]]], dict[str, Any]],
+    files: Mapping[str, Callable[[], bytes]],
+    *,
+    overwrite: bool,
+    progress: bool,
+) -> list[str]:
+    """Write pictures and ``annotations/<json_name>_<split>2017.json``; otherwise as :func:`export_images`.
+
+    Args:
+        build_json: (index, image's file name, picture) of all pictures → content of the JSON.
+        files: name → content, of files beside it that are the same for all splits, and so replaced.
+    """
+    folder = f"{shapes.split}2017"
+    json_file = f"annotations/{json_name}_{folder}.json"
+    check_free(out, [folder, json_file], overwrite)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".shapes-", dir=out) as name:
+        temporary = Path(name)
+        for sub in (folder, "annotations"):
+            (temporary / sub).mkdir()
+
+        def written() -> Iterable[tuple[int, str, Frame]]:
+            frames = tqdm(
+                shapes.frames(), shapes.split, shapes.num, unit="image", disable=not progress
+            )
+            for index, frame in enumerate(frames):
+                file_name = f"{shapes.stem(index)}.jpg"
+                (temporary / folder / file_name).write_bytes(encode_jpeg(frame.image))
+                yield index, file_name, frame
+
+        (temporary / json_file).write_text(json.dumps(build_json(written())))
+        targets = [folder, json_file]
+        for file_name, content in files.items():
+            targets.append(f"annotations/{file_name}")
+            (temporary / targets[-1]).write_bytes(content())
         publish(temporary, out, targets)
     return targets

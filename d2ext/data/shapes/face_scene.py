@@ -9,8 +9,9 @@ import numpy as np
 from d2ext.data.shapes.classes import THING_CLASSES, Outline, capsule
 from d2ext.data.shapes.face_mesh import FACE_VERTICES, HeadShape
 from d2ext.data.shapes.face_paint import HeadLook, Light
-from d2ext.data.shapes.faces import Cover, FaceFrame, Head
+from d2ext.data.shapes.faces import FaceFrame, Head
 from d2ext.data.shapes.frame import Frame, Layer
+from d2ext.data.shapes.items import Cover
 from d2ext.data.shapes.raster import rasterize
 from d2ext.data.shapes.scene import (
     IDENTITY,

@@ -6,10 +6,8 @@ where it is hidden, cut to the picture. Faces below 12 pixels have neither point
 tiny ones have no points either.
 """
 
-import json
 import pickle
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,9 @@ from typing import Any
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
-from tqdm import tqdm
 
 from d2ext.data.shapes.coco import MAX_ANNOTATIONS
-from d2ext.data.shapes.export import check_free, encode_jpeg, publish
+from d2ext.data.shapes.export import export_items
 from d2ext.data.shapes.face_coco import MESH_FILE, faces_json
 from d2ext.data.shapes.face_mesh import (
     NUM_VERTICES,
@@ -31,7 +28,6 @@ from d2ext.data.shapes.face_mesh import (
     mirror_vertices,
     topology_obj,
 )
-from d2ext.data.shapes.faces import FaceFrame
 from d2ext.data.shapes.files import versioned_cache
 from d2ext.data.shapes.sets import FaceSet
 from d2ext.files import atomic_write
@@ -153,27 +149,7 @@ def export_faces(
     shapes: FaceSet, out: Path, *, overwrite: bool = False, progress: bool = True
 ) -> list[str]:
     """Write pictures, ``annotations/faces_<split>2017.json`` with points and meshes, and the OBJ that it
-    names; otherwise as :func:`~d2ext.data.shapes.export.export_images`."""
-    folder = f"{shapes.split}2017"
-    json_file, mesh_file = f"annotations/faces_{folder}.json", f"annotations/{MESH_FILE}"
-    check_free(out, [folder, json_file], overwrite)  # the OBJ is the same for all
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".shapes-", dir=out) as name:
-        temporary = Path(name)
-        for sub in (folder, "annotations"):
-            (temporary / sub).mkdir()
-
-        def written() -> Iterable[tuple[int, str, FaceFrame]]:
-            frames = tqdm(
-                shapes.frames(), shapes.split, shapes.num, unit="image", disable=not progress
-            )
-            for index, frame in enumerate(frames):
-                file_name = f"{shapes.stem(index)}.jpg"
-                (temporary / folder / file_name).write_bytes(encode_jpeg(frame.image))
-                yield index, file_name, frame
-
-        (temporary / json_file).write_text(json.dumps(faces_json(written())))
-        (temporary / mesh_file).write_text(topology_obj())
-        targets = [folder, json_file, mesh_file]
-        publish(temporary, out, targets)
-    return targets
+    names; see :func:`~d2ext.data.shapes.export.export_items`."""
+    files = {MESH_FILE: lambda: topology_obj().encode()}
+    options = {"overwrite": overwrite, "progress": progress}
+    return export_items(shapes, out, "faces", faces_json, files, **options)

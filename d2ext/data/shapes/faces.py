@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import cv2
 import numpy as np
 
 from d2ext.data.shapes.face_mesh import (
@@ -16,10 +15,9 @@ from d2ext.data.shapes.face_mesh import (
 )
 from d2ext.data.shapes.face_paint import HeadLook, Light, Solid, head_solid, head_surface
 from d2ext.data.shapes.face_raster import hides, render
-from d2ext.data.shapes.frame import Frame, Layer, paint_layer
-from d2ext.data.shapes.raster import Raster
+from d2ext.data.shapes.items import Cover, ItemFrame
 
-__all__ = ["MIN_POINTS_SIZE", "Cover", "FaceFrame", "Head"]
+__all__ = ["MIN_POINTS_SIZE", "FaceFrame", "Head"]
 
 # Faces whose box is lower than this, in pixels, have neither points nor mesh, as WIDER FACE's tiny ones.
 MIN_POINTS_SIZE = 12.0
@@ -69,40 +67,8 @@ class Head:
         return x0, y0, x1, y1
 
 
-@dataclass(frozen=True)
-class Cover:
-    """Something flat that stands among the heads: shoulders, a hand, a thing."""
-
-    layer: Layer
-    matrix: np.ndarray
-    raster: Raster
-
-
-class FaceFrame(Frame):
-    """A picture of heads with exact boxes, points and meshes. Its other annotations, those of a
-    :class:`Frame`, are of what lies behind all heads.
-
-    Args:
-        items: heads and what stands among them, front to back.
-        light: on the heads.
-        blur: deviation of the whole picture's blur in pixels.
-        backdrop: what lies behind them; only its background, layers and noise are used.
-    """
-
-    def __init__(
-        self, items: list[Head | Cover], light: Light, blur: float, backdrop: Frame
-    ) -> None:
-        super().__init__(
-            backdrop.height,
-            backdrop.width,
-            backdrop.layers,
-            backdrop.matrices,
-            backdrop.background,
-            backdrop.camera,
-            backdrop.noise_window,
-            backdrop.rasters,
-        )
-        self.items, self.light, self.blur = items, light, blur
+class FaceFrame(ItemFrame[Head]):
+    """A picture of heads with exact boxes, points and meshes; see :class:`ItemFrame`."""
 
     @property
     def faces(self) -> list[int]:
@@ -166,18 +132,8 @@ class FaceFrame(Frame):
             raise ValueError(f"item {item} of the picture is no head")
         return head
 
-    @cached_property
-    def image(self) -> np.ndarray:
-        """(H, W, 3) uint8, RGB."""
-        image = self._paint()
-        for item in reversed(self.items):
-            if isinstance(item, Cover):
-                paint_layer(image, item.layer, item.matrix, item.raster)
-            else:
-                _paint_head(image, item, self.light)
-        if self.blur > 0:
-            image = cv2.GaussianBlur(image, (0, 0), self.blur)
-        return self._lit(image)
+    def _paint_solid(self, image: np.ndarray, item: Head) -> None:
+        _paint_head(image, item, self.light)
 
 
 def _paint_head(image: np.ndarray, head: Head, light: Light) -> None:

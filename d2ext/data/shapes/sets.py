@@ -235,6 +235,5 @@ def set_from_name(name: str) -> ShapesSet:
     if match["length"]:
         length, every = int(match["length"]), int(match["every"] or 1)
         return VideoSet(match["split"], num, height, width, seed, length, every)
-    kinds: dict[str | None, type[ShapesSet]] = {"faces": FaceSet, "bodies": BodySet}
-    kind = kinds.get(match["kind"], ShapesSet)
-    return kind(match["split"], num, height, width, seed)
+    classes: dict[str | None, type[ShapesSet]] = {"faces": FaceSet, "bodies": BodySet}
+    return classes.get(match["kind"], ShapesSet)(match["split"], num, height, width, seed)
