@@ -24,3 +24,9 @@ def clip_boxes(boxes: Tensor, size: tuple[float, float], *, min_overlap: float =
         ],
         dim=-1,
     )
+
+
+def mirror_boxes(boxes: Tensor, width: float) -> Tensor:
+    """Boxes (..., 4) XYXY in a mirrored image of this width → in the image, and back."""
+    x0, y0, x1, y1 = boxes.unbind(-1)
+    return torch.stack([width - x1, y0, width - x0, y1], dim=-1)

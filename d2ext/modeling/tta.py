@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from detectron2.config import CfgNode
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.config import CfgNode, configurable
 from fvcore.common.registry import Registry
 from torch import nn
 
@@ -19,3 +22,46 @@ def build_tta(cfg: CfgNode, model: nn.Module) -> nn.Module:
     if name in TTA_REGISTRY and TTA_REGISTRY.get(name).enabled(cfg):
         return TTA_REGISTRY.get(name)(cfg, model)
     return model
+
+
+class MultiSizeTTA(nn.Module):
+    """Wraps a model for inference: predicts on several sizes of an image, each also mirrored. Keys are
+    those of ``MODEL.<section>.TEST.AUG``."""
+
+    section = ""
+
+    @configurable
+    def __init__(
+        self, model: nn.Module, *, min_sizes: Sequence[int], max_size: int, flip: bool
+    ) -> None:
+        """Args:
+        model: predicts on each view.
+        min_sizes: short sides in pixels; empty: the size that the model itself uses.
+        max_size: longest side in pixels, with ``min_sizes``.
+        flip: each size also mirrored.
+        """
+        super().__init__()
+        if any(size < 1 for size in (*min_sizes, max_size)):
+            raise ValueError(
+                f"MODEL.{self.section}.TEST.AUG.MIN_SIZES and MAX_SIZE are positive numbers of pixels, "
+                f"not {list(min_sizes)} and {max_size}."
+            )
+        self.model: Any = model
+        self.training = model.training
+        self.min_sizes = list(min_sizes)
+        self.max_size = max_size
+        self.flip = flip
+
+    @classmethod
+    def _keys(cls, cfg: CfgNode) -> CfgNode:
+        return cfg.MODEL[cls.section].TEST.AUG
+
+    @classmethod
+    def enabled(cls, cfg: CfgNode) -> bool:
+        """Whether the config enables it."""
+        return cls._keys(cfg).ENABLED
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+        options = {k.lower(): value for k, value in cls._keys(cfg).items() if k != "ENABLED"}
+        return {"model": model, **options}

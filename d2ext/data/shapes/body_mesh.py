@@ -329,6 +329,16 @@ def _end(half: _Half, part: int, rings: list[list[int]], tip: np.ndarray, bone: 
     half.grid(part, cap, 0.5 + _SQUARES[-1] * (_lattice(4, 5) - 0.5))
 
 
+def _bones_at(ring: int, bones: Sequence[str], joints: Sequence[int]) -> list[str]:
+    """The left bones that a ring of a limb moves with; one at a joint belongs to both."""
+    limits = zip((0, *joints), (*joints, ring), strict=True)
+    return [
+        f"left_{bone}"
+        for bone, (first, last) in zip(bones, limits, strict=True)
+        if first <= ring <= last
+    ]
+
+
 def _arm(half: _Half, torso: list[list[int]]) -> None:
     (low, high), (front, back) = _HOLE_ROWS, _HOLE_COLUMNS
     middle = (front + back) // 2
@@ -341,16 +351,7 @@ def _arm(half: _Half, torso: list[list[int]]) -> None:
     along, out, forward = np.array([sin, cos, 0]), np.array([cos, -sin, 0]), np.array([0, 0, -1.0])
     rings = [hole]
     for number, (distance, *radii) in enumerate(_ARM, 1):
-        # The elbow and the wrist belong to both bones.
-        bones = [
-            f"left_{bone}"
-            for bone, first, last in (
-                ("upper_arm", 0, _ELBOW),
-                ("lower_arm", _ELBOW, _WRIST),
-                ("hand", _WRIST, len(_ARM)),
-            )
-            if first <= number <= last
-        ]
+        bones = _bones_at(number, ("upper_arm", "lower_arm", "hand"), (_ELBOW, _WRIST))
         place = _SHOULDER + distance * along
         rings.append(half.ring(place, _limb_ring(place, out, forward, radii), *bones))
     _halves(half, 15, 17, rings[: _ELBOW + 1])
@@ -368,15 +369,7 @@ def _leg(half: _Half, hip: list[int]) -> None:
     rings = [[around[(5 - i) % _RING] for i in range(_RING)]]
     out = np.array([1.0, 0, 0])
     for number, (height, x, z, tilt, *radii) in enumerate(_LEG, 1):
-        bones = [
-            f"left_{bone}"
-            for bone, first, last in (
-                ("upper_leg", 0, _KNEE),
-                ("lower_leg", _KNEE, _ANKLE),
-                ("foot", _ANKLE, len(_LEG)),
-            )
-            if first <= number <= last
-        ]
+        bones = _bones_at(number, ("upper_leg", "lower_leg", "foot"), (_KNEE, _ANKLE))
         place, angle = np.array([x, -height, z]), math.radians(tilt)
         forward = np.array([0, -math.sin(angle), -math.cos(angle)])
         rings.append(half.ring(place, _limb_ring(place, out, forward, radii), *bones))

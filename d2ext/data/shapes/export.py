@@ -139,7 +139,7 @@ def export_items(
     overwrite: bool,
     progress: bool,
 ) -> list[str]:
-    """Write pictures and ``annotations/<json_name>_<split>2017.json``; otherwise as :func:`export_images`.
+    """Write pictures and ``annotations/<json_name>_<split>2017.json``; else as :func:`export_images`.
 
     Args:
         build_json: (index, image's file name, picture) of all pictures → content of the JSON.

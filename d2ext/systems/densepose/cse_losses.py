@@ -71,8 +71,8 @@ class PixelCycle:
         for maps, mask in zip(predictions.embedding.float(), masks, strict=True):
             pixels = mask.nonzero()
             if 0 < self.num_pixels < len(pixels):
-                chosen = torch.randperm(len(pixels), device=pixels.device)[: self.num_pixels]
-                pixels = pixels[chosen]
+                order = torch.randperm(len(pixels), device=pixels.device)
+                pixels = pixels[order[: self.num_pixels]]
             own = normalize_embeddings(maps[:, pixels[:, 0], pixels[:, 1]].T)
             place = pixels.float()
             distance = (place[:, None] - place[None]).square().sum(dim=-1)
@@ -105,9 +105,10 @@ class ShapeCycle:
         embeddings, distances = [], []
         for name in pair:
             own = vertices[name]
-            chosen = torch.randperm(len(own))[: self.num_vertices].sort().values.to(own.device)
-            embeddings.append(own[chosen])
-            distances.append(geodesics[name][chosen][:, chosen].to(own.device))
+            order = torch.randperm(len(own))
+            selected = order[: self.num_vertices].sort().values.to(own.device)
+            embeddings.append(own[selected])
+            distances.append(geodesics[name][selected][:, selected].to(own.device))
         similarity = embeddings[0] @ embeddings[1].T / self.temperature
         there, back = similarity.softmax(dim=1), similarity.T.softmax(dim=1)
         first = torch.linalg.norm(distances[0] * (there @ back))

@@ -21,69 +21,53 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor, nn
 
+from d2ext.codecs.boxes import mirror_boxes
 from d2ext.codecs.face_alignment import face_poses
 from d2ext.config import ConfigError
 from d2ext.data.dataset_facts import flip_indices
 from d2ext.data.errors import DatasetError
 from d2ext.data.faces import mirror_permutation, read_topology
-from d2ext.modeling.tta import TTA_REGISTRY
+from d2ext.modeling.tta import TTA_REGISTRY, MultiSizeTTA
 from d2ext.systems.retinaface.model import RetinaFace
 
 
 @TTA_REGISTRY.register()
-class RetinaFaceWithTTA(nn.Module):
+class RetinaFaceWithTTA(MultiSizeTTA):
     """Wraps a model for inference: predicts on several views of an image."""
+
+    section = "RETINAFACE"
+    model: RetinaFace
 
     @configurable
     def __init__(
         self,
         model: RetinaFace,
         *,
-        min_sizes: Sequence[int],
-        max_size: int,
-        flip: bool,
         vote_iou: float,
         point_partners: Sequence[int] | None = None,
         vertex_partners: Sequence[int] | None = None,
+        **sizes: Any,
     ) -> None:
         """Args:
         model: predicts on each view.
-        min_sizes: short sides in pixels; empty: the size that the model itself uses.
-        max_size: longest side in pixels, with ``min_sizes``.
-        flip: each size also mirrored.
         vote_iou: see :func:`vote`.
         point_partners, vertex_partners: with ``flip``, the point and the vertex that takes the place
             of each one in a mirrored picture; of a model with points, with meshes.
+        sizes: see the base class.
         """
-        super().__init__()
-        if any(size < 1 for size in (*min_sizes, max_size)):
-            raise ValueError(
-                "MODEL.RETINAFACE.TEST.AUG.MIN_SIZES and MAX_SIZE are positive numbers of pixels, not "
-                f"{list(min_sizes)} and {max_size}."
-            )
-        self.model = model
-        self.training = model.training
-        self.min_sizes = list(min_sizes)
-        self.max_size = max_size
-        self.flip = flip
+        super().__init__(model, **sizes)
         self.vote_iou = vote_iou
         # By name of the field.
         self.partners = {"pred_keypoints": point_partners, "pred_face_meshes": vertex_partners}
 
-    @staticmethod
-    def enabled(cfg: CfgNode) -> bool:
-        """Whether the config enables it."""
-        return cfg.MODEL.RETINAFACE.TEST.AUG.ENABLED
-
     @classmethod
-    def from_config(cls, cfg: CfgNode, model: RetinaFace) -> dict[str, Any]:
-        aug = cfg.MODEL.RETINAFACE.TEST.AUG
-        options = {key.lower(): value for key, value in aug.items() if key != "ENABLED"}
-        if aug.FLIP and model.head.num_points:
-            options["point_partners"] = _point_partners(cfg, model.head.num_points)
-        if aug.FLIP and model.head.mesh is not None:
-            options["vertex_partners"] = _vertex_partners(cfg, model.head.mesh.num_vertices)
-        return {"model": model, **options}
+    def from_config(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+        options, head, flip = super().from_config(cfg, model), model.head, cls._keys(cfg).FLIP
+        if flip and head.num_points:
+            options["point_partners"] = _point_partners(cfg, head.num_points)
+        if flip and head.mesh is not None:
+            options["vertex_partners"] = _vertex_partners(cfg, head.mesh.num_vertices)
+        return options
 
     @torch.no_grad()
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
@@ -110,8 +94,7 @@ class RetinaFaceWithTTA(nn.Module):
         result, width = Instances(instances.image_size), instances.image_size[1]
         for name, value in instances.get_fields().items():
             if isinstance(value, Boxes):
-                x0, y0, x1, y1 = value.tensor.unbind(dim=1)
-                value = Boxes(torch.stack([width - x1, y0, width - x0, y1], dim=1))
+                value = Boxes(mirror_boxes(value.tensor, width))
             elif name in self.partners:
                 value = value[:, self.partners[name]]
                 value[..., 0] = width - value[..., 0]

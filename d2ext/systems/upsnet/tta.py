@@ -18,14 +18,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from detectron2.config import CfgNode, configurable
 from detectron2.structures import Boxes, Instances
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from d2ext.codecs.boxes import mirror_boxes
 from d2ext.codecs.image_scale import short_side_scale
 from d2ext.modeling.meta_arch import image_size, output_size
-from d2ext.modeling.tta import TTA_REGISTRY
+from d2ext.modeling.tta import TTA_REGISTRY, MultiSizeTTA
 from d2ext.systems.upsnet.boxes import clip
 from d2ext.systems.upsnet.head import UPSNetPredictions
 from d2ext.systems.upsnet.model import UPSNet
@@ -42,11 +42,11 @@ class AugmentedView(NamedTuple):
     def to_view(self, boxes: Tensor, frame: tuple[int, int]) -> Tensor:
         """Boxes (..., 4), end behind, of an image of size ``frame`` → this view's."""
         boxes = boxes * _factors(boxes, frame, self.size)
-        return clip(_mirrored(boxes, self.size[1]) if self.flipped else boxes, *self.size)
+        return clip(mirror_boxes(boxes, self.size[1]) if self.flipped else boxes, *self.size)
 
     def from_view(self, boxes: Tensor, frame: tuple[int, int]) -> Tensor:
         """Inverse of :meth:`to_view`."""
-        boxes = _mirrored(boxes, self.size[1]) if self.flipped else boxes
+        boxes = mirror_boxes(boxes, self.size[1]) if self.flipped else boxes
         return clip(boxes * _factors(boxes, self.size, frame), *frame)
 
     def score(self, padded: tuple[int, int], frame: tuple[int, int], stride: int) -> Tensor:
@@ -68,41 +68,11 @@ class AugmentedView(NamedTuple):
 
 
 @TTA_REGISTRY.register()
-class UPSNetWithTTA(nn.Module):
+class UPSNetWithTTA(MultiSizeTTA):
     """Wraps a model for inference: predicts on several views of an image."""
 
-    @configurable
-    def __init__(
-        self, model: UPSNet, *, min_sizes: Sequence[int], max_size: int, flip: bool
-    ) -> None:
-        """Args:
-        model: predicts on each view.
-        min_sizes: short sides in pixels; empty: the size that the model itself uses.
-        max_size: longest side in pixels, with ``min_sizes``.
-        flip: each scale also mirrored.
-        """
-        super().__init__()
-        if any(size < 1 for size in (*min_sizes, max_size)):
-            raise ValueError(
-                "MODEL.UPSNET.TEST.AUG.MIN_SIZES and MAX_SIZE are positive numbers of pixels, not "
-                f"{list(min_sizes)} and {max_size}."
-            )
-        self.model = model
-        self.training = model.training
-        self.min_sizes = list(min_sizes)
-        self.max_size = max_size
-        self.flip = flip
-
-    @staticmethod
-    def enabled(cfg: CfgNode) -> bool:
-        """Whether the config enables it."""
-        return cfg.MODEL.UPSNET.TEST.AUG.ENABLED
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, model: UPSNet) -> dict[str, Any]:
-        aug = cfg.MODEL.UPSNET.TEST.AUG
-        options = {key.lower(): value for key, value in aug.items() if key != "ENABLED"}
-        return {"model": model, **options}
+    section = "UPSNET"
+    model: UPSNet
 
     @torch.no_grad()
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -156,8 +126,3 @@ class UPSNetWithTTA(nn.Module):
 
 def _factors(boxes: Tensor, before: tuple[int, int], after: tuple[int, int]) -> Tensor:
     return boxes.new_tensor([after[1] / before[1], after[0] / before[0]] * 2)
-
-
-def _mirrored(boxes: Tensor, width: int) -> Tensor:
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    return torch.stack([width - x2, y1, width - x1, y2], dim=-1)

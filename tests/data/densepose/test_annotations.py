@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from d2ext.data.densepose import (
 )
 from d2ext.data.errors import DatasetError
 from tests.reference.fixture import Fixture, draw_tensor
+from tests.systems.densepose.published import points_with_mask
 
 REFERENCE = Path(__file__).parents[2] / "reference" / "densepose"
 
@@ -39,24 +39,13 @@ def symmetry(fixture: Fixture) -> SurfaceSymmetry:
     return SurfaceSymmetry(torch.from_numpy(_uv_tables(23)), {"torus_15x20": torus})
 
 
-def _person(published: dict[str, Any], mask: np.ndarray) -> SurfacePoints:
-    return SurfacePoints(
-        published["dp_x"],
-        published["dp_y"],
-        published.get("dp_I"),
-        published.get("dp_U"),
-        published.get("dp_V"),
-        published.get("dp_vertex"),
-        published.get("ref_model"),
-        mask,
-    )
-
-
 @pytest.fixture(scope="module")
 def annotations(fixture: Fixture) -> DensePoseAnnotations:
     persons = fixture.manifest["inputs"]["persons"]
     masks = [fixture.expected[f"person{k}.before.segm"] for k in range(3)]
-    return DensePoseAnnotations([_person(p, m) for p, m in zip(persons, masks, strict=True)])
+    return DensePoseAnnotations(
+        [points_with_mask(p, m) for p, m in zip(persons, masks, strict=True)]
+    )
 
 
 @pytest.mark.parametrize("joined", [False, True])

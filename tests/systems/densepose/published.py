@@ -28,6 +28,11 @@ def surface_points(published: dict[str, Any] | None) -> SurfacePoints | None:
         mask[y0:y1, x0:x1] = part
     if published.get("single_mask"):
         mask = mask.clip(max=1)
+    return points_with_mask(published, mask)
+
+
+def points_with_mask(published: dict[str, Any], mask: np.ndarray) -> SurfacePoints:
+    """Points of an annotation, and a mask (256, 256)."""
     return SurfacePoints(
         published["dp_x"],
         published["dp_y"],

@@ -40,8 +40,11 @@ def _build(cfg: CfgNode) -> RetinaFace:
 
 
 def _settled(cfg: CfgNode) -> RetinaFace:
+    return settled(_build(cfg))
+
+
+def settled(model: RetinaFace) -> RetinaFace:
     """In inference, with statistics of noise in its norms: the initial ones let nothing through."""
-    model = _build(cfg)
     for norm in model.modules():
         if isinstance(norm, torch.nn.BatchNorm2d):
             norm.momentum = 1.0

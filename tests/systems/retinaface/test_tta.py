@@ -20,6 +20,7 @@ from d2ext.systems.retinaface.tta import RetinaFaceWithTTA, vote
 from d2ext.testing import tiny_config
 from tests.systems.retinaface.test_mesh import _model
 from tests.systems.retinaface.test_mesh import obj as obj  # a fixture
+from tests.systems.retinaface.test_model import _images, settled
 
 # Of the pyramid of test_mesh.py, and of the tiny model's points.
 VERTEX_PARTNERS, POINT_PARTNERS = [1, 0, 3, 2, 4], [1, 0, 2]
@@ -28,21 +29,7 @@ VERTEX_PARTNERS, POINT_PARTNERS = [1, 0, 3, 2, 4], [1, 0, 2]
 @pytest.fixture
 def model(obj: str) -> RetinaFace:
     """With meshes, in inference, with statistics of noise in its norms."""
-    model = _model(obj)
-    for norm in model.modules():
-        if isinstance(norm, torch.nn.BatchNorm2d):
-            norm.momentum = 1.0
-    with torch.no_grad():
-        model.network(model.preprocess(_images((96, 96), (96, 96))))
-    return model.eval()
-
-
-def _images(*sizes: tuple[int, int]) -> list[dict[str, Any]]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        {"image": torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)}
-        for size in sizes
-    ]
+    return settled(_model(obj))
 
 
 def _wrapped(model: RetinaFace, **options: Any) -> RetinaFaceWithTTA:
