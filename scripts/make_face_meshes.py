@@ -30,7 +30,7 @@ import cv2
 import numpy as np
 from detectron2.structures import Boxes, BoxMode, pairwise_iou
 
-from d2ext.data.faces import FACE_POINTS, load_faces
+from d2ext.data.faces import FACE_POINTS, load_faces, obj_text
 from d2ext.data.image_io import is_image, read_image
 from d2ext.files import atomic_write
 
@@ -72,8 +72,8 @@ def open_mesher(model: str, max_faces: int) -> Iterator[tuple[Mesher, np.ndarray
 
     def meshes(image: np.ndarray) -> np.ndarray:
         pixels = mediapipe.Image(mediapipe.ImageFormat.SRGB, np.ascontiguousarray(image))
-        found = landmarker.detect(pixels).face_landmarks
-        result = np.array([[(p.x, p.y, p.z) for p in face[:count]] for face in found])
+        faces = landmarker.detect(pixels).face_landmarks
+        result = np.array([[(p.x, p.y, p.z) for p in face[:count]] for face in faces])
         height, width = image.shape[:2]
         # Depth is in the unit of x, and of an origin that mediapipe does not promise to be the mean.
         result = result.reshape(-1, count, 3) * (width, height, width)
@@ -259,15 +259,14 @@ def main(arguments: list[str] | None = None) -> None:
     if not meshes:
         sys.exit(f"error: no mesh was found in '{args.images}'.")
     partners = mirror_partners(triangles)
-    lines = [f"v {x:.5f} {y:.5f} {z:.5f}\n" for x, y, z in mean_face(meshes, partners).tolist()]
-    lines += [f"f {a} {b} {c}\n" for a, b, c in (triangles + 1).tolist()]
+    mean = obj_text("mean face", mean_face(meshes, partners), triangles)
     topology = args.json.with_suffix(".obj")
     category = {
         **{"id": 1, "name": "face", "keypoints": list(FACE_POINTS)},
         **{"mesh_file": topology.name, "mesh_flip": partners},
     }
     content = {"images": images, "annotations": annotations, "categories": [category]}
-    for path, text in ((topology, "".join(lines)), (args.json, json.dumps(content))):
+    for path, text in ((topology, mean), (args.json, json.dumps(content))):
         with atomic_write(path, "w") as file:
             file.write(text)
     if args.draw:

@@ -15,11 +15,9 @@ from detectron2.utils.file_io import PathManager
 
 from d2ext.codecs.face_alignment import ARCFACE_SIZE, crop_matrices
 from d2ext.config import ConfigError
-from d2ext.data.faces import five_points, read_topology
+from d2ext.data.faces import five_points, obj_text, read_topology
 from d2ext.files import atomic_write
 from d2ext.utils.drawing import write_picture
-
-_AXES = "# pixels of the image: x right, y down, z away from the camera"
 
 
 def add_face_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,9 +80,9 @@ class FaceWriter:
         if self._meshes is not None:
             if instances is None or not instances.has("pred_face_meshes"):
                 raise ConfigError("--save-meshes: the model predicts no meshes.")
-            for i, mesh in enumerate(instances.pred_face_meshes.tolist(), 1):
+            for i, mesh in enumerate(instances.pred_face_meshes.numpy(), 1):
                 with atomic_write(self._meshes / f"{name}_{i}.obj", "w") as obj:
-                    obj.write(mesh_obj(mesh, self._triangles))
+                    obj.write(obj_text("pixels of the image", mesh, self._triangles, digits=3))
         if self._crops is not None:
             if instances is None or not instances.has("pred_keypoints"):
                 raise ConfigError("--save-crops: the model predicts no points.")
@@ -97,11 +95,3 @@ class FaceWriter:
                 if (v > 0).all():
                     crop = cv2.warpAffine(image, matrix, (ARCFACE_SIZE, ARCFACE_SIZE))
                     write_picture(self._crops / f"{name}_{i}.png", crop)
-
-
-def mesh_obj(vertices: list[list[float]], triangles: np.ndarray | None) -> str:
-    """A mesh as the text of a Wavefront OBJ; without triangles its vertices alone."""
-    lines = [_AXES, *(f"v {x:.3f} {y:.3f} {z:.3f}" for x, y, z in vertices)]
-    if triangles is not None:
-        lines += [f"f {a} {b} {c}" for a, b, c in (triangles + 1).tolist()]
-    return "\n".join(lines) + "\n"

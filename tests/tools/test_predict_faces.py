@@ -19,7 +19,7 @@ from d2ext import model_zoo
 from d2ext.codecs.face_alignment import crop_matrices
 from d2ext.codecs.landmark_crops import pad_boxes
 from d2ext.config import load_config
-from d2ext.data.faces import read_topology
+from d2ext.data.faces import obj_text, read_topology
 from d2ext.data.image_io import read_image
 from d2ext.data.landmarks.readers import extent_crop_box
 from d2ext.data.shapes.face_mesh import (
@@ -36,7 +36,7 @@ from d2ext.engine.top_down import BoxSource, WithMargins
 from d2ext.systems.retinaface.model import RetinaFace
 from d2ext.testing import tiny_config
 from d2ext.tools import predict
-from d2ext.tools.face_files import FaceWriter, mesh_obj, mesh_triangles
+from d2ext.tools.face_files import FaceWriter, mesh_triangles
 from tests.systems.retinaface.test_mesh import obj as obj  # a fixture
 
 
@@ -184,13 +184,16 @@ def test_triangles(obj: str, tmp_path: Path) -> None:
     text = topology_obj()
     (tmp_path / "head.obj").write_text(text)
     np.testing.assert_array_equal(mesh_triangles(cfg, nothing), face_topology())
-    vertices = head_vertices(HeadShape()).tolist()
-    (tmp_path / "head.obj").write_text(mesh_obj(vertices, face_topology()[:, [0, 2, 1]]))
+    vertices = head_vertices(HeadShape())
+    text = obj_text("head", vertices, face_topology()[:, [0, 2, 1]], digits=3)
+    (tmp_path / "head.obj").write_text(text)
     np.testing.assert_array_equal(np.sort(mesh_triangles(cfg, nothing)), np.sort(face_topology()))
-    a, b, c = np.array(vertices)[mesh_triangles(cfg, nothing)][:, :, :2].transpose(1, 2, 0)
+    a, b, c = vertices[mesh_triangles(cfg, nothing)][:, :, :2].transpose(1, 2, 0)
     areas = (b - a)[0] * (c - a)[1] - (b - a)[1] * (c - a)[0]
     assert (areas < 0).mean() > 0.9
-    assert mesh_obj([[1, 2, 3]], None).splitlines()[1:] == ["v 1.000 2.000 3.000"]
+    assert obj_text("", np.array([[1, 2, 3]]), None, digits=3).splitlines()[1:] == [
+        "v 1.000 2.000 3.000"
+    ]
 
 
 def test_several_sizes_by_the_command_line(config: str, picture: Path, tmp_path: Path) -> None:

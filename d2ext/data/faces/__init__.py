@@ -9,6 +9,7 @@
 from d2ext.data.faces.mapper import FaceMapper
 from d2ext.data.faces.meshes import (
     mirror_permutation,
+    obj_text,
     read_topology,
     topology_of,
     transform_meshes,
@@ -30,6 +31,7 @@ __all__ = [
     "five_points",
     "load_faces",
     "mirror_permutation",
+    "obj_text",
     "read_topology",
     "register_builtin_faces",
     "register_faces",

@@ -59,6 +59,18 @@ def read_topology(path: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array(vertices), faces
 
 
+def obj_text(
+    about: str, vertices: np.ndarray, triangles: np.ndarray | None, digits: int = 5
+) -> str:
+    """A Wavefront OBJ, the inverse of :func:`read_topology`; without triangles the vertices alone.
+    ``about`` says in its first line what it is."""
+    lines = [f"# {about}: x right, y down, z away from the camera"]
+    lines += [f"v {x:.{digits}f} {y:.{digits}f} {z:.{digits}f}" for x, y, z in vertices.tolist()]
+    if triangles is not None:
+        lines += [f"f {a} {b} {c}" for a, b, c in (triangles + 1).tolist()]
+    return "\n".join(lines) + "\n"
+
+
 def mirror_permutation(vertices: np.ndarray) -> list[int]:
     """For each vertex of a symmetric mesh the one at its mirror place, across the middle of x.
 

@@ -17,6 +17,8 @@ from functools import cache
 
 import numpy as np
 
+from d2ext.data.faces.meshes import obj_text
+
 __all__ = [
     "COLUMNS",
     "FACE_VERTICES",
@@ -243,7 +245,4 @@ def rotation(yaw: float, pitch: float, roll: float) -> np.ndarray:
 
 def topology_obj() -> str:
     """Wavefront OBJ of the mean head: x right, y down, z away from the camera; indices from 1."""
-    lines = ["# mean head of d2ext's shapes: x right, y down, z away from the camera"]
-    lines += [f"v {x:.5f} {y:.5f} {z:.5f}" for x, y, z in head_vertices(HeadShape()).tolist()]
-    lines += [f"f {a} {b} {c}" for a, b, c in (face_topology() + 1).tolist()]
-    return "\n".join(lines) + "\n"
+    return obj_text("mean head of d2ext's shapes", head_vertices(HeadShape()), face_topology())
