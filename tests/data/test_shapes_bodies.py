@@ -362,6 +362,7 @@ def test_dicts_and_files(name):
     assert metadata.evaluator_type == "densepose" and metadata.densepose_mesh_name == BODY_MESH
     assert PathManager.isfile(metadata.densepose_geodesics)
     assert PathManager.isfile(metadata.densepose_uv_symmetry)
+    assert read_uv_symmetry(metadata.densepose_uv_symmetry).shape == (2, 24, 256, 256)
     assert set_from_name(TINY.name) == TINY and TINY.name == "val-6-160x128-seed3-bodies"
     assert load_shapes_bodies(TINY)[0]["annotations"] is not dicts[0]["annotations"]
     for split in ("train", "val"):

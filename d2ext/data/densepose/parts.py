@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
 from d2ext.data.errors import DatasetError
@@ -105,12 +106,13 @@ def read_uv_symmetry(path: str | os.PathLike[str]) -> Tensor:
         DatasetError: a file without them.
         OSError: it cannot be read.
     """
-    if str(path).endswith(".mat"):
+    file = PathManager.get_local_path(os.fspath(path))
+    if file.endswith(".mat"):
         from scipy.io import loadmat  # optional
 
-        content = loadmat(path)
+        content = loadmat(file)
     else:
-        with np.load(path, allow_pickle=False) as stored:
+        with np.load(file, allow_pickle=False) as stored:
             content = dict(stored)
     tables = []
     for name in ("U_transforms", "V_transforms"):

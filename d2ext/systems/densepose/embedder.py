@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
+from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -142,6 +143,7 @@ class Embedder(nn.Module):
 
 def read_arrays(path: str) -> dict[str, np.ndarray]:
     """The arrays of an .npy (under ""), .npz or .pkl file as float32; a pickle is read as data."""
+    path = PathManager.get_local_path(path)
     if path.endswith((".npy", ".npz")):
         stored = np.load(path, allow_pickle=False)
         content: Any = {"": stored} if isinstance(stored, np.ndarray) else dict(stored)

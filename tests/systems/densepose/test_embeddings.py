@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
@@ -263,3 +264,9 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         Embedder(cfg)
     published = model_zoo.get_config("densepose/densepose_rcnn_R_50_FPN_cse_soft_s1x.yaml")
     assert build_cse_loss(published).soft
+
+
+def test_features_of_the_built_in_mesh() -> None:
+    embedder = VertexEmbedder(1180, 16, 64)
+    embedder.load(MetadataCatalog.get("shapes_val_bodies").densepose_mesh)
+    assert embedder.features.abs().amax() > 0
