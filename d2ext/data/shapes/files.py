@@ -103,6 +103,10 @@ def _bodies_json(shapes: ShapesSet) -> dict[str, Any]:
     return bodies_json((i, shapes.stem(i) + ".bmp", f) for i, f in enumerate(shapes.frames()))
 
 
+# Sets whose pictures take 15 ms and more to draw, longer than a small model trains on them: what was
+# drawn once is kept in the cache, 0.2 MB a picture.
+_KEPT = (FaceSet, BodySet)
+
 _Content = dict[str, Any] | str | bytes
 # The mesh of all bodies, its geodesics, and the symmetry of its charts.
 BODY_FILES: dict[str, Callable[[], bytes]] = {
@@ -143,7 +147,7 @@ class ShapesPathHandler(PathHandler):
     """Serves ``shapes://<name of the set>/<folder>/<file>``, read-only; see :class:`ShapesSet`.
 
     ``get_local_path`` writes the file or the whole folder into a cache (``$D2EXT_CACHE``, else the
-    user's cache folder), for libraries that want real paths.
+    user's cache folder), for libraries that want real paths. Heads and bodies are always read from there.
     """
 
     def _get_supported_prefixes(self) -> list[str]:
@@ -153,6 +157,8 @@ class ShapesPathHandler(PathHandler):
         self._check_kwargs(kwargs)
         if mode not in ("r", "rt", "rb"):
             raise PermissionError(f"{path}: shapes:// is read-only, cannot open with mode {mode!r}")
+        if isinstance(_parse(path)[0], _KEPT):
+            return open(self._get_local_path(path), mode)
         data = io.BytesIO(_locate(path)())
         return data if mode == "rb" else io.TextIOWrapper(data, encoding="utf-8")
 
@@ -235,7 +241,7 @@ def _encode(content: _Content) -> bytes:
 
 
 def _folders(shapes: ShapesSet) -> dict[str, tuple[str, _Encoder]]:
-    if isinstance(shapes, (FaceSet, BodySet)):
+    if isinstance(shapes, _KEPT):
         return {"images": _PICTURES["images"]}
     return {**_PICTURES, **_MOTION} if isinstance(shapes, VideoSet) else _PICTURES
 

