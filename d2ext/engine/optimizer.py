@@ -50,11 +50,26 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
 def _with_clipping(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Detectron2's clipping, of the gradients that there are: a step may leave parameters without, and
-    torch's clipping by value fails for these."""
-    if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
-        clip = build._create_gradient_clipper(cfg.SOLVER.CLIP_GRADIENTS)
-        optimizer.__class__ = build._generate_optimizer_class_with_gradient_clipping(
-            type(optimizer),
-            per_param_clipper=lambda p: None if p.grad is None else clip(p),
+    torch's clipping by value fails for these. Beside its types, "value" and "norm" of each parameter,
+    there is "full_model", by the norm of all gradients together."""
+    clipping = cfg.SOLVER.CLIP_GRADIENTS
+    if not clipping.ENABLED:
+        return optimizer
+    if clipping.CLIP_TYPE == "full_model":
+        clippers = {
+            "global_clipper": lambda parameters: nn.utils.clip_grad_norm_(
+                parameters, clipping.CLIP_VALUE, clipping.NORM_TYPE
+            )
+        }
+    elif clipping.CLIP_TYPE in ("value", "norm"):
+        clip = build._create_gradient_clipper(clipping)
+        clippers = {"per_param_clipper": lambda p: None if p.grad is None else clip(p)}
+    else:
+        raise ConfigError(
+            f'SOLVER.CLIP_GRADIENTS.CLIP_TYPE is "{clipping.CLIP_TYPE}"; it must be "value", "norm" or '
+            '"full_model".'
         )
+    optimizer.__class__ = build._generate_optimizer_class_with_gradient_clipping(
+        type(optimizer), **clippers
+    )
     return optimizer
