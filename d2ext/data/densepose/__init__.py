@@ -5,6 +5,7 @@ from d2ext.data.densepose.annotations import (
     DensePoseAnnotations,
     SurfacePoints,
 )
+from d2ext.data.densepose.geodesics import GeodesicDistances, open_geodesics
 from d2ext.data.densepose.parts import (
     MIRRORED_COARSE_PARTS,
     MIRRORED_PARTS,
@@ -21,7 +22,9 @@ __all__ = [
     "NUM_PARTS",
     "AnnotatedPoints",
     "DensePoseAnnotations",
+    "GeodesicDistances",
     "SurfacePoints",
     "SurfaceSymmetry",
+    "open_geodesics",
     "read_uv_symmetry",
 ]
