@@ -66,7 +66,7 @@ def test_results_as_published(fixture: Fixture, predictions: ChartPredictions) -
         text = encode_result(published)
         assert torch.equal(decode_result(text), published)
         assert text.endswith("\n") and {len(x) for x in text.splitlines()[:-1]} == {76}
-    masks = paste_masks(results, boxes, tuple(inputs["image_size_hw"]))
+    masks = paste_masks([r.labels > 0 for r in results], boxes, tuple(inputs["image_size_hw"]))
     assert np.array_equal(np.packbits(masks, axis=-1), expected["masks"])
     with pytest.raises(ValueError, match="PNG"):
         decode_result("")
