@@ -373,6 +373,35 @@ def paste_masks(masks: Sequence[Tensor], boxes: Tensor, size: tuple[int, int]) -
     return pasted
 
 
+def paste_results(
+    quantized: Sequence[Tensor], boxes: Tensor, size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """The persons in the image. Where they overlap, the first of them is on top.
+
+    Args:
+        quantized: N, (3, h, w) uint8, of :func:`quantize`
+        boxes: (N, 4) that they are for
+        size: (height, width) of the image
+
+    Returns:
+        surface: (3, height, width) uint8: part, 255 U, 255 V
+        persons: (height, width) int32: which of them, from 1; 0: none
+    """
+    device = quantized[0].device if quantized else boxes.device
+    surface = torch.zeros((3, *size), dtype=torch.uint8, device=device)
+    persons = torch.zeros(size, dtype=torch.int32, device=device)
+    corners = boxes[:, :2].long().tolist()
+    for i in range(len(quantized) - 1, -1, -1):
+        x, y = corners[i]
+        h, w = quantized[i].shape[1:]
+        window = surface[:, y : y + h, x : x + w]
+        result = quantized[i][:, : window.shape[1], : window.shape[2]]
+        there = result[0] > 0
+        window.copy_(torch.where(there, result, window))
+        persons[y : y + h, x : x + w][there] = i + 1
+    return surface, persons
+
+
 def encode_result(quantized: Tensor) -> str:
     """(3, h, w) uint8 → text: a PNG of the three planes as red, green, blue, in base64, with a line
     break after every 76 characters and at the end (published)."""
@@ -382,6 +411,12 @@ def encode_result(quantized: Tensor) -> str:
         raise ValueError(f"A result of shape {tuple(quantized.shape)} makes no PNG.")
     text = base64.b64encode(png.tobytes()).decode("ascii")
     return "".join(f"{text[i : i + _LINE]}\n" for i in range(0, len(text), _LINE))
+
+
+def stored_result(quantized: Tensor) -> dict[str, Any]:
+    """A person's entry ``densepose`` in files of results: ``shape`` (3, h, w), ``data``: the text of
+    :func:`encode_result`."""
+    return {"shape": list(quantized.shape), "data": encode_result(quantized)}
 
 
 def decode_result(text: str) -> Tensor:

@@ -34,10 +34,10 @@ from d2ext.codecs.densepose import (
     EmbeddingPredictions,
     charts_in_boxes,
     decode_result,
-    encode_result,
     masks_in_boxes,
     paste_masks,
     quantize,
+    stored_result,
     vertices_at,
 )
 from d2ext.data.coco_json import read_json
@@ -262,10 +262,7 @@ class DensePoseEvaluator(COCOEvaluator):
                 "segmentation": {**rle, "counts": rle["counts"].decode("ascii")},
             }
             if quantized is not None:
-                record["densepose"] = {
-                    "shape": list(quantized[i].shape),
-                    "data": encode_result(quantized[i]),
-                }
+                record["densepose"] = stored_result(quantized[i])
                 record["gps"] = self._chart_gps(record, quantized[i].numpy())
             records.append(record)
             selected.append(i)

@@ -17,6 +17,7 @@ from detectron2.data.catalog import Metadata
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 
+from d2ext.codecs.densepose import stored_result
 from d2ext.data.errors import ImageReadError
 from d2ext.data.image_io import is_image, read_image
 from d2ext.data.video.panoptic_results import PanopticVideoWriter, segment_places
@@ -320,15 +321,23 @@ class ResultWriter:
         metadata: class names, and the data set's own category ids where it has them.
         meshes: also write those of faces, ``mesh``: 3 V numbers x, y, z, of which x and y are counted as
             COCO's keypoints (pixel indices).
+        surfaces: also write those of persons, ``densepose``, see
+            :func:`~d2ext.codecs.densepose.stored_result`.
 
     The head pose of a face is ``pose``: yaw, pitch and roll, see
     :func:`~d2ext.codecs.face_alignment.face_poses`.
     """
 
     def __init__(
-        self, stack: ExitStack, output: Path, metadata: Metadata, *, meshes: bool = False
+        self,
+        stack: ExitStack,
+        output: Path,
+        metadata: Metadata,
+        *,
+        meshes: bool = False,
+        surfaces: bool = False,
     ) -> None:
-        self._meshes = meshes
+        self._meshes, self._surfaces = meshes, surfaces
         self._category = _dataset_ids(metadata)
         self._metadata = metadata
         self._others: dict[str, Any] = {}
@@ -366,4 +375,6 @@ class ResultWriter:
                 if self._meshes and instances.has("pred_face_meshes"):
                     shifted = instances.pred_face_meshes[i].double().numpy() - (0.5, 0.5, 0)
                     result["mesh"] = np.round(shifted, 2).reshape(-1).tolist()
+                if self._surfaces:
+                    result["densepose"] = stored_result(output["surfaces"][i])
                 self._result(result)
