@@ -262,7 +262,8 @@ class DensePoseEvaluator(COCOEvaluator):
                 "segmentation": {**rle, "counts": rle["counts"].decode("ascii")},
             }
             if quantized is not None:
-                record["densepose"] = stored_result(quantized[i])
+                if self._output_dir:
+                    record["densepose"] = stored_result(quantized[i])
                 record["gps"] = self._chart_gps(record, quantized[i].numpy())
             records.append(record)
             selected.append(i)

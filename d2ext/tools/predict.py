@@ -44,7 +44,8 @@ overlap, that of the higher score is on top. Each result in coco_results.json th
 --save-points writes NAME_IMAGE_PERSON.npz: of the person's n pixels their x, y (pixels), parts, u, v,
 points (n, 3) on the body, and the nearest vertices of its mesh.
 
-A folder as --video-input is a video of 25 frames a second: its image files in the order of their names.
+A folder as --video-input is a video of 25 frames a second: its image files in the order of their
+names, numbers in these by their value (frame_2 before frame_10).
 With ids (a model with memory gives them, for others a --tracker does) an object has one colour in the
 whole video, and the results name its track_id.
 

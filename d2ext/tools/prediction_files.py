@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import itertools
 import logging
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -167,8 +168,15 @@ def plan_video(source: str | int, output: Path) -> Path:
     return target
 
 
+def natural_order(path: Path) -> list[tuple[int, str]]:
+    """Key that sorts names by the numbers in them: frame_2 before frame_10."""
+    parts = re.split(r"([0-9]+)", path.name)
+    return [(int(x), x) if x.isdigit() else (-1, x) for x in parts]
+
+
 class FolderReader:
-    """A video whose frames are the image files of a folder, by name; broken ones are left out.
+    """A video whose frames are the image files of a folder, by name, numbers in it by their value;
+    broken ones are left out.
 
     Attributes: as of :class:`~d2ext.utils.video.VideoReader`.
 
@@ -181,7 +189,8 @@ class FolderReader:
     def __init__(self, folder: Path) -> None:
         self.name = str(folder)
         self.skipped = 0
-        self._files = [x for x in sorted(folder.iterdir()) if x.is_file() and is_image(str(x))]
+        files = sorted(folder.iterdir(), key=natural_order)
+        self._files = [x for x in files if x.is_file() and is_image(str(x))]
         self.length = len(self._files)
         if not self._files:
             raise VideoError(f"There is no image in the folder '{folder}'.")

@@ -17,7 +17,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.file_io import PathManager
 
 from d2ext import Predictor
-from d2ext.codecs.densepose import ChartPredictions, encode_result
+from d2ext.codecs.densepose import ChartPredictions, decode_result, encode_result
 from d2ext.data.densepose import GeodesicDistances
 from d2ext.data.densepose.charts import ChartVertices
 from d2ext.data.errors import DatasetError
@@ -225,6 +225,43 @@ def constant_charts(part: int) -> ChartPredictions:
     coarse = torch.tensor([0.0, 1.0])[None, :, None, None].expand(1, 2, 4, 4)
     uv = torch.full((1, 25, 4, 4), 0.5)
     return ChartPredictions(coarse_segm=coarse, fine_segm=fine, u=uv, v=uv)
+
+
+def test_the_best_twenty_count(case: Case, register: Any, tmp_path: Path) -> None:
+    register(case.content)
+    evaluator = case.evaluator(tmp_path)
+    instances = Instances((240, 320), pred_boxes=Boxes(torch.tensor([[9.0, 9, 30, 30]] * 25)))
+    instances.scores = torch.linspace(0, 1, 25)
+    instances.pred_classes = torch.zeros(25, dtype=torch.int64)
+    instances.pred_densepose = ChartPredictions.cat([constant_charts(3)] * 25)
+    evaluator.process([{"image_id": 3}], [{"instances": instances}])
+    scores = [r["score"] for r in evaluator._records]
+    assert scores == instances.scores.flip(0)[:20].tolist()
+    assert sum(len(p["instances"]) for p in evaluator._predictions) == 25  # COCO's have 100
+    evaluator.evaluate()
+    written = json.loads((tmp_path / "densepose_results.json").read_text())
+    assert decode_result(written[0]["densepose"]["data"])[:, 5, 5].tolist() == [3, 127, 127]
+
+
+def test_k_by_part_or_for_all(case: Case, register: Any) -> None:
+    """Embeddings have that of the part on the human body only."""
+    register(case.content)
+    evaluator = case.evaluator()
+    (person,) = evaluator._persons[2]
+    assert person.chart_vertices is not None and person.parts is not None
+    other = np.roll(person.chart_vertices, 1)
+    args = person, other, person.chart_vertices
+    by_part = evaluator._gps(*args, "smpl_27554")
+    distances = geodesic_distances(case.geodesics, other, person.chart_vertices)
+    expected = np.exp(-(distances**2) / (2 * PART_K[person.parts] ** 2)).mean()
+    assert by_part == pytest.approx(expected) and 0.01 < by_part < 0.99
+    assert evaluator._gps(*args, "smpl_27554", embedded=True) == by_part
+    evaluator._geodesics["cat"] = case.geodesics
+    for_all = np.exp(-(distances**2) / (2 * 0.255**2)).mean()
+    assert evaluator._gps(*args, "cat", embedded=True) == pytest.approx(for_all)
+    assert case.evaluator(k=0.255)._gps(*args, "smpl_27554") == pytest.approx(for_all)
+    with pytest.raises(DatasetError, match="distances between the vertices of dog"):
+        evaluator._gps(*args, "dog")
 
 
 @torch.no_grad()

@@ -115,7 +115,8 @@ def test_a_video_with_a_texture(config: str, picture: str, tmp_path: Path) -> No
     frames.mkdir()
     image = read_image(picture, "BGR")
     for i in range(3):
-        assert cv2.imwrite(str(frames / f"{i}.png"), np.roll(image, 4 * i, axis=1))
+        # 8, 9, 10: numbers, not letters, say the order.
+        assert cv2.imwrite(str(frames / f"{8 + i}.png"), np.roll(image, 4 * i, axis=1))
     atlas = np.zeros((60, 40, 3), np.uint8)
     atlas[..., 1] = 255
     assert cv2.imwrite(str(tmp_path / "atlas.png"), atlas)
@@ -123,7 +124,7 @@ def test_a_video_with_a_texture(config: str, picture: str, tmp_path: Path) -> No
     command += [str(tmp_path / "clip.mp4"), "--texture", str(tmp_path / "atlas.png")]
     assert predict.run([*command, *map(str, THRESHOLD), "--save-surfaces", str(tmp_path)]) == 0
     for i, frame in enumerate(VideoReader(tmp_path / "clip.mp4"), 1):
-        persons = cv2.imread(str(tmp_path / f"{i - 1}_{i}_INDS.png"), -1) > 0
+        persons = cv2.imread(str(tmp_path / f"{7 + i}_{i}_INDS.png"), -1) > 0
         inner = cv2.erode(persons.astype(np.uint8), np.ones((3, 3))) > 0
         assert inner.any()
         error = np.abs(frame.image[inner].astype(int) - (0, 255, 0))
@@ -168,6 +169,7 @@ def test_wrong_commands(config: str, picture: str, tmp_path: Path, capsys: Any) 
         assert predict.run([*command, *map(str, arguments)]) in (1, 2)
         return capsys.readouterr().err
 
+    assert "not merged from tiles" in message("--tile", 128, *THRESHOLD)
     assert "6 rows and 4 columns" in message("--texture", picture)
     np.savez(tmp_path / "half.npy", a=np.zeros(3))
     points = ("--save-points", tmp_path / "p", "--body")
