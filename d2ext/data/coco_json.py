@@ -285,8 +285,8 @@ def coco_records(file: CocoFile, image_root: str) -> list[Record]:
     """Detectron2's dicts, by ascending image id, as its own reader of COCO files gives them.
 
     Annotations have ``id``, ``bbox`` (``BoxMode.XYWH_ABS``) and ``iscrowd``; ``segmentation``,
-    ``keypoints``, ``track_id`` and DensePose's fields (:mod:`d2ext.data.densepose.fields`; arrays) as far
-    as the file has them; and a contiguous ``category_id``. 0.5 is added to coordinates of keypoints,
+    ``keypoints``, ``track_id`` and DensePose's fields (:mod:`d2ext.data.densepose.fields`, arrays) as
+    far as the file has them; and a contiguous ``category_id``. 0.5 is added to coordinates of keypoints,
     which are pixel indices in COCO: the centre of the first pixel is 0.5 in Detectron2.
     """
     contiguous = {category: i for i, category in enumerate(file.classes)}

@@ -13,8 +13,8 @@ A sample of two frames (INPUT.MAPPER ClipMapper or FlowPairMapper) is a strip: t
 with INPUT.VIDEO.FLOW, the reference warped onto the target by the optical flow, black where that is not
 known.
 Tracks have their number, and in both frames one colour.
-Points on surfaces (INPUT.MAPPER DensePoseMapper) make a strip, too: coloured by their part, over the mask
-of coarse parts, by U and by V (dark 0, bright 1), or by the number of their vertex.
+Points on surfaces (INPUT.MAPPER DensePoseMapper) make a strip, too: coloured by their part, over the
+mask of coarse parts, by U and by V (dark 0, bright 1), or by the number of their vertex.
 
 Writes one PNG per sample, montage.png and, of own data, dataset_summary.json. Samples that cannot be
 used are reported and skipped; the exit code is then 1.

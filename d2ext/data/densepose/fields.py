@@ -58,8 +58,8 @@ def part_masks(value: Any) -> list[Entry | None] | None:
     masks = [value] if isinstance(value, dict) else value
     if not isinstance(masks, list) or len(masks) not in (0, 1, NUM_COARSE_PARTS):
         raise ValueError(
-            f"a list of {NUM_COARSE_PARTS} RLEs, one for each coarse part (empty: it cannot be seen), or "
-            "of one for all of the person"
+            f"a list of {NUM_COARSE_PARTS} RLEs, one for each coarse part (empty: it cannot be seen), "
+            "or of one for all of the person"
         )
     result: list[Entry | None] = []
     for mask in masks:

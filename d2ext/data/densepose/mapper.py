@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
-import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
@@ -163,8 +162,11 @@ class DensePoseMapper(D2extDatasetMapper):
         if "dp_x" not in annotation or not (charts or on_mesh):
             return None
         return SurfacePoints(
-            *(np.asarray(annotation[key], np.float64) for key in ("dp_x", "dp_y")),
-            *(np.asarray(annotation[key]) if charts else None for key in ("dp_I", "dp_U", "dp_V")),
+            x=np.asarray(annotation["dp_x"], np.float64),
+            y=np.asarray(annotation["dp_y"], np.float64),
+            parts=np.asarray(annotation["dp_I"]) if charts else None,
+            u=np.asarray(annotation["dp_U"]) if charts else None,
+            v=np.asarray(annotation["dp_V"]) if charts else None,
             vertices=np.asarray(annotation["dp_vertex"]) if on_mesh else None,
             mesh=annotation["ref_model"] if on_mesh else None,
             mask=_coarse_parts(annotation.get("dp_masks")),

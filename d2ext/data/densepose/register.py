@@ -39,8 +39,9 @@ class SurfaceFiles:
     """Paths of the files of the surface that annotations are on; None: there is none.
 
     Attributes:
-        mesh: an .npz or .pkl with ``vertices`` (V, 3), as :func:`~d2ext.data.shapes.body_tables.body_npz`
-            has them, for evaluation; with ``vertex_transforms`` for mirrored images of embeddings
+        mesh: an .npz or .pkl with ``vertices`` (V, 3) and more, as
+            :func:`~d2ext.data.shapes.body_tables.body_npz` has it, for evaluation; its
+            ``vertex_transforms`` are for mirrored images of embeddings
         geodesics: of :func:`~d2ext.data.densepose.open_geodesics`, for evaluation
         uv_symmetry: of :func:`~d2ext.data.densepose.read_uv_symmetry`, for mirrored images of charts
     """
@@ -83,19 +84,18 @@ def densepose_metadata(
         metadata["densepose_mesh_name"] = meshes[0]
     elif meshes and (files.mesh or files.geodesics):
         raise DatasetError(
-            f"The annotations of '{where}' are on {len(meshes)} meshes ({shorten(meshes)}), but a file of "
-            "one is given: make a data set of each mesh."
+            f"The annotations of '{where}' are on {len(meshes)} meshes ({shorten(meshes)}), but a file "
+            "of one is given: make a data set of each mesh."
         )
-    counts = {}
+    counts: dict[str, int] = {}
     if files.mesh is not None:
-        counts[files.mesh] = _num_vertices(files.mesh)
+        counts.update(_num_vertices(files.mesh))
     if files.geodesics is not None:
         path = surface_file(files.geodesics, "the distances over the surface, for evaluation")
         if not path.endswith(".pkl"):  # 1.5 GB, when they are needed
             counts[files.geodesics] = open_geodesics(files.geodesics).num_vertices
     if files.uv_symmetry is not None:
         read_uv_symmetry(files.uv_symmetry)
-    counts = {path: count for path, count in counts.items() if count is not None}
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"'{path}' {count}" for path, count in counts.items())
         raise DatasetError(f"The files are of different meshes, by their vertices: {listed}.")
@@ -109,15 +109,15 @@ def densepose_metadata(
     return metadata
 
 
-def _num_vertices(path: str) -> int | None:
-    """Of a mesh; None: MATLAB's files, of which the evaluation reads what it needs."""
+def _num_vertices(path: str) -> dict[str, int]:
+    """Of a mesh, by its path; empty: MATLAB's files, of which the evaluation reads what it needs."""
     purpose = "the mesh of the annotated surface"
     if surface_file(path, purpose).endswith(".mat"):
-        return None
+        return {}
     vertices = read_arrays(path, purpose).get("vertices")
     if vertices is None or vertices.ndim != 2:
         raise DatasetError(f"'{path}' has no `vertices` (V, 3): it is no mesh.")
-    return len(vertices)
+    return {path: len(vertices)}
 
 
 def register_densepose(

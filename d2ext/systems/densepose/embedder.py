@@ -51,8 +51,8 @@ class VertexEmbedder(nn.Module):
                 self.register_buffer("features", features)
         rows = vertices if feature_size is None else feature_size
         self.embeddings = nn.Parameter(torch.empty(rows, embed_size))
-        # Embeddings of norms about 1. Published are zeros: dividing by their norm multiplies gradients by a
-        # million in the first step, which Adam remembers.
+        # Of norms about 1. Zeros, as published, would make gradients of the first step, divided by the
+        # norm, a million times larger than later ones; Adam remembers them.
         nn.init.normal_(self.embeddings, std=(embed_size * (feature_size or 1)) ** -0.5)
         self._trained_before = False
 
