@@ -141,10 +141,10 @@ class DensePoseEvaluator(COCOEvaluator):
             content=read_json(PathManager.get_local_path(metadata.json_file)),
         )
         self._name, self._k, self._first_threshold = dataset_name, k, first_threshold
-        mesh_file = metadata.get("densepose_mesh")
-        if chart_vertices is None and mesh_file:
-            chart_vertices = read_chart_vertices(mesh_file)
         self._charts = chart_vertices
+        on_charts = any("dp_I" in a for a in self._coco_api.dataset.get("annotations") or ())
+        if chart_vertices is None and on_charts and metadata.get("densepose_mesh"):
+            self._charts = read_chart_vertices(metadata.densepose_mesh)
         self._mesh_name = metadata.get("densepose_mesh_name") or _BODY
         self._geodesics = dict(geodesics or {})
         files = metadata.get("densepose_geodesics") or {}

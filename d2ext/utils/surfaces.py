@@ -1,4 +1,5 @@
-"""Pictures of surfaces of persons: parts, U, V, lines of equal U and V, and textures laid on them.
+"""Pictures of surfaces of persons (DensePose): annotated points and masks; of predictions parts, U, V,
+lines of equal U and V, and textures laid on them.
 
 A *surface* is (3, H, W) uint8 of a whole image: part 1..24 (0: background), 255 U, 255 V.
 """
@@ -9,16 +10,72 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from detectron2.utils.colormap import colormap
 
 STYLES = ("parts", "u", "v", "isolines")
 # Parts of a body.
 _PARTS = 24
 # Tiles of a published atlas: part 6 c + r + 1 lies in row r, column c.
 _ROWS, _COLUMNS = 6, 4
-_OPACITY = 0.65
+# Opacity of colours, and of annotated masks.
+_OPACITY, _MASK_OPACITY = 0.65, 0.45
+# Binary digits behind the point of OpenCV's coordinates.
+_SHIFT = 4
 # Steps between lines of equal U and of equal V, and their colours, RGB.
 _STEPS = 10
 _U_LINES, _V_LINES, _BORDERS = (255, 90, 60), (60, 140, 255), (255, 255, 255)
+
+
+def part_colors() -> np.ndarray:
+    """(25, 3) uint8 RGB: background black, and the 24 fine parts (of coarse ones the first 14)."""
+    colors = colormap(rgb=True, maximum=255).astype(np.uint8)
+    return np.concatenate([np.zeros((1, 3), np.uint8), colors[:24]])
+
+
+def value_colors(values: np.ndarray) -> np.ndarray:
+    """(K,) from 0 to 1 → (K, 3) uint8 RGB, dark blue to yellow."""
+    table = cv2.applyColorMap(np.arange(256, dtype=np.uint8), cv2.COLORMAP_VIRIDIS)[:, 0, ::-1]
+    return table[np.rint(np.clip(values, 0, 1) * 255).astype(int)]
+
+
+def draw_colored_points(image: np.ndarray, places: np.ndarray, colors: np.ndarray) -> np.ndarray:
+    """Dots with a dark edge; a new image.
+
+    Args:
+        image: (H, W, 3) uint8, RGB
+        places: (K, 2) x, y, pixels
+        colors: (K, 3) uint8, RGB
+    """
+    result = np.ascontiguousarray(image).copy()
+    radius = max(2, round(max(image.shape[:2]) / 160))
+    for (x, y), color in zip((places - 0.5).tolist(), colors.tolist(), strict=True):
+        place = round(x * (1 << _SHIFT)), round(y * (1 << _SHIFT))
+        for size, shade in ((radius + 1, (0, 0, 0)), (radius, color)):
+            cv2.circle(result, place, size << _SHIFT, shade, -1, cv2.LINE_AA, _SHIFT)
+    return result
+
+
+def overlay_part_mask(image: np.ndarray, mask: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """Colour the parts of a mask that fills a box; a new image.
+
+    Args:
+        image: (H, W, 3) uint8, RGB
+        mask: (S, S) uint8 parts, 0 background
+        box: (4,) XYXY, pixels
+    """
+    height, width = image.shape[:2]
+    matrix = np.array([[len(mask), 0], [0, len(mask)]]) / (box[2:] - box[:2])[:, None]
+    # Pixels' centres in the image → in the mask.
+    offset = (0.5 - box[:2]) * np.diag(matrix) - 0.5
+    parts = cv2.warpAffine(
+        mask,
+        np.column_stack([matrix, offset]),
+        (width, height),
+        flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP,
+    )
+    colors = part_colors()[parts].astype(np.float32)
+    mixed = image * (1 - _MASK_OPACITY) + colors * _MASK_OPACITY
+    return np.where(parts[:, :, None] > 0, mixed.round(), image).astype(np.uint8)
 
 
 def atlas_tiles(atlas: np.ndarray) -> np.ndarray:
@@ -88,7 +145,7 @@ class SurfaceDrawer:
     """Draws surfaces on pictures."""
 
     style: str = "parts"
-    """Of :data:`STYLES`; colours are those of viridis."""
+    """Of :data:`STYLES`."""
     tiles: np.ndarray | None = None
     """(24, S, S, 3), RGB: a texture, instead of a style."""
     alone: bool = False
@@ -100,13 +157,11 @@ class SurfaceDrawer:
             return apply_texture(image, surface, self.tiles)
         if self.style == "isolines":
             return draw_isolines(image, surface)
-        values = surface[STYLES.index(self.style)]
-        if self.style == "parts":
-            values = (values * (255 / _PARTS)).astype(np.uint8)
-        colors = cv2.applyColorMap(values, cv2.COLORMAP_VIRIDIS)[:, :, ::-1]
-        there = surface[0] > 0
+        values, there = surface[STYLES.index(self.style)], surface[0] > 0
+        values = values[there]
+        colors = part_colors()[values] if self.style == "parts" else value_colors(values / 255)
         result = image.copy()
-        result[there] = np.rint((1 - _OPACITY) * image[there] + _OPACITY * colors[there])
+        result[there] = np.rint((1 - _OPACITY) * image[there] + _OPACITY * colors)
         return result
 
 

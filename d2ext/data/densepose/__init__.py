@@ -12,6 +12,7 @@ from d2ext.data.densepose.parts import (
     NUM_COARSE_PARTS,
     NUM_PARTS,
     SurfaceSymmetry,
+    read_mirror_vertices,
     read_uv_symmetry,
 )
 
@@ -26,5 +27,6 @@ __all__ = [
     "SurfacePoints",
     "SurfaceSymmetry",
     "open_geodesics",
+    "read_mirror_vertices",
     "read_uv_symmetry",
 ]

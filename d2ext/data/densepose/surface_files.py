@@ -13,6 +13,10 @@ from d2ext.data.errors import DatasetError
 from d2ext.pickles import checked, read_pickle
 
 
+class MissingSurfaceFile(DatasetError):
+    """A file of a surface is not there."""
+
+
 def surface_file(path: str | os.PathLike[str], purpose: str) -> str:
     """The local path of a file.
 
@@ -21,14 +25,14 @@ def surface_file(path: str | os.PathLike[str], purpose: str) -> str:
         purpose: what the file is for, for messages
 
     Raises:
-        DatasetError: it does not exist
+        MissingSurfaceFile: it does not exist
     """
     try:
         file = PathManager.get_local_path(os.fspath(path))
     except FileNotFoundError:
         file = ""
     if not os.path.isfile(file):
-        raise DatasetError(
+        raise MissingSurfaceFile(
             f"There is no file '{path}', {purpose}. The files of human bodies come with the DensePose "
             "project (CC BY-NC 4.0) and derive from the body model SMPL (its own licence, "
             "smpl.is.tue.mpg.de): d2ext does not bring them along."

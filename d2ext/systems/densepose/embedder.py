@@ -50,7 +50,10 @@ class VertexEmbedder(nn.Module):
             else:
                 self.register_buffer("features", features)
         rows = vertices if feature_size is None else feature_size
-        self.embeddings = nn.Parameter(torch.zeros(rows, embed_size))
+        self.embeddings = nn.Parameter(torch.empty(rows, embed_size))
+        # Of norms about 1. Zeros, as published, would make gradients of the first step, divided by the
+        # norm, a million times larger than later ones; Adam remembers them.
+        nn.init.normal_(self.embeddings, std=(embed_size * (feature_size or 1)) ** -0.5)
         self._trained_before = False
 
     def forward(self) -> Tensor:
