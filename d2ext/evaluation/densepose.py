@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -47,13 +47,14 @@ from d2ext.data.densepose.parts import NUM_PARTS
 from d2ext.data.errors import DatasetError
 from d2ext.evaluation.coco import COCOEvaluator
 from d2ext.evaluation.gps import (
-    EVALUATION_FRAME,
     MAX_DETECTIONS,
     PART_K,
+    TEMPLATE_SIDE,
     VERTEX_K,
     SurfaceScorer,
     geodesic_distances,
     geodesic_point_similarity,
+    mean_template,
     person_mask,
     pixels_of_points,
 )
@@ -65,8 +66,6 @@ RESULTS = "densepose_results.json"
 _BODY = "smpl_27554"
 # Share of a detection within ignored regions (PoseTrack) from which it is dropped.
 _IGNORED_BOX, _IGNORED_MASK = 0.7, 0.9
-# Cells of the mean body on a side, and how far a point counts, in cells.
-_TEMPLATE, _BLUR = 64, 1.5
 _TASKS = {
     "densepose_gps": "GPS",
     "densepose_gpsm": "GPSm",
@@ -386,7 +385,7 @@ class DensePoseEvaluator(COCOEvaluator):
                 )
                 vertices = np.full(len(inside), -1)
                 places = (
-                    ((x[inside] + 0.5) * _TEMPLATE / max(int(side), 1)).astype(np.int64)
+                    ((x[inside] + 0.5) * TEMPLATE_SIDE / max(int(side), 1)).astype(np.int64)
                     for x, side in ((rows, record["bbox"][3]), (columns, record["bbox"][2]))
                 )
                 vertices[inside] = self._template[tuple(places)]
@@ -475,37 +474,6 @@ class DensePoseEvaluator(COCOEvaluator):
         return results
 
 
-def mean_template(
-    x: np.ndarray, y: np.ndarray, parts: np.ndarray, u: np.ndarray, v: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The mean of bodies in their boxes: for each cell the part of most points around it, and their mean
-    U and V.
-
-    Args:
-        x, y: (n,) in the frame of the boxes
-        parts: (n,) 0..24
-        u, v: (n,)
-
-    Returns:
-        (64, 64) each: part int64, 1..24, U, V
-    """
-    column, row = (
-        np.clip(a * _TEMPLATE / EVALUATION_FRAME, 0, _TEMPLATE - 1).astype(int) for a in (x, y)
-    )
-    totals = np.zeros((3, NUM_PARTS, _TEMPLATE, _TEMPLATE))
-    known = parts > 0
-    place = parts[known].astype(int) - 1, row[known], column[known]
-    for total, values in zip(totals, (np.ones_like(u), u, v), strict=True):
-        np.add.at(total, place, values[known])
-    for total in totals.reshape(-1, _TEMPLATE, _TEMPLATE):
-        total[:] = cv2.GaussianBlur(total, (0, 0), _BLUR, borderType=cv2.BORDER_CONSTANT)
-    best = totals[0].argmax(axis=0)[None]
-    count, mean_u, mean_v = (np.take_along_axis(t, best, axis=0)[0] for t in totals)
-    there = count > 0
-    divisor = np.where(there, count, 1)
-    return np.where(there, best[0] + 1, 0), mean_u / divisor, mean_v / divisor
-
-
 def _regions(image: dict[str, Any]) -> dict[str, Any]:
     """RLE of what is ignored in an image: polygons ``ignore_regions_x``, ``ignore_regions_y``."""
     drawn = np.zeros((image["height"], image["width"]), np.uint8)
@@ -529,40 +497,3 @@ def _outside(instances: Instances, regions: Any) -> np.ndarray:
         part = drawn[y0:y1, x0:x1]
         keep[i] = part.size == 0 or part.mean() < _IGNORED_BOX
     return keep
-
-
-def mesh_alignment(
-    embeddings: Mapping[str, Tensor],
-    geodesics: Mapping[str, GeodesicDistances],
-    key_vertices: Mapping[str, Mapping[str, int]],
-) -> tuple[dict[str, tuple[float, float]], tuple[float, float]]:
-    """How well embeddings align meshes: key vertices of one → the most similar vertices of another.
-
-    Args:
-        embeddings: (V, D) normalised, by mesh
-        geodesics: by mesh
-        key_vertices: by mesh and name, vertices from 0; all meshes have the same names
-
-    Returns:
-        by mesh, and the mean over meshes: mean geodesic error (metres) and GPS (0..1, k = 0.255) over
-        its pairs with the others
-    """
-    by_mesh = {}
-    for name, own in embeddings.items():
-        errors = []
-        for other in embeddings:
-            if other != name:
-                names = sorted(key_vertices[name])
-                source = [key_vertices[name][n] for n in names]
-                similar = (own[source] @ embeddings[other].T).argmax(dim=1).cpu().numpy()
-                target = np.array([key_vertices[other][n] for n in names])
-                distance = geodesics[other].distances(similar, target)
-                gps = geodesic_point_similarity(distance, VERTEX_K)
-                errors.append((float(distance.mean()), gps))
-        by_mesh[name] = _mean(errors)
-    return by_mesh, _mean(list(by_mesh.values()))
-
-
-def _mean(values: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    first, second = np.mean(values, axis=0).tolist()
-    return first, second

@@ -14,16 +14,19 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch import Tensor
 
 from d2ext.data.coco_json import compressed_rle
 from d2ext.data.densepose.geodesics import GeodesicDistances
+from d2ext.data.densepose.parts import NUM_PARTS
 
 # The published evaluation's side of the frame of points; that of training is 256.
 EVALUATION_FRAME = 255
@@ -36,6 +39,8 @@ PART_K = np.repeat((1.0, *_GROUP_K), (1, *_GROUP_SIZES))
 VERTEX_K = 0.255
 
 MAX_DETECTIONS = 20
+# Cells of the mean body on a side, and how far a point counts, in cells.
+TEMPLATE_SIDE, _BLUR = 64, 1.5
 # IoU of boxes from which an unmatched detection is that of an ignored person.
 _SAME_PERSON = 0.8
 _AREAS = {"all": (0, 1e10), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
@@ -78,6 +83,75 @@ def geodesic_distances(
 def geodesic_point_similarity(distances: np.ndarray, k: np.ndarray | float) -> float:
     """GPS, 0..1, of (P,) distances and normalisers, metres both."""
     return float(np.exp(-(distances**2) / (2 * np.square(k))).mean())
+
+
+def mean_template(
+    x: np.ndarray, y: np.ndarray, parts: np.ndarray, u: np.ndarray, v: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The mean of bodies in their boxes: for each cell the part of most points around it, and their mean
+    U and V.
+
+    Args:
+        x, y: (n,) in the frame of the boxes
+        parts: (n,) 0..24
+        u, v: (n,)
+
+    Returns:
+        (64, 64) each: part int64, 1..24, U, V
+    """
+    column, row = (
+        np.clip(a * TEMPLATE_SIDE / EVALUATION_FRAME, 0, TEMPLATE_SIDE - 1).astype(int)
+        for a in (x, y)
+    )
+    totals = np.zeros((3, NUM_PARTS, TEMPLATE_SIDE, TEMPLATE_SIDE))
+    known = parts > 0
+    place = parts[known].astype(int) - 1, row[known], column[known]
+    for total, values in zip(totals, (np.ones_like(u), u, v), strict=True):
+        np.add.at(total, place, values[known])
+    for total in totals.reshape(-1, TEMPLATE_SIDE, TEMPLATE_SIDE):
+        total[:] = cv2.GaussianBlur(total, (0, 0), _BLUR, borderType=cv2.BORDER_CONSTANT)
+    best = totals[0].argmax(axis=0)[None]
+    count, mean_u, mean_v = (np.take_along_axis(t, best, axis=0)[0] for t in totals)
+    there = count > 0
+    divisor = np.where(there, count, 1)
+    return np.where(there, best[0] + 1, 0), mean_u / divisor, mean_v / divisor
+
+
+def mesh_alignment(
+    embeddings: Mapping[str, Tensor],
+    geodesics: Mapping[str, GeodesicDistances],
+    key_vertices: Mapping[str, Mapping[str, int]],
+) -> tuple[dict[str, tuple[float, float]], tuple[float, float]]:
+    """How well embeddings align meshes: key vertices of one → the most similar vertices of another.
+
+    Args:
+        embeddings: (V, D) normalised, by mesh
+        geodesics: by mesh
+        key_vertices: by mesh and name, vertices from 0; all meshes have the same names
+
+    Returns:
+        by mesh, and the mean over meshes: mean geodesic error (metres) and GPS (0..1, k = 0.255) over
+        its pairs with the others
+    """
+    by_mesh = {}
+    for name, own in embeddings.items():
+        errors = []
+        for other in embeddings:
+            if other != name:
+                names = sorted(key_vertices[name])
+                source = [key_vertices[name][n] for n in names]
+                similar = (own[source] @ embeddings[other].T).argmax(dim=1).cpu().numpy()
+                target = np.array([key_vertices[other][n] for n in names])
+                distance = geodesics[other].distances(similar, target)
+                gps = geodesic_point_similarity(distance, VERTEX_K)
+                errors.append((float(distance.mean()), gps))
+        by_mesh[name] = _mean(errors)
+    return by_mesh, _mean(list(by_mesh.values()))
+
+
+def _mean(values: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    first, second = np.mean(values, axis=0).tolist()
+    return first, second
 
 
 def person_mask(annotation: Annotation, height: int, width: int) -> dict[str, Any]:

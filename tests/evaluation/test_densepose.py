@@ -23,11 +23,12 @@ from d2ext.data.densepose.charts import ChartVertices
 from d2ext.data.errors import DatasetError
 from d2ext.data.shapes import DEFAULT_BODY_SETS, draw_bodies
 from d2ext.evaluation.build import build_evaluator
-from d2ext.evaluation.densepose import DensePoseEvaluator, mesh_alignment
+from d2ext.evaluation.densepose import DensePoseEvaluator
 from d2ext.evaluation.gps import (
     PART_K,
     SurfaceScorer,
     geodesic_distances,
+    mesh_alignment,
     person_mask,
     pixels_of_points,
 )
@@ -137,6 +138,16 @@ def test_points_and_vertices_as_published(case: Case) -> None:
     assert np.array_equal(predicted + 1, expected["dt1.base_vertex"])
     distances = geodesic_distances(case.geodesics, predicted, annotated)
     np.testing.assert_allclose(distances, expected["dt1.distance_to_gt1"], rtol=1e-6)
+
+
+def test_points_at_the_edges_of_a_box() -> None:
+    """Cut toward zero: what lies less than a pixel to the left of the box is in its first column."""
+    x = np.array([-0.9, -1.01, 0.0, 99.9, 100.1]) * 255 / 200
+    columns, _, inside = pixels_of_points(x, 0 * x, (0, 0, 200, 200), (0, 0, 100.7, 50))
+    assert columns.tolist() == [0, -1, 0, 99, 100]
+    assert inside.tolist() == [True, False, True, True, False]
+    _, rows, inside = pixels_of_points(0 * x, x, (3, 5, 200, 200), (3, 5, 50, 100))
+    assert rows.tolist() == [0, -1, 0, 99, 100] and inside.tolist() == [1, 0, 1, 1, 0]
 
 
 def test_metrics_as_published(case: Case, register: Any, tmp_path: Path) -> None:
