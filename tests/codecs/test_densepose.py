@@ -100,7 +100,7 @@ def test_vertices_of_some_pixels_are_those_of_all() -> None:
     for mask, result in zip(masks_in_boxes(predictions, boxes), results, strict=True):
         assert torch.equal(mask, result.mask) and 0 < mask.sum() < mask.numel()
     person = torch.tensor([2, 0, 0, 1])
-    row, column = torch.tensor([20, 0, 17, 8]), torch.tensor([0, 36, 5, 6])
+    row, column = torch.tensor([20, 0, 17, 8]), torch.tensor([0, 35, 5, 6])
     found = vertices_at(predictions, boxes[:, 2:] - boxes[:, :2], person, column, row, vertices)
     expected = [
         int(results[p].vertices[r, c]) if results[p].mask[r, c] else -1
