@@ -26,6 +26,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,9 @@ class Samples:
         """All that is annotated, whether the config's model uses it or not."""
         keypoints = MetadataCatalog.get(self.cfg.DATASETS.TRAIN[0]).get("keypoint_names") or []
         surfaces = any("dp_x" in a for r in self._records for a in r.get("annotations", ()))
+        build = partial(DensePoseMapper, meshes={}) if surfaces else D2extDatasetMapper
         mappers = {
-            use_masks: (DensePoseMapper if surfaces else D2extDatasetMapper)(
+            use_masks: build(
                 True,
                 augmentations=[],
                 image_format=self.cfg.INPUT.FORMAT,
