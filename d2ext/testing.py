@@ -240,6 +240,7 @@ def _tiny_densepose(cfg: CfgNode) -> None:
     head.POOLER_RESOLUTION = 7
     head.DECODER_CONV_DIMS = 16
     cfg.TEST.DETECTIONS_PER_IMAGE = 10
+    cfg.INPUT.MAPPER = "DensePoseMapper"
     cfg.INPUT.FORMAT = "RGB"
     cfg.INPUT.MIN_SIZE_TEST = 0
 

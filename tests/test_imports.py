@@ -12,21 +12,42 @@ import d2ext
 PACKAGE = Path(d2ext.__file__).parent
 
 # All parts but `tools`, which nothing imports.
-ALL = {"version", "files", "layers", "utils", "codecs", "checkpoint", "config", "modeling", "data"}
-ALL |= {"evaluation", "systems", "engine", "export", "model_zoo", "info", "testing", "__init__"}
+ALL = {
+    "version",
+    "files",
+    "pickles",
+    "layers",
+    "utils",
+    "codecs",
+    "checkpoint",
+    "config",
+    "modeling",
+}
+ALL |= {
+    "data",
+    "evaluation",
+    "systems",
+    "engine",
+    "export",
+    "model_zoo",
+    "info",
+    "testing",
+    "__init__",
+}
 ABOVE = {"systems", "info", "testing", "__init__"}
 # What each part may import from the rest of d2ext, as CONTRIBUTING.md says. A part that is not listed is
 # an error, so that whoever adds one decides where it stands. Imports inside functions count, too.
 ALLOWED: dict[str, set[str]] = {
     "version": set(),
     "files": set(),
+    "pickles": set(),
     "layers": set(),
     "utils": {"files"},
     "codecs": {"layers"},
-    "checkpoint": {"files"},
+    "checkpoint": {"files", "pickles"},
     "config": set(),
     "modeling": {"layers", "codecs", "config"},
-    "data": {"codecs", "files", "utils", "config"},
+    "data": {"codecs", "files", "pickles", "utils", "config"},
     "evaluation": {"codecs", "data", "files", "utils", "config"},
     "systems": ALL - ABOVE - {"engine", "export", "model_zoo"},
     "engine": ALL - ABOVE,

@@ -2,7 +2,7 @@
 
 A ``.pth`` file is a pickle, and a pickle is a program, so untrusted files are read with care: those of
 ``torch.save`` with ``torch.load(weights_only=True)``, the NumPy pickles of Detectron2's model zoo
-(``.pkl``) and files with NumPy numbers beside the weights by :mod:`d2ext.checkpoint.pickles`. A file's
+(``.pkl``) and files with NumPy numbers beside the weights by :mod:`d2ext.pickles`. A file's
 kind is recognised by its content, not its name.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from d2ext.checkpoint.pickles import Refused, checked, read_pickle
+from d2ext.pickles import Refused, checked, read_pickle
 
 __all__ = ["CheckpointError", "load_untrusted"]
 

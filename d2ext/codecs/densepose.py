@@ -5,7 +5,7 @@ of a fixed size, whatever the size of the box; ``instances.pred_boxes`` says whe
 
 - :func:`charts_in_boxes` gives part, U and V of each pixel of a box, :func:`quantize` bytes of them,
   :func:`encode_result` text;
-- :func:`vertices_in_boxes` gives the vertex of a mesh for each pixel.
+- :func:`vertices_in_boxes` gives the vertex of a mesh for each pixel, :func:`vertices_at` for some.
 
 **Boxes** (x, y, w, h) are cut to integers, w and h at least 1 (:func:`integer_boxes`; published), and
 results are in the frame of that box.
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -46,7 +46,7 @@ class SurfacePredictions:
     def maps(self) -> dict[str, Tensor]:
         """The maps that there are, by name, in the order of the class."""
         named = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
-        return {name: value for name, value in named if value is not None}
+        return {name: value for name, value in named if isinstance(value, Tensor)}
 
     def __len__(self) -> int:
         return len(self.coarse_segm)
@@ -59,18 +59,21 @@ class SurfacePredictions:
         """The persons of an index (then of one), a slice, indices (int64) or a mask (bool)."""
         if isinstance(index, int):
             index = slice(index, None if index == -1 else index + 1)
-        return type(self)(**{name: x[index] for name, x in self.maps().items()})
+        return self._with({name: x[index] for name, x in self.maps().items()})
+
+    def _with(self: Predictions, maps: dict[str, Tensor]) -> Predictions:
+        return dataclasses.replace(self, **maps)
 
     def to(self: Predictions, *args: Any, **kwargs: Any) -> Predictions:
         """On another device or of another type; arguments as of ``Tensor.to``."""
-        return type(self)(**{name: x.to(*args, **kwargs) for name, x in self.maps().items()})
+        return self._with({name: x.to(*args, **kwargs) for name, x in self.maps().items()})
 
     @staticmethod
     def cat(parts: Sequence[Predictions]) -> Predictions:
         """The persons of all, in order; of one model, so that all have the same maps."""
         names = parts[0].maps()
-        return type(parts[0])(
-            **{name: torch.cat([getattr(p, name) for p in parts]) for name in names}
+        return parts[0]._with(
+            {name: torch.cat([getattr(p, name) for p in parts]) for name in names}
         )
 
 
@@ -103,6 +106,9 @@ class EmbeddingPredictions(SurfacePredictions):
     """D channels, not normalised."""
     coarse_segm_confidence: Tensor | None = None
     """As in :class:`ChartPredictions`."""
+    vertices: Mapping[str, Tensor] | None = None
+    """(V, D) normalised embeddings of the vertices of meshes, by name: those of the model. They stay as
+    they are, on their device, whatever is selected."""
 
 
 class ChartResult(NamedTuple):
@@ -175,6 +181,16 @@ def _place(length: Tensor, index: Tensor, side: int) -> tuple[Tensor, Tensor, Te
     return low, (low + 1).clamp(max=side - 1), position - low
 
 
+def _pixels_at(person: Tensor, column: Tensor, row: Tensor, sizes: Tensor, side: int) -> _Pixels:
+    """Pixels (T,) in the boxes of persons, whose sizes (N, 2) are w, h."""
+    width, height = sizes[person].unbind(1)
+    y0, y1, lower = _place(height, row, side)
+    x0, x1, right = _place(width, column, side)
+    first = person * side
+    rows = torch.stack([first + y0, first + y0, first + y1, first + y1])
+    return _Pixels(person, rows * side + torch.stack([x0, x1, x0, x1]), right, lower)
+
+
 def _pixels_of(sizes: Tensor, side: int) -> Iterator[_Pixels]:
     """The pixels of boxes, person by person, row by row, a chunk at a time.
 
@@ -187,13 +203,18 @@ def _pixels_of(sizes: Tensor, side: int) -> Iterator[_Pixels]:
     for start in range(0, total, _CHUNK):
         index = torch.arange(start, min(start + _CHUNK, total), device=sizes.device)
         person = torch.searchsorted(ends, index, right=True)
-        width, height = sizes[person].unbind(1)
-        within = index - (ends[person] - width * height)
-        y0, y1, lower = _place(height, within // width, side)
-        x0, x1, right = _place(width, within % width, side)
-        first = person * side
-        rows = torch.stack([first + y0, first + y0, first + y1, first + y1])
-        yield _Pixels(person, rows * side + torch.stack([x0, x1, x0, x1]), right, lower)
+        within = index - (ends[person] - sizes[person].prod(dim=1))
+        width = sizes[person, 0]
+        yield _pixels_at(person, within % width, within // width, sizes, side)
+
+
+def _in_boxes(chunks: list[Tensor], sizes: Tensor) -> list[Tensor]:
+    """Values (..., T) of the pixels of :func:`_pixels_of` → (..., h, w) for each box."""
+    if not chunks:
+        return []
+    shapes = [(h, w) for w, h in sizes.tolist()]
+    values = torch.cat(chunks, dim=-1).split([h * w for h, w in shapes], dim=-1)
+    return [x.unflatten(-1, shape) for x, shape in zip(values, shapes, strict=True)]
 
 
 def _cells(maps: Tensor) -> Tensor:
@@ -234,18 +255,11 @@ def charts_in_boxes(predictions: ChartPredictions, boxes: Tensor) -> list[ChartR
                 rows.append(row)
         labels.append(label)
         values.append(torch.stack(rows))
-    if not labels:
-        return []
-    shapes = [(h, w) for w, h in sizes.tolist()]
-    areas = [h * w for h, w in shapes]
-    parts = torch.cat(labels).split(areas)
-    maps = torch.cat(values, dim=1).split(areas, dim=1)
-    results = []
-    for shape, label, own in zip(shapes, parts, maps, strict=True):
-        own = own.unflatten(1, shape)
-        confidences = dict(zip(list(cells)[2:], own[2:], strict=True))
-        results.append(ChartResult(label.view(shape), own[:2], confidences))
-    return results
+    confidences = list(cells)[2:]
+    return [
+        ChartResult(label, own[:2], dict(zip(confidences, own[2:], strict=True)))
+        for label, own in zip(_in_boxes(labels, sizes), _in_boxes(values, sizes), strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -269,15 +283,57 @@ def vertices_in_boxes(
         vertex[mask] = nearest_vertices(pixels.select(mask).sample(embedding), vertices)
         nearest.append(vertex)
         masks.append(mask)
-    if not nearest:
-        return []
-    shapes = [(h, w) for w, h in sizes.tolist()]
-    areas = [h * w for h, w in shapes]
-    split = zip(torch.cat(nearest).split(areas), torch.cat(masks).split(areas), strict=True)
     return [
-        VertexResult(vertex.view(shape), mask.view(shape))
-        for shape, (vertex, mask) in zip(shapes, split, strict=True)
+        VertexResult(*result)
+        for result in zip(_in_boxes(nearest, sizes), _in_boxes(masks, sizes), strict=True)
     ]
+
+
+@torch.no_grad()
+def masks_in_boxes(predictions: SurfacePredictions, boxes: Tensor) -> list[Tensor]:
+    """The coarse foreground, (h, w) bool for each person: the mask of embeddings.
+
+    Args:
+        predictions: of N persons
+        boxes: (N, 4) XYXY
+    """
+    sizes = integer_boxes(boxes)[:, 2:]
+    coarse = _cells(predictions.coarse_segm)
+    pixels = _pixels_of(sizes, predictions.coarse_segm.shape[-1])
+    return _in_boxes([x.sample(coarse).argmax(dim=1) > 0 for x in pixels], sizes)
+
+
+@torch.no_grad()
+def vertices_at(
+    predictions: EmbeddingPredictions,
+    sizes: Tensor,
+    person: Tensor,
+    column: Tensor,
+    row: Tensor,
+    vertices: Tensor,
+) -> Tensor:
+    """The nearest vertex of a mesh for some pixels; all on the device of the predictions or the CPU.
+
+    Args:
+        predictions: of N persons
+        sizes: (N, 2) w, h of their boxes, cut to integers
+        person, column, row: (T,) int64: which person, and where in the box
+        vertices: as of :func:`vertices_in_boxes`
+
+    Returns:
+        (T,) int64; -1 outside the mask
+    """
+    device, side = predictions.embedding.device, predictions.coarse_segm.shape[-1]
+    sizes = sizes.long().clamp(min=1)
+    person, column, row, sizes = (x.to(device) for x in (person, column, row, sizes))
+    pixels = _pixels_at(person, column, row, sizes, side)
+    mask = pixels.sample(_cells(predictions.coarse_segm)).argmax(dim=1) > 0
+    result = torch.full_like(pixels.person, -1)
+    inside = pixels.select(mask)
+    result[mask] = nearest_vertices(
+        inside.sample(_cells(predictions.embedding)), vertices.to(device)
+    )
+    return result
 
 
 def nearest_vertices(embeddings: Tensor, vertices: Tensor) -> Tensor:
@@ -297,24 +353,53 @@ def quantize(result: ChartResult) -> Tensor:
     return torch.cat([result.labels[None].to(torch.uint8), uv])
 
 
-def paste_masks(results: Sequence[ChartResult], boxes: Tensor, size: tuple[int, int]) -> Tensor:
+def paste_masks(masks: Sequence[Tensor], boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """The persons' pixels in the image. A box under one pixel wide or high has none, though its result
     has a pixel (published).
 
     Args:
-        results: N, of :func:`charts_in_boxes`
+        masks: N, (h, w) bool: labels of :func:`charts_in_boxes` above 0, or :func:`masks_in_boxes`
         boxes: (N, 4) that they are for
         size: (height, width) of the image
 
     Returns:
         (N, height, width) bool
     """
-    masks = torch.zeros((len(results), *size), dtype=torch.bool, device=boxes.device)
+    pasted = torch.zeros((len(masks), *size), dtype=torch.bool, device=boxes.device)
     corners, sizes = boxes[:, :2].long().tolist(), (boxes[:, 2:] - boxes[:, :2]).long().tolist()
-    for mask, result, (x, y), (w, h) in zip(masks, results, corners, sizes, strict=True):
-        window = mask[y : y + h, x : x + w]
-        window.copy_(result.labels[: window.shape[0], : window.shape[1]] > 0)
-    return masks
+    for image, mask, (x, y), (w, h) in zip(pasted, masks, corners, sizes, strict=True):
+        window = image[y : y + h, x : x + w]
+        window.copy_(mask[: window.shape[0], : window.shape[1]])
+    return pasted
+
+
+def paste_results(
+    quantized: Sequence[Tensor], boxes: Tensor, size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """The persons in the image. Where they overlap, the first of them is on top.
+
+    Args:
+        quantized: N, (3, h, w) uint8, of :func:`quantize`
+        boxes: (N, 4) that they are for
+        size: (height, width) of the image
+
+    Returns:
+        surface: (3, height, width) uint8: part, 255 U, 255 V
+        persons: (height, width) int32: which of them, from 1; 0: none
+    """
+    device = quantized[0].device if quantized else boxes.device
+    surface = torch.zeros((3, *size), dtype=torch.uint8, device=device)
+    persons = torch.zeros(size, dtype=torch.int32, device=device)
+    corners = boxes[:, :2].long().tolist()
+    for i in range(len(quantized) - 1, -1, -1):
+        x, y = corners[i]
+        h, w = quantized[i].shape[1:]
+        window = surface[:, y : y + h, x : x + w]
+        result = quantized[i][:, : window.shape[1], : window.shape[2]]
+        there = result[0] > 0
+        window.copy_(torch.where(there, result, window))
+        persons[y : y + h, x : x + w][there] = i + 1
+    return surface, persons
 
 
 def encode_result(quantized: Tensor) -> str:
@@ -326,6 +411,12 @@ def encode_result(quantized: Tensor) -> str:
         raise ValueError(f"A result of shape {tuple(quantized.shape)} makes no PNG.")
     text = base64.b64encode(png.tobytes()).decode("ascii")
     return "".join(f"{text[i : i + _LINE]}\n" for i in range(0, len(text), _LINE))
+
+
+def stored_result(quantized: Tensor) -> dict[str, Any]:
+    """A person's entry ``densepose`` in files of results: ``shape`` (3, h, w), ``data``: the text of
+    :func:`encode_result`."""
+    return {"shape": list(quantized.shape), "data": encode_result(quantized)}
 
 
 def decode_result(text: str) -> Tensor:

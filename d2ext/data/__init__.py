@@ -4,6 +4,8 @@ from d2ext.data import config, landmarks, shapes  # noqa: F401  (imported for re
 from d2ext.data.augmentations import AUGMENTATION_REGISTRY, build_augmentations
 from d2ext.data.build import build_mapper, build_test_loader, build_train_loader, get_dataset_dicts
 from d2ext.data.dataset_mapper import MAPPER_REGISTRY, D2extDatasetMapper
+from d2ext.data.densepose.mapper import DensePoseMapper
+from d2ext.data.densepose.register import register_builtin_densepose, register_densepose
 from d2ext.data.errors import (
     AnnotationError,
     DataError,
@@ -22,6 +24,7 @@ from d2ext.data.video.register import register_builtin_videos
 register_cityscapes_separated()
 register_builtin_videos()
 register_builtin_faces()
+register_builtin_densepose()
 
 __all__ = [
     "AUGMENTATION_REGISTRY",
@@ -31,6 +34,7 @@ __all__ = [
     "D2extDatasetMapper",
     "DataError",
     "DatasetError",
+    "DensePoseMapper",
     "FaceMapper",
     "FlowPairMapper",
     "ImageReadError",
@@ -42,6 +46,7 @@ __all__ = [
     "flatten",
     "get_dataset_dicts",
     "read_image",
+    "register_densepose",
     "register_faces",
     "video_record",
 ]

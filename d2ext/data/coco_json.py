@@ -32,6 +32,7 @@ from d2ext.data.coco_schema import (
     place,
     run_lengths,
 )
+from d2ext.data.densepose.fields import DENSEPOSE, check_points, compact
 from d2ext.data.errors import DatasetError, shorten
 
 __all__ = ["INSTANCES", "LANDMARKS", "CocoFile", "coco_records", "load_coco_json", "read_coco_json"]
@@ -109,7 +110,10 @@ def coco_file(
     none = schema is LANDMARKS and not content.get("categories")
     check_lists(json_file, content, [key for key in schema if not (none and key == "categories")])
     findings = Findings()
-    lists = {key: normalize(content.get(key) or [], key, schema[key], findings) for key in schema}
+    fields = dict(schema)
+    if schema is not LANDMARKS:
+        fields["annotations"] = {**schema["annotations"], **DENSEPOSE}
+    lists = {key: normalize(content.get(key) or [], key, fields[key], findings) for key in fields}
     lists["categories"] = _without_roots(lists["categories"], lists["annotations"])
     images, annotations, categories = lists["images"], lists["annotations"], lists["categories"]
     for key, entries in lists.items():
@@ -118,6 +122,8 @@ def coco_file(
     if schema is not LANDMARKS:
         link(annotations, "annotations", "category_id", categories, "categories", findings)
         _check_detection(annotations, categories, findings)
+        if not findings.problems:
+            check_points(annotations, findings)
     if not findings.problems:
         annotations = _complete(annotations, images, schema is LANDMARKS, findings)
         _count_skeletons_from_1(categories, findings)
@@ -279,9 +285,9 @@ def coco_records(file: CocoFile, image_root: str) -> list[Record]:
     """Detectron2's dicts, by ascending image id, as its own reader of COCO files gives them.
 
     Annotations have ``id``, ``bbox`` (``BoxMode.XYWH_ABS``) and ``iscrowd``; ``segmentation``,
-    ``keypoints`` and ``track_id`` as far as the file has them; and a contiguous ``category_id``. 0.5 is
-    added to coordinates of keypoints, which are pixel indices in COCO: the centre of the first pixel is
-    0.5 in Detectron2.
+    ``keypoints``, ``track_id`` and DensePose's fields (:mod:`d2ext.data.densepose.fields`, arrays) as
+    far as the file has them; and a contiguous ``category_id``. 0.5 is added to coordinates of keypoints,
+    which are pixel indices in COCO: the centre of the first pixel is 0.5 in Detectron2.
     """
     contiguous = {category: i for i, category in enumerate(file.classes)}
     records = {image["id"]: image_record(image, image_root) for image in file.images}
@@ -296,7 +302,7 @@ def coco_records(file: CocoFile, image_root: str) -> list[Record]:
             annotation["keypoints"] = [
                 v if i % 3 == 2 else v + 0.5 for i, v in enumerate(entry["keypoints"])
             ]
-        annotation["bbox_mode"] = BoxMode.XYWH_ABS
+        annotation.update(compact(entry), bbox_mode=BoxMode.XYWH_ABS)
         annotation["category_id"] = contiguous[entry["category_id"]]
         records[entry["image_id"]]["annotations"].append(annotation)
     return [records[image_id] for image_id in sorted(records)]

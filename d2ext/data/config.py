@@ -21,9 +21,13 @@ def add_data_config(cfg: CfgNode) -> None:
     #   "build_top_down_mapper"  landmarks: in training one annotated instance, cropped; in a test one
     #                            image with the boxes to crop (INPUT.LANDMARKS)
     #   "FaceMapper"             images of faces, with meshes where the data have them
+    #   "DensePoseMapper"        images with points on the surface of persons
     #   "ClipMapper"             videos: in training a frame and a reference frame (INPUT.VIDEO)
     #   "FlowPairMapper"         pairs of images with optical flow
     cfg.INPUT.MAPPER = "D2extDatasetMapper"
+
+    # Degrees counter-clockwise, one of which DensePoseMapper turns a training image by
+    cfg.INPUT.ROTATION_ANGLES = [0]
 
     # True: sem_seg of a training sample has a label for every class, stuff 0..S-1 and then things
     # S..S+T-1, and 255 for none, read from the panoptic annotation (see d2ext.data.panoptic).

@@ -8,7 +8,7 @@ From Python::
 
 Kinds of annotation:
 
-- instances in COCO's form (``json``), with masks or keypoints;
+- instances in COCO's form (``json``), with masks, keypoints or points on surfaces (DensePose);
 - landmarks (``json`` and ``landmarks``, the set whose points they are), in any form of that set;
 - faces to detect (``json`` and ``landmarks``, one of :data:`~d2ext.data.faces.FACE_KINDS`);
 - COCO's panoptic form (``panoptic_json``, ``panoptic_root``): instances and stuff maps, which panoptic
@@ -43,6 +43,12 @@ from d2ext.data.dataset_facts import (
     set_config_from_data,
 )
 from d2ext.data.dataset_files import FILES, SPLITS, Split, load_dataset_yaml
+from d2ext.data.densepose.register import (
+    SURFACE_FILES,
+    SurfaceFiles,
+    densepose_metadata,
+    has_points,
+)
 from d2ext.data.errors import DatasetError
 from d2ext.data.faces.register import FACE_KINDS, register_faces
 from d2ext.data.formats import FORMATS, convert_to_coco
@@ -67,7 +73,7 @@ logger = logging.getLogger(__name__)
 _Splits = dict[str, Split]
 
 # What register_own_dataset has registered, by name of the data set.
-_registered: dict[str, tuple[_Splits, list[str] | None, str | None]] = {}
+_registered: dict[str, tuple[_Splits, list[str] | None, str | None, SurfaceFiles]] = {}
 
 
 def register_own_dataset(
@@ -88,6 +94,9 @@ def register_own_dataset(
     semantic_classes: Sequence[str] | None = None,
     landmarks: str | None = None,
     format: str | None = None,
+    densepose_mesh: str | None = None,
+    densepose_geodesics: str | None = None,
+    densepose_uv_symmetry: str | None = None,
 ) -> list[str]:
     """Check data and register them as ``<name>_train`` and ``<name>_val``.
 
@@ -102,6 +111,8 @@ def register_own_dataset(
             faces, see :func:`~d2ext.data.faces.load_faces`
         format: what wrote the ``json`` files or folders, if not COCO's form: a name in
             :data:`d2ext.data.formats.FORMATS`
+        densepose_mesh, densepose_geodesics, densepose_uv_symmetry: files of the surface that points of
+            the annotations are on, see :class:`~d2ext.data.densepose.register.SurfaceFiles`
 
     Returns:
         the registered names
@@ -127,11 +138,12 @@ def register_own_dataset(
             "part, train or val."
         )
     classes = None if semantic_classes is None else check_classes(semantic_classes)
+    surface = SurfaceFiles(densepose_mesh, densepose_geodesics, densepose_uv_symmetry)
     _check_complete(name, splits, classes, landmarks)
     if format is not None:
         splits = _converted(name, splits, format)
     names = [f"{name}_{key}" for key in splits]
-    if _registered.get(name) != (splits, classes, landmarks):
+    if _registered.get(name) != (splits, classes, landmarks, surface):
         taken = [n for n in names if n in DatasetCatalog.list()]
         if taken:
             raise DatasetError(
@@ -139,7 +151,7 @@ def register_own_dataset(
                 f"name than '{name}'."
             )
         try:
-            _registrar(splits, classes, landmarks)(name, splits)
+            _registrar(splits, classes, landmarks, surface)(name, splits)
         except DatasetError:
             for n in names:  # of two parts both or none
                 if n in DatasetCatalog.list():
@@ -147,7 +159,7 @@ def register_own_dataset(
                     MetadataCatalog.pop(n, None)
                     forget(n)
             raise
-        _registered[name] = (splits, classes, landmarks)
+        _registered[name] = (splits, classes, landmarks, surface)
     return names
 
 
@@ -161,19 +173,23 @@ def _converted(name: str, splits: _Splits, form: str) -> _Splits:
 
 
 def _registrar(
-    splits: _Splits, classes: list[str] | None, landmarks: str | None
+    splits: _Splits, classes: list[str] | None, landmarks: str | None, surface: SurfaceFiles
 ) -> Callable[[str, _Splits], None]:
     """What registers the parts of a data set, which are all of one kind."""
+    kind = next(iter(splits.values())).kind
+    if surface != SurfaceFiles() and (kind != "instances" or landmarks is not None):
+        raise DatasetError("Files of a surface (--densepose-...) go with --train-json, --val-json.")
     if landmarks in FACE_KINDS:
         return partial(_register_faces, kind=landmarks)
     if landmarks is not None:
         return partial(_register_landmarks, kind=landmarks)
-    kind = next(iter(splits.values())).kind
     if kind == "videos":
         return partial(_register_videos, classes=classes)
     if classes is not None:
         return partial(_register_semantic, classes=classes)
-    return _register_panoptic if kind == "panoptic" else _register_instances
+    if kind == "panoptic":
+        return _register_panoptic
+    return partial(_register_instances, surface=surface)
 
 
 def _check_complete(
@@ -227,17 +243,25 @@ def _check_complete(
         )
 
 
-def _register_instances(name: str, splits: _Splits) -> None:
+def _register_instances(name: str, splits: _Splits, *, surface: SurfaceFiles) -> None:
     categories = {}
     for key, split in splits.items():
         assert split.json is not None and split.images is not None  # _check_complete
         file = read_coco_json(split.json, split.images)
         categories[key] = file.classes
+        kind = {"evaluator_type": "coco"}
+        if has_points(file):
+            kind = densepose_metadata(file.annotations, surface, split.json)
+        elif surface != SurfaceFiles():
+            raise DatasetError(
+                f"No annotation of '{split.json}' has points on a surface (dp_x, ...), but files of one "
+                "are given (--densepose-...): leave them out, or give the annotations for them."
+            )
         DatasetCatalog.register(f"{name}_{key}", partial(load_coco_json, split.json, split.images))
         MetadataCatalog.get(f"{name}_{key}").set(
             json_file=split.json,
             image_root=split.images,
-            evaluator_type="coco",
+            **kind,
             **category_metadata(file.categories),
         )
         summarize(f"{name}_{key}", coco_records(file, split.images))
@@ -383,6 +407,12 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
         f"{', '.join(LANDMARK_DATASETS)}, or custom (COCO-keypoint JSON with the points' names). "
         f"{', '.join(FACE_KINDS)}: faces to detect, with five points",
     )
+    for key, what in (
+        ("mesh", "mesh of the surface that points in the json files are on (DensePose)"),
+        ("geodesics", "distances between its vertices, to evaluate"),
+        ("uv-symmetry", "its U and V in a mirrored image, to mirror images in training"),
+    ):
+        group.add_argument(f"--densepose-{key}", metavar="FILE", help=what)
 
 
 def register_from_arguments(args: argparse.Namespace) -> str | None:
@@ -400,7 +430,8 @@ def register_from_arguments(args: argparse.Namespace) -> str | None:
         DatasetError: contradictory arguments or unusable data
     """
     files = {f"{split}_{key}": getattr(args, f"{split}_{key}") for split in SPLITS for key in FILES}
-    files |= {key: getattr(args, key) for key in ("semantic_classes", "landmarks", "format")}
+    others = ("semantic_classes", "landmarks", "format", *(f"densepose_{k}" for k in SURFACE_FILES))
+    files |= {key: getattr(args, key) for key in others}
     given = [f"--{key.replace('_', '-')}" for key, value in files.items() if value is not None]
     if args.dataset_yaml is not None:
         if given or args.dataset is not None:

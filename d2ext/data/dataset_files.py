@@ -26,6 +26,11 @@
     landmarks: faces
     train: {json: label.txt, images: images/}
 
+    # persons.yaml; points on surfaces, in DensePose-COCO's form
+    name: persons
+    densepose: {mesh: body.npz, geodesics: distances.npy, uv_symmetry: mirror.npz}
+    train: {json: train.json, images: train/}
+
     # streets.yaml
     name: streets
     train: {panoptic_json: train.json, panoptic_root: train_png/, images: train/}
@@ -43,6 +48,7 @@ from typing import Any
 import yaml
 from detectron2.utils.file_io import PathManager
 
+from d2ext.data.densepose.register import SURFACE_FILES
 from d2ext.data.errors import DatasetError, shorten
 
 SPLITS = ("train", "val")
@@ -81,6 +87,7 @@ class Split:
 
 
 FILES = tuple(f.name for f in fields(Split))
+_KEYS = ("name", "classes", "landmarks", "format", "densepose", *SPLITS)
 
 
 def load_dataset_yaml(path: str) -> dict[str, Any]:
@@ -103,7 +110,7 @@ def load_dataset_yaml(path: str) -> dict[str, Any]:
     example = "Expected: name: NAME, train: {json: FILE, images: FOLDER}, val: likewise."
     if not isinstance(content, dict) or not isinstance(content.get("name"), str):
         raise DatasetError(f"Data set file '{path}' has no 'name'. {example}")
-    _refuse_unknown_keys(path, content, ("name", "classes", "landmarks", "format", *SPLITS))
+    _refuse_unknown_keys(path, content, _KEYS)
     result: dict[str, Any] = {"name": content["name"]}
     for split in SPLITS:
         if split not in content:
@@ -118,6 +125,12 @@ def load_dataset_yaml(path: str) -> dict[str, Any]:
         if not isinstance(content["classes"], list):
             raise DatasetError(f"Data set file '{path}': 'classes' is not a list of names.")
         result["semantic_classes"] = [str(c) for c in content["classes"]]
+    if "densepose" in content:
+        if not isinstance(content["densepose"], dict):
+            raise DatasetError(f"Data set file '{path}': 'densepose' names no files. {example}")
+        _refuse_unknown_keys(path, content["densepose"], SURFACE_FILES)
+        for key, value in content["densepose"].items():
+            result[f"densepose_{key}"] = os.path.join(os.path.dirname(path), str(value))
     for key in ("landmarks", "format"):
         if key in content:
             result[key] = str(content[key])

@@ -20,6 +20,7 @@ from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from tabulate import tabulate
 
+from d2ext.data.densepose.parts import NUM_PARTS
 from d2ext.data.errors import DatasetError, ImageReadError, shorten
 from d2ext.data.image_io import read_image, read_label_map, stored_size
 from d2ext.data.panoptic import IGNORE_LABEL
@@ -51,6 +52,8 @@ class Summary:
         turned: images with an EXIF orientation
         instances, crowds: annotations
         with_keypoints: annotations with a labelled keypoint
+        with_surface, surface_points: annotations with points on a surface (DensePose), and all points
+        parts: of the surface, how often each occurs among the points
         classes: how often each occurs
         boxes: looked at
         unlike_mask, outside: those that do not fit their mask, and that reach beyond their image
@@ -72,6 +75,9 @@ class Summary:
     instances: int = 0
     crowds: int = 0
     with_keypoints: int = 0
+    with_surface: int = 0
+    surface_points: int = 0
+    parts: dict[int, int] = field(default_factory=dict)
     classes: dict[str, int] = field(default_factory=dict)
     boxes: int = 0
     unlike_mask: int = 0
@@ -109,11 +115,22 @@ class Summary:
             "crowds": self.crowds,
             **void,
             "with labelled keypoints": self.with_keypoints,
+            **self._surface_rows(),
             "classes": len(self.classes),
             "classes without any": f"{len(empty)} ({shorten(empty, 3)})" if empty else 0,
             "boxes looked at": self.boxes,
             "unlike their mask": self.unlike_mask,
             "reaching beyond their image": self.outside,
+        }
+
+    def _surface_rows(self) -> dict[str, Any]:
+        if not self.with_surface:
+            return {}
+        absent = [part for part in range(1, NUM_PARTS + 1) if part not in self.parts]
+        return {
+            "with points on a surface": self.with_surface,
+            "points each": f"{self.surface_points / self.with_surface:.0f}",
+            "parts without any": f"{len(absent)} ({shorten(absent, 3)})" if absent else 0,
         }
 
 
@@ -277,6 +294,7 @@ def _annotated_size(record: Record) -> tuple[int, int] | None:
 
 def _count(summary: Summary, records: Sequence[Record], classes: Sequence[str]) -> None:
     counts: Counter[int] = Counter()
+    parts: Counter[int] = Counter()
     for record in records:
         for annotation in record.get("annotations", ()):
             crowd = bool(annotation.get("iscrowd", 0))
@@ -284,6 +302,10 @@ def _count(summary: Summary, records: Sequence[Record], classes: Sequence[str]) 
             summary.instances += not crowd
             counts[annotation["category_id"]] += 1
             summary.with_keypoints += any(v > 0 for v in (annotation.get("keypoints") or ())[2::3])
+            summary.with_surface += "dp_x" in annotation
+            summary.surface_points += len(annotation.get("dp_x", ()))
+            parts.update(np.asarray(annotation.get("dp_I", ())).tolist())
+    summary.parts = dict(sorted(parts.items()))
     if MetadataCatalog.get(summary.name).get("keypoint_names") and not summary.with_keypoints:
         summary.warnings.append(
             "a category has keypoints, but no annotation has one that is labelled (x, y, v with v > 0)."

@@ -70,6 +70,13 @@ def add_engine_config(cfg: CfgNode) -> None:
     # COCO's keypoint evaluation leaves out an instance whose keypoints are as similar as this (OKS) to
     # those of one with a better score: 0.9 in the published top-down systems. 0: keep all.
     cfg.TEST.KEYPOINT_OKS_NMS = 0.0
+    surface = cfg.DENSEPOSE_EVALUATION = CfgNode()
+    # First threshold of GPS, GPSm and mask IoU; the others follow in steps of 0.05 to 0.95 (also
+    # published: 0.2).
+    surface.MIN_IOU_THRESHOLD = 0.5
+    # Distance in metres that GPS is measured by, of all points; 0: by the point's part, as published
+    # (0.107, hands, to 0.351, torso).
+    surface.GPS_K = 0.0
     # What gives the instances of a model that gives none their ids in evaluation on videos, a name in
     # d2ext.engine.tracking.TRACKER_REGISTRY ("NorfairTracker"). Empty: they get none.
     cfg.TEST.TRACKER = ""

@@ -130,6 +130,10 @@ class TiledPredictor:
             raise ConfigError(
                 f"Tiles are merged by instances; this model gives {', '.join(output)}."
             )
+        if output["instances"].has("pred_densepose"):
+            raise ConfigError(
+                "Surfaces of persons are not merged from tiles: predict without them."
+            )
         if others := {*output} - {"instances"} - self._dropped:
             self._dropped |= others
             logger.warning(

@@ -2,6 +2,7 @@
 
 from d2ext.evaluation.build import EVALUATOR_REGISTRY, build_evaluator, check_analysis
 from d2ext.evaluation.coco import COCOEvaluator
+from d2ext.evaluation.densepose import DensePoseEvaluator
 from d2ext.evaluation.faces import FaceEvaluator
 from d2ext.evaluation.landmarks import LandmarkEvaluator
 from d2ext.evaluation.panoptic import COCOPanopticEvaluator
@@ -14,6 +15,7 @@ __all__ = [
     "EVALUATOR_REGISTRY",
     "COCOEvaluator",
     "COCOPanopticEvaluator",
+    "DensePoseEvaluator",
     "FaceEvaluator",
     "LandmarkEvaluator",
     "PanopticAnalysis",

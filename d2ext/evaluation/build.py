@@ -24,6 +24,7 @@ from d2ext.data.dataset_facts import dataset_facts, oks_sigmas
 from d2ext.data.errors import DatasetError
 from d2ext.data.image_io import read_label_map
 from d2ext.evaluation.coco import COCOEvaluator
+from d2ext.evaluation.densepose import DensePoseEvaluator
 from d2ext.evaluation.faces import FaceEvaluator
 from d2ext.evaluation.landmarks import LandmarkEvaluator
 from d2ext.evaluation.optical_flow import OpticalFlowEvaluator
@@ -53,6 +54,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
     ``landmarks``                landmark metrics, by ``landmark_metrics`` of the metadata: NME, PCK,
                                  PCKh; "oks" adds COCO's keypoint AP
     ``faces``                    boxes, also by face size, NME of points and meshes
+    ``densepose``                boxes, masks, GPS and GPSm of surfaces, and what the mean body gets
     ``wider_face``               WIDER FACE's AP: easy, medium, hard
     ``sem_seg``                  semantic segmentation
     ``cityscapes_instance``,     Cityscapes' own scripts (package ``cityscapesscripts``)
@@ -75,7 +77,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
             (:func:`~d2ext.data.dataset_facts.oks_sigmas`). ``TEST.KEYPOINT_OKS_NMS`` leaves out
             instances whose keypoints are those of a better one. ``TEST.PANOPTIC_BACKEND`` computes
             panoptic quality; with ``TEST.ANALYZE`` the folder ``analysis`` says where it is lost.
-            ``TEST.VPQ_WINDOWS`` are the windows of VPQ.
+            ``TEST.VPQ_WINDOWS`` are the windows of VPQ. ``DENSEPOSE_EVALUATION``: of surfaces.
         dataset_name: registered data set.
         output_folder: where results are written; made when needed.
 
@@ -181,6 +183,14 @@ def landmarks(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
 def faces(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
     """Boxes, points, meshes."""
     return FaceEvaluator(name, folder)
+
+
+@EVALUATOR_REGISTRY.register()
+def densepose(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
+    """Boxes, masks, surfaces."""
+    options = cfg.DENSEPOSE_EVALUATION
+    threshold = options.MIN_IOU_THRESHOLD
+    return DensePoseEvaluator(name, folder, first_threshold=threshold, k=options.GPS_K)
 
 
 @EVALUATOR_REGISTRY.register()

@@ -35,7 +35,17 @@ face among the image's results, from 1), with --save-crops: an aligned picture o
 recognition networks take it; and with --save-meshes: a Wavefront OBJ, in pixels, x right, y down, z away
 from the camera. Meshes are then in coco_results.json, too; poses always are (yaw, pitch, roll; degrees).
 
-A folder as --video-input is a video of 25 frames a second: its image files in the order of their names.
+Surfaces of persons (DensePose): --draw parts, u, v, isolines, or --texture, a picture of 6 rows and 4
+columns of square tiles (those of parts 1 to 6 below each other, U to the right, V up). --save-surfaces
+writes for each picture NAME_IMAGE_IUV.png, part, 255 U and 255 V in the order in which OpenCV reads
+them, and NAME_IMAGE_INDS.png, the place of the person among the image's results, from 1; where persons
+overlap, that of the higher score is on top. Each result in coco_results.json then has "densepose": shape
+(3, h, w) and data, a PNG of the three planes in base64, in the person's box, cut to integers.
+--save-points writes NAME_IMAGE_PERSON.npz: of the person's n pixels their x, y (pixels), parts, u, v,
+points (n, 3) on the body, and the nearest vertices of its mesh.
+
+A folder as --video-input is a video of 25 frames a second: its image files in the order of their
+names, numbers in these by their value (frame_2 before frame_10).
 With ids (a model with memory gives them, for others a --tracker does) an object has one colour in the
 whole video, and the results name its track_id.
 
@@ -82,9 +92,16 @@ from d2ext.tools.prediction_files import (
     plan_images,
     plan_video,
 )
+from d2ext.tools.surface_files import (
+    SurfaceReader,
+    add_surface_arguments,
+    surface_drawer,
+    surface_writer,
+)
 from d2ext.utils.drawing import PictureDrawer, VideoDrawer, class_metadata, select, write_picture
 from d2ext.utils.heatmaps import SeesHeatmaps
 from d2ext.utils.memory import available_memory
+from d2ext.utils.surfaces import STYLES
 from d2ext.utils.video import CameraReader, VideoError, VideoReader, video_writer
 
 logger = logging.getLogger("d2ext.tools.predict")
@@ -135,6 +152,7 @@ def predict(
         ]
     for output in outputs:
         if "instances" in output:
+            output.update(args.surfaces(output["instances"], args.confidence_threshold))
             output["instances"] = select(output["instances"], args.confidence_threshold)
     return list(outputs)
 
@@ -157,11 +175,17 @@ def run_on_images(
 ) -> list[str]:
     """Predict on images; returns the errors, a line each."""
     problems: list[str] = []
-    drawer = PictureDrawer(metadata, args.max_drawn, args.triangles)
+    drawer = PictureDrawer(metadata, args.max_drawn, args.triangles, args.surface_drawer)
     faces = FaceWriter(args.save_crops, args.save_meshes, args.triangles)
     instances = 0
     with ExitStack() as stack:
-        results = ResultWriter(stack, args.output, metadata, meshes=faces.saves_meshes)
+        results = ResultWriter(
+            stack,
+            args.output,
+            metadata,
+            meshes=faces.saves_meshes,
+            surfaces=args.surface_writer.saves_surfaces,
+        )
         progress = stack.enter_context(tqdm.tqdm(total=len(jobs), unit="image"))
         for batch in batches(jobs, args.batch_size):
             read: list[tuple[Job, np.ndarray]] = []
@@ -180,6 +204,7 @@ def run_on_images(
                 if args.pictures:
                     write_picture(job.target, drawer(image, output))
                 faces.write(job.image_id, str(job.source), image, output)
+                args.surface_writer.write(job.image_id, str(job.source), output)
                 # last, for it shifts keypoints to COCO's convention in place
                 results.write(job.image_id, str(job.source), image.shape, output)
             progress.update(len(batch))
@@ -211,13 +236,19 @@ def run_on_video(
     faces = FaceWriter(args.save_crops, args.save_meshes, args.triangles)
     with ExitStack() as stack:
         stack.callback(reader.release)
-        results = ResultWriter(stack, target, metadata, meshes=faces.saves_meshes)
+        results = ResultWriter(
+            stack,
+            target,
+            metadata,
+            meshes=faces.saves_meshes,
+            surfaces=args.surface_writer.saves_surfaces,
+        )
         tracks = TrackWriter(target, metadata) if args.video_results else None
         panoptic = PanopticWriter(stack, target, metadata) if args.video_results else None
         show: Callable[[np.ndarray, float], None] | None = None
         if args.pictures:
             show = stack.enter_context(video_writer(target, reader.rate))
-        drawer = VideoDrawer(metadata, args.max_drawn, args.triangles)
+        drawer = VideoDrawer(metadata, args.max_drawn, args.triangles, args.surface_drawer)
         total = wanted if wanted < sys.maxsize else None
         progress = stack.enter_context(tqdm.tqdm(total=total, unit="frame"))
         try:
@@ -239,6 +270,7 @@ def run_on_video(
                     if panoptic is not None and "panoptic_seg" in output:
                         panoptic.add(number, name, output["panoptic_seg"])
                     faces.write(number, name, image, output)
+                    args.surface_writer.write(number, name, output)
                     results.write(number, name, image.shape, output)
                     progress.update()
         except KeyboardInterrupt:
@@ -262,6 +294,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_input_arguments(parser)
     add_output_arguments(parser)
     add_face_arguments(parser)
+    add_surface_arguments(parser)
     add_box_arguments(parser)
     add_options_argument(parser)
     return parser
@@ -328,10 +361,10 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-drawn", type=positive, default=200, metavar="N", help=help_text)
     add(
         "--draw",
-        choices=("results", "heatmaps"),
+        choices=("results", "heatmaps", *STYLES),
         default="results",
         help="heatmaps: also the heat maps, corners and centres that CornerNet, CenterNet and their "
-        "like read their results from",
+        "like read their results from; parts, u, v, isolines: of DensePose, only these",
     )
     add("--no-pictures", dest="pictures", action="store_false", help="write results only")
     help_text = "write a video's tracks as YouTube-VIS JSON, its panoptic maps as PNG and JSON"
@@ -385,6 +418,11 @@ def prepare(args: argparse.Namespace) -> Callable[[], list[str]]:
         )
     metadata = class_metadata(cfg, names)
     args.triangles = mesh_triangles(cfg, metadata)
+    args.surface_drawer = surface_drawer(args)
+    args.surface_writer = surface_writer(args, metadata)
+    args.surfaces = SurfaceReader(
+        metadata, args.surface_drawer.alone or args.save_surfaces or args.save_points
+    )
     boxes = build_box_source(args, metadata)
     used: BatchPredictor | TiledPredictor = predictor
     if args.tile:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import itertools
 import logging
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +18,7 @@ from detectron2.data.catalog import Metadata
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 
+from d2ext.codecs.densepose import stored_result
 from d2ext.data.errors import ImageReadError
 from d2ext.data.image_io import is_image, read_image
 from d2ext.data.video.panoptic_results import PanopticVideoWriter, segment_places
@@ -166,8 +168,15 @@ def plan_video(source: str | int, output: Path) -> Path:
     return target
 
 
+def natural_order(path: Path) -> list[tuple[int, str]]:
+    """Key that sorts names by the numbers in them: frame_2 before frame_10."""
+    parts = re.split(r"([0-9]+)", path.name)
+    return [(int(x), x) if x.isdigit() else (-1, x) for x in parts]
+
+
 class FolderReader:
-    """A video whose frames are the image files of a folder, by name; broken ones are left out.
+    """A video whose frames are the image files of a folder, by name, numbers in it by their value;
+    broken ones are left out.
 
     Attributes: as of :class:`~d2ext.utils.video.VideoReader`.
 
@@ -180,7 +189,8 @@ class FolderReader:
     def __init__(self, folder: Path) -> None:
         self.name = str(folder)
         self.skipped = 0
-        self._files = [x for x in sorted(folder.iterdir()) if x.is_file() and is_image(str(x))]
+        files = sorted(folder.iterdir(), key=natural_order)
+        self._files = [x for x in files if x.is_file() and is_image(str(x))]
         self.length = len(self._files)
         if not self._files:
             raise VideoError(f"There is no image in the folder '{folder}'.")
@@ -320,15 +330,23 @@ class ResultWriter:
         metadata: class names, and the data set's own category ids where it has them.
         meshes: also write those of faces, ``mesh``: 3 V numbers x, y, z, of which x and y are counted as
             COCO's keypoints (pixel indices).
+        surfaces: also write those of persons, ``densepose``, see
+            :func:`~d2ext.codecs.densepose.stored_result`.
 
     The head pose of a face is ``pose``: yaw, pitch and roll, see
     :func:`~d2ext.codecs.face_alignment.face_poses`.
     """
 
     def __init__(
-        self, stack: ExitStack, output: Path, metadata: Metadata, *, meshes: bool = False
+        self,
+        stack: ExitStack,
+        output: Path,
+        metadata: Metadata,
+        *,
+        meshes: bool = False,
+        surfaces: bool = False,
     ) -> None:
-        self._meshes = meshes
+        self._meshes, self._surfaces = meshes, surfaces
         self._category = _dataset_ids(metadata)
         self._metadata = metadata
         self._others: dict[str, Any] = {}
@@ -366,4 +384,6 @@ class ResultWriter:
                 if self._meshes and instances.has("pred_face_meshes"):
                     shifted = instances.pred_face_meshes[i].double().numpy() - (0.5, 0.5, 0)
                     result["mesh"] = np.round(shifted, 2).reshape(-1).tolist()
+                if self._surfaces:
+                    result["densepose"] = stored_result(output["surfaces"][i])
                 self._result(result)

@@ -13,6 +13,8 @@ A sample of two frames (INPUT.MAPPER ClipMapper or FlowPairMapper) is a strip: t
 with INPUT.VIDEO.FLOW, the reference warped onto the target by the optical flow, black where that is not
 known.
 Tracks have their number, and in both frames one colour.
+Points on surfaces (INPUT.MAPPER DensePoseMapper) make a strip, too: coloured by their part, over the
+mask of coarse parts, by U and by V (dark 0, bright 1), or by the number of their vertex.
 
 Writes one PNG per sample, montage.png and, of own data, dataset_summary.json. Samples that cannot be
 used are reported and skipped; the exit code is then 1.
@@ -24,6 +26,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +43,20 @@ from detectron2.utils.visualizer import Visualizer
 from tqdm import tqdm
 
 from d2ext.config import ConfigError, load_config, merge_options
-from d2ext.data import D2extDatasetMapper, DataError, SampleError, build_train_loader
+from d2ext.data import (
+    D2extDatasetMapper,
+    DataError,
+    DensePoseMapper,
+    SampleError,
+    build_train_loader,
+)
 from d2ext.data.custom import (
     add_dataset_arguments,
     apply_dataset_to_config,
     register_from_arguments,
 )
 from d2ext.data.dataset_dicts import load_images
+from d2ext.data.densepose.annotations import FRAME
 from d2ext.data.panoptic import panoptic_classes
 from d2ext.data.summary import report
 from d2ext.model_zoo import find_config_file
@@ -54,6 +64,12 @@ from d2ext.tools.command_line import make_parser, positive
 from d2ext.tools.face_files import mesh_triangles
 from d2ext.utils.drawing import write_picture
 from d2ext.utils.faces import draw_meshes
+from d2ext.utils.surfaces import (
+    draw_colored_points,
+    overlay_part_mask,
+    part_colors,
+    value_colors,
+)
 
 logger = logging.getLogger("d2ext.tools.visualize_data")
 
@@ -120,8 +136,10 @@ class Samples:
     def _annotated(self) -> Iterator[dict[str, Any]]:
         """All that is annotated, whether the config's model uses it or not."""
         keypoints = MetadataCatalog.get(self.cfg.DATASETS.TRAIN[0]).get("keypoint_names") or []
+        surfaces = any("dp_x" in a for r in self._records for a in r.get("annotations", ()))
+        build = partial(DensePoseMapper, meshes={}) if surfaces else D2extDatasetMapper
         mappers = {
-            use_masks: D2extDatasetMapper(
+            use_masks: build(
                 True,
                 augmentations=[],
                 image_format=self.cfg.INPUT.FORMAT,
@@ -215,7 +233,37 @@ def draw_image(
             labels=[f"{name} crowd" for name in class_names(crowds.gt_classes, metadata)],
             assigned_colors=[CROWD_COLOR] * len(crowds),
         )
-    return visualizer.output.get_image()
+    picture = visualizer.output.get_image()
+    if "instances" in sample and sample["instances"].has("gt_densepose"):
+        return draw_surfaces(picture, sample["instances"])
+    return picture
+
+
+def draw_surfaces(picture: np.ndarray, instances: Instances) -> np.ndarray:
+    """A strip of a picture with points on surfaces by part, U and V, or by vertex; the picture itself if
+    there are none."""
+    boxes, surface = instances.gt_boxes.tensor.double().numpy(), instances.gt_densepose
+    scale = np.array(picture.shape[1::-1]) / instances.image_size[::-1]
+    boxes = boxes * np.tile(scale, 2)
+    points = surface.points()
+    box = boxes[points.person.numpy()]
+    frame = torch.stack([points.x, points.y], dim=1).double().numpy() / FRAME
+    places = box[:, :2] + frame * (box[:, 2:] - box[:, :2])
+    masked = picture
+    for i in surface.has_masks.nonzero().flatten().tolist():
+        masked = overlay_part_mask(masked, surface.masks[i].numpy(), boxes[i])
+    if (points.parts >= 0).any():
+        panels = [
+            (masked, part_colors()[points.parts.clamp(min=0)]),
+            (picture, value_colors(points.u.numpy())),
+            (picture, value_colors(points.v.numpy())),
+        ]
+    elif len(places):
+        highest = points.vertices.max().clamp(min=1)
+        panels = [(masked, value_colors((points.vertices / highest).numpy()))]
+    else:
+        return picture
+    return np.hstack([draw_colored_points(image, places, colors) for image, colors in panels])
 
 
 def drawable_masks(instances: Instances) -> Any:

@@ -21,6 +21,7 @@ from detectron2.structures import Boxes, Instances
 from d2ext.files import atomic_write
 from d2ext.utils.faces import draw_five_points, draw_meshes
 from d2ext.utils.heatmaps import draw_points, overlay_heatmaps
+from d2ext.utils.surfaces import SurfaceDrawer
 
 # Larger images are drawn smaller: Detectron2's visualizer takes some 120 bytes for a pixel.
 _MAX_PIXELS = 40_000_000
@@ -57,8 +58,8 @@ def name_classes(metadata: Metadata, classes: torch.Tensor) -> Metadata:
     return Metadata(name=metadata.get("name", ""), thing_classes=names + numbers, **others)
 
 
-def select(instances: Instances, threshold: float) -> Instances:
-    """Instances with a score of at least ``threshold``, best first, on the CPU.
+def select(instances: Instances, threshold: float, device: torch.device | str = "cpu") -> Instances:
+    """Instances with a score of at least ``threshold``, best first, on the CPU or another device.
 
     ``mask_scores``, if there are any, become the ``scores``: instances are then ranked and shown by the
     product of class score and predicted mask quality, as in the published display of YOLACT++
@@ -67,7 +68,7 @@ def select(instances: Instances, threshold: float) -> Instances:
     scores = instances.mask_scores if instances.has("mask_scores") else instances.scores
     order = scores.argsort(descending=True, stable=True)
     # Before the transfer, so that other masks are not copied.
-    selected = instances[order[scores[order] >= threshold]].to("cpu")
+    selected = instances[order[scores[order] >= threshold]].to(device)
     if selected.has("mask_scores"):
         selected.scores = selected.mask_scores
         selected.remove("mask_scores")
@@ -110,6 +111,8 @@ def reduced(
     if "panoptic_seg" in output:
         segments, info = output["panoptic_seg"]
         output["panoptic_seg"] = segments[::factor, ::factor], info
+    if "surface" in output:
+        output["surface"] = output["surface"][:, ::factor, ::factor]
     if "instances" in output:
         smaller = Instances(size)
         for name, value in output["instances"].get_fields().items():
@@ -133,14 +136,20 @@ class PictureDrawer:
         metadata: see :func:`class_metadata`.
         max_drawn: draw at most this many instances, the best; drawing takes milliseconds for each.
         triangles: of the meshes of faces, see :func:`~d2ext.utils.faces.draw_meshes`.
+        surfaces: draws those of persons.
     """
 
     def __init__(
-        self, metadata: Metadata, max_drawn: int = 200, triangles: np.ndarray | None = None
+        self,
+        metadata: Metadata,
+        max_drawn: int = 200,
+        triangles: np.ndarray | None = None,
+        surfaces: SurfaceDrawer | None = None,
     ) -> None:
         self.metadata = metadata
         self.max_drawn = max_drawn
         self.triangles = triangles
+        self.surfaces = surfaces or SurfaceDrawer()
 
     def __call__(self, image: np.ndarray, output: dict[str, Any]) -> np.ndarray:
         """Draw on an image (H×W×3, BGR, uint8); a new one of the same kind.
@@ -148,7 +157,8 @@ class PictureDrawer:
         Args:
             output: as Detectron2's models return it, instances as :func:`select` leaves them. With
                 ``heatmaps`` (see :mod:`d2ext.utils.heatmaps`) these and the instances' points are
-                drawn, too.
+                drawn, too; with ``surface`` ((3, H, W) uint8 on the CPU, see
+                :mod:`d2ext.utils.surfaces`) that.
 
         Returns:
             the picture; of an image of more than 40 megapixels, a smaller one
@@ -163,6 +173,10 @@ class PictureDrawer:
         """On RGB: heat maps and meshes below and points above what :meth:`_draw` draws."""
         if "heatmaps" in output:
             image = overlay_heatmaps(image, output["heatmaps"])
+        if "surface" in output:
+            image = self.surfaces(image, output["surface"].numpy())
+            if self.surfaces.alone:
+                return image
         if "instances" not in output:
             return self._draw(image, output)
         instances = output["instances"][: self.max_drawn]
@@ -289,9 +303,13 @@ class VideoDrawer(PictureDrawer):
     """
 
     def __init__(
-        self, metadata: Metadata, max_drawn: int = 200, triangles: np.ndarray | None = None
+        self,
+        metadata: Metadata,
+        max_drawn: int = 200,
+        triangles: np.ndarray | None = None,
+        surfaces: SurfaceDrawer | None = None,
     ) -> None:
-        super().__init__(metadata, max_drawn, triangles)
+        super().__init__(metadata, max_drawn, triangles, surfaces)
         from detectron2.utils.video_visualizer import VideoVisualizer  # pulls in matplotlib
 
         with _fixed_colors(0):

@@ -18,9 +18,13 @@ from d2ext.codecs.densepose import (
     decode_result,
     encode_result,
     integer_boxes,
+    masks_in_boxes,
     nearest_vertices,
     paste_masks,
+    paste_results,
     quantize,
+    vertices_at,
+    vertices_in_boxes,
 )
 from tests.reference.fixture import Fixture, draw_tensor
 
@@ -66,10 +70,43 @@ def test_results_as_published(fixture: Fixture, predictions: ChartPredictions) -
         text = encode_result(published)
         assert torch.equal(decode_result(text), published)
         assert text.endswith("\n") and {len(x) for x in text.splitlines()[:-1]} == {76}
-    masks = paste_masks(results, boxes, tuple(inputs["image_size_hw"]))
+    masks = paste_masks([r.labels > 0 for r in results], boxes, tuple(inputs["image_size_hw"]))
     assert np.array_equal(np.packbits(masks, axis=-1), expected["masks"])
     with pytest.raises(ValueError, match="PNG"):
         decode_result("")
+
+
+def test_the_first_is_on_top() -> None:
+    """Where it has a part; the second shows through its background, and both end with the image."""
+    first = torch.tensor([[0, 3, 3], [0, 3, 3]], dtype=torch.uint8)
+    quantized = [first.expand(3, 2, 3), torch.full((3, 5, 5), 7, dtype=torch.uint8)]
+    boxes = torch.tensor([[1.9, 1.0, 4.9, 3.0], [0.0, 0.0, 5.0, 5.0]])
+    surface, persons = paste_results(quantized, boxes, (3, 4))
+    assert persons.tolist() == [[2, 2, 2, 2], [2, 2, 1, 1], [2, 2, 1, 1]]
+    expected = torch.where(persons == 1, 3, 7).to(torch.uint8)
+    assert torch.equal(surface, expected.expand(3, 3, 4))
+    nothing, nobody = paste_results([], boxes[:0], (3, 4))
+    assert nothing.shape == (3, 3, 4) and not nothing.any() and not nobody.any()
+
+
+def test_vertices_of_some_pixels_are_those_of_all() -> None:
+    predictions = EmbeddingPredictions(
+        torch.from_numpy(draw_tensor("coarse", (3, 2, 8, 8), 1)),
+        torch.from_numpy(draw_tensor("embedding", (3, 5, 8, 8), 2)),
+    )
+    boxes = torch.tensor([[3.2, 1.9, 40.0, 33.3], [0.0, 0.0, 7.9, 9.0], [5.0, 5.0, 5.2, 30.0]])
+    vertices = torch.from_numpy(draw_tensor("vertices", (40, 5), 3))
+    results = vertices_in_boxes(predictions, boxes, vertices)
+    for mask, result in zip(masks_in_boxes(predictions, boxes), results, strict=True):
+        assert torch.equal(mask, result.mask) and 0 < mask.sum() < mask.numel()
+    person = torch.tensor([2, 0, 0, 1])
+    row, column = torch.tensor([20, 0, 17, 8]), torch.tensor([0, 35, 5, 6])
+    found = vertices_at(predictions, boxes[:, 2:] - boxes[:, :2], person, column, row, vertices)
+    expected = [
+        int(results[p].vertices[r, c]) if results[p].mask[r, c] else -1
+        for p, r, c in zip(person.tolist(), row.tolist(), column.tolist(), strict=True)
+    ]
+    assert found.tolist() == expected and len(set(expected)) > 2
 
 
 def test_travels_in_instances(predictions: ChartPredictions) -> None:
@@ -84,8 +121,10 @@ def test_travels_in_instances(predictions: ChartPredictions) -> None:
     assert found.to(torch.float64).coarse_segm.dtype == torch.float64
     nobody = found[torch.zeros(3, dtype=torch.bool)]
     assert len(nobody) == 0 and charts_in_boxes(nobody, torch.zeros(0, 4)) == []
-    embedded = EmbeddingPredictions(torch.zeros(2, 2, 4, 4), torch.ones(2, 3, 4, 4))
-    assert len(EmbeddingPredictions.cat([embedded, embedded[:1]])) == 3
+    mesh = {"body": torch.ones(5, 3)}
+    embedded = EmbeddingPredictions(torch.zeros(2, 2, 4, 4), torch.ones(2, 3, 4, 4), vertices=mesh)
+    joined = EmbeddingPredictions.cat([embedded, embedded[:1]]).to("cpu")
+    assert len(joined) == 3 and joined.vertices is mesh
 
 
 def test_results_are_those_of_interpolation(

@@ -13,6 +13,8 @@ from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
 
 from d2ext.tools import visualize_data
 from d2ext.utils.drawing import write_picture
+from d2ext.utils.surfaces import part_colors, value_colors
+from tests.data.densepose.persons import NUM_VERTICES, content, write_persons
 from tests.data.scenes import BACKGROUND, paint_scene, write_image
 
 
@@ -252,3 +254,38 @@ def test_frames_as_annotated(tmp_path):
     names = written(tmp_path)
     assert names[4] == "0004_000000_000004.png" and len(names) == 7
     assert len(names) == 7
+
+
+@pytest.mark.parametrize("vertices", [False, True])
+def test_points_on_surfaces(tmp_path, vertices):
+    def change(annotations):
+        for annotation in annotations if vertices else []:
+            for key in ("dp_I", "dp_U", "dp_V"):
+                del annotation[key]
+
+    json_file, images = write_persons(tmp_path, change)
+    name = f"test_visualize_{uuid.uuid4().hex}"
+    files = ["--dataset", name, "--train-json", json_file, "--train-images", images]
+    out = ["--output-dir", str(tmp_path / "out"), "--source", "annotation"]
+    try:
+        assert visualize_data.run([*files, *out]) == 0
+    finally:
+        DatasetCatalog.pop(f"{name}_train", None)
+        MetadataCatalog.pop(f"{name}_train", None)
+    picture = cv2.imread(str(tmp_path / "out" / "0000_1.png"))[:, :, ::-1]
+    panels = np.split(picture, picture.shape[1] // 400, axis=1)
+    assert len(panels) == (1 if vertices else 3) and picture.shape[0] == 300
+    first = content()["annotations"][0]
+    x0, y0, w, h = first["bbox"]
+    for i in range(16):
+        x = int(5 * (x0 + w * first["dp_x"][i] / 256))
+        y = int(5 * (y0 + h * first["dp_y"][i] / 256))
+        if vertices:
+            expected = [value_colors(np.array([first["dp_vertex"][i] / (NUM_VERTICES - 1)]))[0]]
+        else:
+            part = part_colors()[int(first["dp_I"][i])]
+            expected = [part, *value_colors(np.array([first["dp_U"][i], first["dp_V"][i]]))]
+        for panel, color in zip(panels, expected, strict=True):
+            assert np.abs(panel[y, x].astype(int) - color).max() <= 8, i
+    # The third person is on the second image, the last image has none.
+    assert cv2.imread(str(tmp_path / "out" / "0002_3.png")).shape == (300, 400, 3)

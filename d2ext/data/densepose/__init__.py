@@ -5,12 +5,14 @@ from d2ext.data.densepose.annotations import (
     DensePoseAnnotations,
     SurfacePoints,
 )
+from d2ext.data.densepose.geodesics import GeodesicDistances, open_geodesics
 from d2ext.data.densepose.parts import (
     MIRRORED_COARSE_PARTS,
     MIRRORED_PARTS,
     NUM_COARSE_PARTS,
     NUM_PARTS,
     SurfaceSymmetry,
+    read_mirror_vertices,
     read_uv_symmetry,
 )
 
@@ -21,7 +23,10 @@ __all__ = [
     "NUM_PARTS",
     "AnnotatedPoints",
     "DensePoseAnnotations",
+    "GeodesicDistances",
     "SurfacePoints",
     "SurfaceSymmetry",
+    "open_geodesics",
+    "read_mirror_vertices",
     "read_uv_symmetry",
 ]

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
+from d2ext.data.densepose.surface_files import read_arrays, surface_file
 from d2ext.data.errors import DatasetError
 
 NUM_PARTS = 24
@@ -103,10 +103,9 @@ def read_uv_symmetry(path: str | os.PathLike[str]) -> Tensor:
             ``U_transforms`` and ``V_transforms`` of 24 tables each
 
     Raises:
-        DatasetError: a file without them.
-        OSError: it cannot be read.
+        DatasetError: no file, or one without them.
     """
-    file = PathManager.get_local_path(os.fspath(path))
+    file = surface_file(path, "the tables of U and V in mirrored images")
     if file.endswith(".mat"):
         from scipy.io import loadmat  # optional
 
@@ -123,3 +122,25 @@ def read_uv_symmetry(path: str | os.PathLike[str]) -> Tensor:
             table = np.stack(list(table.ravel()))
         tables.append(torch.from_numpy(table.astype(np.float32)))
     return torch.stack(tables)
+
+
+def read_mirror_vertices(path: str | os.PathLike[str], num_vertices: int) -> Tensor:
+    """The mirror vertex of each vertex of a mesh, (V,) int64.
+
+    Args:
+        path: a file of :func:`~d2ext.data.densepose.surface_files.read_arrays` with
+            ``vertex_transforms``: a published ``symmetry_<mesh>.pkl``, or the mesh itself
+        num_vertices: V
+
+    Raises:
+        DatasetError: no file, or one without such a table for V vertices
+    """
+    table = read_arrays(path, "the mirror vertices of a mesh").get("vertex_transforms")
+    if table is None:
+        raise DatasetError(f"'{path}' has no vertex_transforms, the mirror vertices of a mesh.")
+    if table.shape != (num_vertices,) or not ((table >= 0) & (table < num_vertices)).all():
+        raise DatasetError(
+            f"The vertex_transforms of '{path}', {table.shape}, are not those of a mesh of "
+            f"{num_vertices} vertices."
+        )
+    return torch.from_numpy(table.astype(np.int64))

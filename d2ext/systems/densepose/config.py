@@ -83,8 +83,11 @@ def add_densepose_config(cfg: CfgNode) -> None:
     #   IS_TRAINABLE       whether any of it is learned
     #   INIT_FILE          features or embeddings to begin with: a published .pkl, or .npz; "": a
     #                      checkpoint has them
-    #   GEODESICS          file of distances between vertices (V, V), metres, for losses that need them:
-    #                      .npy, .npz or .pkl; "": none
+    #   GEODESICS          file of distances between vertices, metres, for losses that need them: .npy,
+    #                      .npz or .pkl, (V, V) or the strictly lower triangle by rows; "": none
+    #   SYMMETRY           file of the mirror vertices, for mirrored images in training: a published .pkl
+    #                      or .npz with vertex_transforms; "": `densepose_mesh` of the data has them, if
+    #                      it is this mesh
     cse.EMBEDDERS = CfgNode(new_allowed=True)
     # "EmbeddingLoss": the annotated vertex; "SoftEmbeddingLoss": vertices near it too.
     cse.EMBED_LOSS_NAME = "EmbeddingLoss"

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from d2ext.codecs.densepose import EmbeddingPredictions
 from d2ext.config import ConfigError
-from d2ext.systems.densepose.embedder import normalize_embeddings, read_geodesics
+from d2ext.data.densepose.geodesics import open_geodesics
+from d2ext.systems.densepose.embedder import normalize_embeddings
 from d2ext.systems.densepose.losses import coarse_loss, zero_loss
 from d2ext.systems.densepose.targets import DensePoseTargets
 
@@ -28,7 +29,7 @@ class Geodesics(dict[str, Tensor]):
     def __init__(self, files: Mapping[str, str]) -> None:
         """
         Args:
-            files: by mesh, see :func:`read_geodesics`; "": there is none
+            files: by mesh, see :func:`~d2ext.data.densepose.open_geodesics`; "": there is none
         """
         super().__init__()
         self.files = dict(files)
@@ -39,7 +40,7 @@ class Geodesics(dict[str, Tensor]):
                 f"The loss needs the distances between the vertices of {name}: name their file as "
                 f"MODEL.ROI_DENSEPOSE_HEAD.CSE.EMBEDDERS.{name}.GEODESICS."
             )
-        self[name] = read_geodesics(self.files[name])
+        self[name] = torch.from_numpy(open_geodesics(self.files[name]).square())
         return self[name]
 
 

@@ -7,18 +7,15 @@ Letters: V vertices of a mesh, K numbers of a vertex's features, D of an embeddi
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2ext.checkpoint.pickles import checked, read_pickle
 from d2ext.config import ConfigError
+from d2ext.data.densepose.surface_files import read_arrays
 
 # Least norm that embeddings are divided by.
 _EPSILON = 1e-6
@@ -53,7 +50,10 @@ class VertexEmbedder(nn.Module):
             else:
                 self.register_buffer("features", features)
         rows = vertices if feature_size is None else feature_size
-        self.embeddings = nn.Parameter(torch.zeros(rows, embed_size))
+        self.embeddings = nn.Parameter(torch.empty(rows, embed_size))
+        # Of norms about 1. Zeros, as published, would make gradients of the first step, divided by the
+        # norm, a million times larger than later ones; Adam remembers them.
+        nn.init.normal_(self.embeddings, std=(embed_size * (feature_size or 1)) ** -0.5)
         self._trained_before = False
 
     def forward(self) -> Tensor:
@@ -139,36 +139,3 @@ class Embedder(nn.Module):
     def forward(self) -> dict[str, Tensor]:
         """(V, D) embeddings by mesh, in the order of the names."""
         return {name: getattr(self, f"embedder_{name}")() for name in self.mesh_names}
-
-
-def read_arrays(path: str) -> dict[str, np.ndarray]:
-    """The arrays of an .npy (under ""), .npz or .pkl file as float32; a pickle is read as data."""
-    path = PathManager.get_local_path(path)
-    if path.endswith((".npy", ".npz")):
-        stored = np.load(path, allow_pickle=False)
-        content: Any = {"": stored} if isinstance(stored, np.ndarray) else dict(stored)
-    else:
-        content = checked(read_pickle(Path(path).read_bytes()))
-        if isinstance(content, np.ndarray):
-            content = {"": content}
-    if not isinstance(content, dict):
-        raise ConfigError(f"'{path}' holds a {type(content).__name__}, not arrays by name.")
-    arrays = {}
-    for name, value in content.items():
-        if isinstance(value, np.ndarray):
-            arrays[str(name)] = value.astype(np.float32)
-        elif isinstance(value, Tensor):
-            arrays[str(name)] = value.float().numpy()
-    return arrays
-
-
-def read_geodesics(path: str) -> Tensor:
-    """(V, V) float32 distances between the vertices of a mesh, from a file with one square matrix.
-
-    Raises:
-        ConfigError: it has none.
-    """
-    squares = [x for x in read_arrays(path).values() if x.ndim == 2 and x.shape[0] == x.shape[1]]
-    if len(squares) != 1:
-        raise ConfigError(f"'{path}' has {len(squares)} square matrices, not one, of distances.")
-    return torch.from_numpy(squares[0])

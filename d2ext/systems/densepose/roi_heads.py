@@ -9,6 +9,7 @@ Letters: R regions, C channels, s side of a pooled region, S side of the maps.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
-from d2ext.codecs.densepose import SurfacePredictions
+from d2ext.codecs.densepose import EmbeddingPredictions, SurfacePredictions
 from d2ext.systems.densepose.cse_losses import build_cse_loss
 from d2ext.systems.densepose.embedder import Embedder
 from d2ext.systems.densepose.head import DENSEPOSE_HEAD_REGISTRY, DensePoseDecoder
@@ -141,6 +142,8 @@ class DensePoseROIHeads(StandardROIHeads):
         instances = super().forward_with_given_boxes(features, instances)
         if self.densepose_on:
             predictions = self.predict(features, [x.pred_boxes for x in instances])
+            if isinstance(predictions, EmbeddingPredictions) and self.embedder is not None:
+                predictions = dataclasses.replace(predictions, vertices=self.embedder())
             start = 0
             for x in instances:
                 x.pred_densepose = predictions[start : start + len(x)]

@@ -85,7 +85,7 @@ def test_head_predictor_results_and_losses() -> None:
         expected = fixture.expected[f"result{k}.labels_uv_uint8"].astype(int)
         different = np.abs(quantize(result).numpy() - expected)
         assert different.max() <= 1 and (different > 0).mean() < 1e-3
-    masks = paste_masks(results, boxes, (200, 200))
+    masks = paste_masks([r.labels > 0 for r in results], boxes, (200, 200))
     assert np.array_equal(np.packbits(masks, axis=-1), fixture.expected["result_masks"])
 
     targets = _targets(fixture, 112)
@@ -236,7 +236,9 @@ def test_detections(case: Case) -> None:
     for k, result in zip(rows.tolist(), results, strict=True):
         different = quantize(result).numpy() != expected[f"detections.labels_uv_uint8.{k}"]
         assert different.mean() < 1e-3, k
-    masks = np.packbits(paste_masks(results, boxes, found.image_size), axis=-1)
+    masks = np.packbits(
+        paste_masks([r.labels > 0 for r in results], boxes, found.image_size), axis=-1
+    )
     assert np.array_equal(masks, expected["detections.masks"][rows])
 
 

@@ -12,7 +12,7 @@ import math
 import pickletools
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -63,11 +63,13 @@ class _Array:
     value: np.ndarray | None = None
 
 
-def read_pickle(content: bytes, storage: Callable[[str, int], Any] | None = None) -> Any:
+def read_pickle(
+    content: bytes | IO[bytes], storage: Callable[[str, int], Any] | None = None
+) -> Any:
     """The object in a pickle.
 
     Args:
-        content: the pickle.
+        content: the pickle, or a file at its beginning.
         storage: for the pickle in a file of ``torch.save``: (key, bytes) → untyped storage of that size.
 
     Raises:
@@ -84,7 +86,7 @@ class _Machine:
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
 
-    def run(self, content: bytes) -> Any:
+    def run(self, content: bytes | IO[bytes]) -> Any:
         for opcode, argument, _ in pickletools.genops(content):
             name = opcode.name
             if name == "STOP":
