@@ -74,7 +74,7 @@ def measure(predictor: BatchPredictor, record: dict) -> tuple[np.ndarray, np.nda
         ]
     )
     points = place_points(annotations.points(), boxes, boxes, surfaces.fine_segm.shape[-1])
-    part = points.points.part
+    part = points.points.parts
     found = points.sample(surfaces.fine_segm).argmax(dim=1)
     errors = [
         (points.sample(maps, part) - truth).abs()

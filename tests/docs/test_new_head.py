@@ -1,4 +1,5 @@
-"""docs/new_head.md: its code runs as it stands; retinaface.md: what it names exists."""
+"""docs/new_head.md: its code runs as it stands; what retinaface.md and densepose.md name
+exists."""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ from tests.test_readme import COMMAND, ROOT, assert_key, blocks, commands, help_
 
 PAGE = (ROOT / "docs/new_head.md").read_text(encoding="utf-8")
 FACES = (ROOT / "docs/retinaface.md").read_text(encoding="utf-8")
+SURFACES = (ROOT / "docs/densepose.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -73,7 +75,7 @@ def test_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert losses["loss_turn"].item() == 0 and losses["loss_turn"].requires_grad
 
 
-TOOLS = [w for w in commands(FACES) if w[0] in ("python", "d2ext")]
+TOOLS = [w for x in (FACES, SURFACES) for w in commands(x) if w[0] in ("python", "d2ext")]
 
 
 @pytest.mark.parametrize("words", TOOLS, ids=" ".join)
@@ -94,9 +96,10 @@ def test_commands_exist(words: list[str]) -> None:
 
 
 def test_keys_links_and_configs_exist() -> None:
-    for key in re.findall(r"`((?:INPUT|MODEL|TEST|DATASETS|DATALOADER)\.[A-Z_.]+)", FACES):
+    sections = "INPUT|MODEL|TEST|DATASETS|DATALOADER|DENSEPOSE_EVALUATION"
+    for key in re.findall(rf"`((?:{sections})\.[A-Z_.]+)", FACES + SURFACES):
         assert_key(key)
-    for page in (FACES, PAGE):
+    for page in (FACES, PAGE, SURFACES):
         links = [x for x in re.findall(r"\]\(([^)#]+)\)", page) if "://" not in x]
         assert [x for x in links if not (ROOT / "docs" / x).exists()] == []
     table = re.findall(r"^\| `(retinaface/.*?)` \|", FACES, flags=re.MULTILINE)
