@@ -18,6 +18,7 @@ def add_data_config(cfg: CfgNode) -> None:
 
     # What makes samples of a data set, a name in d2ext.data.MAPPER_REGISTRY:
     #   "D2extDatasetMapper"     images, as with Detectron2's mapper
+    #   "PoseMapper"             the same; keypoints that a crop leaves outside stay annotated
     #   "build_top_down_mapper"  landmarks: in training one annotated instance, cropped; in a test one
     #                            image with the boxes to crop (INPUT.LANDMARKS)
     #   "FaceMapper"             images of faces, with meshes where the data have them

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, MetadataCatalog, detection_utils
+from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks
 from fvcore.common.registry import Registry
 from fvcore.transforms.transform import TransformList
@@ -229,12 +230,7 @@ class D2extDatasetMapper(DatasetMapper):
                 [a for a in annotations if not a.get("iscrowd", 0)], transforms
             )
         annotations = [
-            detection_utils.transform_instance_annotations(
-                annotation,
-                transforms,
-                image_shape,
-                keypoint_hflip_indices=self.keypoint_hflip_indices,
-            )
+            self._transform_annotation(annotation, transforms, image_shape)
             for annotation in annotations
         ]
         for annotation in annotations:
@@ -260,6 +256,17 @@ class D2extDatasetMapper(DatasetMapper):
         dataset_dict["instances"] = instances
         crowd_instances = detection_utils.annotations_to_instances(crowds, image_shape)
         dataset_dict["crowd_instances"] = detection_utils.filter_empty_instances(crowd_instances)
+
+    def _transform_annotation(
+        self, annotation: dict[str, Any], transforms: TransformList, image_shape: tuple[int, int]
+    ) -> dict[str, Any]:
+        """Box, polygons and keypoints of an annotation, modified in place, in the sample's image."""
+        return detection_utils.transform_instance_annotations(
+            annotation,
+            transforms,
+            image_shape,
+            keypoint_hflip_indices=self.keypoint_hflip_indices,
+        )
 
     def _add_fields(
         self,
@@ -295,6 +302,28 @@ class D2extDatasetMapper(DatasetMapper):
 
     def _num_keypoints(self) -> int:
         return 0 if self.keypoint_hflip_indices is None else len(self.keypoint_hflip_indices)
+
+
+@MAPPER_REGISTRY.register()
+class PoseMapper(D2extDatasetMapper):
+    """:class:`D2extDatasetMapper` whose ``gt_keypoints`` outside the image stay annotated.
+
+    Detectron2 marks them as unlabelled. Published CenterNet decides on the annotation: a person all of
+    whose joints lie outside the crop still trains its size.
+    """
+
+    def _transform_annotation(
+        self, annotation: dict[str, Any], transforms: TransformList, image_shape: tuple[int, int]
+    ) -> dict[str, Any]:
+        keypoints = annotation.pop("keypoints", None)
+        annotation = super()._transform_annotation(annotation, transforms, image_shape)
+        if keypoints is not None:
+            points = np.reshape(keypoints, (-1, 3))
+            points[:, :2] = transforms.apply_coords(points[:, :2])
+            if sum(isinstance(t, T.HFlipTransform) for t in transforms.transforms) % 2 == 1:
+                points = points[self.keypoint_hflip_indices]
+            annotation["keypoints"] = np.where(points[:, 2:] > 0, points, 0.0)
+        return annotation
 
 
 def _boxes_and_crowd(annotations: list[dict[str, Any]] | None) -> dict[str, np.ndarray]:

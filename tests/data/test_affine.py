@@ -125,7 +125,21 @@ def test_what_leaves_the_window_is_cut() -> None:
     np.testing.assert_allclose(tfm.apply_box(boxes), [[0, 20, 40, 60], [0, 0, 0, 0]])
     square = np.array([[20.0, 40], [50, 40], [50, 60], [20, 60]])
     (polygon,) = tfm.apply_polygons([square, square - 100])
-    assert polygon.min() == 0 and polygon[:, 0].max() == 40
+    # The centre of the first pixel is 0.5, before and after.
+    assert polygon.min() == 0 and polygon[:, 0].max() == 39.5
+
+
+def test_polygons_and_keypoints_follow_the_image_and_boxes_the_published_map() -> None:
+    tfm = WarpTransform(affine_matrix((10, 10), 10, (40, 40)), 20, 20, 40, 40)
+    image = np.zeros((20, 20), np.float32)
+    image[8, 12] = 1.0
+    y, x = np.unravel_index(tfm.apply_image(image).argmax(), (40, 40))
+    # pixel (12, 8) and its centre
+    np.testing.assert_allclose(tfm.apply_coords(np.array([[12.5, 8.5]])), [[x + 0.5, y + 0.5]])
+    np.testing.assert_allclose(tfm.apply_box(np.array([[12.0, 8, 13, 9]])), [[x, y, x + 4, y + 4]])
+    np.testing.assert_allclose(
+        tfm.apply_coords(np.array([[-12.5, 8.5]])), [[x - 100 + 0.5, y + 0.5]]
+    )
 
 
 def test_windows_of_the_crop() -> None:

@@ -18,9 +18,10 @@ _MODES = ("crop", "shift", "letterbox")
 class WarpTransform(WindowTransform):
     """Affine map of pixel indices, with zeros where the source has nothing.
 
-    The same matrix moves pixels (whose index is their centre) and coordinates of boxes, polygons and
-    keypoints (where the centre of the first pixel is 0.5), as published. Where the image shrinks or
-    grows by a factor f the two part by (1 - f) / 2 pixels of the result.
+    Polygons and keypoints, for which the centre of the first pixel is 0.5, follow the image.
+
+    Published quirk: boxes are moved by the same matrix, as if their sides were indices. Where the image
+    shrinks or grows by a factor f, boxes and image part by (1 - f) / 2 pixels of the result.
     """
 
     def __init__(
@@ -64,7 +65,19 @@ class WarpTransform(WindowTransform):
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
         """(N, 2) points (x, y), also outside the result."""
-        return coords @ self.matrix[:, :2].T + self.matrix[:, 2]
+        return self._move(coords - 0.5) + 0.5
+
+    def apply_box(self, box: np.ndarray) -> np.ndarray:
+        """(N, 4) XYXY → moved as indices and cut to the result; boxes outside it get zero area."""
+        corners = self._move(
+            np.asarray(box).reshape(-1, 4)[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 2)
+        )
+        corners = corners.reshape(-1, 4, 2)
+        box = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+        return np.clip(box, 0, np.array([self.new_w, self.new_h] * 2))
+
+    def _move(self, indices: np.ndarray) -> np.ndarray:
+        return indices @ self.matrix[:, :2].T + self.matrix[:, 2]
 
 
 class PixelMirrorTransform(HFlipTransform):
