@@ -26,6 +26,9 @@ def add_data_config(cfg: CfgNode) -> None:
     #   "FlowPairMapper"         pairs of images with optical flow
     cfg.INPUT.MAPPER = "D2extDatasetMapper"
 
+    # Published fault of CornerNet and both CenterNets: crowd annotations train like single objects.
+    cfg.INPUT.PUBLISHED_CROWDS = False
+
     # True: sem_seg of a training sample has a label for every class, stuff 0..S-1 and then things
     # S..S+T-1, and 255 for none, read from the panoptic annotation (see d2ext.data.panoptic).
     # False: the file that sem_seg_file_name names, as in Detectron2.

@@ -57,6 +57,7 @@ class D2extDatasetMapper(DatasetMapper):
         *args: Any,
         sem_seg_with_things: PanopticClasses | None = None,
         sem_seg_labels: Collection[int] | None = None,
+        published_crowds: bool = False,
         **kwargs: Any,
     ) -> None:
         """
@@ -65,10 +66,12 @@ class D2extDatasetMapper(DatasetMapper):
             sem_seg_with_things: classes of the data, to make ``sem_seg`` of the panoptic
                 annotation; None reads the file that ``sem_seg_file_name`` names
             sem_seg_labels: values that such a file may hold; None: any
+            published_crowds: crowds are objects like others, see ``INPUT.PUBLISHED_CROWDS``
         """
         super().__init__(*args, **kwargs)
         self.sem_seg_labels = None if sem_seg_labels is None else set(sem_seg_labels)
         self.sem_seg_with_things = sem_seg_with_things
+        self.published_crowds = published_crowds
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -81,6 +84,7 @@ class D2extDatasetMapper(DatasetMapper):
             common.MODEL.KEYPOINT_ON = False
         arguments = super().from_config(common, is_train)
         arguments["augmentations"] = build_augmentations(cfg, is_train)
+        arguments["published_crowds"] = cfg.INPUT.PUBLISHED_CROWDS
         if cfg.INPUT.AUGMENTATION.NAME != "default":
             arguments["recompute_boxes"] = False
         if cfg.INPUT.SEM_SEG_WITH_THINGS and is_train:
@@ -183,6 +187,8 @@ class D2extDatasetMapper(DatasetMapper):
         if dropped:
             _log_dropped(file_name, dropped)
         for annotation in annotations:
+            if self.published_crowds:
+                annotation["iscrowd"] = 0
             crowd = annotation.get("iscrowd", 0)
             if not self.use_instance_mask or crowd:
                 annotation.pop("segmentation", None)

@@ -70,6 +70,9 @@ def add_engine_config(cfg: CfgNode) -> None:
     # COCO's keypoint evaluation leaves out an instance whose keypoints are as similar as this (OKS) to
     # those of one with a better score: 0.9 in the published top-down systems. 0: keep all.
     cfg.TEST.KEYPOINT_OKS_NMS = 0.0
+    # Published fault of CornerNet and both CenterNets: boxes and scores of results are rounded to two
+    # decimals before COCO's evaluation, which makes equal scores.
+    cfg.TEST.PUBLISHED_ROUNDING = False
     # What gives the instances of a model that gives none their ids in evaluation on videos, a name in
     # d2ext.engine.tracking.TRACKER_REGISTRY ("NorfairTracker"). Empty: they get none.
     cfg.TEST.TRACKER = ""

@@ -67,6 +67,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         oks_nms_threshold: published: 0.9; 0: keep all.
         oks_nms_crop: (h, w) of a top-down network's crops and the padding of its boxes: the areas are
             those of the crops, as published; None: of the boxes.
+        published_rounding: see ``TEST.PUBLISHED_ROUNDING``.
         content: what to compare with, in COCO's form, instead of the data set's JSON file.
         max_dets_per_image, use_fast_impl, kpt_oks_sigmas: see Detectron2's evaluator.
     """
@@ -80,6 +81,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         *,
         oks_nms_threshold: float = 0.0,
         oks_nms_crop: tuple[tuple[int, int], float] | None = None,
+        published_rounding: bool = False,
         max_dets_per_image: int | None = None,
         use_fast_impl: bool = True,
         kpt_oks_sigmas: Sequence[float] = (),
@@ -102,6 +104,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         self._fields: set[str] = set()
         self._oks_nms_threshold = oks_nms_threshold
         self._oks_nms_crop = oks_nms_crop
+        self._published_rounding = published_rounding
 
     def reset(self) -> None:
         """Forget all predictions."""
@@ -126,9 +129,12 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             if self._oks_nms_threshold > 0 and instances.has("pred_keypoints"):
                 instances = instances[self._different_poses(instances)]
             image_id = one_input["image_id"]
-            self._predictions.append(
-                {"image_id": image_id, "instances": _to_coco(instances, image_id)}
-            )
+            results = _to_coco(instances, image_id)
+            if self._published_rounding:
+                for result in results:
+                    result["score"] = round(result["score"], 2)
+                    result["bbox"] = [round(v, 2) for v in result["bbox"]]
+            self._predictions.append({"image_id": image_id, "instances": results})
 
     def _different_poses(self, instances: Instances) -> torch.Tensor:
         """Indices of the instances that :func:`oks_nms` selects.

@@ -146,6 +146,20 @@ def test_agrees_with_detectron2(dataset: str, tmp_path: Path) -> None:
     assert a == b and len(a) == 24
 
 
+def test_published_rounding(dataset: str, tmp_path: Path) -> None:
+    detections = instances([[1.234, 2, 11.5, 9.999]], [0], [0.1249])
+    values = {}
+    for rounded in (True, False):
+        run(
+            COCOEvaluator(dataset, output_dir=str(tmp_path), published_rounding=rounded),
+            {1: detections},
+        )
+        (result,) = json.loads((tmp_path / "coco_instances_results.json").read_text())
+        values[rounded] = [result["score"], *result["bbox"]]
+    assert values[True] == [0.12, 1.23, 2.0, 10.27, 8.0]
+    assert values[False] == pytest.approx([0.1249, 1.234, 2, 10.266, 7.999], rel=1e-6)
+
+
 def test_per_category_table_is_logged(
     dataset: str,
     tmp_path: Path,
