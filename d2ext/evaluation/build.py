@@ -51,7 +51,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
     ``coco_panoptic_seg``        those, semantic segmentation and panoptic quality, of these the
                                  ones for which the model has an output
     ``landmarks``                landmark metrics, by ``landmark_metrics`` of the metadata: NME, PCK,
-                                 PCKh; "oks" adds COCO's keypoint AP
+                                 PCKh, the hourglass paper's PCK; "oks" adds COCO's keypoint
+                                 AP
     ``faces``                    boxes, also by face size, NME of points and meshes
     ``wider_face``               WIDER FACE's AP: easy, medium, hard
     ``sem_seg``                  semantic segmentation
