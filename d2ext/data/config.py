@@ -112,6 +112,10 @@ def add_data_config(cfg: CfgNode) -> None:
     # Standard deviations of "shift": of the centre over the longer side, of the window's factor
     c.AFFINE.SHIFT = 0.1
     c.AFFINE.ZOOM = 0.4
+    # Probability of a rotation, and the standard deviation of its angle, degrees. As published, rotated
+    # images train joint heat maps and offsets alone: for poses (INPUT.MAPPER "PoseMapper").
+    c.AFFINE.ROTATE_PROB = 0.0
+    c.AFFINE.ROTATE = 25.0
 
     # The keys below belong to "cornernet", which also takes SIZE, CROP_ENABLED (off: the whole image,
     # padded to a square), FLIP_PROB, COLOR_JITTER and LIGHTING.

@@ -16,6 +16,7 @@ from fvcore.transforms.transform import TransformList
 
 from d2ext.data.annotations import describe_dropped, normalize_annotations
 from d2ext.data.augmentations import DetectionInput, ReportsVisibleShares, build_augmentations
+from d2ext.data.augmentations.affine import WarpTransform
 from d2ext.data.errors import AnnotationError, shorten
 from d2ext.data.image_io import label_values, read_label_map, read_record_image
 from d2ext.data.panoptic import IGNORE_LABEL, PanopticClasses, full_label_map, panoptic_classes
@@ -315,8 +316,19 @@ class PoseMapper(D2extDatasetMapper):
     """:class:`D2extDatasetMapper` whose ``gt_keypoints`` outside the image stay annotated.
 
     Detectron2 marks them as unlabelled. Published CenterNet decides on the annotation: a person all of
-    whose joints lie outside the crop still trains its size.
+    whose joints lie outside the crop still trains its size. A sample that was rotated
+    (``INPUT.AUGMENTATION.AFFINE.ROTATE_PROB``) says so: ``rotated``, True.
     """
+
+    def map(
+        self, dataset_dict: dict[str, Any], transforms: TransformList | None = None
+    ) -> tuple[dict[str, Any], TransformList]:
+        """See the base class."""
+        sample, transforms = super().map(dataset_dict, transforms)
+        steps = (t for t in transforms.transforms if isinstance(t, WarpTransform))
+        if any(step.box_matrix is not None for step in steps):
+            sample["rotated"] = True
+        return sample, transforms
 
     def _transform_annotation(
         self, annotation: dict[str, Any], transforms: TransformList, image_shape: tuple[int, int]

@@ -66,6 +66,30 @@ class Numbers:
         return np.array([self.lists["randn"].pop(0) for _ in range(size)]).squeeze()
 
 
+def test_rotation_is_the_published_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The image turns, and the boxes do not."""
+    fixture = Fixture(REFERENCE / "centernet" / "targets")
+    inputs, name = fixture.manifest["inputs"], "pose_crop_flip_rotate"
+    drawn = {k: np.atleast_1d(v) for k, v in inputs[name].items() if k != "meaning"}
+    Numbers(monkeypatch, **drawn)
+    listed = np.array(inputs["boxes_x1_y1_x2_y2_category"])
+    aug_input = DetectionInput(draw_image(220, 260, seed=5), boxes=listed[:, :4])
+    cfg = get_cfg()
+    cfg.INPUT.AUGMENTATION.NAME = "centernet"
+    cfg.INPUT.AUGMENTATION.SIZE = 256
+    cfg.INPUT.AUGMENTATION.AFFINE.ROTATE_PROB = 0.5
+    build_augmentations(cfg, True)[0](aug_input)
+    image = ((aug_input.image / 255 - MEAN) / STD).transpose(2, 0, 1)
+    assert fixture.compare(f"{name}_input", image) < 2e-4  # the published matrix is of float32
+    boxes = np.clip(aug_input.boxes / 4, 0, 63)[:5]
+    expected = fixture.expected[f"{name}_wh"][:5]
+    np.testing.assert_allclose(boxes[:, 2:] - boxes[:, :2], expected, atol=1e-4)
+    cells = np.floor((boxes[:, :2] + boxes[:, 2:]) / 2)
+    np.testing.assert_array_equal(
+        cells[:, 1] * 64 + cells[:, 0], fixture.expected[f"{name}_ind"][:5]
+    )
+
+
 @pytest.mark.parametrize("name", ["plain", "crop_flip", "shift_scale"])
 def test_warps_are_the_published_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The warped image, and the centres and sizes of warped boxes."""

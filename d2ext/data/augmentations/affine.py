@@ -25,7 +25,14 @@ class WarpTransform(WindowTransform):
     """
 
     def __init__(
-        self, matrix: np.ndarray, w: int, h: int, new_w: int, new_h: int, ignore_label: int = 255
+        self,
+        matrix: np.ndarray,
+        w: int,
+        h: int,
+        new_w: int,
+        new_h: int,
+        ignore_label: int = 255,
+        box_matrix: np.ndarray | None = None,
     ) -> None:
         """
         Args:
@@ -33,6 +40,7 @@ class WarpTransform(WindowTransform):
             w, h: size of the source, pixels
             new_w, new_h: size of the result, pixels
             ignore_label: value of new area in label maps; images and instance masks get 0
+            box_matrix: (2, 3), of boxes; None: the same
         """
         super().__init__()
         matrix = np.asarray(matrix, dtype=np.float64)
@@ -65,19 +73,19 @@ class WarpTransform(WindowTransform):
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
         """(N, 2) points (x, y), also outside the result."""
-        return self._move(coords - 0.5) + 0.5
+        return _move(self.matrix, coords - 0.5) + 0.5
 
     def apply_box(self, box: np.ndarray) -> np.ndarray:
         """(N, 4) XYXY → moved as indices and cut to the result; boxes outside it get zero area."""
-        corners = self._move(
-            np.asarray(box).reshape(-1, 4)[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 2)
-        )
-        corners = corners.reshape(-1, 4, 2)
+        matrix = self.matrix if self.box_matrix is None else self.box_matrix
+        corners = np.asarray(box).reshape(-1, 4)[:, [0, 1, 2, 1, 2, 3, 0, 3]]
+        corners = _move(matrix, corners.reshape(-1, 4, 2))
         box = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
         return np.clip(box, 0, np.array([self.new_w, self.new_h] * 2))
 
-    def _move(self, indices: np.ndarray) -> np.ndarray:
-        return indices @ self.matrix[:, :2].T + self.matrix[:, 2]
+
+def _move(matrix: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    return indices @ matrix[:, :2].T + matrix[:, 2]
 
 
 class PixelMirrorTransform(HFlipTransform):
@@ -101,6 +109,8 @@ class RandomAffineWarp(LabelAwareAugmentation):
     - "shift": a window of the longer side around the centre, moved and zoomed by clipped normal
       numbers;
     - "letterbox": that window itself, unmoved, as in testing with fixed resolution.
+
+    Published quirk: a rotation turns the image and its keypoints, not the boxes.
     """
 
     def __init__(
@@ -112,6 +122,8 @@ class RandomAffineWarp(LabelAwareAugmentation):
         shift: float = 0.1,
         zoom: float = 0.4,
         flip_prob: float = 0.5,
+        rotate_prob: float = 0.0,
+        rotate: float = 0.0,
         ignore_label: int = 255,
     ) -> None:
         """
@@ -123,6 +135,8 @@ class RandomAffineWarp(LabelAwareAugmentation):
             shift: of "shift": the standard deviation of the centre over the longer side; cut at two
             zoom: of "shift": the standard deviation of the factor on the window; cut at one
             flip_prob: probability of a mirror image
+            rotate_prob: probability of a rotation
+            rotate: its standard deviation, degrees; cut at two
             ignore_label: value of new area in label maps
         """
         super().__init__()
@@ -143,11 +157,15 @@ class RandomAffineWarp(LabelAwareAugmentation):
             moves = np.clip(np.random.normal(0, 1, 2) * self.shift, -2 * self.shift, 2 * self.shift)
             center = center + side * moves
             side *= float(np.clip(np.random.normal(0, 1) * self.zoom, -self.zoom, self.zoom) + 1)
+        angle = 0.0
+        if self.rotate_prob > 0 and np.random.uniform() < self.rotate_prob:
+            angle = self.rotate * float(np.clip(np.random.normal(0, 1), -2, 2))
         steps: list[Transform] = []
         if np.random.uniform() < self.flip_prob:
             steps.append(PixelMirrorTransform(w))
             center[0] = w - 1 - center[0]
         new_h, new_w = self.size
-        matrix = affine_matrix(center, side, (new_w, new_h))
-        steps.append(WarpTransform(matrix, w, h, new_w, new_h, ignore_label=self.ignore_label))
+        matrix = affine_matrix(center, side, (new_w, new_h), angle)
+        upright = affine_matrix(center, side, (new_w, new_h)) if angle else None
+        steps.append(WarpTransform(matrix, w, h, new_w, new_h, self.ignore_label, upright))
         return TransformList(steps)

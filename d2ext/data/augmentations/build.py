@@ -182,6 +182,8 @@ def build_centernet_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augment
             shift=c.AFFINE.SHIFT,
             zoom=c.AFFINE.ZOOM,
             flip_prob=c.FLIP_PROB,
+            rotate_prob=c.AFFINE.ROTATE_PROB,
+            rotate=c.AFFINE.ROTATE,
         )
     ]
     return augmentations + _colors(cfg)
