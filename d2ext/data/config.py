@@ -103,7 +103,8 @@ def add_data_config(cfg: CfgNode) -> None:
     # Standard deviation of the lighting noise along the principal components of ImageNet's colours
     c.LIGHTING = 0.1
     c.AFFINE = CfgNode()
-    # "crop": a random window; "shift": the whole image, moved and zoomed; "letterbox": the whole image
+    # "crop": a random window; "shift": the whole image, moved and zoomed; "letterbox": the whole image;
+    # "keep": the whole image at its own resolution, padded to multiples of DIVISIBILITY
     c.AFFINE.MODE = "crop"
     # Sides of the window of "crop" over the image's longer side, one of them is drawn
     c.AFFINE.SCALES = [0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3]
@@ -112,6 +113,8 @@ def add_data_config(cfg: CfgNode) -> None:
     # Standard deviations of "shift": of the centre over the longer side, of the window's factor
     c.AFFINE.SHIFT = 0.1
     c.AFFINE.ZOOM = 0.4
+    # Published: 32, for the hourglass 128
+    c.AFFINE.DIVISIBILITY = 32
     # Probability of a rotation, and the standard deviation of its angle, degrees. As published, rotated
     # images train joint heat maps and offsets alone: for poses (INPUT.MAPPER "PoseMapper").
     c.AFFINE.ROTATE_PROB = 0.0

@@ -12,7 +12,7 @@ from d2ext.codecs.affine import affine_matrix
 from d2ext.data.augmentations.base import LabelAwareAugmentation, WindowTransform
 from d2ext.data.augmentations.geometry import random_center
 
-_MODES = ("crop", "shift", "letterbox")
+_MODES = ("crop", "shift", "letterbox", "keep")
 
 
 class WarpTransform(WindowTransform):
@@ -102,13 +102,15 @@ class PixelMirrorTransform(HFlipTransform):
 
 
 class RandomAffineWarp(LabelAwareAugmentation):
-    """CenterNet's geometric augmentation: mirror and one affine warp to a fixed size.
+    """CenterNet's geometric augmentation: mirror and one affine warp, mostly to a fixed size.
 
     - "crop": a window of a random one of ``scales`` times the longer side, its centre uniform in the
       image at least ``border`` pixels from the edges (halved until it fits into both halves);
     - "shift": a window of the longer side around the centre, moved and zoomed by clipped normal
       numbers;
-    - "letterbox": that window itself, unmoved, as in testing with fixed resolution.
+    - "letterbox": that window itself, unmoved, as in testing with fixed resolution;
+    - "keep": the image's own pixels in the middle of the next larger divisible size, as in testing with
+      kept resolution.
 
     Published quirk: a rotation turns the image and its keypoints, not the boxes.
     """
@@ -124,12 +126,13 @@ class RandomAffineWarp(LabelAwareAugmentation):
         flip_prob: float = 0.5,
         rotate_prob: float = 0.0,
         rotate: float = 0.0,
+        divisibility: int = 32,
         ignore_label: int = 255,
     ) -> None:
         """
         Args:
-            size: (height, width) of the result, pixels
-            mode: "crop", "shift" or "letterbox"
+            size: (height, width) of the result, pixels; not of "keep"
+            mode: "crop", "shift", "letterbox" or "keep"
             scales: of "crop"
             border: of "crop", pixels
             shift: of "shift": the standard deviation of the centre over the longer side; cut at two
@@ -137,6 +140,7 @@ class RandomAffineWarp(LabelAwareAugmentation):
             flip_prob: probability of a mirror image
             rotate_prob: probability of a rotation
             rotate: its standard deviation, degrees; cut at two
+            divisibility: of "keep": the result's sides are multiples of it
             ignore_label: value of new area in label maps
         """
         super().__init__()
@@ -148,7 +152,7 @@ class RandomAffineWarp(LabelAwareAugmentation):
 
     def get_transform(self, image: np.ndarray) -> Transform:
         h, w = image.shape[:2]
-        center, side = np.array([w / 2, h / 2]), float(max(h, w))
+        (new_h, new_w), center, side = self.size, np.array([w / 2, h / 2]), float(max(h, w))
         if self.mode == "crop":
             side *= float(np.random.choice(self.scales))
             places = [random_center(w, self.border), random_center(h, self.border)]
@@ -157,6 +161,10 @@ class RandomAffineWarp(LabelAwareAugmentation):
             moves = np.clip(np.random.normal(0, 1, 2) * self.shift, -2 * self.shift, 2 * self.shift)
             center = center + side * moves
             side *= float(np.clip(np.random.normal(0, 1) * self.zoom, -self.zoom, self.zoom) + 1)
+        elif self.mode == "keep":
+            # As published, a side that is divisible already grows, too.
+            new_h, new_w = ((x // self.divisibility + 1) * self.divisibility for x in (h, w))
+            center, side = np.array([w // 2, h // 2]), float(new_w)
         angle = 0.0
         if self.rotate_prob > 0 and np.random.uniform() < self.rotate_prob:
             angle = self.rotate * float(np.clip(np.random.normal(0, 1), -2, 2))
@@ -164,7 +172,6 @@ class RandomAffineWarp(LabelAwareAugmentation):
         if np.random.uniform() < self.flip_prob:
             steps.append(PixelMirrorTransform(w))
             center[0] = w - 1 - center[0]
-        new_h, new_w = self.size
         matrix = affine_matrix(center, side, (new_w, new_h), angle)
         upright = affine_matrix(center, side, (new_w, new_h)) if angle else None
         steps.append(WarpTransform(matrix, w, h, new_w, new_h, self.ignore_label, upright))

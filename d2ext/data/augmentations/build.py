@@ -184,6 +184,7 @@ def build_centernet_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augment
             flip_prob=c.FLIP_PROB,
             rotate_prob=c.AFFINE.ROTATE_PROB,
             rotate=c.AFFINE.ROTATE,
+            divisibility=c.AFFINE.DIVISIBILITY,
         )
     ]
     return augmentations + _colors(cfg)

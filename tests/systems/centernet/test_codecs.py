@@ -15,7 +15,8 @@ from fvcore.transforms.transform import Transform, TransformList
 from torch import Tensor
 
 from d2ext.codecs.affine import affine_matrix
-from d2ext.data import PoseMapper
+from d2ext.config import get_cfg
+from d2ext.data import D2extDatasetMapper, PoseMapper
 from d2ext.data.augmentations.affine import PixelMirrorTransform, WarpTransform
 from d2ext.layers.opencv_resample import resize_like_opencv
 from d2ext.systems.centernet.losses import CenterNetCriterion
@@ -176,6 +177,27 @@ def test_targets_of_kept_resolution() -> None:
     cells = (boxes - torch.tensor(place.corner * 2)) * place.scale / 4
     targets = encode_targets([ObjectAnnotations(cells.float(), classes)], (56, 72), 80)
     assert fixture.compare("keep_res_hm", targets.heatmap[0]) < 1e-6
+
+
+def test_training_at_kept_resolution(tmp_path: Path) -> None:
+    """A picture and its boxes through recipe, mapper and targets."""
+    fixture = Fixture(REFERENCE / "targets")
+    cfg = get_cfg()
+    cfg.INPUT.AUGMENTATION.NAME = "centernet"
+    cfg.INPUT.AUGMENTATION.AFFINE.MODE = "keep"
+    cfg.INPUT.AUGMENTATION.FLIP_PROB = 0.0
+    cfg.INPUT.AUGMENTATION.COLOR_JITTER = cfg.INPUT.AUGMENTATION.LIGHTING = 0.0
+    record = _pose_record(tmp_path)
+    for annotation, label in zip(record["annotations"], _boxes(fixture)[1].tolist(), strict=True):
+        annotation["category_id"] = label
+    sample = D2extDatasetMapper(cfg, True)(record)
+    assert fixture.compare("keep_res_input", _normalized(sample["image"], *TRAINING)) < 1e-5
+    targets = encode_targets([read_annotations(sample, 4, 0)], (56, 72), 80)
+    assert fixture.compare("keep_res_hm", targets.heatmap[0]) < 1e-6
+    # A divisible side grows, too.
+    cfg.INPUT.AUGMENTATION.AFFINE.DIVISIBILITY = 20
+    sample = D2extDatasetMapper(cfg, True)(record)
+    assert sample["image"].shape == (3, 240, 280)
 
 
 def _pose_record(tmp_path: Path) -> dict[str, Any]:

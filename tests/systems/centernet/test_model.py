@@ -67,6 +67,34 @@ def test_variants_train_and_detect(options: dict[str, object], heads: dict[str, 
     assert len(detections) == 10 and not detections.has("pred_keypoints")
 
 
+@pytest.mark.parametrize(
+    ("options", "missing"),
+    [
+        (["MODEL.CENTERNET.OFFSET", False], {"offset"}),
+        (["MODEL.CENTERNET.POSE.OFFSET", False], {"joint_offset"}),
+        (["MODEL.CENTERNET.POSE.HEATMAP", False], {"joint_heatmap", "joint_offset"}),
+    ],
+)
+def test_models_without_some_maps(options: list[object], missing: set[str]) -> None:
+    cfg = tiny_config("CenterNet")
+    torch.manual_seed(0)
+    every = build_model(cfg)
+    names = {"heatmap", "size", "offset", "joints", "joint_heatmap", "joint_offset"}
+    assert set(every.head.stacks[0]) == names
+    cfg.merge_from_list(options)
+    cfg.MODEL.CENTERNET.TEST.FLIP = True
+    model = build_model(cfg).train()
+    assert set(model.head.stacks[0]) == names - missing
+    losses = model(random_inputs())
+    # all that is trained has a loss and all losses train something
+    expected = {f"loss_{name.removesuffix('s')}" for name in names - missing}
+    assert set(losses) == expected
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.head.parameters())
+    detections = model.eval()(random_inputs(1))[0]["instances"]
+    assert len(detections) == 10 and detections.pred_keypoints.shape[1:] == (3, 3)
+
+
 def test_dense_poses_train() -> None:
     cfg = tiny_config("CenterNet")
     cfg.MODEL.CENTERNET.POSE.TARGET = "dense"
