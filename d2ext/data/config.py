@@ -120,8 +120,10 @@ def add_data_config(cfg: CfgNode) -> None:
     c.AFFINE.ROTATE_PROB = 0.0
     c.AFFINE.ROTATE = 25.0
 
-    # The keys below belong to "cornernet", which also takes SIZE, CROP_ENABLED (off: the whole image,
-    # padded to a square), FLIP_PROB, COLOR_JITTER and LIGHTING.
+    # The keys below belong to "cornernet", which also takes SIZE, CROP_ENABLED (off: the whole image),
+    # FLIP_PROB, COLOR_JITTER and LIGHTING.
+    # Pad the whole image to a square; False: resize it as it is, as published for CornerNet-Squeeze
+    c.PAD_TO_SQUARE = True
     c.CENTER_CROP = CfgNode()
     # Side of the window over SIZE, one of them is drawn ("cornernet_saccade": factor on images
     # without objects)

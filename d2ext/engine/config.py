@@ -73,6 +73,9 @@ def add_engine_config(cfg: CfgNode) -> None:
     # Published fault of CornerNet and both CenterNets: boxes and scores of results are rounded to two
     # decimals before COCO's evaluation, which makes equal scores.
     cfg.TEST.PUBLISHED_ROUNDING = False
+    # COCO's evaluation of boxes also says how many are false (FD, FD5, FD25, FD50, FDs, FDm, FDl), as
+    # published for CenterNet with triplets.
+    cfg.TEST.FALSE_DISCOVERY = False
     # What gives the instances of a model that gives none their ids in evaluation on videos, a name in
     # d2ext.engine.tracking.TRACKER_REGISTRY ("NorfairTracker"). Empty: they get none.
     cfg.TEST.TRACKER = ""

@@ -68,6 +68,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         oks_nms_crop: (h, w) of a top-down network's crops and the padding of its boxes: the areas are
             those of the crops, as published; None: of the boxes.
         published_rounding: see ``TEST.PUBLISHED_ROUNDING``.
+        false_discovery: add :func:`false_discovery` to the results of boxes.
         content: what to compare with, in COCO's form, instead of the data set's JSON file.
         max_dets_per_image, use_fast_impl, kpt_oks_sigmas: see Detectron2's evaluator.
     """
@@ -82,6 +83,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         oks_nms_threshold: float = 0.0,
         oks_nms_crop: tuple[tuple[int, int], float] | None = None,
         published_rounding: bool = False,
+        false_discovery: bool = False,
         max_dets_per_image: int | None = None,
         use_fast_impl: bool = True,
         kpt_oks_sigmas: Sequence[float] = (),
@@ -105,6 +107,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         self._oks_nms_threshold = oks_nms_threshold
         self._oks_nms_crop = oks_nms_crop
         self._published_rounding = published_rounding
+        self._false_discovery = false_discovery
 
     def reset(self) -> None:
         """Forget all predictions."""
@@ -232,7 +235,13 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             # (a panoptic set's stuff).
             categories = self._coco_api.loadCats(coco_eval.params.catIds)
             class_names = [category["name"] for category in categories]
-        return super()._derive_coco_results(coco_eval, iou_type, class_names)
+        results = super()._derive_coco_results(coco_eval, iou_type, class_names)
+        if self._false_discovery and iou_type == "bbox" and coco_eval is not None:
+            rates = false_discovery(coco_eval)
+            shown = ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items())
+            self._logger.info("False discovery (%%): %s", shown)
+            results.update(rates)
+        return results
 
     def _score_nothing(self, task: str, img_ids: list[Any] | None) -> dict[str, float]:
         detections = COCO()  # its own loadRes fails on an empty list
@@ -298,6 +307,36 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             return ids[index]
 
         return category_of
+
+
+def false_discovery(coco_eval: Any) -> dict[str, float]:
+    """How many detections are false (CenterNet with triplets, arXiv 1904.08189): 100 minus AP at
+    low overlaps.
+
+    Args:
+        coco_eval: pycocotools' evaluation, of which annotations, detections and limits are taken.
+
+    Returns:
+        percent: ``FD`` at IoU 0.05, 0.1, ..., 0.5; ``FD5``, ``FD25``, ``FD50`` at one of them; ``FDs``,
+        ``FDm``, ``FDl`` by COCO's areas; NaN where nothing is annotated.
+    """
+    scorer = COCOeval(coco_eval.cocoGt, coco_eval.cocoDt, "bbox")
+    scorer.params.imgIds = coco_eval.params.imgIds
+    scorer.params.maxDets = coco_eval.params.maxDets
+    scorer.params.iouThrs = np.linspace(0.05, 0.5, 10)
+    with contextlib.redirect_stdout(io.StringIO()):
+        scorer.evaluate()
+        scorer.accumulate()
+    precision = scorer.eval["precision"][..., -1]  # (10 IoUs, 101 recalls, classes, 4 areas)
+    parts = {
+        "FD": precision[..., 0],
+        **{f"FD{round(5 * (i + 1))}": precision[i, ..., 0] for i in (0, 4, 9)},
+        **{f"FD{area}": precision[..., i + 1] for i, area in enumerate("sml")},
+    }
+    return {
+        name: 100 * (1 - float(values[values > -1].mean())) if (values > -1).any() else float("nan")
+        for name, values in parts.items()
+    }
 
 
 def _read_annotations(

@@ -160,6 +160,33 @@ def test_published_rounding(dataset: str, tmp_path: Path) -> None:
     assert values[False] == pytest.approx([0.1249, 1.234, 2, 10.266, 7.999], rel=1e-6)
 
 
+def test_false_discovery_by_hand(dataset: str, tmp_path: Path) -> None:
+    """A detection that overlaps by 0.32 is right at six of ten overlaps, and hides no false one."""
+    (image, box, label), *_ = annotated()
+    x0, y0, x1, y1 = box
+    right = [x0, y0, x0 + 0.32 * (x1 - x0), y1]
+    evaluator = COCOEvaluator(dataset, output_dir=str(tmp_path), false_discovery=True)
+    only = {"img_ids": [image]}
+    evaluator._coco_api.dataset["annotations"] = evaluator._coco_api.dataset["annotations"][:1]
+    evaluator._coco_api.createIndex()
+    evaluator.reset()
+    evaluator.process([{"image_id": image}], [{"instances": instances([right], [label], [0.9])}])
+    results = evaluator.evaluate(**only)["bbox"]
+    assert results["AP50"] == 0
+    assert results["FD"] == pytest.approx(40)
+    assert [results[f"FD{i}"] for i in (5, 25, 50)] == pytest.approx([0, 0, 100])
+    sizes = [results[f"FD{area}"] for area in "sml"]
+    assert sum(math.isnan(size) for size in sizes) == 2 and pytest.approx(40) in sizes
+    without = COCOEvaluator(dataset, output_dir=str(tmp_path))
+    assert not any(name.startswith("FD") for name in run(without, {})["bbox"])
+    # With a false one before it, half of what is found is wrong.
+    false = [0.0, 0.0, 1.0, 1.0]
+    evaluator.reset()
+    both = instances([right, false], [label, label], [0.8, 0.9])
+    evaluator.process([{"image_id": image}], [{"instances": both}])
+    assert evaluator.evaluate(**only)["bbox"]["FD25"] == pytest.approx(50)
+
+
 def test_per_category_table_is_logged(
     dataset: str,
     tmp_path: Path,
