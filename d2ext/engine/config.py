@@ -76,6 +76,12 @@ def add_engine_config(cfg: CfgNode) -> None:
     # COCO's evaluation of boxes also says how many are false (FD, FD5, FD25, FD50, FDs, FDm, FDl), as
     # published for CenterNet with triplets.
     cfg.TEST.FALSE_DISCOVERY = False
+    # COCO's evaluation leaves out annotations narrower or lower than this share of their image. The
+    # YOLACT authors' own evaluation (not the one by COCO's files): 4 / 550.
+    cfg.TEST.MIN_TARGET_SIDE = 0.0
+    # Further overlaps (IoU, or OKS of keypoints) of 0.5, 0.55, ..., 0.95 at which COCO's evaluation says
+    # AP: 0.7 gives "AP70".
+    cfg.TEST.AP_AT = ()
     # What gives the instances of a model that gives none their ids in evaluation on videos, a name in
     # d2ext.engine.tracking.TRACKER_REGISTRY ("NorfairTracker"). Empty: they get none.
     cfg.TEST.TRACKER = ""

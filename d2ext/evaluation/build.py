@@ -75,7 +75,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
             ``TEST.KEYPOINT_OKS_SIGMAS`` is passed on; if empty, the data's are
             (:func:`~d2ext.data.dataset_facts.oks_sigmas`). ``TEST.KEYPOINT_OKS_NMS`` leaves out
             instances whose keypoints are those of a better one. ``TEST.PUBLISHED_ROUNDING`` rounds
-            boxes and scores. ``TEST.FALSE_DISCOVERY`` adds the rate of false boxes.
+            boxes and scores. ``TEST.FALSE_DISCOVERY`` adds the rate of false boxes,
+            ``TEST.AP_AT`` AP at further overlaps; ``TEST.MIN_TARGET_SIDE`` leaves out small annotations.
             ``TEST.PANOPTIC_BACKEND`` computes panoptic quality; with ``TEST.ANALYZE`` the folder
             ``analysis`` says where it is lost. ``TEST.VPQ_WINDOWS`` are the windows of VPQ.
         dataset_name: registered data set.
@@ -147,6 +148,8 @@ def _coco_options(cfg: CfgNode, name: str) -> dict[str, Any]:
     return {
         "use_fast_impl": False,  # the official implementation; the fast one needs detectron2._C
         "kpt_oks_sigmas": tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS or oks_sigmas(dataset_facts(name))),
+        "min_target_side": cfg.TEST.MIN_TARGET_SIDE,
+        "ap_at": tuple(cfg.TEST.AP_AT),
         "false_discovery": cfg.TEST.FALSE_DISCOVERY,
         "published_rounding": cfg.TEST.PUBLISHED_ROUNDING,
         "oks_nms_threshold": cfg.TEST.KEYPOINT_OKS_NMS,

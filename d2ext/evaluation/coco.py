@@ -69,6 +69,8 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             those of the crops, as published; None: of the boxes.
         published_rounding: see ``TEST.PUBLISHED_ROUNDING``.
         false_discovery: add :func:`false_discovery` to the results of boxes.
+        min_target_side: annotations narrower or lower than this share of their image are left out.
+        ap_at: overlaps of 0.5, 0.55, ..., 0.95 whose AP is among the results ("AP70").
         content: what to compare with, in COCO's form, instead of the data set's JSON file.
         max_dets_per_image, use_fast_impl, kpt_oks_sigmas: see Detectron2's evaluator.
     """
@@ -84,6 +86,8 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         oks_nms_crop: tuple[tuple[int, int], float] | None = None,
         published_rounding: bool = False,
         false_discovery: bool = False,
+        min_target_side: float = 0.0,
+        ap_at: Sequence[float] = (),
         max_dets_per_image: int | None = None,
         use_fast_impl: bool = True,
         kpt_oks_sigmas: Sequence[float] = (),
@@ -99,6 +103,8 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         self._kpt_oks_sigmas = kpt_oks_sigmas
         annotations = _read_annotations(dataset_name, output_dir, content)
         self._do_evaluation = annotations["annotations"] is not None
+        if self._do_evaluation and min_target_side > 0:
+            annotations["annotations"] = _large_enough(annotations, min_target_side)
         self._coco_api = _coco_api(annotations)
         self._tasks: tuple[str, ...] | list[str] | None = tasks
         self._output_dir = output_dir
@@ -108,6 +114,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         self._oks_nms_crop = oks_nms_crop
         self._published_rounding = published_rounding
         self._false_discovery = false_discovery
+        self._ap_at = ap_at
 
     def reset(self) -> None:
         """Forget all predictions."""
@@ -236,6 +243,10 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             categories = self._coco_api.loadCats(coco_eval.params.catIds)
             class_names = [category["name"] for category in categories]
         results = super()._derive_coco_results(coco_eval, iou_type, class_names)
+        for overlap in self._ap_at if coco_eval is not None else ():
+            (place,) = np.flatnonzero(np.isclose(coco_eval.params.iouThrs, overlap))
+            precision = coco_eval.eval["precision"][place, :, :, 0, -1]
+            results[f"AP{100 * overlap:.0f}"] = 100 * _mean(precision)
         if self._false_discovery and iou_type == "bbox" and coco_eval is not None:
             rates = false_discovery(coco_eval)
             shown = ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items())
@@ -333,10 +344,23 @@ def false_discovery(coco_eval: Any) -> dict[str, float]:
         **{f"FD{round(5 * (i + 1))}": precision[i, ..., 0] for i in (0, 4, 9)},
         **{f"FD{area}": precision[..., i + 1] for i, area in enumerate("sml")},
     }
-    return {
-        name: 100 * (1 - float(values[values > -1].mean())) if (values > -1).any() else float("nan")
-        for name, values in parts.items()
-    }
+    return {name: 100 * (1 - _mean(values)) for name, values in parts.items()}
+
+
+def _mean(precision: np.ndarray) -> float:
+    """Of pycocotools' values, which are -1 where nothing is annotated; NaN if all are."""
+    known = precision[precision > -1]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def _large_enough(content: dict[str, Any], share: float) -> list[dict[str, Any]]:
+    """The annotations whose box is at least ``share`` of its image wide and high."""
+    sizes = {i["id"]: (share * i["width"], share * i["height"]) for i in content["images"]}
+    return [
+        a
+        for a in content["annotations"]
+        if a["bbox"][2] >= sizes[a["image_id"]][0] and a["bbox"][3] >= sizes[a["image_id"]][1]
+    ]
 
 
 def _read_annotations(

@@ -187,6 +187,29 @@ def test_false_discovery_by_hand(dataset: str, tmp_path: Path) -> None:
     assert evaluator.evaluate(**only)["bbox"]["FD25"] == pytest.approx(50)
 
 
+def test_ap_at_further_overlaps_and_without_small_targets(dataset: str, tmp_path: Path) -> None:
+    """Targets of class 1 are 25 x 6, 7 and 8."""
+    folder = str(tmp_path)
+    options = {"output_dir": folder, "ap_at": (0.7, 0.75)}
+    predictions = {}
+    for image in (1, 2, 3):
+        (box, label), (low, other) = ((b, c) for i, b, c in annotated() if i == image)
+        narrow = [low[0], low[1], low[0] + 0.72 * (low[2] - low[0]), low[3]]
+        predictions[image] = instances([box, narrow], [label, other], [0.9, 0.8])
+    results = run(COCOEvaluator(dataset, **options), predictions)["bbox"]
+    assert results["AP70"] == pytest.approx(100)
+    assert results["AP75"] == pytest.approx(50)
+    assert "AP70" not in run(COCOEvaluator(dataset, output_dir=folder), predictions)["bbox"]
+    # The first is left out.
+    evaluator = COCOEvaluator(dataset, **options, min_target_side=7 / SIZE)
+    assert len(evaluator._coco_api.anns) == 5
+    del predictions[2], predictions[3]
+    evaluator.reset()
+    evaluator.process([{"image_id": 1}], [{"instances": predictions[1]}])
+    kept = evaluator.evaluate(img_ids=[1])["bbox"]
+    assert kept["AP70"] == pytest.approx(100) and math.isnan(kept["AP-bar"])
+
+
 def test_per_category_table_is_logged(
     dataset: str,
     tmp_path: Path,
