@@ -84,7 +84,7 @@ def read_cofw(
     """A ``.mat`` of COFW (landmarks/NOTES.md, section 6), whose pictures lie in the file itself: those
     that are not yet in the folder ``images`` are written there, as PNG.
 
-    ``origin`` defaults to 1. Points that the file calls occluded get v = 1. Boxes are made of the points.
+    ``origin`` defaults to 1. Points that the file calls occluded get v = 1. Boxes are made of points.
     """
     origin = 1.0 if origin is None else origin
     count = len(dataset.keypoints)
