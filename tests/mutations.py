@@ -146,7 +146,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "checkout"
         if not args.list:
-            shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "output", "build"))
+            shutil.copytree(
+                ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(".git", "output", "build")
+            )
         for number, m in enumerate(found, start=1):
             alive = not args.list and survives(copy, m, tests)
             rows.append((alive, m))
