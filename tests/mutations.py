@@ -16,12 +16,18 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+# Imported once: each change gets a process that has them.
+import cv2  # noqa: F401
+import detectron2.engine  # noqa: F401
+import pytest
+import torch
+import torchvision  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 # Beside its room and the tests of it: what a system builds on, and the tests of that.
@@ -114,19 +120,38 @@ def mutations(system: str) -> list[Mutation]:
     return found + [m for p in published for m in in_yaml(str(p.relative_to(ROOT)))]
 
 
+def default_tests(system: str) -> list[str]:
+    """A system's tests, that of the recipes first."""
+    room = f"tests/systems/{system}"
+    recipe = f"{room}/test_recipe.py"
+    first = [recipe] if (ROOT / recipe).exists() else []
+    return [*first, room, *MORE.get(system, ((), ()))[1]]
+
+
 def survives(copy: Path, mutation: Mutation, tests: Sequence[str]) -> bool:
     """Whether the tests pass in a copy of the checkout with this change."""
     path = copy / mutation.file
     text = path.read_text()
     path.write_text(text[: mutation.start] + mutation.text + text[mutation.end :])
     try:
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        return (
-            subprocess.run(command, cwd=copy, env=environment, capture_output=True).returncode == 0
-        )
+        child = os.fork()
+        if child == 0:
+            os._exit(_run(copy, tests))
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     finally:
         path.write_text(text)
+
+
+def _run(copy: Path, tests: Sequence[str]) -> int:
+    """Exit status of the tests of the copy, in a process that has the libraries, and nothing of ours."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    for name in [n for n in sys.modules if n.split(".")[0] in ("tests", "d2ext")]:
+        del sys.modules[name]
+    sys.path[:] = [str(copy), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
+    os.chdir(copy)
+    return int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests]))
 
 
 def main() -> int:
@@ -135,12 +160,13 @@ def main() -> int:
     parser.add_argument("system")
     parser.add_argument("--list", action="store_true", help="only say what would be changed")
     parser.add_argument("--only", default="", help="part of the name of a file")
+    parser.add_argument("--tests", default="", help="file of tests, in place of all of the system")
     parser.add_argument("--pytest", default="", help="further arguments, such as \"-k 'not slow'\"")
     args = parser.parse_args()
+    torch.set_num_threads(1)
+    sys.dont_write_bytecode = True
     found = [m for m in mutations(args.system) if args.only in m.file]
-    room = f"tests/systems/{args.system}"
-    recipe = [f"{room}/test_recipe.py"] if (ROOT / room / "test_recipe.py").exists() else []
-    tests = [*recipe, room, *MORE.get(args.system, ((), ()))[1]]
+    tests = [args.tests] if args.tests else default_tests(args.system)
     tests += shlex.split(args.pytest)
     rows: list[tuple[bool, Mutation]] = []
     with tempfile.TemporaryDirectory() as folder:
