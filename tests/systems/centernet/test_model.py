@@ -215,11 +215,25 @@ def _encode(boxes: list[list[float]], size: tuple[int, int] = (20, 30), **option
 
 
 def test_objects_that_left_the_image() -> None:
-    targets = _encode([[-9, -9, -1, -1], [40, 30, 50, 40], [-10, 5, 4, 9], [28, 3, 90, 9]])
-    assert targets.mask[0].tolist() == [False, False, True, True]
-    assert (targets.heatmap == 1).sum() == 2
+    boxes = [[-9, -9, -1, -1], [40, 30, 50, 40], [-10, 5, 4, 9], [28, 3, 90, 9], [9, 17, 13, 60]]
+    targets = _encode(boxes)
+    assert targets.mask[0].tolist() == [False, False, True, True, True]
+    assert (targets.heatmap == 1).sum() == 3
     # the visible part decides
-    assert targets.size[0, 2].tolist() == [4, 4] and targets.size[0, 3].tolist() == [1, 6]
+    assert targets.size[0, 2:].tolist() == [[4, 4], [1, 6], [4, 2]]
+
+
+def test_joints_in_the_cells_at_the_border() -> None:
+    """Trained from the map's outer edge on, in a map of 20 x 30 cells."""
+    places = [(-0.4, 5), (0.2, 5), (5, -0.4), (5, 0.2), (29.8, 5), (30.2, 5), (5, 19.8), (5, 20.2)]
+    joints = torch.tensor([[(x, y, 1.0) for x, y in places]])
+    annotations = ObjectAnnotations(torch.tensor([[2.0, 2, 8, 8]]), torch.tensor([0]), joints)
+    targets = encode_targets([annotations], (20, 30), 1).joints
+    assert targets is not None
+    inside = [False, True, False, True, True, False, True, False]
+    assert targets.offset_mask[0].tolist() == inside
+    cells = [0, 150, 0, 5, 179, 0, 19 * 30 + 5, 0]
+    assert targets.index[0].tolist() == cells
 
 
 def test_two_objects_on_one_cell() -> None:
