@@ -517,11 +517,30 @@ def _published_soft_nms(rows: np.ndarray) -> np.ndarray:
     return rows
 
 
-def test_stale_poses_have_foreign_joints() -> None:
+@pytest.mark.parametrize("score, replaced", [(0.105, True), (0.095, False)])
+def test_peaks_of_joints_count_from_a_tenth(score: float, replaced: bool) -> None:
+    maps = {
+        "heatmap": torch.zeros(1, 1, 16, 16),
+        "size": torch.full((1, 2, 16, 16), 12.0),
+        "joints": torch.zeros(1, 2, 16, 16),
+        "joint_heatmap": torch.zeros(1, 1, 16, 16),
+        "joint_offset": torch.full((1, 2, 16, 16), 0.25),
+    }
+    maps["heatmap"][0, 0, 8, 8] = 0.9
+    maps["joint_heatmap"][0, 0, 9, 10] = score
+    joints = decode(maps, 1).joints
+    assert joints is not None
+    assert joints[0, 0].tolist() == ([10.25, 9.25] if replaced else [8, 8])
+
+
+@pytest.mark.parametrize("apart, lowest", [(0, 0.002), (500, 0.0002)])
+def test_stale_poses_have_foreign_joints(apart: float, lowest: float) -> None:
+    """Also of two crowds ``apart``, with poses that only an overlap discards."""
     generator = np.random.default_rng(0)
     low = generator.uniform(0, 30, (60, 2))
+    low[1::2] += apart
     boxes = np.concatenate([low, low + generator.uniform(30, 50, (60, 2))], axis=1)
-    scores = np.linspace(0.3, 0.002, 60)[:, None]
+    scores = np.geomspace(0.3, lowest, 60)[:, None]
     # joints that say whose they are
     joints = np.repeat(np.arange(60.0)[:, None], 4, axis=1)
     rows = np.concatenate([boxes, scores, joints], axis=1)
