@@ -240,7 +240,7 @@ def dense_targets(targets: CenterNetTargets, *, joints: bool) -> DenseTargets:
         raise ValueError("These targets have no joints.")
     else:
         values = targets.joints.position.unflatten(2, (-1, 2))
-        drawn = targets.joints.offset_mask.view(values.shape[:3])
+        drawn = targets.joints.position_mask[..., ::2]
     columns = torch.arange(width, device=device).expand(height, width)
     rows = torch.arange(height, device=device)[:, None].expand(height, width)
     field = values.new_zeros((images, values.shape[2], 2, height, width))

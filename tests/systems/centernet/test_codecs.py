@@ -283,6 +283,7 @@ def test_targets_of_a_rotated_image(tmp_path: Path) -> None:
     assert fixture.compare(f"{name}_hm", targets.heatmap[0]) < 1e-7
     assert not targets.mask.any() and not fixture.expected[f"{name}_reg_mask"].any()
     _compare_joints(targets, fixture, name)
+    assert not dense_targets(targets, joints=True).weights.any()
     # Another image of the batch is as without it.
     plain = _plain(64, pose=True)
     both = encode_targets([read_annotations(sample, 4, 17), plain], (64, 64), 1)
