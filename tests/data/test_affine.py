@@ -117,6 +117,17 @@ def test_warps_are_the_published_ones(name: str, monkeypatch: pytest.MonkeyPatch
     assert (boxes[5, 2:] - boxes[5, :2]).min() == 0
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_normal_numbers_are_cut(sign: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moves and angles at two deviations, the window's factor at one."""
+    Numbers(monkeypatch, randn=[9.0 * sign, -9.0 * sign, 9.0 * sign, 9.0 * sign], random=[0.1, 0.9])
+    augmentation = RandomAffineWarp((64, 64), "shift", rotate_prob=0.5, rotate=25.0)
+    (warp,) = steps(augmentation.get_transform(np.zeros((100, 200, 3), np.uint8)))
+    center, side = (100 + 40 * sign, 50 - 40 * sign), 200 * (1 + 0.4 * sign)
+    np.testing.assert_allclose(warp.matrix, affine_matrix(center, side, (64, 64), 50.0 * sign))
+    np.testing.assert_allclose(warp.box_matrix, affine_matrix(center, side, (64, 64)))
+
+
 def test_mirror_moves_boxes_one_pixel_more_than_the_image() -> None:
     mirror = PixelMirrorTransform(100)
     np.testing.assert_array_equal(
