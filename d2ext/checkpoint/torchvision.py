@@ -1,7 +1,7 @@
-"""Networks trained on ImageNet as backbones: torchvision's ResNets and MobileNetV2, and the
-MobileNetV1 x0.25 that is published with RetinaFace.
+"""Trained networks as backbones: torchvision's ResNets and MobileNetV2, the MobileNetV1 x0.25 that is
+published with RetinaFace, and DLA-34, all of ImageNet; and the hourglass of a detector.
 
-The result has the names of Detectron2's ResNet, or of d2ext's MobileNets, without a prefix;
+The result has the names of Detectron2's ResNet, or of d2ext's networks, without a prefix;
 ``DetectionCheckpointer`` finds where they belong by its name-matching heuristics.
 """
 
@@ -11,7 +11,14 @@ import re
 
 from torch import Tensor
 
-from d2ext.checkpoint.convert import Rule, StateDict, apply_rules, register_converter
+from d2ext.checkpoint.convert import (
+    ConversionError,
+    Rule,
+    StateDict,
+    apply_rules,
+    register_converter,
+)
+from d2ext.checkpoint.cornernet_hourglass import add_counters, hourglass_rules
 
 
 def resnet_rules(source: str, stages: str, target: str, first_stage: int) -> tuple[Rule, ...]:
@@ -82,6 +89,58 @@ def mobilenet_v1_rules(source: str, target: str) -> tuple[Rule, ...]:
     )
 
 
+_DLA_PARTS = {"conv1": "conv1", "bn1": "conv1.norm", "conv2": "conv2", "bn2": "conv2.norm"}
+
+
+def dla_rules(state_dict: StateDict, source: str, target: str) -> tuple[Rule, ...]:
+    """How the names of DLA-34 become those of d2ext's.
+
+    Args:
+        state_dict: published names.
+        source: before ``base_layer``.
+        target: prefix of d2ext's names.
+    """
+    start = re.escape(source)
+    tree = rf"{start}level(\d)\.((?:tree[12]\.)?)"
+    two_levels = {
+        m[1] for k in state_dict if (m := re.match(rf"{start}level(\d)\.tree1\.tree1\.", k))
+    }
+
+    def node(match: re.Match[str]) -> str:
+        """Prefix of a tree's names: ``level3.tree1.``, or ``level2.`` if it has only one level."""
+        return f"{target}level{match[1]}.{match[2]}"
+
+    def conv_or_norm(part: str, leaf: str) -> str:
+        """Leaf of a convolution (part 0 or ``conv``) or of its norm (1 or ``bn``)."""
+        return leaf if part in ("0", "conv") else f"norm.{leaf}"
+
+    return (
+        # the ImageNet classifier
+        Rule(rf"{start}fc\.(weight|bias)", None),
+        # projections of two-level trees, which the published network computes but never uses
+        Rule(rf"{start}level[{''.join(sorted(two_levels)) or 'x'}]\.project\..*", None),
+        Rule(
+            rf"{start}base_layer\.([01])\.(\w+)",
+            lambda m: f"{target}stem.{conv_or_norm(m[1], m[2])}",
+        ),
+        Rule(
+            rf"{start}level([01])\.([01])\.(\w+)",
+            lambda m: f"{target}level{m[1]}.{conv_or_norm(m[2], m[3])}",
+        ),
+        Rule(
+            rf"{tree}tree([12])\.(conv1|bn1|conv2|bn2)\.(\w+)",
+            lambda m: f"{node(m)}block{m[3]}.{_DLA_PARTS[m[4]]}.{m[5]}",
+        ),
+        Rule(
+            rf"{tree}root\.(conv|bn)\.(\w+)", lambda m: f"{node(m)}root.{conv_or_norm(m[3], m[4])}"
+        ),
+        Rule(
+            rf"{tree}project\.([01])\.(\w+)",
+            lambda m: f"{node(m)}project.{conv_or_norm(m[3], m[4])}",
+        ),
+    )
+
+
 _MOBILENET_V1_RULES = (
     *mobilenet_v1_rules("", ""),
     # the ImageNet classifier
@@ -92,9 +151,10 @@ _MARKS = {
     "torchvision_resnet": {"conv1.weight", "bn1.weight", "layer1.0.conv1.weight"},
     "torchvision_mobilenetv2": {"features.0.0.weight", "features.1.conv.1.weight"},
     "mobilenet_v1": {"stage1.0.0.weight", "stage3.1.3.weight"},
+    "dla": {"base_layer.0.weight", "level5.tree1.conv1.weight"},
 }
-# Systems whose files are backbones trained on a classification task.
-BACKBONE_SYSTEMS = tuple(_MARKS)
+# Converters whose result is a backbone.
+BACKBONE_SYSTEMS = (*_MARKS, "cornernet_hourglass")
 
 
 def torchvision_backbone(state_dict: StateDict) -> str:
@@ -106,6 +166,30 @@ def torchvision_backbone(state_dict: StateDict) -> str:
 def convert_mobilenet_v1(state_dict: StateDict) -> dict[str, Tensor]:
     """MobileNetV1 x0.25 published with RetinaFace → names of d2ext's, classifier left out."""
     return apply_rules(state_dict, _MOBILENET_V1_RULES)
+
+
+@register_converter("dla")
+def convert_dla(state_dict: StateDict) -> dict[str, Tensor]:
+    """DLA-34 trained on ImageNet, with the names that CenterNet's files have below ``base`` → names of
+    d2ext's; the classifier, and two projections that are never used, are left out."""
+    return apply_rules(state_dict, dla_rules(state_dict, "", ""))
+
+
+@register_converter("cornernet_hourglass")
+def convert_cornernet_hourglass(state_dict: StateDict) -> dict[str, Tensor]:
+    """The hourglass of a CornerNet, of either CenterNet, or of ExtremeNet, from whose weights the
+    published CenterNet begins → names of d2ext's; all else, which is the heads, is left out.
+
+    Raises:
+        ConversionError: there is no such hourglass.
+    """
+    parts = ("pre.", "kps.", "cnvs.", "cnvs_.", "inters.", "inters_.")
+    hourglass = {name: value for name, value in state_dict.items() if name.startswith(parts)}
+    if "pre.0.conv.weight" not in hourglass:
+        raise ConversionError(
+            'A checkpoint with CornerNet\'s hourglass has "pre.0.conv.weight"; this one has not.'
+        )
+    return add_counters(apply_rules(hourglass, hourglass_rules(target="")))
 
 
 @register_converter("torchvision_mobilenetv2")

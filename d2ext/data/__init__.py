@@ -3,7 +3,7 @@
 from d2ext.data import config, landmarks, shapes  # noqa: F401  (imported for registration)
 from d2ext.data.augmentations import AUGMENTATION_REGISTRY, build_augmentations
 from d2ext.data.build import build_mapper, build_test_loader, build_train_loader, get_dataset_dicts
-from d2ext.data.dataset_mapper import MAPPER_REGISTRY, D2extDatasetMapper
+from d2ext.data.dataset_mapper import MAPPER_REGISTRY, D2extDatasetMapper, PoseMapper
 from d2ext.data.densepose.mapper import DensePoseMapper
 from d2ext.data.densepose.register import register_builtin_densepose, register_densepose
 from d2ext.data.errors import (
@@ -38,6 +38,7 @@ __all__ = [
     "FaceMapper",
     "FlowPairMapper",
     "ImageReadError",
+    "PoseMapper",
     "SampleError",
     "build_augmentations",
     "build_mapper",

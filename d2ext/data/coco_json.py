@@ -132,6 +132,14 @@ def coco_file(
         problems = check_image_files(images, image_root)
     raise_problems(json_file, "a COCO-format data set", problems)
     log_findings(json_file, findings)
+    ignored = sum(bool(image.get("ignore_regions_x")) for image in images)
+    if ignored:
+        logger.warning(
+            "%d images of '%s' have ignore regions (PoseTrack), which are not read: in training they "
+            "are background, and detections in them count as false.",
+            ignored,
+            json_file,
+        )
     return CocoFile(images, annotations, sorted(categories, key=lambda c: c.get("id", 1)))
 
 

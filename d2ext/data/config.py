@@ -18,6 +18,7 @@ def add_data_config(cfg: CfgNode) -> None:
 
     # What makes samples of a data set, a name in d2ext.data.MAPPER_REGISTRY:
     #   "D2extDatasetMapper"     images, as with Detectron2's mapper
+    #   "PoseMapper"             the same; keypoints that a crop leaves outside stay annotated
     #   "build_top_down_mapper"  landmarks: in training one annotated instance, cropped; in a test one
     #                            image with the boxes to crop (INPUT.LANDMARKS)
     #   "FaceMapper"             images of faces, with meshes where the data have them
@@ -26,6 +27,8 @@ def add_data_config(cfg: CfgNode) -> None:
     #   "FlowPairMapper"         pairs of images with optical flow
     cfg.INPUT.MAPPER = "D2extDatasetMapper"
 
+    # Published fault of CornerNet and both CenterNets: crowd annotations train like single objects.
+    cfg.INPUT.PUBLISHED_CROWDS = False
     # Degrees counter-clockwise, one of which DensePoseMapper turns a training image by
     cfg.INPUT.ROTATION_ANGLES = [0]
 
@@ -103,7 +106,8 @@ def add_data_config(cfg: CfgNode) -> None:
     # Standard deviation of the lighting noise along the principal components of ImageNet's colours
     c.LIGHTING = 0.1
     c.AFFINE = CfgNode()
-    # "crop": a random window; "shift": the whole image, moved and zoomed; "letterbox": the whole image
+    # "crop": a random window; "shift": the whole image, moved and zoomed; "letterbox": the whole image;
+    # "keep": the whole image at its own resolution, padded to multiples of DIVISIBILITY
     c.AFFINE.MODE = "crop"
     # Sides of the window of "crop" over the image's longer side, one of them is drawn
     c.AFFINE.SCALES = [0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3]
@@ -112,9 +116,17 @@ def add_data_config(cfg: CfgNode) -> None:
     # Standard deviations of "shift": of the centre over the longer side, of the window's factor
     c.AFFINE.SHIFT = 0.1
     c.AFFINE.ZOOM = 0.4
+    # Published: 32, for the hourglass 128
+    c.AFFINE.DIVISIBILITY = 32
+    # Probability of a rotation, and the standard deviation of its angle, degrees. As published, rotated
+    # images train joint heat maps and offsets alone: for poses (INPUT.MAPPER "PoseMapper").
+    c.AFFINE.ROTATE_PROB = 0.0
+    c.AFFINE.ROTATE = 25.0
 
-    # The keys below belong to "cornernet", which also takes SIZE, CROP_ENABLED (off: the whole image,
-    # padded to a square), FLIP_PROB, COLOR_JITTER and LIGHTING.
+    # The keys below belong to "cornernet", which also takes SIZE, CROP_ENABLED (off: the whole image),
+    # FLIP_PROB, COLOR_JITTER and LIGHTING.
+    # Pad the whole image to a square; False: resize it as it is, as published for CornerNet-Squeeze
+    c.PAD_TO_SQUARE = True
     c.CENTER_CROP = CfgNode()
     # Side of the window over SIZE, one of them is drawn ("cornernet_saccade": factor on images
     # without objects)

@@ -330,7 +330,8 @@ def apply_dataset_to_config(cfg: CfgNode, name: str) -> None:
 
     Sets ``DATASETS.TRAIN`` and ``TEST`` to ``<name>_train`` and ``<name>_val`` (as far as they
     exist; built-in sets such as ``shapes``, ``coco_2017`` or ``coco_2017_panoptic_separated`` work,
-    too), empties ``TRAIN_JOINT``, and sets the keys that follow from the data
+    too), empties ``TRAIN_JOINT``, switches ``INPUT.PUBLISHED_CROWDS`` and ``TEST.PUBLISHED_ROUNDING``
+    off, and sets the keys that follow from the data
     (:func:`~d2ext.data.dataset_facts.set_config_from_data`) and, where masks are RLE,
     ``INPUT.MASK_FORMAT``.
 
@@ -346,6 +347,8 @@ def apply_dataset_to_config(cfg: CfgNode, name: str) -> None:
     cfg.DATASETS.TRAIN = (names["train"],) if names["train"] else ()
     cfg.DATASETS.TRAIN_JOINT = ()  # of the config's own data
     cfg.DATASETS.TEST = (names["val"],) if names["val"] else ()
+    # Faults belong to published numbers.
+    cfg.INPUT.PUBLISHED_CROWDS = cfg.TEST.PUBLISHED_ROUNDING = False
     name = names["train"] or names["val"] or name
     set_config_from_data(cfg, name)
     if MetadataCatalog.get(name).get("mask_format") == "bitmask":

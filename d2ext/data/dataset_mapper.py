@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, MetadataCatalog, detection_utils
+from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks
 from fvcore.common.registry import Registry
 from fvcore.transforms.transform import TransformList
 
 from d2ext.data.annotations import describe_dropped, normalize_annotations
 from d2ext.data.augmentations import DetectionInput, ReportsVisibleShares, build_augmentations
+from d2ext.data.augmentations.affine import WarpTransform
 from d2ext.data.errors import AnnotationError, shorten
 from d2ext.data.image_io import label_values, read_label_map, read_record_image
 from d2ext.data.panoptic import IGNORE_LABEL, PanopticClasses, full_label_map, panoptic_classes
@@ -56,6 +58,7 @@ class D2extDatasetMapper(DatasetMapper):
         *args: Any,
         sem_seg_with_things: PanopticClasses | None = None,
         sem_seg_labels: Collection[int] | None = None,
+        published_crowds: bool = False,
         **kwargs: Any,
     ) -> None:
         """
@@ -64,10 +67,12 @@ class D2extDatasetMapper(DatasetMapper):
             sem_seg_with_things: classes of the data, to make ``sem_seg`` of the panoptic
                 annotation; None reads the file that ``sem_seg_file_name`` names
             sem_seg_labels: values that such a file may hold; None: any
+            published_crowds: crowds are objects like others, see ``INPUT.PUBLISHED_CROWDS``
         """
         super().__init__(*args, **kwargs)
         self.sem_seg_labels = None if sem_seg_labels is None else set(sem_seg_labels)
         self.sem_seg_with_things = sem_seg_with_things
+        self.published_crowds = published_crowds
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -80,6 +85,7 @@ class D2extDatasetMapper(DatasetMapper):
             common.MODEL.KEYPOINT_ON = False
         arguments = super().from_config(common, is_train)
         arguments["augmentations"] = build_augmentations(cfg, is_train)
+        arguments["published_crowds"] = cfg.INPUT.PUBLISHED_CROWDS
         if cfg.INPUT.AUGMENTATION.NAME != "default":
             arguments["recompute_boxes"] = False
         if cfg.INPUT.SEM_SEG_WITH_THINGS and is_train:
@@ -182,6 +188,8 @@ class D2extDatasetMapper(DatasetMapper):
         if dropped:
             _log_dropped(file_name, dropped)
         for annotation in annotations:
+            if self.published_crowds:
+                annotation["iscrowd"] = 0
             crowd = annotation.get("iscrowd", 0)
             if not self.use_instance_mask or crowd:
                 annotation.pop("segmentation", None)
@@ -229,12 +237,7 @@ class D2extDatasetMapper(DatasetMapper):
                 [a for a in annotations if not a.get("iscrowd", 0)], transforms
             )
         annotations = [
-            detection_utils.transform_instance_annotations(
-                annotation,
-                transforms,
-                image_shape,
-                keypoint_hflip_indices=self.keypoint_hflip_indices,
-            )
+            self._transform_annotation(annotation, transforms, image_shape)
             for annotation in annotations
         ]
         for annotation in annotations:
@@ -260,6 +263,17 @@ class D2extDatasetMapper(DatasetMapper):
         dataset_dict["instances"] = instances
         crowd_instances = detection_utils.annotations_to_instances(crowds, image_shape)
         dataset_dict["crowd_instances"] = detection_utils.filter_empty_instances(crowd_instances)
+
+    def _transform_annotation(
+        self, annotation: dict[str, Any], transforms: TransformList, image_shape: tuple[int, int]
+    ) -> dict[str, Any]:
+        """Box, polygons and keypoints of an annotation, modified in place, in the sample's image."""
+        return detection_utils.transform_instance_annotations(
+            annotation,
+            transforms,
+            image_shape,
+            keypoint_hflip_indices=self.keypoint_hflip_indices,
+        )
 
     def _add_fields(
         self,
@@ -295,6 +309,39 @@ class D2extDatasetMapper(DatasetMapper):
 
     def _num_keypoints(self) -> int:
         return 0 if self.keypoint_hflip_indices is None else len(self.keypoint_hflip_indices)
+
+
+@MAPPER_REGISTRY.register()
+class PoseMapper(D2extDatasetMapper):
+    """:class:`D2extDatasetMapper` whose ``gt_keypoints`` outside the image stay annotated.
+
+    Detectron2 marks them as unlabelled. Published CenterNet decides on the annotation: a person all of
+    whose joints lie outside the crop still trains its size. A sample that was rotated
+    (``INPUT.AUGMENTATION.AFFINE.ROTATE_PROB``) says so: ``rotated``, True.
+    """
+
+    def map(
+        self, dataset_dict: dict[str, Any], transforms: TransformList | None = None
+    ) -> tuple[dict[str, Any], TransformList]:
+        """See the base class."""
+        sample, transforms = super().map(dataset_dict, transforms)
+        steps = (t for t in transforms.transforms if isinstance(t, WarpTransform))
+        if any(step.box_matrix is not None for step in steps):
+            sample["rotated"] = True
+        return sample, transforms
+
+    def _transform_annotation(
+        self, annotation: dict[str, Any], transforms: TransformList, image_shape: tuple[int, int]
+    ) -> dict[str, Any]:
+        keypoints = annotation.pop("keypoints", None)
+        annotation = super()._transform_annotation(annotation, transforms, image_shape)
+        if keypoints is not None:
+            points = np.reshape(keypoints, (-1, 3))
+            points[:, :2] = transforms.apply_coords(points[:, :2])
+            if sum(isinstance(t, T.HFlipTransform) for t in transforms.transforms) % 2 == 1:
+                points = points[self.keypoint_hflip_indices]
+            annotation["keypoints"] = np.where(points[:, 2:] > 0, points, 0.0)
+        return annotation
 
 
 def _boxes_and_crowd(annotations: list[dict[str, Any]] | None) -> dict[str, np.ndarray]:

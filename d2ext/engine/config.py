@@ -70,6 +70,18 @@ def add_engine_config(cfg: CfgNode) -> None:
     # COCO's keypoint evaluation leaves out an instance whose keypoints are as similar as this (OKS) to
     # those of one with a better score: 0.9 in the published top-down systems. 0: keep all.
     cfg.TEST.KEYPOINT_OKS_NMS = 0.0
+    # Published fault of CornerNet and both CenterNets: boxes and scores of results are rounded to two
+    # decimals before COCO's evaluation, which makes equal scores.
+    cfg.TEST.PUBLISHED_ROUNDING = False
+    # COCO's evaluation of boxes also says how many are false (FD, FD5, FD25, FD50, FDs, FDm, FDl), as
+    # published for CenterNet with triplets.
+    cfg.TEST.FALSE_DISCOVERY = False
+    # COCO's evaluation leaves out annotations narrower or lower than this share of their image. The
+    # YOLACT authors' own evaluation (not the one by COCO's files): 4 / 550.
+    cfg.TEST.MIN_TARGET_SIDE = 0.0
+    # Further overlaps (IoU, or OKS of keypoints) of 0.5, 0.55, ..., 0.95 at which COCO's evaluation says
+    # AP: 0.7 gives "AP70".
+    cfg.TEST.AP_AT = ()
     surface = cfg.DENSEPOSE_EVALUATION = CfgNode()
     # First threshold of GPS, GPSm and mask IoU; the others follow in steps of 0.05 to 0.95 (also
     # published: 0.2).

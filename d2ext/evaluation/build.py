@@ -52,7 +52,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
     ``coco_panoptic_seg``        those, semantic segmentation and panoptic quality, of these the
                                  ones for which the model has an output
     ``landmarks``                landmark metrics, by ``landmark_metrics`` of the metadata: NME, PCK,
-                                 PCKh; "oks" adds COCO's keypoint AP
+                                 PCKh, the hourglass paper's PCK; "oks" adds COCO's keypoint
+                                 AP
     ``faces``                    boxes, also by face size, NME of points and meshes
     ``densepose``                boxes, masks, GPS and GPSm of surfaces, and what the mean body gets
     ``wider_face``               WIDER FACE's AP: easy, medium, hard
@@ -75,9 +76,12 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
         cfg: ``TEST.DETECTIONS_PER_IMAGE`` does not limit the evaluation; COCO's limit of 100 does.
             ``TEST.KEYPOINT_OKS_SIGMAS`` is passed on; if empty, the data's are
             (:func:`~d2ext.data.dataset_facts.oks_sigmas`). ``TEST.KEYPOINT_OKS_NMS`` leaves out
-            instances whose keypoints are those of a better one. ``TEST.PANOPTIC_BACKEND`` computes
-            panoptic quality; with ``TEST.ANALYZE`` the folder ``analysis`` says where it is lost.
-            ``TEST.VPQ_WINDOWS`` are the windows of VPQ. ``DENSEPOSE_EVALUATION``: of surfaces.
+            instances whose keypoints are those of a better one. ``TEST.PUBLISHED_ROUNDING`` rounds
+            boxes and scores. ``TEST.FALSE_DISCOVERY`` adds the rate of false boxes,
+            ``TEST.AP_AT`` AP at further overlaps; ``TEST.MIN_TARGET_SIDE`` leaves out small annotations.
+            ``TEST.PANOPTIC_BACKEND`` computes panoptic quality; with ``TEST.ANALYZE`` the folder
+            ``analysis`` says where it is lost. ``TEST.VPQ_WINDOWS`` are the windows of VPQ.
+            ``DENSEPOSE_EVALUATION``: of surfaces.
         dataset_name: registered data set.
         output_folder: where results are written; made when needed.
 
@@ -147,6 +151,10 @@ def _coco_options(cfg: CfgNode, name: str) -> dict[str, Any]:
     return {
         "use_fast_impl": False,  # the official implementation; the fast one needs detectron2._C
         "kpt_oks_sigmas": tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS or oks_sigmas(dataset_facts(name))),
+        "min_target_side": cfg.TEST.MIN_TARGET_SIDE,
+        "ap_at": tuple(cfg.TEST.AP_AT),
+        "false_discovery": cfg.TEST.FALSE_DISCOVERY,
+        "published_rounding": cfg.TEST.PUBLISHED_ROUNDING,
         "oks_nms_threshold": cfg.TEST.KEYPOINT_OKS_NMS,
         "oks_nms_crop": ((height, width), cfg.MODEL.LANDMARKS.CROP.PADDING) if top_down else None,
     }

@@ -67,6 +67,10 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         oks_nms_threshold: published: 0.9; 0: keep all.
         oks_nms_crop: (h, w) of a top-down network's crops and the padding of its boxes: the areas are
             those of the crops, as published; None: of the boxes.
+        published_rounding: see ``TEST.PUBLISHED_ROUNDING``.
+        false_discovery: add :func:`false_discovery` to the results of boxes.
+        min_target_side: annotations narrower or lower than this share of their image are left out.
+        ap_at: overlaps of 0.5, 0.55, ..., 0.95 whose AP is among the results ("AP70").
         content: what to compare with, in COCO's form, instead of the data set's JSON file.
         max_dets_per_image, use_fast_impl, kpt_oks_sigmas: see Detectron2's evaluator.
     """
@@ -80,6 +84,10 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         *,
         oks_nms_threshold: float = 0.0,
         oks_nms_crop: tuple[tuple[int, int], float] | None = None,
+        published_rounding: bool = False,
+        false_discovery: bool = False,
+        min_target_side: float = 0.0,
+        ap_at: Sequence[float] = (),
         max_dets_per_image: int | None = None,
         use_fast_impl: bool = True,
         kpt_oks_sigmas: Sequence[float] = (),
@@ -95,6 +103,8 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         self._kpt_oks_sigmas = kpt_oks_sigmas
         annotations = _read_annotations(dataset_name, output_dir, content)
         self._do_evaluation = annotations["annotations"] is not None
+        if self._do_evaluation and min_target_side > 0:
+            annotations["annotations"] = _large_enough(annotations, min_target_side)
         self._coco_api = _coco_api(annotations)
         self._tasks: tuple[str, ...] | list[str] | None = tasks
         self._output_dir = output_dir
@@ -102,6 +112,9 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         self._fields: set[str] = set()
         self._oks_nms_threshold = oks_nms_threshold
         self._oks_nms_crop = oks_nms_crop
+        self._published_rounding = published_rounding
+        self._false_discovery = false_discovery
+        self._ap_at = ap_at
 
     def reset(self) -> None:
         """Forget all predictions."""
@@ -126,9 +139,12 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             if self._oks_nms_threshold > 0 and instances.has("pred_keypoints"):
                 instances = instances[self._different_poses(instances)]
             image_id = one_input["image_id"]
-            self._predictions.append(
-                {"image_id": image_id, "instances": _to_coco(instances, image_id)}
-            )
+            results = _to_coco(instances, image_id)
+            if self._published_rounding:
+                for result in results:
+                    result["score"] = round(result["score"], 2)
+                    result["bbox"] = [round(v, 2) for v in result["bbox"]]
+            self._predictions.append({"image_id": image_id, "instances": results})
 
     def _different_poses(self, instances: Instances) -> torch.Tensor:
         """Indices of the instances that :func:`oks_nms` selects.
@@ -226,7 +242,17 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             # (a panoptic set's stuff).
             categories = self._coco_api.loadCats(coco_eval.params.catIds)
             class_names = [category["name"] for category in categories]
-        return super()._derive_coco_results(coco_eval, iou_type, class_names)
+        results = super()._derive_coco_results(coco_eval, iou_type, class_names)
+        for overlap in self._ap_at if coco_eval is not None else ():
+            (place,) = np.flatnonzero(np.isclose(coco_eval.params.iouThrs, overlap))
+            precision = coco_eval.eval["precision"][place, :, :, 0, -1]
+            results[f"AP{100 * overlap:.0f}"] = 100 * _mean(precision)
+        if self._false_discovery and iou_type == "bbox" and coco_eval is not None:
+            rates = false_discovery(coco_eval)
+            shown = ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items())
+            self._logger.info("False discovery (%%): %s", shown)
+            results.update(rates)
+        return results
 
     def _score_nothing(self, task: str, img_ids: list[Any] | None) -> dict[str, float]:
         detections = COCO()  # its own loadRes fails on an empty list
@@ -292,6 +318,49 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             return ids[index]
 
         return category_of
+
+
+def false_discovery(coco_eval: Any) -> dict[str, float]:
+    """How many detections are false (CenterNet with triplets, arXiv 1904.08189): 100 minus AP at
+    low overlaps.
+
+    Args:
+        coco_eval: pycocotools' evaluation, of which annotations, detections and limits are taken.
+
+    Returns:
+        percent: ``FD`` at IoU 0.05, 0.1, ..., 0.5; ``FD5``, ``FD25``, ``FD50`` at one of them; ``FDs``,
+        ``FDm``, ``FDl`` by COCO's areas; NaN where nothing is annotated.
+    """
+    scorer = COCOeval(coco_eval.cocoGt, coco_eval.cocoDt, "bbox")
+    scorer.params.imgIds = coco_eval.params.imgIds
+    scorer.params.maxDets = coco_eval.params.maxDets
+    scorer.params.iouThrs = np.linspace(0.05, 0.5, 10)
+    with contextlib.redirect_stdout(io.StringIO()):
+        scorer.evaluate()
+        scorer.accumulate()
+    precision = scorer.eval["precision"][..., -1]  # (10 IoUs, 101 recalls, classes, 4 areas)
+    parts = {
+        "FD": precision[..., 0],
+        **{f"FD{round(5 * (i + 1))}": precision[i, ..., 0] for i in (0, 4, 9)},
+        **{f"FD{area}": precision[..., i + 1] for i, area in enumerate("sml")},
+    }
+    return {name: 100 * (1 - _mean(values)) for name, values in parts.items()}
+
+
+def _mean(precision: np.ndarray) -> float:
+    """Of pycocotools' values, which are -1 where nothing is annotated; NaN if all are."""
+    known = precision[precision > -1]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def _large_enough(content: dict[str, Any], share: float) -> list[dict[str, Any]]:
+    """The annotations whose box is at least ``share`` of its image wide and high."""
+    sizes = {i["id"]: (share * i["width"], share * i["height"]) for i in content["images"]}
+    return [
+        a
+        for a in content["annotations"]
+        if a["bbox"][2] >= sizes[a["image_id"]][0] and a["bbox"][3] >= sizes[a["image_id"]][1]
+    ]
 
 
 def _read_annotations(

@@ -39,7 +39,7 @@ from d2ext.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
-METRICS = ("nme", "pck", "pckh")
+METRICS = ("nme", "pck", "pckh", "pck_hourglass")
 # MPII's head size is this share of the head rectangle's diagonal.
 _HEAD_SHARE = 0.6
 # The published stacked hourglass measures in units of 20 pixels per unit of its own scale, which is
@@ -47,6 +47,7 @@ _HEAD_SHARE = 0.6
 _HOURGLASS_UNIT = 25.0
 _PCK_THRESHOLDS = (0.05, 0.1, 0.2)
 _PCKH_THRESHOLDS = (0.1, 0.5)
+_HOURGLASS_THRESHOLDS = (0.5,)
 # Boxes must overlap by this much for a prediction without an id to belong to an annotation.
 _MATCH_IOU = 0.5
 # Sets of up to this many landmarks have each landmark's error among the results.
@@ -76,7 +77,7 @@ class LandmarkEvaluator(DatasetEvaluator):
         Args:
             dataset_name: registered data set with landmarks.
             metrics: of :data:`METRICS`; by default ``landmark_metrics`` of its metadata, or "nme"
-                and "pck".
+                and "pck"; of those "pck_hourglass" only if every annotation has its person's scale.
             norm: of NME, see :func:`instance_norm`; by default the metadata's ``landmark_norm``.
             distributed: gather the predictions of all processes.
             output_dir: where ``landmark_results.json`` is written.
@@ -107,6 +108,8 @@ class LandmarkEvaluator(DatasetEvaluator):
         self._names = list(names) if names else [f"point_{i}" for i in range(count)]
         self._targets = np.stack([instance_points(a, count) for a in every])
         self._every = every
+        if metrics is None and not all("person_scale" in a for a in every):
+            self._metrics = tuple(m for m in self._metrics if m != "pck_hourglass")
         self._norms = self._choose_norms(norm)
         self._heads: np.ndarray | None = None
         if "pckh" in self._metrics:
@@ -189,8 +192,10 @@ class LandmarkEvaluator(DatasetEvaluator):
             ``{"landmarks": {metric: value}}``, values in percent; None in all processes but the main
             one. With metric "nme": ``NME`` (of the data set's norm), ``FR@t``, ``AUC@t``,
             ``NME_<norm>`` for others, ``NME-<attribute>`` over instances that have it. "pck":
-            ``PCK@t`` of the box's longer side. "pckh": ``PCKh@t``. ``missing``: instances without
-            prediction, percent. For small sets also ``<metric>-<landmark>``.
+            ``PCK@t`` of the box's longer side. "pckh": ``PCKh@t``. "pck_hourglass":
+            ``PCK_hourglass@0.5``, the published number of the stacked hourglass: errors below half of
+            20 pixels per unit of its scale (norm ``hourglass``), all landmarks. ``missing``: instances
+            without prediction, percent. For small sets also ``<metric>-<landmark>``.
         """
         predictions = self._predictions
         if self._distributed:
@@ -214,6 +219,12 @@ class LandmarkEvaluator(DatasetEvaluator):
         if self._heads is not None:
             skipped = self._metadata.get("landmark_not_scored") or ()
             results.update(self._pck("PCKh", errors, self._heads, _PCKH_THRESHOLDS, skipped, table))
+        if "pck_hourglass" in self._metrics:
+            units = instance_norm("hourglass", self._every, self._targets, {})
+            title = "PCK_hourglass"
+            results.update(
+                self._pck(title, errors, units, _HOURGLASS_THRESHOLDS, (), table, strict=True)
+            )
         self._report(results, table)
         return OrderedDict(landmarks=results)
 
@@ -249,14 +260,15 @@ class LandmarkEvaluator(DatasetEvaluator):
         thresholds: Sequence[float],
         skipped: Sequence[int],
         table: dict[str, list[float]],
+        strict: bool = False,
     ) -> dict[str, float]:
         scored = [i for i in range(len(self._names)) if i not in skipped]
         results = {}
         for threshold in thresholds:
             results[f"{title}@{threshold:g}"] = 100 * pck(
-                errors, norms, threshold, landmarks=scored
+                errors, norms, threshold, strict=strict, landmarks=scored
             )
-            hits, labelled = pck_counts(errors, norms, threshold)
+            hits, labelled = pck_counts(errors, norms, threshold, strict=strict)
             table[f"{title}@{threshold:g} (%)"] = [
                 100 * h / n if n else math.nan for h, n in zip(hits, labelled, strict=True)
             ]

@@ -66,6 +66,30 @@ class Numbers:
         return np.array([self.lists["randn"].pop(0) for _ in range(size)]).squeeze()
 
 
+def test_rotation_is_the_published_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The image turns, and the boxes do not."""
+    fixture = Fixture(REFERENCE / "centernet" / "targets")
+    inputs, name = fixture.manifest["inputs"], "pose_crop_flip_rotate"
+    drawn = {k: np.atleast_1d(v) for k, v in inputs[name].items() if k != "meaning"}
+    Numbers(monkeypatch, **drawn)
+    listed = np.array(inputs["boxes_x1_y1_x2_y2_category"])
+    aug_input = DetectionInput(draw_image(220, 260, seed=5), boxes=listed[:, :4])
+    cfg = get_cfg()
+    cfg.INPUT.AUGMENTATION.NAME = "centernet"
+    cfg.INPUT.AUGMENTATION.SIZE = 256
+    cfg.INPUT.AUGMENTATION.AFFINE.ROTATE_PROB = 0.5
+    build_augmentations(cfg, True)[0](aug_input)
+    image = ((aug_input.image / 255 - MEAN) / STD).transpose(2, 0, 1)
+    assert fixture.compare(f"{name}_input", image) < 2e-4  # the published matrix is of float32
+    boxes = np.clip(aug_input.boxes / 4, 0, 63)[:5]
+    expected = fixture.expected[f"{name}_wh"][:5]
+    np.testing.assert_allclose(boxes[:, 2:] - boxes[:, :2], expected, atol=1e-4)
+    cells = np.floor((boxes[:, :2] + boxes[:, 2:]) / 2)
+    np.testing.assert_array_equal(
+        cells[:, 1] * 64 + cells[:, 0], fixture.expected[f"{name}_ind"][:5]
+    )
+
+
 @pytest.mark.parametrize("name", ["plain", "crop_flip", "shift_scale"])
 def test_warps_are_the_published_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The warped image, and the centres and sizes of warped boxes."""
@@ -91,6 +115,17 @@ def test_warps_are_the_published_ones(name: str, monkeypatch: pytest.MonkeyPatch
     np.testing.assert_allclose(center - cells, expected[f"{name}_reg"][:5], atol=1e-4)
     # the last box lies outside the image
     assert (boxes[5, 2:] - boxes[5, :2]).min() == 0
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_normal_numbers_are_cut(sign: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moves and angles at two deviations, the window's factor at one."""
+    Numbers(monkeypatch, randn=[9.0 * sign, -9.0 * sign, 9.0 * sign, 9.0 * sign], random=[0.1, 0.9])
+    augmentation = RandomAffineWarp((64, 64), "shift", rotate_prob=0.5, rotate=25.0)
+    (warp,) = steps(augmentation.get_transform(np.zeros((100, 200, 3), np.uint8)))
+    center, side = (100 + 40 * sign, 50 - 40 * sign), 200 * (1 + 0.4 * sign)
+    np.testing.assert_allclose(warp.matrix, affine_matrix(center, side, (64, 64), 50.0 * sign))
+    np.testing.assert_allclose(warp.box_matrix, affine_matrix(center, side, (64, 64)))
 
 
 def test_mirror_moves_boxes_one_pixel_more_than_the_image() -> None:
@@ -125,7 +160,21 @@ def test_what_leaves_the_window_is_cut() -> None:
     np.testing.assert_allclose(tfm.apply_box(boxes), [[0, 20, 40, 60], [0, 0, 0, 0]])
     square = np.array([[20.0, 40], [50, 40], [50, 60], [20, 60]])
     (polygon,) = tfm.apply_polygons([square, square - 100])
-    assert polygon.min() == 0 and polygon[:, 0].max() == 40
+    # The centre of the first pixel is 0.5, before and after.
+    assert polygon.min() == 0 and polygon[:, 0].max() == 39.5
+
+
+def test_polygons_and_keypoints_follow_the_image_and_boxes_the_published_map() -> None:
+    tfm = WarpTransform(affine_matrix((10, 10), 10, (40, 40)), 20, 20, 40, 40)
+    image = np.zeros((20, 20), np.float32)
+    image[8, 12] = 1.0
+    y, x = np.unravel_index(tfm.apply_image(image).argmax(), (40, 40))
+    # pixel (12, 8) and its centre
+    np.testing.assert_allclose(tfm.apply_coords(np.array([[12.5, 8.5]])), [[x + 0.5, y + 0.5]])
+    np.testing.assert_allclose(tfm.apply_box(np.array([[12.0, 8, 13, 9]])), [[x, y, x + 4, y + 4]])
+    np.testing.assert_allclose(
+        tfm.apply_coords(np.array([[-12.5, 8.5]])), [[x - 100 + 0.5, y + 0.5]]
+    )
 
 
 def test_windows_of_the_crop() -> None:

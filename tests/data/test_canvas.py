@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 from detectron2.data import transforms as T
@@ -18,6 +19,7 @@ from d2ext.data.augmentations.canvas import (
 )
 from d2ext.data.augmentations.geometry import random_center
 from d2ext.data.augmentations.resize import ResizeToSquare
+from d2ext.model_zoo import get_config
 from tests.data.scenes import COLORS, iou, object_at, paint_scene
 from tests.data.test_augmentations import augment, transformed
 
@@ -130,6 +132,13 @@ def test_recipe() -> None:
     assert aug_input.image.dtype == np.uint8
     assert not aug_input.image[:20].any() and not aug_input.image[-20:].any()
     assert (aug_input.image[40:90, 10:-10].max(axis=2) > 0).all()
+    # As CornerNet-Squeeze: resized as it is.
+    squeeze = get_config("cornernet/cornernet_squeeze_511.yaml").INPUT.AUGMENTATION
+    cfg.INPUT.AUGMENTATION.PAD_TO_SQUARE = squeeze.PAD_TO_SQUARE
+    aug_input = T.AugInput(image, boxes=np.array([[16.0, 9, 32, 18]]))
+    T.AugmentationList(build_augmentations(cfg, True))(aug_input)
+    np.testing.assert_array_equal(aug_input.image, cv2.resize(image, (127, 127)))
+    np.testing.assert_allclose(aug_input.boxes, [[12.7, 12.7, 25.4, 25.4]])
     # Mirrored boxes are indices of pixels.
     assert PixelMirrorTransform(127).apply_box(np.array([[0.0, 3, 126, 9]])).tolist() == [
         [0, 3, 126, 9]

@@ -13,7 +13,9 @@ from PIL import Image
 
 from d2ext.config import get_cfg
 from d2ext.data import AnnotationError, D2extDatasetMapper, ImageReadError
+from d2ext.data.custom import apply_dataset_to_config
 from d2ext.data.sampler import sample_randomness
+from d2ext.model_zoo import get_config
 from tests.data.scenes import COLORS, iou, object_at, paint_scene, write_image
 
 KEYPOINT_SET = "test_dataset_mapper_points"
@@ -188,6 +190,29 @@ class TestCrowds:
         assert crowds.gt_classes.tolist() == [2]
         assert crowds.gt_boxes.tensor.tolist() == [rle_record["annotations"][2]["bbox"]]
         assert set(crowds.get_fields()) == {"gt_boxes", "gt_classes"}
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            "centernet/centernet_dla34_512.yaml",
+            "cornernet/cornernet_saccade_255.yaml",
+            "centernet_triplets/centernet_triplets_hourglass104_511.yaml",
+        ],
+    )
+    def test_train_like_others_in_published_configs(self, config, rle_record):
+        rle_record["annotations"][2]["iscrowd"] = 1
+        cfg = get_config(config)
+        cfg.DATASETS.TRAIN = (KEYPOINT_SET,)
+        cfg.INPUT.AUGMENTATION.NAME = "none"
+        sample = D2extDatasetMapper(cfg, True)(rle_record)
+        assert sample["instances"].gt_classes.tolist() == [0, 1, 2, 3, 4]
+        assert len(sample["crowd_instances"]) == 0
+        # own data: as annotated
+        apply_dataset_to_config(cfg, "shapes")
+        cfg.INPUT.AUGMENTATION.NAME = "none"
+        sample = D2extDatasetMapper(cfg, True)(rle_record)
+        assert len(sample["instances"]) == 4 and len(sample["crowd_instances"]) == 1
+        assert not cfg.TEST.PUBLISHED_ROUNDING
 
     @pytest.mark.parametrize("name", ["none", "default", "ssd"])
     @pytest.mark.parametrize("mask_format", ["polygon", "bitmask"])

@@ -10,9 +10,10 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, SemSegEvaluator
 
-from d2ext.config import get_cfg
+from d2ext.config import get_cfg, load_config
 from d2ext.evaluation import EVALUATOR_REGISTRY, COCOEvaluator, build_evaluator
 from d2ext.evaluation.build import IfPredicted
+from d2ext.model_zoo import find_config_file
 
 NAME = "evaluation_build"
 
@@ -79,6 +80,15 @@ def test_keypoint_constants_are_passed_on(metadata: Any, tmp_path: Path) -> None
     cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.1, 0.2]
     evaluator = build_evaluator(cfg, NAME, str(tmp_path))
     assert list(evaluator._kpt_oks_sigmas) == [0.1, 0.2]
+
+
+@pytest.mark.parametrize("system", ["centernet", "cornernet", "centernet_triplets"])
+def test_published_configs_round_results(metadata: Any, tmp_path: Path, system: str) -> None:
+    metadata.evaluator_type = "coco"
+    base = {"centernet": "CenterNet", "cornernet": "CornerNet"}.get(system, "CenterNetTriplets")
+    for name, rounds in ((f"Base-{base}", True), (f"{system}_shapes", False)):
+        cfg = load_config(find_config_file(f"{system}/{name}.yaml"))
+        assert build_evaluator(cfg, NAME, str(tmp_path))._published_rounding == rounds
 
 
 def test_an_evaluator_of_one_s_own(

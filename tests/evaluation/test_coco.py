@@ -146,6 +146,70 @@ def test_agrees_with_detectron2(dataset: str, tmp_path: Path) -> None:
     assert a == b and len(a) == 24
 
 
+def test_published_rounding(dataset: str, tmp_path: Path) -> None:
+    detections = instances([[1.234, 2, 11.5, 9.999]], [0], [0.1249])
+    values = {}
+    for rounded in (True, False):
+        run(
+            COCOEvaluator(dataset, output_dir=str(tmp_path), published_rounding=rounded),
+            {1: detections},
+        )
+        (result,) = json.loads((tmp_path / "coco_instances_results.json").read_text())
+        values[rounded] = [result["score"], *result["bbox"]]
+    assert values[True] == [0.12, 1.23, 2.0, 10.27, 8.0]
+    assert values[False] == pytest.approx([0.1249, 1.234, 2, 10.266, 7.999], rel=1e-6)
+
+
+def test_false_discovery_by_hand(dataset: str, tmp_path: Path) -> None:
+    """A detection that overlaps by 0.32 is right at six of ten overlaps, and hides no false one."""
+    (image, box, label), *_ = annotated()
+    x0, y0, x1, y1 = box
+    right = [x0, y0, x0 + 0.32 * (x1 - x0), y1]
+    evaluator = COCOEvaluator(dataset, output_dir=str(tmp_path), false_discovery=True)
+    only = {"img_ids": [image]}
+    evaluator._coco_api.dataset["annotations"] = evaluator._coco_api.dataset["annotations"][:1]
+    evaluator._coco_api.createIndex()
+    evaluator.reset()
+    evaluator.process([{"image_id": image}], [{"instances": instances([right], [label], [0.9])}])
+    results = evaluator.evaluate(**only)["bbox"]
+    assert results["AP50"] == 0
+    assert results["FD"] == pytest.approx(40)
+    assert [results[f"FD{i}"] for i in (5, 25, 50)] == pytest.approx([0, 0, 100])
+    sizes = [results[f"FD{area}"] for area in "sml"]
+    assert sum(math.isnan(size) for size in sizes) == 2 and pytest.approx(40) in sizes
+    without = COCOEvaluator(dataset, output_dir=str(tmp_path))
+    assert not any(name.startswith("FD") for name in run(without, {})["bbox"])
+    # With a false one before it, half of what is found is wrong.
+    false = [0.0, 0.0, 1.0, 1.0]
+    evaluator.reset()
+    both = instances([right, false], [label, label], [0.8, 0.9])
+    evaluator.process([{"image_id": image}], [{"instances": both}])
+    assert evaluator.evaluate(**only)["bbox"]["FD25"] == pytest.approx(50)
+
+
+def test_ap_at_further_overlaps_and_without_small_targets(dataset: str, tmp_path: Path) -> None:
+    """Targets of class 1 are 25 x 6, 7 and 8."""
+    folder = str(tmp_path)
+    options = {"output_dir": folder, "ap_at": (0.7, 0.75)}
+    predictions = {}
+    for image in (1, 2, 3):
+        (box, label), (low, other) = ((b, c) for i, b, c in annotated() if i == image)
+        narrow = [low[0], low[1], low[0] + 0.72 * (low[2] - low[0]), low[3]]
+        predictions[image] = instances([box, narrow], [label, other], [0.9, 0.8])
+    results = run(COCOEvaluator(dataset, **options), predictions)["bbox"]
+    assert results["AP70"] == pytest.approx(100)
+    assert results["AP75"] == pytest.approx(50)
+    assert "AP70" not in run(COCOEvaluator(dataset, output_dir=folder), predictions)["bbox"]
+    # The first is left out.
+    evaluator = COCOEvaluator(dataset, **options, min_target_side=7 / SIZE)
+    assert len(evaluator._coco_api.anns) == 5
+    del predictions[2], predictions[3]
+    evaluator.reset()
+    evaluator.process([{"image_id": 1}], [{"instances": predictions[1]}])
+    kept = evaluator.evaluate(img_ids=[1])["bbox"]
+    assert kept["AP70"] == pytest.approx(100) and math.isnan(kept["AP-bar"])
+
+
 def test_per_category_table_is_logged(
     dataset: str,
     tmp_path: Path,

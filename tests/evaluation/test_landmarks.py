@@ -69,10 +69,14 @@ def test_nme_failures_and_area_by_hand():
     assert math.isnan(area_under_curve(np.array([]), 0.1))
 
 
-def test_the_published_pck_table():
-    """PCK at 0.5 of the published stacked hourglass code: strict, all annotated joints, pooled sides."""
-    folder = Path(__file__).resolve().parents[1] / "reference/hourglass/data_and_eval"
-    expected = Fixture(folder).expected
+HOURGLASS_GROUPS = (
+    *(range(16), (0, 5), (1, 4), (2, 3), (6,), (7,), (8,), (9,)),
+    *((10, 15), (11, 14), (12, 13)),
+)
+
+
+def hourglass_people():
+    """The 24 people of the published PCK table: targets, predictions, visible, norms."""
     targets = np.zeros((24, 16, 3))
     targets[..., :2] = 200 + 60 * draw_tensor("gt", (24, 1, 16, 2), 1)[:, 0]
     visible = draw_tensor("visible", (24, 1, 16), 1)[:, 0] > -0.5
@@ -82,20 +86,79 @@ def test_the_published_pck_table():
     targets[..., 2] = 1
     targets[missing] = 0
     visible[missing] = False
-    groups = [range(16), *((0, 5), (1, 4), (2, 3), (6,), (7,), (8,), (9,))]
-    groups += [(10, 15), (11, 14), (12, 13)]
+    return targets, predicted, visible, heads
+
+
+def published_pck():
+    return Fixture(
+        Path(__file__).resolve().parents[1] / "reference/hourglass/data_and_eval"
+    ).expected
+
+
+def test_the_published_pck_table():
+    """PCK at 0.5 of the published stacked hourglass code: strict, all annotated joints, pooled sides."""
+    targets, predicted, visible, heads = hourglass_people()
+    expected = published_pck()
     for name, people in (("training", slice(0, 4)), ("validation", slice(4, 24))):
         for row, keep in enumerate((visible | ~visible, visible, ~visible)):
             selected = targets.copy()
             selected[~keep] = 0
             errors = distances(predicted, selected)[people]
             hits, labelled = pck_counts(errors, heads[people], 0.5, strict=True)
-            for column, group in enumerate(groups):
+            for column, group in enumerate(HOURGLASS_GROUPS):
                 place = row, column
                 count = labelled[list(group)].sum()
                 assert count == expected[f"pck_{name}_counts"][place]
                 share = round(hits[list(group)].sum() / max(count, 1), 3)
                 assert share == pytest.approx(expected[f"pck_{name}"][place], abs=1e-6)
+
+
+@pytest.mark.parametrize("name, people", [("training", slice(0, 4)), ("validation", slice(4, 24))])
+def test_the_published_pck_from_the_evaluator(name, people, tmp_path):
+    """The same through a registered data set of MPII's kind, by the metric that it asks for."""
+    targets, predicted, _, heads = (x[people] for x in hourglass_people())
+    records = [
+        {
+            "image_id": i,
+            "annotations": [
+                annotation(points.tolist(), [0, 0, 400, 400], id=i, person_scale=head / 25)
+            ],
+        }
+        for i, (points, head) in enumerate(zip(targets, heads, strict=True))
+    ]
+    dataset = "landmarks_test_hourglass"
+    DatasetCatalog.register(dataset, lambda: records)
+    MetadataCatalog.get(dataset).set(**landmark_metadata(LANDMARK_DATASETS["mpii"]))
+    try:
+        pairs = []
+        for i, points in enumerate(predicted):
+            output = Instances((400, 400))
+            output.pred_keypoints = torch.from_numpy(np.pad(points, ((0, 0), (0, 1))))[None]
+            pairs.append(({"image_id": i}, output))
+        results = run(LandmarkEvaluator(dataset, output_dir=str(tmp_path)), *pairs)
+        expected, counts = (published_pck()[f"pck_{name}{x}"][0] for x in ("", "_counts"))
+        assert results["PCK_hourglass@0.5"] == pytest.approx(100 * expected[0], abs=0.051)
+        table = json.loads((tmp_path / "landmark_results.json").read_text())["landmarks"]
+        column = list(table["PCK_hourglass@0.5 (%)"].values())
+        for group, share, count in zip(HOURGLASS_GROUPS, expected, counts, strict=True):
+            if len(group) == 1 and count:
+                assert column[group[0]] == pytest.approx(100 * share, abs=0.051)
+        # An error of just half the unit is no hit.
+        del records[1:]
+        records[0]["annotations"][0].update(
+            person_scale=1.0, keypoints=[100.0, 100, 2] + 45 * [0.0]
+        )
+        for error, hits in ((12.5, 0), (12.4, 100)):
+            pairs[0][1].pred_keypoints = torch.full((1, 16, 3), 100.0)
+            pairs[0][1].pred_keypoints[0, 0, 0] += error
+            assert run(LandmarkEvaluator(dataset), pairs[0])["PCK_hourglass@0.5"] == hits
+        del records[0]["annotations"][0]["person_scale"]
+        assert "PCK_hourglass@0.5" not in run(LandmarkEvaluator(dataset), pairs[0])
+        with pytest.raises(DatasetError, match="person_scale"):
+            run(LandmarkEvaluator(dataset, ["pck_hourglass"]), pairs[0])
+    finally:
+        DatasetCatalog.remove(dataset)
+        MetadataCatalog.remove(dataset)
 
 
 def test_norms():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,15 @@ def test_focal_loss_without_positives_is_not_divided() -> None:
     assert loss.item() == pytest.approx(
         float(fixture.expected["focal_without_positives"]), rel=1e-5
     )
+
+
+def test_focal_loss_of_certain_errors() -> None:
+    """Probabilities are clamped to 1e-4 and 1 - 1e-4."""
+    wrong = -math.log(1e-4) * (1 - 1e-4) ** 2
+    for logit, target in ((-50.0, 1.0), (50.0, 0.0)):
+        loss = penalty_reduced_focal_loss(torch.full((1, 1), logit), torch.full((1, 1), target))
+        # as float32 has them
+        assert loss.item() == pytest.approx(wrong, rel=1e-4)
 
 
 def test_focal_loss_with_a_mask() -> None:

@@ -12,19 +12,27 @@ from d2ext.codecs.affine import affine_matrix
 from d2ext.data.augmentations.base import LabelAwareAugmentation, WindowTransform
 from d2ext.data.augmentations.geometry import random_center
 
-_MODES = ("crop", "shift", "letterbox")
+_MODES = ("crop", "shift", "letterbox", "keep")
 
 
 class WarpTransform(WindowTransform):
     """Affine map of pixel indices, with zeros where the source has nothing.
 
-    The same matrix moves pixels (whose index is their centre) and coordinates of boxes, polygons and
-    keypoints (where the centre of the first pixel is 0.5), as published. Where the image shrinks or
-    grows by a factor f the two part by (1 - f) / 2 pixels of the result.
+    Polygons and keypoints, for which the centre of the first pixel is 0.5, follow the image.
+
+    Published quirk: boxes are moved by the same matrix, as if their sides were indices. Where the image
+    shrinks or grows by a factor f, boxes and image part by (1 - f) / 2 pixels of the result.
     """
 
     def __init__(
-        self, matrix: np.ndarray, w: int, h: int, new_w: int, new_h: int, ignore_label: int = 255
+        self,
+        matrix: np.ndarray,
+        w: int,
+        h: int,
+        new_w: int,
+        new_h: int,
+        ignore_label: int = 255,
+        box_matrix: np.ndarray | None = None,
     ) -> None:
         """
         Args:
@@ -32,6 +40,7 @@ class WarpTransform(WindowTransform):
             w, h: size of the source, pixels
             new_w, new_h: size of the result, pixels
             ignore_label: value of new area in label maps; images and instance masks get 0
+            box_matrix: (2, 3), of boxes; None: the same
         """
         super().__init__()
         matrix = np.asarray(matrix, dtype=np.float64)
@@ -64,7 +73,19 @@ class WarpTransform(WindowTransform):
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
         """(N, 2) points (x, y), also outside the result."""
-        return coords @ self.matrix[:, :2].T + self.matrix[:, 2]
+        return _move(self.matrix, coords - 0.5) + 0.5
+
+    def apply_box(self, box: np.ndarray) -> np.ndarray:
+        """(N, 4) XYXY → moved as indices and cut to the result; boxes outside it get zero area."""
+        matrix = self.matrix if self.box_matrix is None else self.box_matrix
+        corners = np.asarray(box).reshape(-1, 4)[:, [0, 1, 2, 1, 2, 3, 0, 3]]
+        corners = _move(matrix, corners.reshape(-1, 4, 2))
+        box = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+        return np.clip(box, 0, np.array([self.new_w, self.new_h] * 2))
+
+
+def _move(matrix: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    return indices @ matrix[:, :2].T + matrix[:, 2]
 
 
 class PixelMirrorTransform(HFlipTransform):
@@ -81,13 +102,17 @@ class PixelMirrorTransform(HFlipTransform):
 
 
 class RandomAffineWarp(LabelAwareAugmentation):
-    """CenterNet's geometric augmentation: mirror and one affine warp to a fixed size.
+    """CenterNet's geometric augmentation: mirror and one affine warp, mostly to a fixed size.
 
     - "crop": a window of a random one of ``scales`` times the longer side, its centre uniform in the
       image at least ``border`` pixels from the edges (halved until it fits into both halves);
     - "shift": a window of the longer side around the centre, moved and zoomed by clipped normal
       numbers;
-    - "letterbox": that window itself, unmoved, as in testing with fixed resolution.
+    - "letterbox": that window itself, unmoved, as in testing with fixed resolution;
+    - "keep": the image's own pixels in the middle of the next larger divisible size, as in testing with
+      kept resolution.
+
+    Published quirk: a rotation turns the image and its keypoints, not the boxes.
     """
 
     def __init__(
@@ -99,17 +124,23 @@ class RandomAffineWarp(LabelAwareAugmentation):
         shift: float = 0.1,
         zoom: float = 0.4,
         flip_prob: float = 0.5,
+        rotate_prob: float = 0.0,
+        rotate: float = 0.0,
+        divisibility: int = 32,
         ignore_label: int = 255,
     ) -> None:
         """
         Args:
-            size: (height, width) of the result, pixels
-            mode: "crop", "shift" or "letterbox"
+            size: (height, width) of the result, pixels; not of "keep"
+            mode: "crop", "shift", "letterbox" or "keep"
             scales: of "crop"
             border: of "crop", pixels
             shift: of "shift": the standard deviation of the centre over the longer side; cut at two
             zoom: of "shift": the standard deviation of the factor on the window; cut at one
             flip_prob: probability of a mirror image
+            rotate_prob: probability of a rotation
+            rotate: its standard deviation, degrees; cut at two
+            divisibility: of "keep": the result's sides are multiples of it
             ignore_label: value of new area in label maps
         """
         super().__init__()
@@ -121,7 +152,7 @@ class RandomAffineWarp(LabelAwareAugmentation):
 
     def get_transform(self, image: np.ndarray) -> Transform:
         h, w = image.shape[:2]
-        center, side = np.array([w / 2, h / 2]), float(max(h, w))
+        (new_h, new_w), center, side = self.size, np.array([w / 2, h / 2]), float(max(h, w))
         if self.mode == "crop":
             side *= float(np.random.choice(self.scales))
             places = [random_center(w, self.border), random_center(h, self.border)]
@@ -130,11 +161,18 @@ class RandomAffineWarp(LabelAwareAugmentation):
             moves = np.clip(np.random.normal(0, 1, 2) * self.shift, -2 * self.shift, 2 * self.shift)
             center = center + side * moves
             side *= float(np.clip(np.random.normal(0, 1) * self.zoom, -self.zoom, self.zoom) + 1)
+        elif self.mode == "keep":
+            # As published, a side that is divisible already grows, too.
+            new_h, new_w = ((x // self.divisibility + 1) * self.divisibility for x in (h, w))
+            center, side = np.array([w // 2, h // 2]), float(new_w)
+        angle = 0.0
+        if self.rotate_prob > 0 and np.random.uniform() < self.rotate_prob:
+            angle = self.rotate * float(np.clip(np.random.normal(0, 1), -2, 2))
         steps: list[Transform] = []
         if np.random.uniform() < self.flip_prob:
             steps.append(PixelMirrorTransform(w))
             center[0] = w - 1 - center[0]
-        new_h, new_w = self.size
-        matrix = affine_matrix(center, side, (new_w, new_h))
-        steps.append(WarpTransform(matrix, w, h, new_w, new_h, ignore_label=self.ignore_label))
+        matrix = affine_matrix(center, side, (new_w, new_h), angle)
+        upright = affine_matrix(center, side, (new_w, new_h)) if angle else None
+        steps.append(WarpTransform(matrix, w, h, new_w, new_h, self.ignore_label, upright))
         return TransformList(steps)

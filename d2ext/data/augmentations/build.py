@@ -182,6 +182,9 @@ def build_centernet_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augment
             shift=c.AFFINE.SHIFT,
             zoom=c.AFFINE.ZOOM,
             flip_prob=c.FLIP_PROB,
+            rotate_prob=c.AFFINE.ROTATE_PROB,
+            rotate=c.AFFINE.ROTATE,
+            divisibility=c.AFFINE.DIVISIBILITY,
         )
     ]
     return augmentations + _colors(cfg)
@@ -191,20 +194,18 @@ def build_centernet_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augment
 def build_cornernet_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     """The published CornerNet recipe: random window, resize to a square, mirror, colours, lighting.
 
-    Without the random window (``CROP_ENABLED``) the image is padded to a square. Images stay float32 in
+    Without the random window (``CROP_ENABLED``) the image is padded to a square, or, without
+    ``PAD_TO_SQUARE``, resized as it is. Images stay float32 in
     [0, 255] from the colours on, unclipped, as published. Test images are resized as with
     ``"default"`` (with ``INPUT.MIN_SIZE_TEST: 0``, not at all, as published).
     """
     if not is_train:
         return build_default_augmentation(cfg, False)
     c = cfg.INPUT.AUGMENTATION
-    window = (
-        RandomCanvasCrop(c.SIZE, c.CENTER_CROP.SCALES, c.CENTER_CROP.BORDER)
-        if c.CROP_ENABLED
-        else SquareCanvas()
-    )
-    augmentations = [window, ResizeToSquare(c.SIZE), RandomPixelMirror(c.FLIP_PROB)]
-    return augmentations + _colors(cfg)
+    window: list[T.Augmentation] = [SquareCanvas()] if c.PAD_TO_SQUARE else []
+    if c.CROP_ENABLED:
+        window = [RandomCanvasCrop(c.SIZE, c.CENTER_CROP.SCALES, c.CENTER_CROP.BORDER)]
+    return [*window, ResizeToSquare(c.SIZE), RandomPixelMirror(c.FLIP_PROB), *_colors(cfg)]
 
 
 @AUGMENTATION_REGISTRY.register_as("cornernet_saccade")

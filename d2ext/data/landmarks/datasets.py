@@ -137,7 +137,7 @@ _DATASETS = (
             *(0.062, 0.072, 0.179, 0.179, 0.072, 0.062),
         ),
         norms={"head_points": ((8,), (9,))},
-        metrics=("pckh", "pck"),
+        metrics=("pckh", "pck", "pck_hourglass"),
         norm="head",
         not_scored=(6, 7),  # pelvis and thorax
         origin=1,

@@ -58,7 +58,9 @@ def read_coco(
     records = {entry["id"]: image_record(entry, images) for entry in file.images}
     for entry in file.annotations:
         where = f"annotation {entry['id']} of '{path}'"
-        points = _points(dataset, entry.get("keypoints") or [0] * 3 * len(dataset.keypoints), where)
+        points = checked_points(
+            dataset, entry.get("keypoints") or [0] * 3 * len(dataset.keypoints), where
+        )
         extra: Record = {"id": entry["id"], "iscrowd": int(entry.get("iscrowd", 0))}
         x, y, w, h = entry.get("bbox") or (0, 0, 0, 0)
         if w >= 0 and h >= 0 and w + h > 0:  # else the box is made from the points
@@ -74,7 +76,7 @@ def read_coco(
         if "bbox_head" in entry:
             x, y, w, h = _four_numbers(entry, "bbox_head", where)
             extra["head_box"] = [x, y, x + w, y + h]
-        annotation = _annotation(dataset, points, origin or 0, extra)
+        annotation = make_annotation(dataset, points, origin or 0, extra)
         records[entry["image_id"]]["annotations"].append(annotation)
     return list(records.values())
 
@@ -102,10 +104,10 @@ def read_mpii(
         visible = np.asarray(entry["joints_vis"], dtype=np.float64).reshape(-1)
         if len(visible) != len(joints):
             raise DatasetError(f"{where} has {len(joints)} joints but {len(visible)} joints_vis.")
-        points = _points(dataset, np.column_stack([joints, visible > 0]), where)
-        record = _record_of(records, images, entry["image"])
+        points = checked_points(dataset, np.column_stack([joints, visible > 0]), where)
+        record = record_of(records, images, entry["image"])
         extra = {"id": number, **_centered(dataset, entry["center"], float(entry["scale"]))}
-        record["annotations"].append(_annotation(dataset, points, origin, extra, record))
+        record["annotations"].append(make_annotation(dataset, points, origin, extra, record))
     return list(records.values())
 
 
@@ -135,8 +137,8 @@ def _read_lines(
             "attributes": dict(zip(WFLW_ATTRIBUTES, attributes, strict=True)),
         }
         name = fields[-1].strip()
-        record = _record_of(records, images, name)
-        record["annotations"].append(_annotation(dataset, points, origin or 0, extra))
+        record = record_of(records, images, name)
+        record["annotations"].append(make_annotation(dataset, points, origin or 0, extra))
     return list(records.values())
 
 
@@ -164,9 +166,11 @@ def _read_csv(
         extra = {"id": number - 1, **_centered(dataset, head[-2:], float(head[0]))}
         if len(head) == 4:
             extra["box_size"] = float(head[1])
-        record = _record_of(records, images, row[0])
+        record = record_of(records, images, row[0])
         record["annotations"].append(
-            _annotation(dataset, np.column_stack([points, labelled]), origin or 0, extra, record)
+            make_annotation(
+                dataset, np.column_stack([points, labelled]), origin or 0, extra, record
+            )
         )
     return list(records.values())
 
@@ -198,10 +202,10 @@ def _read_pts(
         if not names:
             raise DatasetError(f"There is no image '{stem}.png' or .jpg in '{images}'.")
         xy = _pts_points(file)
-        points = _points(dataset, np.column_stack([xy, np.ones(len(xy))]), f"'{file}'")
+        points = checked_points(dataset, np.column_stack([xy, np.ones(len(xy))]), f"'{file}'")
         record = _image_record(images, names[0], number)
         extra = {"id": number, "crop_box": extent_crop_box(points[:, :2] - origin)}
-        record["annotations"].append(_annotation(dataset, points, origin, extra, record))
+        record["annotations"].append(make_annotation(dataset, points, origin, extra, record))
         records.append(record)
     return records
 
@@ -232,10 +236,14 @@ def detect_form(dataset: LandmarkDataset, path: str) -> str:
         return "csv"
     if end == ".txt" and dataset.name == "wflw":
         return "wflw"
+    if end in (".h5", ".hdf5") and dataset.name == "mpii":
+        return "hourglass"
+    if end == ".mat" and dataset.name == "cofw":
+        return "cofw"
     raise DatasetError(
         f"'{path}' is in no form that is read for '{dataset.name}': COCO-keypoint JSON, MPII's JSON "
-        "list, WFLW's .txt, HRNet's .csv, or a folder of .pts files. The .mat files of COFW and "
-        "AFLW are not read; convert them to COCO-keypoint JSON."
+        "list or the stacked hourglass's .h5, WFLW's .txt, COFW's .mat, HRNet's .csv, or a folder of "
+        ".pts files. The .mat file of AFLW is not read; convert it to COCO-keypoint JSON."
     )
 
 
@@ -280,7 +288,7 @@ def _pts_points(path: str) -> np.ndarray:
     return values.reshape(-1, 2)
 
 
-def _points(dataset: LandmarkDataset, values: Any, where: str) -> np.ndarray:
+def checked_points(dataset: LandmarkDataset, values: Any, where: str) -> np.ndarray:
     """(K, 3) float64, checked."""
     points = np.asarray(values, dtype=np.float64).reshape(-1)
     if len(points) != 3 * len(dataset.keypoints):
@@ -293,7 +301,7 @@ def _points(dataset: LandmarkDataset, values: Any, where: str) -> np.ndarray:
     return points
 
 
-def _annotation(
+def make_annotation(
     dataset: LandmarkDataset,
     points: np.ndarray,
     origin: float,
@@ -352,7 +360,7 @@ def _centered(dataset: LandmarkDataset, center: Any, scale: float) -> Record:
     return {**result, "crop_box": [x - half, y - half, x + half, y + half]}
 
 
-def _record_of(records: dict[str, Record], images: str, name: str) -> Record:
+def record_of(records: dict[str, Record], images: str, name: str) -> Record:
     """The record of an image, made when its first annotation comes."""
     if name not in records:
         records[name] = _image_record(images, name, len(records))

@@ -19,6 +19,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from d2ext.data.coco_json import LANDMARKS, read_coco_json, read_json
 from d2ext.data.dataset_facts import category_keypoints
 from d2ext.data.errors import DatasetError
+from d2ext.data.landmarks import hdf5  # noqa: F401  (adds its readers)
 from d2ext.data.landmarks.datasets import LANDMARK_DATASETS, LandmarkDataset, landmark_metadata
 from d2ext.data.landmarks.readers import READERS, detect_form
 
@@ -45,9 +46,10 @@ def register_landmarks(
             ``sigmas``).
         annotations: file, or folder of ``.pts`` files.
         images: folder that file names are relative to.
-        form: of the file: "coco", "mpii", "wflw", "csv" or "pts"; detected if not given.
-        origin: index of the first pixel in the file; by default 1 for MPII's list and for ``.pts``,
-            0 otherwise.
+        form: of the file: "coco", "mpii", "wflw", "csv", "pts", or, by h5py, "hourglass" (MPII) and
+            "cofw"; detected if not given.
+        origin: index of the first pixel in the file; by default 1 for MPII's list, ``.pts`` and COFW's
+            file, 0.5 for the hourglass's, 0 otherwise.
         head_boxes: for PCKh: MPII's ``mpii_gt_val.mat`` (read with SciPy), or a JSON list with
             [x0, y0, x1, y1] for each annotation in the file's order.
 

@@ -15,7 +15,7 @@ from d2ext.checkpoint.convert import (
     register_converter,
 )
 from d2ext.checkpoint.cornernet_hourglass import hourglass_rules
-from d2ext.checkpoint.torchvision import resnet_rules
+from d2ext.checkpoint.torchvision import dla_rules, resnet_rules
 
 _HEADS = {
     "hm": "heatmap",
@@ -75,21 +75,6 @@ def _deconv_rules(layers: int) -> tuple[Rule, ...]:
     return (Rule(r"deconv_layers\.(\d+)\.((?:conv_offset_mask\.)?\w+)", rename),)
 
 
-_DLA_BASE = "backbone.bottom_up."
-_BLOCK_PART = {"conv1": "conv1", "bn1": "conv1.norm", "conv2": "conv2", "bn2": "conv2.norm"}
-_TREE = r"base\.level(\d)\.((?:tree[12]\.)?)"
-
-
-def _tree(match: re.Match[str]) -> str:
-    """Prefix of a tree's names: ``level3.tree1.``, or ``level2.`` if it has only one level."""
-    return f"{_DLA_BASE}level{match[1]}.{match[2]}"
-
-
-def _conv_or_norm(part: str, leaf: str) -> str:
-    """Leaf of a convolution (part 0 or ``conv``) or of its norm (1 or ``bn``)."""
-    return leaf if part in ("0", "conv") else f"norm.{leaf}"
-
-
 def _aggregation(match: re.Match[str]) -> str:
     """Our name of a step of ``dla_up.ida_<i>`` or ``ida_up``."""
     where = "fusion" if match[1] == "ida_up" else f"steps.{match[1][-1]}"
@@ -97,49 +82,20 @@ def _aggregation(match: re.Match[str]) -> str:
     return f"backbone.{where}.{lists[match[2]]}.{int(match[3]) - 1}"
 
 
-def _dla_rules(state_dict: StateDict) -> tuple[Rule, ...]:
-    two_levels = {
-        m[1] for k in state_dict if (m := re.match(r"base\.level(\d)\.tree1\.tree1\.", k))
-    }
-    dead = rf"base\.level[{''.join(sorted(two_levels)) or 'x'}]\.project\..*"
-    return (
-        # the ImageNet classifier
-        Rule(r"base\.fc\.(weight|bias)", None),
-        # projections of two-level trees, which the published network computes but never uses
-        Rule(dead, None),
-        Rule(
-            r"base\.base_layer\.([01])\.(\w+)",
-            lambda m: f"{_DLA_BASE}stem.{_conv_or_norm(m[1], m[2])}",
-        ),
-        Rule(
-            r"base\.level([01])\.([01])\.(\w+)",
-            lambda m: f"{_DLA_BASE}level{m[1]}.{_conv_or_norm(m[2], m[3])}",
-        ),
-        Rule(
-            rf"{_TREE}tree([12])\.(conv1|bn1|conv2|bn2)\.(\w+)",
-            lambda m: f"{_tree(m)}block{m[3]}.{_BLOCK_PART[m[4]]}.{m[5]}",
-        ),
-        Rule(
-            rf"{_TREE}root\.(conv|bn)\.(\w+)",
-            lambda m: f"{_tree(m)}root.{_conv_or_norm(m[3], m[4])}",
-        ),
-        Rule(
-            rf"{_TREE}project\.([01])\.(\w+)",
-            lambda m: f"{_tree(m)}project.{_conv_or_norm(m[3], m[4])}",
-        ),
-        Rule(
-            r"(?:dla_up\.)?(ida_\w+?)\.(proj|node)_(\d)\.actf\.0\.(\w+)",
-            lambda m: f"{_aggregation(m)}.conv.norm.{m[4]}",
-        ),
-        Rule(
-            rf"(?:dla_up\.)?(ida_\w+?)\.(proj|node)_(\d)\.conv\.{_DEFORMABLE_LEAF}",
-            lambda m: _deformable(m, f"{_aggregation(m)}.conv"),
-        ),
-        Rule(
-            r"(?:dla_up\.)?(ida_\w+?)\.(up)_(\d)\.(weight)",
-            lambda m: f"{_aggregation(m)}.weight",
-        ),
-    )
+_DLA_UP_RULES = (
+    Rule(
+        r"(?:dla_up\.)?(ida_\w+?)\.(proj|node)_(\d)\.actf\.0\.(\w+)",
+        lambda m: f"{_aggregation(m)}.conv.norm.{m[4]}",
+    ),
+    Rule(
+        rf"(?:dla_up\.)?(ida_\w+?)\.(proj|node)_(\d)\.conv\.{_DEFORMABLE_LEAF}",
+        lambda m: _deformable(m, f"{_aggregation(m)}.conv"),
+    ),
+    Rule(
+        r"(?:dla_up\.)?(ida_\w+?)\.(up)_(\d)\.(weight)",
+        lambda m: f"{_aggregation(m)}.weight",
+    ),
+)
 
 
 @register_converter("centernet")
@@ -160,7 +116,7 @@ def convert_centernet(state_dict: StateDict) -> dict[str, Tensor]:
         )
     backbone: tuple[Rule, ...]
     if "base.base_layer.0.weight" in state_dict:
-        backbone = _dla_rules(state_dict)
+        backbone = (*dla_rules(state_dict, "base.", "backbone.bottom_up."), *_DLA_UP_RULES)
     elif "pre.0.conv.weight" in state_dict:
         backbone = hourglass_rules()
     else:

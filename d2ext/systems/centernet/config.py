@@ -36,12 +36,18 @@ def add_centernet_config(cfg: CfgNode) -> None:
     # Where the size of boxes is trained: "center": at the centre; "dense": at all cells under the
     # Gaussian; "class_specific": at the centre, in channels of the object's class.
     centernet.SIZE_TARGET = "center"
+    # Predict where in its cell a centre lies (published: yes). False: in its middle.
+    centernet.OFFSET = True
 
     # With MODEL.KEYPOINT_ON the model also predicts MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS joints of each
     # object, as offsets from its centre and as peaks of joint heat maps.
     pose = centernet.POSE = CfgNode()
     # Joints that swap in a mirror image.
     pose.FLIP_PAIRS = [[1, 2], [3, 4], [5, 6], [7, 8], [9, 10], [11, 12], [13, 14], [15, 16]]
+    # Joints also as peaks of heat maps, and where in its cell a peak lies (published: both). Without
+    # heat maps joints are the regressed ones.
+    pose.HEATMAP = True
+    pose.OFFSET = True
     # Where joint offsets are trained: "center" or "dense".
     pose.TARGET = "center"
 

@@ -25,7 +25,7 @@ Predictions = dict[str, Tensor]
 ``joint_offset``          2          x, y of a joint in its cell
 ========================  =========  ===============================================================
 
-The last three only with poses.
+The last three only with poses; all but ``heatmap``, ``size`` and ``joints`` may be left out.
 """
 
 # Initial probability 0.1, so that the many negatives do not dominate the first steps.
@@ -33,16 +33,27 @@ _HEATMAP_BIAS = -2.19
 
 
 def head_channels(
-    num_classes: int, *, class_specific_size: bool = False, num_joints: int = 0
+    num_classes: int,
+    *,
+    class_specific_size: bool = False,
+    num_joints: int = 0,
+    offset: bool = True,
+    joint_heatmap: bool = True,
+    joint_offset: bool = True,
 ) -> dict[str, int]:
-    """Channels of each map of :data:`Predictions`."""
+    """Channels of each map of :data:`Predictions`; the last three say which there are."""
     channels = {
         "heatmap": num_classes,
         "size": 2 * num_classes if class_specific_size else 2,
-        "offset": 2,
     }
+    if offset:
+        channels["offset"] = 2
     if num_joints > 0:
-        channels |= {"joints": 2 * num_joints, "joint_heatmap": num_joints, "joint_offset": 2}
+        channels["joints"] = 2 * num_joints
+        if joint_heatmap:
+            channels["joint_heatmap"] = num_joints
+        if joint_heatmap and joint_offset:
+            channels["joint_offset"] = 2
     return channels
 
 

@@ -80,22 +80,25 @@ class CenterNetCriterion:
         return totals
 
     def terms(self, predictions: Predictions, targets: CenterNetTargets) -> dict[str, Tensor]:
-        """Unweighted losses of one stack."""
+        """Unweighted losses of the maps that one stack has."""
         terms = {
             "loss_heatmap": penalty_reduced_focal_loss(predictions["heatmap"], targets.heatmap),
             "loss_size": self._size_loss(predictions["size"], targets),
-            "loss_offset": self.regression(
-                predictions["offset"], targets.index, targets.offset, targets.mask
-            ),
         }
+        if "offset" in predictions:
+            terms["loss_offset"] = self.regression(
+                predictions["offset"], targets.index, targets.offset, targets.mask
+            )
         joints = targets.joints
         if joints is not None:
-            terms["loss_joint_heatmap"] = penalty_reduced_focal_loss(
-                predictions["joint_heatmap"], joints.heatmap
-            )
-            terms["loss_joint_offset"] = self.regression(
-                predictions["joint_offset"], joints.index, joints.offset, joints.offset_mask
-            )
+            if "joint_heatmap" in predictions:
+                terms["loss_joint_heatmap"] = penalty_reduced_focal_loss(
+                    predictions["joint_heatmap"], joints.heatmap
+                )
+            if "joint_offset" in predictions:
+                terms["loss_joint_offset"] = self.regression(
+                    predictions["joint_offset"], joints.index, joints.offset, joints.offset_mask
+                )
             if self.joint_target == "dense":
                 dense = dense_targets(targets, joints=True)
                 terms["loss_joint"] = dense_l1(predictions["joints"], *dense)

@@ -15,6 +15,8 @@ from d2ext.codecs.heatmaps import draw_gaussians, gaussian_radius
 
 # Detectron2's keypoints are COCO's plus half a pixel; the published code uses COCO's.
 KEYPOINT_SHIFT = 0.5
+# Heat maps of rotated images: no positives, and negatives that hardly count (published).
+_ROTATED = 0.9999
 
 
 class ObjectAnnotations(NamedTuple):
@@ -26,6 +28,8 @@ class ObjectAnnotations(NamedTuple):
     """(n,) int64."""
     joints: Tensor | None = None
     """(n, J, 3) float32: x, y, and > 0 where the joint is annotated. None: no poses."""
+    rotated: bool = False
+    """The image is rotated and the boxes are not: only joint heat maps and offsets are trained."""
 
 
 def read_annotations(inputs: dict[str, Any], stride: int, num_joints: int) -> ObjectAnnotations:
@@ -50,7 +54,7 @@ def read_annotations(inputs: dict[str, Any], stride: int, num_joints: int) -> Ob
             f"{joints.shape[1]} keypoints."
         )
     joints[..., :2] = (joints[..., :2] - KEYPOINT_SHIFT) / stride
-    return ObjectAnnotations(boxes, instances.gt_classes, joints)
+    return ObjectAnnotations(boxes, instances.gt_classes, joints, inputs.get("rotated", False))
 
 
 class JointTargets(NamedTuple):
@@ -104,7 +108,8 @@ def encode_targets(
     As published, boxes are clipped to [0, w - 1] and [0, h - 1], so that sizes and centres are those of
     the visible part; boxes without area are left out. A person without annotated joints is a positive
     of the heat map, but its size and offset are not trained (published: its centre is set to 0.9999,
-    and back to 1 by the Gaussian drawn afterwards).
+    and back to 1 by the Gaussian drawn afterwards). Of a rotated image, the heat map is 0.9999 all
+    over and sizes, offsets and joints' positions are not trained.
 
     Args:
         images: all with joints, or all without.
@@ -144,8 +149,14 @@ def encode_targets(
         raw = _stack([x.joints for x in images if x.joints is not None], count, device)
         joints = _encode_joints(raw, cells, radii, present, map_size)
         mask = present & (raw[..., 2] > 0).any(dim=-1)
+    heatmap = heatmap.view(len(images), num_classes, height, width)
+    for i, image in enumerate(images):
+        if image.rotated:
+            heatmap[i], mask[i] = _ROTATED, False
+            if joints is not None:
+                joints.position_mask[i] = False
     return CenterNetTargets(
-        heatmap=heatmap.view(len(images), num_classes, height, width),
+        heatmap=heatmap,
         index=cells[..., 1] * width + cells[..., 0],
         mask=mask,
         size=torch.where(present[..., None], size, 0.0),
@@ -229,7 +240,7 @@ def dense_targets(targets: CenterNetTargets, *, joints: bool) -> DenseTargets:
         raise ValueError("These targets have no joints.")
     else:
         values = targets.joints.position.unflatten(2, (-1, 2))
-        drawn = targets.joints.offset_mask.view(values.shape[:3])
+        drawn = targets.joints.position_mask[..., ::2]
     columns = torch.arange(width, device=device).expand(height, width)
     rows = torch.arange(height, device=device)[:, None].expand(height, width)
     field = values.new_zeros((images, values.shape[2], 2, height, width))

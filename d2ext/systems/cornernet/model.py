@@ -181,7 +181,7 @@ class CornerNet(MultiScaleMetaArch):
         return images, self.encode_targets(batched_inputs, images)
 
     def encode_targets(self, batched_inputs: list[dict[str, Any]], images: Tensor) -> Any:
-        """See :func:`encode_corners`. Crowds are not trained on."""
+        """See :func:`encode_corners`. Crowds are not trained on, unless ``INPUT.PUBLISHED_CROWDS``."""
         height, width = images.shape[-2:]
         boxes, classes = read_boxes(batched_inputs, (height, width), self.device)
         return self.encode(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,12 @@ from torchvision.ops import deform_conv2d
 
 from d2ext import model_zoo
 from d2ext.checkpoint import ConversionError, convert_state_dict
+from d2ext.checkpoint.checkpointer import Checkpointer
 from d2ext.systems.centernet.model import CenterNet
+from d2ext.tools import convert
 from tests.reference.fixture import draw_state_dict
 
+REFERENCE = Path(__file__).parents[2] / "reference" / "centernet"
 Names = dict[str, tuple[int, ...]]
 
 
@@ -178,6 +183,47 @@ def test_families_load_strictly(family: str) -> None:
     if family.startswith("dla"):
         # the classifier and two dead projections
         assert len(published) - len(converted) == 2 + 2 * 6
+
+
+def test_dla_of_imagenet_is_a_backbone(tmp_path: Path) -> None:
+    """From the file of a classifier, by the tool and as it is, into the whole model's base."""
+    generator = torch.Generator().manual_seed(0)
+    base = {
+        k.removeprefix("base."): torch.rand(s, generator=generator)
+        for k, s in _dla(False).items()
+        if k.startswith("base.")
+    }
+    source, target = tmp_path / "dla34.pth", tmp_path / "converted.pth"
+    torch.save(base, source)
+    config = "centernet/centernet_dla34_512.yaml"
+    arguments = [str(source), str(target), "--config-file", config]
+    assert convert.run(arguments) == 2  # it is no whole model
+    assert convert.run([*arguments, "--system", "dla"]) == 0
+    whole = {k: torch.zeros(s) for k, s in _dla(False).items()}
+    whole |= {f"base.{k}": v for k, v in base.items()}
+    expected = convert_state_dict("centernet", whole)
+    for path in (source, target):
+        model = _build(config, [], "cpu")
+        Checkpointer(model, fit="finetune").load(str(path))
+        state = model.state_dict()
+        names = [k for k in state if k.startswith("backbone.bottom_up.")]
+        assert len(names) > 150
+        for name in names:
+            if not name.endswith("num_batches_tracked"):
+                assert state[name].equal(expected[name]), name
+
+
+def test_hourglass_of_another_detector_is_a_backbone() -> None:
+    manifest = json.loads((REFERENCE / "hourglass_ctdet" / "manifest.json").read_text())
+    published = {k: torch.empty(s, device="meta") for k, s in manifest["parameters"]}
+    published["t_heats.0.1.weight"] = torch.empty(80, 256, 1, 1, device="meta")
+    converted = convert_state_dict(
+        "cornernet_hourglass", {f"module.{k}": v for k, v in published.items()}
+    )
+    own = _build("centernet/centernet_hourglass104_512.yaml", []).backbone.state_dict()
+    assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in own.items()}
+    with pytest.raises(ConversionError, match=r"pre\.0\.conv"):
+        convert_state_dict("cornernet_hourglass", {"hm.2.weight": torch.zeros(1)})
 
 
 def test_pose_hourglass_names() -> None:

@@ -6,11 +6,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.structures import BoxMode
+from fvcore.transforms.transform import Transform, TransformList
 from torch import Tensor
 
+from d2ext.codecs.affine import affine_matrix
+from d2ext.config import get_cfg
+from d2ext.data import D2extDatasetMapper, PoseMapper
+from d2ext.data.augmentations.affine import PixelMirrorTransform, WarpTransform
 from d2ext.layers.opencv_resample import resize_like_opencv
 from d2ext.systems.centernet.losses import CenterNetCriterion
 from d2ext.systems.centernet.postprocess import (
@@ -25,12 +32,20 @@ from d2ext.systems.centernet.targets import (
     ObjectAnnotations,
     dense_targets,
     encode_targets,
+    read_annotations,
 )
 from tests.reference.fixture import Fixture, draw_image, draw_tensor
 
 REFERENCE = Path(__file__).parents[2] / "reference" / "centernet"
 FLIP_PAIRS = [(i, i + 1) for i in range(1, 17, 2)]
 MEAN, STD = np.array([0.408, 0.447, 0.47]), np.array([0.289, 0.274, 0.278])
+
+TRAINING = (
+    np.array([0.40789654, 0.44719302, 0.47026115]),
+    np.array([0.28863828, 0.27408164, 0.27809835]),
+)
+# Width and height of the fixture's picture and of the network's input.
+WARPED = (260, 220, 256, 256)
 
 
 def _normalized(canvas: Tensor, mean: np.ndarray = MEAN, std: np.ndarray = STD) -> np.ndarray:
@@ -158,46 +173,137 @@ def test_targets_of_kept_resolution() -> None:
     image = torch.from_numpy(draw_image(220, 260, seed=5)).permute(2, 0, 1)
     place = padded_canvas((220, 260), 1.0, 32)
     canvas = place.draw(image)
-    mean, std = [0.40789654, 0.44719302, 0.47026115], [0.28863828, 0.27408164, 0.27809835]
-    assert (
-        fixture.compare("keep_res_input", _normalized(canvas, np.array(mean), np.array(std))) < 1e-5
-    )
+    assert fixture.compare("keep_res_input", _normalized(canvas, *TRAINING)) < 1e-5
     cells = (boxes - torch.tensor(place.corner * 2)) * place.scale / 4
     targets = encode_targets([ObjectAnnotations(cells.float(), classes)], (56, 72), 80)
     assert fixture.compare("keep_res_hm", targets.heatmap[0]) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["pose_plain", "pose_crop_flip"])
-def test_pose_targets(name: str) -> None:
+def test_training_at_kept_resolution(tmp_path: Path) -> None:
+    """A picture and its boxes through recipe, mapper and targets."""
     fixture = Fixture(REFERENCE / "targets")
-    annotations = _plain(64, pose=True)
+    cfg = get_cfg()
+    cfg.INPUT.AUGMENTATION.NAME = "centernet"
+    cfg.INPUT.AUGMENTATION.AFFINE.MODE = "keep"
+    cfg.INPUT.AUGMENTATION.FLIP_PROB = 0.0
+    cfg.INPUT.AUGMENTATION.COLOR_JITTER = cfg.INPUT.AUGMENTATION.LIGHTING = 0.0
+    record = _pose_record(tmp_path)
+    for annotation, label in zip(record["annotations"], _boxes(fixture)[1].tolist(), strict=True):
+        annotation["category_id"] = label
+    sample = D2extDatasetMapper(cfg, True)(record)
+    assert fixture.compare("keep_res_input", _normalized(sample["image"], *TRAINING)) < 1e-5
+    targets = encode_targets([read_annotations(sample, 4, 0)], (56, 72), 80)
+    assert fixture.compare("keep_res_hm", targets.heatmap[0]) < 1e-6
+    # A divisible side grows, too.
+    cfg.INPUT.AUGMENTATION.AFFINE.DIVISIBILITY = 20
+    sample = D2extDatasetMapper(cfg, True)(record)
+    assert sample["image"].shape == (3, 240, 280)
+
+
+def _pose_record(tmp_path: Path) -> dict[str, Any]:
+    """The fixture's picture and persons as a record; keypoints with Detectron2's half pixel."""
+    cv2.imwrite(str(tmp_path / "image.png"), draw_image(220, 260, seed=5))
+    boxes, _ = _boxes(Fixture(REFERENCE / "targets"))
+    joints = _keypoints(boxes)
+    joints[..., :2] += 0.5 * (joints[..., 2:] > 0)
+    annotations = [
+        {
+            "bbox": box.tolist(),
+            "bbox_mode": BoxMode.XYXY_ABS,
+            "category_id": 0,
+            "keypoints": points.flatten().tolist(),
+        }
+        for box, points in zip(boxes, joints, strict=True)
+    ]
+    return {"file_name": str(tmp_path / "image.png"), "annotations": annotations}
+
+
+def _pose_mapper() -> PoseMapper:
+    order = list(range(17))
+    for left, right in FLIP_PAIRS:
+        order[left], order[right] = right, left
+    return PoseMapper(
+        True,
+        augmentations=[],
+        image_format="BGR",
+        use_keypoint=True,
+        keypoint_hflip_indices=np.array(order),
+    )
+
+
+@pytest.mark.parametrize("name", ["pose_plain", "pose_crop_flip"])
+def test_pose_targets(name: str, tmp_path: Path) -> None:
+    """From a file of a picture and its annotations, through the mapper."""
+    fixture = Fixture(REFERENCE / "targets")
+    steps: list[Transform] = [WarpTransform(affine_matrix((130, 110), 260, (256, 256)), *WARPED)]
     if name == "pose_crop_flip":
-        boxes, classes = _boxes(fixture)
-        corners = _crop_flip(boxes.view(-1, 2, 2))
-        mirrored = [corners[:, 1, 0], corners[:, 0, 1], corners[:, 0, 0], corners[:, 1, 1]]
-        joints = _keypoints(boxes)
-        joints[..., :2] = _crop_flip(joints[..., :2])
-        order = list(range(17))
-        for left, right in FLIP_PAIRS:
-            order[left], order[right] = right, left
-        annotations = ObjectAnnotations(
-            torch.stack(mirrored, 1).float(), torch.zeros_like(classes), joints[:, order].float()
-        )
+        matrix = affine_matrix((260 - 140 - 1, 97), 260 * 0.9, (256, 256))
+        steps = [PixelMirrorTransform(260), WarpTransform(matrix, *WARPED)]
+    sample, _ = _pose_mapper().map(_pose_record(tmp_path), TransformList(steps))
+    assert fixture.compare(f"{name}_input", _normalized(sample["image"], *TRAINING)) < 1e-5
+    annotations = read_annotations(sample, 4, 17)
     targets = encode_targets([annotations], (64, 64), 1, max_objects=32)
     _compare_detection(targets, fixture, name)
     # box 2 has no joint: a positive that is not regressed
     assert targets.heatmap[0, 0].flatten()[targets.index[0, 2]] == 1 and not targets.mask[0, 2]
+    _compare_joints(targets, fixture, name)
+
+
+def _compare_joints(targets: CenterNetTargets, fixture: Fixture, name: str) -> None:
     joints, expected = targets.joints, fixture.expected
     assert joints is not None
+    slots = joints.position.shape[1]
     assert fixture.compare(f"{name}_hm_hp", joints.heatmap[0]) < 1e-6
-    np.testing.assert_allclose(joints.position[0], expected[f"{name}_hps"][:6], atol=1e-4)
-    np.testing.assert_array_equal(joints.position_mask[0], expected[f"{name}_hps_mask"][:6])
-    mask = expected[f"{name}_hp_mask"] > 0
-    np.testing.assert_array_equal(joints.offset_mask[0], mask)
-    np.testing.assert_array_equal(joints.index[0][mask], expected[f"{name}_hp_ind"][mask])
+    trained = joints.position_mask[0]
     np.testing.assert_allclose(
-        joints.offset[0][mask], expected[f"{name}_hp_offset"][mask], atol=1e-4
+        joints.position[0] * trained, expected[f"{name}_hps"][:slots] * trained.numpy(), atol=1e-4
     )
+    np.testing.assert_array_equal(joints.position_mask[0], expected[f"{name}_hps_mask"][:slots])
+    assert not expected[f"{name}_hps_mask"][slots:].any()
+    # the published lists are stored up to the sixth person
+    mask = expected[f"{name}_hp_mask"][: 17 * slots] > 0
+    assert not expected[f"{name}_hp_mask"][17 * slots :].any()
+    np.testing.assert_array_equal(joints.offset_mask[0], mask)
+    index, offset = expected[f"{name}_hp_ind"], expected[f"{name}_hp_offset"]
+    np.testing.assert_array_equal(joints.index[0][mask], index[: 17 * slots][mask])
+    np.testing.assert_allclose(joints.offset[0][mask], offset[: 17 * slots][mask], atol=1e-4)
+
+
+def test_targets_of_a_rotated_image(tmp_path: Path) -> None:
+    """Its joints' heat maps and offsets are trained, and nothing else."""
+    fixture, name = Fixture(REFERENCE / "targets"), "pose_crop_flip_rotate"
+    center, side = (110, 120), 260 * 1.2
+    warp = WarpTransform(
+        affine_matrix(center, side, (256, 256), 25 * 0.35),
+        *WARPED,
+        box_matrix=affine_matrix(center, side, (256, 256)),
+    )
+    sample, _ = _pose_mapper().map(_pose_record(tmp_path), TransformList([warp]))
+    targets = encode_targets([read_annotations(sample, 4, 17)], (64, 64), 1, max_objects=32)
+    assert fixture.compare(f"{name}_hm", targets.heatmap[0]) < 1e-7
+    assert not targets.mask.any() and not fixture.expected[f"{name}_reg_mask"].any()
+    _compare_joints(targets, fixture, name)
+    assert not dense_targets(targets, joints=True).weights.any()
+    # Another image of the batch is as without it.
+    plain = _plain(64, pose=True)
+    both = encode_targets([read_annotations(sample, 4, 17), plain], (64, 64), 1)
+    alone = encode_targets([plain], (64, 64), 1)
+    assert both.heatmap[1].equal(alone.heatmap[0]) and both.mask[1].equal(alone.mask[0])
+
+
+def test_joints_outside_the_crop_count_as_annotated(tmp_path: Path) -> None:
+    """A person of whom only a part without joints is in the picture trains its size."""
+    record = _pose_record(tmp_path)
+    (person,) = record["annotations"] = record["annotations"][:1]
+    person["bbox"] = [20.0, 30.0, 200.0, 200.0]
+    person["keypoints"] = [30.5, 40.5, 1.0] + 48 * [0.0]
+    warp = WarpTransform(affine_matrix((150, 150), 128, (256, 256)), *WARPED)
+    sample, _ = _pose_mapper().map(record, TransformList([warp]))
+    # 2 * (30 - 150) + 128, and Detectron2's half pixel
+    np.testing.assert_allclose(sample["instances"].gt_keypoints.tensor[0, 0], [-111.5, -91.5, 1])
+    targets = encode_targets([read_annotations(sample, 4, 17)], (64, 64), 1)
+    assert targets.mask.tolist() == [[True]]
+    assert targets.joints is not None and not targets.joints.offset_mask.any()
 
 
 def test_dense_targets() -> None:
@@ -412,11 +518,30 @@ def _published_soft_nms(rows: np.ndarray) -> np.ndarray:
     return rows
 
 
-def test_stale_poses_have_foreign_joints() -> None:
+@pytest.mark.parametrize("score, replaced", [(0.105, True), (0.095, False)])
+def test_peaks_of_joints_count_from_a_tenth(score: float, replaced: bool) -> None:
+    maps = {
+        "heatmap": torch.zeros(1, 1, 16, 16),
+        "size": torch.full((1, 2, 16, 16), 12.0),
+        "joints": torch.zeros(1, 2, 16, 16),
+        "joint_heatmap": torch.zeros(1, 1, 16, 16),
+        "joint_offset": torch.full((1, 2, 16, 16), 0.25),
+    }
+    maps["heatmap"][0, 0, 8, 8] = 0.9
+    maps["joint_heatmap"][0, 0, 9, 10] = score
+    joints = decode(maps, 1).joints
+    assert joints is not None
+    assert joints[0, 0].tolist() == ([10.25, 9.25] if replaced else [8, 8])
+
+
+@pytest.mark.parametrize("apart, lowest", [(0, 0.002), (500, 0.0002)])
+def test_stale_poses_have_foreign_joints(apart: float, lowest: float) -> None:
+    """Also of two crowds ``apart``, with poses that only an overlap discards."""
     generator = np.random.default_rng(0)
     low = generator.uniform(0, 30, (60, 2))
+    low[1::2] += apart
     boxes = np.concatenate([low, low + generator.uniform(30, 50, (60, 2))], axis=1)
-    scores = np.linspace(0.3, 0.002, 60)[:, None]
+    scores = np.geomspace(0.3, lowest, 60)[:, None]
     # joints that say whose they are
     joints = np.repeat(np.arange(60.0)[:, None], 4, axis=1)
     rows = np.concatenate([boxes, scores, joints], axis=1)

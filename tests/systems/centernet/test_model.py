@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets.pascal_voc import register_pascal_voc
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.structures import Boxes, Instances, Keypoints
 from torch import nn
 
 from d2ext import model_zoo
-from d2ext.data import build_augmentations
+from d2ext.data import build_augmentations, build_train_loader
+from d2ext.evaluation import build_evaluator
 from d2ext.systems.centernet.targets import ObjectAnnotations, encode_targets
 from d2ext.testing import NUM_CLASSES, random_inputs, tiny_config
 
@@ -65,6 +71,34 @@ def test_variants_train_and_detect(options: dict[str, object], heads: dict[str, 
         assert model.head.stacks[0][name].output.out_channels == channels
     detections = model.eval()(random_inputs(1))[0]["instances"]
     assert len(detections) == 10 and not detections.has("pred_keypoints")
+
+
+@pytest.mark.parametrize(
+    ("options", "missing"),
+    [
+        (["MODEL.CENTERNET.OFFSET", False], {"offset"}),
+        (["MODEL.CENTERNET.POSE.OFFSET", False], {"joint_offset"}),
+        (["MODEL.CENTERNET.POSE.HEATMAP", False], {"joint_heatmap", "joint_offset"}),
+    ],
+)
+def test_models_without_some_maps(options: list[object], missing: set[str]) -> None:
+    cfg = tiny_config("CenterNet")
+    torch.manual_seed(0)
+    every = build_model(cfg)
+    names = {"heatmap", "size", "offset", "joints", "joint_heatmap", "joint_offset"}
+    assert set(every.head.stacks[0]) == names
+    cfg.merge_from_list(options)
+    cfg.MODEL.CENTERNET.TEST.FLIP = True
+    model = build_model(cfg).train()
+    assert set(model.head.stacks[0]) == names - missing
+    losses = model(random_inputs())
+    # all that is trained has a loss and all losses train something
+    expected = {f"loss_{name.removesuffix('s')}" for name in names - missing}
+    assert set(losses) == expected
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.head.parameters())
+    detections = model.eval()(random_inputs(1))[0]["instances"]
+    assert len(detections) == 10 and detections.pred_keypoints.shape[1:] == (3, 3)
 
 
 def test_dense_poses_train() -> None:
@@ -181,11 +215,25 @@ def _encode(boxes: list[list[float]], size: tuple[int, int] = (20, 30), **option
 
 
 def test_objects_that_left_the_image() -> None:
-    targets = _encode([[-9, -9, -1, -1], [40, 30, 50, 40], [-10, 5, 4, 9], [28, 3, 90, 9]])
-    assert targets.mask[0].tolist() == [False, False, True, True]
-    assert (targets.heatmap == 1).sum() == 2
+    boxes = [[-9, -9, -1, -1], [40, 30, 50, 40], [-10, 5, 4, 9], [28, 3, 90, 9], [9, 17, 13, 60]]
+    targets = _encode(boxes)
+    assert targets.mask[0].tolist() == [False, False, True, True, True]
+    assert (targets.heatmap == 1).sum() == 3
     # the visible part decides
-    assert targets.size[0, 2].tolist() == [4, 4] and targets.size[0, 3].tolist() == [1, 6]
+    assert targets.size[0, 2:].tolist() == [[4, 4], [1, 6], [4, 2]]
+
+
+def test_joints_in_the_cells_at_the_border() -> None:
+    """Trained from the map's outer edge on, in a map of 20 x 30 cells."""
+    places = [(-0.4, 5), (0.2, 5), (5, -0.4), (5, 0.2), (29.8, 5), (30.2, 5), (5, 19.8), (5, 20.2)]
+    joints = torch.tensor([[(x, y, 1.0) for x, y in places]])
+    annotations = ObjectAnnotations(torch.tensor([[2.0, 2, 8, 8]]), torch.tensor([0]), joints)
+    targets = encode_targets([annotations], (20, 30), 1).joints
+    assert targets is not None
+    inside = [False, True, False, True, True, False, True, False]
+    assert targets.offset_mask[0].tolist() == inside
+    cells = [0, 150, 0, 5, 179, 0, 19 * 30 + 5, 0]
+    assert targets.index[0].tolist() == cells
 
 
 def test_two_objects_on_one_cell() -> None:
@@ -317,3 +365,49 @@ def test_prepared_network_agrees(dtype: str) -> None:
     scores = [m.inference_network(images)[1] for m in (plain, other)]
     tolerance = 1e-4 if dtype == "float32" else 0.03
     assert (scores[0] - scores[1]).abs().max() < tolerance
+
+
+def test_pascal_voc_in_its_own_form(tmp_path: Path) -> None:
+    """From VOC's folder through loader and model's output to VOC's AP."""
+    cfg = model_zoo.get_config("centernet/centernet_R_18_dcn_384_voc.yaml")
+    epoch = (5011 + 11540) / cfg.SOLVER.IMS_PER_BATCH
+    assert [round(x / epoch) for x in (*cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER)] == [45, 60, 70]
+    name, boxes = "voc_test_centernet", [[11, 21, 60, 80], [31, 1, 100, 40]]
+    classes = MetadataCatalog.get("voc_2007_test").thing_classes
+    assert len(classes) == cfg.MODEL.CENTERNET.NUM_CLASSES
+    for folder in ("ImageSets/Main", "Annotations", "JPEGImages"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "ImageSets/Main/test.txt").write_text("000001\n000002\n")
+    objects = "".join(
+        f"<object><name>{classes[i]}</name><pose>Left</pose><truncated>0</truncated>"
+        f"<difficult>0</difficult><bndbox><xmin>{a}</xmin><ymin>{b}</ymin><xmax>{c}</xmax>"
+        f"<ymax>{d}</ymax></bndbox></object>"
+        for i, (a, b, c, d) in zip((3, 7), boxes, strict=True)
+    )
+    size = "<size><width>120</width><height>90</height><depth>3</depth></size>"
+    xml = f"<annotation>{size}{objects}</annotation>"
+    for image in ("000001", "000002"):
+        (tmp_path / f"Annotations/{image}.xml").write_text(xml)
+        cv2.imwrite(str(tmp_path / f"JPEGImages/{image}.jpg"), np.zeros((90, 120, 3), np.uint8))
+    register_pascal_voc(name, str(tmp_path), "test", 2007, classes)
+    MetadataCatalog.get(name).evaluator_type = "pascal_voc"
+    try:
+        cfg.DATASETS.TRAIN = (name,)
+        cfg.DATALOADER.NUM_WORKERS = 0
+        cfg.SOLVER.IMS_PER_BATCH = 1
+        batch = next(iter(build_train_loader(cfg)))
+        assert batch[0]["image"].shape == (3, 384, 384)
+        assert set(batch[0]["instances"].gt_classes.tolist()) <= {3, 7}
+        evaluator = build_evaluator(cfg, name, str(tmp_path))
+        evaluator.reset()
+        found = Instances((90, 120), pred_classes=torch.tensor([3, 7]), scores=torch.ones(2))
+        # VOC counts pixels from 1, and boxes up to their last one.
+        found.pred_boxes = Boxes(
+            torch.tensor(boxes, dtype=torch.float32) - torch.tensor([1.0, 1, 0, 0])
+        )
+        for image in ("000001", "000002"):
+            evaluator.process([{"image_id": image}], [{"instances": found}])
+        assert evaluator.evaluate()["bbox"]["AP50"] == pytest.approx(100 * 2 / 20)
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)

@@ -55,6 +55,18 @@ def test_every_config_builds(name: str) -> None:
     assert sum(x.numel() for x in state.values()) == pytest.approx(values, rel=2e-3)
 
 
+def test_one_stack_and_several_scales_as_published() -> None:
+    one, two = (
+        meta_model(f"cornernet/cornernet_hourglass{n}_511.yaml").state_dict() for n in (52, 104)
+    )
+    # CornerNet-52 is the first stack of CornerNet-104.
+    linked = [name for name in two if ".1." in name.replace(".link", ".1.") and name not in one]
+    assert one.keys() == two.keys() - linked and len(linked) == 564
+    model = meta_model("cornernet/cornernet_hourglass104_511_multi_scale.yaml")
+    assert model.scales == [0.5, 0.75, 1.0, 1.25, 1.5] and model.flip
+    assert model.suppression.merge and model.suppression.merge_exponent == 10
+
+
 def published_squeeze_names(model: CornerNet) -> dict[str, torch.Tensor]:
     """A state dict as CornerNet-Lite writes it, made from ours by hand-written replacements."""
     words = [

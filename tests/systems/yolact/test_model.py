@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, build_model
+from detectron2.structures import Boxes, BoxMode, Instances
 from torch import nn
 
 from d2ext import model_zoo
+from d2ext.evaluation import build_evaluator
 from d2ext.systems.yolact.head import MaskScorer
 from d2ext.testing import random_inputs, tiny_config
 
@@ -18,6 +22,7 @@ CONFIGS = [name for name in model_zoo.available() if name.startswith("yolact/yol
 # Entries of the published state dicts (yolact/NOTES.md §10), batch norm counters included.
 ENTRIES = {
     "yolact/yolact_R_50_550.yaml": 354,
+    "yolact/yolact_R_50_550_pascal.yaml": 354,
     "yolact/yolact_R_101_550.yaml": 660,
     "yolact/yolact_darknet53_550.yaml": 348,
     "yolact/yolact_plus_R_50_550.yaml": 405,
@@ -61,6 +66,37 @@ def test_priors_cover_all_predictions() -> None:
     predictions = model.head([pyramid[name] for name in model.network.in_features])
     assert len(model.priors(predictions.feature_sizes)) == predictions.logits.shape[1]
     assert predictions.prototypes.shape == (1, 16, 16, 8)
+
+
+def test_pascal_has_classes_priors_and_evaluation_of_its_own(tmp_path: Path) -> None:
+    cfg = model_zoo.get_config("yolact/yolact_R_50_550_pascal.yaml")
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg)
+    assert model.head.predictor.logits.out_channels == 3 * 21
+    priors = 550 * model.priors([(1, 1)] * 5)[:, 2:]
+    sides = priors.prod(dim=1).sqrt().view(5, 3)
+    torch.testing.assert_close(sides, torch.tensor([32.0, 64, 128, 256, 512])[:, None].expand(5, 3))
+    ratios = (priors[:, 0] / priors[:, 1]).view(5, 3)
+    torch.testing.assert_close(ratios, torch.tensor([1.0, 0.5, 2.0]).expand(5, 3))
+    name = "yolact_pascal_test"
+    box = {"bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
+    sizes = [[0, 0, 4.1, 9], [0, 0, 9, 3.9], [0, 0, 3.9, 9], [0, 0, 4, 4]]
+    record = {"file_name": "x.png", "image_id": 1, "height": 550, "width": 550}
+    record["annotations"] = [{"bbox": s, **box} for s in sizes]
+    DatasetCatalog.register(name, lambda: [record])
+    MetadataCatalog.get(name).set(evaluator_type="coco", thing_classes=["thing"])
+    try:
+        evaluator = build_evaluator(cfg, name, str(tmp_path))
+        kept = [a["bbox"] for a in evaluator._coco_api.anns.values()]
+        assert kept == [sizes[0], sizes[3]]
+        evaluator.reset()
+        found = Instances((550, 550), pred_boxes=Boxes(torch.tensor([[0.0, 0, 4, 4]])))
+        found.scores, found.pred_classes = torch.ones(1), torch.zeros(1, dtype=torch.int64)
+        evaluator.process([{"image_id": 1}], [{"instances": found}])
+        assert evaluator.evaluate()["bbox"]["AP70"] == pytest.approx(100 * 51 / 101)
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 def test_mask_rescoring_adds_mask_scores() -> None:
