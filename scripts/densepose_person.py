@@ -66,7 +66,9 @@ def measure(predictor: BatchPredictor, record: dict) -> tuple[np.ndarray, np.nda
     )
     inputs = predictor.upload([read_image(record["file_name"], "BGR")], [given])
     detected = inputs[0]["instances"].to(predictor.device)
-    surfaces = predictor.model.inference(inputs, [detected])[0]["instances"].pred_densepose.to("cpu")
+    surfaces = predictor.model.inference(inputs, [detected])[0]["instances"].pred_densepose.to(
+        "cpu"
+    )
     annotations = DensePoseAnnotations(
         [
             SurfacePoints(x=a["dp_x"], y=a["dp_y"], parts=a["dp_I"], u=a["dp_U"], v=a["dp_V"])
@@ -104,7 +106,9 @@ def main(arguments: list[str]) -> None:
     share, (u, v) = np.concatenate(right).mean(), np.concatenate(errors).mean(axis=0)
     result = {"points": sum(map(len, right)), "right_parts": share, "u_error": u, "v_error": v}
     Path(output, "person.json").write_text(json.dumps({k: float(x) for k, x in result.items()}))
-    print(f"{result['points']} points: {share:.1%} of the parts, mean error of U {u:.4f}, of V {v:.4f}")
+    print(
+        f"{result['points']} points: {share:.1%} of the parts, mean error of U {u:.4f}, of V {v:.4f}"
+    )
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ def test_every_recipe_can_begin(name: str) -> None:
     build_lr_scheduler(cfg, optimizer)
     model(torch.full((1, 2), 1e4)).sum().backward()
     optimizer.step()
-    if name.startswith("vpsnet/vpsnet_") and "shapes" not in name:  # NOTES.md: by the whole norm, at 35
+    # NOTES.md: clipped by the norm of all gradients, at 35.
+    if name.startswith("vpsnet/vpsnet_") and "shapes" not in name:
         assert model.weight.grad is not None
         assert model.weight.grad.norm() == pytest.approx(35.0, rel=1e-3)
     assert build_augmentations(cfg, is_train=True)
