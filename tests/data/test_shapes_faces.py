@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -521,3 +522,19 @@ def test_export(tmp_path, name, capsys):
     assert main(arguments) == 1
     assert main([*arguments, "--overwrite"]) == 0
     assert main([*arguments, "--split", "train"]) == 0
+
+
+def test_a_picture_is_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("D2EXT_CACHE", str(tmp_path))
+    drawn = []
+    frame = FaceSet.frame
+    monkeypatch.setattr(FaceSet, "frame", lambda self, i: drawn.append(i) or frame(self, i))
+    path = f"{TINY.root}/images/{TINY.stem(2)}.bmp"
+    contents = []
+    for _ in range(2):
+        with PathManager.open(path, "rb") as file:
+            contents.append(file.read())
+    assert drawn == [2]
+    assert contents[0] == contents[1]
+    picture = cv2.imdecode(np.frombuffer(contents[0], np.uint8), cv2.IMREAD_COLOR)
+    np.testing.assert_array_equal(picture[..., ::-1], TINY.frame(2).image)

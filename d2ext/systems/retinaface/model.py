@@ -19,6 +19,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from d2ext.codecs.boxes import clip_boxes
@@ -283,27 +284,48 @@ class RetinaFace(ShortSideMetaArch):
             nms_threshold=self.nms_threshold,
             max_detections=self.max_detections,
         )
+        # One selection for the whole batch: each costs as much for all images as for one.
+        counts = [len(x) for x in selected]
+        slot = torch.cat(selected)
+        image = torch.repeat_interleave(
+            torch.arange(len(counts), device=slot.device),
+            torch.tensor(counts, device=slot.device),
+            output_size=len(slot),
+        )
+        names = {"pred_boxes": "boxes", "scores": "scores", "pred_classes": "classes"}
+        if candidates.points is not None:
+            names["pred_keypoints"] = "points"
+        fields = {key: getattr(candidates, x)[image, slot] for key, x in names.items()}
+        if "pred_keypoints" in fields:
+            fields["pred_keypoints"] = F.pad(fields["pred_keypoints"], (0, 1), value=1.0)
+        parts = {key: x.split(counts) for key, x in fields.items()}
         return [
-            {"instances": self._instances(candidates, i, keep, inputs)}
+            {
+                "instances": self._instances(
+                    {k: x[i] for k, x in parts.items()}, candidates, i, keep, inputs
+                )
+            }
             for i, (keep, inputs) in enumerate(zip(selected, batched_inputs, strict=True))
         ]
 
     def _instances(
-        self, candidates: Candidates, i: int, keep: Tensor, inputs: dict[str, Any]
+        self,
+        fields: dict[str, Tensor],
+        candidates: Candidates,
+        i: int,
+        keep: Tensor,
+        inputs: dict[str, Any],
     ) -> Instances:
         """Detections of image i, in pixels of the input's image → instances at the output's size."""
         size, (height, width) = output_size(inputs), image_size(inputs)
         scale = size[1] / width, size[0] / height
-        boxes = candidates.boxes[i, keep]
-        boxes = boxes if scale == (1.0, 1.0) else scale_points(boxes, scale)
-        result = Instances(size)
-        result.pred_boxes = Boxes(clip_boxes(boxes, size) if self.clip_boxes else boxes)
-        result.scores = candidates.scores[i, keep]
-        result.pred_classes = candidates.classes[i, keep]
-        if candidates.points is not None:
-            points = candidates.points[i, keep]
-            points = points if scale == (1.0, 1.0) else scale_points(points, scale)
-            result.pred_keypoints = torch.cat([points, torch.ones_like(points[..., :1])], dim=2)
+        boxes, points = fields.pop("pred_boxes"), fields.get("pred_keypoints")
+        if scale != (1.0, 1.0):
+            boxes = scale_points(boxes, scale)
+            if points is not None:
+                fields["pred_keypoints"] = points * points.new_tensor([*scale, 1.0])
+        boxes = clip_boxes(boxes, size) if self.clip_boxes else boxes
+        result = Instances(size, pred_boxes=Boxes(boxes), **fields)
         if self.head.mesh is not None:
             factors = [s / self.network_scale((height, width)) for s in scale]
             factors.append((factors[0] * factors[1]) ** 0.5)
