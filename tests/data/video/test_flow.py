@@ -86,7 +86,8 @@ def test_pixels_keep_their_motion(flow, transform, size):
     [
         BilinearResizeTransform(HEIGHT, WIDTH, 18, 16),
         T.ResizeTransform(HEIGHT, WIDTH, 18, 16),
-        WarpTransform(np.array([[2.0, 0, 0], [0, 3, 0]]), WIDTH, HEIGHT, 16, 18),
+        # Of pixel indices: pixel 0 becomes pixels 0 and 1, whose middle is 0.5.
+        WarpTransform(np.array([[2.0, 0, 0.5], [0, 3, 1.0]]), WIDTH, HEIGHT, 16, 18),
     ],
     ids=["bilinear", "detectron2", "warp"],
 )
