@@ -123,7 +123,8 @@ def test_instances_and_panoptic(kind: Callable[..., Any], name: str, tmp_path: P
 
 
 def test_faces_with_meshes(name: str, tmp_path: Path) -> None:
-    file = coco(tmp_path, [{"keypoints": POINTS, "mesh": MESH}], mesh_file="head.obj")
+    topology = {"mesh_file": "head.obj", "mesh_flip": [0, 1, 2]}  # not what the mean face says
+    file = coco(tmp_path, [{"keypoints": POINTS, "mesh": MESH}], **topology)
     register_own_dataset(name, file, str(tmp_path), landmarks="faces")
     cfg = tiny_config("RetinaFace")
     cfg.MODEL.KEYPOINT_ON = True
@@ -137,7 +138,7 @@ def test_faces_with_meshes(name: str, tmp_path: Path) -> None:
     cfg = load_run(run)
     (metadata,) = known_metadata(cfg)
     assert mesh_triangles(cfg, metadata).tolist() in ([[0, 1, 2]], [[2, 1, 0]])
-    assert tta._vertex_partners(cfg, 3) == [1, 0, 2]
+    assert tta._vertex_partners(cfg, 3) == [0, 1, 2]
     assert tta._point_partners(cfg, 5) == [1, 0, 2, 4, 3]
 
 
