@@ -27,6 +27,6 @@ def run(arguments: list[str] | None = None) -> int:
     parser.set_defaults(eval_only=True)
     add_run_argument(parser)
     for action in parser._actions:
-        if action.dest == "eval_only" or action.dest.startswith("train_"):
+        if action.dest in ("eval_only", "epochs") or action.dest.startswith("train_"):
             action.help = argparse.SUPPRESS
     return train.run(arguments, parser)

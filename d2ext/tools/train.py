@@ -17,6 +17,7 @@ training at a time; what an earlier one left moves to a sub-folder, unless --res
 
 import argparse
 import json
+import logging
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -40,15 +41,20 @@ from d2ext.data.custom import (
     register_from_arguments,
     register_saved,
 )
+from d2ext.data.dataset_dicts import load_images
 from d2ext.data.errors import shorten
 from d2ext.data.saved_metadata import saved_metadata
 from d2ext.data.summary import report
 from d2ext.engine import Trainer, set_cpu_threads
 from d2ext.engine.processes import RankError, launch
 from d2ext.engine.run_folder import keep_files, load_run, run_folder
+from d2ext.engine.schedule import fit_schedule
 from d2ext.evaluation import check_analysis
 from d2ext.files import atomic_write
 from d2ext.model_zoo import find_config_file
+from d2ext.tools.command_line import positive
+
+logger = logging.getLogger("d2ext.tools.train")
 
 
 def build_parser(doc: str | None = __doc__) -> argparse.ArgumentParser:
@@ -57,6 +63,14 @@ def build_parser(doc: str | None = __doc__) -> argparse.ArgumentParser:
     parser = default_argument_parser(epilog=details)
     parser.description = summary
     add_dataset_arguments(parser)
+    parser.add_argument(
+        "--epochs",
+        type=positive,
+        metavar="N",
+        help="see each training image N times: iterations, steps, warm-up, and the periods of "
+        "checkpoints and evaluations follow (default with own data: 24,000 images or 50 epochs, "
+        "whichever is more, but no longer than the config says)",
+    )
     parser.add_argument(
         "--analyze",
         action="store_true",
@@ -79,7 +93,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """Config of the command line; registers the data sets that it names."""
     cfg = _base_config(args)
     name = register_from_arguments(args)
-    learned = saved_metadata(cfg)
+    learned, length = saved_metadata(cfg), cfg.SOLVER.MAX_ITER
     if name is not None:
         apply_dataset_to_config(cfg, name)
         if args.eval_only and learned is not None:
@@ -87,6 +101,11 @@ def setup(args: argparse.Namespace) -> CfgNode:
     merge_options(cfg, args.opts)  # they win over what --dataset sets
     register_saved(cfg, train=not args.eval_only)
     check_config_against_data(cfg, train=not args.eval_only)
+    args.schedule = ""
+    if not args.eval_only and (args.epochs or (learned is None and _is_other_data(args, name))):
+        images = sum(len(load_images(x)) for x in cfg.DATASETS.TRAIN)
+        keys = args.opts[::2]
+        args.schedule = fit_schedule(cfg, length, images, epochs=args.epochs, keep=keys)
     if args.analyze:
         cfg.TEST.ANALYZE = True
     if cfg.TEST.ANALYZE:
@@ -106,6 +125,16 @@ def _base_config(args: argparse.Namespace) -> CfgNode:
     cfg = load_run(args.run)
     cfg.OUTPUT_DIR = str(Path(args.run) / "evaluation")
     return cfg
+
+
+def _is_other_data(args: argparse.Namespace, name: str | None) -> bool:
+    """Whether ``--dataset`` names data that the config's schedule is not made for: one's own, or, for
+    configs that are not named after them, the built-in shapes."""
+    own = args.dataset_yaml or any(
+        getattr(args, f"train_{key}") for key in ("json", "panoptic_json", "sem_seg", "video_json")
+    )
+    for_shapes = (name or "").startswith("shapes") and "shapes" not in Path(args.config_file).name
+    return bool(own or for_shapes)
 
 
 def _check_learned(learned: Metadata, cfg: CfgNode, name: str) -> None:
@@ -137,6 +166,8 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
         default_setup(cfg, args)
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2ext")
         if comm.is_main_process():
+            if args.schedule:
+                logger.info(args.schedule)
             report((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST), cfg.OUTPUT_DIR)
         results: dict[str, Any] | None
         if args.eval_only:
