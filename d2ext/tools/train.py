@@ -91,6 +91,11 @@ def build_parser(doc: str | None = __doc__) -> argparse.ArgumentParser:
 
 def setup(args: argparse.Namespace) -> CfgNode:
     """Config of the command line; registers the data sets that it names."""
+    return _setup(args)[0]
+
+
+def _setup(args: argparse.Namespace) -> tuple[CfgNode, str]:
+    """The same, and what :func:`~d2ext.engine.schedule.fit_schedule` says."""
     cfg = _base_config(args)
     name = register_from_arguments(args)
     learned, length = saved_metadata(cfg), cfg.SOLVER.MAX_ITER
@@ -101,18 +106,18 @@ def setup(args: argparse.Namespace) -> CfgNode:
     merge_options(cfg, args.opts)  # they win over what --dataset sets
     register_saved(cfg, train=not args.eval_only)
     check_config_against_data(cfg, train=not args.eval_only)
-    args.schedule = ""
+    schedule = ""
     if not args.eval_only and (args.epochs or (learned is None and _is_other_data(args, name))):
         images = sum(len(load_images(x)) for x in cfg.DATASETS.TRAIN)
         keys = args.opts[::2]
-        args.schedule = fit_schedule(cfg, length, images, epochs=args.epochs, keep=keys)
+        schedule = fit_schedule(cfg, length, images, epochs=args.epochs, keep=keys)
     if args.analyze:
         cfg.TEST.ANALYZE = True
     if cfg.TEST.ANALYZE:
         for dataset in cfg.DATASETS.TEST:
             check_analysis(dataset)
     cfg.freeze()
-    return cfg
+    return cfg, schedule
 
 
 def _base_config(args: argparse.Namespace) -> CfgNode:
@@ -151,7 +156,7 @@ def _check_learned(learned: Metadata, cfg: CfgNode, name: str) -> None:
 
 def main(args: argparse.Namespace) -> dict[str, Any] | None:
     """What each process does. Returns the results of the evaluation."""
-    cfg = setup(args)
+    cfg, schedule = _setup(args)
     if not args.eval_only and not cfg.DATASETS.TRAIN:
         raise ConfigError("There is nothing to train on: set DATASETS.TRAIN or pass --dataset.")
     with ExitStack() as stack:
@@ -166,8 +171,8 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
         default_setup(cfg, args)
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2ext")
         if comm.is_main_process():
-            if args.schedule:
-                logger.info(args.schedule)
+            if schedule:
+                logger.info(schedule)
             report((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST), cfg.OUTPUT_DIR)
         results: dict[str, Any] | None
         if args.eval_only:
