@@ -10,14 +10,19 @@ import io
 import itertools
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torchvision
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from d2ext.config import get_cfg
 from d2ext.tools import main
+from tests.data.coco_files import write_coco
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -173,3 +178,34 @@ def test_table_of_systems_is_honest() -> None:
         model = architectures[name]
         registered = model in META_ARCH_REGISTRY or model in ROI_HEADS_REGISTRY
         assert (state != "not yet") == registered, name
+
+
+def test_own_data_from_the_first_look_to_a_prediction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commands as they stand, with a small config: what one writes is what the next reads."""
+    text = README.split("### Your own data")[1]
+    steps = commands(f"```bash\n{blocks(text, 'bash')[0]}```")
+    assert [words[:2] for words in steps] == [
+        ["d2ext", name] for name in ("visualize-data", "train", "evaluate", "predict")
+    ]
+    json_file, images, _ = write_coco(tmp_path / "set")
+    for name in ("train", "val"):
+        shutil.copytree(images, tmp_path / name)
+        shutil.copy(json_file, tmp_path / f"{name}.json")
+    shutil.copytree(images, tmp_path / "photos")
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet50.pth")
+    monkeypatch.chdir(tmp_path)
+    small = ["SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0", "MODEL.DEVICE", "cpu"]
+    for words in steps:
+        words = ["yolact/yolact_R_18_shapes.yaml" if ".yaml" in w else w for w in words[1:]]
+        if words[0] == "train":
+            words = ["train", "--epochs", "1", *words[1:], *small]
+        assert main.main(words) == 0, words
+        for name in {"mine_train", "mine_val"} & set(DatasetCatalog.list()):  # another process
+            DatasetCatalog.remove(name)
+            MetadataCatalog.pop(name)
+    assert len(list((tmp_path / "output/data").iterdir())) >= 3
+    names = {file.name for file in (tmp_path / "predictions").iterdir()}
+    assert "coco_results.json" in names and len(names) >= 5
+    assert (tmp_path / "output/mine/evaluation/results.json").is_file()

@@ -41,12 +41,28 @@ def add_data_config(cfg: CfgNode) -> None:
     # of these, with `joint: True`, for models that train on both (YolactEdge). Classes must be the same.
     cfg.DATASETS.TRAIN_JOINT = ()
 
-    # What --dataset takes from the metadata of the data, so that predictions are named and drawn with
-    # the saved config alone, where the data are not registered
+    # What a training takes from the metadata of its data, so that predictions are named and drawn with
+    # the saved config alone, where the data are not registered (d2ext.data.saved_metadata): names, the
+    # data set's own ids as pairs [category id, class], (R, G, B) of each class
     cfg.DATASETS.THING_CLASSES = []
     cfg.DATASETS.STUFF_CLASSES = []
+    cfg.DATASETS.THING_IDS = []
+    cfg.DATASETS.STUFF_IDS = []
+    cfg.DATASETS.THING_COLORS = []
+    cfg.DATASETS.STUFF_COLORS = []
+    # Keypoints: names, mirror pairs of names, and [name, name, (R, G, B)] of lines between them
     cfg.DATASETS.KEYPOINT_NAMES = []
+    cfg.DATASETS.KEYPOINT_FLIP_MAP = []
     cfg.DATASETS.KEYPOINT_CONNECTION_RULES = []
+    # Meshes of faces (OBJ, mirror partner of each vertex), and the surface of DensePose
+    cfg.DATASETS.MESH_FILE = ""
+    cfg.DATASETS.MESH_FLIP = []
+    cfg.DATASETS.DENSEPOSE_MESH = ""
+    cfg.DATASETS.DENSEPOSE_MESH_NAME = ""
+    cfg.DATASETS.DENSEPOSE_UV_SYMMETRY = ""
+    # Arguments of d2ext.data.custom.register_own_dataset for the data of --dataset, with which a saved
+    # config trains on and evaluates; empty: they are none of one's own
+    cfg.DATASETS.OWN = CfgNode(new_allowed=True)
 
     # Training augmentation
     cfg.INPUT.AUGMENTATION = c = CfgNode()

@@ -22,8 +22,9 @@ A program takes the same from its command line by :func:`add_dataset_arguments` 
 
 import argparse
 import logging
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -56,6 +57,7 @@ from d2ext.data.landmarks.datasets import LANDMARK_DATASETS
 from d2ext.data.landmarks.register import register_landmarks
 from d2ext.data.register_panoptic import register_panoptic
 from d2ext.data.register_semantic import check_classes, parse_classes, register_semantic
+from d2ext.data.saved_metadata import save_metadata
 from d2ext.data.summary import forget, summarize
 from d2ext.data.video.register import register_own_videos
 
@@ -66,6 +68,7 @@ __all__ = [
     "load_dataset_yaml",
     "register_from_arguments",
     "register_own_dataset",
+    "register_saved",
 ]
 
 logger = logging.getLogger(__name__)
@@ -74,6 +77,8 @@ _Splits = dict[str, Split]
 
 # What register_own_dataset has registered, by name of the data set.
 _registered: dict[str, tuple[_Splits, list[str] | None, str | None, SurfaceFiles]] = {}
+# With which arguments, as far as given: what register_saved needs, from a config.
+_arguments: dict[str, dict[str, Any]] = {}
 
 
 def register_own_dataset(
@@ -121,16 +126,15 @@ def register_own_dataset(
         DatasetError: files that cannot be used, different classes or landmarks in the two parts, or a
             name that is taken
     """
-    given = {
-        "train": Split(
-            *(train_images, train_json, train_panoptic_json, train_panoptic_root),
-            *(train_sem_seg, train_video_json),
-        ),
-        "val": Split(
-            *(val_images, val_json, val_panoptic_json, val_panoptic_root),
-            *(val_sem_seg, val_video_json),
-        ),
-    }
+    files = (
+        *(train_images, train_json, train_panoptic_json, train_panoptic_root),
+        *(train_sem_seg, train_video_json),
+        *(val_images, val_json, val_panoptic_json, val_panoptic_root),
+        *(val_sem_seg, val_video_json),
+        *(densepose_mesh, densepose_geodesics, densepose_uv_symmetry),
+    )
+    paths = [_absolute(file) for file in files]
+    given = {"train": Split(*paths[:6]), "val": Split(*paths[6:12])}
     splits = {key: split for key, split in given.items() if split != Split()}
     if not name or not splits:
         raise DatasetError(
@@ -138,7 +142,7 @@ def register_own_dataset(
             "part, train or val."
         )
     classes = None if semantic_classes is None else check_classes(semantic_classes)
-    surface = SurfaceFiles(densepose_mesh, densepose_geodesics, densepose_uv_symmetry)
+    surface = SurfaceFiles(*paths[12:])
     _check_complete(name, splits, classes, landmarks)
     if format is not None:
         splits = _converted(name, splits, format)
@@ -160,7 +164,43 @@ def register_own_dataset(
                     forget(n)
             raise
         _registered[name] = (splits, classes, landmarks, surface)
+    arguments: dict[str, Any] = {
+        **{f"{key}_{k}": v for key, split in given.items() for k, v in asdict(split).items()},
+        **{f"densepose_{key}": value for key, value in asdict(surface).items()},
+        **{"semantic_classes": classes, "landmarks": landmarks, "format": format},
+    }
+    _arguments[name] = {"name": name} | {k: v for k, v in arguments.items() if v is not None}
     return names
+
+
+def _absolute(path: str | None) -> str | None:
+    """A path that a saved config finds from any folder."""
+    return path if path is None or "://" in path else os.path.abspath(path)
+
+
+def register_saved(cfg: CfgNode, *, train: bool = True) -> None:
+    """Register the data that a training was given (``cfg.DATASETS.OWN``), as far as the names in
+    ``cfg.DATASETS`` are not registered yet.
+
+    Args:
+        cfg: of a training
+        train: False: the files that it is trained on need not be there any more
+
+    Raises:
+        DatasetError: files that cannot be used
+    """
+    wanted = [*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST]
+    name = str(cfg.DATASETS.OWN.get("name", ""))
+    own = {f"{name}_{split}" for split in SPLITS} & set(wanted) - set(DatasetCatalog.list())
+    if not name or not own:
+        return
+    left_out = () if f"{name}_train" in own else tuple(f"train_{key}" for key in FILES)
+    register_own_dataset(**{k: _text(v) for k, v in cfg.DATASETS.OWN.items() if k not in left_out})
+
+
+def _text(value: Any) -> Any:
+    """YAML's numbers, of files and classes that are called so, as the texts that they are."""
+    return [str(v) for v in value] if isinstance(value, (list, tuple)) else str(value)
 
 
 def _converted(name: str, splits: _Splits, form: str) -> _Splits:
@@ -349,8 +389,10 @@ def apply_dataset_to_config(cfg: CfgNode, name: str) -> None:
     cfg.DATASETS.TEST = (names["val"],) if names["val"] else ()
     # Faults belong to published numbers.
     cfg.INPUT.PUBLISHED_CROWDS = cfg.TEST.PUBLISHED_ROUNDING = False
-    name = names["train"] or names["val"] or name
+    given, name = name, names["train"] or names["val"] or name
     set_config_from_data(cfg, name)
+    save_metadata(cfg, name)
+    cfg.DATASETS.OWN = CfgNode(_arguments.get(given, {}), new_allowed=True)
     if MetadataCatalog.get(name).get("mask_format") == "bitmask":
         cfg.INPUT.MASK_FORMAT = "bitmask"
 

@@ -21,7 +21,6 @@ part of a model that the data cannot train is switched off by False or 0, and sa
     "MODEL.KEYPOINT_ON": None if facts.keypoints else False
 """
 
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,6 +30,7 @@ from typing import Any
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from detectron2.data.catalog import Metadata
 from detectron2.data.datasets.builtin_meta import COCO_PERSON_KEYPOINT_NAMES
 from detectron2.utils.logger import log_first_n
 from pycocotools.cocoeval import Params
@@ -204,7 +204,12 @@ def dataset_facts(dataset_name: str) -> DatasetFacts:
     metadata = MetadataCatalog.get(dataset_name)
     if metadata.get("thing_classes") is None and metadata.get("stuff_classes") is None:
         load_dataset(dataset_name)
-    panoptic = panoptic_classes(dataset_name) if is_panoptic(dataset_name) else None
+    return metadata_facts(metadata)
+
+
+def metadata_facts(metadata: Metadata) -> DatasetFacts:
+    """The facts that metadata hold."""
+    panoptic = panoptic_classes(metadata) if is_panoptic(metadata) else None
     # Some sets have names of keypoints, and no keypoint.
     names = metadata.get("keypoint_names") if metadata.get("keypoints_labelled", True) else None
     has_mirrors = metadata.get("keypoint_flip_map") is not None
@@ -216,21 +221,23 @@ def dataset_facts(dataset_name: str) -> DatasetFacts:
         stuff=None if panoptic is None else panoptic.stuff,
         full=None if panoptic is None else panoptic.full,
         keypoints=list(names) if names else None,
-        flip_indices=(flip_indices(dataset_name) if has_mirrors else []) if names else None,
+        flip_indices=(flip_indices(metadata) if has_mirrors else []) if names else None,
         sigmas=list(sigmas) if sigmas else None,
         mesh_flip=metadata.get("mesh_flip"),
         mesh_file=metadata.get("mesh_file"),
     )
 
 
-def flip_indices(dataset_name: str) -> list[int]:
-    """For each keypoint of a data set, which one takes its place in a mirrored picture.
+def flip_indices(dataset: str | Metadata) -> list[int]:
+    """For each keypoint of a data set, by its registered name or its metadata, which one takes its place
+    in a mirrored picture.
 
     Raises:
         DatasetError: the metadata have no ``keypoint_names``, or pairs of unknown names, or several of
             one keypoint
     """
-    metadata = MetadataCatalog.get(dataset_name)
+    metadata = MetadataCatalog.get(dataset) if isinstance(dataset, str) else dataset
+    dataset_name = metadata.get("name")
     names = metadata.get("keypoint_names")
     if not names:
         raise DatasetError(
@@ -334,16 +341,12 @@ def _proposal_network(facts: DatasetFacts) -> dict[str, Any]:
 def set_config_from_data(cfg: CfgNode, dataset_name: str) -> None:
     """Set every key of ``cfg`` that follows from a registered data set, in place.
 
-    That is the names in ``cfg.DATASETS``, ``NUM_CLASSES`` of every section of ``cfg.MODEL`` (of
+    That is ``NUM_CLASSES`` of every section of ``cfg.MODEL`` (of
     ``SEM_SEG_HEAD`` only if the data has semantic classes), what the meta-architecture says
     (:func:`follows_data`; parts go off only for a data set of ``cfg.DATASETS.TRAIN``), and with
     keypoints their number and the constants of their similarity (:func:`oks_sigmas`).
     """
     facts = dataset_facts(dataset_name)
-    metadata = MetadataCatalog.get(dataset_name)
-    for key in ("THING_CLASSES", "STUFF_CLASSES", "KEYPOINT_NAMES", "KEYPOINT_CONNECTION_RULES"):
-        # Lists alone, which YAML has.
-        cfg.DATASETS[key] = json.loads(json.dumps(metadata.get(key.lower()) or []))
     for section, node in cfg.MODEL.items():
         if not isinstance(node, CfgNode) or "NUM_CLASSES" not in node:
             continue
@@ -399,6 +402,21 @@ def check_config_against_data(cfg: CfgNode, *, train: bool = True) -> None:
                 )
     if dataset_names:
         check_same_classes(dataset_names)
+
+
+def check_names(cfg: CfgNode, metadata: Metadata) -> None:
+    """Check that metadata name as many classes and keypoints as the model of ``cfg`` has.
+
+    Raises:
+        DatasetError: they do not
+    """
+    for key, value, names in _counts(cfg, metadata_facts(metadata)):
+        if value != len(names) and isinstance(names[0], str):
+            raise DatasetError(
+                f"{key} is {value}, but '{metadata.get('name')}' has {len(names)} names "
+                f"({shorten(names)}), so they belong to another model. Predict with the config that the "
+                "training saved (--run FOLDER), or give the names (--class-names)."
+            )
 
 
 def _check_trainable(cfg: CfgNode) -> None:

@@ -117,19 +117,19 @@ class PanopticClasses:
         return label
 
 
-def is_panoptic(dataset_name: str) -> bool:
-    """Whether the metadata of a registered data set describe things and stuff."""
-    metadata = MetadataCatalog.get(dataset_name)
+def is_panoptic(metadata: Metadata) -> bool:
+    """Whether the metadata of a data set describe things and stuff."""
     return all(metadata.get(key) is not None for key in _METADATA)
 
 
-def panoptic_classes(dataset_name: str) -> PanopticClasses:
-    """The classes of a registered panoptic data set.
+def panoptic_classes(dataset: str | Metadata) -> PanopticClasses:
+    """The classes of a panoptic data set, by its registered name or its metadata.
 
     Raises:
         DatasetError: the metadata does not describe a panoptic data set, or has too many classes
     """
-    metadata = MetadataCatalog.get(dataset_name)
+    metadata = MetadataCatalog.get(dataset) if isinstance(dataset, str) else dataset
+    dataset_name = metadata.get("name")
     missing = [key for key in _METADATA if metadata.get(key) is None]
     if missing:
         raise DatasetError(

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from d2ext.checkpoint.checkpointer import Checkpointer
 from d2ext.config import load_config, merge_options
 from d2ext.data.image_io import as_bgr
+from d2ext.data.saved_metadata import class_metadata
+from d2ext.engine.run_folder import load_run
 from d2ext.layers.transfer import upload_alike
 from d2ext.model_zoo import find_config_file
 from d2ext.modeling.tta import build_tta
-from d2ext.utils.drawing import class_metadata
 
 
 class Predictor:
@@ -33,7 +34,8 @@ class Predictor:
     Gives what ``detectron2.engine.DefaultPredictor`` gives for the same config and image.
 
     Args:
-        config: a config, the path of its file, or its name in d2ext's or Detectron2's model zoo.
+        config: a config, the path of its file, its name in d2ext's or Detectron2's model zoo, or the
+            folder of a training (:func:`~d2ext.engine.run_folder.load_run`).
         weights: checkpoint; by default the config's ``MODEL.WEIGHTS``.
         overrides: KEY VALUE pairs, such as ``["MODEL.DEVICE", "cpu"]``.
 
@@ -47,12 +49,14 @@ class Predictor:
     def __init__(
         self, config: CfgNode | str, weights: str | None = None, overrides: Sequence[str] = ()
     ) -> None:
-        if isinstance(config, str):
-            cfg = load_config(find_config_file(config), overrides)
+        if isinstance(config, str) and os.path.isdir(config):
+            cfg = load_run(config)
+        elif isinstance(config, str):
+            cfg = load_config(find_config_file(config))
         else:
             cfg = config.clone()
             cfg.defrost()
-            merge_options(cfg, overrides)
+        merge_options(cfg, overrides)
         if weights is not None:
             cfg.MODEL.WEIGHTS = str(weights)
         self._batch = BatchPredictor(cfg)

@@ -1,17 +1,24 @@
-"""One training in one folder: a lock while it runs, and an earlier run's files out of the way."""
+"""One training in one folder: a lock while it runs, an earlier run's files out of the way, and the
+trained model read back."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from d2ext.config import ConfigError
+from detectron2.config import CfgNode
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+from d2ext.checkpoint.checkpointer import Checkpointer
+from d2ext.config import ConfigError, get_cfg, load_config
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +32,76 @@ _WRITTEN = (
     "log.txt*",
     "events.out.*",
 )
+
+
+# Files that a trained model needs beside its weights, by their keys, and the folder of their copies.
+_FILES = (
+    "DATASETS.MESH_FILE",
+    "DATASETS.DENSEPOSE_MESH",
+    "DATASETS.DENSEPOSE_UV_SYMMETRY",
+    "MODEL.RETINAFACE.MESH.FILE",
+)
+_COPIES = "files"
+
+
+def load_run(path: str | os.PathLike[str]) -> CfgNode:
+    """The config of a training's folder, with the weights that came of it.
+
+    These are ``model_best.pth`` where ``TEST.BEST_METRIC`` chose one, or else the last checkpoint.
+    Meshes are the folder's own copies. A config of a GPU becomes one of the CPU where there is none.
+
+    Args:
+        path: ``OUTPUT_DIR`` of the training, wherever it lies now.
+
+    Returns:
+        A config that can still be changed.
+
+    Raises:
+        ConfigError: the folder has no config or no checkpoint.
+    """
+    folder = Path(path)
+    config = folder / "config.yaml"
+    if not config.is_file():
+        raise ConfigError(f"'{folder}' is no folder of a training: it has no config.yaml.")
+    cfg = load_config(str(config))
+    best = folder / "model_best.pth"
+    if cfg.TEST.BEST_METRIC and best.is_file():
+        weights = str(best)
+    else:
+        weights = Checkpointer(nn.Module(), str(folder)).get_checkpoint_file()
+    if not weights:
+        raise ConfigError(f"The training in '{folder}' has left no checkpoint so far.")
+    logger.info("Weights: %s", weights)
+    cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS = str(folder), weights
+    if cfg.MODEL.DEVICE.startswith("cuda"):
+        cfg.MODEL.DEVICE = get_cfg().MODEL.DEVICE
+    for node, key in _file_keys(cfg):
+        copy = folder / _COPIES / Path(node[key]).name
+        if copy.is_file():
+            node[key] = str(copy)
+    return cfg
+
+
+def keep_files(cfg: CfgNode) -> None:
+    """Copy meshes that the model needs into ``OUTPUT_DIR``, for :func:`load_run`."""
+    folder = Path(cfg.OUTPUT_DIR) / _COPIES
+    for node, key in _file_keys(cfg):
+        source = Path(PathManager.get_local_path(node[key]))
+        target = folder / source.name
+        if source.is_file() and source.resolve() != target.resolve():
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+
+
+def _file_keys(cfg: CfgNode) -> Iterator[tuple[CfgNode, str]]:
+    """Node and last word of the keys of ``_FILES`` that are set."""
+    for key in _FILES:
+        *path, leaf = key.split(".")
+        node = cfg
+        for word in path:
+            node = node[word]
+        if node[leaf]:
+            yield node, leaf
 
 
 @contextmanager

@@ -143,10 +143,33 @@ class Trainer(DefaultTrainer):
         if resume and self.checkpointer.has_checkpoint():
             self._resume()
             return
+        if not self.cfg.MODEL.WEIGHTS:
+            self._warn_of_random_weights()
         self.checkpointer.fit = "any" if self.cfg.MODEL.WEIGHTS_ALLOW_PARTIAL else "finetune"
         self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
         if self._ema is not None:
             self._trained_weights.start_from_average()
+
+    def _warn_of_random_weights(self) -> None:
+        """Say where to get a pretrained backbone; the configs for ``shapes`` need none."""
+        data = self.cfg.DATASETS.TRAIN
+        if all(name.startswith("shapes_") for name in data):
+            return
+        advice = "Take a checkpoint of this system, trained or published (d2ext convert)."
+        if any("res3." in name for name in self.evaluated_model.state_dict()):
+            depth = self.cfg.MODEL.RESNETS.DEPTH
+            advice = (
+                "Take torchvision's of ImageNet (python -c \"import torchvision; torchvision.models."
+                f"resnet{depth}(weights='DEFAULT')\" downloads them and says where to)"
+            )
+            if depth in (50, 101):
+                advice += f" or Detectron2's detectron2://ImageNetPretrained/MSRA/R-{depth}.pkl"
+            advice += ", or a checkpoint of this system."
+        logger.warning(
+            "MODEL.WEIGHTS is empty: the backbone starts from random weights, with which few images "
+            "teach little. %s Name the file at the end of the command line: MODEL.WEIGHTS FILE.",
+            advice,
+        )
 
     def _resume(self) -> None:
         self.checkpointer.fit = "exact"

@@ -78,7 +78,7 @@ class PanopticAnalysis(DatasetEvaluator):
         Raises:
             DatasetError: not a panoptic data set, or its file cannot be read
         """
-        if not is_panoptic(dataset_name):
+        if not is_panoptic(MetadataCatalog.get(dataset_name)):
             raise DatasetError(
                 f"Data set '{dataset_name}' is not a panoptic one; the analysis (TEST.ANALYZE, "
                 "--analyze) is of panoptic predictions."

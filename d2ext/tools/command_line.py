@@ -17,10 +17,21 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
     )
 
 
-def add_config_argument(parser: argparse.ArgumentParser) -> None:
-    """Add ``--config-file``, which must be given."""
+def add_config_argument(parser: argparse.ArgumentParser, *, or_run: bool = False) -> None:
+    """Add ``--config-file``, which must be given, or, with ``or_run``, ``--run``."""
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--config-file", metavar="FILE", help="a path, or a name in the model zoo")
+    if or_run:
+        add_run_argument(group)
+
+
+def add_run_argument(parser: argparse._ActionsContainer) -> None:
+    """Add ``--run``, see :func:`~d2ext.engine.run_folder.load_run`."""
     parser.add_argument(
-        "--config-file", required=True, metavar="FILE", help="a path, or a name in the model zoo"
+        "--run",
+        metavar="DIR",
+        help="the folder of a training (its OUTPUT_DIR), in place of a config and MODEL.WEIGHTS; it "
+        "knows classes, their ids, keypoints and the trained weights",
     )
 
 

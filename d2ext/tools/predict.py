@@ -2,6 +2,7 @@
 
     d2ext predict --config-file yolact/yolact_R_50_550.yaml --output out/ \\
         --input photo.jpg holiday/ "frames/*.png" --opts MODEL.WEIGHTS model_final.pth
+    d2ext predict --run output/mine --input photos/ --output out/
     d2ext predict --config-file ... --video-input clip.mp4 --output clip_out.mp4
     d2ext predict --config-file ... --video-input clip.mp4 --output out/ --tracker NorfairTracker \\
         --video-results
@@ -70,10 +71,12 @@ import tqdm
 from detectron2.data.catalog import Metadata
 from detectron2.utils.logger import setup_logger
 
-from d2ext.config import ConfigError, add_options_argument, load_config
+from d2ext.config import ConfigError, add_options_argument, load_config, merge_options
 from d2ext.data.errors import ImageReadError
 from d2ext.data.image_io import read_image
+from d2ext.data.saved_metadata import class_metadata
 from d2ext.engine.predictor import BatchPredictor
+from d2ext.engine.run_folder import load_run
 from d2ext.engine.tiling import TiledPredictor
 from d2ext.engine.top_down import BoxSource
 from d2ext.engine.tracking import build_tracker, give_ids
@@ -98,7 +101,7 @@ from d2ext.tools.surface_files import (
     surface_drawer,
     surface_writer,
 )
-from d2ext.utils.drawing import PictureDrawer, VideoDrawer, class_metadata, select, write_picture
+from d2ext.utils.drawing import PictureDrawer, VideoDrawer, select, write_picture
 from d2ext.utils.heatmaps import SeesHeatmaps
 from d2ext.utils.memory import available_memory
 from d2ext.utils.surfaces import STYLES
@@ -290,7 +293,7 @@ def run_on_video(
 
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
-    add_config_argument(parser)
+    add_config_argument(parser, or_run=True)
     add_input_arguments(parser)
     add_output_arguments(parser)
     add_face_arguments(parser)
@@ -369,7 +372,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-pictures", dest="pictures", action="store_false", help="write results only")
     help_text = "write a video's tracks as YouTube-VIS JSON, its panoptic maps as PNG and JSON"
     add("--video-results", action="store_true", help=help_text)
-    help_text = "text file, one class name a line; default: those of the config's data set"
+    help_text = "text file, one class name a line; default: those that the model was trained on"
     add("--class-names", metavar="FILE", help=help_text)
 
 
@@ -402,9 +405,11 @@ def prepare(args: argparse.Namespace) -> Callable[[], list[str]]:
         source = args.video_input if args.webcam is None else args.webcam
         target = plan_video(source, args.output)
         reader = open_video(source)
-    cfg = load_config(find_config_file(args.config_file), args.opts)
+    cfg = load_run(args.run) if args.run else load_config(find_config_file(args.config_file))
+    merge_options(cfg, args.opts)
     cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = args.confidence_threshold
     cfg.freeze()
+    metadata = class_metadata(cfg, names)
     if not cfg.MODEL.WEIGHTS:
         logger.warning("MODEL.WEIGHTS is empty: predicting with random weights.")
     tracker = build_tracker(args.tracker, cfg) if args.tracker else None
@@ -416,7 +421,6 @@ def prepare(args: argparse.Namespace) -> Callable[[], list[str]]:
             f"--draw heatmaps: {cfg.MODEL.META_ARCHITECTURE} has no heat maps; CornerNet, CenterNet and "
             "others that predict objects as points have."
         )
-    metadata = class_metadata(cfg, names)
     args.triangles = mesh_triangles(cfg, metadata)
     args.surface_drawer = surface_drawer(args)
     args.surface_writer = surface_writer(args, metadata)

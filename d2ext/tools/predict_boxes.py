@@ -9,11 +9,11 @@ from detectron2.data.catalog import Metadata
 
 from d2ext.config import load_config
 from d2ext.data.coco_results import category_ids
+from d2ext.data.saved_metadata import class_metadata
 from d2ext.engine.predictor import BatchPredictor
 from d2ext.engine.top_down import BoxFile, BoxSource, Detector, WithMargins
 from d2ext.model_zoo import find_config_file
 from d2ext.tools.command_line import CommandError
-from d2ext.utils.drawing import class_metadata
 
 logger = logging.getLogger("d2ext.tools.predict")
 

@@ -17,12 +17,14 @@ training at a time; what an earlier one left moves to a sub-folder, unless --res
 
 import argparse
 import json
+import logging
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.data.catalog import Metadata
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
@@ -31,20 +33,28 @@ from detectron2.utils.logger import setup_logger
 from d2ext.checkpoint.checkpointer import Checkpointer
 from d2ext.checkpoint.io import CheckpointError
 from d2ext.config import ConfigError, load_config, merge_options
-from d2ext.data import DataError
+from d2ext.data import DataError, DatasetError
 from d2ext.data.custom import (
     add_dataset_arguments,
     apply_dataset_to_config,
     check_config_against_data,
     register_from_arguments,
+    register_saved,
 )
+from d2ext.data.dataset_dicts import load_images
+from d2ext.data.errors import shorten
+from d2ext.data.saved_metadata import saved_metadata
 from d2ext.data.summary import report
 from d2ext.engine import Trainer, set_cpu_threads
 from d2ext.engine.processes import RankError, launch
-from d2ext.engine.run_folder import run_folder
+from d2ext.engine.run_folder import keep_files, load_run, run_folder
+from d2ext.engine.schedule import fit_schedule
 from d2ext.evaluation import check_analysis
 from d2ext.files import atomic_write
 from d2ext.model_zoo import find_config_file
+from d2ext.tools.command_line import positive
+
+logger = logging.getLogger("d2ext.tools.train")
 
 
 def build_parser(doc: str | None = __doc__) -> argparse.ArgumentParser:
@@ -53,6 +63,14 @@ def build_parser(doc: str | None = __doc__) -> argparse.ArgumentParser:
     parser = default_argument_parser(epilog=details)
     parser.description = summary
     add_dataset_arguments(parser)
+    parser.add_argument(
+        "--epochs",
+        type=positive,
+        metavar="N",
+        help="see each training image N times: iterations, steps, warm-up, and the periods of "
+        "checkpoints and evaluations follow (default with own data: 24,000 images or 50 epochs, "
+        "whichever is more, but no longer than the config says)",
+    )
     parser.add_argument(
         "--analyze",
         action="store_true",
@@ -73,25 +91,72 @@ def build_parser(doc: str | None = __doc__) -> argparse.ArgumentParser:
 
 def setup(args: argparse.Namespace) -> CfgNode:
     """Config of the command line; registers the data sets that it names."""
-    args.config_file = find_config_file(args.config_file)
+    return _setup(args)[0]
+
+
+def _setup(args: argparse.Namespace) -> tuple[CfgNode, str]:
+    """The same, and what :func:`~d2ext.engine.schedule.fit_schedule` says."""
+    cfg = _base_config(args)
     name = register_from_arguments(args)
-    cfg = load_config(args.config_file)
+    learned, length = saved_metadata(cfg), cfg.SOLVER.MAX_ITER
     if name is not None:
         apply_dataset_to_config(cfg, name)
+        if args.eval_only and learned is not None:
+            _check_learned(learned, cfg, name)
     merge_options(cfg, args.opts)  # they win over what --dataset sets
+    register_saved(cfg, train=not args.eval_only)
     check_config_against_data(cfg, train=not args.eval_only)
+    schedule = ""
+    if not args.eval_only and (args.epochs or (learned is None and _is_other_data(args, name))):
+        images = sum(len(load_images(x)) for x in cfg.DATASETS.TRAIN)
+        keys = args.opts[::2]
+        schedule = fit_schedule(cfg, length, images, epochs=args.epochs, keep=keys)
     if args.analyze:
         cfg.TEST.ANALYZE = True
     if cfg.TEST.ANALYZE:
         for dataset in cfg.DATASETS.TEST:
             check_analysis(dataset)
     cfg.freeze()
+    return cfg, schedule
+
+
+def _base_config(args: argparse.Namespace) -> CfgNode:
+    """The config of ``--config-file``, or of ``--run``, whose results go to a folder of their own."""
+    if not getattr(args, "run", None):
+        args.config_file = find_config_file(args.config_file)
+        return load_config(args.config_file)
+    if args.config_file or args.resume:
+        raise ConfigError("--run takes config and weights from its folder: leave out the others.")
+    cfg = load_run(args.run)
+    cfg.OUTPUT_DIR = str(Path(args.run) / "evaluation")
     return cfg
+
+
+def _is_other_data(args: argparse.Namespace, name: str | None) -> bool:
+    """Whether ``--dataset`` names data that the config's schedule is not made for: one's own, or, for
+    configs that are not named after them, the built-in shapes."""
+    own = args.dataset_yaml or any(
+        getattr(args, f"train_{key}") for key in ("json", "panoptic_json", "sem_seg", "video_json")
+    )
+    for_shapes = (name or "").startswith("shapes") and "shapes" not in Path(args.config_file).name
+    return bool(own or for_shapes)
+
+
+def _check_learned(learned: Metadata, cfg: CfgNode, name: str) -> None:
+    """Raise DatasetError where a model is evaluated on data of other classes than it has learned."""
+    data = saved_metadata(cfg)
+    for kind in ("thing_classes", "stuff_classes", "keypoint_names"):
+        own, given = learned.get(kind), None if data is None else data.get(kind)
+        if own and given and own != given:
+            raise DatasetError(
+                f"The model has learned the {kind} {shorten(own)}, but data set '{name}' has "
+                f"{shorten(given)}: they cannot be compared."
+            )
 
 
 def main(args: argparse.Namespace) -> dict[str, Any] | None:
     """What each process does. Returns the results of the evaluation."""
-    cfg = setup(args)
+    cfg, schedule = _setup(args)
     if not args.eval_only and not cfg.DATASETS.TRAIN:
         raise ConfigError("There is nothing to train on: set DATASETS.TRAIN or pass --dataset.")
     with ExitStack() as stack:
@@ -101,10 +166,13 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
                 stack.enter_context(
                     run_folder(cfg.OUTPUT_DIR, resume=args.resume, weights=cfg.MODEL.WEIGHTS)
                 )
+                keep_files(cfg)
             comm.synchronize()  # where the folder is refused, the others write nothing and end
         default_setup(cfg, args)
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2ext")
         if comm.is_main_process():
+            if schedule:
+                logger.info(schedule)
             report((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST), cfg.OUTPUT_DIR)
         results: dict[str, Any] | None
         if args.eval_only:

@@ -13,8 +13,6 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Boxes, Instances
 
@@ -25,26 +23,6 @@ from d2ext.utils.surfaces import SurfaceDrawer
 
 # Larger images are drawn smaller: Detectron2's visualizer takes some 120 bytes for a pixel.
 _MAX_PIXELS = 40_000_000
-
-
-def class_metadata(cfg: CfgNode, class_names: Sequence[str] | None = None) -> Metadata:
-    """Names and colours of the classes that a config's model predicts.
-
-    They come from the first registered data set of ``DATASETS.TEST`` and ``DATASETS.TRAIN`` that names
-    its thing classes, or else from the names that the training left in ``DATASETS``; ``class_names``, if
-    given, replaces the names, and then nothing is taken from a data set. Classes without a name are
-    called by their number, see :func:`name_classes`.
-    """
-    if class_names is not None:
-        return Metadata(name="class names", thing_classes=list(class_names))
-    for dataset in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        if dataset in MetadataCatalog.list():
-            metadata = MetadataCatalog.get(dataset)
-            if metadata.get("thing_classes"):
-                return metadata
-    keys = "THING_CLASSES", "STUFF_CLASSES", "KEYPOINT_NAMES", "KEYPOINT_CONNECTION_RULES"
-    known = {key.lower(): cfg.DATASETS[key] for key in keys if cfg.DATASETS.get(key)}
-    return Metadata(name="names of the config", **known)
 
 
 def name_classes(metadata: Metadata, classes: torch.Tensor) -> Metadata:
@@ -133,7 +111,7 @@ class PictureDrawer:
     """Draws a model's predictions on single pictures.
 
     Args:
-        metadata: see :func:`class_metadata`.
+        metadata: see :func:`~d2ext.data.saved_metadata.class_metadata`.
         max_drawn: draw at most this many instances, the best; drawing takes milliseconds for each.
         triangles: of the meshes of faces, see :func:`~d2ext.utils.faces.draw_meshes`.
         surfaces: draws those of persons.

@@ -17,7 +17,7 @@ from d2ext.data.dataset_facts import (
     set_config_from_data,
 )
 from d2ext.data.landmarks import LANDMARK_DATASETS
-from d2ext.utils.drawing import class_metadata
+from d2ext.data.saved_metadata import class_metadata, save_metadata
 
 FACE = {
     "id": 4,
@@ -105,10 +105,13 @@ def test_names_go_into_the_config(name):
     MetadataCatalog.get(name).set(**category_metadata([{"id": 1, "name": "hat"}, FACE]))
     cfg = get_cfg()
     set_config_from_data(cfg, name)
-    cfg.DATASETS.TEST = ("not_registered",)
+    save_metadata(cfg, name)
+    cfg.DATASETS.TEST = ("coco_2017_val",)  # not what the model was trained on
     metadata = class_metadata(type(cfg).load_cfg(cfg.dump()))
     assert metadata.thing_classes == ["hat", "face"] and metadata.get("stuff_classes") is None
+    assert metadata.thing_dataset_id_to_contiguous_id == {1: 0, FACE["id"]: 1}
     assert metadata.keypoint_names == FACE["keypoints"]
+    assert flip_indices(metadata) == [0, 2, 1]
     assert metadata.keypoint_connection_rules[0][:2] == ["nose", "left_eye"]
 
 

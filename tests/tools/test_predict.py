@@ -20,11 +20,12 @@ from PIL import Image
 
 from d2ext.config import load_config
 from d2ext.data.image_io import read_image
+from d2ext.data.saved_metadata import class_metadata
 from d2ext.engine.predictor import BatchPredictor
 from d2ext.testing import tiny_config
 from d2ext.tools import predict, prediction_files
 from d2ext.utils import drawing
-from d2ext.utils.drawing import PictureDrawer, VideoDrawer, class_metadata, name_classes, select
+from d2ext.utils.drawing import PictureDrawer, VideoDrawer, name_classes, select
 from d2ext.utils.video import VideoReader, video_writer
 
 
@@ -299,18 +300,30 @@ def test_image_ids() -> None:
 
 def test_class_names(config: str, tmp_path: Path) -> None:
     file = write(tmp_path / "a.png", photograph(20, 30))
-    (tmp_path / "names.txt").write_text("cat\ndog\n\n")
+    (tmp_path / "names.txt").write_text("cat\ndog\ncow\n\n")
     arguments = ("--input", file, "--confidence-threshold", 0)
     names = ("--class-names", tmp_path / "names.txt")
     assert run(config, tmp_path / "out", *arguments, *names) == 0
     found, images = results(tmp_path / "out")
-    highest = max(x["category_id"] for x in found)
-    expected = ["cat", "dog", "class 2"][: max(highest + 1, 2)]
-    assert [x["name"] for x in images["categories"]] == expected
+    assert found and [x["name"] for x in images["categories"]] == ["cat", "dog", "cow"]
+
+
+def test_names_of_another_model_are_an_error(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "a.png", photograph(20, 30))
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    names = ("--class-names", tmp_path / "names.txt")
+    assert run(config, tmp_path / "out", "--input", file, *names) == 2
+    assert "NUM_CLASSES is 3, but 'class names' has 2 names (cat, dog)" in capsys.readouterr().err
+    coco = ("--opts", "DATASETS.TEST", "('coco_2017_val',)")
+    assert run(config, tmp_path / "out", "--input", file, *coco) == 2
+    assert "'coco_2017_val' has 80 names" in capsys.readouterr().err
 
 
 def test_class_names_of_the_data_set(tmp_path: Path) -> None:
     cfg = tiny_config("YOLACT")
+    cfg.MODEL.YOLACT.NUM_CLASSES = 80
     cfg.DATASETS.TEST = ("no_such_set", "coco_2017_val")
     metadata = class_metadata(cfg)
     assert metadata.thing_classes[:2] == ["person", "bicycle"]

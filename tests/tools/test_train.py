@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import os
 import signal
+import uuid
 from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import CfgNode
 
 from d2ext.checkpoint.io import load_untrusted
+from d2ext.config import load_config
+from d2ext.engine import Trainer
 from d2ext.engine.run_folder import run_folder
+from d2ext.model_zoo import find_config_file
+from d2ext.testing import tiny_config
 from d2ext.tools import train
 from tests.engine import toy
 
@@ -209,3 +215,67 @@ def test_own_data_from_the_command_line(toy_json: Path, tmp_path: Path) -> None:
     assert train.run(["--dataset", "own", *data, *options]) == 0
     assert sorted(toy.losses(tmp_path)) == [0, 1]
     assert (tmp_path / "inference/coco_instances_results.json").is_file()
+
+
+def _own_setup(toy_json: Path, *options: str, config: str = "") -> CfgNode:
+    """The config of a training on twelve own images."""
+    name = f"own_{uuid.uuid4().hex}"
+    data = ["--dataset", name, f"--train-json={toy_json}", f"--train-images={toy_json.parent}"]
+    arguments = ["--config-file", config] if config else []
+    return train.setup(train.build_parser().parse_args([*arguments, *data, *options]))
+
+
+def test_schedule_fits_own_data(toy_json: Path, tmp_path: Path) -> None:
+    published = "yolact/yolact_R_50_550.yaml"
+    assert _own_setup(toy_json, config=published).SOLVER.MAX_ITER == 3000
+    cfg = _own_setup(toy_json, "--epochs", "10", "SOLVER.IMS_PER_BATCH", "4", config=published)
+    assert cfg.SOLVER.MAX_ITER == 30 and cfg.SOLVER.STEPS == (10, 22, 26, 28)
+    cfg = _own_setup(toy_json, "SOLVER.MAX_ITER", "100", config=published)
+    assert cfg.SOLVER.MAX_ITER == 100 and max(cfg.SOLVER.STEPS) < 100
+    # A saved config keeps its own.
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    again = _own_setup(toy_json, "SOLVER.IMS_PER_BATCH", "1", config=str(tmp_path / "config.yaml"))
+    assert again.SOLVER == cfg.SOLVER | {"IMS_PER_BATCH": 1}
+
+
+def test_schedule_of_shapes() -> None:
+    def iterations(config: str) -> int:
+        words = ["--config-file", config, "--dataset", "shapes"]
+        return train.setup(train.build_parser().parse_args(words)).SOLVER.MAX_ITER
+
+    own = load_config(find_config_file("yolact/yolact_R_18_shapes.yaml")).SOLVER.MAX_ITER
+    assert iterations("yolact/yolact_R_18_shapes.yaml") == own
+    assert iterations("yolact/yolact_R_50_550.yaml") < 100_000
+
+
+def test_what_a_training_says_first(toy_json: Path, tmp_path: Path) -> None:
+    """The schedule, in one line, and where to get a backbone."""
+    toy.register(toy_json)
+    options = toy.options(tmp_path / "a", SOLVER__STEPS="()")
+    start = options.index("SOLVER.MAX_ITER")
+    del options[start : start + 2]
+    assert train.run(["--epochs", "1", *options]) == 0
+    output = (tmp_path / "a/log.txt").read_text()
+    assert output.count("The schedule fits 12 images") == 1
+    assert output.count("MODEL.WEIGHTS is empty: the backbone starts from random weights") == 1
+    weights = str(tmp_path / "a/model_final.pth")
+    again = toy.options(tmp_path / "b", SOLVER__MAX_ITER=1, SOLVER__STEPS="()")
+    assert train.run([*again, "MODEL.WEIGHTS", weights]) == 0
+    output = (tmp_path / "b/log.txt").read_text()
+    assert "The schedule fits" not in output and "random weights" not in output
+
+
+def test_advice_fits_the_backbone(caplog: pytest.LogCaptureFixture) -> None:
+    for architecture, text in (
+        ("YOLACT", "torchvision.models.resnet18"),
+        ("CornerNet", "d2ext conv"),
+    ):
+        cfg = tiny_config(architecture)
+        cfg.DATASETS.TRAIN = ("own_train",)
+        caplog.clear()
+        Trainer(cfg).resume_or_load(resume=False)
+        assert text in caplog.text
+        cfg.DATASETS.TRAIN = ("shapes_train",)
+        caplog.clear()
+        Trainer(cfg).resume_or_load(resume=False)
+        assert "random weights" not in caplog.text

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.data.transforms import RotationTransform
 from detectron2.modeling import DatasetMapperTTA
 from detectron2.modeling.postprocessing import detector_postprocess
@@ -35,6 +34,7 @@ from d2ext.data.densepose import (
     SurfaceSymmetry,
     read_uv_symmetry,
 )
+from d2ext.data.saved_metadata import known_metadata
 from d2ext.modeling.tta import TTA_REGISTRY
 
 # The published means are those of these maps.
@@ -144,8 +144,8 @@ class GeneralizedRCNNWithTTA(RCNNWithTTA):
 
 
 def _symmetry(cfg: CfgNode) -> SurfaceSymmetry:
-    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        path = MetadataCatalog.get(name).get("densepose_uv_symmetry")
+    for metadata in known_metadata(cfg):
+        path = metadata.get("densepose_uv_symmetry")
         if path:
             return SurfaceSymmetry(read_uv_symmetry(path)).to(cfg.MODEL.DEVICE)
     raise ConfigError(

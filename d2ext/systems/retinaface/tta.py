@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor, nn
 
@@ -27,6 +26,7 @@ from d2ext.config import ConfigError
 from d2ext.data.dataset_facts import flip_indices
 from d2ext.data.errors import DatasetError
 from d2ext.data.faces import mirror_permutation, read_topology
+from d2ext.data.saved_metadata import known_metadata
 from d2ext.modeling.tta import TTA_REGISTRY, MultiSizeTTA
 from d2ext.systems.retinaface.model import RetinaFace
 
@@ -148,15 +148,11 @@ def vote(detections: Instances, iou: float = 0.4, max_faces: int = 750) -> tuple
     return detections[torch.tensor(first, dtype=torch.int64, device=device)], group.to(device)
 
 
-def _datasets(cfg: CfgNode) -> list[str]:
-    return [x for x in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN) if x in MetadataCatalog.list()]
-
-
 def _point_partners(cfg: CfgNode, count: int) -> list[int]:
     """The mirror partner of each point, from the first data set that has as many."""
-    for name in _datasets(cfg):
-        if len(MetadataCatalog.get(name).get("keypoint_names") or ()) == count:
-            return flip_indices(name)
+    for metadata in known_metadata(cfg):
+        if len(metadata.get("keypoint_names") or ()) == count:
+            return flip_indices(metadata)
     raise ConfigError(
         "MODEL.RETINAFACE.TEST.AUG.FLIP needs to know left from right: name a data set in "
         f"DATASETS.TEST whose metadata have the keypoint_names and keypoint_flip_map of {count} points."
@@ -166,9 +162,9 @@ def _point_partners(cfg: CfgNode, count: int) -> list[int]:
 def _vertex_partners(cfg: CfgNode, count: int) -> list[int]:
     """The mirror partner of each vertex: of the first data set that has as many, or because the mean
     face is symmetric."""
-    for name in _datasets(cfg):
-        if len(MetadataCatalog.get(name).get("mesh_flip") or ()) == count:
-            return list(MetadataCatalog.get(name).mesh_flip)
+    for metadata in known_metadata(cfg):
+        if len(metadata.get("mesh_flip") or ()) == count:
+            return list(metadata.mesh_flip)
     try:
         return mirror_permutation(read_topology(cfg.MODEL.RETINAFACE.MESH.FILE)[0])
     except DatasetError as error:

@@ -223,9 +223,14 @@ class YOLACTCriterion:
 
 
 def _binary_cross_entropy(probabilities: Tensor, target: Tensor) -> Tensor:
-    """Element-wise; PyTorch refuses it under autocast, although the input is float32 here."""
+    """Element-wise, NaN where the probability is NaN: PyTorch's raises there, on CUDA with an assertion
+    that ends the process. It also refuses autocast, although the input is float32 here."""
+    bad = probabilities.isnan()
     with torch.autocast(probabilities.device.type, enabled=False):
-        return F.binary_cross_entropy(probabilities.clamp(0, 1), target, reduction="none")
+        loss = F.binary_cross_entropy(
+            probabilities.masked_fill(bad, 0).clamp(0, 1), target, reduction="none"
+        )
+    return loss.masked_fill(bad, float("nan"))
 
 
 def mask_iou(masks: Tensor, target_masks: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from detectron2.utils.visualizer import Visualizer
 from d2ext import model_zoo
 from d2ext.checkpoint import convert_state_dict
 from d2ext.checkpoint.convert import ConversionError
+from d2ext.data.saved_metadata import class_metadata
 from d2ext.systems.landmarks import (
     HeatmapHead,
     IntegralHead,
@@ -20,7 +21,6 @@ from d2ext.systems.landmarks import (
     RegressionHead,
     SimCCHead,
 )
-from d2ext.utils.drawing import class_metadata
 
 # Config → head, landmarks, parameters in millions.
 CONFIGS: dict[str, tuple[type[LandmarkHead], int, float]] = {

@@ -7,7 +7,7 @@ import torch
 
 from d2ext.codecs.prior_boxes import prior_boxes, to_corners
 from d2ext.systems.yolact.head import MaskScorer, YOLACTPredictions
-from d2ext.systems.yolact.losses import YOLACTCriterion, mask_iou
+from d2ext.systems.yolact.losses import YOLACTCriterion, _binary_cross_entropy, mask_iou
 from d2ext.systems.yolact.targets import YOLACTTargets, resize_masks
 
 
@@ -116,3 +116,14 @@ def test_confident_wrong_masks_have_bounded_gradients_in_low_precision(dtype: to
     torch.testing.assert_close(loss, torch.tensor(6.125 * 36 * 9.0001 / 25), rtol=1e-3, atol=0)
     loss.backward()
     assert prototypes.grad is not None and prototypes.grad.abs().max() < 1
+
+
+def test_nan_stays_nan_and_the_rest_is_pytorch_s() -> None:
+    probabilities = torch.tensor([0.0, 0.3, float("nan"), 1.0], requires_grad=True)
+    target = torch.tensor([0.0, 1.0, 1.0, 0.0])
+    loss = _binary_cross_entropy(probabilities, target)
+    assert loss.isnan().tolist() == [False, False, True, False]
+    expected = torch.nn.functional.binary_cross_entropy(
+        probabilities[[0, 1, 3]], target[[0, 1, 3]], reduction="none"
+    )
+    assert torch.equal(loss[[0, 1, 3]], expected)
