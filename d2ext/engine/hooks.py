@@ -11,8 +11,9 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
 from d2ext.checkpoint.checkpointer import CheckpointSaveError
-from d2ext.checkpoint.io import CheckpointError, load_untrusted
+from d2ext.checkpoint.io import load_untrusted
 from d2ext.config import ConfigError
+from d2ext.engine.training_state import check_count, check_like
 from d2ext.files import atomic_write
 
 __all__ = [
@@ -71,13 +72,13 @@ class BestCheckpointer(hooks.BestCheckpointer):
             return
         try:
             stored = load_untrusted(path)
-        except CheckpointError as error:
-            logger.warning("%s It will be replaced at the next evaluation.", error)
-            return
-        # Another metric in the file: the values do not compare.
-        if stored.get("best_metric_name") == self._val_metric:
-            self.best_metric = stored["best_metric"]
-            self.best_iter = stored["iteration"]
+            # Another metric in the file: the values do not compare.
+            if stored.get("best_metric_name") == self._val_metric:
+                check_like(stored["best_metric"], 0.0, "best_metric")
+                self.best_iter = check_count(stored["iteration"], "iteration")
+                self.best_metric = stored["best_metric"]
+        except (AttributeError, KeyError, ValueError) as error:
+            logger.warning("%s (%s) It will be replaced at the next evaluation.", path, error)
 
     def _best_checking(self) -> None:
         results = self.trainer.storage.latest()
@@ -183,6 +184,10 @@ class MetricHistory(HookBase):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keep ``state`` until training begins."""
+        for name, values in state.items():
+            check_like(values, [[0.0, 0.0]] * len(values), f"the history of {name}", finite=False)
+            for _, iteration in values:
+                check_count(int(iteration), f"an iteration in the history of {name}")
         self._loaded = state
 
 
@@ -236,13 +241,13 @@ def drop_metrics_from(path: str, start_iter: int) -> None:
     if not os.path.isfile(path):
         return
     lines = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
-                scalars = json.loads(line)
-            except json.JSONDecodeError:
+                kept = json.loads(line).get("iteration", -1) < start_iter
+            except (AttributeError, TypeError, ValueError):  # not a line of JSONWriter
                 continue
-            if scalars.get("iteration", -1) < start_iter:
+            if kept:
                 lines.append(line)
     with atomic_write(path, "w") as file:
         file.writelines(lines)
