@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -120,7 +121,11 @@ def register(json_file: Path, name: str = "toy") -> None:
 
 
 def start(
-    json_file: Path, *arguments: str, starter: Sequence[str] = (sys.executable,), **environment: str
+    json_file: Path,
+    *arguments: str,
+    starter: Sequence[str] = (sys.executable,),
+    stdout: int | IO[str] = subprocess.PIPE,
+    **environment: str,
 ) -> subprocess.Popen[str]:
     """Start this module as a program: a training on the written data, with train_net's arguments."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -128,7 +133,7 @@ def start(
     return subprocess.Popen(
         [*starter, __file__, *arguments],
         env={**os.environ, **variables, **environment},
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.STDOUT,
         text=True,
     )

@@ -299,7 +299,7 @@ def test_small_files_that_copy_without_end(tmp_path: Path) -> None:
         path.write_bytes(kept % shared + use * 9 + b"l.")
         with pytest.raises(CheckpointError, match="a type without an array"):  # only that is wrong
             load_untrusted(path)
-    path.write_bytes(b"\x80\x04(" + b"]" * 4_000_000 + b"l.")
+    path.write_bytes(b"\x80\x04(" + b"N" * 4_000_000 + b"l.")
     with pytest.raises(CheckpointError, match="instructions"):
         load_untrusted(path)
 
