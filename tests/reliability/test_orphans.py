@@ -53,11 +53,12 @@ def start(toy_json: Path, tmp_path: Path) -> Iterator[Start]:
     started: list[subprocess.Popen[str]] = []
     everyone: set[int] = set()
 
-    def run(*arguments: str) -> subprocess.Popen[str]:
+    def run(*arguments: str, **environment: str) -> subprocess.Popen[str]:
         more = {"SOLVER__MAX_ITER": 10**6, "DATALOADER__NUM_WORKERS": 2}
         more |= {"SOLVER__IMS_PER_BATCH": 256, "SOLVER__STEPS": "()"}
         with open(tmp_path / "output.txt", "w") as output:
-            process = toy.start(toy_json, *arguments, *toy.options(tmp_path, **more), stdout=output)
+            arguments = (*arguments, *toy.options(tmp_path, **more))
+            process = toy.start(toy_json, *arguments, stdout=output, **environment)
         started.append(process)
         metrics = tmp_path / "metrics.json"
         under_way = wait_until(lambda: metrics.is_file() and metrics.stat().st_size > 0, 120)
@@ -85,7 +86,9 @@ def test_workers_end_with_their_trainer(start: Start, how: signal.Signals) -> No
 
 
 def test_processes_end_with_who_started_them(start: Start) -> None:
-    process = start("--num-gpus", "2")
+    process = start(
+        "--num-gpus", "2", TOY_DEAF_AT="0"
+    )  # torch sends SIGINT: one waits for something
     left = children(process.pid)
     assert len(left) >= 6  # two processes with two workers each
     process.kill()
