@@ -132,14 +132,20 @@ class Checkpointer(DetectionCheckpointer):
                 return path
         except (OSError, ValueError):
             pass
-        names = os.listdir(self.save_dir) if os.path.isdir(self.save_dir) else []
-        named = [re.fullmatch(r"model_(\d+|final)\.pth", name) for name in names]
-        order = {m[0]: float("inf") if m[1] == "final" else int(m[1]) for m in named if m}
-        if not order:
-            return ""
-        newest = max(order, key=order.__getitem__)
+        newest = os.path.join(self.save_dir, "model_final.pth")
+        if not os.path.isfile(newest):
+            numbered = self.numbered()
+            if not numbered:
+                return ""
+            newest = numbered[max(numbered)]
         logger.warning("last_checkpoint in %s is lost; %s is taken.", self.save_dir, newest)
-        return os.path.join(self.save_dir, newest)
+        return newest
+
+    def numbered(self) -> dict[int, str]:
+        """Iteration → path of its checkpoint, of all in the folder but the final one."""
+        names = os.listdir(self.save_dir) if os.path.isdir(self.save_dir) else []
+        matches = [re.fullmatch(r"model_(\d+)\.pth", name) for name in names]
+        return {int(m[1]): os.path.join(self.save_dir, m[0]) for m in matches if m}
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load weights and, unless told otherwise, the training state.

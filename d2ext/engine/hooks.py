@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +22,7 @@ __all__ = [
     "BestCheckpointer",
     "EarlyStopping",
     "EvalHook",
+    "InterruptHook",
     "LogWriter",
     "MetricHistory",
     "PeriodicCheckpointer",
@@ -34,17 +37,23 @@ _TIMES = ("time", "data_time", "rank_data_time", "eta_seconds")
 
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
-    """Detectron2's; training goes on when a periodic checkpoint cannot be written (disk full)."""
+    """Detectron2's; training goes on when a periodic checkpoint cannot be written (disk full), and
+    after a resume those of before count among the ``max_to_keep``."""
 
     def before_train(self) -> None:
         """Learn the last iteration; remove what a killed run left unfinished."""
         super().before_train()
         self.checkpointer.remove_unfinished()
+        earlier = self.checkpointer.numbered()
+        done = sorted(number for number in earlier if number < self.trainer.start_iter)
+        self.recent_checkpoints = [earlier[number] for number in done]
 
     def after_step(self) -> None:
         """Save every ``period`` iterations and after the last one, whose failure is an error."""
         try:
             super().after_step()
+            while self.max_to_keep and len(self.recent_checkpoints) > self.max_to_keep:
+                os.remove(self.recent_checkpoints.pop(0))  # a run that kept more was resumed
         except CheckpointSaveError as error:
             if self.trainer.iter >= self.max_iter - 1:
                 raise
@@ -100,6 +109,37 @@ class BestCheckpointer(hooks.BestCheckpointer):
             logger.info("Best %s so far: %.4f", self._val_metric, value)
         except CheckpointSaveError as error:
             logger.error("%s Training goes on.", error)
+
+
+class InterruptHook(HookBase):
+    """Ctrl-C ends a training of one process after its iteration, with a checkpoint; pressed again it
+    ends at once. Must be the last of the hooks. (Of several processes, some would wait for others.)"""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._earlier: Any = None
+
+    def before_train(self) -> None:
+        """Listen; signals reach the main thread only."""
+        if threading.current_thread() is threading.main_thread() and comm.get_world_size() == 1:
+            self._earlier = signal.signal(signal.SIGINT, self._ask)
+
+    def after_step(self) -> None:
+        """Save and stop, if that was asked for; the last iteration saves anyway."""
+        if self._asked and self.trainer.iter + 1 < self.trainer.max_iter:
+            last = self.trainer.iter
+            self.trainer.checkpointer.save(f"model_{last:07d}", iteration=last)
+            raise KeyboardInterrupt
+
+    def after_train(self) -> None:
+        """Listen no more."""
+        if self._earlier is not None:
+            signal.signal(signal.SIGINT, self._earlier)
+
+    def _ask(self, *_: Any) -> None:
+        self._asked = True
+        signal.signal(signal.SIGINT, self._earlier)
+        logger.info("Interrupted: ending after this iteration; Ctrl-C again ends at once.")
 
 
 class StopTraining(BaseException):

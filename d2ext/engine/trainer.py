@@ -36,6 +36,7 @@ from d2ext.engine.hooks import (
     BestCheckpointer,
     EarlyStopping,
     EvalHook,
+    InterruptHook,
     LogWriter,
     MetricHistory,
     PeriodicCheckpointer,
@@ -179,7 +180,7 @@ class Trainer(DefaultTrainer):
             )
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Timing, schedule, precise BN, average, checkpoints, evaluation, logs: in this order."""
+        """Timing, schedule, precise BN, average, checkpoints, evaluation, logs, interrupts; in order."""
         cfg = self.cfg
         solver, test = cfg.SOLVER, cfg.TEST
         main = comm.is_main_process()
@@ -217,7 +218,7 @@ class Trainer(DefaultTrainer):
             result.append(EarlyStopping(test.EVAL_PERIOD, test.EARLY_STOPPING, best))
         if main:
             result.append(LogWriter(self.build_writers, solver.LOG_PERIOD))
-        return result
+        return [*result, InterruptHook()]
 
     def build_writers(self) -> list[EventWriter]:
         """Terminal, ``metrics.json`` and, where TensorBoard is installed, its event file.
@@ -228,14 +229,12 @@ class Trainer(DefaultTrainer):
         os.makedirs(folder, exist_ok=True)
         window = self.cfg.SOLVER.LOG_PERIOD
         metrics = os.path.join(folder, "metrics.json")
-        if self.start_iter > 0:
-            drop_metrics_from(metrics, self.start_iter)
+        drop_metrics_from(metrics, self.start_iter)
         writers = [CommonMetricPrinter(self.max_iter, window), JSONWriter(metrics, window)]
         if importlib.util.find_spec("tensorboard") is None:
             logger.info("TensorBoard is not installed; its log is not written.")
             return writers
-        purge = self.start_iter or None
-        return [*writers, TensorboardXWriter(folder, window, purge_step=purge)]
+        return [*writers, TensorboardXWriter(folder, window, purge_step=self.start_iter)]
 
     def train(self) -> OrderedDict[str, Any] | None:
         """Run from ``start_iter`` to ``SOLVER.MAX_ITER`` or ``TEST.EARLY_STOPPING``, then evaluate.
