@@ -6,7 +6,6 @@ All functions raise ``ValueError``, with what is wrong.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ _OPTIMIZERS = {
     torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
 }
 MOST_ITERATIONS = 1 << 31
+_MOST = 2.0**63  # of numbers: larger integers fail in optimizers
 
 
 def check_count(value: Any, name: str, most: int = MOST_ITERATIONS) -> int:
@@ -29,7 +29,8 @@ def check_count(value: Any, name: str, most: int = MOST_ITERATIONS) -> int:
 
 
 def check_like(value: Any, own: Any, name: str, *, finite: bool = True) -> None:
-    """``value`` has the types, keys and lengths of ``own``; its numbers are finite."""
+    """``value`` has the types, keys and lengths of ``own``; its numbers are
+    finite and below 2^63."""
     if isinstance(own, dict):
         _expect(isinstance(value, dict) and value.keys() == own.keys(), value, name, own)
         for key, item in own.items():
@@ -40,7 +41,7 @@ def check_like(value: Any, own: Any, name: str, *, finite: bool = True) -> None:
             check_like(value[index], item, f"{name}[{index}]", finite=finite)
     elif isinstance(own, int | float) and not isinstance(own, bool):
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        _expect(number and (not finite or math.isfinite(value)), value, name, own)
+        _expect(number and (not finite or abs(value) < _MOST), value, name, own)
     else:
         _expect(isinstance(value, bool | None) or type(value) is type(own), value, name, own)
 

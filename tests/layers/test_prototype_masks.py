@@ -719,4 +719,6 @@ def test_infinite_boxes_with_any_padding(implementation, padding):
         for threshold in (0.5, math.nan, math.inf, -math.inf):
             options = {"padding": padding, "crop": crop, "threshold": threshold}
             expected = assemble_binary_masks_reference(*inputs, (9, 8), **options)
-            assert torch.equal(binary_masks_of(implementation, *inputs, (9, 8), **options), expected)
+            assert torch.equal(
+                binary_masks_of(implementation, *inputs, (9, 8), **options), expected
+            )

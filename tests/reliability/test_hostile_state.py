@@ -86,6 +86,7 @@ GROUPS = "trainer/_trainer/optimizer/param_groups"
         (GROUPS, 3, "training state"),
         (f"{GROUPS}/0/lr", "text", "lr is 'text'"),
         (f"{GROUPS}/0/lr", float("nan"), "lr is nan"),
+        (f"{GROUPS}/0/weight_decay", 10**30, "weight_decay is 1000"),
         (f"{GROUPS}/0/betas", (0.9,), "betas is"),
         (f"{GROUPS}/0/params", [0, 0, 0], "training state"),
         (f"{ADAM}/0/exp_avg", torch.zeros(1), r"exp_avg of a parameter of shape .* is \(1,\)"),
