@@ -281,6 +281,22 @@ def test_no_tensor_reaches_beyond_the_file(
         load_untrusted(path)
 
 
+def test_contents_that_say_something_else(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    content = saved({"w": torch.arange(7.0)}, new=False)
+    assert content[-36:-28] == (7).to_bytes(8, "little")  # before the 28 bytes of the numbers
+    path.write_bytes(content[:-36] + (6).to_bytes(8, "little") + content[-28:])
+    with pytest.raises(CheckpointError, match="is cut short"):
+        load_untrusted(path)
+    with zipfile.ZipFile(io.BytesIO(saved({"w": torch.arange(7.0)}, new=True))) as source:
+        with zipfile.ZipFile(path, "w") as target:
+            for name in source.namelist():
+                entry = b"big" if name.endswith("/byteorder") else source.read(name)
+                target.writestr(name, entry)
+    with pytest.raises(CheckpointError, match="other byte order"):
+        load_untrusted(path)
+
+
 def test_small_files_that_copy_without_end(tmp_path: Path) -> None:
     path = tmp_path / "x.pkl"
     million = (1_000_000).to_bytes(4, "little")
