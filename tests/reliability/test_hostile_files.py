@@ -288,11 +288,11 @@ def test_contents_that_say_something_else(tmp_path: Path) -> None:
     path.write_bytes(content[:-36] + (6).to_bytes(8, "little") + content[-28:])
     with pytest.raises(CheckpointError, match="is cut short"):
         load_untrusted(path)
-    with zipfile.ZipFile(io.BytesIO(saved({"w": torch.arange(7.0)}, new=True))) as source:
-        with zipfile.ZipFile(path, "w") as target:
-            for name in source.namelist():
-                entry = b"big" if name.endswith("/byteorder") else source.read(name)
-                target.writestr(name, entry)
+    content = saved({"w": torch.arange(7.0)}, new=True)
+    with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(path, "w") as target:
+        for name in source.namelist():
+            entry = b"big" if name.endswith("/byteorder") else source.read(name)
+            target.writestr(name, entry)
     with pytest.raises(CheckpointError, match="other byte order"):
         load_untrusted(path)
 
