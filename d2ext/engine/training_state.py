@@ -43,13 +43,14 @@ def check_like(value: Any, own: Any, name: str, *, finite: bool = True) -> None:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         _expect(number and (not finite or abs(value) < _MOST), value, name, own)
     else:
-        _expect(isinstance(value, bool | None) or type(value) is type(own), value, name, own)
+        _expect(type(value) is type(own), value, name, own)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
     """``optimizer.load_state_dict(state)``, where that gives a state with which it can go on.
 
-    For SGD, Adam and AdamW: the tensors have the parameters' shapes, settings have their types.
+    For SGD, Adam and AdamW: the tensors have the parameters' shapes. Settings have their types; those that
+    are switches stay as they are.
     """
     if not isinstance(state, dict):
         raise ValueError(f"the optimizer's state is {_shown(state)}")
@@ -69,6 +70,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
     optimizer.load_state_dict(state)
     for group, settings in zip(optimizer.param_groups, own, strict=True):
         for key, value in settings.items():
+            if isinstance(value, bool | None):
+                group[key] = (
+                    value  # switches are this run's: with others, the state would lack parts
+                )
+                continue
             check_like(group.get(key), value, f"the optimizer's {key}")
 
 

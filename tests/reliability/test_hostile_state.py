@@ -120,6 +120,13 @@ def test_momentum_of_another_shape(start: Start, tmp_path: Path) -> None:
         resume(start, tmp_path, state, "SGD")
 
 
+def test_switches_are_the_run_s(start: Start, tmp_path: Path) -> None:
+    state = saved_state(start, tmp_path, "AdamW")
+    put(state, f"{GROUPS}/0/amsgrad", True)  # would need a part of the state that is not there
+    put(state, f"{GROUPS}/0/capturable", "text")
+    resume(start, tmp_path, state)
+
+
 def test_weights_alone_are_no_run(start: Start, tmp_path: Path) -> None:
     state = saved_state(start, tmp_path, "AdamW")
     with pytest.raises(CheckpointError, match="there is none"):
