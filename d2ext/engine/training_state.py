@@ -49,8 +49,8 @@ def check_like(value: Any, own: Any, name: str, *, finite: bool = True) -> None:
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
     """``optimizer.load_state_dict(state)``, where that gives a state with which it can go on.
 
-    For SGD, Adam and AdamW: the tensors have the parameters' shapes. Settings have their types; those that
-    are switches stay as they are.
+    For SGD, Adam and AdamW: the tensors have the parameters' shapes. Settings have their types; those
+    that are switches stay as they are.
     """
     if not isinstance(state, dict):
         raise ValueError(f"the optimizer's state is {_shown(state)}")
