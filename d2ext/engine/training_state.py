@@ -71,9 +71,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
     for group, settings in zip(optimizer.param_groups, own, strict=True):
         for key, value in settings.items():
             if isinstance(value, bool | None):
-                group[key] = (
-                    value  # switches are this run's: with others, the state would lack parts
-                )
+                # Switches are this run's: with others, the state would lack parts.
+                group[key] = value
                 continue
             check_like(group.get(key), value, f"the optimizer's {key}")
 
