@@ -51,12 +51,12 @@ template <typename T>
 D2EXT_HOST_DEVICE Range crop_range(T side_a, T side_b, int32_t size, T padding) {
   const T a = rounded_product(side_a, static_cast<T>(size));
   const T b = rounded_product(side_b, static_cast<T>(size));
-  if (a != a || b != b) {
+  T low = (a < b ? a : b) - padding;
+  T high = (a < b ? b : a) + padding;
+  if (a != a || b != b || low != low || high != high) {  // inf - inf, too
     return {};
   }
   const T limit = static_cast<T>(size);
-  T low = (a < b ? a : b) - padding;
-  T high = (a < b ? b : a) + padding;
   low = low < T(0) ? T(0) : (low > limit ? limit : low);
   high = high < T(0) ? T(0) : (high > limit ? limit : high);
   return {static_cast<int32_t>(ceil(low)), static_cast<int32_t>(ceil(high))};

@@ -8,6 +8,7 @@ is refused by name.
 
 from __future__ import annotations
 
+import io
 import math
 import pickletools
 import re
@@ -22,18 +23,35 @@ _NUMERIC = re.compile(r"[biufc](1|2|4|8|16)|[?bBhHiIlLqQefdgFDG]")
 # Names of NumPy's modules in files of NumPy 1 and 2.
 _NUMPY = re.compile(r"numpy\.(_core|core)\.(multiarray|numeric)")
 
-_TORCH_TYPES = {
+_STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16,
+    "ComplexDoubleStorage": torch.complex128,
+    "ComplexFloatStorage": torch.complex64,
     "LongStorage": torch.int64,
     "IntStorage": torch.int32,
     "ShortStorage": torch.int16,
     "CharStorage": torch.int8,
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
+    "UntypedStorage": torch.uint8,
 }
+_TORCH_DTYPES = {
+    name: value
+    for name, value in vars(torch).items()
+    if isinstance(value, torch.dtype) and not name.startswith(("q", "bits"))
+}
+
+# Reads the content of a storage: key, type and number of elements → a tensor of all its bytes.
+ReadStorage = Callable[[str, torch.dtype, int], torch.Tensor]
+
+# Limits beyond any checkpoint: a small file could describe more nodes, or deeper ones, by referring to
+# itself, and have the same bytes copied again and again.
+_MOST_NODES, _DEEPEST = 3_000_000, 100
+# What calls may copy: this many times the pickle's size, and this many bytes in any case.
+_MOST_COPIED, _LEAST_LIMIT = 16, 64 << 20
 
 
 class Refused(ValueError):
@@ -63,31 +81,37 @@ class _Array:
     value: np.ndarray | None = None
 
 
-def read_pickle(
-    content: bytes | IO[bytes], storage: Callable[[str, int], Any] | None = None
-) -> Any:
+def read_pickle(content: bytes | IO[bytes], storage: ReadStorage | None = None) -> Any:
     """The object in a pickle.
 
     Args:
-        content: the pickle, or a file at its beginning.
-        storage: for the pickle in a file of ``torch.save``: (key, bytes) → untyped storage of that size.
+        content: the pickle, or a file at its beginning, which is left behind its end.
+        storage: reads storages, for the pickle in a file of ``torch.save``.
 
     Raises:
         Refused: something that is not data.
-        ValueError, IndexError, KeyError, TypeError: a damaged pickle.
+        ValueError, IndexError, KeyError, TypeError, AttributeError: a damaged pickle.
     """
-    return _Machine(storage).run(content)
+    if isinstance(content, bytes):
+        content = io.BytesIO(content)
+    begin = content.tell()
+    size = content.seek(0, io.SEEK_END) - begin
+    content.seek(begin)
+    return _Machine(storage, max(_MOST_COPIED * size, _LEAST_LIMIT)).run(content)
 
 
 class _Machine:
-    def __init__(self, storage: Callable[[str, int], Any] | None) -> None:
+    def __init__(self, storage: ReadStorage | None, most_copied: int) -> None:
         self.storage = storage
+        self.copyable = most_copied
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
 
-    def run(self, content: bytes | IO[bytes]) -> Any:
-        for opcode, argument, _ in pickletools.genops(content):
+    def run(self, content: IO[bytes]) -> Any:
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+            if count > _MOST_NODES:
+                raise ValueError(f"the pickle has more than {_MOST_NODES} instructions")
             name = opcode.name
             if name == "STOP":
                 return self.stack.pop()
@@ -178,7 +202,7 @@ class _Machine:
         if not isinstance(target, dict):
             raise Refused("an object that is filled like a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(key, str | int | float | None):
+            if not isinstance(key, str | bytes | int | float | None):
                 raise Refused(f"a dict key of type {type(key).__name__}")
             target[key] = value
 
@@ -200,11 +224,13 @@ class _Machine:
     # Names and calls
 
     def _global(self, argument: str) -> None:
-        self.stack.append(Global(*argument.split(" ", 1)))
+        module, _, name = argument.partition(" ")
+        dtype = _TORCH_DTYPES.get(name) if module == "torch" else None
+        self.stack.append(dtype or Global(module, name))
 
     def _stack_global(self, _: Any) -> None:
         name, module = self.stack.pop(), self.stack.pop()
-        self.stack.append(Global(str(module), str(name)))
+        self._global(f"{module} {name}")
 
     def _newobj(self, _: Any) -> None:
         self._reduce(None)
@@ -215,25 +241,48 @@ class _Machine:
             raise Refused("a call of something that has no name")
         self.stack.append(self._call(function, arguments))
 
+    def _copied(self, content: Any) -> Any:
+        """``content``, which a call is about to copy: often, perhaps, but not endlessly."""
+        self.copyable -= len(content)
+        if self.copyable < 0:
+            raise ValueError("its parts are used too often")
+        return content
+
     def _call(self, function: Global, arguments: tuple[Any, ...]) -> Any:
         module, name = function
-        if (module, name) == ("collections", "OrderedDict"):
-            pairs = arguments[0] if arguments else []
-            self.stack.append({})
-            self._fill([item for pair in pairs for item in pair])
-            return self.stack.pop()
+        if (module, name) in (("collections", "OrderedDict"), ("collections", "Counter")):
+            content = self._copied(arguments[0]) if arguments else []
+            return self._mapping(content.items() if isinstance(content, dict) else content)
         if (module, name) in (("__builtin__", "bytes"), ("builtins", "bytes")) and not arguments:
             return b""  # stands for b"" in protocol 2
         if (module, name) == ("_codecs", "encode") and arguments[1:] in ((), ("latin1",)):
-            return str(arguments[0]).encode("latin1")  # bytes in protocol 2
+            return str(self._copied(arguments[0])).encode("latin1")  # bytes in protocol 2
         if (module, name) == ("numpy", "dtype"):
             return _Dtype(arguments[0])
         if _NUMPY.fullmatch(module):
-            return _numpy_call(function, arguments)
+            return self._numpy_call(function, arguments)
         if (module, name) == ("torch", "Size"):
-            return tuple(arguments[0])
+            return tuple(self._copied(arguments[0]))
+        if (module, name) == ("torch", "device"):
+            return torch.device(*arguments)
         if self.storage is not None and module == "torch._utils":
             return _torch_call(function, arguments)
+        raise Refused(str(function))
+
+    def _mapping(self, pairs: Any) -> dict[Any, Any]:
+        self.stack.append({})
+        for key, value in pairs:
+            self._fill([key, value])
+        return self.stack.pop()
+
+    def _numpy_call(self, function: Global, arguments: tuple[Any, ...]) -> Any:
+        if function.name == "_reconstruct" and arguments[0] == Global("numpy", "ndarray"):
+            return _Array()
+        if function.name == "scalar":
+            return _array(self._copied(arguments[1]), arguments[0], (), "C")[()]
+        if function.name == "_frombuffer":  # protocol 5
+            content, dtype, shape, order = arguments
+            return _array(self._copied(content), dtype, shape, "F" if order == "F" else "C")
         raise Refused(str(function))
 
     def _build(self, _: Any) -> None:
@@ -246,7 +295,8 @@ class _Machine:
             target.value = target.value.newbyteorder(state[1])
         elif isinstance(target, _Array) and isinstance(state, tuple) and len(state) == 5:
             _, shape, dtype, fortran, content = state
-            target.value = _array(content, dtype, shape, "F" if fortran else "C")
+            order = "F" if fortran else "C"
+            target.value = _array(self._copied(content), dtype, shape, order)
         elif not (isinstance(target, dict) and isinstance(state, dict)):
             # OrderedDicts of torch carry `_metadata`, which is of no use here.
             raise Refused(f"a state for a {type(target).__name__}")
@@ -254,32 +304,24 @@ class _Machine:
     def _binpersid(self, _: Any) -> None:
         pid = self.stack.pop()
         if self.storage is None or not isinstance(pid, tuple) or pid[:1] != ("storage",):
-            raise Refused("a persistent object")
-        _, kind, key, _, count = pid
-        dtype = _TORCH_TYPES.get(kind.name) if isinstance(kind, Global) else None
-        if dtype is None or not isinstance(count, int) or count < 0:
+            module = isinstance(pid, tuple) and pid[:1] == ("module",)  # before PyTorch 1.6
+            raise Refused(str(pid[1]) if module else "a persistent object")
+        _, kind, key, _, count, *view = pid
+        dtype = _STORAGES.get(kind.name) if isinstance(kind, Global) else None
+        if dtype is None or view not in ([], [None]):
             raise Refused(f"a storage of type {kind}")
-        untyped = self.storage(str(key), count * dtype.itemsize)
-        self.stack.append(torch.tensor([], dtype=dtype).set_(untyped))
+        if not isinstance(count, int) or count < 0:
+            raise ValueError("the size of a storage is not one")
+        self.stack.append(self.storage(str(key), dtype, count).view(dtype))
 
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+# Not LONG4: an integer of more than 255 bytes is none of a checkpoint, and slow to compare.
 _LITERALS = {
-    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "FLOAT", "BINFLOAT"),
     *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
     *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BYTEARRAY8"),
 }
-
-
-def _numpy_call(function: Global, arguments: tuple[Any, ...]) -> Any:
-    if function.name == "_reconstruct" and arguments[0] == Global("numpy", "ndarray"):
-        return _Array()
-    if function.name == "scalar":
-        return _array(arguments[1], arguments[0], (), "C")[()]
-    if function.name == "_frombuffer":  # protocol 5
-        content, dtype, shape, order = arguments
-        return _array(content, dtype, shape, "F" if order == "F" else "C")
-    raise Refused(str(function))
 
 
 def _array(content: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
@@ -296,20 +338,26 @@ def _array(content: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
 
 
 def _torch_call(function: Global, arguments: tuple[Any, ...]) -> Any:
-    if function.name == "_rebuild_parameter" and isinstance(arguments[0], torch.Tensor):
+    if not arguments or not isinstance(arguments[0], torch.Tensor):
+        raise Refused(f"{function} of something that is no tensor")
+    if function.name in ("_rebuild_parameter", "_rebuild_parameter_with_state"):
         return arguments[0]
-    if function.name == "_rebuild_tensor_v2" and isinstance(arguments[0], torch.Tensor):
-        storage, offset, size, stride = arguments[:4]
-        # Out of the storage's bounds is an error of set_.
-        return torch.tensor([], dtype=storage.dtype).set_(
-            storage.untyped_storage(), offset, size, stride
-        )
+    if function.name == "_rebuild_tensor_v2":
+        return _view(*arguments[:4])
+    if function.name == "_rebuild_tensor_v3":  # of types newer than typed storages
+        storage, offset, size, stride, _, _, dtype = arguments[:7]
+        return _view(storage.view(torch.uint8).view(dtype), offset, size, stride)
     raise Refused(str(function))
 
 
-# Limits beyond any checkpoint: a small file could describe more nodes, or deeper ones, by referring to
-# itself.
-_MOST_NODES, _DEEPEST = 10_000_000, 100
+def _view(storage: torch.Tensor, offset: Any, size: Any, stride: Any) -> torch.Tensor:
+    numbers = [offset, *size, *stride]
+    if not all(type(x) is int and 0 <= x < 1 << 62 for x in numbers) or len(size) != len(stride):
+        raise ValueError("the shape of a tensor is not one")
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if 0 not in size and last >= storage.numel():
+        raise ValueError(f"a tensor of shape {size} goes beyond its storage")
+    return torch.empty(0, dtype=storage.dtype).set_(storage.untyped_storage(), offset, size, stride)
 
 
 def checked(data: Any) -> Any:
@@ -317,7 +365,7 @@ def checked(data: Any) -> Any:
     multiply, and no tensor has much more elements than its storage.
 
     Args:
-        data: of :func:`read_pickle` or ``torch.load``.
+        data: of :func:`read_pickle`.
 
     Raises:
         ValueError: otherwise.
@@ -332,7 +380,7 @@ def checked(data: Any) -> Any:
             return value.value, 1
         if isinstance(value, _Dtype | Global):
             raise Refused(str(value) if isinstance(value, Global) else "a type without an array")
-        if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+        if isinstance(value, torch.Tensor):
             shown, held = value.numel() * value.element_size(), value.untyped_storage().nbytes()
             if shown > 16 * held + (64 << 20):
                 raise ValueError(f"a tensor of shape {tuple(value.shape)} holds only {held} bytes")

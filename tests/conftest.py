@@ -19,7 +19,13 @@ SLOW = (
         "/test_convert.py",
         "/test_detectron2_models.py",
     ),
-    *("engine/test_processes.py", "tools/compare/", "tools/test_main.py", "tools/test_train.py"),
+    *(
+        "engine/test_processes.py",
+        "reliability/test_orphans.py",
+        "tools/compare/",
+        "tools/test_main.py",
+        "tools/test_train.py",
+    ),
     *("docs/", "test_docs_clusters.py", "test_package.py", "scripts/test_demo.py"),
 )
 

@@ -13,7 +13,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from d2ext.checkpoint.convert import convert_state_dict
-from d2ext.checkpoint.io import CheckpointError, load_untrusted
+from d2ext.checkpoint.io import CheckpointError, as_tensors, load_untrusted
 from d2ext.checkpoint.torchvision import torchvision_backbone
 from d2ext.files import atomic_write
 
@@ -132,14 +132,20 @@ class Checkpointer(DetectionCheckpointer):
                 return path
         except (OSError, ValueError):
             pass
-        names = os.listdir(self.save_dir) if os.path.isdir(self.save_dir) else []
-        named = [re.fullmatch(r"model_(\d+|final)\.pth", name) for name in names]
-        order = {m[0]: float("inf") if m[1] == "final" else int(m[1]) for m in named if m}
-        if not order:
-            return ""
-        newest = max(order, key=order.__getitem__)
+        newest = os.path.join(self.save_dir, "model_final.pth")
+        if not os.path.isfile(newest):
+            numbered = self.numbered()
+            if not numbered:
+                return ""
+            newest = numbered[max(numbered)]
         logger.warning("last_checkpoint in %s is lost; %s is taken.", self.save_dir, newest)
-        return os.path.join(self.save_dir, newest)
+        return newest
+
+    def numbered(self) -> dict[int, str]:
+        """Iteration → path of its checkpoint, of all in the folder but the final one."""
+        names = os.listdir(self.save_dir) if os.path.isdir(self.save_dir) else []
+        matches = [re.fullmatch(r"model_(\d+)\.pth", name) for name in names]
+        return {int(m[1]): os.path.join(self.save_dir, m[0]) for m in matches if m}
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load weights and, unless told otherwise, the training state.
@@ -181,7 +187,7 @@ class Checkpointer(DetectionCheckpointer):
         elif "model_state" in data:  # pycls
             checkpoint = {"model": data["model_state"], "matching_heuristics": True}
         elif filename.endswith(".pkl"):  # Caffe2 and Detectron 1
-            blobs = data.get("blobs", data)
+            blobs = _state_dict(data.get("blobs", data), filename)
             checkpoint = {
                 "model": {k: v for k, v in blobs.items() if not k.endswith("_momentum")},
                 "__author__": "Caffe2",
@@ -190,6 +196,7 @@ class Checkpointer(DetectionCheckpointer):
         else:
             # Other projects keep the weights under one of these names, or at the top level.
             state = next((data[k] for k in ("state_dict", "model_state_dict") if k in data), data)
+            state = _state_dict(state, filename)
             if system := torchvision_backbone(state):
                 state = convert_state_dict(system, state)
                 checkpoint = {"model": state, "matching_heuristics": True}
@@ -200,7 +207,7 @@ class Checkpointer(DetectionCheckpointer):
             "matching_heuristics", []
         ):
             checkpoint["matching_heuristics"] = True
-        _check_is_state_dict(checkpoint["model"], filename)
+        checkpoint["model"] = _state_dict(checkpoint["model"], filename)
         return checkpoint
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
@@ -264,16 +271,23 @@ class WeightsCheckpointer(Checkpointer):
         """Do nothing."""
 
 
-def _check_is_state_dict(state: Any, filename: str) -> None:
+def _state_dict(state: Any, filename: str) -> dict[str, torch.Tensor]:
+    """``state``, which must be one."""
     if not isinstance(state, dict) or not state:
         raise CheckpointError(f"Checkpoint {filename!r} holds no weights.")
+    state = as_tensors(state)
     for key, value in state.items():
-        if not hasattr(value, "shape"):
+        if not isinstance(key, str):
+            raise CheckpointError(
+                f"Checkpoint {filename!r} is not a state dict: {key!r} is not the name of a weight."
+            )
+        if not isinstance(value, torch.Tensor):
             raise CheckpointError(
                 f"Checkpoint {filename!r} is not a state dict: its entry {key!r} is a "
                 f"{type(value).__name__}, not a tensor. Save the model's state_dict() itself, or "
                 "put it under the key 'model'."
             )
+    return state
 
 
 def _is_counter(name: str) -> bool:

@@ -1,22 +1,23 @@
 """Reading checkpoint files without running any code that they may contain.
 
-A ``.pth`` file is a pickle, and a pickle is a program, so untrusted files are read with care: those of
-``torch.save`` with ``torch.load(weights_only=True)``, the NumPy pickles of Detectron2's model zoo
-(``.pkl``) and files with NumPy numbers beside the weights by :mod:`d2ext.pickles`. A file's
-kind is recognised by its content, not its name.
+A ``.pth`` file is a pickle, and a pickle is a program, so files of ``torch.save`` and the NumPy pickles
+of Detectron2's model zoo (``.pkl``) are read by :mod:`d2ext.pickles`, which takes them as data.
+(``torch.load(weights_only=True)`` runs no foreign code either, but builds much that no checkpoint holds,
+and a small file can keep it busy for hours.) A file's kind is recognised by its content, not its name.
 """
 
 import os
-import pickle
-import re
+import struct
 import zipfile
-from typing import Any
+from typing import IO, Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from d2ext.pickles import Refused, checked, read_pickle
 
-__all__ = ["CheckpointError", "load_untrusted"]
+__all__ = ["CheckpointError", "as_tensors", "load_untrusted"]
 
 # How torch.save(..., _use_new_zipfile_serialization=False) and PyTorch before 1.6 begin a file: a
 # pickle of protocol 2 of the integer 0x1950A86A20F9469CFC6C (torch.serialization.MAGIC_NUMBER).
@@ -77,6 +78,24 @@ def load_untrusted(path: str | os.PathLike[str]) -> Any:
         raise CheckpointError(_damaged(name, error)) from error
 
 
+def as_tensors(data: Any) -> Any:
+    """The same with NumPy arrays and numbers, of which older pickles consist, as tensors.
+
+    Raises:
+        CheckpointError: an array of a type that PyTorch lacks.
+    """
+    if isinstance(data, dict):
+        return {key: as_tensors(value) for key, value in data.items()}
+    if not isinstance(data, np.ndarray | np.generic):
+        return data
+    try:
+        return torch.from_numpy(np.asarray(data, data.dtype.newbyteorder("=")))
+    except TypeError as error:
+        raise CheckpointError(
+            f"The checkpoint holds an array of type {data.dtype}, which PyTorch has not."
+        ) from error
+
+
 # How readers fail on damaged files: torch reports a damaged archive as RuntimeError or OSError, a short
 # old-style file as EOFError; a damaged pickle fails in any of the others.
 _DAMAGED = (
@@ -91,7 +110,7 @@ _DAMAGED = (
     OverflowError,
     MemoryError,
     AssertionError,
-    pickle.UnpicklingError,
+    struct.error,
     zipfile.BadZipFile,
     zipfile.LargeZipFile,
     NotImplementedError,
@@ -101,13 +120,18 @@ _DAMAGED = (
 def _read(name: str, head: bytes) -> Any:
     # safetensors: the length of its JSON header, and the header.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < os.path.getsize(name):
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return load_file(name)
+        try:
+            return load_file(name)
+        except SafetensorError as error:
+            raise ValueError(str(error)) from error
     if head.startswith(_ZIP_HEAD):
         return _read_zip(name)
     if head.startswith(_LEGACY_TORCH_HEAD):
-        return _load_torch(name)
+        with open(name, "rb") as file:
+            return _read_legacy(file, os.path.getsize(name))
     if head.startswith(_PICKLE_HEAD):
         with open(name, "rb") as file:
             return read_pickle(file.read())
@@ -142,35 +166,53 @@ def _read_zip(name: str) -> Any:
         raise CheckpointError(
             f"Checkpoint {name!r} has {size} bytes and would unpack to {unpacked}: it is refused."
         )
-    return _load_torch(name)
-
-
-def _load_torch(name: str) -> Any:
-    try:
-        return torch.load(name, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        asked = re.search(r"(?:GLOBAL|Unsupported (?:class|global):?) ([\w.]+)", str(error))
-        if zipfile.is_zipfile(name) and asked is not None:
-            return _read_torch_zip(name)  # NumPy numbers, or refused by name
-        if asked is not None:
-            raise Refused(asked.group(1)) from error
-        raise
+    return _read_torch_zip(name)
 
 
 def _read_torch_zip(name: str) -> Any:
     reader = torch._C.PyTorchFileReader(name)
-    content = reader.get_record("data.pkl")
-    storages: dict[str, Any] = {}
+    if reader.has_record("byteorder") and reader.get_record("byteorder") != b"little":
+        raise CheckpointError(f"Checkpoint {name!r} was written on a machine of other byte order.")
+    storages: dict[str, Tensor] = {}
 
-    def storage(key: str, size: int) -> Any:
+    def storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
         if key not in storages:
-            record = reader.get_storage_from_record(f"data/{key}", size, torch.uint8)
-            storages[key] = record.untyped_storage()
-        if storages[key].nbytes() != size:
-            raise ValueError(f"storage {key} has {storages[key].nbytes()} bytes, not {size}")
+            content = reader.get_record(f"data/{key}")
+            storages[key] = torch.empty(len(content), dtype=torch.uint8)
+            storages[key].numpy()[:] = np.frombuffer(content, np.uint8)
+        if storages[key].numel() != count * dtype.itemsize:
+            raise ValueError(f"storage {key} has not {count} elements of type {dtype}")
         return storages[key]
 
-    return read_pickle(content, storage)
+    return read_pickle(reader.get_record("data.pkl"), storage)
+
+
+def _read_legacy(file: IO[bytes], size: int) -> Any:
+    """A file as PyTorch before 1.6 wrote it: pickles, and the storages' contents after them."""
+    storages: dict[str, tuple[Tensor, int]] = {}
+
+    def storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
+        if key not in storages:
+            needed = count * dtype.itemsize + sum(len(known) for known, _ in storages.values())
+            if needed > size:
+                raise ValueError(f"storage {key} is larger than the file")
+            storages[key] = torch.empty(count * dtype.itemsize, dtype=torch.uint8), count
+        if storages[key][0].numel() != count * dtype.itemsize:
+            raise ValueError(f"storage {key} has not {count} elements of type {dtype}")
+        return storages[key][0]
+
+    for _ in range(3):  # the magic number, the protocol's, facts of the machine
+        read_pickle(file)
+    data = read_pickle(file, storage)
+    keys = read_pickle(file)
+    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
+        raise ValueError("its storages are others than its tensors need")
+    for key in map(str, keys):
+        content, count = storages[key]
+        (stored,) = struct.unpack("<q", file.read(8))
+        if stored != count or file.readinto(content.numpy()) != len(content):  # type: ignore[attr-defined]
+            raise ValueError(f"storage {key} is cut short")
+    return data
 
 
 def _damaged(name: str, error: Exception) -> str:

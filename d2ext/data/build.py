@@ -3,6 +3,7 @@
 import gc
 import logging
 import math
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from d2ext.data.sampler import (
     sample_randomness,
     stream_seed,
 )
+from d2ext.utils.parent import end_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -217,11 +219,14 @@ def _collate(
 
 
 def _init_worker(worker_id: int) -> None:
-    """One thread per worker: parallelism comes from the number of workers.
+    """One thread per worker: parallelism comes from the number of workers. It ends with its trainer.
+    Ctrl-C reaches both, and the trainer may still need it for its iteration.
 
     What a forked worker inherits is the parent's to tidy up: an earlier loader's iterator among it
     would try to end workers that are not this process's, and print a traceback.
     """
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.freeze()
     torch.set_num_threads(1)
     cv2.setNumThreads(0)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from d2ext.config import ConfigError
+from d2ext.engine.training_state import check_count
 
 __all__ = ["EMAHook", "TrainedWeights", "build_ema"]
 
@@ -68,7 +69,7 @@ class TrainedWeights:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
         self.model.load_state_dict(state["weights"])
-        self._ema.n_averaged.fill_(state["updates"])
+        self._ema.n_averaged.fill_(check_count(state["updates"], "updates of the average"))
         self.loaded = True
 
     def start_from_average(self) -> None:

@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,14 +13,16 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
 from d2ext.checkpoint.checkpointer import CheckpointSaveError
-from d2ext.checkpoint.io import CheckpointError, load_untrusted
+from d2ext.checkpoint.io import load_untrusted
 from d2ext.config import ConfigError
+from d2ext.engine.training_state import check_count, check_like
 from d2ext.files import atomic_write
 
 __all__ = [
     "BestCheckpointer",
     "EarlyStopping",
     "EvalHook",
+    "InterruptHook",
     "LogWriter",
     "MetricHistory",
     "PeriodicCheckpointer",
@@ -33,17 +37,23 @@ _TIMES = ("time", "data_time", "rank_data_time", "eta_seconds")
 
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
-    """Detectron2's; training goes on when a periodic checkpoint cannot be written (disk full)."""
+    """Detectron2's; training goes on when a periodic checkpoint cannot be written (disk full), and
+    after a resume those of before count among the ``max_to_keep``."""
 
     def before_train(self) -> None:
         """Learn the last iteration; remove what a killed run left unfinished."""
         super().before_train()
         self.checkpointer.remove_unfinished()
+        earlier = self.checkpointer.numbered()
+        done = sorted(number for number in earlier if number < self.trainer.start_iter)
+        self.recent_checkpoints = [earlier[number] for number in done]
 
     def after_step(self) -> None:
         """Save every ``period`` iterations and after the last one, whose failure is an error."""
         try:
             super().after_step()
+            while self.max_to_keep and len(self.recent_checkpoints) > self.max_to_keep:
+                os.remove(self.recent_checkpoints.pop(0))  # a run that kept more was resumed
         except CheckpointSaveError as error:
             if self.trainer.iter >= self.max_iter - 1:
                 raise
@@ -71,13 +81,13 @@ class BestCheckpointer(hooks.BestCheckpointer):
             return
         try:
             stored = load_untrusted(path)
-        except CheckpointError as error:
-            logger.warning("%s It will be replaced at the next evaluation.", error)
-            return
-        # Another metric in the file: the values do not compare.
-        if stored.get("best_metric_name") == self._val_metric:
-            self.best_metric = stored["best_metric"]
-            self.best_iter = stored["iteration"]
+            # Another metric in the file: the values do not compare.
+            if stored.get("best_metric_name") == self._val_metric:
+                check_like(stored["best_metric"], 0.0, "best_metric")
+                self.best_iter = check_count(stored["iteration"], "iteration")
+                self.best_metric = stored["best_metric"]
+        except (AttributeError, KeyError, ValueError) as error:
+            logger.warning("%s (%s) It will be replaced at the next evaluation.", path, error)
 
     def _best_checking(self) -> None:
         results = self.trainer.storage.latest()
@@ -99,6 +109,37 @@ class BestCheckpointer(hooks.BestCheckpointer):
             logger.info("Best %s so far: %.4f", self._val_metric, value)
         except CheckpointSaveError as error:
             logger.error("%s Training goes on.", error)
+
+
+class InterruptHook(HookBase):
+    """Ctrl-C ends a training of one process after its iteration, with a checkpoint; pressed again it
+    ends at once. Must be the last of the hooks. (Of several processes, some would wait for others.)"""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._earlier: Any = None
+
+    def before_train(self) -> None:
+        """Listen; signals reach the main thread only."""
+        if threading.current_thread() is threading.main_thread() and comm.get_world_size() == 1:
+            self._earlier = signal.signal(signal.SIGINT, self._ask)
+
+    def after_step(self) -> None:
+        """Save and stop, if that was asked for; the last iteration saves anyway."""
+        if self._asked and self.trainer.iter + 1 < self.trainer.max_iter:
+            last = self.trainer.iter
+            self.trainer.checkpointer.save(f"model_{last:07d}", iteration=last)
+            raise KeyboardInterrupt
+
+    def after_train(self) -> None:
+        """Listen no more."""
+        if self._earlier is not None:
+            signal.signal(signal.SIGINT, self._earlier)
+
+    def _ask(self, *_: Any) -> None:
+        self._asked = True
+        signal.signal(signal.SIGINT, self._earlier)
+        logger.info("Interrupted: ending after this iteration; Ctrl-C again ends at once.")
 
 
 class StopTraining(BaseException):
@@ -183,6 +224,10 @@ class MetricHistory(HookBase):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keep ``state`` until training begins."""
+        for name, values in state.items():
+            check_like(values, [[0.0, 0.0]] * len(values), f"the history of {name}", finite=False)
+            for _, iteration in values:
+                check_count(int(iteration), f"an iteration in the history of {name}")
         self._loaded = state
 
 
@@ -236,13 +281,13 @@ def drop_metrics_from(path: str, start_iter: int) -> None:
     if not os.path.isfile(path):
         return
     lines = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
-                scalars = json.loads(line)
-            except json.JSONDecodeError:
+                kept = json.loads(line).get("iteration", -1) < start_iter
+            except (AttributeError, TypeError, ValueError):  # not a line of JSONWriter
                 continue
-            if scalars.get("iteration", -1) < start_iter:
+            if kept:
                 lines.append(line)
     with atomic_write(path, "w") as file:
         file.writelines(lines)

@@ -17,6 +17,7 @@ from detectron2.utils import comm
 
 from d2ext.config import ConfigError
 from d2ext.engine.cluster import Place, find_place
+from d2ext.utils.parent import end_with_parent
 
 __all__ = ["RankError", "launch", "set_cpu_threads"]
 
@@ -26,6 +27,9 @@ _TIMEOUT = timedelta(minutes=30)  # of a collective operation; as in Detectron2
 # Seconds in which who started the processes ends the others after one died. Data loading workers of
 # a killed process keep its connections open for up to 5 seconds.
 _GRACE = 20.0
+# Seconds in which a process whose starter is gone may end by itself. (Torch interrupts it, but it may be
+# waiting for another one.)
+_ORPHAN_GRACE = 4.0
 
 
 class RankError(RuntimeError):
@@ -183,6 +187,7 @@ def _spawned(
     places: list[Place],
     cuda: bool,
 ) -> None:
+    end_with_parent(grace=_ORPHAN_GRACE)
     if not cuda and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // len(places)))
     _run_rank(main_func, args, places[local_rank], cuda)

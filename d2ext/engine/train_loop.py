@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from d2ext.config import ConfigError
+from d2ext.engine.training_state import check_count, check_like, load_optimizer
 
 __all__ = ["StepTrainer", "seed_step"]
 
@@ -245,11 +246,15 @@ class StepTrainer(SimpleTrainer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Inverse of `state_dict`; loss scaling starts afresh if the checkpoint has none."""
-        super().load_state_dict(state_dict)
+        self.iter = check_count(state_dict["iteration"], "iteration")
+        load_optimizer(self.optimizer, state_dict["optimizer"])
         scaler = state_dict.get("grad_scaler")
         if scaler and self.grad_scaler.is_enabled():
+            check_like(scaler, self.grad_scaler.state_dict(), "grad_scaler")
             self.grad_scaler.load_state_dict(scaler)
-        self.skipped, self.skipped_in_a_row = state_dict.get("skipped", (0, 0))
+        skipped = state_dict.get("skipped", (0, 0))
+        check_like(skipped, (0, 0), "skipped")
+        self.skipped, self.skipped_in_a_row = skipped
 
 
 class _NormStatistics:

@@ -36,6 +36,7 @@ from d2ext.engine.hooks import (
     BestCheckpointer,
     EarlyStopping,
     EvalHook,
+    InterruptHook,
     LogWriter,
     MetricHistory,
     PeriodicCheckpointer,
@@ -46,12 +47,16 @@ from d2ext.engine.optimizer import build_optimizer
 from d2ext.engine.processes import set_cpu_threads
 from d2ext.engine.tracking import build_tracked
 from d2ext.engine.train_loop import StepTrainer
+from d2ext.engine.training_state import check_count, check_like
 from d2ext.evaluation import build_evaluator
 from d2ext.modeling.tta import build_tta
 
 __all__ = ["Trainer"]
 
 logger = logging.getLogger(__name__)
+
+# How optimizers, schedules and hooks fail on a state of another kind.
+_BAD_STATE = (*(ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError),)
 
 
 class Trainer(DefaultTrainer):
@@ -174,13 +179,17 @@ class Trainer(DefaultTrainer):
     def _resume(self) -> None:
         self.checkpointer.fit = "exact"
         path = self.checkpointer.get_checkpoint_file()
+        self.iter = -1
         try:
             rest = self.checkpointer.load(path)
-        except (ValueError, KeyError) as error:
-            if isinstance(error, CheckpointError):
-                raise
+            if self.iter < 0:
+                raise ValueError("there is none")
+        except (CheckpointError, torch.cuda.OutOfMemoryError):
+            raise
+        except _BAD_STATE as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise CheckpointError(
-                f"Cannot resume from {path!r}: its training state does not fit ({error}). Resume "
+                f"Cannot resume from {path!r}: its training state does not fit ({reason}). Resume "
                 "with the config that the run was started with, or choose another OUTPUT_DIR and "
                 "pass the file as MODEL.WEIGHTS."
             ) from error
@@ -194,7 +203,7 @@ class Trainer(DefaultTrainer):
             )
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Timing, schedule, precise BN, average, checkpoints, evaluation, logs: in this order."""
+        """Timing, schedule, precise BN, average, checkpoints, evaluation, logs, interrupts; in order."""
         cfg = self.cfg
         solver, test = cfg.SOLVER, cfg.TEST
         main = comm.is_main_process()
@@ -232,7 +241,7 @@ class Trainer(DefaultTrainer):
             result.append(EarlyStopping(test.EVAL_PERIOD, test.EARLY_STOPPING, best))
         if main:
             result.append(LogWriter(self.build_writers, solver.LOG_PERIOD))
-        return result
+        return [*result, InterruptHook()]
 
     def build_writers(self) -> list[EventWriter]:
         """Terminal, ``metrics.json`` and, where TensorBoard is installed, its event file.
@@ -243,14 +252,12 @@ class Trainer(DefaultTrainer):
         os.makedirs(folder, exist_ok=True)
         window = self.cfg.SOLVER.LOG_PERIOD
         metrics = os.path.join(folder, "metrics.json")
-        if self.start_iter > 0:
-            drop_metrics_from(metrics, self.start_iter)
+        drop_metrics_from(metrics, self.start_iter)
         writers = [CommonMetricPrinter(self.max_iter, window), JSONWriter(metrics, window)]
         if importlib.util.find_spec("tensorboard") is None:
             logger.info("TensorBoard is not installed; its log is not written.")
             return writers
-        purge = self.start_iter or None
-        return [*writers, TensorboardXWriter(folder, window, purge_step=purge)]
+        return [*writers, TensorboardXWriter(folder, window, purge_step=self.start_iter)]
 
     def train(self) -> OrderedDict[str, Any] | None:
         """Run from ``start_iter`` to ``SOLVER.MAX_ITER`` or ``TEST.EARLY_STOPPING``, then evaluate.
@@ -315,8 +322,13 @@ class Trainer(DefaultTrainer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Inverse of `state_dict`. A seed given in the config wins over the stored one."""
+        check_count(state_dict["iteration"], "iteration")
+        schedule = state_dict.get("hooks", {}).get("LRScheduler")
+        if schedule is not None:
+            check_like(schedule, self.scheduler.state_dict(), "the schedule")
+            check_count(schedule.get("last_epoch", 0), "the schedule's last_epoch")
         super().load_state_dict(state_dict)
-        seed = state_dict.get("seed", self.cfg.SEED)
+        seed = check_count(state_dict.get("seed", self.cfg.SEED), "seed", most=(1 << 63) - 1)
         if self._seed_given and seed != self.cfg.SEED:
             logger.warning("SEED is %d, but the run was started with %d.", self.cfg.SEED, seed)
         elif not self._seed_given:

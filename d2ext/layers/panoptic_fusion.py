@@ -102,10 +102,11 @@ def prune_masks(
         (n',) int64 indices of the instances that stay, by falling score.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together.
+        ValueError: shapes, dtypes or devices that do not fit together; a fraction that is none.
     """
     if not compiled_for(masks.device):
         return prune_masks_reference(masks, boxes, classes, scores, size, overlap_fraction)
+    _check_fraction(overlap_fraction)
     order, keep = torch.ops.d2ext.prune_masks.default(
         masks, boxes, classes, scores, size[0], size[1], overlap_fraction
     )
@@ -189,6 +190,7 @@ def prune_masks_reference(
 ) -> Tensor:
     """:func:`prune_masks` in plain PyTorch; waits for the device at every instance."""
     _check_prune(masks, boxes, classes, scores, size)
+    _check_fraction(overlap_fraction)
     order = scores.argsort(descending=True, stable=True).tolist()
     kinds = classes.tolist()
     places = whole_boxes(boxes).mask.tolist()
@@ -320,6 +322,11 @@ def _check_prune(
     if scores.shape != (len(masks),):
         raise ValueError(f"scores must have shape ({len(masks)},), got {tuple(scores.shape)}")
     _check_size(size)
+
+
+def _check_fraction(overlap_fraction: float) -> None:
+    if not 0 <= overlap_fraction <= 1:  # NaN, too
+        raise ValueError(f"overlap_fraction must be in 0..1, got {overlap_fraction}")
 
 
 def _check_fusion(

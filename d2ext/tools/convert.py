@@ -30,7 +30,7 @@ from detectron2.utils.logger import setup_logger
 from torch import Tensor, nn
 
 from d2ext.checkpoint import ConversionError, available_converters, convert_state_dict, unwrap
-from d2ext.checkpoint.io import load_untrusted
+from d2ext.checkpoint.io import as_tensors, load_untrusted
 from d2ext.checkpoint.torchvision import BACKBONE_SYSTEMS, torchvision_backbone
 from d2ext.config import add_options_argument, load_config
 from d2ext.files import atomic_write
@@ -45,19 +45,7 @@ _SHOWN = 6
 
 def read_state_dict(path: str) -> dict[str, Tensor]:
     """The state dict in a published file, as tensors."""
-    data = load_untrusted(path)
-    return unwrap(_as_tensors(data))
-
-
-def _as_tensors(data: object) -> object:
-    """NumPy arrays, of which the older pickles consist, → tensors; everything else as it is."""
-    if isinstance(data, Mapping):
-        return {key: _as_tensors(value) for key, value in data.items()}
-    return (
-        torch.from_numpy(data)
-        if type(data).__module__ == "numpy" and hasattr(data, "shape")
-        else data
-    )
+    return unwrap(as_tensors(load_untrusted(path)))
 
 
 def system_of(cfg: CfgNode) -> str:

@@ -29,7 +29,7 @@ model zoo, such as yolact/yolact_R_50_550.yaml.
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; its exit status, 2 if there is no such command."""
+    """Run a command; its exit status, 2 if there is no such command, 130 after Ctrl-C."""
     words = sys.argv[1:] if arguments is None else arguments
     command = words[0] if words else "--help"
     if command in ("-h", "--help", "--version"):
@@ -42,7 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     # What the command's help calls itself.
     sys.argv = [f"d2ext {command}", *words[1:]]
-    return importlib.import_module(COMMANDS[command][0]).run(words[1:])
+    try:
+        return importlib.import_module(COMMANDS[command][0]).run(words[1:])
+    except KeyboardInterrupt:  # of a command that has nothing to say about it
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

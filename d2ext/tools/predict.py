@@ -176,11 +176,14 @@ def run_on_images(
     args: argparse.Namespace,
     boxes: BoxSource | None = None,
 ) -> list[str]:
-    """Predict on images; returns the errors, a line each."""
+    """Predict on images; returns the errors, a line each.
+
+    Ctrl-C ends it; what was predicted until then is written.
+    """
     problems: list[str] = []
     drawer = PictureDrawer(metadata, args.max_drawn, args.triangles, args.surface_drawer)
     faces = FaceWriter(args.save_crops, args.save_meshes, args.triangles)
-    instances = 0
+    instances = predicted = 0
     with ExitStack() as stack:
         results = ResultWriter(
             stack,
@@ -190,28 +193,32 @@ def run_on_images(
             surfaces=args.surface_writer.saves_surfaces,
         )
         progress = stack.enter_context(tqdm.tqdm(total=len(jobs), unit="image"))
-        for batch in batches(jobs, args.batch_size):
-            read: list[tuple[Job, np.ndarray]] = []
-            for job in batch:
-                try:
-                    read.append((job, read_image(str(job.source), "BGR")))
-                except ImageReadError as error:
-                    problems.append(str(error))
-            images, ids = [image for _, image in read], [job.image_id for job, _ in read]
-            outputs = predict(predictor, images, args, ids, boxes)
-            for (job, image), output in zip(read, outputs, strict=True):
-                if isinstance(output, str):
-                    problems.append(f"'{job.source}': {output}")
-                    continue
-                instances += len(output.get("instances", ()))
-                if args.pictures:
-                    write_picture(job.target, drawer(image, output))
-                faces.write(job.image_id, str(job.source), image, output)
-                args.surface_writer.write(job.image_id, str(job.source), output)
-                # last, for it shifts keypoints to COCO's convention in place
-                results.write(job.image_id, str(job.source), image.shape, output)
-            progress.update(len(batch))
-    logger.info("%d instances in %d images.", instances, len(jobs) - len(problems))
+        try:
+            for batch in batches(jobs, args.batch_size):
+                read: list[tuple[Job, np.ndarray]] = []
+                for job in batch:
+                    try:
+                        read.append((job, read_image(str(job.source), "BGR")))
+                    except ImageReadError as error:
+                        problems.append(str(error))
+                images, ids = [image for _, image in read], [job.image_id for job, _ in read]
+                outputs = predict(predictor, images, args, ids, boxes)
+                for (job, image), output in zip(read, outputs, strict=True):
+                    if isinstance(output, str):
+                        problems.append(f"'{job.source}': {output}")
+                        continue
+                    instances += len(output.get("instances", ()))
+                    if args.pictures:
+                        write_picture(job.target, drawer(image, output))
+                    faces.write(job.image_id, str(job.source), image, output)
+                    args.surface_writer.write(job.image_id, str(job.source), output)
+                    # last, for it shifts keypoints to COCO's convention in place
+                    results.write(job.image_id, str(job.source), image.shape, output)
+                    predicted += 1
+                progress.update(len(batch))
+        except KeyboardInterrupt:
+            problems.append(f"{len(jobs) - progress.n} images, for it was interrupted")
+    logger.info("%d instances in %d images.", instances, predicted)
     logger.info("Results in %s", args.output)
     return problems
 

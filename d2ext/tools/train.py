@@ -29,6 +29,7 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from torch import nn
 
 from d2ext.checkpoint.checkpointer import Checkpointer
 from d2ext.checkpoint.io import CheckpointError
@@ -204,8 +205,10 @@ def evaluate(cfg: CfgNode, *, resume: bool) -> dict[str, Any]:
 def run(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> int:
     """Parse, start the processes, wait. Returns the exit status."""
     args = (parser or build_parser()).parse_args(arguments)
+    folder = ""
     try:
-        device = setup(args).MODEL.DEVICE
+        cfg = setup(args)
+        device, folder = cfg.MODEL.DEVICE, cfg.OUTPUT_DIR
         launch(
             main,
             args.num_gpus,
@@ -215,6 +218,9 @@ def run(arguments: list[str] | None = None, parser: argparse.ArgumentParser | No
             device=device,
             args=(args,),
         )
+    except KeyboardInterrupt:
+        print(f"interrupted{'' if args.eval_only else _how_to_go_on(folder)}", file=sys.stderr)
+        return 130
     except (ConfigError, CheckpointError, DataError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -222,3 +228,10 @@ def run(arguments: list[str] | None = None, parser: argparse.ArgumentParser | No
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _how_to_go_on(folder: str) -> str:
+    saved = Checkpointer(nn.Identity(), folder).get_checkpoint_file() if folder else ""
+    if not saved:
+        return ": nothing was saved yet."
+    return f": {saved} is saved; the same command with --resume goes on from it."

@@ -1,1 +1,2 @@
-"""Pictures and videos: drawing predictions, reading and writing files of frames."""
+"""Pictures and videos: drawing predictions, reading and writing files of frames; processes that end with
+their parent."""

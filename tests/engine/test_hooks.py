@@ -65,6 +65,38 @@ def test_old_checkpoints_are_removed(train: Train, tmp_path: Path) -> None:
     assert names == ["model_0000005.pth", "model_0000007.pth", "model_final.pth"]
 
 
+def test_checkpoints_before_a_resume_are_removed_too(build: Train, tmp_path: Path) -> None:
+    def go_on(end: int, most: int) -> list[str]:
+        keep = {"SOLVER__CHECKPOINT_PERIOD": 2, "SOLVER__CHECKPOINT_MAX_TO_KEEP": most}
+        trainer = build(SOLVER__MAX_ITER=end, **keep)
+        trainer.resume_or_load(resume=True)
+        trainer.train()
+        return sorted(x.stem[-2:] for x in (tmp_path / "run").glob("model_0*"))
+
+    assert go_on(6, 3) == ["01", "03", "05"]
+    assert go_on(8, 3) == ["03", "05", "07"]
+    assert go_on(10, 2) == ["07", "09"]
+
+
+def test_metrics_before_the_first_checkpoint_are_written_once(build: Train, tmp_path: Path) -> None:
+    first = build(SOLVER__MAX_ITER=5)
+    step = first._trainer.run_step
+
+    def killed_at_three() -> None:
+        if first.iter == 3:
+            raise KeyboardInterrupt
+        step()
+
+    first._trainer.run_step = killed_at_three
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    assert sorted(toy.losses(tmp_path / "run")) == [0, 1, 2]
+    again = build(SOLVER__MAX_ITER=5)
+    again.resume_or_load(resume=True)
+    again.train()
+    assert sorted(toy.losses(tmp_path / "run")) == list(range(5))  # fails for one logged twice
+
+
 def test_leftovers_of_a_killed_run_are_removed(train: Train, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -36,8 +37,8 @@ class ToyDetector(nn.Module):
     """One box per image; losses are means over images. MODEL.RESNETS.STEM_OUT_CHANNELS: width.
 
     Environment variables name an iteration in which something happens to the process of the highest
-    rank: TOY_KILL_AT, a SIGKILL; TOY_RAISE_AT, an exception; TOY_INF_AT, an infinite loss (with a
-    finite gradient).
+    rank: TOY_KILL_AT, a SIGKILL; TOY_DEAF_AT, it ignores SIGINT from then on; TOY_RAISE_AT, an
+    exception; TOY_INF_AT, an infinite loss (with a finite gradient).
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -70,6 +71,8 @@ class ToyDetector(nn.Module):
         now = {k for k, v in os.environ.items() if v == str(get_event_storage().iter) and last_rank}
         if "TOY_KILL_AT" in now:
             os.kill(os.getpid(), signal.SIGKILL)
+        if "TOY_DEAF_AT" in now:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         if "TOY_RAISE_AT" in now:
             raise LookupError("nothing there")
         target = torch.stack([x["instances"].gt_boxes.tensor[0] / SIDE for x in inputs])
@@ -120,7 +123,11 @@ def register(json_file: Path, name: str = "toy") -> None:
 
 
 def start(
-    json_file: Path, *arguments: str, starter: Sequence[str] = (sys.executable,), **environment: str
+    json_file: Path,
+    *arguments: str,
+    starter: Sequence[str] = (sys.executable,),
+    stdout: int | IO[str] = subprocess.PIPE,
+    **environment: str,
 ) -> subprocess.Popen[str]:
     """Start this module as a program: a training on the written data, with train_net's arguments."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -128,7 +135,7 @@ def start(
     return subprocess.Popen(
         [*starter, __file__, *arguments],
         env={**os.environ, **variables, **environment},
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.STDOUT,
         text=True,
     )

@@ -365,3 +365,10 @@ def test_wrong_classes_and_sizes(implementation: str) -> None:
     scene.classes[1] = THINGS
     with pytest.raises(IndexError, match="classes"):
         fuse(implementation, scene)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("fraction", [math.nan, math.inf, -0.1])
+def test_a_fraction_that_is_none(implementation: str, fraction: float) -> None:
+    with pytest.raises(ValueError, match="overlap_fraction"):
+        prune(implementation, Scene(0, 3), fraction)

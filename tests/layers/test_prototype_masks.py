@@ -701,3 +701,24 @@ def test_importing_d2ext_layers_warns_of_nothing():
     code = "import warnings; warnings.simplefilter('error'); import d2ext.layers._extension"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "d2ext:" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("implementation", COMPILED)
+@pytest.mark.parametrize("padding", [0.0, 3e38, 1e300])
+def test_infinite_boxes_with_any_padding(implementation, padding):
+    """The padding is infinite in float32, where inf - inf must not become a cell's index."""
+    sides = [-math.inf, math.inf, 0.2, math.nan, 3e38, -3e38]
+    boxes = torch.tensor([[a, 0.1, b, 0.8] for a in sides for b in sides])
+    boxes = torch.cat([boxes, boxes[:, [1, 0, 3, 2]]])
+    prototypes, coefficients = torch.ones(6, 7, 1), torch.ones(len(boxes), 1)
+    inputs = prototypes, coefficients, boxes
+    expected = assemble_masks_reference(*inputs, padding=padding)
+    masks = masks_of(implementation, *inputs, padding=padding)
+    torch.testing.assert_close(masks, expected)
+    for crop in ("before", "after"):
+        for threshold in (0.5, math.nan, math.inf, -math.inf):
+            options = {"padding": padding, "crop": crop, "threshold": threshold}
+            expected = assemble_binary_masks_reference(*inputs, (9, 8), **options)
+            assert torch.equal(
+                binary_masks_of(implementation, *inputs, (9, 8), **options), expected
+            )

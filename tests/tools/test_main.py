@@ -30,6 +30,18 @@ def test_each_command_has_a_help(
         assert f"    d2ext {command} " in text  # an example
 
 
+def test_an_interrupt_is_one_line(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(words: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("d2ext.tools.convert.run", interrupted)
+    monkeypatch.setattr(sys, "argv", ["python"])
+    assert main.main(["convert", "x"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture) -> None:
     assert main.main(["--help"]) == 0
     listed = re.findall(r"^  ([a-z-]+)  +\w", capsys.readouterr().out, flags=re.MULTILINE)

@@ -539,3 +539,26 @@ def test_interrupted_video_is_finished(
     monkeypatch.setattr(predict, "predict", interrupted)
     assert run(config, tmp_path / "out.mp4", "--video-input", movie) == 0
     assert len(list(VideoReader(tmp_path / "out.mp4"))) == 3
+
+
+def test_interrupted_images_keep_their_results(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(5):
+        cv2.imwrite(str(tmp_path / f"{i}.png"), np.full((40, 50, 3), 50 * i, np.uint8))
+    original, calls = predict.predict, []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(predict, "predict", interrupted)
+    out = tmp_path / "out"
+    assert run(config, out, "--input", tmp_path / "*.png") == 1
+    assert "skipped: 3 images, for it was interrupted" in capsys.readouterr().err
+    images = json.loads((out / "coco_images.json").read_text())["images"]
+    assert [Path(image["file_name"]).name for image in images] == ["0.png", "1.png"]
+    assert isinstance(json.loads((out / "coco_results.json").read_text()), list)
+    assert sorted(x.name for x in out.glob("*.png")) == ["0.png", "1.png"]
