@@ -1,12 +1,13 @@
-"""Whether DensePose's whole path from an annotated photo to a surface works: one person learned by heart.
+"""Whether DensePose's whole path, from an annotated photo to a surface, works: one person by heart.
 
     python scripts/densepose_person.py ANNOTATIONS IMAGES OUTPUT [KEY VALUE ...]
 
-ANNOTATIONS is a COCO file of DensePose's form. A person without `dp_masks` gets one mask: the convex hull
-of its points. The published R-50 model trains from random weights on these images as they are, with group
-norms (there are no statistics to freeze) and AdamW. Then, in the annotated boxes at the annotated points:
-the share of points whose part is right, by the fine segmentation alone, and the mean error of U and of V
-in the annotated part's chart. This says that the path works, nothing about new images.
+ANNOTATIONS is a COCO file of DensePose's form. A person without `dp_masks` gets one mask: the convex
+hull of its points. The published R-50 model trains from random weights on these images as they are,
+with group norms (there are no statistics to freeze) and AdamW. Then, in the annotated boxes at the
+annotated points: the share of points whose part is right, by the fine segmentation alone, and the mean
+error of U and of V in the annotated part's chart. This says that the path works, nothing about new
+images.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python scripts/densepose_speed.py CONFIG [KEY VALUE ...]
 
-One drawn image of 800 x 1067 pixels, five persons (the five best boxes, each replaced by one of 300 x 600
-pixels), in bfloat16 by autocast on a GPU and in float32 on a CPU. Prints a line of JSON: milliseconds of
+One drawn image of 800 x 1067 pixels with five persons of 300 x 600 pixels in place of what is detected,
+in bfloat16 by autocast on a GPU and in float32 on a CPU. Prints a line of JSON: milliseconds of
 the whole way from the image on the host to parts, U and V in the boxes, of the branch (decoder, pooling,
 head) and of the results (maps to boxes), images a second, and both shares of the whole.
 """

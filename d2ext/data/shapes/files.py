@@ -147,7 +147,8 @@ class ShapesPathHandler(PathHandler):
     """Serves ``shapes://<name of the set>/<folder>/<file>``, read-only; see :class:`ShapesSet`.
 
     ``get_local_path`` writes the file or the whole folder into a cache (``$D2EXT_CACHE``, else the
-    user's cache folder), for libraries that want real paths. Heads and bodies are always read from there.
+    user's cache folder), for libraries that want real paths. Heads and bodies are always read from
+    there.
     """
 
     def _get_supported_prefixes(self) -> list[str]:
