@@ -166,7 +166,8 @@ def test_cityscapes(cityscapes: str) -> None:
 
 
 def test_instances_without_stuff_are_refused() -> None:
-    assert not is_panoptic("shapes_val") and is_panoptic("shapes_val_panoptic")
+    assert not is_panoptic(MetadataCatalog.get("shapes_val"))
+    assert is_panoptic(MetadataCatalog.get("shapes_val_panoptic"))
     cfg = make_cfg("shapes_val")
     with pytest.raises(DatasetError, match=r"'shapes_val' is not a panoptic one.*stuff_classes"):
         get_dataset_dicts(cfg, ["shapes_val"], is_train=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY
 from detectron2.structures import Instances
 from detectron2.utils.events import EventStorage
@@ -113,3 +113,4 @@ def test_python_of_retinaface(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     names: dict[str, Any] = {}
     exec("\n".join(blocks(FACES, "python")), names)
     DatasetCatalog.remove("mine_train")
+    MetadataCatalog.remove("mine_train")

@@ -127,7 +127,8 @@ def test_own_data(
         ("visualize_data", "--dataset shapes --num 1 --output-dir {out} {tiny}", "montage.png"),
         (
             "demo",
-            "--input {image} --confidence-threshold 0.9 --output {out} --opts {tiny}",
+            "--input {image} --confidence-threshold 0.9 --output {out} --opts {tiny} "
+            "MODEL.ROI_HEADS.NUM_CLASSES 8",
             "*.jpg",
         ),
         (

@@ -165,10 +165,10 @@ def test_resumed_training_is_the_same(run: Train, monkeypatch: pytest.MonkeyPatc
 
     def interrupted(self: VPSNet, *args: Any) -> Any:
         if get_event_storage().iter == 3:
-            raise KeyboardInterrupt
+            raise toy.Killed
         return forward(self, *args)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(toy.Killed):
         patch.setattr(VPSNet, "forward", interrupted)
         run("parts", *options)
     parts = run("parts", *options, extra=("--resume",))
