@@ -20,13 +20,14 @@ import cv2
 import numpy as np
 import pycocotools.mask
 import torch
+from densepose_boxes import annotated  # the script beside this one
 from detectron2.data import DatasetCatalog
-from detectron2.structures import Boxes, BoxMode, Instances
 
 from d2ext.data.densepose.annotations import FRAME, DensePoseAnnotations, SurfacePoints
 from d2ext.data.densepose.register import register_densepose
 from d2ext.data.image_io import read_image
 from d2ext.engine.predictor import BatchPredictor
+from d2ext.engine.run_folder import load_run
 from d2ext.systems.densepose.targets import place_points
 from d2ext.tools import train
 
@@ -55,16 +56,10 @@ def with_masks(content: dict) -> dict:
 @torch.no_grad()
 def measure(predictor: BatchPredictor, record: dict) -> tuple[np.ndarray, np.ndarray]:
     """Whether each point's part is right, (K,), and errors of U and V, (K, 2)."""
-    persons = [a for a in record["annotations"] if "dp_x" in a]
-    boxes = torch.tensor(
-        [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in persons]
-    ).float()
-    given = Instances(
-        (record["height"], record["width"]),
-        pred_boxes=Boxes(boxes),
-        pred_classes=torch.zeros(len(persons), dtype=torch.int64),
-        scores=torch.ones(len(persons)),
-    )
+    persons = [a for a in record["annotations"] if "dp_x" in a and not a.get("iscrowd", 0)]
+    record = {**record, "annotations": persons}
+    given = annotated(record)
+    boxes = given.pred_boxes.tensor
     inputs = predictor.upload([read_image(record["file_name"], "BGR")], [given])
     detected = inputs[0]["instances"].to(predictor.device)
     surfaces = predictor.model.inference(inputs, [detected])[0]["instances"].pred_densepose.to(
@@ -78,12 +73,12 @@ def measure(predictor: BatchPredictor, record: dict) -> tuple[np.ndarray, np.nda
     )
     points = place_points(annotations.points(), boxes, boxes, surfaces.fine_segm.shape[-1])
     part = points.points.parts
-    found = points.sample(surfaces.fine_segm).argmax(dim=1)
+    predicted = points.sample(surfaces.fine_segm).argmax(dim=1)
     errors = [
         (points.sample(maps, part) - truth).abs()
         for maps, truth in ((surfaces.u, points.points.u), (surfaces.v, points.points.v))
     ]
-    return (found == part).numpy(), torch.stack(errors, dim=1).numpy()
+    return (predicted == part).numpy(), torch.stack(errors, dim=1).numpy()
 
 
 def main(arguments: list[str]) -> None:
@@ -99,10 +94,7 @@ def main(arguments: list[str]) -> None:
     command = [*config, *options, "OUTPUT_DIR", output, *arguments[3:]]
     if train.run(command):
         sys.exit(1)
-    cfg = train.setup(train.build_parser().parse_args(command))
-    cfg.defrost()
-    cfg.MODEL.WEIGHTS = str(Path(output, "model_final.pth"))
-    predictor = BatchPredictor(cfg)
+    predictor = BatchPredictor(load_run(output))
     right, errors = zip(*(measure(predictor, r) for r in DatasetCatalog.get(_NAME)), strict=True)
     share, (u, v) = np.concatenate(right).mean(), np.concatenate(errors).mean(axis=0)
     result = {"points": sum(map(len, right)), "right_parts": share, "u_error": u, "v_error": v}

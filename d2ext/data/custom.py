@@ -126,15 +126,15 @@ def register_own_dataset(
         DatasetError: files that cannot be used, different classes or landmarks in the two parts, or a
             name that is taken
     """
-    files = (
+    train = (
         *(train_images, train_json, train_panoptic_json, train_panoptic_root),
         *(train_sem_seg, train_video_json),
+    )
+    val = (
         *(val_images, val_json, val_panoptic_json, val_panoptic_root),
         *(val_sem_seg, val_video_json),
-        *(densepose_mesh, densepose_geodesics, densepose_uv_symmetry),
     )
-    paths = [_absolute(file) for file in files]
-    given = {"train": Split(*paths[:6]), "val": Split(*paths[6:12])}
+    given = {"train": Split(*map(_absolute, train)), "val": Split(*map(_absolute, val))}
     splits = {key: split for key, split in given.items() if split != Split()}
     if not name or not splits:
         raise DatasetError(
@@ -142,7 +142,9 @@ def register_own_dataset(
             "part, train or val."
         )
     classes = None if semantic_classes is None else check_classes(semantic_classes)
-    surface = SurfaceFiles(*paths[12:])
+    surface = SurfaceFiles(
+        *map(_absolute, (densepose_mesh, densepose_geodesics, densepose_uv_symmetry))
+    )
     _check_complete(name, splits, classes, landmarks)
     if format is not None:
         splits = _converted(name, splits, format)

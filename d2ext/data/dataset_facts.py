@@ -354,7 +354,7 @@ def set_config_from_data(cfg: CfgNode, dataset_name: str) -> None:
         if names is not None:
             node.NUM_CLASSES = len(names)
     for key, value in _keys_of(cfg, facts).items():
-        section, leaf = _section_of(cfg, key)
+        section, leaf = section_of(cfg, key)
         if _is_off(value) and section[leaf]:
             if dataset_name not in cfg.DATASETS.TRAIN:  # a trained model keeps what it has
                 continue
@@ -426,7 +426,7 @@ def _check_trainable(cfg: CfgNode) -> None:
         for name in cfg.DATASETS.TRAIN
     ]
     for key, value in off[0].items() if off else ():
-        section, leaf = _section_of(cfg, key)
+        section, leaf = section_of(cfg, key)
         if section[leaf] and all(key in others for others in off):
             raise DatasetError(
                 f"{key} is {section[leaf]}, but {', '.join(cfg.DATASETS.TRAIN)} have nothing for it. "
@@ -445,7 +445,7 @@ def _counts(cfg: CfgNode, facts: DatasetFacts) -> Iterator[tuple[str, int, list[
     if cfg.MODEL.KEYPOINT_ON and not any(key.endswith("NUM_KEYPOINTS") for key in keys):
         keys["MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"] = facts.keypoints
     for key, names in keys.items():
-        section, leaf = _section_of(cfg, key)
+        section, leaf = section_of(cfg, key)
         if leaf.startswith("NUM_") and names and section[leaf]:
             yield key, section[leaf], names
 
@@ -464,7 +464,7 @@ def _keys_of(cfg: CfgNode, facts: DatasetFacts) -> dict[str, Any]:
     }
 
 
-def _section_of(cfg: CfgNode, key: str) -> tuple[CfgNode, str]:
+def section_of(cfg: CfgNode, key: str) -> tuple[CfgNode, str]:
     """The node that holds a key, and the key's last word."""
     *path, leaf = key.split(".")
     node = cfg

@@ -19,6 +19,7 @@ from torch import nn
 
 from d2ext.checkpoint.checkpointer import Checkpointer
 from d2ext.config import ConfigError, get_cfg, load_config
+from d2ext.data.dataset_facts import section_of
 
 logger = logging.getLogger(__name__)
 
@@ -96,10 +97,7 @@ def keep_files(cfg: CfgNode) -> None:
 def _file_keys(cfg: CfgNode) -> Iterator[tuple[CfgNode, str]]:
     """Node and last word of the keys of ``_FILES`` that are set."""
     for key in _FILES:
-        *path, leaf = key.split(".")
-        node = cfg
-        for word in path:
-            node = node[word]
+        node, leaf = section_of(cfg, key)
         if node[leaf]:
             yield node, leaf
 

@@ -7,6 +7,8 @@ from collections.abc import Collection
 
 from detectron2.config import CfgNode
 
+from d2ext.data.dataset_facts import section_of
+
 # A training of own data sees so many images, or each image so many times, whichever is more: 3,000
 # iterations of 8, and about the epochs of COCO's schedules. Our choice.
 _LEAST_IMAGES = 24_000
@@ -53,10 +55,10 @@ def fit_schedule(
     }
     changes = []
     for key, value in wanted.items():
-        section, leaf = key.split(".")
-        old = cfg[section][leaf]
+        node, leaf = section_of(cfg, key)
+        old = node[leaf]
         if key not in keep and value != old:
-            cfg[section][leaf] = value
+            node[leaf] = value
             changes.append(f"{key} {value} (was {old})")
     if not changes:
         return ""

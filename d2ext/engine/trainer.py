@@ -56,7 +56,14 @@ __all__ = ["Trainer"]
 logger = logging.getLogger(__name__)
 
 # How optimizers, schedules and hooks fail on a state of another kind.
-_BAD_STATE = (*(ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError),)
+_BAD_STATE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 class Trainer(DefaultTrainer):

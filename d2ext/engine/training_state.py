@@ -17,11 +17,11 @@ _OPTIMIZERS = {
     torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},
     torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
 }
-MOST_ITERATIONS = 1 << 31
+_MOST_ITERATIONS = 1 << 31
 _MOST = 2.0**63  # of numbers: larger integers fail in optimizers
 
 
-def check_count(value: Any, name: str, most: int = MOST_ITERATIONS) -> int:
+def check_count(value: Any, name: str, most: int = _MOST_ITERATIONS) -> int:
     """``value``, an integer from 0 to ``most``."""
     if type(value) is not int or not 0 <= value <= most:
         raise ValueError(f"{name} is {_shown(value)}, not an integer from 0 to {most}")
@@ -60,13 +60,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
         numbers = [number for group in state["param_groups"] for number in group["params"]]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         parameter_of = dict(zip(numbers, parameters, strict=False))  # other lengths: torch's error
-        for number, kept in state["state"].items():
-            fits = isinstance(kept, dict) and kept.keys() in (known, set())
+        for number, entry in state["state"].items():
+            fits = isinstance(entry, dict) and entry.keys() in (known, set())
             if number not in parameter_of or not fits:
                 raise ValueError("the optimizer's state is that of another one")
-            for key, value in kept.items():
+            for key, value in entry.items():
                 if key != "momentum_buffer" or value is not None:
-                    _check_kept(value, key, parameter_of[number])
+                    _check_tensor(value, key, parameter_of[number])
     optimizer.load_state_dict(state)
     for group, settings in zip(optimizer.param_groups, own, strict=True):
         for key, value in settings.items():
@@ -77,7 +77,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
             check_like(group.get(key), value, f"the optimizer's {key}")
 
 
-def _check_kept(value: Any, key: str, parameter: Tensor) -> None:
+def _check_tensor(value: Any, key: str, parameter: Tensor) -> None:
     shape = () if key == "step" else parameter.shape
     if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
         what = tuple(value.shape) if isinstance(value, Tensor) else _shown(value)

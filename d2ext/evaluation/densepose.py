@@ -166,10 +166,7 @@ class DensePoseEvaluator(COCOEvaluator):
         on_charts = [a for a in annotated if "dp_I" in a]
         vertices: list[np.ndarray] = []
         if on_charts and self._charts is not None:
-            parts, u, v = (
-                np.concatenate([np.asarray(a[key], np.float64) for a in on_charts])
-                for key in ("dp_I", "dp_U", "dp_V")
-            )
+            parts, u, v = (_joined(on_charts, key) for key in ("dp_I", "dp_U", "dp_V"))
             ends = np.cumsum([len(a["dp_I"]) for a in on_charts])[:-1]
             vertices = np.split(self._charts.mesh_vertices(parts.astype(np.int64), u, v), ends)
         by_charts = {a["id"]: x for a, x in zip(on_charts, vertices, strict=False)}
@@ -193,12 +190,10 @@ class DensePoseEvaluator(COCOEvaluator):
         persons = [p for of in self._persons.values() for p in of if p.chart_vertices is not None]
         if not persons or self._charts is None:
             return None
-        points: list[Any] = [[], [], [], [], []]
-        for annotation in self._coco_api.dataset["annotations"]:
-            if annotation.get("dp_x") and "dp_I" in annotation:
-                for values, key in zip(points, ("x", "y", "I", "U", "V"), strict=True):
-                    values.append(np.asarray(annotation[f"dp_{key}"], np.float64))
-        parts, u, v = mean_template(*(np.concatenate(values) for values in points))
+        annotations = self._coco_api.dataset["annotations"]
+        on_charts = [a for a in annotations if a.get("dp_x") and "dp_I" in a]
+        columns = ("dp_x", "dp_y", "dp_I", "dp_U", "dp_V")
+        parts, u, v = mean_template(*(_joined(on_charts, key) for key in columns))
         return self._charts.mesh_vertices(parts.ravel(), u.ravel(), v.ravel()).reshape(parts.shape)
 
     def reset(self) -> None:
@@ -358,8 +353,8 @@ class DensePoseEvaluator(COCOEvaluator):
             inside = np.concatenate([pixels[2] for _, _, pixels in pairs])
             index = np.concatenate([np.full(len(p.x), i) for i, p, _ in pairs])
             columns, rows = (np.concatenate([x[2][k] for x in pairs]) for k in (0, 1))
-            found = np.full(len(inside), -1)
-            found[inside] = (
+            predicted = np.full(len(inside), -1)
+            predicted[inside] = (
                 vertices_at(
                     predictions,
                     boxes[:, 2:],
@@ -370,7 +365,7 @@ class DensePoseEvaluator(COCOEvaluator):
                 .numpy()
             )
             ends = np.cumsum([len(p.x) for _, p, _ in pairs])[:-1]
-            for (i, person, _), own in zip(pairs, np.split(found, ends), strict=True):
+            for (i, person, _), own in zip(pairs, np.split(predicted, ends), strict=True):
                 assert person.vertices is not None
                 records[i]["gps"][person.id] = self._gps(person, own, person.vertices, mesh, True)
 
@@ -472,6 +467,11 @@ class DensePoseEvaluator(COCOEvaluator):
         table = tabulate(rows, headers=headers, floatfmt=".2f")
         logger.info("Surfaces of %s, percent:\n%s", self._name, table)
         return results
+
+
+def _joined(annotations: list[Annotation], key: str) -> np.ndarray:
+    """The numbers under a key of all annotations, float64."""
+    return np.concatenate([np.asarray(a[key], np.float64) for a in annotations])
 
 
 def _regions(image: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from d2ext.data.coco_json import compressed_rle
+from d2ext.data.densepose.fields import coarse_parts
 from d2ext.data.densepose.geodesics import GeodesicDistances
 from d2ext.data.densepose.parts import NUM_PARTS
 
@@ -158,17 +159,16 @@ def person_mask(annotation: Annotation, height: int, width: int) -> dict[str, An
     """RLE of a person in the image, from the masks of the parts (``dp_masks``), which are stretched to
     the box linearly; without these from ``segmentation``, or the box.
     """
-    frames = [m for m in annotation.get("dp_masks") or () if m]
+    parts = coarse_parts(annotation.get("dp_masks"))
     x, y, w, h = annotation["bbox"]
-    if not frames:
+    if parts is None:
         segmentation = annotation.get("segmentation")
         if not segmentation:
             segmentation = [[x, y, x + w, y, x + w, y + h, x, y + h]]
         return compressed_rle(segmentation, height, width)
-    frame = np.max([mask_util.decode(m) for m in frames], axis=0) > 0
     x0, y0, x1, y1 = int(x), int(y), int(x + w), int(y + h)
     size = max(y1 - y0, 1), max(x1 - x0, 1)
-    stretched = _stretched(_stretched(frame, size[0]).T, size[1]).T
+    stretched = _stretched(_stretched(parts > 0, size[0]).T, size[1]).T
     image = np.zeros((height, width), np.uint8, order="F")
     left, top = max(x0, 0), max(y0, 0)
     part = image[top : max(y0 + size[0], 0), left : max(x0 + size[1], 0)]

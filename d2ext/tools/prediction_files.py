@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import itertools
 import logging
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +21,7 @@ from d2ext.codecs.densepose import stored_result
 from d2ext.data.errors import ImageReadError
 from d2ext.data.image_io import is_image, read_image
 from d2ext.data.video.panoptic_results import PanopticVideoWriter, segment_places
+from d2ext.data.video.video_data import natural_order
 from d2ext.files import json_list
 from d2ext.tools.command_line import CommandError
 from d2ext.utils.drawing import name_classes
@@ -168,12 +168,6 @@ def plan_video(source: str | int, output: Path) -> Path:
     return target
 
 
-def natural_order(path: Path) -> list[tuple[int, str]]:
-    """Key that sorts names by the numbers in them: frame_2 before frame_10."""
-    parts = re.split(r"([0-9]+)", path.name)
-    return [(int(x), x) if x.isdigit() else (-1, x) for x in parts]
-
-
 class FolderReader:
     """A video whose frames are the image files of a folder, by name, numbers in it by their value;
     broken ones are left out.
@@ -189,7 +183,7 @@ class FolderReader:
     def __init__(self, folder: Path) -> None:
         self.name = str(folder)
         self.skipped = 0
-        files = sorted(folder.iterdir(), key=natural_order)
+        files = sorted(folder.iterdir(), key=lambda path: (natural_order(path.name), path.name))
         self._files = [x for x in files if x.is_file() and is_image(str(x))]
         self.length = len(self._files)
         if not self._files:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -525,36 +526,23 @@ def test_video_that_does_not_fit_on_the_disk(tmp_path: Path) -> None:
 
 
 def test_interrupted_video_is_finished(
-    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: str, tmp_path: Path, interrupt_at: Callable[[int], None]
 ) -> None:
     movie = write_movie(tmp_path / "in.mp4", 9)
-    original, calls = predict.predict, []
-
-    def interrupted(*arguments: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return original(*arguments)
-
-    monkeypatch.setattr(predict, "predict", interrupted)
+    interrupt_at(4)
     assert run(config, tmp_path / "out.mp4", "--video-input", movie) == 0
     assert len(list(VideoReader(tmp_path / "out.mp4"))) == 3
 
 
 def test_interrupted_images_keep_their_results(
-    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    config: str,
+    tmp_path: Path,
+    interrupt_at: Callable[[int], None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for i in range(5):
         cv2.imwrite(str(tmp_path / f"{i}.png"), np.full((40, 50, 3), 50 * i, np.uint8))
-    original, calls = predict.predict, []
-
-    def interrupted(*arguments: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(*arguments)
-
-    monkeypatch.setattr(predict, "predict", interrupted)
+    interrupt_at(3)
     out = tmp_path / "out"
     assert run(config, out, "--input", tmp_path / "*.png") == 1
     assert "skipped: 3 images, for it was interrupted" in capsys.readouterr().err

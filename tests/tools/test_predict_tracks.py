@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -209,18 +210,10 @@ def test_broken_frame_of_a_folder(
 
 
 def test_interrupted_video_has_its_tracks(
-    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: str, tmp_path: Path, interrupt_at: Callable[[int], None]
 ) -> None:
     pytest.importorskip("norfair", reason="needs norfair-enough")
-    original, calls = predict.predict, []
-
-    def interrupted(*arguments: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(*arguments)
-
-    monkeypatch.setattr(predict, "predict", interrupted)
+    interrupt_at(3)
     folder = write_frames(tmp_path / "frames")
     assert run(config, tmp_path / "out", "--video-input", folder, *TRACKED) == 0
     tracks = json.loads((tmp_path / "out/frames_ytvis_results.json").read_text())

@@ -7,10 +7,11 @@ and ``ref_model``, the name of the mesh, or all of them; ``dp_masks``: RLEs of 2
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pycocotools.mask as mask_util
 
 from d2ext.data.coco_schema import Entry, Field, Findings, place, run_lengths, text
 from d2ext.data.densepose.annotations import FRAME
@@ -132,4 +133,17 @@ def compact(annotation: Entry) -> Entry:
             elif key not in ("ref_model", "dp_masks"):
                 value = np.array(value, np.float32)
             result[key] = value
+    return result
+
+
+def coarse_parts(rles: Sequence[Any] | None) -> np.ndarray | None:
+    """(256, 256) uint8 of ``dp_masks``: later parts cover earlier ones; None: no mask."""
+    if not rles or not any(rles):
+        return None
+    result = np.zeros((FRAME, FRAME), np.uint8)
+    for part, rle in enumerate(rles, 1):
+        if rle:
+            if isinstance(rle["counts"], list):
+                rle = mask_util.frPyObjects(rle, FRAME, FRAME)
+            result[mask_util.decode(rle) > 0] = part
     return result

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pycocotools.mask as mask_util
 from detectron2.config import CfgNode, configurable
 from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
@@ -22,6 +21,7 @@ from fvcore.transforms.transform import TransformList
 
 from d2ext.data.dataset_mapper import MAPPER_REGISTRY, D2extDatasetMapper
 from d2ext.data.densepose.annotations import FRAME, DensePoseAnnotations, SurfacePoints
+from d2ext.data.densepose.fields import coarse_parts
 from d2ext.data.densepose.parts import SurfaceSymmetry, read_mirror_vertices, read_uv_symmetry
 from d2ext.data.densepose.surface_files import MissingSurfaceFile
 from d2ext.data.errors import DatasetError, shorten
@@ -169,21 +169,8 @@ class DensePoseMapper(D2extDatasetMapper):
             v=np.asarray(annotation["dp_V"]) if charts else None,
             vertices=np.asarray(annotation["dp_vertex"]) if on_mesh else None,
             mesh=annotation["ref_model"] if on_mesh else None,
-            mask=_coarse_parts(annotation.get("dp_masks")),
+            mask=coarse_parts(annotation.get("dp_masks")),
         )
-
-
-def _coarse_parts(rles: Sequence[Any] | None) -> np.ndarray | None:
-    """(256, 256) uint8 of ``dp_masks``: later parts cover earlier ones; None: no mask."""
-    if not rles or not any(rles):
-        return None
-    result = np.zeros((FRAME, FRAME), np.uint8)
-    for part, rle in enumerate(rles, 1):
-        if rle:
-            if isinstance(rle["counts"], list):
-                rle = mask_util.frPyObjects(rle, FRAME, FRAME)
-            result[mask_util.decode(rle) > 0] = part
-    return result
 
 
 def _affine(transforms: TransformList) -> np.ndarray:

@@ -105,7 +105,7 @@ def _bodies_json(shapes: ShapesSet) -> dict[str, Any]:
 
 # Sets whose pictures take 15 ms and more to draw, longer than a small model trains on them: what was
 # drawn once is kept in the cache, 0.2 MB a picture.
-_KEPT = (FaceSet, BodySet)
+_CACHED = (FaceSet, BodySet)
 
 _Content = dict[str, Any] | str | bytes
 # The mesh of all bodies, its geodesics, and the symmetry of its charts.
@@ -158,7 +158,7 @@ class ShapesPathHandler(PathHandler):
         self._check_kwargs(kwargs)
         if mode not in ("r", "rt", "rb"):
             raise PermissionError(f"{path}: shapes:// is read-only, cannot open with mode {mode!r}")
-        if isinstance(_parse(path)[0], _KEPT):
+        if isinstance(_parse(path)[0], _CACHED):
             return open(self._get_local_path(path), mode)
         data = io.BytesIO(_locate(path)())
         return data if mode == "rb" else io.TextIOWrapper(data, encoding="utf-8")
@@ -242,7 +242,7 @@ def _encode(content: _Content) -> bytes:
 
 
 def _folders(shapes: ShapesSet) -> dict[str, tuple[str, _Encoder]]:
-    if isinstance(shapes, _KEPT):
+    if isinstance(shapes, _CACHED):
         return {"images": _PICTURES["images"]}
     return {**_PICTURES, **_MOTION} if isinstance(shapes, VideoSet) else _PICTURES
 
