@@ -4,7 +4,9 @@ import gc
 import logging
 import math
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import cv2
@@ -227,9 +229,17 @@ def _init_worker(worker_id: int) -> None:
     """
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _report_in_worker
     gc.freeze()
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
+
+
+def _report_in_worker(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What the thread that hands tensors to the trainer reports: that the trainer went away in the middle
+    of fetching one is no news, since then all end; samples' errors take another way."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def build_mapper(cfg: CfgNode, *, is_train: bool) -> Mapper:

@@ -24,7 +24,7 @@ from d2ext.data import (
     build_test_loader,
     build_train_loader,
 )
-from d2ext.data.build import StreamDataset
+from d2ext.data.build import StreamDataset, _report_in_worker
 from d2ext.data.errors import SampleError
 from tests.data.scenes import paint_scene, write_image
 
@@ -507,3 +507,10 @@ def test_a_mapper_of_one_s_own(register, records, monkeypatch):
     pairs = [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]
     assert [x["pair"] for (x,) in build_test_loader(cfg, name)] == pairs
     assert all(x["pair"] in pairs for x in next(iter(build_train_loader(cfg))))
+
+
+def test_a_worker_whose_trainer_goes_away_reports_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    _report_in_worker(ConnectionResetError, ConnectionResetError(104, "reset"), None)
+    assert not capsys.readouterr().err
+    _report_in_worker(RuntimeError, RuntimeError("shown"), None)
+    assert "RuntimeError: shown" in capsys.readouterr().err
