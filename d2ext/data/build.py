@@ -235,7 +235,9 @@ def _init_worker(worker_id: int) -> None:
     cv2.setNumThreads(0)
 
 
-def _report_in_worker(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _report_in_worker(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
     """What the thread that hands tensors to the trainer reports: that the trainer went away in the middle
     of fetching one is no news, since then all end; samples' errors take another way."""
     if not issubclass(kind, (ConnectionError, EOFError)):

@@ -509,7 +509,9 @@ def test_a_mapper_of_one_s_own(register, records, monkeypatch):
     assert all(x["pair"] in pairs for x in next(iter(build_train_loader(cfg))))
 
 
-def test_a_worker_whose_trainer_goes_away_reports_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_worker_whose_trainer_goes_away_reports_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     _report_in_worker(ConnectionResetError, ConnectionResetError(104, "reset"), None)
     assert not capsys.readouterr().err
     _report_in_worker(RuntimeError, RuntimeError("shown"), None)
