@@ -39,6 +39,15 @@ TORCH_LIBRARY(d2ext, m) {
   // axis: 2 (H) or 3 (W); reverse: the scan begins at the axis' end.
   m.def("corner_pool(Tensor x, int axis, bool reverse) -> Tensor");
   m.def("corner_pool_backward(Tensor grad, Tensor x, int axis, bool reverse) -> Tensor");
+  // CUDA, half precision only. mask: weights of the taps.
+  m.def(
+      "deform_conv2d(Tensor x, Tensor weight, Tensor offset, Tensor? mask, Tensor? bias, int "
+      "stride, "
+      "int padding, int dilation) -> Tensor");
+  m.def(
+      "deform_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor offset, Tensor? mask, "
+      "int stride, int padding, int dilation, bool deterministic) -> (Tensor, Tensor, Tensor, "
+      "Tensor)");
   m.def(
       "soft_nms(Tensor boxes, Tensor scores, Tensor? corner_scores, Tensor sizes, int method, "
       "float sigma, float iou_threshold, float score_threshold, float weight_exp) "

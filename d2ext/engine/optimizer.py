@@ -31,6 +31,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         return _with_clipping(cfg, build.build_optimizer(plain, model))
     if name not in ("Adam", "AdamW"):
         raise ConfigError(f"SOLVER.OPTIMIZER is {name!r}; it must be 'SGD', 'Adam' or 'AdamW'.")
+    # Loss scaling leaves it to a fused optimizer to unscale gradients, which clipping needs before.
+    scaled = cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "float16"
     optimizer = getattr(torch.optim, name)(
         build.get_default_optimizer_params(
             model,
@@ -42,8 +44,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         lr=cfg.SOLVER.BASE_LR,
         betas=tuple(cfg.SOLVER.ADAM_BETAS),
         weight_decay=cfg.SOLVER.WEIGHT_DECAY,
-        # One pass over the weights instead of a dozen. (Loss scaling would change how it is called.)
-        fused=not cfg.SOLVER.AMP.ENABLED,
+        # One pass over the weights instead of a dozen. None: PyTorch chooses; False would go tensor by
+        # tensor.
+        fused=None if scaled and cfg.SOLVER.CLIP_GRADIENTS.ENABLED else True,
     )
     return _with_clipping(cfg, optimizer)
 

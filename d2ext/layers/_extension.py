@@ -29,6 +29,7 @@ _OPERATORS = (
     "assemble_masks",
     "assemble_binary_masks",
     "corner_pool",
+    "deform_conv2d",
     "soft_nms",
     "prune_masks",
     "fuse_panoptic",

@@ -21,11 +21,13 @@ from torch.utils.benchmark import Timer
 
 from d2ext.layers._extension import compiled_for
 from d2ext.layers.corner_pool import corner_pool, corner_pool_pair
+from d2ext.layers.deform_conv import deform_conv2d, deform_conv2d_reference
 from d2ext.layers.prototype_masks import assemble_binary_masks, assemble_masks
 
 _TIMES = ("fused_ms", "fused_graph_ms", "unfused_ms", "unfused_graph_ms", "floor_ms")
 _RATIOS = ("speedup", "times_floor")
 MASK_COLUMNS = ("operator", "dtype", "boxes", "size", *_TIMES, *_RATIOS)
+DEFORM_COLUMNS = ("operator", "passes", "dtype", "shape", *_TIMES, *_RATIOS)
 POOL_COLUMNS = ("operator", "passes", "dtype", "shape", "layout", *_TIMES, *_RATIOS)
 
 GRID = 138
@@ -178,6 +180,71 @@ def _pooling_rows(
 def _cummax(x: Tensor, direction: str) -> Tensor:
     axis, reverse = _AXES[direction]
     return x.flip(axis).cummax(axis).values.flip(axis) if reverse else x.cummax(axis).values
+
+
+# ---------------------------------------------------------------- deformable convolution
+
+DEFORM_SHAPES = (
+    (16, 64, 128, 128, 64),
+    (16, 128, 64, 64, 128),
+    (16, 256, 32, 32, 256),
+    (1, 64, 128, 128, 64),
+    (1, 128, 100, 168, 128),
+    (1, 256, 200, 336, 128),
+    (1, 512, 25, 42, 512),
+)
+"""B, C, H, W and output channels: DLA-34 at 512 x 512, batches of 16 and 1; UPSNet's res3, first
+semantic layer and res5 at 800 x 1333."""
+
+
+def benchmark_deform(
+    device: torch.device,
+    dtypes: Sequence[torch.dtype],
+    *,
+    shapes: Sequence[tuple[int, int, int, int, int]] = DEFORM_SHAPES,
+    repeats: int = 20,
+    bandwidth: float,
+) -> list[dict[str, Any]]:
+    """:func:`measure` for 3 x 3 kernels with weighted taps, channels-last, against torchvision's
+    operator (in float32 where it has no kernel), forward and forward + backward. Offsets are normal, of
+    one cell."""
+    rows = []
+    for shape, dtype in [(s, d) for s in shapes for d in dtypes]:
+        batch, channels, height, width, outputs = shape
+        generator = torch.Generator().manual_seed(0)
+        sizes = [(batch, n, height, width) for n in (channels, 18, 9, outputs)]
+        maps = [torch.randn(size, generator=generator).to(device, dtype) for size in sizes]
+        maps[2] = maps[2].sigmoid()
+        x, offset, mask, grad = (m.contiguous(memory_format=torch.channels_last) for m in maps)
+        weight = (torch.randn(outputs, channels, 3, 3, generator=generator) / 30).to(device, dtype)
+        leaves = [t.detach().requires_grad_() for t in (x, offset, weight, mask)]
+        text = f"{batch}x{channels}x{height}x{width} -> {outputs}"
+        for row in _deform_rows(leaves, grad, bandwidth, repeats):
+            rows.append({"operator": "deform_conv2d", "shape": text, **row})
+    return rows
+
+
+def _deform_rows(
+    leaves: Sequence[Tensor], grad: Tensor, bandwidth: float, repeats: int
+) -> list[dict[str, Any]]:
+    def call(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
+        x, offset, weight, mask = inputs
+        return function(x, offset, weight, None, mask, padding=1)
+
+    def forward(function: Callable[..., Tensor]) -> Callable[[], object]:
+        inputs = [t.detach() for t in leaves]
+        return lambda: call(function, inputs)
+
+    def training(function: Callable[..., Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(call(function, leaves), leaves, grad)
+
+    rows = []
+    moved = _bytes(*leaves, grad)
+    both = moved + _bytes(*leaves, *leaves, grad)
+    for passes, make, size in (("forward", forward, moved), ("forward+backward", training, both)):
+        fused, plain = make(deform_conv2d), make(deform_conv2d_reference)
+        rows.append({"passes": passes, **measure(fused, plain, grad, size, bandwidth, repeats)})
+    return rows
 
 
 # ---------------------------------------------------------------- masks

@@ -194,7 +194,14 @@ def run_operators(args: argparse.Namespace) -> dict[str, Any]:
         )
         print("\nCorner pooling (plain PyTorch: cummax with flips)")
         print(benchmark.format_rows(report["pooling"], benchmark.POOL_COLUMNS))
-    if not all(row["compiled"] for name in ("rows", "pooling") for row in report.get(name, [])):
+    if "deform" in args.only:
+        report["deform"] = benchmark.benchmark_deform(
+            device, dtypes, repeats=args.iters, bandwidth=bandwidth
+        )
+        print("\nDeformable convolution (plain: torchvision's operator)")
+        print(benchmark.format_rows(report["deform"], benchmark.DEFORM_COLUMNS))
+    kinds = ("rows", "pooling", "deform")
+    if not all(row["compiled"] for name in kinds for row in report.get(name, [])):
         print("The compiled operators are not available: both columns are plain PyTorch.")
     return report
 
@@ -225,9 +232,9 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--only",
         nargs="+",
-        choices=("masks", "pooling"),
+        choices=("masks", "pooling", "deform"),
         default=["masks", "pooling"],
-        help="operators to measure (default: all)",
+        help="operators to measure (default: masks pooling)",
     )
     add(
         "--pool-batches",

@@ -7,7 +7,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from d2ext.layers.deform_conv import DeformConv, ModulatedDeformConv
+from d2ext.layers import has_cuda_extension
+from d2ext.layers.deform_conv import (
+    DeformConv,
+    ModulatedDeformConv,
+    deform_conv2d,
+    deform_conv2d_reference,
+)
+
+needs_cuda = pytest.mark.skipif(
+    not (torch.cuda.is_available() and has_cuda_extension()),
+    reason="no CUDA device, or d2ext_C is not compiled for CUDA",
+)
+HALF = [torch.float16, torch.bfloat16]
 
 
 def _bilinear(plane: torch.Tensor, y: float, x: float) -> torch.Tensor:
@@ -92,3 +104,161 @@ def test_infinite_offsets_of_one_place_stay_there(value: float) -> None:
     if value != value:
         assert output[0, :, near].isnan().all()
     assert output[0, :, far].isfinite().all()
+
+
+class Case:
+    """Random arguments of the compiled operator, on CUDA."""
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        *,
+        groups: int = 1,
+        offset_groups: int = 1,
+        weighted: bool = True,
+        size: tuple[int, int] = (13, 10),
+        **sizes: int,
+    ) -> None:
+        generator = torch.Generator().manual_seed(groups + 2 * offset_groups)
+        self.sizes = {"stride": 1, "padding": 1, "dilation": 1, **sizes}
+        height, width = (
+            (n + 2 * self.sizes["padding"] - 2 * self.sizes["dilation"] - 1) // self.sizes["stride"]
+            + 1
+            for n in size
+        )
+        channels, outputs, taps = 32, 24, 9
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).to("cuda", dtype)
+
+        self.x = draw(3, channels, *size)
+        # Some taps are far outside, some in the half cell around the image.
+        self.offset = 2 * draw(3, 2 * taps * offset_groups, height, width)
+        self.weight = draw(outputs, channels // groups, 3, 3) / 16
+        self.bias = draw(outputs)
+        self.mask = draw(3, taps * offset_groups, height, width).sigmoid() if weighted else None
+        self.grad = draw(3, outputs, height, width)
+
+    def leaves(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """x, offset, weight, bias, mask."""
+        given = (self.x, self.offset, self.weight, self.bias, self.mask)
+        return [t.detach().to(dtype).requires_grad_() for t in given if t is not None]
+
+    def run(self, function, dtype: torch.dtype) -> list[torch.Tensor]:
+        """The result and the gradients of the leaves."""
+        leaves = self.leaves(dtype)
+        output = function(*leaves, **self.sizes)
+        return [output.detach(), *torch.autograd.grad(output, leaves, self.grad.to(dtype))]
+
+
+CASES = [
+    {},
+    {"weighted": False},
+    {"groups": 4},
+    {"offset_groups": 2},
+    {"groups": 2, "offset_groups": 4, "weighted": False},
+    {"stride": 2, "padding": 3, "dilation": 2},
+    {"size": (3, 3), "padding": 0},
+]
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("options", CASES, ids=str)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_compiled_equals_torchvision_in_float32(
+    dtype: torch.dtype, options: dict, deterministic: bool
+) -> None:
+    case = Case(dtype, **options)
+    expected = case.run(deform_conv2d_reference, torch.float32)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        given = case.run(deform_conv2d, dtype)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    tolerance = 4 * torch.finfo(dtype).eps
+    for ours, theirs in zip(given, expected, strict=True):
+        assert ours.dtype == dtype and ours.shape == theirs.shape
+        error = (ours.float() - theirs).abs().max()
+        assert error <= tolerance * theirs.abs().max().clamp(min=1), error
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_deterministic_gradients_are_the_same_every_time() -> None:
+    """Of one cell that hundreds of taps read."""
+    case = Case(torch.bfloat16, size=(40, 40))
+    cells = torch.arange(40, device="cuda", dtype=torch.bfloat16)
+    case.offset[:, 0::2] = 20 - cells[:, None]
+    case.offset[:, 1::2] = 20 - cells
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [case.run(deform_conv2d, torch.bfloat16)[1] for _ in range(5)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(run, runs[0]) for run in runs[1:])
+    expected = case.run(deform_conv2d_reference, torch.float32)[1]
+    torch.testing.assert_close(
+        runs[0].float(), expected, rtol=0.02, atol=0.02 * float(expected.max())
+    )
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_compiled_operator_keeps_what_pytorch_asks() -> None:
+    case = Case(torch.float16, offset_groups=2)
+    x, offset, weight, bias, mask = case.leaves(torch.float16)
+    arguments = (x, weight, offset, mask, bias, *case.sizes.values())
+    torch.library.opcheck(torch.ops.d2ext.deform_conv2d.default, arguments, atol=1e-2, rtol=1e-2)
+    for broken in (
+        (x.float(), *arguments[1:]),
+        (x[:, :24], *arguments[1:]),
+        (x, weight, offset[:, :17], *arguments[3:]),
+        (x, weight, offset, mask[..., :-1], *arguments[4:]),
+        (x, weight, offset, mask, bias[1:], 1, 1, 1),
+        (*arguments[:5], 0, 1, 1),
+    ):
+        with pytest.raises(ValueError, match="deform_conv2d"):
+            torch.ops.d2ext.deform_conv2d(*broken)
+        with torch._subclasses.FakeTensorMode() as mode, pytest.raises(ValueError):
+            fake = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in broken]
+            torch.ops.d2ext.deform_conv2d(*fake)
+    empty = deform_conv2d(x[:0], offset[:0], weight, bias, mask[:0], **case.sizes)
+    empty.sum().backward()
+    assert empty.shape == (0, *case.grad.shape[1:]) and not weight.grad.any()
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("dtype", HALF)
+def test_compiled_operator_passes_nan_on(dtype: torch.dtype) -> None:
+    case = Case(dtype)
+    case.offset[0, 3, 5, 6] = torch.nan
+    case.mask[1, 2, 7, 8] = torch.nan
+    case.offset[2, 4, 1, 1] = torch.inf
+    output, *gradients = case.run(deform_conv2d, dtype)
+    broken = output.isnan()
+    assert broken[0, :, 5, 6].all() and broken[1, :, 7, 8].all()
+    assert broken.sum() == 2 * output.shape[1]
+    assert gradients[1][0, 3, 5, 6].isnan() and gradients[2].isnan().any()
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_layer_in_bfloat16_takes_the_compiled_operator() -> None:
+    torch.manual_seed(0)
+    layer = ModulatedDeformConv(16, 8).cuda()
+    nn.init.normal_(layer.offset_mask.weight, std=0.2)
+    x = torch.rand(2, 16, 9, 11, device="cuda")
+    expected = layer(x)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        with torch.profiler.profile() as profile:
+            output = layer(x)
+        assert any("d2ext::deform_conv2d" in event.key for event in profile.key_averages())
+        output.sum().backward()
+    assert output.dtype == torch.bfloat16 and output.is_contiguous(
+        memory_format=torch.channels_last
+    )
+    torch.testing.assert_close(output.float(), expected, rtol=0.05, atol=0.05)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
