@@ -11,7 +11,7 @@ from d2ext.engine.optimizer import build_optimizer
 def step(device: str, *, dtype: str = "", clip: bool = False, scale: float = 1.0) -> torch.Tensor:
     """What a step makes of four weights, whose gradients loss scaling has multiplied by `scale`."""
     cfg = get_cfg()
-    cfg.SOLVER.OPTIMIZER, cfg.SOLVER.BASE_LR = "Adam", 0.1
+    cfg.SOLVER.OPTIMIZER, cfg.SOLVER.BASE_LR, cfg.SOLVER.WEIGHT_DECAY = "Adam", 0.1, 0.0
     cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE = bool(dtype), dtype or "float16"
     cfg.SOLVER.CLIP_GRADIENTS.ENABLED = clip
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "norm"
