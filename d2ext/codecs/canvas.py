@@ -24,11 +24,12 @@ class Canvas:
     corner: tuple[float, float]
     """x, y of the input's corner, in pixels of the image."""
 
-    def draw(self, image: Tensor) -> Tensor:
-        """An image (3, h, w) of at most :attr:`content`, centred → (3, *size), zero elsewhere."""
+    def draw(self, images: Tensor) -> Tensor:
+        """Images (..., h, w) of at most :attr:`content`, centred → (..., *size), zero elsewhere."""
         top, left = _margins(self.content, self.size)
-        canvas = image.new_zeros((image.shape[0], *self.size))
-        canvas[:, top : top + image.shape[1], left : left + image.shape[2]] = image
+        height, width = images.shape[-2:]
+        canvas = images.new_zeros((*images.shape[:-2], *self.size))
+        canvas[..., top : top + height, left : left + width] = images
         return canvas
 
     def map_size(self, stride: int) -> tuple[int, int]:

@@ -4,7 +4,7 @@ OpenCV resizes and warps bytes in integer arithmetic: positions are rounded to 1
 1/2048 or 1/32768, results to bytes. Floats it resizes in floats. Published models were trained and
 measured with it; doing the same here lets the image stay on its device.
 
-Shapes: image (C, H, W), H and W at least 1.
+Shapes: images (..., H, W), H and W at least 1: what is done to one is done to all.
 """
 
 from __future__ import annotations
@@ -55,29 +55,29 @@ def _resize_weights(
     return first, second, weights[0], weights[1]
 
 
-def resize_like_opencv(image: Tensor, height: int, width: int) -> Tensor:
+def resize_like_opencv(images: Tensor, height: int, width: int) -> Tensor:
     """``cv2.resize(image, (width, height))`` of bytes: bilinear, half-pixel centres, no low-pass.
 
     Args:
-        image: (C, H, W), uint8 or float; the latter is rounded to bytes.
+        images: (..., H, W), uint8 or float; the latter are rounded to bytes.
 
     Returns:
-        (C, height, width) uint8.
+        (..., height, width) uint8.
     """
-    values = _bytes(image)
+    values = _bytes(images)
     if values.shape[-2:] == (height, width):
         return values.to(torch.uint8)
     left, right, left_weight, right_weight = (
-        x.to(image.device) for x in _resize_weights(width, torch.tensor([values.shape[2]]))
+        x.to(images.device) for x in _resize_weights(width, torch.tensor([values.shape[-1]]))
     )
     upper, lower, upper_weight, lower_weight = (
-        x.to(image.device)
-        for x in _resize_weights(height, torch.tensor([values.shape[1]]), rows=True)
+        x.to(images.device)
+        for x in _resize_weights(height, torch.tensor([values.shape[-2]]), rows=True)
     )
-    lines = values[:, :, left] * left_weight + values[:, :, right] * right_weight
+    lines = values[..., left] * left_weight + values[..., right] * right_weight
     lines = lines >> 4
-    above = (lines[:, upper] * upper_weight[:, None]) >> 16
-    below = (lines[:, lower] * lower_weight[:, None]) >> 16
+    above = (lines[..., upper, :] * upper_weight[:, None]) >> 16
+    below = (lines[..., lower, :] * lower_weight[:, None]) >> 16
     return ((above + below + 2) >> 2).clamp(0, 255).to(torch.uint8)
 
 
@@ -134,36 +134,37 @@ def resize_float_like_opencv(
 
 
 def warp_like_opencv(
-    image: Tensor, inverse: Sequence[Sequence[float]], height: int, width: int
+    images: Tensor, inverse: Sequence[Sequence[float]], height: int, width: int
 ) -> Tensor:
     """``cv2.warpAffine`` of bytes: bilinear, zeros outside.
 
     Args:
-        image: (C, H, W), uint8 or float; the latter is rounded to bytes.
+        images: (..., H, W), uint8 or float; the latter are rounded to bytes.
         inverse: (2, 3) map from indices (x, y) of the result to those of the image.
 
     Returns:
-        (C, height, width) uint8.
+        (..., height, width) uint8.
     """
-    values = F.pad(_bytes(image), (1, 1, 1, 1))
-    xs = torch.arange(width, dtype=torch.float64)
-    ys = torch.arange(height, dtype=torch.float64)
+    values = F.pad(_bytes(images), (1, 1, 1, 1))
     one, half = 1 << _STEP_BITS, 1 << (_STEP_BITS - _PLACE_BITS - 1)
     places = []
     for along_x, along_y, shift in inverse:
+        # Without a turn a place depends on the column or the row alone, and one of each is enough.
+        xs = torch.arange(width if along_x else 1, dtype=torch.float64)
+        ys = torch.arange(height if along_y else 1, dtype=torch.float64)
         columns = (along_x * xs * one).round().long()
         rows = ((along_y * ys + shift) * one).round().long() + half
         places.append((rows[:, None] + columns) >> (_STEP_BITS - _PLACE_BITS))
-    x, y = (place.to(image.device) for place in places)
+    x, y = (place.to(images.device) for place in places)
     parts = 1 << _PLACE_BITS
     x_part, y_part = (x & (parts - 1)).int(), (y & (parts - 1)).int()
     # The padding shifts indices by one; what lies farther outside reads the padding.
     x0, y0 = (x >> _PLACE_BITS) + 1, (y >> _PLACE_BITS) + 1
-    rows_in, columns_in = values.shape[1], values.shape[2]
-    result = torch.zeros((values.shape[0], height, width), dtype=torch.int32, device=image.device)
+    rows_in, columns_in = values.shape[-2:]
+    result = values.new_zeros((*values.shape[:-2], height, width))
     for dy, y_weight in ((0, parts - y_part), (1, y_part)):
         for dx, x_weight in ((0, parts - x_part), (1, x_part)):
             at = (y0 + dy).clamp(0, rows_in - 1), (x0 + dx).clamp(0, columns_in - 1)
-            result += values[:, at[0], at[1]] * (x_weight * y_weight)
+            result += values[..., at[0], at[1]] * (x_weight * y_weight)
     bits = 2 * _PLACE_BITS
     return ((result + (1 << (bits - 1))) >> bits).to(torch.uint8)

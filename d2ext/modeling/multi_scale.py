@@ -13,6 +13,7 @@ from torch import Tensor
 
 from d2ext.codecs.canvas import Canvas
 from d2ext.codecs.heatmaps import maps_on_image
+from d2ext.layers.transfer import upload_alike
 from d2ext.modeling.meta_arch import MetaArch, image_size, output_size
 
 
@@ -38,8 +39,8 @@ class MultiScaleMetaArch(MetaArch):
         """How an image of ``size`` (height, width) is placed in the network's input."""
         raise NotImplementedError
 
-    def draw(self, image: Tensor, canvas: Canvas) -> Tensor:
-        """(3, h, w) → (3, H, W) in 0..255: the scaled image on the canvas."""
+    def draw(self, images: Tensor, canvas: Canvas) -> Tensor:
+        """(n, 3, h, w) → (n, 3, H, W) in 0..255: scaled images, each on the canvas."""
         raise NotImplementedError
 
     def detections(
@@ -67,10 +68,16 @@ class MultiScaleMetaArch(MetaArch):
             scale: one of the test scales; default: the first of them.
         """
         scale = self.scales[0] if scale is None else scale
-        canvases = [
-            self.draw(self.upload(x), self.canvas(image_size(x), scale)) for x in batched_inputs
-        ]
-        images = self.normalize(torch.stack(canvases))
+        groups: dict[Any, list[int]] = {}  # of images of one size, which are drawn together
+        for i, image in enumerate(x["image"] for x in batched_inputs):
+            groups.setdefault((image.shape, image.dtype), []).append(i)
+        canvases: dict[int, Tensor] = {}
+        for members in groups.values():
+            group = [batched_inputs[i] for i in members]
+            together = upload_alike([x["image"] for x in group], self.device)
+            canvas = self.canvas(image_size(group[0]), scale)
+            canvases.update(zip(members, self.draw(together, canvas), strict=True))
+        images = self.normalize(torch.stack([canvases[i] for i in range(len(batched_inputs))]))
         return torch.cat([images, images.flip(-1)]) if self.flip else images
 
     @torch.no_grad()

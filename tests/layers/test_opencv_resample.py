@@ -123,3 +123,17 @@ def test_resize_of_floats_in_low_precision_computes_in_float32() -> None:
     actual = resize_float_like_opencv(images, (50, 67), (5 / 3, 5 / 3))
     assert torch.equal(actual, resize_float_like_opencv(images.float(), (50, 67), (5 / 3, 5 / 3)))
     assert resize_float_like_opencv(images, (30, 40), (1.0, 1.0)).dtype == torch.float32
+
+
+def test_images_of_a_batch_are_resampled_alike() -> None:
+    images = torch.stack([_tensor(_noise(20, 30, seed)) for seed in (0, 1)])
+    turned, upright = [[0.8, 0.2, 1.3], [-0.2, 0.8, 2.1]], [[0.8, 0.0, 1.3], [0.0, 0.7, -2.1]]
+    for function, arguments in (
+        (resize_like_opencv, (25, 17)),
+        (warp_like_opencv, (turned, 16, 18)),
+        (warp_like_opencv, (upright, 16, 18)),
+    ):
+        together = function(images, *arguments)
+        assert together.shape[:2] == (2, 3) and not torch.equal(together[0], together[1])
+        for one, image in zip(together, images, strict=True):
+            assert torch.equal(one, function(image, *arguments))

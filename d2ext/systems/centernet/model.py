@@ -175,10 +175,10 @@ class CenterNet(MultiScaleMetaArch):
             return padded_canvas(size, scale, self.backbone.size_divisibility)
         return warped_canvas(size, scale, self.input_size)
 
-    def draw(self, image: Tensor, canvas: Canvas) -> Tensor:
-        if image.shape[-2:] != canvas.content:
-            image = resize_like_opencv(image, *canvas.content)
-        return canvas.draw(image)
+    def draw(self, images: Tensor, canvas: Canvas) -> Tensor:
+        if images.shape[-2:] != canvas.content:
+            images = resize_like_opencv(images, *canvas.content)
+        return canvas.draw(images)
 
     def training_batch(
         self, batched_inputs: list[dict[str, Any]]

@@ -17,13 +17,13 @@ from d2ext.layers.opencv_resample import warp_like_opencv
 
 @dataclass(frozen=True)
 class WarpedCanvas(Canvas):
-    """A canvas of fixed size, into which the image is warped."""
+    """A canvas of fixed size, into which images are warped."""
 
     inverse: tuple[tuple[float, ...], ...]
     """Map from the canvas to the scaled image."""
 
-    def draw(self, image: Tensor) -> Tensor:
-        return warp_like_opencv(image, self.inverse, *self.size)
+    def draw(self, images: Tensor) -> Tensor:
+        return warp_like_opencv(images, self.inverse, *self.size)
 
 
 def padded_canvas(size: tuple[int, int], test_scale: float, divisibility: int) -> Canvas:

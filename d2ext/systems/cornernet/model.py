@@ -153,18 +153,17 @@ class CornerNet(MultiScaleMetaArch):
         canvas = canvas_side(height, unit), canvas_side(width, unit)
         return centered((height, width), canvas, scale)
 
-    def draw(self, image: Tensor, canvas: Canvas) -> Tensor:
+    def draw(self, images: Tensor, canvas: Canvas) -> Tensor:
         """See the base class. Published quirk: where an image's side equals the canvas' (so that it is
         odd), its last row or column stays zero."""
         # The published code resizes bytes.
-        if image.shape[-2:] != canvas.content:
-            image = resize_like_opencv(image, *canvas.content)
-        image = image.float()
+        if images.shape[-2:] != canvas.content:
+            images = resize_like_opencv(images, *canvas.content)
         rows, columns = (
             inner // 2 + outer // 2
             for inner, outer in zip(canvas.content, canvas.size, strict=True)
         )
-        return canvas.draw(image[:, :rows, :columns])
+        return canvas.draw(images[..., :rows, :columns])
 
     def training_batch(self, batched_inputs: list[dict[str, Any]]) -> tuple[Tensor, Any]:
         """Normalised images (B, 3, H, W), centred on a common canvas, and their targets."""
