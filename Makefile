@@ -5,7 +5,7 @@
 
 PYTHON ?= python3
 BOOTSTRAP = $(PYTHON) scripts/bootstrap.py
-SOURCES = d2ext tests tools scripts setup.py
+SOURCES = d2ext tests tools scripts setup.py docs/conf.py
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 MODULES = $(shell find d2ext -name '*.py' ! -name '__main__.py' | sed 's|/__init__.py$$||; s|\.py$$||; s|/|.|g' | sort)
 # Threads that wait for each other sleep instead of spinning: many times faster on a busy machine.
@@ -52,8 +52,9 @@ check-cuda: check-python  ## compile csrc/ for one GPU architecture, CUDA_ARCH=8
 real-check: check-python  ## a few training steps and an evaluation on real COCO images
 	@$(BOOTSTRAP) -- python scripts/real_check.py
 
-docs: check-python  ## API documentation from the docstrings, in output/docs
-	@$(BOOTSTRAP) --dev -- pdoc --docformat google --math -o output/docs $(MODULES)
+docs: check-python  ## the site, with the API from the docstrings, in output/docs
+	@$(BOOTSTRAP) --dev -- sphinx-build -q -W --keep-going -d build/docs docs output/docs
+	@$(BOOTSTRAP) --dev -- pdoc --docformat google --math -o output/docs/api $(MODULES)
 	@echo "open output/docs/index.html"
 
 lock:  ## renew the pinned versions in requirements/ (needs uv)
