@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
@@ -278,3 +279,20 @@ class _NormStatistics:
     def restore(self) -> None:
         for buffers, copies in self._pairs:
             torch._foreach_copy_(buffers, copies)
+
+
+def amp_dtype(cfg: CfgNode) -> torch.dtype | None:
+    """The type of mixed precision that ``SOLVER.AMP`` asks for; None: off.
+
+    Raises:
+        ConfigError: it is neither "float16" nor "bfloat16".
+    """
+    if not cfg.SOLVER.AMP.ENABLED:
+        return None
+    name = cfg.SOLVER.AMP.DTYPE
+    if name not in ("float16", "bfloat16"):
+        raise ConfigError(f"SOLVER.AMP.DTYPE is {name!r}; it must be 'float16' or 'bfloat16'.")
+    if name == "float16" and torch.device(cfg.MODEL.DEVICE).type == "cpu":
+        logger.warning("SOLVER.AMP.DTYPE float16 needs a GPU; bfloat16 is used on the CPU.")
+        return torch.bfloat16
+    return torch.float16 if name == "float16" else torch.bfloat16

@@ -46,7 +46,7 @@ from d2ext.engine.hooks import (
 from d2ext.engine.optimizer import build_optimizer
 from d2ext.engine.processes import set_cpu_threads
 from d2ext.engine.tracking import build_tracked
-from d2ext.engine.train_loop import StepTrainer
+from d2ext.engine.train_loop import StepTrainer, amp_dtype
 from d2ext.engine.training_state import check_count, check_like
 from d2ext.evaluation import build_evaluator
 from d2ext.modeling.tta import build_tta
@@ -122,7 +122,7 @@ class Trainer(DefaultTrainer):
             optimizer,
             seed=self.cfg.SEED,
             accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
-            amp_dtype=_amp_dtype(cfg),
+            amp_dtype=amp_dtype(cfg),
             bad_step_limit=cfg.SOLVER.NON_FINITE_LOSS_LIMIT,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -456,15 +456,3 @@ def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:
     cfg.SEED = int(seed)
     cfg.freeze()
     return cfg
-
-
-def _amp_dtype(cfg: CfgNode) -> torch.dtype | None:
-    if not cfg.SOLVER.AMP.ENABLED:
-        return None
-    name = cfg.SOLVER.AMP.DTYPE
-    if name not in ("float16", "bfloat16"):
-        raise ConfigError(f"SOLVER.AMP.DTYPE is {name!r}; it must be 'float16' or 'bfloat16'.")
-    if name == "float16" and torch.device(cfg.MODEL.DEVICE).type == "cpu":
-        logger.warning("SOLVER.AMP.DTYPE float16 needs a GPU; bfloat16 is used on the CPU.")
-        return torch.bfloat16
-    return torch.float16 if name == "float16" else torch.bfloat16

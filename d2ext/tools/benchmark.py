@@ -1,8 +1,10 @@
-"""Measure operators against their floor, and whole models stage by stage.
+"""Measure operators against their floor, whole models stage by stage, and training steps.
 
     d2ext benchmark operators --output operators.json
     d2ext benchmark model --config-file yolact/yolact_R_50_550.yaml \\
         --dtype bfloat16 --mode cudagraph --channels-last --batch-size 1 16 --output model.json
+    d2ext benchmark training --config-file yolact/yolact_R_50_550.yaml \\
+        DATASETS.TRAIN "('shapes_train',)" SOLVER.AMP.ENABLED True SOLVER.AMP.DTYPE bfloat16
 
 What "model" times. Total: from images as BGR bytes in the host's memory to the model's results at the
 size of the images, on the device, the device having finished. Its parts:
@@ -18,6 +20,9 @@ size of the images, on the device, the device having finished. Its parts:
 Latency is the median of single calls; throughput is measured on calls back to back, median of three
 rounds. Parts that cannot be timed alone are differences of two medians. FLOPs are those of the network
 (multiply and add count as two), without elementwise operations.
+
+What "training" times, in one process with the config's batch: the loader alone, images a second; a step
+with batches that are in memory, and its forward pass; both together, which is what a training gets.
 """
 
 from __future__ import annotations
@@ -53,6 +58,7 @@ from d2ext.tools.model_benchmark import (
     measure_batch,
     settle_norms,
 )
+from d2ext.tools.training_benchmark import measure_training
 
 
 def model_config(args: argparse.Namespace) -> tuple[CfgNode, list[str]]:
@@ -206,6 +212,33 @@ def run_operators(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
+def run_training(args: argparse.Namespace) -> dict[str, Any]:
+    """Carry ``d2ext benchmark training`` out."""
+    cfg = load_config(find_config_file(args.config_file), args.opts)
+    if args.device:
+        cfg.MODEL.DEVICE = args.device
+    device = torch.device(cfg.MODEL.DEVICE)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    clock = Clock(device, args.iters or (50 if device.type == "cuda" else 5), args.warmup)
+    report = {"config": args.config_file, "environment": environment(device)}
+    report |= measure_training(cfg, clock)
+    print(", ".join(f"{key} {value}" for key, value in report["environment"].items()))
+    names = {
+        "batch_size": "batch",
+        "workers": "workers",
+        "loader_images_per_second": "loader images/s",
+        "loader_images_per_second_per_worker": "per worker",
+        "forward_ms": "forward ms",
+        "step_ms": "step ms",
+        "images_per_second": "training images/s",
+        "peak_memory_mib": "peak MiB",
+    }
+    row = {shown: report[name] for name, shown in names.items()}
+    print(tabulate([row], headers="keys", floatfmt=".1f", missingval="n/a"))
+    return report
+
+
 def _size(text: str) -> tuple[int, int]:
     height, _, width = text.lower().partition("x")
     return positive(height), positive(width)
@@ -213,7 +246,7 @@ def _size(text: str) -> tuple[int, int]:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
-    commands = parser.add_subparsers(required=True, metavar="{operators,model}")
+    commands = parser.add_subparsers(required=True, metavar="{operators,model,training}")
     dtypes = ("float32", "bfloat16", "float16")
 
     operators = commands.add_parser("operators", help="operators, plain PyTorch and the floor")
@@ -278,12 +311,20 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SCORE",
         help="score threshold (default: the config's with --weights, 0 with random weights)",
     )
-    for command in (operators, model):
+
+    training = commands.add_parser("training", help="training steps and what the loader gives")
+    training.set_defaults(command=run_training)
+    add_config_argument(training)
+    training.add_argument("--iters", type=positive, metavar="N", help="(default: GPU 50, CPU 5)")
+    training.add_argument("--warmup", type=positive, default=5, metavar="N", help="(default: 5)")
+
+    for command in (operators, model, training):
         command.add_argument("--device", help="for example cuda:1 (default: a GPU if there is one)")
         command.add_argument(
             "--output", type=Path, metavar="FILE", help="JSON file for the figures"
         )
     add_options_argument(model)
+    add_options_argument(training)
     return parser
 
 

@@ -273,3 +273,22 @@ def test_network_alone_keeps_nested_outputs() -> None:
         outputs = alone(torch.zeros(1, 3, 63, 63))
     # Heat map and offset of three kinds of points, embeddings of two.
     assert sorted(x.shape[1] for x in outputs) == [1, 1, 2, 2, 2, 3, 3, 3]
+
+
+def test_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = tiny_config("YOLACT")
+    cfg.DATASETS.TRAIN, cfg.MODEL.YOLACT.NUM_CLASSES = ("shapes_val",), 8
+    cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS = 2, 0
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    report_file = tmp_path / "report.json"
+    arguments = [
+        *("training", "--config-file", str(tmp_path / "config.yaml"), "--iters", "2"),
+        *("--warmup", "1", "--output", str(report_file), "--device", "cpu"),
+    ]
+    assert benchmark.run(arguments) == 0
+    assert "training images/s" in capsys.readouterr().out
+    report = json.loads(report_file.read_text())
+    assert 0 < report["forward_ms"] < report["step_ms"]
+    assert report["batch_size"] == 2 and report["peak_memory_mib"] is None
+    slowest = min(report["loader_images_per_second"], 2e3 / report["step_ms"])
+    assert 0 < report["images_per_second"] < 3 * slowest  # loader and step take turns
