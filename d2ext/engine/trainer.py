@@ -49,6 +49,7 @@ from d2ext.engine.tracking import build_tracked
 from d2ext.engine.train_loop import StepTrainer, amp_dtype
 from d2ext.engine.training_state import check_count, check_like
 from d2ext.evaluation import build_evaluator
+from d2ext.modeling.meta_arch import MetaArch
 from d2ext.modeling.tta import build_tta
 
 __all__ = ["Trainer"]
@@ -348,6 +349,8 @@ class Trainer(DefaultTrainer):
         model = build_model(cfg)
         if cfg.MODEL.CHANNELS_LAST:
             model = model.to(memory_format=torch.channels_last)
+        if cfg.SOLVER.COMPILE:
+            compile_for_training(model)
         logger.info("Model:\n%s", model)
         return model
 
@@ -448,6 +451,18 @@ def _check_channels(cfg: CfgNode) -> None:
             f"{len(std)} in PIXEL_STD. Models take three channels: INPUT.FORMAT RGB or BGR, with three "
             "values each. Grey images are read as three equal channels."
         )
+
+
+def compile_for_training(model: nn.Module, **options: Any) -> None:
+    """Let a model train with what ``torch.compile`` makes of its network, in place: names of parameters
+    stay, and inference of d2ext's models runs what it ran before.
+
+    Args:
+        options: of :meth:`torch.nn.Module.compile`.
+    """
+    several = bool(getattr(model, "training_steps", ()))
+    whole = isinstance(model, MetaArch) and not several
+    (model.network if whole else model.backbone).compile(**options)
 
 
 def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:

@@ -130,7 +130,8 @@ class InferenceNetwork:
         the images'.
         """
         if self._plain:
-            return self.decode(self.network(images, *state))
+            # Not what training may have compiled, for images of one size.
+            return self.decode(self.network.forward(images, *state))
         if self.mode.endswith("cudagraph") and images.device.type != "cuda":
             raise ValueError(
                 f'MODEL.INFERENCE.MODE "{self.mode}" needs an NVIDIA GPU and the model is on '

@@ -21,6 +21,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 import d2ext.systems
+from d2ext.engine.trainer import compile_for_training
 from d2ext.testing import (
     NUM_CLASSES,
     NUM_KEYPOINTS,
@@ -93,6 +94,26 @@ def test_training_lowers_the_loss(model: nn.Module) -> None:
         optimizer.step()
         totals.append(float(total.detach()))
     assert totals[-1] < 0.7 * totals[0], totals
+
+
+def test_the_compiled_network_trains_alike(
+    architecture: str, model: nn.Module, device: str
+) -> None:
+    """On the CPU what is captured, on a GPU what is generated from it."""
+    if device == "cpu" and architecture not in ("UPSNet", "DensePose"):
+        pytest.skip("tracing takes as long as many other tests: on a GPU only")
+    compiled = copy.deepcopy(model).train()
+    names = list(compiled.state_dict())
+    compile_for_training(compiled, **({"backend": "eager"} if device == "cpu" else {}))
+    assert list(compiled.state_dict()) == names
+    results = []
+    for one in (model.train(), compiled):
+        torch.manual_seed(0)  # regions are sampled
+        losses = one(random_inputs())
+        sum(losses.values()).backward()
+        gradient = sum(p.grad.norm() for p in one.parameters() if p.grad is not None)
+        results.append([*losses.values(), gradient])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)
 
 
 def test_every_trainable_parameter_gets_a_gradient(model: nn.Module) -> None:
