@@ -238,8 +238,8 @@ def _init_worker(worker_id: int) -> None:
 def _report_in_worker(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """What the thread that hands tensors to the trainer reports: that the trainer went away in the middle
-    of fetching one is no news, since then all end; samples' errors take another way."""
+    """What the thread that hands tensors to the trainer reports: that the trainer went away in the
+    middle of fetching one is no news, since then all end; samples' errors take another way."""
     if not issubclass(kind, (ConnectionError, EOFError)):
         sys.__excepthook__(kind, error, trace)
 

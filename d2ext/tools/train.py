@@ -219,19 +219,22 @@ def run(arguments: list[str] | None = None, parser: argparse.ArgumentParser | No
             args=(args,),
         )
     except KeyboardInterrupt:
-        print(f"interrupted{'' if args.eval_only else _how_to_go_on(folder)}", file=sys.stderr)
+        end = "" if args.eval_only else _how_to_go_on(folder) or ": nothing was saved yet."
+        print(f"interrupted{end}", file=sys.stderr)
         return 130
     except (ConfigError, CheckpointError, DataError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (OSError, FloatingPointError, RankError) as error:  # the log has the traceback
+    except RankError as error:
+        print(f"error: {error}{'' if args.eval_only else _how_to_go_on(folder)}", file=sys.stderr)
+        return 1
+    except (OSError, FloatingPointError) as error:  # the log has the traceback
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 def _how_to_go_on(folder: str) -> str:
-    saved = Checkpointer(nn.Identity(), folder).get_checkpoint_file() if folder else ""
-    if not saved:
-        return ": nothing was saved yet."
-    return f": {saved} is saved; the same command with --resume goes on from it."
+    """What was saved; empty, if nothing was."""
+    saved = folder and Checkpointer(nn.Identity(), folder).get_checkpoint_file()
+    return saved and f": {saved} is saved; the same command with --resume goes on from it."
