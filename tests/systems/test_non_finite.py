@@ -68,7 +68,7 @@ def test_nan_in_one_process_is_skipped_by_all(
 def test_nan_that_ends_a_forward_pass_is_named(tmp_path: Path) -> None:
     """The others wait for gradients that this process does not have."""
     layers = ["proposal_generator.rpn_head.anchor_deltas"]
-    with pytest.raises(RankError, match="rank 1 failed: FloatingPointError: .*Inf/NaN"):
+    with pytest.raises(RankError, match=r"rank 1 failed: FloatingPointError: .*Inf/NaN"):
         launch(train_with_nan_in_one, 2, device="cpu", args=("UPSNet", layers, str(tmp_path)))
 
 
