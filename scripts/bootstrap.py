@@ -19,8 +19,10 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
+import time
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
@@ -31,6 +33,7 @@ NEWEST_TORCH = ("torch!=2.13.0", "torchvision")  # 2.13.0 must not be used
 # What comes with a version of PyTorch.
 WITH_TORCH = re.compile("torch|triton|nvidia-|cuda-")
 NEWEST_PYTHON = (3, 14)  # PyTorch 2.11.0 has wheels for CPython 3.10 to 3.14
+EVERY = 8.0  # seconds between two lines
 NEEDED_DISK_GB = (
     8.0  # 5.3 GB installed, of which PyTorch and its CUDA libraries 4.6; plus downloads
 )
@@ -42,6 +45,24 @@ def say(message: str) -> None:
 
 def stop(message: str) -> NoReturn:
     sys.exit(f"\n[d2ext] cannot go on: {message}")  # status 1
+
+
+def run(doing: str, command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """``subprocess.run``, with a line every few seconds in which nothing else may be seen."""
+    ended = threading.Event()
+
+    def tell() -> None:
+        start = time.monotonic()
+        while not ended.wait(EVERY):
+            say(f"still {doing}: {time.monotonic() - start:.0f} s")
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        return subprocess.run(command, **options)
+    finally:
+        ended.set()
+        teller.join()
 
 
 def digest(*parts: object) -> str:
@@ -61,7 +82,8 @@ def pip(python: Path, *arguments: str, **variables: str) -> None:
     """Run pip; stop if it fails. Its own last lines say why."""
     quiet = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore"}
     command = [str(python), "-m", "pip", *arguments]
-    if subprocess.run(command, cwd=ROOT, env={**os.environ, **quiet, **variables}).returncode:
+    environment = {**os.environ, **quiet, **variables}
+    if run("installing", command, cwd=ROOT, env=environment).returncode:
         stop(
             f"`pip {arguments[0]}` failed, see above. Is the disk full, the package index out of reach "
             "(`pip config list`), or a version missing for this Python (make PYTHON=python3.11 ...)? "
@@ -192,7 +214,7 @@ def install_d2ext(python: Path) -> None:
 def run_build(python: Path) -> bool:
     """Run setup.py; show what it says itself, and the compiler's words if it fails."""
     command = [str(python), "setup.py", "build_ext", "--inplace"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = run("compiling", command, cwd=ROOT, capture_output=True, text=True)
     lines = (result.stdout + result.stderr).splitlines(keepends=True)
     print(*(x for x in lines if result.returncode or x.startswith("[d2ext]")), sep="", end="")
     return not result.returncode

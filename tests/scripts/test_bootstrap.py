@@ -154,6 +154,19 @@ def test_build_shows_what_the_compiler_says_if_it_fails(
     assert "masks.cpp:7: error: expected ;" in capsys.readouterr().out
 
 
+def test_a_long_build_says_that_it_goes_on(
+    bootstrap: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(bootstrap, "EVERY", 0.1)
+    (tmp_path / "setup.py").write_text("import time; time.sleep(0.5)")
+    assert bootstrap.run_build(Path(sys.executable))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) >= 3 and lines[0] == "[d2ext] still compiling: 0 s"
+
+
 def test_failed_build_stops_with_advice_and_is_tried_again(
     bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -24,6 +24,7 @@ For a split such as ``val`` the names are
 bodies.
 """
 
+import logging
 import pickle
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -57,8 +58,12 @@ __all__ = [
     "shapes_metadata",
 ]
 
+logger = logging.getLogger(__name__)
+
 # What importing d2ext.data registers. Annotations of 2,000 images take some seconds to compute.
 DEFAULT_SETS = (ShapesSet("train", 2000), ShapesSet("val", 200))
+
+_MANY = 1000  # pictures that take long enough to say so
 
 # Landmarks: a thing counts as occluded from this share of its outline that is hidden or outside the
 # image, and is left out from this one: nobody could say where its landmarks are.
@@ -143,6 +148,8 @@ def _load(shapes: ShapesSet, task: str) -> bytes:
     annotated = [shapes.is_annotated(index) for index in range(shapes.num_frames)]
     dicts = [_record(shapes, i, folders if known else {}) for i, known in enumerate(annotated)]
     if draw is not None:
+        if len(dicts) >= _MANY:
+            logger.info("Drawing the annotations of %d pictures: some seconds.", len(dicts))
         for record, frame, known in zip(dicts, shapes.frames(), annotated, strict=True):
             if known:
                 record.update(draw(frame))
