@@ -6,10 +6,6 @@ from typing import Any
 import numpy as np
 from detectron2.utils.visualizer import GenericMask
 from detectron2.utils.visualizer import Visualizer as Detectron2Visualizer
-from matplotlib.colors import to_rgb
-from matplotlib.patches import PathPatch
-from matplotlib.path import Path
-from matplotlib.transforms import Bbox
 
 __all__ = ["Visualizer"]
 
@@ -22,7 +18,7 @@ class Visualizer(Detectron2Visualizer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._labels: list[Bbox] = []
+        self._labels: list[Any] = []  # matplotlib's Bbox
 
     def overlay_instances(self, *, masks: Any = None, **others: Any) -> Any:
         """As Detectron2's, which fills the holes of masks."""
@@ -38,6 +34,10 @@ class Visualizer(Detectron2Visualizer):
     ) -> Any:
         """As Detectron2's; also several outlines with a row of NaN after each, of which those that turn
         the other way are holes."""
+        from matplotlib.colors import to_rgb
+        from matplotlib.patches import PathPatch
+        from matplotlib.path import Path
+
         ends = np.isnan(segment[:, 0]).nonzero()[0]
         if not len(ends):
             return super().draw_polygon(segment, color, edge_color, alpha)

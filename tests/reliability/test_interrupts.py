@@ -51,7 +51,7 @@ def interrupt(
     process = start(toy_json, folder, *arguments, **environment)
     metrics = folder / "metrics.json"
     try:
-        assert wait_until(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 3, 120)
+        assert wait_until(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 3, 200)
         left = children(process.pid)
         press(*whom(process))
         for _ in range(presses - 1):
