@@ -18,7 +18,7 @@ class Visualizer(Detectron2Visualizer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._labels: list[Any] = []  # matplotlib's Bbox
+        self._labels: list[Any] | None = None  # where labels of instances lie, matplotlib's Bbox
 
     def overlay_instances(self, *, masks: Any = None, **others: Any) -> Any:
         """As Detectron2's, which fills the holes of masks."""
@@ -27,7 +27,11 @@ class Visualizer(Detectron2Visualizer):
                 _OneOutline(x.mask, x.height, x.width) if x.has_holes else x
                 for x in self._convert_masks(masks)
             ]
-        return super().overlay_instances(masks=masks, **others)
+        self._labels = []
+        try:
+            return super().overlay_instances(masks=masks, **others)
+        finally:
+            self._labels = None
 
     def draw_polygon(
         self, segment: np.ndarray, color: Any, edge_color: Any = None, alpha: float = 0.5
@@ -53,8 +57,10 @@ class Visualizer(Detectron2Visualizer):
         return self.output
 
     def draw_text(self, text: str, position: Any, **others: Any) -> Any:
-        """As Detectron2's, moved up or down where it would cover an earlier one."""
+        """As Detectron2's; an instance's is moved up or down where it would cover an earlier one."""
         super().draw_text(text, position, **others)
+        if self._labels is None:
+            return self.output
         label = self.output.ax.texts[-1]
         place = label.get_window_extent(self.output.canvas.get_renderer()).padded(2)
         image = self.output.ax.get_window_extent()
