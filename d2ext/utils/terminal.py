@@ -2,11 +2,12 @@
 
 import logging
 import sys
+import warnings
 
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-__all__ = ["start_logging"]
+__all__ = ["silence_foreign", "start_logging"]
 
 # Beginnings of messages that the terminal does not show: pages of environment, config and network, and
 # what is said of nothing.
@@ -22,8 +23,9 @@ _ONLY_IN_FILE = (
     "Serializing ",
     "Serialized dataset takes",
 )
-# Logger -> beginning of a message that no one can act on.
+# What other packages say and no user can act on: logger -> beginning of a message; warnings.
 _FOREIGN = {"torch.utils.cpp_extension": "No CUDA runtime is found"}
+_WARNINGS = ("torch.meshgrid: in an upcoming release",)  # Detectron2's anchors
 
 
 class _Without(logging.Filter):
@@ -38,10 +40,17 @@ class _Without(logging.Filter):
         return not str(record.msg).startswith(self._beginnings)
 
 
-def start_logging(folder: str) -> None:
-    """Loggers of Detectron2 and d2ext for the terminal, of the main process, and ``folder/log.txt``."""
+def silence_foreign() -> None:
+    """Do not show what other packages say and no user can act on."""
     for name, beginning in _FOREIGN.items():
         logging.getLogger(name).addFilter(_Without(beginning))
+    for beginning in _WARNINGS:
+        warnings.filterwarnings("ignore", message=beginning)
+
+
+def start_logging(folder: str) -> None:
+    """Loggers of Detectron2 and d2ext for the terminal, of the main process, and ``folder/log.txt``."""
+    silence_foreign()
     rank = comm.get_rank()
     # Called as Detectron2's default_setup does, which then finds them ready.
     for logger in (

@@ -85,3 +85,8 @@ class _OneOutline(GenericMask):
         polygons, has_holes = super().mask_to_polygons(mask)
         gap = np.full(2, np.nan)
         return [np.concatenate([part for x in polygons for part in (x, gap)])], has_holes
+
+    def bbox(self) -> np.ndarray:
+        """(x1, y1, x2, y2); Detectron2's passes the outlines to pycocotools."""
+        rows, columns = self.mask.nonzero()
+        return np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
+import pytest
+import torch
+
+from d2ext.utils.terminal import silence_foreign
 from tests.engine import toy
 
 # Pages, and what is said of nothing.
@@ -36,3 +41,10 @@ def test_errors_that_are_known_at_the_start_stand_alone(toy_json: Path, tmp_path
         output = toy.wait(toy.start(toy_json, *toy.options(tmp_path / "run", **changes)), 2)
         assert output.startswith(message) and len(output.splitlines()) == 1, output
     assert not (tmp_path / "run").exists()
+
+
+def test_foreign_warnings_are_not_shown(recwarn: pytest.WarningsRecorder) -> None:
+    silence_foreign()
+    torch.meshgrid(torch.arange(2), torch.arange(2))  # as Detectron2 calls it, without `indexing`
+    warnings.warn("one that its user can act on", stacklevel=1)
+    assert [str(x.message) for x in recwarn] == ["one that its user can act on"]

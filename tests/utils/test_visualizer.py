@@ -29,7 +29,7 @@ def test_a_hole_is_not_filled(as_prediction: bool) -> None:
         instances = Instances((SIDE, SIDE), pred_masks=torch.from_numpy(mask)[None])
         visualizer.draw_instance_predictions(instances)
     else:
-        visualizer.overlay_instances(masks=[mask], assigned_colors=["r"])
+        visualizer.overlay_instances(masks=[mask], labels=[""], assigned_colors=["r"])
     picture = visualizer.output.get_image()
     changed = np.abs(picture.astype(int) - 100).max(axis=2) > 5
     assert changed[60, 90] and changed[30, 60] and changed[4, 4]
