@@ -19,16 +19,20 @@ NOISE = (
 )
 
 
+# The toy imports Detectron2 before d2ext can silence it.
+QUIET = {"PYTHONWARNINGS": "ignore:`torch.jit.script` is deprecated:FutureWarning"}
+
+
 def test_training_and_evaluation(toy_json: Path, tmp_path: Path) -> None:
     options = toy.options(tmp_path / "run", DATASETS__TEST="('toy',)", SOLVER__MAX_ITER=3)
     options += ["SOLVER.STEPS", "()"]
-    output = toy.wait(toy.start(toy_json, *options), 0)
+    output = toy.wait(toy.start(toy_json, *options, **QUIET), 0)
     assert not [words for words in NOISE if words in output]
     assert len(output.splitlines()) < 90
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "Running with full config" in log and "Conv2d(" in log and "PyTorch built with" in log
     weights = ["MODEL.WEIGHTS", str(tmp_path / "run" / "model_final.pth")]
-    output = toy.wait(toy.start(toy_json, "--eval-only", *options, *weights), 0)
+    output = toy.wait(toy.start(toy_json, "--eval-only", *options, *weights, **QUIET), 0)
     assert not [words for words in NOISE if words in output]
     assert "model_final.pth ..." in output and "copypaste: AP" in output
 
@@ -38,7 +42,8 @@ def test_errors_that_are_known_at_the_start_stand_alone(toy_json: Path, tmp_path
         ({"MODEL__WEIGHTS": "none.pth"}, "error: MODEL.WEIGHTS 'none.pth' does not exist"),
         ({"DATASETS__TRAIN": "()"}, "error: There is nothing to train on"),
     ):
-        output = toy.wait(toy.start(toy_json, *toy.options(tmp_path / "run", **changes)), 2)
+        options = toy.options(tmp_path / "run", **changes)
+        output = toy.wait(toy.start(toy_json, *options, **QUIET), 2)
         assert output.startswith(message) and len(output.splitlines()) == 1, output
     assert not (tmp_path / "run").exists()
 
