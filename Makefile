@@ -1,10 +1,11 @@
 # Every target installs what it needs first; a second run installs nothing.
 # PYTHON chooses the interpreter: make test PYTHON=python3.12
+# TORCH=newest takes the newest PyTorch instead of the pinned one, in .venv-newest: make test TORCH=newest
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-fast lint format check-cuda real-check docs lock clean check-python
 
 PYTHON ?= python3
-BOOTSTRAP = $(PYTHON) scripts/bootstrap.py
+BOOTSTRAP = $(PYTHON) scripts/bootstrap.py $(if $(filter newest,$(TORCH)),--newest-torch)
 SOURCES = d2ext tests tools scripts setup.py docs/conf.py
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 MODULES = $(shell find d2ext -name '*.py' ! -name '__main__.py' | sed 's|/__init__.py$$||; s|\.py$$||; s|/|.|g' | sort)

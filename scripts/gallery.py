@@ -18,10 +18,11 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
-from detectron2.structures import Instances
-from detectron2.utils.visualizer import ColorMode, Visualizer
+from detectron2.structures import BoxMode, Instances
+from torchvision.ops import nms
 
 from d2ext.utils.drawing import write_picture
+from d2ext.utils.visualizer import Visualizer
 
 # Sizes in pixels. Small images are enlarged before drawing, so that labels do not hide the objects.
 PANEL_SIDE = 480
@@ -30,6 +31,8 @@ GAP = 8
 MONTAGE_WIDTH = 1800
 # Predictions drawn per image, best first: more hide the image.
 MAX_DRAWN = 40
+# Of two predictions whose boxes overlap more, the better one is drawn.
+DUPLICATE_IOU = 0.5
 
 
 def evenly_spread(dataset: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
@@ -47,22 +50,60 @@ def panel(picture: np.ndarray, caption: str) -> np.ndarray:
     return np.concatenate([bar, picture])
 
 
+def without_duplicates(instances: Instances, score_threshold: float) -> Instances:
+    """Those above a score, best first, each of a thing of its own whatever its class."""
+    kept = instances[instances.scores >= score_threshold].to("cpu")
+    return kept[nms(kept.pred_boxes.tensor, kept.scores, DUPLICATE_IOU)][:MAX_DRAWN]
+
+
 def draw_pair(
     entry: dict[str, Any], predictions: Instances, metadata: Any, score_threshold: float
 ) -> np.ndarray:
-    """Ground truth (left) and the predictions above a score (right), uint8 RGB."""
+    """Ground truth (left) and the predictions above a score (right), uint8 RGB; one colour a class."""
     image = read_image(entry["file_name"], "RGB")
-    scale = max(PANEL_SIDE / max(image.shape[:2]), 0.25)
-
-    # Colours by class, so that both sides can be compared.
-    mode = ColorMode.SEGMENTATION
-    truth = Visualizer(image, metadata, scale, mode).draw_dataset_dict(entry)
-    kept = predictions[predictions.scores >= score_threshold][:MAX_DRAWN].to("cpu")
-    guess = Visualizer(image, metadata, scale, mode).draw_instance_predictions(kept)
-    left = panel(np.asarray(truth.get_image()), f"ground truth: {len(entry['annotations'])}")
-    right = panel(np.asarray(guess.get_image()), f"predicted: {len(kept)}")
+    annotations = entry["annotations"]
+    boxes = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS) for x in annotations]
+    kept = without_duplicates(predictions, score_threshold)
+    left = draw_objects(
+        image,
+        metadata,
+        np.array(boxes).reshape(-1, 4),
+        [x["segmentation"] for x in annotations],
+        [x["category_id"] for x in annotations],
+        [""] * len(annotations),
+    )
+    right = draw_objects(
+        image,
+        metadata,
+        kept.pred_boxes.tensor.numpy(),
+        list(kept.pred_masks.numpy()),
+        kept.pred_classes.tolist(),
+        [f" {score:.0%}" for score in kept.scores.tolist()],
+    )
+    left = panel(left, f"ground truth: {len(annotations)}")
+    right = panel(right, f"predicted: {len(kept)}")
     gap = np.full((left.shape[0], GAP, 3), 255, np.uint8)
     return np.concatenate([left, gap, right], axis=1)
+
+
+def draw_objects(
+    image: np.ndarray,
+    metadata: Any,
+    boxes: np.ndarray,
+    masks: list[Any],
+    classes: list[int],
+    notes: list[str],
+) -> np.ndarray:
+    """Boxes and masks with the names of their classes and notes."""
+    scale = max(PANEL_SIDE / max(image.shape[:2]), 0.25)
+    visualizer = Visualizer(image, metadata, scale)
+    visualizer.overlay_instances(
+        boxes=boxes,
+        masks=masks,
+        labels=[metadata.thing_classes[c] + note for c, note in zip(classes, notes, strict=True)],
+        assigned_colors=[np.array(metadata.thing_colors[c]) / 255 for c in classes],
+    )
+    return np.asarray(visualizer.output.get_image())
 
 
 def montage(pictures: list[np.ndarray], total_width: int = MONTAGE_WIDTH) -> np.ndarray:

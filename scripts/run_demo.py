@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import sys
 import time
@@ -21,12 +20,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
-from detectron2.utils.logger import setup_logger
 from gallery import write_gallery
 from tabulate import tabulate
 
 from d2ext import model_zoo
 from d2ext.engine import Trainer
+from d2ext.utils.terminal import start_logging
 
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -50,15 +49,6 @@ def build_config(args: argparse.Namespace) -> CfgNode:
     cfg.merge_from_list(args.opts)
     cfg.freeze()
     return cfg
-
-
-def start_logging(folder: Path) -> None:
-    """Progress on the terminal; the same and the network's layers in ``log.txt``."""
-    for name in ("fvcore", "detectron2", "d2ext"):
-        logger = setup_logger(str(folder), name=name)
-        for handler in logger.handlers:
-            if not isinstance(handler, logging.FileHandler):
-                handler.addFilter(lambda record: not str(record.msg).startswith("Model:"))
 
 
 def train_and_evaluate(cfg: CfgNode) -> dict[str, Any]:
@@ -134,7 +124,7 @@ def main() -> int:
 
     cfg = build_config(args)
     output.mkdir(parents=True, exist_ok=True)
-    start_logging(output)
+    start_logging(str(output))
     (output / "config.yaml").write_text(cfg.dump(), encoding="utf-8")
     threads, steps = torch.get_num_threads(), cfg.SOLVER.MAX_ITER
     say(f"training {args.config} on the CPU ({threads} threads), {steps} iterations")

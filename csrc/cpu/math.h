@@ -7,12 +7,14 @@
 
 namespace d2ext {
 
-// exp(z), within 2 units in the last place where that is a normal number; NaN stays NaN.
+// exp(z), within 2 units in the last place where that is a normal number; below 0, above infinity;
+// NaN stays NaN.
 // exp(z) = 2^n exp(r) with z = n ln 2 + r, |r| <= ln(2) / 2, and exp(r) by its Taylor polynomial of
-// degree 7 (relative error below 6e-9). z is clamped to the range in which 2^n is a normal number.
+// degree 7 (relative error below 6e-9). z is clamped so that n is in -127..128, for which the bits
+// of 2^n are those of 0 and of infinity at the ends.
 inline float exponential(float z) {
-  z = z < -87.0f ? -87.0f : z;
-  z = z > 87.0f ? 87.0f : z;
+  z = z < -88.0f ? -88.0f : z;
+  z = z > 89.0f ? 89.0f : z;
   // Adding 1.5 * 2^23 rounds to the nearest integer.
   const float shifted = z * 1.44269504f + 12582912.0f;
   const float n = shifted - 12582912.0f;

@@ -64,8 +64,10 @@ inline bool weigh(const RoundArrays& in, int64_t best, int64_t begin, int64_t en
     const float height = (y2 < best_y2 ? y2 : best_y2) - (y1 > best_y1 ? y1 : best_y1) + 1;
     const float common = width * height;
     const float united = area + (x2 - x1 + 1) * (y2 - y1 + 1) - common;
-    const bool touching = (width > 0) & (height > 0);
-    const float overlap = touching ? common / united : 0.0f;
+    const float ratio = common / united;
+    // With a coordinate that is not finite it may be NaN.
+    const bool touching = (width > 0) & (height > 0) & (ratio == ratio);
+    const float overlap = touching ? ratio : 0.0f;
     float weight = 1;
     if (kMethod == Method::kGaussian) {
       const float decayed = exponential(-(overlap * overlap) / settings.sigma);

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from detectron2.utils.events import EventWriter
 from d2ext.checkpoint.checkpointer import CheckpointSaveError
 from d2ext.checkpoint.io import load_untrusted
 from d2ext.config import ConfigError
+from d2ext.engine.processes import Interrupted
 from d2ext.engine.training_state import check_count, check_like
 from d2ext.files import atomic_write
 
@@ -34,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 # Scalars that say something about the machine rather than the training.
 _TIMES = ("time", "data_time", "rank_data_time", "eta_seconds")
+# Seconds in which a second SIGINT is the same press of Ctrl-C: of processes that others started (by
+# torchrun, say), the terminal tells each, and who started them tells them again.
+_SAME_PRESS = 1.0
 
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
@@ -112,24 +117,27 @@ class BestCheckpointer(hooks.BestCheckpointer):
 
 
 class InterruptHook(HookBase):
-    """Ctrl-C ends a training of one process after its iteration, with a checkpoint; pressed again it
-    ends at once. Must be the last of the hooks. (Of several processes, some would wait for others.)"""
+    """Ctrl-C ends a training after an iteration, with a checkpoint; pressed again it ends at once. Must
+    be the last of the hooks.
+
+    Processes end after the same iteration: ``StepTrainer`` tells all of them that one was asked.
+    """
 
     def __init__(self) -> None:
-        self._asked = False
+        self._asked_at: float | None = None
         self._earlier: Any = None
 
     def before_train(self) -> None:
         """Listen; signals reach the main thread only."""
-        if threading.current_thread() is threading.main_thread() and comm.get_world_size() == 1:
+        if threading.current_thread() is threading.main_thread():
             self._earlier = signal.signal(signal.SIGINT, self._ask)
 
     def after_step(self) -> None:
         """Save and stop, if that was asked for; the last iteration saves anyway."""
-        if self._asked and self.trainer.iter + 1 < self.trainer.max_iter:
+        if self.trainer._trainer.interrupted and self.trainer.iter + 1 < self.trainer.max_iter:
             last = self.trainer.iter
             self.trainer.checkpointer.save(f"model_{last:07d}", iteration=last)
-            raise KeyboardInterrupt
+            raise Interrupted
 
     def after_train(self) -> None:
         """Listen no more."""
@@ -137,9 +145,16 @@ class InterruptHook(HookBase):
             signal.signal(signal.SIGINT, self._earlier)
 
     def _ask(self, *_: Any) -> None:
-        self._asked = True
-        signal.signal(signal.SIGINT, self._earlier)
-        logger.info("Interrupted: ending after this iteration; Ctrl-C again ends at once.")
+        now = time.monotonic()
+        if self._asked_at is None:
+            self._asked_at = now
+            self.trainer._trainer.asked_to_stop = True
+            if comm.is_main_process():  # print() and logging may be what the signal interrupts
+                os.write(
+                    2, b"interrupted: ending after this iteration; Ctrl-C again ends at once\n"
+                )
+        elif now - self._asked_at > _SAME_PRESS:
+            raise KeyboardInterrupt
 
 
 class StopTraining(BaseException):

@@ -3,10 +3,13 @@
 import json
 import logging
 import os
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
@@ -19,7 +22,7 @@ from d2ext.config import ConfigError
 from d2ext.engine.cluster import Place, find_place
 from d2ext.utils.parent import end_with_parent
 
-__all__ = ["RankError", "launch", "set_cpu_threads"]
+__all__ = ["Interrupted", "RankError", "launch", "set_cpu_threads"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +33,11 @@ _GRACE = 20.0
 # Seconds in which a process whose starter is gone may end by itself. (Torch interrupts it, but it may be
 # waiting for another one.)
 _ORPHAN_GRACE = 4.0
+_INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C ends the training; all processes raise it after the same iteration."""
 
 
 class RankError(RuntimeError):
@@ -70,6 +78,8 @@ def launch(
             agree with torchrun or srun.
         RankError: one of several processes failed. Under torchrun and srun only that process
             raises it; the others raise SystemExit.
+        KeyboardInterrupt: Ctrl-C; the processes that were started here have ended. Under torchrun and
+            srun only rank 0 raises it.
     """
     cuda = device.startswith("cuda")
     place = find_place(os.environ)
@@ -159,6 +169,10 @@ def _join(main_func: Callable[..., Any], args: tuple[Any, ...], place: Place, cu
         if str(error).startswith(f"rank {place.rank} "):
             raise
         raise SystemExit(1) from None  # that rank says it
+    except KeyboardInterrupt:
+        if place.rank == 0:
+            raise
+        raise SystemExit(_INTERRUPTED) from None
     return None
 
 
@@ -167,17 +181,33 @@ def _spawn(
 ) -> None:
     """Start this machine's processes and wait for their end; the first that fails ends all."""
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # whom it terminates
-    try:
-        mp.start_processes(
-            _spawned, (main_func, args, places, cuda), nprocs=len(places), start_method="spawn"
-        )
-    except mp.ProcessRaisedException as error:  # its text ends with that of the RankError
-        raise RankError(error.msg.rpartition("RankError: ")[2].strip()) from None
-    except mp.ProcessExitedException as error:
-        end = f"exit status {error.exit_code}"
-        if error.signal_name:
-            end = f"signal {error.signal_name}"
-        raise RankError(f"rank {places[error.error_index].rank} ended with {end}") from None
+    # Until `_spawned` looks, Ctrl-C waits: nothing can handle it while a new process still imports.
+    resource_tracker.ensure_running()  # whose start would lift the block
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    context = mp.start_processes(
+        _spawned,
+        (main_func, args, places, cuda),
+        nprocs=len(places),
+        join=False,
+        start_method="spawn",
+    )
+    asked = done = False
+    while not done:
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            done = context.join()
+        except KeyboardInterrupt:
+            for process in filter(mp.Process.is_alive, context.processes):
+                os.kill(process.pid, signal.SIGKILL if asked else signal.SIGINT)
+            asked = True
+        except mp.ProcessRaisedException as error:  # its text ends with that of the RankError
+            raise RankError(error.msg.rpartition("RankError: ")[2].strip()) from None
+        except mp.ProcessExitedException as error:
+            if asked or error.exit_code == _INTERRUPTED:
+                raise KeyboardInterrupt from None
+            end = error.signal_name and f"signal {error.signal_name}"
+            end = end or f"exit status {error.exit_code}"
+            raise RankError(f"rank {places[error.error_index].rank} ended with {end}") from None
 
 
 def _spawned(
@@ -188,15 +218,19 @@ def _spawned(
     cuda: bool,
 ) -> None:
     end_with_parent(grace=_ORPHAN_GRACE)
-    if not cuda and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // len(places)))
-    _run_rank(main_func, args, places[local_rank], cuda)
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        if not cuda and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, torch.get_num_threads() // len(places)))
+        _run_rank(main_func, args, places[local_rank], cuda)
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
 
 
 def _run_rank(
     main_func: Callable[..., Any], args: tuple[Any, ...], place: Place, cuda: bool
 ) -> None:
-    """Run ``main_func`` as one of several processes. Raises RankError for any exception."""
+    """Run ``main_func`` as one of several processes. Raises RankError for any error."""
     # Detectron2 logs the traceback of any exception in training. Here one is logged, that of the
     # process that failed first, whatever it was doing.
     logging.getLogger("detectron2.engine.train_loop").addFilter(lambda line: not line.exc_info)
@@ -216,12 +250,18 @@ def _run_rank(
         )
         comm.create_local_process_group(place.local_size)
         comm.synchronize()
-        main_func(*args)
+        end: Interrupted | None = None
+        try:
+            main_func(*args)
+        except Interrupted as interrupted:
+            end = interrupted
         # All leave together: a process whose peer is gone may abort while it takes its group down.
         comm.synchronize()
     except Exception as error:
         raise RankError(_explain(error, place.rank, store)) from error
     dist.destroy_process_group()
+    if end is not None:
+        raise end
 
 
 def _explain(error: Exception, rank: int, store: dist.Store | None) -> str:

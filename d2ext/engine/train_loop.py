@@ -97,6 +97,10 @@ class StepTrainer(SimpleTrainer):
         self.skipped = 0  # bad steps since the start of training
         self.skipped_in_a_row = 0
         self.updated = False  # whether the last iteration changed the weights
+        self.asked_to_stop = False  # set by who wants the training to end; any process may
+        self.interrupted = (
+            False  # whether one was asked, before the last exchange of losses; all agree
+        )
         module = model.module if isinstance(model, DistributedDataParallel) else model
         self.steps: tuple[str, ...] = tuple(getattr(module, "training_steps", ())) or ("",)
         self._statistics = _NormStatistics(model)
@@ -123,19 +127,20 @@ class StepTrainer(SimpleTrainer):
             self.optimizer.zero_grad(set_to_none=True)
             losses, finite, parts = self._forward_backward(parts, step)
             self.after_backward()
-            gathered = comm.all_gather((losses, finite, data_time))
-            if not all(ok for _, ok, _ in gathered):
+            gathered = comm.all_gather((losses, finite, data_time, self.asked_to_stop))
+            self.interrupted = any(asked for *_, asked in gathered)
+            if not all(ok for _, ok, *_ in gathered):
                 self.optimizer.zero_grad(set_to_none=True)
                 self._statistics.restore()
-                self._handle_bad_step([x for x, _, _ in gathered], step)
+                self._handle_bad_step([x for x, *_ in gathered], step)
                 return
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
             self.updated = True
-            for known, (x, _, _) in zip(total, gathered, strict=True):
+            for known, (x, *_) in zip(total, gathered, strict=True):
                 known.update(x)
         self.skipped_in_a_row = 0
-        self._record(total, [t for _, _, t in gathered])
+        self._record(total, [t for _, _, t, _ in gathered])
 
     def _micro_batches(self, data: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         """The data in ``accumulation_steps`` equal parts, in order."""

@@ -41,6 +41,7 @@ __all__ = [
     "corner_pool_reference",
 ]
 
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _SCANS = {"top": (2, True), "bottom": (2, False), "left": (3, True), "right": (3, False)}
 """Direction -> (axis of the scan, whether it begins at the axis' end)."""
 _CORNERS = {"top_left": ("top", "left"), "bottom_right": ("bottom", "right")}
@@ -183,10 +184,11 @@ def _promote(vertical: Tensor, horizontal: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_map(name: str, x: Tensor) -> None:
-    """The checks of the compiled operators (csrc/corner_pool.h), for the plain PyTorch path."""
+    """The checks of the compiled operators (csrc/corner_pool.h), for the plain PyTorch path and for
+    tensors without values."""
     if x.dim() != 4:
         raise ValueError(f"{name}: input must have shape (B, C, H, W), got {tuple(x.shape)}")
-    if not x.is_floating_point():
+    if x.dtype not in _DTYPES:
         raise ValueError(f"{name}: input must be floating point, got {x.dtype}")
 
 
@@ -219,11 +221,19 @@ if has_extension():
 
     @torch.library.register_fake("d2ext::corner_pool")
     def _corner_pool_fake(x: Tensor, axis: int, reverse: bool) -> Tensor:
+        _check_map("corner_pool", x)
+        if axis not in (2, 3):
+            raise ValueError(f"corner_pool: axis must be 2 (H) or 3 (W), got {axis}")
         return _empty_map(x)
 
     @torch.library.register_fake("d2ext::corner_pool_backward")
     def _corner_pool_backward_fake(grad: Tensor, x: Tensor, axis: int, reverse: bool) -> Tensor:
-        return _empty_map(x)
+        if (grad.shape, grad.dtype, grad.device) != (x.shape, x.dtype, x.device):
+            raise ValueError(
+                f"corner_pool_backward: grad must be {x.dtype} on {x.device} of shape "
+                f"{tuple(x.shape)}, got {grad.dtype} on {grad.device} of shape {tuple(grad.shape)}"
+            )
+        return _corner_pool_fake(x, axis, reverse)
 
     # Only the input is saved: backward recomputes the maxima.
 

@@ -4,7 +4,7 @@ OpenCV resizes and warps bytes in integer arithmetic: positions are rounded to 1
 1/2048 or 1/32768, results to bytes. Floats it resizes in floats. Published models were trained and
 measured with it; doing the same here lets the image stay on its device.
 
-Shapes: images (..., H, W), H and W at least 1: what is done to one is done to all.
+Shapes: images (..., H, W): what is done to one is done to all. Sides of 0 pixels are a ValueError.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ from torch.nn import functional as F
 _PLACE_BITS = 5
 _STEP_BITS = 10
 _RESIZE_ONE = 2048
+
+
+def _check_sizes(*sizes: int) -> None:
+    if min(sizes) < 1:
+        raise ValueError(f"Images have sides of at least one pixel, before and after; got {sizes}.")
 
 
 def _bytes(image: Tensor) -> Tensor:
@@ -64,6 +69,7 @@ def resize_like_opencv(images: Tensor, height: int, width: int) -> Tensor:
     Returns:
         (..., height, width) uint8.
     """
+    _check_sizes(*images.shape[-2:], height, width)
     values = _bytes(images)
     if values.shape[-2:] == (height, width):
         return values.to(torch.uint8)
@@ -93,6 +99,7 @@ def resize_crops_like_opencv(masks: Tensor, index: Tensor, boxes: Tensor, size: 
     Returns:
         (R, size, size) bool.
     """
+    _check_sizes(size)
     places, weights = [], []
     for low, high, rows in ((boxes[:, 1], boxes[:, 3], True), (boxes[:, 0], boxes[:, 2], False)):
         old = (high - low + 1).clamp(min=1)[:, None]
@@ -125,6 +132,7 @@ def resize_float_like_opencv(
         (B, C, height, width) float32, within 1e-4 grey levels of OpenCV with IPP, its default on x86.
         (Without IPP it rounds positions to float32, and differs from itself by 0.03.)
     """
+    _check_sizes(*images.shape[-2:], *size)
     if images.shape[-2:] == size:
         return images.float()  # what OpenCV does, whatever the scales
     # float64: a position beyond 1000 in float32 would be 6e-5 off. `F.interpolate` takes a size or
@@ -145,6 +153,7 @@ def warp_like_opencv(
     Returns:
         (..., height, width) uint8.
     """
+    _check_sizes(*images.shape[-2:], height, width)
     values = F.pad(_bytes(images), (1, 1, 1, 1))
     one, half = 1 << _STEP_BITS, 1 << (_STEP_BITS - _PLACE_BITS - 1)
     places = []

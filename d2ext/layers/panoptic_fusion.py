@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from d2ext.layers._extension import compiled_for, has_extension
 
@@ -35,6 +34,7 @@ __all__ = [
     "whole_boxes",
 ]
 
+_FAR = 2**29  # pixels; as csrc/panoptic_fusion.h
 # Semantic channels that the plain PyTorch path interpolates at a time.
 _CHUNK_CHANNELS = 16
 
@@ -49,10 +49,13 @@ class WholeBoxes(NamedTuple):
 
 
 def whole_boxes(boxes: Tensor) -> WholeBoxes:
-    """(n, 4) → the pixels that boxes cover."""
-    cut = boxes.trunc()
+    """(n, 4) → the pixels that boxes cover; with a NaN, none. Beyond ±2²⁹ they are cut."""
+    near = boxes.double().clamp(-_FAR, _FAR)
+    empty = near.new_tensor([0, 0, -1, -1])
+    near = torch.where(near.isnan().any(dim=1, keepdim=True), empty, near)
+    cut = near.trunc()
     return WholeBoxes(
-        torch.cat([cut[:, :2], boxes[:, 2:].round()], dim=1).to(torch.int64), cut.to(torch.int64)
+        torch.cat([cut[:, :2], near[:, 2:].round()], dim=1).to(torch.int64), cut.to(torch.int64)
     )
 
 
@@ -160,23 +163,38 @@ def fuse_panoptic(
 def _pasted(mask: Tensor, box: list[int], size: tuple[int, int]) -> tuple[Tensor, slice, slice]:
     """Logits (M, M) resized to the box, cut to the map, and where they go."""
     x1, y1, x2, y2 = box
-    cells_y, cells_x = mask.shape
-    first_y, last_y = mask.new_tensor([y1, y2]).to(torch.int64).split(1)
-    first_x, last_x = mask.new_tensor([x1, x2]).to(torch.int64).split(1)
     rows, columns = _within(y1, y2, size[0]), _within(x1, x2, size[1])
-    weights_y = paste_weights(first_y - rows.start, last_y - rows.start, _length(rows), cells_y)
-    weights_x = paste_weights(
-        first_x - columns.start, last_x - columns.start, _length(columns), cells_x
-    )
-    return weights_y[0] @ mask.float() @ weights_x[0].T, rows, columns
+    return _resized(mask, (y1, x1), (y2 - y1 + 1, x2 - x1 + 1), rows, columns), rows, columns
+
+
+def _resized(
+    grid: Tensor, start: tuple[int, int], size: tuple[int, int], rows: slice, columns: slice
+) -> Tensor:
+    """Rows and columns of (..., h, w) values that are spread over ``size`` pixels from ``start`` on.
+
+    Bilinear, half-pixel centres, ends repeated, as ``F.interpolate``; but a neighbour of weight 0 is not
+    read: it may be infinite.
+    """
+    upper, lower, part = _taps(start[0], size[0], rows, grid.shape[-2], grid.device)
+    grid = grid.float()
+    grid = grid[..., upper, :] * (1 - part)[:, None] + grid[..., lower, :] * part[:, None]
+    left, right, part = _taps(start[1], size[1], columns, grid.shape[-1], grid.device)
+    return grid[..., left] * (1 - part) + grid[..., right] * part
+
+
+def _taps(
+    start: int, size: int, line: slice, cells: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For each pixel of a line the two cells between which it lies, and the weight of the second."""
+    pixels = torch.arange(line.start - start, line.stop - start, device=device)
+    source = ((pixels + 0.5) * (cells / max(size, 1)) - 0.5).clamp(min=0)
+    first = source.long().clamp(max=cells - 1)
+    part = (source - first).clamp(max=1)
+    return first, (first + (part > 0)).clamp(max=cells - 1), part
 
 
 def _within(first: int, last: int, size: int) -> slice:
     return slice(min(max(first, 0), size), max(min(last + 1, size), min(max(first, 0), size)))
-
-
-def _length(part: slice) -> int:
-    return part.stop - part.start
 
 
 @torch.no_grad()
@@ -226,13 +244,14 @@ def fuse_panoptic_reference(
     Besides the results it holds a few H×W maps, and one for each class that occurs.
     """
     _check_fusion(score, boxes, classes, masks, size, num_stuff)
+    _check_class_values(score, classes, num_stuff)
     count = len(boxes)
     best, labels = _best_channel(score[:num_stuff], size)
     thing, thing_labels = _best_channel(score[num_stuff:], size)
     semantic = torch.where(thing > best, thing_labels + num_stuff, labels)
     places = whole_boxes(boxes)
     kinds = classes.tolist()
-    maps = {c: _upsampled(score[None, [num_stuff + c]], size)[0, 0] for c in set(kinds) if c >= 0}
+    maps = {c: _upsampled(score[num_stuff + c], size) for c in set(kinds) if c >= 0}
     # The first instance of which neither view covers the pixel: its logit there is 0.
     first_outside = torch.zeros(size, dtype=torch.int32, device=score.device)
     coverings = torch.zeros(size, dtype=torch.int32, device=score.device)
@@ -244,7 +263,7 @@ def fuse_panoptic_reference(
             continue
         rows, columns = _within(own[1], own[3], size[0]), _within(own[0], own[2], size[1])
         view = maps[kind][rows, columns]
-        inside_best[rows, columns] = inside_best[rows, columns].maximum(view)
+        inside_best[rows, columns] = inside_best[rows, columns].fmax(view)
         coverings[rows, columns] += 1
         pasted, mask_rows, mask_columns = _pasted(masks[i], place, size)
         # The smallest window with both views.
@@ -274,15 +293,17 @@ def fuse_panoptic_reference(
 
 
 def _upsampled(score: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(score.float(), size, mode="bilinear", align_corners=False)
+    return _resized(score, (0, 0), size, slice(0, size[0]), slice(0, size[1]))
 
 
 def _best_channel(score: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """(C, h, w) → maximum over the channels at (H, W), and the first channel that has it, int32."""
+    """(C, h, w) → maximum over the channels at (H, W), and the first channel that has it, int32. A NaN
+    is no maximum; where there is nothing else, -inf and 0."""
     best = torch.full(size, -torch.inf, device=score.device)
     labels = torch.zeros(size, dtype=torch.int32, device=score.device)
     for start in range(0, len(score), _CHUNK_CHANNELS):
-        values, channels = _upsampled(score[None, start : start + _CHUNK_CHANNELS], size)[0].max(0)
+        values = _upsampled(score[start : start + _CHUNK_CHANNELS], size)
+        values, channels = values.where(~values.isnan(), -torch.inf).max(0)
         better = values > best
         best = torch.where(better, values, best)
         labels = torch.where(better, channels.to(torch.int32) + start, labels)
@@ -293,7 +314,8 @@ def _best_channel(score: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]
 
 
 def _check_instances(masks: Tensor, boxes: Tensor, classes: Tensor, others: list[Tensor]) -> None:
-    """The checks of the compiled operators (csrc/panoptic_fusion.h), for the plain PyTorch path."""
+    """The checks of the compiled operators (csrc/panoptic_fusion.h), for the plain PyTorch path and for
+    tensors without values."""
     if masks.dim() != 3 or min(masks.shape[1:]) < 1 or not masks.is_floating_point():
         raise ValueError(
             "masks must be floating point of shape (n, M, M) with M >= 1, "
@@ -319,8 +341,11 @@ def _check_prune(
     masks: Tensor, boxes: Tensor, classes: Tensor, scores: Tensor, size: tuple[int, int]
 ) -> None:
     _check_instances(masks, boxes, classes, [scores])
-    if scores.shape != (len(masks),):
-        raise ValueError(f"scores must have shape ({len(masks)},), got {tuple(scores.shape)}")
+    if scores.shape != (len(masks),) or scores.is_complex():
+        raise ValueError(
+            f"scores must be real numbers of shape ({len(masks)},), got {scores.dtype} of shape "
+            f"{tuple(scores.shape)}"
+        )
     _check_size(size)
 
 
@@ -348,14 +373,17 @@ def _check_fusion(
             f"num_stuff must be in 1..{len(score) - 1}, to leave stuff and things, got {num_stuff}"
         )
     _check_size(size)
+
+
+def _check_class_values(score: Tensor, classes: Tensor, num_stuff: int) -> None:
     things = len(score) - num_stuff
     if len(classes) > 0 and not bool(((classes >= -1) & (classes < things)).all()):
         raise IndexError(f"classes must be in 0..{things - 1}, or -1, got {classes.tolist()}")
 
 
 def _check_size(size: tuple[int, int]) -> None:
-    if min(size) < 1:
-        raise ValueError(f"size must be (height, width), both >= 1, got {tuple(size)}")
+    if min(size) < 1 or max(size) >= _FAR:
+        raise ValueError(f"size must be (height, width), both >= 1 and < 2^29, got {tuple(size)}")
 
 
 # ---------------------------------------------------------------- shapes, for compile and export
@@ -372,6 +400,7 @@ if has_extension():
         width: int,
         overlap_fraction: float,
     ) -> tuple[Tensor, Tensor]:
+        _check_prune(masks, boxes, classes, scores, (height, width))
         count = masks.shape[0]
         return (
             masks.new_empty((count,), dtype=torch.int64),
@@ -389,6 +418,7 @@ if has_extension():
         num_stuff: int,
         unknown: bool,
     ) -> tuple[Tensor, Tensor]:
+        _check_fusion(score, boxes, classes, masks, (height, width), num_stuff)
         return (
             score.new_empty((height, width), dtype=torch.int32),
             score.new_empty((height, width), dtype=torch.int32),

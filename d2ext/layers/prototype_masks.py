@@ -35,6 +35,8 @@ __all__ = [
     "assemble_masks_reference",
 ]
 
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_MAX_SIDE = 2**31 - 1
 _CHUNK_PIXELS = 2**25
 """Interpolated pixels that the plain PyTorch path holds at a time (float32: 128 MiB)."""
 
@@ -150,6 +152,7 @@ def assemble_masks_reference(
     """:func:`assemble_masks` in plain PyTorch; differentiable to any order."""
     prototypes, coefficients = _promote(prototypes, coefficients)
     _check_inputs(prototypes, coefficients, boxes, batch_index, padding)
+    _check_batch_values(batch_index, prototypes)
     masks = _cropped_probabilities(prototypes, coefficients, boxes, batch_index, padding)
     return masks.to(prototypes.dtype)
 
@@ -170,9 +173,9 @@ def assemble_binary_masks_reference(
     _check_crop(crop)
     prototypes, coefficients = _promote(prototypes, coefficients)
     _check_inputs(prototypes, coefficients, boxes, batch_index, padding)
+    _check_batch_values(batch_index, prototypes)
+    _check_size(size)
     height, width = size
-    if min(height, width) < 1:
-        raise ValueError(f"size must be (height, width), both >= 1, got {tuple(size)}")
     detections = coefficients.shape[0]
     masks = torch.empty((detections, height, width), dtype=torch.bool, device=prototypes.device)
     step = max(1, _CHUNK_PIXELS // (height * width))
@@ -185,10 +188,13 @@ def assemble_binary_masks_reference(
             None if batch_index is None else batch_index[part],
             padding if crop == "before" else math.inf,
         )
-        resized = F.interpolate(
-            probabilities[:, None], size=(height, width), mode="bilinear", align_corners=False
-        )
-        above = resized[:, 0] > threshold
+        # A NaN counts where its weight is above 0; times 0 it would still be NaN.
+        spoilt = probabilities.isnan().to(probabilities.dtype)
+        pair = torch.stack([probabilities.nan_to_num(0.0), spoilt], dim=1)
+        resized, spoilt = F.interpolate(
+            pair, size=(height, width), mode="bilinear", align_corners=False
+        ).unbind(1)
+        above = (resized > threshold) & (spoilt == 0)
         if crop == "after":
             above &= _cells_inside(boxes[part].to(probabilities.dtype), height, width, padding)
         masks[part] = above
@@ -271,23 +277,29 @@ def _check_inputs(
     batch_index: Tensor | None,
     padding: float,
 ) -> None:
-    """The checks of the compiled operators (csrc/prototype_masks.h), for the plain PyTorch path."""
-    if prototypes.dim() not in (3, 4) or min(prototypes.shape[-3:]) < 1:
+    """The checks of the compiled operators (csrc/prototype_masks.h), for the plain PyTorch path and for
+    tensors without values."""
+    sides = prototypes.shape[-3:]
+    if prototypes.dim() not in (3, 4) or min(sides) < 1 or max(sides) >= _MAX_SIDE:
         raise ValueError(
-            "prototypes must have shape (h, w, k) or (B, h, w, k) with h, w, k >= 1, "
+            "prototypes must have shape (h, w, k) or (B, h, w, k) with h, w, k >= 1 and < 2^31 - 1, "
             f"got {tuple(prototypes.shape)}"
         )
-    if not prototypes.is_floating_point() or not boxes.is_floating_point():
+    if prototypes.dtype not in _DTYPES or not boxes.is_floating_point():
         raise ValueError(
             f"prototypes and boxes must be floating point, got {prototypes.dtype} and {boxes.dtype}"
         )
-    detections = coefficients.shape[0]
     channels = prototypes.shape[-1]
     if coefficients.dim() != 2 or coefficients.shape[1] != channels:
         raise ValueError(
             f"coefficients must have shape (N, {channels}), as many columns as there are "
             f"prototypes, got {tuple(coefficients.shape)}"
         )
+    if coefficients.dtype != prototypes.dtype:
+        raise ValueError(
+            f"coefficients are {coefficients.dtype} but prototypes are {prototypes.dtype}"
+        )
+    detections = coefficients.shape[0]
     if boxes.shape != (detections, 4):
         raise ValueError(
             f"boxes must have shape ({detections}, 4), one box per row of coefficients, "
@@ -320,8 +332,24 @@ def _check_batch_index(batch_index: Tensor | None, prototypes: Tensor, detection
             f"batch_index must be int64 of shape ({detections},), "
             f"got {batch_index.dtype} of shape {tuple(batch_index.shape)}"
         )
-    if detections and not bool(((batch_index >= 0) & (batch_index < images)).all()):
-        raise IndexError(f"batch_index must be in [0, {images}), got {batch_index.tolist()}")
+    if not images and detections:
+        raise ValueError(f"{detections} detections, but prototypes of no image")
+
+
+def _check_batch_values(batch_index: Tensor | None, prototypes: Tensor) -> None:
+    if batch_index is None or not len(batch_index):
+        return
+    if not bool(((batch_index >= 0) & (batch_index < len(prototypes))).all()):
+        raise IndexError(
+            f"batch_index must be in [0, {len(prototypes)}), got {batch_index.tolist()}"
+        )
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    if min(size) < 1 or max(size) >= _MAX_SIDE:
+        raise ValueError(
+            f"size must be (height, width), both >= 1 and < 2^31 - 1, got {tuple(size)}"
+        )
 
 
 # ---------------------------------------------------------------- compiled: shapes, gradients
@@ -336,6 +364,7 @@ if has_extension():
         batch_index: Tensor | None,
         padding: float,
     ) -> Tensor:
+        _check_inputs(prototypes, coefficients, boxes, batch_index, padding)
         height, width = prototypes.shape[-3:-1]
         return prototypes.new_empty((coefficients.shape[0], height, width))
 
@@ -348,6 +377,14 @@ if has_extension():
         batch_index: Tensor | None,
         padding: float,
     ) -> tuple[Tensor, Tensor]:
+        _check_inputs(prototypes, coefficients, boxes, batch_index, padding)
+        expected = (coefficients.shape[0], *prototypes.shape[-3:-1])
+        like = grad.dtype == prototypes.dtype and grad.device == prototypes.device
+        if grad.shape != expected or not like:
+            raise ValueError(
+                f"grad must be {prototypes.dtype} on {prototypes.device} of shape {expected}, "
+                f"got {grad.dtype} on {grad.device} of shape {tuple(grad.shape)}"
+            )
         return torch.empty_like(prototypes), torch.empty_like(coefficients)
 
     @torch.library.register_fake("d2ext::assemble_binary_masks")
@@ -362,6 +399,8 @@ if has_extension():
         crop_after: bool,
         padding: float,
     ) -> Tensor:
+        _check_inputs(prototypes, coefficients, boxes, batch_index, padding)
+        _check_size((height, width))
         return prototypes.new_empty((coefficients.shape[0], height, width), dtype=torch.bool)
 
     # Only the inputs are saved: backward recomputes the logits.

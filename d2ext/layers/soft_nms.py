@@ -21,6 +21,7 @@ Everything is computed in float32, on the CPU: rounds depend on each other.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -258,8 +259,15 @@ class _Rounds:
             dropped = (overlaps > 0) & (weighted < self.score_threshold)
             moves = _Moves(dropped)
             if corners is not None:
-                shares = torch.where(overlaps > 0, (1 - weights) ** self.weight_exp, 0.0)
-                boxes[row] = _merged(boxes[row:count], corners[row:count], shares, moves)
+                shares = (1 - weights) ** self.weight_exp
+                seen = overlaps[moves.visited] > 0
+                boxes[row] = _merged(
+                    boxes[row:count],
+                    corners[row:count],
+                    shares,
+                    moves.visited[seen],
+                    moves.places[seen],
+                )
             scores[left] = torch.where(moves.stale, scores[left], weighted[moves.sources])
             boxes[left] = boxes[left][moves.sources]
             indices[left] = indices[left][moves.sources]
@@ -307,24 +315,28 @@ class _Moves:
         self.visited, self.places = torch.tensor(visited), torch.tensor(places)
 
 
-def _merged(boxes: Tensor, corners: Tensor, shares: Tensor, moves: _Moves) -> Tensor:
-    """(4,): mean corners of row 0 (share 1) and of the rows after it, weighted by corner score."""
-    shares = torch.cat([shares.new_ones(1), shares[moves.visited]])
-    visited = torch.cat([boxes[:1], boxes[1:][moves.visited]])
-    weights = shares[:, None] * torch.cat([corners[:1], corners[1:][moves.places]])
-    sums = (visited.view(-1, 2, 2) * weights[:, :, None]).sum(0)
+def _merged(
+    boxes: Tensor, corners: Tensor, shares: Tensor, visited: Tensor, places: Tensor
+) -> Tensor:
+    """(4,): mean corners of row 0 (share 1) and of those after it that overlap with it, weighted by
+    corner score."""
+    shares = torch.cat([shares.new_ones(1), shares[visited]])
+    rows = torch.cat([boxes[:1], boxes[1:][visited]])
+    weights = shares[:, None] * torch.cat([corners[:1], corners[1:][places]])
+    sums = (rows.view(-1, 2, 2) * weights[:, :, None]).sum(0)
     return (sums / weights.sum(0)[:, None]).flatten()
 
 
 def _pixel_iou(box: Tensor, boxes: Tensor) -> Tensor:
-    """(L,): IoU of one box with L boxes, counting pixels; 0 where they do not overlap."""
+    """(L,): IoU of one box with L boxes, counting pixels; 0 where they do not overlap, or where
+    coordinates that are not finite make it NaN."""
     low = torch.maximum(box[:2], boxes[:, :2])
     high = torch.minimum(box[2:], boxes[:, 2:])
     sides = high - low + 1
     common = sides.prod(1)
     areas = (boxes[:, 2:] - boxes[:, :2] + 1).prod(1)
     union = (box[2:] - box[:2] + 1).prod() + areas - common
-    return torch.where((sides > 0).all(1), common / union, 0.0)
+    return torch.where((sides > 0).all(1), common / union, 0.0).nan_to_num(0.0, posinf=math.inf)
 
 
 # ---------------------------------------------------------------- arguments
@@ -378,6 +390,20 @@ if has_extension():
         score_threshold: float,
         weight_exp: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        count = boxes.shape[0] if boxes.dim() else 0
+        checks = [("boxes", boxes, (count, 4)), ("scores", scores, (count,))]
+        if corner_scores is not None:
+            checks.append(("corner_scores", corner_scores, (count, 2)))
+        for name, x, shape in checks:
+            if x.shape != shape or x.dtype != torch.float32:
+                raise ValueError(
+                    f"soft_nms: {name} must be float32 of shape {shape}, got {x.dtype} of shape "
+                    f"{tuple(x.shape)}"
+                )
+        if sizes.dim() != 1 or sizes.dtype != torch.int64:
+            raise ValueError("soft_nms: sizes must be int64 of shape (classes,)")
+        if method not in (0, 1, 2) or not sigma > 0:
+            raise ValueError(f"soft_nms: no method {method}, or no sigma > 0: {sigma}")
         rows = scores.shape
         return (
             boxes.new_empty(boxes.shape),

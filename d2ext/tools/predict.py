@@ -105,6 +105,7 @@ from d2ext.utils.drawing import PictureDrawer, VideoDrawer, select, write_pictur
 from d2ext.utils.heatmaps import SeesHeatmaps
 from d2ext.utils.memory import available_memory
 from d2ext.utils.surfaces import STYLES
+from d2ext.utils.terminal import silence_foreign
 from d2ext.utils.video import CameraReader, VideoError, VideoReader, video_writer
 
 logger = logging.getLogger("d2ext.tools.predict")
@@ -474,6 +475,7 @@ def run(arguments: list[str] | None = None) -> int:
         parser.error("--tile goes neither with --detector or --boxes nor with --draw heatmaps.")
     if args.input and (args.tracker or args.video_results):
         parser.error("--tracker and --video-results are for videos.")
+    silence_foreign()
     setup_logger(name="d2ext")
     setup_logger(name="fvcore")
     try:

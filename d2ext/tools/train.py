@@ -28,7 +28,6 @@ from detectron2.data.catalog import Metadata
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from d2ext.checkpoint.checkpointer import Checkpointer
@@ -54,6 +53,7 @@ from d2ext.evaluation import check_analysis
 from d2ext.files import atomic_write
 from d2ext.model_zoo import find_config_file
 from d2ext.tools.command_line import positive
+from d2ext.utils.terminal import start_logging
 
 logger = logging.getLogger("d2ext.tools.train")
 
@@ -112,6 +112,7 @@ def _setup(args: argparse.Namespace) -> tuple[CfgNode, str]:
         images = sum(len(load_images(x)) for x in cfg.DATASETS.TRAIN)
         keys = args.opts[::2]
         schedule = fit_schedule(cfg, length, images, epochs=args.epochs, keep=keys)
+    _check_files(cfg, args)
     if args.analyze:
         cfg.TEST.ANALYZE = True
     if cfg.TEST.ANALYZE:
@@ -119,6 +120,20 @@ def _setup(args: argparse.Namespace) -> tuple[CfgNode, str]:
             check_analysis(dataset)
     cfg.freeze()
     return cfg, schedule
+
+
+def _check_files(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Raise for what would otherwise come to nothing only after the network is built."""
+    if not args.eval_only and not cfg.DATASETS.TRAIN:
+        raise ConfigError("There is nothing to train on: set DATASETS.TRAIN or pass --dataset.")
+    if args.eval_only and not cfg.DATASETS.TEST:
+        raise ConfigError("There is nothing to evaluate: set DATASETS.TEST or pass --dataset.")
+    weights = cfg.MODEL.WEIGHTS
+    resumes = args.resume and Checkpointer(nn.Identity(), cfg.OUTPUT_DIR).has_checkpoint()
+    if weights and not resumes and "://" not in weights and not Path(weights).is_file():
+        raise FileNotFoundError(
+            f"MODEL.WEIGHTS {weights!r} does not exist; an empty value trains from random weights."
+        )
 
 
 def _base_config(args: argparse.Namespace) -> CfgNode:
@@ -158,8 +173,6 @@ def _check_learned(learned: Metadata, cfg: CfgNode, name: str) -> None:
 def main(args: argparse.Namespace) -> dict[str, Any] | None:
     """What each process does. Returns the results of the evaluation."""
     cfg, schedule = _setup(args)
-    if not args.eval_only and not cfg.DATASETS.TRAIN:
-        raise ConfigError("There is nothing to train on: set DATASETS.TRAIN or pass --dataset.")
     with ExitStack() as stack:
         if not args.eval_only:
             comm.synchronize()  # all have read the config, which may be one that moves aside
@@ -169,8 +182,8 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
                 )
                 keep_files(cfg)
             comm.synchronize()  # where the folder is refused, the others write nothing and end
+        start_logging(cfg.OUTPUT_DIR)
         default_setup(cfg, args)
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2ext")
         if comm.is_main_process():
             if schedule:
                 logger.info(schedule)
@@ -190,8 +203,6 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def evaluate(cfg: CfgNode, *, resume: bool) -> dict[str, Any]:
     """Evaluate ``MODEL.WEIGHTS``, or with ``resume`` the last checkpoint in ``OUTPUT_DIR``."""
-    if not cfg.DATASETS.TEST:
-        raise ConfigError("There is nothing to evaluate: set DATASETS.TEST or pass --dataset.")
     set_cpu_threads(cfg)
     model = Trainer.build_model(cfg)
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, fit="exact")
@@ -219,19 +230,22 @@ def run(arguments: list[str] | None = None, parser: argparse.ArgumentParser | No
             args=(args,),
         )
     except KeyboardInterrupt:
-        print(f"interrupted{'' if args.eval_only else _how_to_go_on(folder)}", file=sys.stderr)
+        end = "" if args.eval_only else _how_to_go_on(folder) or ": nothing was saved yet."
+        print(f"interrupted{end}", file=sys.stderr)
         return 130
     except (ConfigError, CheckpointError, DataError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (OSError, FloatingPointError, RankError) as error:  # the log has the traceback
+    except RankError as error:
+        print(f"error: {error}{'' if args.eval_only else _how_to_go_on(folder)}", file=sys.stderr)
+        return 1
+    except (OSError, FloatingPointError) as error:  # the log has the traceback
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 def _how_to_go_on(folder: str) -> str:
-    saved = Checkpointer(nn.Identity(), folder).get_checkpoint_file() if folder else ""
-    if not saved:
-        return ": nothing was saved yet."
-    return f": {saved} is saved; the same command with --resume goes on from it."
+    """What was saved; empty, if nothing was."""
+    saved = folder and Checkpointer(nn.Identity(), folder).get_checkpoint_file()
+    return saved and f": {saved} is saved; the same command with --resume goes on from it."

@@ -173,7 +173,7 @@ class PictureDrawer:
 
     def _draw(self, image: np.ndarray, output: dict[str, Any]) -> np.ndarray:
         """On RGB."""
-        from detectron2.utils.visualizer import Visualizer  # pulls in matplotlib
+        from d2ext.utils.visualizer import Visualizer  # pulls in matplotlib
 
         if "panoptic_seg" in output:
             segments, info = output["panoptic_seg"]
@@ -325,7 +325,7 @@ class VideoDrawer(PictureDrawer):
 
 def _draw_tracks(image: np.ndarray, instances: Instances, metadata: Metadata) -> np.ndarray:
     """On RGB: instances on the CPU in the colours of their ids."""
-    from detectron2.utils.visualizer import GenericMask, Visualizer  # pulls in matplotlib
+    from d2ext.utils.visualizer import Visualizer  # pulls in matplotlib
 
     ids = instances.track_ids.tolist()
     labels = [
@@ -334,9 +334,7 @@ def _draw_tracks(image: np.ndarray, instances: Instances, metadata: Metadata) ->
             instances.pred_classes.tolist(), instances.scores.tolist(), ids, strict=True
         )
     ]
-    masks = None
-    if instances.has("pred_masks"):
-        masks = [GenericMask(mask, *image.shape[:2]) for mask in instances.pred_masks.numpy()]
+    masks = list(instances.pred_masks.numpy()) if instances.has("pred_masks") else None
     return (
         Visualizer(image, metadata)
         .overlay_instances(

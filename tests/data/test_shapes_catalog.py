@@ -32,6 +32,7 @@ from d2ext.data.shapes import (
     TASKS,
     ShapesSet,
     VideoSet,
+    catalog,
     load_shapes,
     register_shapes,
     shapes_metadata,
@@ -418,3 +419,22 @@ def test_unknown_task():
     for use in (lambda: load_shapes(TINY, "depth"), lambda: shapes_metadata("depth")):
         with pytest.raises(ValueError, match="choose from instances"):
             use()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_annotations_of_the_default_sets_are_cached(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("D2EXT_CACHE", str(tmp_path))
+    few = ShapesSet("few", 5)
+    monkeypatch.setattr(catalog, "DEFAULT_SETS", (few,))
+    drawn = catalog._draw(few, task)
+    catalog._load.cache_clear()
+    assert load_shapes(few, task) == drawn
+    monkeypatch.setattr(catalog, "_draw", None)
+    catalog._load.cache_clear()
+    cached = load_shapes(few, task)
+    assert cached == drawn
+    for annotation in cached[0].get("annotations", ()):
+        assert isinstance(annotation["bbox_mode"], BoxMode)
+    catalog._load.cache_clear()

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
@@ -42,7 +43,7 @@ class ToyDetector(nn.Module):
 
     Environment variables name an iteration in which something happens to the process of the highest
     rank: TOY_KILL_AT, a SIGKILL; TOY_DEAF_AT, it ignores SIGINT from then on; TOY_RAISE_AT, an
-    exception; TOY_INF_AT, an infinite loss (with a finite gradient).
+    exception; TOY_INF_AT, an infinite loss (with a finite gradient); TOY_WAIT_AT, it does not go on.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -77,6 +78,8 @@ class ToyDetector(nn.Module):
             os.kill(os.getpid(), signal.SIGKILL)
         if "TOY_DEAF_AT" in now:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if "TOY_WAIT_AT" in now:
+            time.sleep(1000)
         if "TOY_RAISE_AT" in now:
             raise LookupError("nothing there")
         target = torch.stack([x["instances"].gt_boxes.tensor[0] / SIDE for x in inputs])

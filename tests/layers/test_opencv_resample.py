@@ -137,3 +137,18 @@ def test_images_of_a_batch_are_resampled_alike() -> None:
         assert together.shape[:2] == (2, 3) and not torch.equal(together[0], together[1])
         for one, image in zip(together, images, strict=True):
             assert torch.equal(one, function(image, *arguments))
+
+
+@pytest.mark.parametrize("sides", [(0, 5, 4, 3), (6, 0, 4, 3), (6, 5, 0, 3), (6, 5, 4, 0)])
+def test_sides_of_no_pixels_are_named(sides: tuple[int, int, int, int]) -> None:
+    image, new = torch.zeros(3, *sides[:2]), sides[2:]
+    for run in (
+        lambda: resize_like_opencv(image, *new),
+        lambda: resize_float_like_opencv(image[None], new, (0.5, 0.5)),
+        lambda: warp_like_opencv(image, [[1, 0, 0], [0, 1, 0]], *new),
+    ):
+        with pytest.raises(ValueError, match="at least one pixel"):
+            run()
+    nothing = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="at least one pixel"):
+        resize_crops_like_opencv(torch.zeros(1, 4, 4, dtype=torch.bool), *nothing, 0)

@@ -26,6 +26,7 @@ def bootstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     specification.loader.exec_module(module)
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(module, "NEWEST_VENV", tmp_path / ".venv-newest")
     monkeypatch.setattr(module, "STAMPS", tmp_path / "stamps")
     module.STAMPS.mkdir()
     return module
@@ -110,11 +111,11 @@ def test_extension_is_built_again_only_after_a_change(
 
     def build(python: Path) -> bool:
         builds.append(python)
-        (tmp_path / "d2ext" / "d2ext_C.so").write_text("")
+        (tmp_path / "d2ext" / "d2ext_C.311.so").write_text("")
         return True
 
-    torch = ["2.11.0"]
-    facts = lambda *_, **__: f"{torch[0]} {tmp_path / 'd2ext' / '__init__.py'}\n"  # noqa: E731
+    torch = ["2.11.0", ".311.so"]
+    facts = lambda *_, **__: f"{' '.join(torch)} {tmp_path / 'd2ext' / '__init__.py'}\n"  # noqa: E731
     monkeypatch.setattr(bootstrap.subprocess, "check_output", facts)
     linked = []
     monkeypatch.setattr(bootstrap, "pip", lambda *words, **_: linked.append(words))
@@ -129,9 +130,9 @@ def test_extension_is_built_again_only_after_a_change(
     assert prepare() == 1
     (tmp_path / "csrc" / "a.cpp").write_text("int b;")
     assert prepare() == 2
-    (tmp_path / "d2ext" / "d2ext_C.so").unlink()
+    (tmp_path / "d2ext" / "d2ext_C.311.so").unlink()
     assert prepare() == 3
-    torch[0] = "2.12.0"
+    torch[0] = "2.12.0"  # of another environment, in whose place this one's library goes
     assert prepare() == 4
     (tmp_path / "setup.py").write_text("# changed")
     assert prepare() == 5
@@ -151,6 +152,19 @@ def test_build_shows_what_the_compiler_says_if_it_fails(
     (tmp_path / "setup.py").write_text("raise SystemExit('masks.cpp:7: error: expected ;')")
     assert not bootstrap.run_build(Path(sys.executable))
     assert "masks.cpp:7: error: expected ;" in capsys.readouterr().out
+
+
+def test_a_long_build_says_that_it_goes_on(
+    bootstrap: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(bootstrap, "EVERY", 0.1)
+    (tmp_path / "setup.py").write_text("import time; time.sleep(0.5)")
+    assert bootstrap.run_build(Path(sys.executable))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) >= 3 and lines[0] == "[d2ext] still compiling: 0 s"
 
 
 def test_failed_build_stops_with_advice_and_is_tried_again(
@@ -183,11 +197,20 @@ def test_finished_venv_is_left_alone_until_the_requirements_change(
     installed: list[tuple[str, ...]] = []
     monkeypatch.setattr(bootstrap, "pip", lambda python, *words, **env: installed.append(words))
 
-    assert bootstrap.create_venv(dev=True) == python
+    venv = tmp_path / ".venv"
+    assert bootstrap.create_venv(True, venv) == python
     assert len(installed) == 2  # the pinned ones, and Detectron2
-    bootstrap.create_venv(dev=True)
-    bootstrap.create_venv(dev=False)  # a development environment holds all that the demo needs
+    bootstrap.create_venv(True, venv)
+    bootstrap.create_venv(False, venv)  # a development environment holds all that the demo needs
     assert len(installed) == 2
     (requirements / "dev.txt").write_text("another version")
-    bootstrap.create_venv(dev=True)
+    bootstrap.create_venv(True, venv)
     assert len(installed) == 4
+    venv.rename(bootstrap.NEWEST_VENV)
+    (requirements / "dev.txt").write_text(
+        "torch==2.11.0\nnvidia-nccl-cu13==2\nnumpy==1\ntriton==3\n"
+    )
+    bootstrap.create_venv(True, bootstrap.NEWEST_VENV)
+    assert installed[4] == ("install", "torch!=2.13.0", "torchvision")
+    assert str(bootstrap.NEWEST_VENV / "pins.txt") in installed[5] and len(installed) == 7
+    assert (bootstrap.NEWEST_VENV / "pins.txt").read_text() == "numpy==1\n"

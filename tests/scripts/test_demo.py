@@ -72,6 +72,17 @@ def test_pair_has_truth_left_and_confident_predictions_right(
     assert not colourful(1, 20, 25)
 
 
+def test_duplicates_are_left_out_whatever_their_class(gallery: ModuleType) -> None:
+    one = detections(0.6)
+    other = detections(0.7)
+    other.pred_classes += 1
+    away = detections(0.4)
+    away.pred_boxes.tensor -= 25
+    kept = gallery.without_duplicates(Instances.cat([one, other, away]), 0.3)
+    assert kept.scores.tolist() == pytest.approx([0.7, 0.4])
+    assert kept.pred_classes.tolist() == [1, 0]
+
+
 @pytest.mark.parametrize(("count", "columns"), [(1, 1), (6, 2), (12, 3)])
 def test_montage_keeps_every_picture_once(gallery: ModuleType, count: int, columns: int) -> None:
     pictures = [np.full((100, 200, 3), 10 + i, np.uint8) for i in range(count)]

@@ -4,16 +4,72 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from detectron2.engine import create_ddp_model
 from detectron2.modeling import build_model
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from d2ext.engine import launch
+from d2ext.engine.processes import RankError
 from d2ext.engine.train_loop import StepTrainer
 from d2ext.testing import random_inputs, tiny_architectures, tiny_config
+
+
+def train_with_nan_in_one(architecture: str, layers: list[str], folder: str) -> None:
+    """What each of two processes does: an iteration for each layer, whose output is NaN in rank 1 alone,
+    and one without. Writes whether weights changed, and how many were skipped."""
+    torch.manual_seed(0)
+    cfg = tiny_config(architecture)
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.001)
+    wrapped = create_ddp_model(model, device_ids=None, broadcast_buffers=False)
+    data = (copy.deepcopy(inputs) for inputs in itertools.repeat(random_inputs()))
+    trainer = StepTrainer(wrapped, data, optimizer, seed=0)
+    states = []
+    for trainer.iter, name in enumerate([*layers, ""]):
+        hook = None
+        if name and comm.get_rank() == 1:
+            hook = model.get_submodule(name).register_forward_hook(lambda *x: x[2] * float("nan"))
+        with EventStorage():
+            trainer.run_step()
+        if hook:
+            hook.remove()
+        weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+        states.append((trainer.updated, trainer.skipped, weights.double().sum().item()))
+    (Path(folder) / f"{comm.get_rank()}.json").write_text(json.dumps(states))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layers"),
+    [
+        ("YOLACT", ["backbone.output5", "head.prototypes.output"]),
+        ("UPSNet", ["roi_heads.mask_head.predictor", "sem_seg_head.score"]),
+    ],
+)
+def test_nan_in_one_process_is_skipped_by_all(
+    architecture: str, layers: list[str], tmp_path: Path
+) -> None:
+    launch(train_with_nan_in_one, 2, device="cpu", args=(architecture, layers, str(tmp_path)))
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    updated, skipped, weights = zip(*first, strict=True)
+    assert updated == (False, False, True) and skipped == (1, 2, 2)
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_nan_that_ends_a_forward_pass_is_named(tmp_path: Path) -> None:
+    """The others wait for gradients that this process does not have."""
+    layers = ["proposal_generator.rpn_head.anchor_deltas"]
+    with pytest.raises(RankError, match=r"rank 1 failed: FloatingPointError: .*Inf/NaN"):
+        launch(train_with_nan_in_one, 2, device="cpu", args=("UPSNet", layers, str(tmp_path)))
 
 
 def last_layers(model: nn.Module) -> list[nn.Module]:
@@ -26,11 +82,14 @@ def last_layers(model: nn.Module) -> list[nn.Module]:
     return list(last.values())
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("architecture", tiny_architectures())
-def test_nan_in_a_head_is_skipped(architecture: str) -> None:
+def test_nan_in_a_head_is_skipped(architecture: str, device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     torch.manual_seed(0)
     cfg = tiny_config(architecture)
-    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.DEVICE = device
     model = build_model(cfg).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     data = (copy.deepcopy(inputs) for inputs in itertools.repeat(random_inputs()))

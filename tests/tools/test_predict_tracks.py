@@ -237,24 +237,24 @@ def test_class_and_score_of_a_track(tmp_path: Path) -> None:
 
 
 def test_colour_is_that_of_the_id() -> None:
-    image = np.full((60, 120, 3), 128, dtype=np.uint8)
+    image = np.full((180, 360, 3), 128, dtype=np.uint8)
     drawer = VideoDrawer(Metadata(name="x", thing_classes=["thing"]))
 
     def colors(ids: list[int]) -> list[list[int]]:
         """Of the middles of squares, from left to right."""
-        instances = Instances((60, 120))
-        corners = [[5 + 40 * i, 5, 35 + 40 * i, 55] for i in range(len(ids))]
+        instances = Instances((180, 360))
+        corners = [[15 + 120 * i, 15, 105 + 120 * i, 165] for i in range(len(ids))]
         instances.pred_boxes = Boxes(torch.tensor(corners).float())
         instances.scores, instances.pred_classes = (
             torch.ones(len(ids)),
             torch.zeros(len(ids)).long(),
         )
-        instances.pred_masks = torch.zeros((len(ids), 60, 120), dtype=torch.bool)
+        instances.pred_masks = torch.zeros((len(ids), 180, 360), dtype=torch.bool)
         for mask, (x1, y1, x2, y2) in zip(instances.pred_masks, corners, strict=True):
             mask[y1:y2, x1:x2] = True
         instances.track_ids = torch.tensor(ids)
         drawn = drawer(image, {"instances": instances})
-        return [drawn[50, 20 + 40 * i].tolist() for i in range(len(ids))]
+        return [drawn[150, 60 + 120 * i].tolist() for i in range(len(ids))]
 
     first = colors([3, 4, -1])
     assert colors([4, -1, 3]) == [first[1], first[2], first[0]]
