@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import gc
 import os
 import pickle
@@ -21,6 +22,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -44,8 +46,11 @@ MORE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "yolact": (("d2ext/codecs/prior_boxes.py",), ("tests/codecs/test_prior_boxes.py",)),
     "cornernet": (("d2ext/codecs/corners.py",), ("tests/codecs/test_corners.py",)),
     "landmarks": (
-        tuple(f"d2ext/codecs/landmark{x}.py" for x in ("_heatmaps", "_integral", "_simcc", "s")),
-        ("tests/codecs/test_landmarks.py",),
+        (
+            *(f"d2ext/codecs/landmark{x}.py" for x in ("_heatmaps", "_integral", "_simcc", "s")),
+            "d2ext/data/landmarks/hourglass.py",
+        ),
+        ("tests/codecs/test_landmarks.py", "tests/data/landmarks/test_hourglass.py"),
     ),
     "upsnet": (("d2ext/codecs/image_scale.py",), ("tests/codecs/test_image_scale.py",)),
     "densepose": (("d2ext/codecs/densepose.py",), ("tests/codecs/test_densepose.py",)),
@@ -166,11 +171,11 @@ class Observer:
     def __init__(self, files: set[str]) -> None:
         self.files = files
         self.calls: dict[str, set[tuple[str, str]]] = defaultdict(set)
-        self.fixtures: dict[str, list[str]] = {}
+        self.used: dict[str, list[str]] = {}
         self.seconds: dict[str, float] = defaultdict(float)
 
     def _observed(self, key: str) -> Any:
-        before, calls = sys.getprofile(), self.calls[key]
+        before, calls, start = sys.getprofile(), self.calls[key], time.process_time()
 
         def called(frame: FrameType, event: str, _: Any) -> None:
             code = frame.f_code
@@ -182,6 +187,7 @@ class Observer:
             return (yield)
         finally:
             sys.setprofile(before)
+            self.seconds[key] += time.process_time() - start
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any) -> Any:
@@ -190,17 +196,19 @@ class Observer:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: Any) -> Any:
         used = item._fixtureinfo.name2fixturedefs.values()
-        self.fixtures[item.nodeid] = [f"{d.baseid}:{d.argname}" for x in used for d in x]
+        names = (f"{d.baseid}:{d.argname}" for definitions in used for d in definitions)
+        self.used[item.nodeid] = [item.nodeid, *names]
         return (yield from self._observed(item.nodeid))
-
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        self.seconds[report.nodeid] += report.duration
 
     def found(self) -> list[Test]:
         """The tests that ran, fastest first."""
         return sorted(
-            Test(self.seconds[name], name, set().union(*(self.calls[k] for k in (name, *used))))
-            for name, used in self.fixtures.items()
+            Test(
+                sum(self.seconds[k] for k in keys),
+                name,
+                set().union(*(self.calls[k] for k in keys)),
+            )
+            for name, keys in self.used.items()
         )
 
 
@@ -284,14 +292,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("system")
     parser.add_argument("--list", action="store_true", help="only say what would be changed")
-    parser.add_argument("--only", default="", help="part of the name of a file")
+    parser.add_argument("--only", default="", help="files: a regular expression")
     parser.add_argument("--tests", default="", help="tests, in place of all of the system")
     parser.add_argument("--pytest", default="", help="further arguments, such as \"-k 'not slow'\"")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds of tests for a change")
     args = parser.parse_args()
     torch.set_num_threads(1)
     sys.dont_write_bytecode = True
-    found = [m for m in mutations(args.system) if args.only in m.file]
+    found = [m for m in mutations(args.system) if re.search(args.only, m.file)]
     # Constants outside functions need a process that has nothing of ours yet.
     found.sort(key=lambda m: m.function is not None or m.file.endswith(".yaml"))
     rows = [(False, m) for m in found] if args.list else check(args, found)
@@ -326,7 +334,8 @@ def check(args: argparse.Namespace, found: list[Mutation]) -> list[tuple[bool, M
         for number, m in enumerate(found, start=1):
             if not imported and (m.function or m.file.endswith(".yaml")):
                 imported = True
-                run_tests(["--collect-only", *chosen])
+                with contextlib.redirect_stdout(sys.stderr):
+                    run_tests(["--collect-only", *chosen])
             alive = survives(m, tests, args.limit)
             rows.append((alive, m))
             print(f"{number}/{len(found)}", m.file, m.line, m.text, alive, file=sys.stderr)

@@ -440,11 +440,11 @@ def write_training_files(fixture: Fixture, folder: Path) -> dict[str, str]:
     size = {"height": image["height"], "width": image["width"]}
     images = [{"id": 1, "file_name": "image.png", **size}]
     panoptic = [{"image_id": 1, "file_name": "panoptic.png", "segments_info": segments}]
-    for name, annotations, listed in (
+    for name, entries, listed in (
         ("instances", inputs["annotations"], categories[:80]),
         ("panoptic", panoptic, categories),
     ):
-        content = {"images": images, "annotations": annotations, "categories": listed}
+        content = {"images": images, "annotations": entries, "categories": listed}
         (folder / f"{name}.json").write_text(json.dumps(content))
     return {
         "train_json": str(folder / "instances.json"),
