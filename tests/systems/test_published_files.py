@@ -212,8 +212,8 @@ def test_every_whole_model_is_here() -> None:
         manifest = json.loads(path.read_text())
         if {"image", "frames"} & manifest.get("inputs", {}).keys() and manifest["parameters"]:
             whole.add("/".join(path.parts[-3:-1]))
-    training, part = {"upsnet/resnet50_coco_training", "vpsnet/fusetrack_training"}, {"vpsnet/track_head"}
-    assert whole - set(CASES) == training | part | {"hourglass/hg2_mpii"}
+    training = {"upsnet/resnet50_coco_training", "vpsnet/fusetrack_training"}
+    assert whole - set(CASES) == {*training, "hourglass/hg2_mpii", "vpsnet/track_head"}
 
 
 def test_landmarks_from_files(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances, Keypoints
 from torch import Tensor
 
 from d2ext import model_zoo
@@ -18,6 +17,7 @@ from d2ext.codecs.canvas import scale_points
 from d2ext.codecs.prior_boxes import decode_boxes, decode_points, encode_boxes, encode_points
 from d2ext.systems.retinaface.model import RetinaFace
 from tests.reference.fixture import Fixture, draw_image
+from tests.systems.fixture_files import classes, coco_annotation, load_batch, write_coco
 
 REFERENCE = Path(__file__).parents[2] / "reference" / "retinaface"
 # DESIGN: raw outputs within 1e-4 relative. The runs agree to 2e-6 in float64 (NOTES.md).
@@ -101,25 +101,29 @@ def test_detections(case: Case, prepared: bool) -> None:
     assert priors == case.fixture.expected["detections_prior_index"].tolist()
 
 
-def _training_inputs(case: Case) -> list[dict[str, Any]]:
+def _training_inputs(case: Case, folder: Path) -> list[dict[str, Any]]:
+    """The fixture's batch, from files through the training loader."""
     batch = case.fixture.manifest["inputs"]["loss"]["ground_truth_pixels"]
-    inputs = []
-    for seed, faces in zip((115, 116, 117), batch, strict=True):
-        instances = Instances((125, 157))
-        instances.gt_boxes = Boxes(torch.tensor([face["box_xyxy"] for face in faces]))
-        instances.gt_classes = torch.zeros(len(faces), dtype=torch.int64)
-        points = torch.tensor([face["landmarks_xy"] for face in faces]).unflatten(1, (5, 2))
-        visible = torch.tensor([2.0 if face["label"] == 1 else 0.0 for face in faces])
-        instances.gt_keypoints = Keypoints(
-            torch.cat([points, visible[:, None, None].expand(-1, 5, 1)], dim=2)
-        )
-        inputs.append(_read(125, 157, seed) | {"instances": instances})
-    return inputs
+    annotations = []
+    for faces in batch:
+        listed = [coco_annotation(face["box_xyxy"], 0) for face in faces]
+        for annotation, face in zip(listed, faces, strict=True):
+            if face["label"] == 1:
+                points = np.reshape(face["landmarks_xy"], (5, 2))
+                annotation["keypoints"] = np.insert(points, 2, 2, axis=1).flatten().tolist()
+        annotations.append(listed)
+    names = ["left_eye", "right_eye", "nose", "left_mouth", "right_mouth"]
+    images = [draw_image(125, 157, seed) for seed in (115, 116, 117)]
+    files = write_coco(folder, images, annotations, classes(1, keypoints=names))
+    cfg = model_zoo.get_config("retinaface/mobilenet025_wider.yaml")
+    cfg.INPUT.AUGMENTATION.NAME = "none"
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    return load_batch(cfg, {**files, "landmarks": "faces"})
 
 
-def test_targets_and_losses(case: Case) -> None:
+def test_targets_and_losses(case: Case, tmp_path: Path) -> None:
     model, expected = case.model, case.fixture.expected
-    images, targets = model.training_batch(_training_inputs(case))
+    images, targets = model.training_batch(_training_inputs(case, tmp_path))
     with torch.no_grad():
         predictions = model.network(images)
     matches = model.criterion.match(case.priors, targets)
