@@ -55,23 +55,34 @@ def load_batch(
         files: arguments of ``register_own_dataset``.
         transforms: of each image, in place of those that ``cfg`` names.
     """
-    cfg = cfg.clone()
     register_own_dataset("fixture", **files)
     try:
-        cfg.DATASETS.TRAIN = ("fixture_train",)
-        cfg.SOLVER.IMS_PER_BATCH = len(DatasetCatalog.get("fixture_train"))
-        cfg.DATALOADER.NUM_WORKERS = 0
-        mapper = build_mapper(cfg, is_train=True)
-
-        def with_transforms(record: dict[str, Any]) -> dict[str, Any]:
-            assert transforms is not None
-            return mapper.map(record, TransformList(transforms[record["image_id"]]))[0]
-
-        loader = build_train_loader(cfg, mapper=with_transforms if transforms else mapper)
-        return sorted(next(iter(loader)), key=lambda x: x["file_name"])
+        return first_batch(cfg, "fixture_train", transforms)
     finally:
         DatasetCatalog.remove("fixture_train")
         MetadataCatalog.remove("fixture_train")
+
+
+def first_batch(
+    cfg: CfgNode,
+    name: str,
+    transforms: list[list[Transform]] | None = None,
+    count: int | None = None,
+) -> list[dict[str, Any]]:
+    """See :func:`load_batch`; of a registered data set of ``count`` samples, default: its records."""
+    cfg = cfg.clone()
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TRAIN_JOINT = (name,), ()
+    records = DatasetCatalog.get(name)  # metadata of videos are known then
+    cfg.SOLVER.IMS_PER_BATCH = count or len(records)
+    cfg.DATALOADER.NUM_WORKERS = 0
+    mapper = build_mapper(cfg, is_train=True)
+
+    def with_transforms(record: dict[str, Any]) -> dict[str, Any]:
+        assert transforms is not None
+        return mapper.map(record, TransformList(transforms[record["image_id"]]))[0]
+
+    loader = build_train_loader(cfg, mapper=with_transforms if transforms else mapper)
+    return sorted(next(iter(loader)), key=lambda x: x["file_name"])
 
 
 def classes(count: int, **fields: Any) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,7 @@ from d2ext.codecs.canvas import scale_points
 from d2ext.codecs.prior_boxes import decode_boxes, decode_points, encode_boxes, encode_points
 from d2ext.systems.retinaface.model import RetinaFace
 from tests.reference.fixture import Fixture, draw_image
-from tests.systems.fixture_files import classes, coco_annotation, load_batch, write_coco
+from tests.systems.fixture_files import load_batch
 
 REFERENCE = Path(__file__).parents[2] / "reference" / "retinaface"
 # DESIGN: raw outputs within 1e-4 relative. The runs agree to 2e-6 in float64 (NOTES.md).
@@ -102,22 +103,24 @@ def test_detections(case: Case, prepared: bool) -> None:
 
 
 def _training_inputs(case: Case, folder: Path) -> list[dict[str, Any]]:
-    """The fixture's batch, from files through the training loader."""
+    """The fixture's batch, from files, in the published form, through the training loader."""
+    lines = []
     batch = case.fixture.manifest["inputs"]["loss"]["ground_truth_pixels"]
-    annotations = []
-    for faces in batch:
-        listed = [coco_annotation(face["box_xyxy"], 0) for face in faces]
-        for annotation, face in zip(listed, faces, strict=True):
+    for seed, faces in zip((115, 116, 117), batch, strict=True):
+        cv2.imwrite(str(folder / f"{seed}.png"), draw_image(125, 157, seed))
+        lines.append(f"# {seed}.png")
+        for face in faces:
+            x1, y1, x2, y2 = face["box_xyxy"]
+            points = np.full((5, 3), -1.0)
             if face["label"] == 1:
-                points = np.reshape(face["landmarks_xy"], (5, 2))
-                annotation["keypoints"] = np.insert(points, 2, 2, axis=1).flatten().tolist()
-        annotations.append(listed)
-    names = ["left_eye", "right_eye", "nose", "left_mouth", "right_mouth"]
-    images = [draw_image(125, 157, seed) for seed in (115, 116, 117)]
-    files = write_coco(folder, images, annotations, classes(1, keypoints=names))
+                points = np.insert(np.reshape(face["landmarks_xy"], (5, 2)), 2, 0, axis=1)
+            numbers = [x1, y1, x2 - x1, y2 - y1, *points.flatten().tolist(), 0.5]
+            lines.append(" ".join(str(x) for x in numbers))
+    (folder / "label.txt").write_text("\n".join(lines))
     cfg = model_zoo.get_config("retinaface/mobilenet025_wider.yaml")
     cfg.INPUT.AUGMENTATION.NAME = "none"
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    files = {"train_json": str(folder / "label.txt"), "train_images": str(folder)}
     return load_batch(cfg, {**files, "landmarks": "faces"})
 
 

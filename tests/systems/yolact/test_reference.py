@@ -167,31 +167,38 @@ def object_mask(shape: str, box: list[float], size: int) -> np.ndarray:
     ) ** 2 <= 1
 
 
-def load_objects(
-    cfg: CfgNode, folder: Path, images: list[np.ndarray], objects: list[list[dict[str, Any]]]
-) -> list[dict[str, Any]]:
-    """A fixture's batch, from files through the training loader; see :func:`set_masks`.
-
-    Args:
-        cfg: of the model.
-        folder: for the files.
-        images: BGR.
-        objects: of each image: ``box``, relative to it, ``cls``, ``shape``, ``crowd``.
-    """
+def without_augmentation(cfg: CfgNode) -> CfgNode:
+    """A copy whose recipe only resizes."""
     cfg = cfg.clone()
     augmentation = cfg.INPUT.AUGMENTATION
     augmentation.PHOTOMETRIC_PROB = augmentation.EXPAND_PROB = augmentation.FLIP_PROB = 0.0
     augmentation.CROP_ENABLED = False
+    return cfg
+
+
+def object_annotations(
+    height: int, width: int, objects: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """COCO's form of a fixture's objects: ``box``, relative to the image, ``cls``, ``crowd``. Masks are
+    the boxes, see :func:`set_masks`."""
     annotations = []
-    for image, listed in zip(images, objects, strict=True):
-        height, width = image.shape[:2]
-        annotations.append([])
-        for x in listed:
-            x1, y1, x2, y2 = box = (np.float64(x["box"]) * [width, height, width, height]).tolist()
-            polygons = [[x1, y1, x2, y1, x2, y2, x1, y2]]
-            crowd = {"iscrowd": int(x.get("crowd", False)), "segmentation": polygons}
-            annotations[-1].append(coco_annotation(box, max(x["cls"], 0), **crowd))
-    batch = load_batch(cfg, write_coco(folder, images, annotations, classes(80)))
+    for x in objects:
+        box = (np.float64(x["box"]) * [width, height, width, height]).tolist()
+        x1, y1, x2, y2 = box
+        polygons = [[x1, y1, x2, y1, x2, y2, x1, y2]]
+        fields = {"iscrowd": int(x.get("crowd", False)), "segmentation": polygons}
+        annotations.append(coco_annotation(box, max(x["cls"], 0), **fields))
+    return annotations
+
+
+def load_objects(
+    cfg: CfgNode, folder: Path, images: list[np.ndarray], objects: list[list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """A fixture's batch of images (BGR), from files through the training loader."""
+    pairs = zip(images, objects, strict=True)
+    annotations = [object_annotations(*image.shape[:2], listed) for image, listed in pairs]
+    files = write_coco(folder, images, annotations, classes(80))
+    batch = load_batch(without_augmentation(cfg), files)
     for inputs, listed in zip(batch, objects, strict=True):
         set_masks(inputs, listed)
     return batch
