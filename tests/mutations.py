@@ -295,26 +295,35 @@ def main() -> int:
     parser.add_argument("--only", default="", help="files: a regular expression")
     parser.add_argument("--tests", default="", help="tests, in place of all of the system")
     parser.add_argument("--pytest", default="", help="further arguments, such as \"-k 'not slow'\"")
+    parser.add_argument("--again", default="", help="table of before: only what survived")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds of tests for a change")
     args = parser.parse_args()
     torch.set_num_threads(1)
     sys.dont_write_bytecode = True
     found = [m for m in mutations(args.system) if re.search(args.only, m.file)]
+    if args.again:
+        alive = {x for x in Path(args.again).read_text().splitlines() if x.startswith("| survives")}
+        found = [m for m in found if row(m, "survives") in alive]
     # Constants outside functions need a process that has nothing of ours yet.
     found.sort(key=lambda m: m.function is not None or m.file.endswith(".yaml"))
     rows = [(False, m) for m in found] if args.list else check(args, found)
     print(f"{len(rows)} mutations, {sum(alive for alive, _ in rows)} survive\n")
     print("| | file | constant | becomes |\n| --- | --- | --- | --- |")
     for alive, m in sorted(rows, key=lambda row: (not row[0], row[1])):
-        state = "" if args.list else "survives" if alive else "killed"
-        print(f"| {state} | {m.file}:{m.line} | {m.before} | {m.text} |")
+        print(row(m, "" if args.list else "survives" if alive else "killed"))
     return 0
+
+
+def row(m: Mutation, state: str) -> str:
+    """Of the table."""
+    return f"| {state} | {m.file}:{m.line} | {m.before} | {m.text} |"
 
 
 def check(args: argparse.Namespace, found: list[Mutation]) -> list[tuple[bool, Mutation]]:
     """Which changes survive."""
     chosen = args.tests.split() or [
         f"tests/systems/{args.system}",
+        "tests/systems/test_defaults.py",
         *MORE.get(args.system, ((), ()))[1],
     ]
     chosen += shlex.split(args.pytest)
