@@ -338,6 +338,36 @@ def test_near_locations_are_one() -> None:
     assert suppress_locations(np.zeros((0, 4))).shape == (0, 4)
 
 
+def test_limits_of_locations() -> None:
+    """Published numbers (NOTES.md), each from both sides."""
+    sides = [(0.05, 24), (32, 24), (32.1, 64), (96, 64), (96.1, 192)]
+    rows = np.array([[0.0, 0.0, side, 1e-3, 0.9] for side, _ in sides])
+    scales = box_locations(rows, 0.5)[:, 2]
+    np.testing.assert_allclose(scales, [seen / side for side, seen in sides])
+
+    # Views of up to twice the image's scale, crops of up to four times.
+    peak = np.ones((1, 1, 1), np.float32)
+    for scale, factors in ((2.0, [1, 2]), (2.01, []), (1.01, [1, 2]), (1.0, [1, 2, 4])):
+        canvas = Canvas((15, 15), (15, 15), scale, (0, 0))
+        found = attention_locations([peak] * 3, [canvas], [16, 8, 4], [1, 2, 4], 0.3, (9, 9))
+        np.testing.assert_allclose(found[:, 2], [f * scale for f in factors])
+    # A location on the image's last pixel is inside, and none beside it.
+    for corner, count in (((0, 0), 1), ((8, 8), 1), ((9, 0), 0), ((0, 9), 0), ((-1, 0), 0)):
+        canvas = Canvas((15, 15), (15, 15), 1.0, corner)
+        found = attention_locations([peak], [canvas], [16], [1], 0.3, (9, 9))
+        assert len(found) == count, corner
+
+    def kept(distance: float, ratio: float) -> int:
+        """Of two locations, apart along both axes."""
+        best = [100.0, 100.0, 2.0, 0.9]
+        other = [100 + distance, 100 + distance, 2 / ratio, 0.5]
+        return len(suppress_locations(np.array([best, other])))
+
+    # Of one when at most 16 pixels of the view apart, and of scales within a fifth.
+    assert [kept(8.0, 1.0), kept(8.1, 1.0)] == [1, 2]
+    assert [kept(0.0, x) for x in (0.79, 0.81, 1.19, 1.21)] == [2, 1, 1, 2]
+
+
 def test_objects_that_are_neither_positive_nor_negative() -> None:
     boxes = torch.tensor([[10.0, 10, 25.9, 20], [30, 30, 60, 60], [70, 70, 120, 120]])
     targets = encode_saccade(

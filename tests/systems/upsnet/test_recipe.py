@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from d2ext import model_zoo
 from tests.systems.recipes import assert_recipe, under
 
 PYRAMID = ["p2", "p3", "p4", "p5"]
@@ -81,3 +82,18 @@ def test_recipe(name: str) -> None:
     facts |= {"INPUT.MIN_SIZE_TRAIN": [*sides], "MODEL.RESNETS.DEPTH": int(name.split("_")[1])}
     facts["INPUT.MAX_SIZE_TRAIN"] = data["UPSNET.TEST.MAX_SIZE"]
     assert_recipe(f"upsnet/upsnet_{name}.yaml", facts)
+
+
+@pytest.mark.parametrize("data", ["coco", "cityscapes"])
+@pytest.mark.parametrize("gpus", [8, 4])
+def test_recipes_of_fewer_gpus_see_as_many_images(data: str, gpus: int) -> None:
+    """Published: the rate by 1/2 and 1/4, iterations by 2 and 4."""
+    full = model_zoo.get_config(f"upsnet/upsnet_R_50_{data}.yaml")
+    cfg = model_zoo.get_config(f"upsnet/upsnet_R_50_{data}_{gpus}gpu.yaml")
+    factor = 16 // gpus
+    solver = full.SOLVER
+    solver.IMS_PER_BATCH = gpus
+    solver.BASE_LR /= factor
+    solver.MAX_ITER *= factor
+    solver.STEPS = tuple(factor * step for step in solver.STEPS)
+    assert cfg == full
