@@ -76,3 +76,11 @@ def test_recipe(name: str) -> None:
     facts = network | under("MODEL.LANDMARKS", landmarks) | under("SOLVER", ADAM | solver)
     facts |= {"INPUT.FORMAT": "RGB", "INPUT.MIN_SIZE_TEST": 0}
     assert_recipe(f"landmarks/{name}.yaml", facts | under("INPUT.LANDMARKS", augmentation))
+
+
+def test_defaults() -> None:
+    """Of what no recipe above says: the stacked hourglass, simple baselines and SimCC as published."""
+    facts = {"NUM_KEYPOINTS": 16, "INPUT_SIZE": [256, 256], "TARGET.SIGMA": 1, "DECODER_BLUR": 11}
+    facts |= {"UPSAMPLE.NUM_LAYERS": 3, "UPSAMPLE.CHANNELS": 256, "SIMCC.RATIO": 2}
+    facts |= {"SIMCC.SIGMA": 6}
+    assert_recipe("landmarks/Base-Landmarks.yaml", under("MODEL.LANDMARKS", facts))

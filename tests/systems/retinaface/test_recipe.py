@@ -24,6 +24,9 @@ INPUT |= {"AUGMENTATION.PHOTOMETRIC_PROB": 0.5, "AUGMENTATION.BRIGHTNESS": 32}
 INPUT |= {"AUGMENTATION.CONTRAST": [0.5, 1.5], "AUGMENTATION.SATURATION": [0.5, 1.5]}
 INPUT |= {"AUGMENTATION.HUE": 18, "AUGMENTATION.SQUARE_CROP.TRIALS": 250}
 INPUT |= {"AUGMENTATION.SQUARE_CROP.SCALES": [0.3, 0.45, 0.6, 0.8, 1]}
+# Of the meshes, ours.
+LOSS |= {"VERTEX_WEIGHT": 5, "EDGE_WEIGHT": 5}
+MODEL["MESH.MAX_MESHES"] = 64
 SOLVER = {"MOMENTUM": 0.9, "WEIGHT_DECAY": 5e-4, "WEIGHT_DECAY_NORM": 5e-4, "GAMMA": 0.1}
 COMMON = {"MODEL.PIXEL_MEAN": [104, 117, 123], "MODEL.PIXEL_STD": [1, 1, 1]}
 COMMON |= {"TEST.DETECTIONS_PER_IMAGE": 750, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": 5}
@@ -54,6 +57,8 @@ def test_recipe(name: str, mesh: str) -> None:
     if paper:
         scales = [pytest.approx(16 * 2 ** (i / 3), rel=1e-3) for i in range(15)]
         facts["MODEL.RETINAFACE.ANCHORS.SCALES"] = scales
+    if name.startswith("R_50"):
+        facts["MODEL.RESNETS.DEPTH"] = 50
     facts |= {"MODEL.RETINAFACE.FPN_CHANNELS": channels, "INPUT.AUGMENTATION.SIZE": pixels}
     facts["INPUT.AUGMENTATION.SQUARE_CROP.PUBLISHED_CLIPPED_POINTS"] = not mesh
     # The paper's mesh of 1,103 vertices.
