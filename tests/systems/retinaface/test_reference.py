@@ -95,6 +95,7 @@ def test_detections(case: Case, prepared: bool) -> None:
     assert len(instances) == len(expected) == 306
     torch.testing.assert_close(instances.pred_boxes.tensor, expected[:, :4], atol=0.01, rtol=0)
     torch.testing.assert_close(instances.scores, expected[:, 4], atol=1e-5, rtol=0)
+    assert instances.pred_keypoints[..., 2].eq(1).all()
     points = instances.pred_keypoints[..., :2].flatten(1)
     torch.testing.assert_close(points, expected[:, 5:], atol=0.01, rtol=0)
     prior_of_score = dict(zip(predictions[0][0].tolist(), predictions[3][0].tolist(), strict=True))
@@ -113,7 +114,10 @@ def _training_inputs(case: Case, folder: Path) -> list[dict[str, Any]]:
             x1, y1, x2, y2 = face["box_xyxy"]
             points = np.full((5, 3), -1.0)
             if face["label"] == 1:
-                points = np.insert(np.reshape(face["landmarks_xy"], (5, 2)), 2, 0, axis=1)
+                # Every other point is hidden, which makes no difference.
+                points = np.insert(
+                    np.reshape(face["landmarks_xy"], (5, 2)), 2, [0, 1, 0, 1, 0], axis=1
+                )
             numbers = [x1, y1, x2 - x1, y2 - y1, *points.flatten().tolist(), 0.5]
             lines.append(" ".join(str(x) for x in numbers))
     (folder / "label.txt").write_text("\n".join(lines))
