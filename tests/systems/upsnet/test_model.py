@@ -64,6 +64,17 @@ def test_anchors(stride: int, expected: list[tuple[int, ...]]) -> None:
     assert inclusive(anchors).tolist() == [list(map(float, box)) for box in expected]
 
 
+@pytest.mark.parametrize("share", [4, 5])
+def test_an_instance_becomes_the_stuff_that_covers_half_of_it(share: int) -> None:
+    """Not what merely covers most of it."""
+    rest = 10 - share
+    semantic = torch.tensor([[0] * share + [1] * (rest // 2) + [2] * (rest - rest // 2)])
+    labels, classes = torch.full((1, 10), 3), torch.tensor([0])
+    options = {"num_stuff": 3, "num_classes": 5, "stuff_area_limit": 0}
+    result = clean(labels, semantic, classes, **options)
+    assert result.labels.unique().tolist() == [0 if share == 5 else 3]
+
+
 def test_levels_and_corners_of_pooled_boxes() -> None:
     pooler = PyramidRoIAlign(7, [4, 8, 16, 32])
     sides = torch.tensor([1.0, 111.9, 112.0, 223.9, 224.0, 448.0, 4000.0])
