@@ -14,6 +14,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SLOW = (
     *(
         "/test_reference.py",
+        "/test_published_files.py",
         "/test_path.py",
         "/test_saccade.py",
         "/test_convert.py",

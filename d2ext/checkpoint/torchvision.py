@@ -146,12 +146,13 @@ _MOBILENET_V1_RULES = (
     # the ImageNet classifier
     Rule(r"fc\.(weight|bias)", None),
 )
-# Converter → names that tell its checkpoints.
+# Converter → a name that tells its checkpoints, and the modules that these have: whole models, such as
+# CenterNet's on a ResNet, have others beside them.
 _MARKS = {
-    "torchvision_resnet": {"conv1.weight", "bn1.weight", "layer1.0.conv1.weight"},
-    "torchvision_mobilenetv2": {"features.0.0.weight", "features.1.conv.1.weight"},
-    "mobilenet_v1": {"stage1.0.0.weight", "stage3.1.3.weight"},
-    "dla": {"base_layer.0.weight", "level5.tree1.conv1.weight"},
+    "torchvision_resnet": ("layer1.0.conv1.weight", r"conv1|bn1|layer[1-4]|fc"),
+    "torchvision_mobilenetv2": ("features.1.conv.1.weight", r"features|classifier"),
+    "mobilenet_v1": ("stage3.1.3.weight", r"stage[1-3]|fc"),
+    "dla": ("level5.tree1.conv1.weight", r"base_layer|level[0-5]|fc"),
 }
 # Converters whose result is a backbone.
 BACKBONE_SYSTEMS = (*_MARKS, "cornernet_hourglass")
@@ -159,7 +160,11 @@ BACKBONE_SYSTEMS = (*_MARKS, "cornernet_hourglass")
 
 def torchvision_backbone(state_dict: StateDict) -> str:
     """The converter for one of these backbones, told by its names; "" for anything else."""
-    return next((system for system, names in _MARKS.items() if names <= set(state_dict)), "")
+    modules = {name.split(".")[0] for name in state_dict}
+    for system, (mark, own) in _MARKS.items():
+        if mark in state_dict and all(re.fullmatch(own, x) for x in modules):
+            return system
+    return ""
 
 
 @register_converter("mobilenet_v1")

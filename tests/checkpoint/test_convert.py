@@ -103,6 +103,10 @@ def test_torchvision_mobilenet_becomes_a_backbone(tmp_path) -> None:
     path = tmp_path / "mobilenet_v2.pth"
     torch.save(source.state_dict(), path)
     assert torchvision_backbone(source.state_dict()) == "torchvision_mobilenetv2"
+    # A whole CenterNet has a ResNet's names, and others.
+    resnet = torchvision.models.resnet18(weights=None).state_dict()
+    assert torchvision_backbone(resnet) == "torchvision_resnet"
+    assert not torchvision_backbone({**resnet, "hm.0.weight": torch.zeros(1)})
     assert not torchvision_backbone(torchvision.models.mobilenet_v3_small().state_dict())
     backbone = MobileNetV2(out_features=["group3", "group6"]).eval()
     Checkpointer(backbone, fit="finetune").load(str(path))

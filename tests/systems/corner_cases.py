@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.structures import Boxes, Instances
+from fvcore.transforms.transform import Transform
 
 from d2ext import model_zoo
 from d2ext.checkpoint import convert_state_dict
-from d2ext.data.augmentations.canvas import SquareCanvas
-from d2ext.data.augmentations.resize import ResizeToSquare
 from d2ext.systems.cornernet.model import CornerNet
 from tests.reference.fixture import Fixture, draw_image
+from tests.systems.fixture_files import classes, coco_annotation, load_batch, write_coco
 
 IMAGE_SIZES = ((180, 240), (120, 160))
 
@@ -33,27 +34,28 @@ def build_with_weights(config: str, system: str, fixture: Fixture) -> CornerNet:
 
 
 def squared_inputs(fixture: Fixture, seeds: tuple[int, int], size: int) -> list[dict[str, Any]]:
-    """The fixture's images and boxes as the recipe without augmentation hands them over."""
+    """The fixture's images and boxes, from files through the recipe without augmentation."""
     listed = fixture.manifest["inputs"].get("loss", fixture.manifest["inputs"])
-    inputs = []
-    for (height, width), seed, objects in zip(
-        IMAGE_SIZES, seeds, listed["boxes_x1_y1_x2_y2_class"], strict=True
-    ):
-        image = draw_image(height, width, seed)
-        boxes = np.array([o[:4] for o in objects], dtype=np.float32)
-        for augmentation in (SquareCanvas(), ResizeToSquare(size)):
-            transform = augmentation.get_transform(image)
-            image, boxes = transform.apply_image(image), transform.apply_box(boxes)
-        instances = Instances((size, size))
-        instances.gt_boxes = Boxes(torch.from_numpy(boxes).float())
-        instances.gt_classes = torch.tensor([o[4] - 1 for o in objects])
-        inputs.append(
-            {
-                "image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
-                "instances": instances,
-            }
-        )
-    return inputs
+    images = [draw_image(*shape, seed) for shape, seed in zip(IMAGE_SIZES, seeds, strict=True)]
+    return load_boxes(images, listed["boxes_x1_y1_x2_y2_class"], size)
+
+
+def load_boxes(
+    images: list[np.ndarray],
+    objects: list[list[list[float]]],
+    size: int,
+    transforms: list[list[Transform]] | None = None,
+) -> list[dict[str, Any]]:
+    """Images (BGR) and their boxes x1, y1, x2, y2, class (from 1), through the training loader; see
+    :func:`load_batch`."""
+    cfg = model_zoo.get_config("cornernet/cornernet_hourglass104_511.yaml")
+    augmentation = cfg.INPUT.AUGMENTATION
+    augmentation.SIZE, augmentation.CROP_ENABLED, augmentation.FLIP_PROB = size, False, 0.0
+    augmentation.COLOR_JITTER = augmentation.LIGHTING = 0.0
+    annotations = [[coco_annotation(x[:4], int(x[4]) - 1) for x in listed] for listed in objects]
+    with tempfile.TemporaryDirectory() as folder:
+        files = write_coco(Path(folder), images, annotations, classes(5))
+        return load_batch(cfg, files, transforms)
 
 
 def assert_detections(actual: np.ndarray, expected: np.ndarray) -> None:

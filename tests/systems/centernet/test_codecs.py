@@ -14,6 +14,7 @@ from detectron2.structures import BoxMode
 from fvcore.transforms.transform import Transform, TransformList
 from torch import Tensor
 
+from d2ext import model_zoo
 from d2ext.codecs.affine import affine_matrix
 from d2ext.config import get_cfg
 from d2ext.data import D2extDatasetMapper, PoseMapper
@@ -35,6 +36,7 @@ from d2ext.systems.centernet.targets import (
     read_annotations,
 )
 from tests.reference.fixture import Fixture, draw_image, draw_tensor
+from tests.systems.fixture_files import classes, coco_annotation, load_batch, write_coco
 
 REFERENCE = Path(__file__).parents[2] / "reference" / "centernet"
 FLIP_PAIRS = [(i, i + 1) for i in range(1, 17, 2)]
@@ -129,13 +131,6 @@ def _plain(side: int, *, pose: bool) -> ObjectAnnotations:
     return ObjectAnnotations(mapped, torch.zeros_like(classes), joints.float())
 
 
-def _crop_flip(points: Tensor) -> Tensor:
-    """The fixture's mirrored crop: scale 0.9, centre (140, 97) before the mirror, 64 cells."""
-    x = 260 - 1 - points[..., 0]
-    center, side = torch.tensor([260 - 140 - 1.0, 97.0]), 260 * 0.9
-    return (torch.stack([x, points[..., 1]], -1) - center) * (64 / side) + 32
-
-
 def _compare_detection(targets: CenterNetTargets, fixture: Fixture, name: str) -> None:
     expected, slots = fixture.expected, targets.index.shape[1]
     assert fixture.compare(f"{name}_hm", targets.heatmap[0]) < 1e-6
@@ -153,18 +148,30 @@ def _compare_detection(targets: CenterNetTargets, fixture: Fixture, name: str) -
     np.testing.assert_allclose(targets.offset[0] * trained, offset * trained, atol=1e-4)
 
 
-def test_detection_targets() -> None:
+# Centre and side of the window, pixels of the image; 0.1 and 0.4 are the published deviations.
+WINDOWS = {
+    "plain": ((130.0, 110.0), 260.0),
+    "crop_flip": ((260 - 140 - 1.0, 97.0), 260 * 0.9),
+    "shift_scale": ((130 + 260 * 0.1 * 0.4, 110 - 260 * 0.1 * 1.1), 260 * (1 + 0.4 * 0.6)),
+}
+
+
+@pytest.mark.parametrize("name", list(WINDOWS))
+def test_detection_targets(name: str, tmp_path: Path) -> None:
+    """From files of a picture and its boxes, through the loader, with the recorded random numbers."""
     fixture = Fixture(REFERENCE / "targets")
-    targets = encode_targets([_plain(64, pose=False)], (64, 64), 80)
-    _compare_detection(targets, fixture, "plain")
-    boxes, classes = _boxes(fixture)
-    corners = _crop_flip(boxes.view(-1, 2, 2))
-    # mirrored: left and right change places
-    mirrored = torch.stack(
-        [corners[:, 1, 0], corners[:, 0, 1], corners[:, 0, 0], corners[:, 1, 1]], 1
-    )
-    targets = encode_targets([ObjectAnnotations(mirrored.float(), classes)], (64, 64), 80)
-    _compare_detection(targets, fixture, "crop_flip")
+    listed = fixture.manifest["inputs"]["boxes_x1_y1_x2_y2_category"]
+    annotations = [coco_annotation(x[:4], int(x[4]) - 1) for x in listed]
+    image = draw_image(220, 260, seed=5)
+    files = write_coco(tmp_path, [image], [annotations], classes(80))
+    steps: list[Transform] = [WarpTransform(affine_matrix(*WINDOWS[name], (256, 256)), *WARPED)]
+    if name == "crop_flip":
+        steps.insert(0, PixelMirrorTransform(260))
+    cfg = model_zoo.get_config("centernet/centernet_R_18_dcn_512.yaml")
+    (sample,) = load_batch(cfg, files, [steps])
+    assert fixture.compare(f"{name}_input", _normalized(sample["image"], *TRAINING)) < 1e-5
+    targets = encode_targets([read_annotations(sample, 4, 0)], (64, 64), 80)
+    _compare_detection(targets, fixture, name)
 
 
 def test_targets_of_kept_resolution() -> None:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from d2ext import model_zoo
@@ -19,6 +18,7 @@ from d2ext.layers.deform_conv import ModulatedDeformConv
 from d2ext.systems.centernet.model import CenterNet
 from tests.reference import GRADIENT_TOLERANCE
 from tests.reference.fixture import Fixture, draw_image, draw_tensor
+from tests.systems.fixture_files import classes, coco_annotation, load_batch, write_coco
 
 REFERENCE = Path(__file__).parents[2] / "reference" / "centernet"
 CASES = {
@@ -64,7 +64,6 @@ class Case:
             draw_image(height, width, seed=3 if name == "resdcn18_ctdet" else 2)
         ).permute(2, 0, 1)
         self.place = self.model.canvas((height, width), 1.0)
-        self.canvas = self.place.draw(self.image)
         with torch.no_grad():
             self.images = self.model.preprocess([{"image": self.image}])
             self.features = self.model.backbone(self.images)
@@ -163,26 +162,27 @@ def test_detections(case: Case, flip: bool) -> None:
         assert (np.diff(detections.scores) <= 0).all()
 
 
-def _training_inputs(case: Case) -> tuple[Tensor, list[dict[str, Any]]]:
-    """The canvas normalised as in training, and the boxes on it."""
-    listed = torch.tensor(case.fixture.manifest["inputs"]["loss"]["boxes_x1_y1_x2_y2_category"])
-    shift = torch.tensor(case.place.corner * 2)
-    instances = Instances(tuple(case.canvas.shape[-2:]))
-    # the canvas only shifts, by whole pixels
-    instances.gt_boxes = Boxes((listed[:, :4] - shift) * case.place.scale)
-    instances.gt_classes = listed[:, 4].long() - 1
-    return case.canvas, [{"image": case.canvas, "instances": instances}]
+def _training_inputs(case: Case, folder: Path) -> list[dict[str, Any]]:
+    """The picture and its boxes, from files through the loader, at the picture's own resolution."""
+    listed = case.fixture.manifest["inputs"]["loss"]["boxes_x1_y1_x2_y2_category"]
+    annotations = [coco_annotation(x[:4], int(x[4]) - 1) for x in listed]
+    image = case.image.permute(1, 2, 0).numpy()
+    cfg = model_zoo.get_config(CASES[case.name])
+    augmentation = cfg.INPUT.AUGMENTATION
+    augmentation.AFFINE.MODE, augmentation.FLIP_PROB = "keep", 0.0
+    augmentation.AFFINE.DIVISIBILITY = case.model.backbone.size_divisibility
+    augmentation.COLOR_JITTER = augmentation.LIGHTING = 0.0
+    return load_batch(cfg, write_coco(folder, [image], [annotations], classes(80)))
 
 
-def test_targets_losses_and_gradients(case: Case) -> None:
+def test_targets_losses_and_gradients(case: Case, tmp_path: Path) -> None:
     model, fixture = case.model, case.fixture
     expected = fixture.expected
     exact = model_zoo.get_config(CASES[case.name]).MODEL
     before = model.pixel_mean.clone(), model.pixel_std.clone()
     model.pixel_mean.copy_(torch.tensor(exact.PIXEL_MEAN).view(3, 1, 1))
     model.pixel_std.copy_(torch.tensor(exact.PIXEL_STD).view(3, 1, 1))
-    _, inputs = _training_inputs(case)
-    images, targets = model.training_batch(inputs)
+    images, targets = model.training_batch(_training_inputs(case, tmp_path))
     model.pixel_mean.copy_(before[0])
     model.pixel_std.copy_(before[1])
     assert fixture.compare("training_input", images[0]) < 1e-6

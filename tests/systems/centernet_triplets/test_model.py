@@ -11,6 +11,7 @@ from d2ext.checkpoint import convert_state_dict
 from d2ext.checkpoint.convert import ConversionError
 from d2ext.codecs.canvas import centered
 from d2ext.systems.centernet_triplets.postprocess import (
+    OUTSIDE_MARGIN,
     confirm_by_centers,
     image_centers,
     to_instances,
@@ -96,7 +97,7 @@ def test_boxes_that_reach_far_out_are_rejected() -> None:
         """Box in pixels of the image."""
         cells = [(v + 1) / cell for v in (x1, y1, x2, y2)]
         rows = torch.tensor([[[*cells, 0.5, 0.5, 0.5, 0.0, 0.0]]])
-        return len(image_rows(rows, canvas, 4, 5.0))
+        return len(image_rows(rows, canvas, 4, OUTSIDE_MARGIN))
 
     assert detections(-4.9, -4.9, 64.9, 64.9) == 1
     assert detections(-5.1, 0, 30, 30) == 0

@@ -288,6 +288,7 @@ def test_network() -> None:
     torch.testing.assert_close(result.pred_boxes.tensor, detections[:, :4] * scale)
     torch.testing.assert_close(result.scores, detections[:, 4])
     torch.testing.assert_close(result.centers, detections[:, 9:11] * scale[:2])
+    torch.testing.assert_close(result.center_scores, detections[:, 11])
     boxes = result.pred_boxes.tensor
     low, high = boxes[:, :2], boxes[:, 2:]
     assert ((result.centers - (low + high) / 2).abs() < (high - low) / 6 + 1e-3).all()

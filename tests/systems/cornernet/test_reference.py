@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from d2ext.codecs.canvas import Canvas
@@ -25,6 +24,7 @@ from tests.systems.corner_cases import (
     IMAGE_SIZES,
     assert_detections,
     build_with_weights,
+    load_boxes,
     squared_inputs,
 )
 
@@ -64,37 +64,23 @@ class TestTargets:
         self.compare("plain", squared_inputs(self.fixture, (1, 2), 511), 511, 128)
 
     def test_random_crop_and_mirror(self) -> None:
-        """The recorded random numbers, through the recipe's transforms."""
-        recorded = self.fixture.manifest["inputs"]["augmented"]
+        """The recorded random numbers in the recipe's transforms."""
+        inputs = self.fixture.manifest["inputs"]
+        recorded = inputs["augmented"]
         size, centers = 255, iter(recorded["centers_x_y"])
-        inputs = []
-        for i, (objects, uniform) in enumerate(
-            zip(
-                self.fixture.manifest["inputs"]["boxes_x1_y1_x2_y2_class"],
-                recorded["uniform"],
-                strict=True,
-            )
-        ):
-            height, width = IMAGE_SIZES[i]
-            image = draw_image(height, width, i + 1)
-            boxes = np.array([o[:4] for o in objects], dtype=np.float32)
-            side = int(recorded["scale"] * size)
-            transforms = [
+        side = int(recorded["scale"] * size)
+        images, transforms = [], []
+        for i, (height, width) in enumerate(IMAGE_SIZES):
+            images.append(draw_image(height, width, i + 1))
+            steps = [
                 CanvasCropTransform(width, height, next(centers), next(centers), side, side),
                 ResizeToSquare(size).get_transform(np.zeros((side, side, 3))),
             ]
-            if uniform > 0.5:
-                transforms.append(PixelMirrorTransform(size))
-            for transform in transforms:
-                image, boxes = transform.apply_image(image), transform.apply_box(boxes)
-            # What Detectron2's mapper does at the end.
-            boxes = np.clip(boxes, 0, size)
-            instances = Instances((size, size))
-            instances.gt_boxes = Boxes(torch.from_numpy(boxes))
-            instances.gt_classes = torch.tensor([o[4] - 1 for o in objects])
-            pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-            inputs.append({"image": pixels, "instances": instances})
-        self.compare("augmented", inputs, size, 64)
+            if recorded["uniform"][i] > 0.5:
+                steps.append(PixelMirrorTransform(size))
+            transforms.append(steps)
+        loaded = load_boxes(images, inputs["boxes_x1_y1_x2_y2_class"], size, transforms)
+        self.compare("augmented", loaded, size, 64)
 
 
 def test_losses_of_drawn_maps() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.structures import BoxMode
 from fvcore.transforms.transform import TransformList
 from torch import Tensor
 
@@ -33,7 +33,7 @@ from d2ext.systems.cornernet.saccade import (
 from d2ext.systems.cornernet.targets import SaccadeTargets, encode_saccade
 from d2ext.testing import random_inputs, tiny_config
 from tests.reference.fixture import Fixture, draw_image
-from tests.systems.corner_cases import assert_detections, build_with_weights
+from tests.systems.corner_cases import assert_detections, build_with_weights, load_boxes
 
 FIXTURE = Fixture(Path(__file__).parents[2] / "reference" / "cornernet" / "saccade")
 # DESIGN: raw outputs within 1e-4 relative.
@@ -62,36 +62,27 @@ class RecordedRandom:
 
 
 def training_sample(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The recorded sample through the recipe's transforms."""
+    """The recorded sample, from files through the recipe's transforms."""
     sample = FIXTURE.manifest["inputs"]["training_sample"]
+    objects = sample["boxes_x1_y1_x2_y2_class"]
     calls = iter(sample["random_calls_in_order"])
     recorded = RecordedRandom(calls)
-    inputs = []
-    for (height, width, seed), objects in zip(
-        ((300, 340, 51), (280, 400, 52)), sample["boxes_x1_y1_x2_y2_class"], strict=True
+    images, transforms = [], []
+    for (height, width, seed), listed in zip(
+        ((300, 340, 51), (280, 400, 52)), objects, strict=True
     ):
-        image = draw_image(height, width, seed)
-        boxes = np.array([o[:4] for o in objects], dtype=np.float32)
-        crowd = np.zeros(len(boxes), dtype=bool)
+        images.append(draw_image(height, width, seed))
+        boxes = np.array([o[:4] for o in listed], dtype=np.float32)
         with monkeypatch.context() as patch:
             patch.setattr(np.random, "randint", recorded.randint)
             patch.setattr(np.random, "uniform", recorded.uniform)
-            crop = RandomObjectCrop(255).get_transform(image, boxes, crowd)
+            crop = RandomObjectCrop(255).get_transform(
+                images[-1], boxes, np.zeros(len(boxes), dtype=bool)
+            )
             mirrored = recorded.uniform() > 0.5
-        steps = [*crop.transforms, *([PixelMirrorTransform(255)] if mirrored else [])]
-        transforms = TransformList(steps)
-        shares = _visible_shares([{"bbox": box} for box in boxes], transforms)
-        image = transforms.apply_image(image)
-        boxes = torch.from_numpy(np.clip(transforms.apply_box(boxes), 0, 255)).float()
-        keep = ((boxes[:, 2:] - boxes[:, :2]) > 1e-5).all(dim=1)
-        instances = Instances((255, 255))
-        instances.gt_boxes = Boxes(boxes[keep])
-        instances.gt_classes = torch.tensor([o[4] - 1 for o in objects])[keep]
-        instances.gt_visible_shares = shares[keep]
-        pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        inputs.append({"image": pixels, "instances": instances})
+        transforms.append([*crop.transforms, *([PixelMirrorTransform(255)] if mirrored else [])])
     assert next(calls, None) is None
-    return inputs
+    return load_boxes(images, objects, 255, transforms)
 
 
 def targets_of(inputs: list[dict[str, Any]]) -> SaccadeTargets:
@@ -345,6 +336,36 @@ def test_near_locations_are_one() -> None:
     selected = suppress_locations(locations)
     assert selected[:, 3].tolist() == [0.6, 0.5, 0.3]
     assert suppress_locations(np.zeros((0, 4))).shape == (0, 4)
+
+
+def test_limits_of_locations() -> None:
+    """Published numbers (NOTES.md), each from both sides."""
+    sides = [(0.05, 24), (32, 24), (32.1, 64), (96, 64), (96.1, 192)]
+    rows = np.array([[0.0, 0.0, side, 1e-3, 0.9] for side, _ in sides])
+    scales = box_locations(rows, 0.5)[:, 2]
+    np.testing.assert_allclose(scales, [seen / side for side, seen in sides])
+
+    # Views of up to twice the image's scale, crops of up to four times.
+    peak = np.ones((1, 1, 1), np.float32)
+    for scale, factors in ((2.0, [1, 2]), (2.01, []), (1.01, [1, 2]), (1.0, [1, 2, 4])):
+        canvas = Canvas((15, 15), (15, 15), scale, (0, 0))
+        found = attention_locations([peak] * 3, [canvas], [16, 8, 4], [1, 2, 4], 0.3, (9, 9))
+        np.testing.assert_allclose(found[:, 2], [f * scale for f in factors])
+    # A location on the image's last pixel is inside, and none beside it.
+    for corner, count in (((0, 0), 1), ((8, 8), 1), ((9, 0), 0), ((0, 9), 0), ((-1, 0), 0)):
+        canvas = Canvas((15, 15), (15, 15), 1.0, corner)
+        found = attention_locations([peak], [canvas], [16], [1], 0.3, (9, 9))
+        assert len(found) == count, corner
+
+    def kept(distance: float, ratio: float) -> int:
+        """Of two locations, apart along both axes."""
+        best = [100.0, 100.0, 2.0, 0.9]
+        other = [100 + distance, 100 + distance, 2 / ratio, 0.5]
+        return len(suppress_locations(np.array([best, other])))
+
+    # Of one when at most 16 pixels of the view apart, and of scales within a fifth.
+    assert [kept(8.0, 1.0), kept(8.1, 1.0)] == [1, 2]
+    assert [kept(0.0, x) for x in (0.79, 0.81, 1.19, 1.21)] == [2, 1, 1, 2]
 
 
 def test_objects_that_are_neither_positive_nor_negative() -> None:

@@ -11,7 +11,6 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from d2ext import model_zoo
 from d2ext.codecs.densepose import charts_in_boxes
 from d2ext.data.densepose import DensePoseAnnotations
 from d2ext.testing import random_inputs, tiny_config
@@ -107,33 +106,6 @@ def test_masks_that_lack_are_named() -> None:
         x["instances"].remove("gt_masks")
     with pytest.raises(ValueError, match="gt_masks"):
         _losses(model, inputs)
-
-
-def test_published_recipes() -> None:
-    names = [x for x in model_zoo.available() if x.startswith("densepose/densepose_rcnn")]
-    assert len(names) == 30
-    configs = {
-        x.removeprefix("densepose/densepose_rcnn_")[:-5]: model_zoo.get_config(x) for x in names
-    }
-    for name, cfg in configs.items():
-        head, clip = cfg.MODEL.ROI_DENSEPOSE_HEAD, cfg.SOLVER.CLIP_GRADIENTS
-        assert int(name.split("_")[1]) == cfg.MODEL.RESNETS.DEPTH
-        legacy, confident = "legacy" in name, "WC" in name
-        assert (head.NAME == "DensePoseDeepLabHead") == ("_DL" in name)
-        assert (0.002 if legacy else 0.01) == cfg.SOLVER.BASE_LR
-        assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == (130000, (100000, 120000))
-        assert confident == head.UV_CONFIDENCE.ENABLED
-        assert ("WC1M" in name or "WC2M" in name) == head.SEGM_CONFIDENCE.ENABLED
-        assert not confident or ("WC1" in name) == (head.UV_CONFIDENCE.TYPE == "iid_iso")
-        assert (confident or "cse" in name) == clip.ENABLED
-        if clip.ENABLED:
-            value = {"cse": 1.0, "R_50_FPN_WC1M_s1x": 100.0}
-            norm = value.get("cse" if "cse" in name else name)
-            assert (("norm", norm) if norm else ("value", 1.0)) == (clip.CLIP_TYPE, clip.CLIP_VALUE)
-        slow = confident and "_DL" not in name
-        assert (0.025 if slow else 0.1) == cfg.SOLVER.WARMUP_FACTOR
-        soft = head.CSE.EMBED_LOSS_NAME == "SoftEmbeddingLoss"
-        assert soft == ("soft" in name)
 
 
 def test_published_names_of_parameters() -> None:

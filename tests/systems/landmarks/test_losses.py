@@ -87,6 +87,16 @@ def test_adaptive_wing_by_hand() -> None:
         assert float(loss) == pytest.approx(expected / 81, rel=1e-4)
 
 
+def test_adaptive_wing_emphasises_cells_near_targets_above_a_fifth() -> None:
+    losses = []
+    for height in (0.19, 0.21):
+        target = torch.zeros(1, 1, 5, 5)
+        target[..., 2, 2] = height
+        losses.append(float(adaptive_wing_loss(target + 1, target, torch.ones(1, 1))))
+    # Nine of 25 cells count eleven times.
+    assert losses[1] / losses[0] == pytest.approx((16 + 9 * 11) / 25, rel=0.1)
+
+
 def test_adaptive_wing_has_finite_gradients_at_its_target() -> None:
     target = torch.rand(1, 2, 5, 5)
     predicted = target.clone().requires_grad_()

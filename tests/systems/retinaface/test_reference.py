@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances, Keypoints
 from torch import Tensor
 
 from d2ext import model_zoo
@@ -18,6 +18,7 @@ from d2ext.codecs.canvas import scale_points
 from d2ext.codecs.prior_boxes import decode_boxes, decode_points, encode_boxes, encode_points
 from d2ext.systems.retinaface.model import RetinaFace
 from tests.reference.fixture import Fixture, draw_image
+from tests.systems.fixture_files import load_batch
 
 REFERENCE = Path(__file__).parents[2] / "reference" / "retinaface"
 # DESIGN: raw outputs within 1e-4 relative. The runs agree to 2e-6 in float64 (NOTES.md).
@@ -94,6 +95,7 @@ def test_detections(case: Case, prepared: bool) -> None:
     assert len(instances) == len(expected) == 306
     torch.testing.assert_close(instances.pred_boxes.tensor, expected[:, :4], atol=0.01, rtol=0)
     torch.testing.assert_close(instances.scores, expected[:, 4], atol=1e-5, rtol=0)
+    assert instances.pred_keypoints[..., 2].eq(1).all()
     points = instances.pred_keypoints[..., :2].flatten(1)
     torch.testing.assert_close(points, expected[:, 5:], atol=0.01, rtol=0)
     prior_of_score = dict(zip(predictions[0][0].tolist(), predictions[3][0].tolist(), strict=True))
@@ -101,25 +103,34 @@ def test_detections(case: Case, prepared: bool) -> None:
     assert priors == case.fixture.expected["detections_prior_index"].tolist()
 
 
-def _training_inputs(case: Case) -> list[dict[str, Any]]:
+def _training_inputs(case: Case, folder: Path) -> list[dict[str, Any]]:
+    """The fixture's batch, from files, in the published form, through the training loader."""
+    lines = []
     batch = case.fixture.manifest["inputs"]["loss"]["ground_truth_pixels"]
-    inputs = []
     for seed, faces in zip((115, 116, 117), batch, strict=True):
-        instances = Instances((125, 157))
-        instances.gt_boxes = Boxes(torch.tensor([face["box_xyxy"] for face in faces]))
-        instances.gt_classes = torch.zeros(len(faces), dtype=torch.int64)
-        points = torch.tensor([face["landmarks_xy"] for face in faces]).unflatten(1, (5, 2))
-        visible = torch.tensor([2.0 if face["label"] == 1 else 0.0 for face in faces])
-        instances.gt_keypoints = Keypoints(
-            torch.cat([points, visible[:, None, None].expand(-1, 5, 1)], dim=2)
-        )
-        inputs.append(_read(125, 157, seed) | {"instances": instances})
-    return inputs
+        cv2.imwrite(str(folder / f"{seed}.png"), draw_image(125, 157, seed))
+        lines.append(f"# {seed}.png")
+        for face in faces:
+            x1, y1, x2, y2 = face["box_xyxy"]
+            points = np.full((5, 3), -1.0)
+            if face["label"] == 1:
+                # Every other point is hidden, which makes no difference.
+                points = np.insert(
+                    np.reshape(face["landmarks_xy"], (5, 2)), 2, [0, 1, 0, 1, 0], axis=1
+                )
+            numbers = [x1, y1, x2 - x1, y2 - y1, *points.flatten().tolist(), 0.5]
+            lines.append(" ".join(str(x) for x in numbers))
+    (folder / "label.txt").write_text("\n".join(lines))
+    cfg = model_zoo.get_config("retinaface/mobilenet025_wider.yaml")
+    cfg.INPUT.AUGMENTATION.NAME = "none"
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    files = {"train_json": str(folder / "label.txt"), "train_images": str(folder)}
+    return load_batch(cfg, {**files, "landmarks": "faces"})
 
 
-def test_targets_and_losses(case: Case) -> None:
+def test_targets_and_losses(case: Case, tmp_path: Path) -> None:
     model, expected = case.model, case.fixture.expected
-    images, targets = model.training_batch(_training_inputs(case))
+    images, targets = model.training_batch(_training_inputs(case, tmp_path))
     with torch.no_grad():
         predictions = model.network(images)
     matches = model.criterion.match(case.priors, targets)

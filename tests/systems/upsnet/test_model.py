@@ -64,19 +64,15 @@ def test_anchors(stride: int, expected: list[tuple[int, ...]]) -> None:
     assert inclusive(anchors).tolist() == [list(map(float, box)) for box in expected]
 
 
-@pytest.mark.parametrize("data", ["coco", "cityscapes"])
-@pytest.mark.parametrize("gpus", [8, 4])
-def test_recipes_of_fewer_gpus_see_as_many_images(data: str, gpus: int) -> None:
-    """Published: the rate by 1/2 and 1/4, iterations by 2 and 4."""
-    full = model_zoo.get_config(f"upsnet/upsnet_R_50_{data}.yaml")
-    cfg = model_zoo.get_config(f"upsnet/upsnet_R_50_{data}_{gpus}gpu.yaml")
-    factor = 16 // gpus
-    solver = full.SOLVER
-    solver.IMS_PER_BATCH = gpus
-    solver.BASE_LR /= factor
-    solver.MAX_ITER *= factor
-    solver.STEPS = tuple(factor * step for step in solver.STEPS)
-    assert cfg == full
+@pytest.mark.parametrize("share", [4, 5])
+def test_an_instance_becomes_the_stuff_that_covers_half_of_it(share: int) -> None:
+    """Not what merely covers most of it."""
+    rest = 10 - share
+    semantic = torch.tensor([[0] * share + [1] * (rest // 2) + [2] * (rest - rest // 2)])
+    labels, classes = torch.full((1, 10), 3), torch.tensor([0])
+    options = {"num_stuff": 3, "num_classes": 5, "stuff_area_limit": 0}
+    result = clean(labels, semantic, classes, **options)
+    assert result.labels.unique().tolist() == [0 if share == 5 else 3]
 
 
 def test_levels_and_corners_of_pooled_boxes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,18 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.structures import Boxes, Instances, PolygonMasks
+from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from torch.nn import functional as F
 
 from d2ext import model_zoo
 from d2ext.checkpoint import convert_state_dict
-from d2ext.data.augmentations.resize import ScaleShortestEdge
+from d2ext.data import build_train_loader
+from d2ext.data.custom import apply_dataset_to_config, register_own_dataset
 from d2ext.systems.upsnet import losses as L
 from d2ext.systems.upsnet import targets as T
 from d2ext.systems.upsnet.boxes import clip, end_behind, inclusive
@@ -42,12 +46,17 @@ def check(fixture: Fixture, outputs: dict[str, Tensor]) -> None:
         assert fixture.compare(name, value.detach().numpy()) < RAW_TOLERANCE, name
 
 
-def build(fixture: Fixture, **test: Any) -> UPSNet:
-    """The published model with the fixture's weights."""
+def config(**test: Any) -> CfgNode:
+    """The published config with the fixtures' pixel deviation."""
     cfg = model_zoo.get_config(CONFIG)
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.PIXEL_STD = [64.0, 64.0, 64.0]
     cfg.MODEL.UPSNET.TEST.update({"MIN_SIZE": 0, **test})
+    return cfg
+
+
+def build(fixture: Fixture, cfg: CfgNode) -> UPSNet:
+    """The model with the fixture's weights."""
     model: UPSNet = build_model(cfg)
     published = {k: torch.from_numpy(v) for k, v in fixture.state_dict().items()}
     model.load_state_dict(convert_state_dict("upsnet", published), strict=True)
@@ -251,15 +260,14 @@ class InferenceCase:
     def __init__(self) -> None:
         self.fixture = Fixture(REFERENCE / "resnet50_coco_inference")
         self.expected = self.fixture.expected
-        config = self.fixture.manifest["inputs"]["config"]
-        self.model = build(
-            self.fixture,
-            SCORE_THRESH=config["panoptic_score_thresh"],
-            STUFF_AREA_LIMIT=config["panoptic_stuff_area_limit"],
-        ).eval()
-        rpn = self.model.proposal_generator
-        rpn.pre_nms_topk[False] = config["rpn_pre_nms_top_n"]
-        rpn.post_nms_topk[False] = config["rpn_post_nms_top_n"]
+        settings = self.fixture.manifest["inputs"]["config"]
+        cfg = config(
+            SCORE_THRESH=settings["panoptic_score_thresh"],
+            STUFF_AREA_LIMIT=settings["panoptic_stuff_area_limit"],
+        )
+        cfg.MODEL.RPN.PRE_NMS_TOPK_TEST = settings["rpn_pre_nms_top_n"]
+        cfg.MODEL.RPN.POST_NMS_TOPK_TEST = settings["rpn_post_nms_top_n"]
+        self.model = build(self.fixture, cfg).eval()
         image = self.fixture.manifest["inputs"]["image"]
         height, width, seed = image["height"], image["width"], image["seed"]
         bgr = draw_image(height, width, seed)
@@ -413,52 +421,68 @@ def test_cleaned_result_and_segments(inference: InferenceCase) -> None:
 # ---------------------------------------------------------------- whole model, training
 
 
-class TrainingCase:
-    """The fixture ``resnet50_coco_training``: one image with annotations, our raw outputs."""
+def write_training_files(fixture: Fixture, folder: Path) -> dict[str, str]:
+    """The image and annotations of ``resnet50_coco_training``: arguments of ``register_own_dataset``."""
+    inputs = fixture.manifest["inputs"]
+    image = inputs["image"]
+    bgr = draw_image(image["height"], image["width"], image["seed"])
+    cv2.imwrite(str(folder / "image.png"), bgr)
+    labels = fixture.expected["semantic_label"]
+    # One segment for each label: number 1 + label; stuff has categories from 101, things from 1.
+    segments = [
+        {"id": v + 1, "category_id": 101 + v if v < 53 else v - 52, "iscrowd": 0}
+        for v in np.unique(labels[labels != T.IGNORE]).tolist()
+    ]
+    numbers = np.where(labels == T.IGNORE, 0, labels + 1).astype(np.uint8)
+    cv2.imwrite(str(folder / "panoptic.png"), np.stack([0 * numbers, 0 * numbers, numbers], 2))
+    categories = [{"id": i, "name": f"c{i}", "isthing": int(i <= 80)} for i in range(1, 154)]
+    categories = [c for c in categories if c["id"] <= 80 or c["id"] > 100]
+    size = {"height": image["height"], "width": image["width"]}
+    images = [{"id": 1, "file_name": "image.png", **size}]
+    panoptic = [{"image_id": 1, "file_name": "panoptic.png", "segments_info": segments}]
+    for name, entries, listed in (
+        ("instances", inputs["annotations"], categories[:80]),
+        ("panoptic", panoptic, categories),
+    ):
+        content = {"images": images, "annotations": entries, "categories": listed}
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return {
+        "train_json": str(folder / "instances.json"),
+        "train_images": str(folder),
+        "train_panoptic_json": str(folder / "panoptic.json"),
+        "train_panoptic_root": str(folder),
+    }
 
-    def __init__(self) -> None:
+
+class TrainingCase:
+    """The fixture ``resnet50_coco_training``: one image with annotations, from files through the
+    training loader; our raw outputs."""
+
+    def __init__(self, folder: Path) -> None:
         self.fixture = Fixture(REFERENCE / "resnet50_coco_training")
         self.expected = self.fixture.expected
-        inputs = self.fixture.manifest["inputs"]
-        self.model = build(self.fixture).train()
-        image = inputs["image"]
-        bgr = draw_image(image["height"], image["width"], image["seed"]).astype(np.float32)
-        mean = self.model.pixel_mean.flatten().numpy()
-        resized = cv2.resize(bgr - mean, None, fx=1.6, fy=1.6, interpolation=cv2.INTER_LINEAR)
-        size = resized.shape[:2]
-        tensor = torch.from_numpy((resized + mean).transpose(2, 0, 1).copy())
-        labels = torch.from_numpy(self.expected["semantic_label"]).long()
-        self.batch = [
-            {
-                "image": tensor,
-                "height": image["height"],
-                "width": image["width"],
-                "sem_seg": T.scaled_nearest(labels, size, 1.6),
-            }
-        ]
-        for key, crowd in (("instances", 0), ("crowd_instances", 1)):
-            selected = [a for a in inputs["annotations"] if a["iscrowd"] == crowd]
-            instances = Instances(size)
-            boxes = torch.tensor([a["bbox"] for a in selected])
-            instances.gt_boxes = Boxes(
-                torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1) * 1.6
-            )
-            instances.gt_classes = torch.tensor([a["category_id"] - 1 for a in selected])
-            if not crowd:
-                instances.gt_masks = PolygonMasks(
-                    [[np.array(p) * 1.6 for p in a["segmentation"]] for a in selected]
-                )
-            self.batch[0][key] = instances
-        self.targets = T.read_targets(
-            self.batch[0], num_stuff=53, with_things=True, device=torch.device("cpu")
-        )
+        cfg = config()
+        register_own_dataset("upsnet_fixture", **write_training_files(self.fixture, folder))
+        apply_dataset_to_config(cfg, "upsnet_fixture")
+        # 1.6 times the file's 160 x 208.
+        cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (256,), 448
+        cfg.INPUT.RANDOM_FLIP = "none"
+        cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS = 1, 0
+        self.model = build(self.fixture, cfg).train()
+        self.batch = next(iter(build_train_loader(cfg)))
         self.images = self.model.preprocess(self.batch)
+        (self.targets,) = self.model.encode_targets(self.batch, self.images)
         self.predictions = self.model.network(self.images)
 
 
 @pytest.fixture(scope="module")
-def training() -> Iterator[TrainingCase]:
-    yield TrainingCase()
+def training(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingCase]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("D2EXT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        case = TrainingCase(tmp_path_factory.mktemp("coco"))
+    yield case
+    DatasetCatalog.remove("upsnet_fixture_train")
+    MetadataCatalog.remove("upsnet_fixture_train")
 
 
 def test_training_targets(training: TrainingCase) -> None:
@@ -483,23 +507,18 @@ def test_training_targets(training: TrainingCase) -> None:
     np.testing.assert_array_equal(mask_targets, expected["mask.targets"])
 
 
-def test_input_from_the_unresized_image(training: TrainingCase) -> None:
-    """The published network input, of the model's own resize and of the training mapper's."""
+def test_resize_in_inference(training: TrainingCase) -> None:
+    """The model's own resize of a test image gives the published network input, too."""
     image = training.fixture.manifest["inputs"]["image"]
-    size = (image["height"], image["width"])
-    short = round(1.6 * min(size))
-    bgr = draw_image(*size, image["seed"])
+    bgr = draw_image(image["height"], image["width"], image["seed"])
     model = training.model.eval()
-    model.min_size = short
+    model.min_size = 256
     try:
         inputs = [{"image": torch.from_numpy(bgr.transpose(2, 0, 1).copy())}]
         check(training.fixture, {"input.data": model.preprocess(inputs)})
     finally:
         model.min_size = 0
         model.train()
-    resized = ScaleShortestEdge((short,), 1333, "choice").get_transform(bgr).apply_image(bgr)
-    inputs = [{"image": torch.from_numpy(resized.transpose(2, 0, 1).copy())}]
-    check(training.fixture, {"input.data": model.preprocess(inputs)})
 
 
 def _stored_rpn(training: TrainingCase) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from torch.nn import functional as F
 
+from d2ext.systems.upsnet import losses as L
 from d2ext.systems.upsnet import targets as T
 from d2ext.systems.upsnet.boxes import image_scale
 from d2ext.testing import NUM_STUFF, random_inputs
@@ -144,3 +146,16 @@ def test_crowds_and_the_form_of_boxes() -> None:
     # The RPN's boxes end one pixel of the network input behind the last pixel, not two.
     difference = targets.instances.gt_boxes.tensor - targets.rpn_instances.gt_boxes.tensor
     assert difference.tolist() == [[0.0, 0.0, 1.0, 1.0]] * 3
+
+
+def test_losses_of_few_regions_and_pixels() -> None:
+    """Each image counts by its own number of regions or labelled pixels, one without any by none."""
+    weights = L.region_weights([2, 0, 1], CPU)
+    torch.testing.assert_close(weights, torch.tensor([1 / 6, 1 / 6, 1 / 3]))
+    logits = torch.zeros(2, 3, 2, 2)
+    logits[:, 0] = 1.0
+    labels = torch.full((2, 2, 2), T.IGNORE)
+    assert L.semantic_loss(logits, labels) == 0
+    labels[0, 0, 0] = 1
+    one = F.cross_entropy(logits[:1, :, 0, 0], torch.tensor([1]))
+    torch.testing.assert_close(L.semantic_loss(logits, labels), one / 2)

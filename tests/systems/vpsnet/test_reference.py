@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
-from detectron2.structures import BitMasks, Boxes, Instances, pairwise_iou
+from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor
 from torch.nn import functional as F
 
 from d2ext import model_zoo
 from d2ext.checkpoint import convert_state_dict
 from d2ext.checkpoint.convert import apply_rules
+from d2ext.data.video.cityscapes_vps import read_train
+from d2ext.data.video.register import register_videos
 from d2ext.systems.upsnet.boxes import end_behind, inclusive
 from d2ext.systems.vpsnet import losses as L
 from d2ext.systems.vpsnet.checkpoint import _RULES
@@ -37,6 +43,7 @@ from d2ext.systems.vpsnet.roi_heads import VPSNetRoIAlign
 from d2ext.systems.vpsnet.rpn import rounded_anchors
 from d2ext.systems.vpsnet.targets import match_targets
 from tests.reference.fixture import Fixture, draw_image, draw_tensor
+from tests.systems.fixture_files import first_batch
 
 REFERENCE = Path(__file__).parents[2] / "reference" / "vpsnet"
 # DESIGN: raw outputs within 1e-4 relative.
@@ -371,27 +378,59 @@ def test_cleaned_map_with_ids(video: VideoCase, t: int) -> None:
     assert things.any()
 
 
-class TrainingCase:
-    """The fixture ``fusetrack_training``: a pair of frames with annotations."""
+def write_training_files(fixture: Fixture, folder: Path) -> None:
+    """The pair of frames, as the training part of Cityscapes-VPS in its folder."""
+    inputs, expected = fixture.manifest["inputs"], fixture.expected
+    (folder / "train/img").mkdir(parents=True)
+    (folder / "train/labelmap").mkdir()
+    content: dict[str, list[Any]] = {"images": [], "annotations": [], "categories": []}
+    content["categories"] = [{"id": i, "name": f"thing{i}"} for i in range(11, 19)]
+    for t, (gt, column) in enumerate(((inputs["reference_gt"], 0), (inputs["gt"], 8))):
+        stem = f"0003_{13 + t:04d}_frankfurt_000000_{t:06d}"
+        name = f"{stem}_leftImg8bit.png"
+        frame = frame_of(fixture, column).numpy().transpose(1, 2, 0)[:, :, ::-1]
+        cv2.imwrite(str(folder / "train/img" / name), frame.astype(np.uint8))
+        labels = expected["semantic_label"] if t else np.full((128, 256), 255, np.uint8)
+        content["images"].append({"id": t, "file_name": name, "height": 128, "width": 256})
+        for i, (x1, y1, x2, y2) in enumerate(gt["boxes"]):
+            mask = np.zeros((128, 256), np.uint8)
+            mask[int(y1) : int(y2) + 1, int(x1) : int(x2) + 1] = 1
+            if t == 0:  # a reference's masks and labels are not used
+                labels[mask > 0] = 10 + gt["labels"][i]
+            rle = mask_util.encode(np.asfortranarray(expected["gt_masks"][i] if t else mask))
+            annotation = {"image_id": t, "category_id": 10 + gt["labels"][i], "iscrowd": 0}
+            annotation |= {"id": len(content["annotations"]) + 1, "inst_id": gt["ids"][i]}
+            annotation["bbox"] = [x1, y1, x2 - x1 + 1, y2 - y1 + 1]
+            annotation["segmentation"] = {"size": [128, 256], "counts": rle["counts"].decode()}
+            content["annotations"].append(annotation)
+        cv2.imwrite(str(folder / "train/labelmap" / f"{stem}_gtFine_color.png"), labels)
+    (folder / "instances_train_city_vps_rle.json").write_text(json.dumps(content))
 
-    def __init__(self) -> None:
+
+class TrainingCase:
+    """The fixture ``fusetrack_training``: a pair of frames with annotations, from files through the
+    training loader."""
+
+    def __init__(self, folder: Path) -> None:
         self.fixture = Fixture(REFERENCE / "fusetrack_training")
         self.expected = self.fixture.expected
-        inputs = self.fixture.manifest["inputs"]
         self.model = build(self.fixture).train()
+        write_training_files(self.fixture, folder)
+        cfg = model_zoo.get_config(CONFIG)
+        cfg.INPUT.AUGMENTATION.NAME = "none"
+        cfg.INPUT.VIDEO.REFERENCE_OFFSETS = [-1, -1]
+        register_videos("vps_fixture", partial(read_train, "vps_fixture", str(folder)))
+        try:
+            # Both frames are samples; the second one's reference is the first.
+            self.batch = first_batch(cfg, "vps_fixture", count=2)[1:]
+        finally:
+            DatasetCatalog.remove("vps_fixture")
+            MetadataCatalog.remove("vps_fixture")
+        # Things without an instance, which published data do not have, become void in our reader.
         labels = torch.from_numpy(self.expected["semantic_label"]).long()
-        current, reference = inputs["gt"], inputs["reference_gt"]
-        self.batch = [
-            {
-                "image": frame_of(self.fixture, 8),
-                "sem_seg": labels,
-                "instances": annotated(current, self.expected["gt_masks"]),
-                "reference": {
-                    "image": frame_of(self.fixture, 0),
-                    "instances": annotated(reference),
-                },
-            }
-        ]
+        other = self.batch[0]["sem_seg"] != labels
+        assert self.batch[0]["sem_seg"][other].eq(255).all() and labels[other].eq(13).all()
+        self.batch[0]["sem_seg"] = labels
         images, (self.targets,) = self.model.training_batch(self.batch)
         references = self.model.preprocess([self.batch[0]["reference"]])
         features = self.model.backbone(references)
@@ -415,11 +454,19 @@ class TrainingCase:
             np.concatenate(targets)
         )
 
+    def places(self, name: str, instances: Instances) -> Tensor:
+        """Where the fixture's objects are: the data set's reader has another order."""
+        boxes = end_behind(torch.tensor(self.fixture.manifest["inputs"][name]["boxes"]))
+        equal = (boxes[:, None] == instances.gt_boxes.tensor).all(dim=2)
+        assert equal.sum(dim=1).eq(1).all()
+        return equal.int().argmax(dim=1)
+
     def stored_regions(self) -> Instances:
         count = int(self.expected["rcnn.num_pos"])
         classes = torch.from_numpy(self.expected["rcnn.labels"]).long()
+        place = self.places("gt", self.targets.instances)
         index = torch.full_like(classes, -1)
-        index[:count] = torch.from_numpy(self.expected["rcnn.assigned_gt"]).long()
+        index[:count] = place[torch.from_numpy(self.expected["rcnn.assigned_gt"]).long()]
         return Instances(
             (128, 256),
             proposal_boxes=Boxes(end_behind(torch.from_numpy(self.expected["rcnn.rois"]))),
@@ -429,19 +476,11 @@ class TrainingCase:
         )
 
 
-def annotated(annotations: dict[str, Any], masks: np.ndarray | None = None) -> Instances:
-    result = Instances((128, 256))
-    result.gt_boxes = Boxes(end_behind(torch.tensor(annotations["boxes"])))
-    result.gt_classes = torch.tensor(annotations["labels"]) - 1
-    result.gt_ids = torch.tensor(annotations["ids"])
-    if masks is not None:
-        result.gt_masks = BitMasks(torch.from_numpy(masks).bool())
-    return result
-
-
 @pytest.fixture(scope="module")
-def training() -> Iterator[TrainingCase]:
-    yield TrainingCase()
+def training(tmp_path_factory: pytest.TempPathFactory) -> TrainingCase:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("D2EXT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return TrainingCase(tmp_path_factory.mktemp("cityscapes_vps"))
 
 
 def test_anchor_labels(training: TrainingCase) -> None:
@@ -494,7 +533,11 @@ def test_region_targets(training: TrainingCase) -> None:
     masks = training.model.roi_heads.mask_targets(regions, training.targets, 28)
     np.testing.assert_array_equal(masks, training.expected["mask.targets"])
     columns = match_targets(regions.gt_index, training.targets)
-    np.testing.assert_array_equal(columns, training.expected["track.target_ids"][: len(regions)])
+    # Column 0: no object of the reference.
+    place = training.places("reference_gt", training.batch[0]["reference"]["instances"])
+    place = torch.cat([torch.zeros(1, dtype=torch.long), place + 1])
+    expected = place[torch.from_numpy(training.expected["track.target_ids"]).long()]
+    np.testing.assert_array_equal(columns, expected[: len(regions)])
 
 
 def test_losses_and_gradients(training: TrainingCase, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.structures import BitMasks
 
 from d2ext import model_zoo
 from d2ext.checkpoint import convert_state_dict
@@ -18,6 +19,7 @@ from d2ext.layers import assemble_masks
 from d2ext.systems.yolact.model import YOLACT
 from d2ext.systems.yolact.postprocess import Detections
 from tests.reference.fixture import Fixture, draw_image
+from tests.systems.fixture_files import classes, coco_annotation, load_batch, write_coco
 
 REFERENCE = Path(__file__).parents[2] / "reference" / "yolact"
 CASES = {
@@ -165,41 +167,58 @@ def object_mask(shape: str, box: list[float], size: int) -> np.ndarray:
     ) ** 2 <= 1
 
 
-def _training_inputs(case: Case) -> list[dict[str, Any]]:
-    """The fixture's batch: images resized to the network input, as a mapper would hand it over."""
-    manifest = case.fixture.manifest["inputs"]
-    size = manifest["network_input_size"]
-    batch = []
-    for image, objects in zip(
-        manifest["loss_batch"], manifest["loss"]["ground_truth"], strict=True
-    ):
-        inputs = case.read(image["draw_image"])
-        inputs["image"] = torch.nn.functional.interpolate(
-            inputs["image"][None].float(), (size, size), mode="bilinear", align_corners=False
-        )[0]
-        for key, crowd in (("instances", False), ("crowd_instances", True)):
-            chosen = [o for o in objects if o.get("crowd", False) == crowd]
-            instances = Instances((size, size))
-            boxes = np.array([o["box"] for o in chosen], dtype=np.float64).reshape(-1, 4) * size
-            instances.gt_boxes = Boxes(torch.from_numpy(boxes))
-            instances.gt_classes = torch.tensor(
-                [max(o["cls"], 0) for o in chosen], dtype=torch.int64
-            )
-            if not crowd:
-                masks = np.stack([object_mask(o["shape"], o["box"], size) for o in chosen])
-                instances.gt_masks = BitMasks(torch.from_numpy(masks))
-            inputs[key] = instances
-        batch.append(inputs)
+def without_augmentation(cfg: CfgNode) -> CfgNode:
+    """A copy whose recipe only resizes."""
+    cfg = cfg.clone()
+    augmentation = cfg.INPUT.AUGMENTATION
+    augmentation.PHOTOMETRIC_PROB = augmentation.EXPAND_PROB = augmentation.FLIP_PROB = 0.0
+    augmentation.CROP_ENABLED = False
+    return cfg
+
+
+def object_annotations(
+    height: int, width: int, objects: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """COCO's form of a fixture's objects: ``box``, relative to the image, ``cls``, ``crowd``. Masks are
+    the boxes, see :func:`set_masks`."""
+    annotations = []
+    for x in objects:
+        box = (np.float64(x["box"]) * [width, height, width, height]).tolist()
+        x1, y1, x2, y2 = box
+        polygons = [[x1, y1, x2, y1, x2, y2, x1, y2]]
+        fields = {"iscrowd": int(x.get("crowd", False)), "segmentation": polygons}
+        annotations.append(coco_annotation(box, max(x["cls"], 0), **fields))
+    return annotations
+
+
+def load_objects(
+    cfg: CfgNode, folder: Path, images: list[np.ndarray], objects: list[list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """A fixture's batch of images (BGR), from files through the training loader."""
+    pairs = zip(images, objects, strict=True)
+    annotations = [object_annotations(*image.shape[:2], listed) for image, listed in pairs]
+    files = write_coco(folder, images, annotations, classes(80))
+    batch = load_batch(without_augmentation(cfg), files)
+    for inputs, listed in zip(batch, objects, strict=True):
+        set_masks(inputs, listed)
     return batch
 
 
-def test_losses_targets_and_gradients(case: Case) -> None:
+def set_masks(inputs: dict[str, Any], objects: list[dict[str, Any]]) -> None:
+    """The recorded masks, which are of the network's grid: no file can hold them."""
+    size = inputs["image"].shape[-1]
+    masks = [object_mask(x["shape"], x["box"], size) for x in objects if not x.get("crowd", False)]
+    inputs["instances"].gt_masks = BitMasks(torch.from_numpy(np.stack(masks)))
+
+
+def test_losses_targets_and_gradients(case: Case, tmp_path: Path) -> None:
     fixture, model = case.fixture, case.model
-    expected = fixture.expected
-    batch = _training_inputs(case)
+    expected, recorded = fixture.expected, fixture.manifest["inputs"]
+    images = [draw_image(**x["draw_image"]) for x in recorded["loss_batch"]]
+    batch = load_objects(case.cfg, tmp_path, images, recorded["loss"]["ground_truth"])
     areas = [x["instances"].gt_masks.tensor.sum(dim=(1, 2)).tolist() for x in batch]
-    recorded = fixture.manifest["inputs"]["loss"]["mask_areas"]
-    assert areas == [a[: len(b)] for a, b in zip(recorded, areas, strict=True)]
+    mask_areas = recorded["loss"]["mask_areas"]
+    assert areas == [a[: len(b)] for a, b in zip(mask_areas, areas, strict=True)]
 
     model.train()
     model.zero_grad()
