@@ -147,7 +147,9 @@ VALID: dict[str, tuple[str, Callable[[], list[Any]]]] = {
 def test_every_operator_has_a_row() -> None:
     source = Path(__file__).resolve().parents[2] / "csrc" / "library.cpp"
     schemas = re.findall(r'"(\w+)\(', source.read_text())
-    assert sorted(VALID) == sorted(x for x in schemas if x != "_build_info")
+    # Of deformable convolution there are CUDA kernels alone: tests/layers/test_deform_conv.py.
+    others = {"_build_info", "deform_conv2d", "deform_conv2d_backward"}
+    assert sorted(VALID) == sorted(set(schemas) - others)
 
 
 def hostile(value: Any) -> Iterator[Any]:
