@@ -1,0 +1,67 @@
+"""Graphs as ONNX files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+# The first with DeformConv.
+OPSET = 19
+
+
+def to_onnx(program: ExportedProgram, names: Sequence[str], opset: int = OPSET) -> Any:
+    """The ONNX program of an exported one.
+
+    Args:
+        names: of the outputs.
+        opset: of ONNX, 19 or later.
+
+    Raises:
+        ModuleNotFoundError: ``onnx`` and ``onnxscript`` are not installed.
+    """
+    return torch.onnx.export(
+        program,
+        output_names=list(names),
+        opset_version=opset,
+        custom_translation_table={torch.ops.torchvision.deform_conv2d.default: _deform_conv()},
+        verbose=False,
+    )
+
+
+def _deform_conv() -> Any:
+    """torchvision's operator as ONNX' ``DeformConv``; both order offsets as (y, x) of each tap."""
+    from onnxscript import opset19 as op
+
+    def deform_conv2d(
+        input: Any,
+        weight: Any,
+        offset: Any,
+        mask: Any,
+        bias: Any,
+        stride_h: int,
+        stride_w: int,
+        pad_h: int,
+        pad_w: int,
+        dilation_h: int,
+        dilation_w: int,
+        groups: int,
+        offset_groups: int,
+        use_mask: bool,
+    ) -> Any:
+        return op.DeformConv(
+            input,
+            weight,
+            offset,
+            bias,
+            mask if use_mask else None,
+            strides=[stride_h, stride_w],
+            pads=[pad_h, pad_w, pad_h, pad_w],
+            dilations=[dilation_h, dilation_w],
+            group=groups,
+            offset_group=offset_groups,
+        )
+
+    return deform_conv2d
