@@ -10,6 +10,7 @@ from torch import Tensor
 
 from d2ext.export.files import ExportedFile
 from d2ext.export.graph import export_form
+from d2ext.modeling.export_form import Outputs
 from d2ext.modeling.meta_arch import MetaArch
 
 TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3}
@@ -23,7 +24,7 @@ class Difference(NamedTuple):
     largest: float
     """max |a - b| / (1 + |b|), over slots of the same object."""
     moved: int
-    """Slots whose object is in another slot: nearly equal scores."""
+    """Slots whose object is in another slot or cut off: nearly equal scores."""
 
 
 @torch.no_grad()
@@ -40,44 +41,45 @@ def check(
     expected = {name: x.cpu() for name, x in expected.items()}
     shape = expected["scores"].shape
     slots = [name for name, x in expected.items() if x.shape[: len(shape)] == shape]
-    order = _slot_order([actual[x] for x in slots], [expected[x] for x in slots], shape, tolerance)
+    order, kept = _slot_order(actual, expected, slots, tolerance)
     moved = int((order != torch.arange(len(order))).sum())
     results = []
-    for name, value in expected.items():
-        own = actual[name]
+    for name, b in expected.items():
+        a = actual[name]
         if name in slots:
-            own = own.flatten(0, len(shape) - 1)[order].view_as(value)
-        results.append(Difference(name, _difference(own, value), moved if name in slots else 0))
+            a, b = (x.flatten(0, len(shape) - 1) for x in (a, b))
+            a, b = a[order][kept], b[kept]
+        results.append(Difference(name, _largest(a, b), moved if name in slots else 0))
     return results
 
 
-def _difference(a: Tensor, b: Tensor) -> float:
+def _largest(a: Tensor, b: Tensor) -> float:
     a, b = a.double(), b.double()
-    return float(((a - b).abs() / (1 + b.abs())).max()) if a.numel() else 0.0
+    return float(((a - b).abs() / (1 + b.abs())).max()) if b.numel() else 0.0
 
 
 def _slot_order(
-    actual: Sequence[Tensor], expected: Sequence[Tensor], shape: torch.Size, tolerance: float
-) -> Tensor:
-    """(n,): which of the actual slots, all in a row, is each of the expected ones.
+    actual: Outputs, expected: Outputs, slots: Sequence[str], tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """Of all slots in a row: (n,) which of the actual ones is each of the expected ones, and (n,) bool,
+    which are compared.
 
-    Objects of nearly equal scores may change places: a slot that differs is the nearest of those slots
-    of its image that differ.
+    Objects of nearly equal scores may change places: a slot that differs is the nearest of those of its
+    image that differ. Slots with a negative score are empty, and what ties with the last one may have
+    been cut off.
     """
-    order = torch.arange(shape.numel())
-    rows = [
-        torch.cat([x.flatten(0, len(shape) - 1).flatten(1).double() for x in tensors], dim=1)
-        for tensors in (
-            [x if x.dim() > len(shape) else x[..., None] for x in t] for t in (actual, expected)
-        )
-    ]
-    scale = 1 + rows[1].abs()
-    differs = ((rows[0] - rows[1]).abs() / scale).amax(dim=1) > tolerance
-    for start in range(0, len(order), shape[-1]):
-        index = start + differs[start : start + shape[-1]].nonzero()[:, 0]
-        if len(index):
-            distances = torch.cdist(
-                rows[1][index] / scale[index], rows[0][index] / scale[index], p=torch.inf
-            )
-            order[index] = index[distances.argmin(dim=1)]
-    return order
+    scores = expected["scores"]
+    order = torch.arange(scores.numel())
+    a, b = (
+        torch.cat([x[name].double().reshape(len(order), -1) for name in slots], dim=1)
+        for x in (actual, expected)
+    )
+    a, b = a / (1 + b.abs()), b / (1 + b.abs())
+    differs = (a - b).abs().amax(dim=1) > tolerance
+    for image in order.clone().split(scores.shape[-1]):
+        own = image[differs[image]]
+        if len(own):
+            order[own] = own[torch.cdist(b[own], a[own], p=torch.inf).argmin(dim=1)]
+    last = (scores - scores[..., -1:] <= tolerance / 100).flatten()
+    differs = (a[order] - b).abs().amax(dim=1) > tolerance
+    return order, (scores.flatten() >= 0) & ~(differs & last)

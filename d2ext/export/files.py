@@ -145,14 +145,15 @@ class ExportedFile:
         expected = self.facts["input"]
         batch, _, *size = expected["shape"]
         given = list(images.shape[2:])
+        needed = f"the {given[1]}x{given[0]} that this image needs"
         if size != [None, None] and size != given:
             raise ValueError(
-                f"'{self.path}' takes {size[1]}x{size[0]} pixels, not the {given[1]}x{given[0]} that this "
-                "image needs: give images that fit, or export with --dynamic-size."
+                f"'{self.path}' takes {size[1]}x{size[0]} pixels, not {needed}: give images that fit, or "
+                "export with --dynamic-size."
             )
         if size == [None, None] and not all(MIN_SIDE <= side <= MAX_SIDE for side in given):
             raise ValueError(
-                f"'{self.path}' takes sides of {MIN_SIDE} to {MAX_SIDE} pixels, not {given[1]}x{given[0]}."
+                f"'{self.path}' takes sides of {MIN_SIDE} to {MAX_SIDE} pixels, not {needed}."
             )
         if expected["dtype"] == "uint8":
             images = images.round().clamp(0, 255)

@@ -20,8 +20,8 @@ from d2ext.modeling.inference import DTYPES, prepared_copy
 from d2ext.modeling.meta_arch import MetaArch
 
 MAX_BATCH = 1024
-# Pixels of the sides of images of any size.
-MIN_SIDE, MAX_SIDE = 32, 4 * LONGEST_SIDE
+# Pixels of the sides of images of any size; the coarsest levels then have two cells or more.
+MIN_SIDE, MAX_SIDE = 96, 4 * LONGEST_SIDE
 
 
 class ExportGraph(nn.Module):

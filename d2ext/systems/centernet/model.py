@@ -235,7 +235,11 @@ class CenterNet(MultiScaleMetaArch):
             multiple=unit if self.keep_resolution else 0,
             mirror=self.flip,
             results="centernet",
-            options={"stride": self.head.stride, "clip": self.clip_boxes, "soft_nms": self.soft_nms},
+            options={
+                "stride": self.head.stride,
+                "clip": self.clip_boxes,
+                "soft_nms": self.soft_nms,
+            },
         )
 
     def detections(

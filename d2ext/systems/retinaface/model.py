@@ -281,14 +281,18 @@ class RetinaFace(ShortSideMetaArch):
         def pack(candidates: Candidates) -> Outputs:
             outputs = {name: getattr(candidates, name) for name in names}
             outputs["count"] = (candidates.scores > self.score_threshold).sum(dim=1)
-            if mesh is not None:  # meshes of detections alone, see mesh.py: its layer runs after NMS
-                outputs |= {"mesh_weight": mesh.output.weight * 1, "mesh_bias": mesh.output.bias * 1}
+            if (
+                mesh is not None
+            ):  # meshes of detections alone, see mesh.py: its layer runs after NMS
+                batch = outputs["scores"].shape[:1]
+                for name, x in mesh.output.named_parameters():
+                    outputs[f"mesh_{name}"] = x.expand(*batch, *x.shape)
             return outputs
 
         def unpack(outputs: Outputs) -> Candidates:
             if mesh is not None:
-                mesh.output.weight.data = outputs["mesh_weight"]
-                mesh.output.bias.data = outputs["mesh_bias"]
+                for name, x in mesh.output.named_parameters():
+                    x.data = outputs[f"mesh_{name}"][0]
             fields: dict[str, Any] = dict.fromkeys(Candidates._fields)
             return Candidates(**fields | {name: outputs[name] for name in names})
 
@@ -302,6 +306,7 @@ class RetinaFace(ShortSideMetaArch):
                 "nms_threshold": self.nms_threshold,
                 "max_detections": self.max_detections,
                 "clip": self.clip_boxes,
+                **({} if mesh is None else {"priors_per_cell": mesh.priors_per_cell}),
             },
         )
 

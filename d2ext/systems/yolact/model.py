@@ -230,7 +230,12 @@ class YOLACT(MetaArch):
         return decoded if self.mask_scorer is None else (*decoded, self._mask_scores(*decoded))
 
     def _mask_scores(
-        self, boxes: Tensor, scores: Tensor, classes: Tensor, coefficients: Tensor, prototypes: Tensor
+        self,
+        boxes: Tensor,
+        scores: Tensor,
+        classes: Tensor,
+        coefficients: Tensor,
+        prototypes: Tensor,
     ) -> Tensor:
         assert self.mask_scorer is not None
         masks = assemble_slot_masks(prototypes, coefficients, boxes)
