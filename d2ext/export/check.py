@@ -74,12 +74,15 @@ def _slot_order(
         torch.cat([x[name].double().reshape(len(order), -1) for name in slots], dim=1)
         for x in (actual, expected)
     )
-    a, b = a / (1 + b.abs()), b / (1 + b.abs())
-    differs = (a - b).abs().amax(dim=1) > tolerance
+    scale = 1 + b.abs().amax(dim=0)
+
+    def differs() -> Tensor:
+        return ((a[order] - b).abs() / (1 + b.abs())).amax(dim=1) > tolerance
+
+    beyond = differs()
     for image in order.clone().split(scores.shape[-1]):
-        own = image[differs[image]]
+        own = image[beyond[image]]
         if len(own):
-            order[own] = own[torch.cdist(b[own], a[own], p=torch.inf).argmin(dim=1)]
+            order[own] = own[torch.cdist(b[own] / scale, a[own] / scale, p=torch.inf).argmin(dim=1)]
     last = (scores - scores[..., -1:] <= tolerance / 100).flatten()
-    differs = (a[order] - b).abs().amax(dim=1) > tolerance
-    return order, (scores.flatten() >= 0) & ~(differs & last)
+    return order, (scores.flatten() >= 0) & ~(differs() & last)

@@ -7,6 +7,7 @@ metadata's key ``d2ext``.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import zipfile
@@ -125,11 +126,11 @@ class ExportedFile:
         ModuleNotFoundError: it is ONNX, and ``onnxruntime`` is not installed.
     """
 
-    def __init__(self, path: str | os.PathLike[str], device: str = "") -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         if not os.path.isfile(self.path):
             raise ConfigError(f"There is no file '{self.path}'.")
-        self._run, text = _open(self.path)
+        self._run, text = _open(self.path, os.stat(self.path).st_mtime_ns)
         if not text:
             raise ConfigError(f"'{self.path}' was not written by d2ext: it has no metadata of it.")
         self.facts = json.loads(text)
@@ -148,7 +149,7 @@ class ExportedFile:
         needed = f"the {given[1]}x{given[0]} that this image needs"
         if size != [None, None] and size != given:
             raise ValueError(
-                f"'{self.path}' takes {size[1]}x{size[0]} pixels, not {needed}: give images that fit, or "
+                f"'{self.path}' takes {size[1]}x{size[0]} pixels, not {needed}: give others, or "
                 "export with --dynamic-size."
             )
         if size == [None, None] and not all(MIN_SIDE <= side <= MAX_SIDE for side in given):
@@ -196,8 +197,9 @@ class _ExportedNetwork(InferenceNetwork):
 Run = Callable[[Tensor, list[str]], Outputs]
 
 
-def _open(path: str) -> tuple[Run, str]:
-    """How the graph of a file is run, and its metadata."""
+@functools.lru_cache(maxsize=1)  # a command may ask for the config first
+def _open(path: str, changed: int) -> tuple[Run, str]:
+    """How the graph of a file is run, and its metadata. ``changed``: when the file was."""
     if path.endswith(".onnx"):
         return _open_onnx(path)
     if not zipfile.is_zipfile(path):
