@@ -296,7 +296,7 @@ def _soft_nms(
     boxes, scores = result["boxes"].astype(np.float32), result["scores"].astype(np.float32)
     rows, keep = np.arange(len(scores)), np.zeros(len(scores), bool)
     ends = np.searchsorted(result["classes"], np.unique(result["classes"]), "right")
-    for begin, end in zip([0, *ends[:-1]], ends, strict=True):
+    for begin, end in zip([0, *ends], ends, strict=False):
         row, count = begin, end
         while row < count:
             best = row + scores[row:count].argmax()

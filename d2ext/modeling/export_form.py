@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 Outputs = dict[str, Tensor]
 """Named tensors of fixed slots, (B, ...)."""
@@ -18,6 +19,15 @@ Outputs = dict[str, Tensor]
 
 class NotExportable(ValueError):
     """The model, or this configuration of it, cannot be exported. The message says why."""
+
+
+def refuse_tracing(model: nn.Module) -> None:
+    """Raise RuntimeError under ``torch.jit.trace``."""
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            f"{type(model).__name__} cannot be traced: the trace would give as many detections as the "
+            "example has. Use `d2ext export` or d2ext.export.export."
+        )
 
 
 @dataclass(frozen=True)

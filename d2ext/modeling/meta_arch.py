@@ -21,7 +21,7 @@ from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from d2ext.modeling.export_form import ExportForm
+from d2ext.modeling.export_form import ExportForm, refuse_tracing
 from d2ext.modeling.inference import InferenceNetwork
 
 
@@ -147,11 +147,7 @@ class MetaArch(nn.Module):
             KeyError: training inputs without ``instances``.
             RuntimeError: under ``torch.jit.trace``, which would keep the example's number of detections.
         """
-        if torch.jit.is_tracing():
-            raise RuntimeError(
-                f"{type(self).__name__} cannot be traced: the trace would give as many detections as "
-                "the example has. Use `d2ext export` or d2ext.export.export."
-            )
+        refuse_tracing(self)
         if not self.training:
             return self.inference(batched_inputs)
         self.check_annotated(batched_inputs)
