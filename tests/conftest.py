@@ -21,6 +21,7 @@ SLOW = (
     ),
     *(
         "engine/test_processes.py",
+        "export/test_systems.py",
         "reliability/test_orphans.py",
         "tools/compare/",
         "tools/test_main.py",

@@ -1,4 +1,4 @@
-"""Every system's files, ONNX and torch.export: the same tensors, the same instances, also by NumPy alone."""
+"""Every system's files, ONNX and torch.export: the same tensors and instances, also by NumPy alone."""
 
 from __future__ import annotations
 
