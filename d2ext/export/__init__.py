@@ -16,6 +16,7 @@ from d2ext.config import ConfigError
 from d2ext.export.check import Difference, check
 from d2ext.export.files import FORMATS, ExportedFile, is_exported, metadata, write
 from d2ext.export.graph import capture, export_form, input_size
+from d2ext.export.onnx_format import need
 from d2ext.modeling.export_form import NotExportable
 from d2ext.modeling.meta_arch import MetaArch
 
@@ -58,8 +59,8 @@ def export(
             the network takes.
 
     Raises:
-        NotExportable: this model, or a model with these sizes, cannot be exported. ConfigError: the name
-        does not suit the format. ModuleNotFoundError: the format needs a package that is not installed.
+        NotExportable: this model, or a model with these sizes, cannot be exported.
+        ConfigError: the name does not suit the format, or that needs a package that is not installed.
     """
     path = os.fspath(path)
     if not path.endswith(FORMATS[file_format]):
@@ -67,6 +68,8 @@ def export(
             f"A file of format {file_format} ends with {FORMATS[file_format]}: '{path}'."
         )
     form = export_form(model)
+    if file_format == "onnx":
+        need("onnxscript")
     assert isinstance(model, MetaArch)
     size = input_size(form, size, dynamic_size)
     program = capture(

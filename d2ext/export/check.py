@@ -25,6 +25,8 @@ class Difference(NamedTuple):
     """max |a - b| / (1 + |b|), over slots of the same object."""
     moved: int
     """Slots whose object is in another slot or cut off: nearly equal scores."""
+    compared: int
+    """Numbers, without those of empty slots."""
 
 
 @torch.no_grad()
@@ -40,16 +42,18 @@ def check(
     actual = {name: x.cpu() for name, x in file(images).items()}
     expected = {name: x.cpu() for name, x in expected.items()}
     shape = expected["scores"].shape
-    slots = [name for name, x in expected.items() if x.shape[: len(shape)] == shape]
-    order, kept = _slot_order(actual, expected, slots, tolerance)
-    moved = int((order != torch.arange(len(order))).sum())
+    detects = "classes" in expected  # a landmark has its own slot
+    slots = [name for name, x in expected.items() if detects and x.shape[: len(shape)] == shape]
+    if slots:
+        order, kept = _slot_order(actual, expected, slots, tolerance)
     results = []
     for name, b in expected.items():
-        a = actual[name]
+        a, moved = actual[name], 0
         if name in slots:
             a, b = (x.flatten(0, len(shape) - 1) for x in (a, b))
             a, b = a[order][kept], b[kept]
-        results.append(Difference(name, _largest(a, b), moved if name in slots else 0))
+            moved = int((order != torch.arange(len(order))).sum())
+        results.append(Difference(name, _largest(a, b), moved, b.numel()))
     return results
 
 

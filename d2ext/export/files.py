@@ -25,7 +25,7 @@ from torch.export import ExportedProgram
 from d2ext.config import ConfigError, get_cfg
 from d2ext.data.saved_metadata import class_metadata, known_metadata, save_metadata, saved_metadata
 from d2ext.export.graph import MAX_SIDE, MIN_SIDE
-from d2ext.export.onnx_format import to_onnx
+from d2ext.export.onnx_format import need, to_onnx
 from d2ext.modeling.export_form import ExportForm, Outputs
 from d2ext.modeling.inference import InferenceNetwork
 from d2ext.modeling.meta_arch import MetaArch
@@ -86,11 +86,7 @@ def output_names(program: ExportedProgram) -> list[str]:
 
 
 def write(program: ExportedProgram, path: str, file_format: str, facts: dict[str, Any]) -> None:
-    """Write a graph and its :func:`metadata`; the file appears when it is complete.
-
-    Raises:
-        ModuleNotFoundError: the format needs a package that is not installed.
-    """
+    """Write a graph and its :func:`metadata`; the file appears when it is complete."""
     text = json.dumps(facts)
     temporary = f"{path}.tmp-{os.getpid()}{FORMATS[file_format]}"
     try:
@@ -122,8 +118,8 @@ class ExportedFile:
         facts: its :func:`metadata`. cfg: its config, which can still be changed.
 
     Raises:
-        ConfigError: there is no such file, or it is not d2ext's.
-        ModuleNotFoundError: it is ONNX, and ``onnxruntime`` is not installed.
+        ConfigError: there is no such file, it is not d2ext's, or it is ONNX and onnxruntime is not
+            installed.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -215,13 +211,17 @@ def _open(path: str, changed: int) -> tuple[Run, str]:
 
 
 def _open_onnx(path: str) -> tuple[Run, str]:
+    need("onnxruntime")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
+    providers = set(onnxruntime.get_available_providers())
     session = onnxruntime.InferenceSession(
-        path, options, providers=onnxruntime.get_available_providers()
+        path,
+        options,
+        providers=[x for x in ("CUDAExecutionProvider", "CPUExecutionProvider") if x in providers],
     )
 
     def run(images: Tensor, names: list[str]) -> Outputs:

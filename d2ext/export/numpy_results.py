@@ -15,6 +15,7 @@ Letters: h, w size of the image, H, W of the network's input, N detections, S sl
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,14 +34,16 @@ def results(facts: dict[str, Any], outputs: Results, index: int = 0, **image: An
         index: of the image.
         image: what the function of the system needs of it: ``size`` (h, w), ...
     """
-    function = {
+    functions: dict[str, Callable[..., Results]] = {
         "yolact": yolact,
         "retinaface": retinaface,
         "centernet": centernet,
         "cornernet": cornernet,
         "landmarks": landmarks,
-    }[facts["results"]]
-    return function({name: x[index] for name, x in outputs.items()}, **image, **facts["options"])
+    }
+    return functions[facts["results"]](
+        {name: x[index] for name, x in outputs.items()}, **image, **facts["options"]
+    )
 
 
 def place(image: Array, facts: dict[str, Any]) -> tuple[Array, tuple[int, int]]:
@@ -340,7 +343,11 @@ def _pixel_overlap(box: Array, boxes: Array) -> Array:
 def _moved(points: Array, cell: tuple[float, float], corner: tuple[float, float]) -> Array:
     """Cells (N, 2n) x, y, x, y, ... → pixels of the image."""
     repeats = points.shape[1] // 2
-    return points * np.tile(np.float32(cell), repeats) + np.tile(np.float32(corner), repeats)
+    return points * np.tile(_single(cell), repeats) + np.tile(_single(corner), repeats)
+
+
+def _single(values: Sequence[float]) -> Array:
+    return np.array(values, np.float32)
 
 
 def _clipped(boxes: Array, size: tuple[int, int]) -> Array:
@@ -357,7 +364,7 @@ def _inside(boxes: Array, height: int, width: int) -> Array:
     """(N, height, width) bool: cells of a grid in boxes relative to it, a cell wider on each side."""
     sides = []
     for axis, length in ((1, height), (0, width)):
-        ends = np.sort(boxes[:, [axis, axis + 2]] * length, axis=1) + np.float32([-1, 1])
+        ends = np.sort(boxes[:, [axis, axis + 2]] * length, axis=1) + _single([-1, 1])
         low, high = ends.clip(0, length).T[:, :, None]
         sides.append((np.arange(length) >= low) & (np.arange(length) < high))
     return sides[0][:, :, None] & sides[1][:, None, :]

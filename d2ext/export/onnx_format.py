@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 
+from d2ext.config import ConfigError
+
 # The first with DeformConv.
 OPSET = 19
+
+
+def need(package: str) -> None:
+    """Raise ConfigError if a package of the extra ``export`` is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"ONNX files need {package}: pip install d2ext[export]")
 
 
 def to_onnx(program: ExportedProgram, names: Sequence[str], opset: int = OPSET) -> Any:
@@ -18,9 +27,6 @@ def to_onnx(program: ExportedProgram, names: Sequence[str], opset: int = OPSET) 
     Args:
         names: of the outputs.
         opset: of ONNX, 19 or later.
-
-    Raises:
-        ModuleNotFoundError: ``onnx`` and ``onnxscript`` are not installed.
     """
     return torch.onnx.export(
         program,

@@ -102,7 +102,7 @@ def print_differences(name: str, differences: list[Difference], tolerance: float
     for x in differences:
         verdict = "" if x.largest <= tolerance else "  <- beyond the tolerance"
         moved = f"  ({x.moved} slots moved)" if x.moved else ""
-        print(f"{name:8} {x.output:14} {x.largest:.2e}{moved}{verdict}")
+        print(f"{name:8} {x.output:14} {x.largest:.2e} of {x.compared:8} numbers{moved}{verdict}")
     return all(x.largest <= tolerance for x in differences)
 
 
@@ -136,9 +136,6 @@ def run(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"error: cannot write '{args.output}': {error}", file=sys.stderr)
         return 1
-    except ModuleNotFoundError as error:
-        print(f"error: {error.name} is not installed: pip install d2ext[export]", file=sys.stderr)
-        return 2
     except (NotExportable, ConfigError, CheckpointError, DataError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

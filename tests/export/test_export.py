@@ -56,6 +56,9 @@ def test_every_system_is_exported_or_refused() -> None:
     assert exportable | REFUSED.keys() == set(tiny_architectures())
 
 
+TTA = ["MODEL.RETINAFACE.TEST.AUG.ENABLED", True, "MODEL.RETINAFACE.TEST.AUG.FLIP", False]
+
+
 @pytest.mark.parametrize(
     ("architecture", "options", "arguments", "message"),
     [
@@ -64,7 +67,7 @@ def test_every_system_is_exported_or_refused() -> None:
         ("YOLACT", [], {"size": (65, 64)}, "brings every image to 64x64"),
         ("CornerNet", [], {"size": (64, 64)}, "multiples of 16 less 1, not 64x64"),
         ("CenterNet", [], {"size": (64, 65)}, "multiples of 32, not 64x65"),
-        ("RetinaFace", ["MODEL.RETINAFACE.TEST.AUG.ENABLED", True], {}, "TEST.AUG.ENABLED"),
+        ("RetinaFace", TTA, {}, "TEST.AUG.ENABLED"),
     ],
 )
 def test_configurations_that_cannot_be_exported(
@@ -218,7 +221,7 @@ def test_the_command_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_differences_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    good, bad = Difference("boxes", 1e-5, 2), Difference("scores", 0.5, 0)
+    good, bad = Difference("boxes", 1e-5, 2, 8), Difference("scores", 0.5, 0, 2)
     assert command.print_differences("noise", [good], 1e-3)
     assert not command.print_differences("noise", [good, bad], 1e-3)
     assert "(2 slots moved)" in capsys.readouterr().out
