@@ -49,7 +49,7 @@ def tool_commands() -> list[list[str]]:
 
 
 COMMAND = re.compile(
-    "train|evaluate|predict|convert|visualize-data|benchmark|compare|model|operators"
+    "train|evaluate|predict|convert|export|visualize-data|benchmark|compare|model|operators"
 )
 
 

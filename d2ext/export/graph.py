@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from detectron2.modeling.backbone.resnet import BasicStem
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn import functional as F
 
 from d2ext.layers.corner_pool import LONGEST_SIDE
 from d2ext.modeling.export_form import ExportForm, NotExportable, Outputs
@@ -49,6 +51,18 @@ class ExportGraph(nn.Module):
         return self.pack(self.decode(self.network(images.to(self.dtype))))
 
 
+class _Stem(nn.Module):
+    """Detectron2's ``BasicStem`` for images of any size: of a strided pooling, PyTorch's exporter takes
+    the example's parity for everybody's."""
+
+    def __init__(self, stem: BasicStem) -> None:
+        super().__init__()
+        self.conv1 = stem.conv1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(F.relu(self.conv1(x)), 3, stride=1, padding=1)[..., ::2, ::2]
+
+
 def export_form(model: nn.Module) -> ExportForm:
     """The form of a model.
 
@@ -80,6 +94,10 @@ def input_size(form: ExportForm, size: tuple[int, int] | None, dynamic: bool) ->
             f"The model brings every image to {form.size[0]}x{form.size[1]}: there are no other sizes."
         )
     size = size or form.size
+    if dynamic and any(not MIN_SIDE <= side <= MAX_SIDE for side in size):
+        raise NotExportable(
+            f"Images of any size have sides of {MIN_SIDE} to {MAX_SIDE} pixels, not {size[0]}x{size[1]}."
+        )
     if form.multiple and any((side + form.less) % form.multiple or side < 1 for side in size):
         less = f" less {form.less}" if form.less else ""
         raise NotExportable(
@@ -113,6 +131,11 @@ def capture(
 ) -> ExportedProgram:
     """The graph of a model for images of ``size`` (height, width), one a batch if not dynamic."""
     graph = ExportGraph(model, form, DTYPES[dtype]).eval()
+    if dynamic_size and form.multiple == 1:
+        for module in list(graph.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, BasicStem):
+                    setattr(module, name, _Stem(child))
     batch = 2 if dynamic_batch else 1  # of one image, the exporter would take the number for fixed
     images = torch.zeros((batch, 3, *size), device=model.device)
     images = images.to(torch.uint8) if bytes_in else images

@@ -67,6 +67,7 @@ TTA = ["MODEL.RETINAFACE.TEST.AUG.ENABLED", True, "MODEL.RETINAFACE.TEST.AUG.FLI
         ("YOLACT", [], {"size": (65, 64)}, "brings every image to 64x64"),
         ("CornerNet", [], {"size": (64, 64)}, "multiples of 16 less 1, not 64x64"),
         ("CenterNet", [], {"size": (64, 65)}, "multiples of 32, not 64x65"),
+        ("CenterNet", [], {"size": (64, 96), "dynamic_size": True}, "sides of 96 to 4096"),
         ("RetinaFace", TTA, {}, "TEST.AUG.ENABLED"),
     ],
 )

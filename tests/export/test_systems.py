@@ -27,6 +27,12 @@ CORNERS = ("TEST.MAX_DISTANCE", 9.0, "NUM_CLASSES", 1, "TEST.TOP_K", 40)
 PLUS = ("MASK_RESCORING.ENABLED", True, "INPUT_SIZE", 256, "BOTTOM_UP", "build_resnet_dcn_backbone")
 
 
+RESNET = ["MODEL.RETINAFACE.BOTTOM_UP", "build_resnet_backbone", "MODEL.RESNETS.DEPTH", 18]
+RESNET += ["MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"], "MODEL.RESNETS.NORM", "BN"]
+RESNET += ["MODEL.RETINAFACE.IN_FEATURES", ["res3", "res4", "res5"]]
+RESNET += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
+
+
 def keys(section: str, *pairs: Any) -> list[Any]:
     return [f"MODEL.{section}.{x}" if i % 2 == 0 else x for i, x in enumerate(pairs)]
 
@@ -49,6 +55,7 @@ CASES = {
     "centernet": Case("CenterNet", keys("CENTERNET", "TEST.FLIP", True)),
     "landmarks": Case("LandmarkNet", []),
     "retinaface": Case("RetinaFace", [], dynamic_size=True),
+    "retinaface_resnet": Case("RetinaFace", RESNET, dynamic_size=True),
     "retinaface_mesh": Case("RetinaFace", keys("RETINAFACE", "MESH.NUM_VERTICES", 12)),
 }
 
