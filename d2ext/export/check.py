@@ -13,8 +13,8 @@ from d2ext.export.graph import export_form
 from d2ext.modeling.export_form import Outputs
 from d2ext.modeling.meta_arch import MetaArch
 
-TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3}
-"""Largest |a - b| / (1 + |b|), by the dtype of the network's arithmetic."""
+TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 0.05}
+"""Largest |a - b| / (1 + max |b|), by the dtype of the network's arithmetic."""
 
 
 class Difference(NamedTuple):
@@ -22,7 +22,7 @@ class Difference(NamedTuple):
 
     output: str
     largest: float
-    """max |a - b| / (1 + |b|), over slots of the same object."""
+    """max |a - b| / (1 + max |b|), over slots of the same object."""
     moved: int
     """Slots whose object is in another slot or cut off: nearly equal scores."""
     compared: int
@@ -33,7 +33,8 @@ class Difference(NamedTuple):
 def check(
     model: MetaArch, file: ExportedFile, images: Tensor, tolerance: float
 ) -> list[Difference]:
-    """Compare all outputs for images (B, 3, H, W) in 0..255."""
+    """Compare the outputs for images (B, 3, H, W) in 0..255, without ``count``: a score that lies on the
+    threshold may fall on either side."""
     form = export_form(model)
     images = images.to(model.device).float()
     pixels = model.normalize(images)
@@ -48,6 +49,8 @@ def check(
         order, kept = _slot_order(actual, expected, slots, tolerance)
     results = []
     for name, b in expected.items():
+        if name == "count":
+            continue
         a, moved = actual[name], 0
         if name in slots:
             a, b = (x.flatten(0, len(shape) - 1) for x in (a, b))
@@ -59,7 +62,7 @@ def check(
 
 def _largest(a: Tensor, b: Tensor) -> float:
     a, b = a.double(), b.double()
-    return float(((a - b).abs() / (1 + b.abs())).max()) if b.numel() else 0.0
+    return float((a - b).abs().max() / (1 + b.abs().max())) if b.numel() else 0.0
 
 
 def _slot_order(
@@ -81,12 +84,12 @@ def _slot_order(
     scale = 1 + b.abs().amax(dim=0)
 
     def differs() -> Tensor:
-        return ((a[order] - b).abs() / (1 + b.abs())).amax(dim=1) > tolerance
+        return ((a[order] - b).abs() / scale).amax(dim=1) > tolerance
 
     beyond = differs()
     for image in order.clone().split(scores.shape[-1]):
         own = image[beyond[image]]
         if len(own):
             order[own] = own[torch.cdist(b[own] / scale, a[own] / scale, p=torch.inf).argmin(dim=1)]
-    last = (scores - scores[..., -1:] <= tolerance / 100).flatten()
+    last = (scores - scores[..., -1:] <= tolerance / 10).flatten()
     return order, (scores.flatten() >= 0) & ~(differs() & last)

@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--check", action="store_true", help="compare the file with the model")
     help_text = "for --check (default: a drawn scene of the data set `shapes`)"
     add("--image", metavar="FILE", help=help_text)
-    help_text = "largest |a - b| / (1 + |b|) (default: 0.001; float16 0.05, bfloat16 0.3)"
+    help_text = "largest |a - b| / (1 + max |b|) (default: 1e-4; float16 0.005, bfloat16 0.05)"
     add("--tolerance", type=float, metavar="X", help=help_text)
     add("output", metavar="OUT", help="a file, .onnx or .pt2")
     add_options_argument(parser)
