@@ -16,10 +16,12 @@ from torch import nn
 import d2ext
 from d2ext.config import ConfigError
 from d2ext.data.shapes import ShapesSet, register_shapes
-from d2ext.export import ExportedFile, NotExportable, check, export
+from d2ext.export import ExportedFile, NotExportable, check, export, numpy_results
 from d2ext.export.check import Difference
 from d2ext.layers.corner_pool import _doubling_maximum, corner_pool_reference
 from d2ext.modeling.tta import build_tta
+from d2ext.systems.cornernet.postprocess import SuppressionOptions, suppress
+from d2ext.systems.retinaface.postprocess import Candidates, select
 from d2ext.testing import random_inputs, tiny_architectures, tiny_config
 from d2ext.tools import evaluate, predict
 from d2ext.tools import export as command
@@ -226,3 +228,39 @@ def test_differences_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.print_differences("noise", [good], 1e-3)
     assert not command.print_differences("noise", [good, bad], 1e-3)
     assert "(2 slots moved)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.6])
+def test_nms_of_numpy_is_the_models(threshold: float) -> None:
+    rng = np.random.default_rng(0)
+    corners = rng.uniform(0, 60, (1, 300, 2))
+    boxes = torch.from_numpy(
+        np.concatenate([corners, corners + rng.uniform(5, 30, corners.shape)], 2)
+    )
+    scores = torch.from_numpy(np.sort(rng.uniform(size=(1, 300)))[:, ::-1].copy())
+    classes = torch.from_numpy(rng.integers(0, 2, (1, 300)))
+    candidates = Candidates(scores, classes, boxes, classes, boxes)
+    (expected,) = select(
+        candidates, score_threshold=0.0, nms_threshold=threshold, max_detections=100
+    )
+    keep = numpy_results.greedy_nms(boxes[0].numpy(), classes[0].numpy(), threshold, 100)
+    assert 20 < len(keep) < 101 and keep.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("keep_stale", [True, False])
+def test_soft_nms_of_numpy_is_the_models(keep_stale: bool) -> None:
+    rng = np.random.default_rng(0)
+    corners = rng.uniform(0, 60, (200, 2))
+    boxes = np.concatenate([corners, corners + rng.uniform(5, 30, corners.shape)], 1)
+    scores, classes = rng.uniform(0, 0.3, 200), rng.integers(0, 2, 200)
+    rows = np.concatenate(
+        [boxes, scores[:, None], np.zeros((200, 2)), classes[:, None], boxes[:, :1]], 1
+    )
+    options = SuppressionOptions(score_threshold=0.02, keep_stale=keep_stale, max_detections=150)
+    expected = suppress(torch.from_numpy(rows).float(), options).numpy()
+    result = {"boxes": boxes.astype(np.float32), "scores": scores, "classes": classes}
+    result = numpy_results._soft_nms(result, 0.5, 0.02, keep_stale, 150)
+    assert 50 < len(expected) < 190
+    np.testing.assert_allclose(result["scores"], expected[:, 4], rtol=1e-4)
+    np.testing.assert_allclose(result["boxes"], expected[:, :4], rtol=1e-5)
+    assert (result["classes"] == expected[:, 7]).all()
