@@ -6,5 +6,7 @@ import torch
 
 
 def is_exporting() -> bool:
-    """Also where PyTorch is too old to export (``torch.compiler.is_exporting`` is of 2.7)."""
-    return getattr(torch.compiler, "is_exporting", bool)()
+    """False in ``torch.compile``, whose tracer answers for ``torch.compiler.is_exporting`` with True, and
+    where PyTorch is too old to know (before 2.7)."""
+    exporting = getattr(torch.compiler, "is_exporting", bool)
+    return not torch.compiler.is_dynamo_compiling() and exporting()
