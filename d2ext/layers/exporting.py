@@ -6,7 +6,7 @@ import torch
 
 
 def is_exporting() -> bool:
-    """False in ``torch.compile``, whose tracer answers for ``torch.compiler.is_exporting`` with True, and
-    where PyTorch is too old to know (before 2.7)."""
+    """False in ``torch.compile``, whose tracer takes ``torch.compiler.is_exporting`` for True, and where
+    PyTorch is too old to know (before 2.7)."""
     exporting = getattr(torch.compiler, "is_exporting", bool)
     return not torch.compiler.is_dynamo_compiling() and exporting()
