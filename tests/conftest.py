@@ -22,6 +22,7 @@ SLOW = (
     ),
     *(
         "engine/test_processes.py",
+        "export/test_systems.py",
         "reliability/test_interrupts.py",
         "reliability/test_orphans.py",
         "tools/compare/",

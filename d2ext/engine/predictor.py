@@ -16,10 +16,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from d2ext.checkpoint.checkpointer import Checkpointer
-from d2ext.config import load_config, merge_options
+from d2ext.config import ConfigError, load_config, merge_options
 from d2ext.data.image_io import as_bgr
 from d2ext.data.saved_metadata import class_metadata
 from d2ext.engine.run_folder import load_run
+from d2ext.export import ExportedFile, is_exported
 from d2ext.layers.transfer import upload_alike
 from d2ext.model_zoo import find_config_file
 from d2ext.modeling.tta import build_tta
@@ -34,8 +35,9 @@ class Predictor:
     Gives what ``detectron2.engine.DefaultPredictor`` gives for the same config and image.
 
     Args:
-        config: a config, the path of its file, its name in d2ext's or Detectron2's model zoo, or the
-            folder of a training (:func:`~d2ext.engine.run_folder.load_run`).
+        config: a config, the path of its file, its name in d2ext's or Detectron2's model zoo, the folder
+            of a training (:func:`~d2ext.engine.run_folder.load_run`), or a file of :mod:`d2ext.export`,
+            ``model.onnx`` or ``model.pt2``, which knows all else itself.
         weights: checkpoint; by default the config's ``MODEL.WEIGHTS``.
         overrides: KEY VALUE pairs, such as ``["MODEL.DEVICE", "cpu"]``.
 
@@ -49,7 +51,15 @@ class Predictor:
     def __init__(
         self, config: CfgNode | str, weights: str | None = None, overrides: Sequence[str] = ()
     ) -> None:
-        if isinstance(config, str) and os.path.isdir(config):
+        model: nn.Module | None = None
+        if is_exported(config):
+            if weights is not None or overrides:
+                raise ConfigError(
+                    "An exported file has its weights and config: export again to change."
+                )
+            file = ExportedFile(str(config))
+            cfg, model = file.cfg, file.model(file.cfg)
+        elif isinstance(config, str) and os.path.isdir(config):
             cfg = load_run(config)
         elif isinstance(config, str):
             cfg = load_config(find_config_file(config))
@@ -59,7 +69,7 @@ class Predictor:
         merge_options(cfg, overrides)
         if weights is not None:
             cfg.MODEL.WEIGHTS = str(weights)
-        self._batch = BatchPredictor(cfg)
+        self._batch = BatchPredictor(cfg, model)
         self.cfg, self.model = self._batch.cfg, self._batch.model
         self.metadata = class_metadata(cfg)
 

@@ -30,8 +30,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from d2ext.layers._extension import compiled_for, has_extension, register_gradient
+from d2ext.layers.exporting import is_exporting
 
 __all__ = [
     "CornerPool",
@@ -44,6 +46,8 @@ __all__ = [
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _SCANS = {"top": (2, True), "bottom": (2, False), "left": (3, True), "right": (3, False)}
 """Direction -> (axis of the scan, whether it begins at the axis' end)."""
+LONGEST_SIDE = 1024
+"""Cells of a map's side, at most, where a file is exported for images of any size."""
 _CORNERS = {"top_left": ("top", "left"), "bottom_right": ("bottom", "right")}
 
 
@@ -62,6 +66,8 @@ def corner_pool(x: Tensor, direction: str) -> Tensor:
     Raises:
         ValueError: a wrong direction, shape or dtype.
     """
+    if is_exporting():
+        return _doubling_maximum(x, *_scan_of(direction))
     if not compiled_for(x.device):
         return corner_pool_reference(x, direction)
     axis, reverse = _scan_of(direction)
@@ -89,6 +95,18 @@ def corner_pool_pair(vertical: Tensor, horizontal: Tensor, corner: str) -> Tenso
     _check_pair("corner_pool_pair", vertical, horizontal)
     down, across = _CORNERS[corner]
     return corner_pool(vertical, down).add_(corner_pool(horizontal, across))
+
+
+def _doubling_maximum(x: Tensor, axis: int, reverse: bool) -> Tensor:
+    """:func:`corner_pool` of operators that every exported file has: after step i, a cell holds the
+    maximum of 2^i cells. Exact, NaN included. A side of unknown length has up to LONGEST_SIDE cells."""
+    length = x.shape[axis]
+    steps = ((length if isinstance(length, int) else LONGEST_SIDE) - 1).bit_length()
+    for shift in (1 << i for i in range(steps)):
+        ends = (0, shift) if reverse else (shift, 0)
+        padded = F.pad(x, (0, 0, *ends) if axis == 2 else ends, value=-torch.inf)
+        x = torch.maximum(x, padded.narrow(axis, shift if reverse else 0, length))
+    return x
 
 
 def center_pool(vertical: Tensor, horizontal: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torchvision
 from torch import Tensor, nn
 
 from d2ext.layers._extension import compiled_for, has_extension, register_gradient
+from d2ext.layers.exporting import is_exporting
 
 __all__ = ["DeformConv", "ModulatedDeformConv", "deform_conv2d", "deform_conv2d_reference"]
 
@@ -60,6 +61,7 @@ def deform_conv2d(
     offset_groups = offset.shape[1] // max(2 * weight.shape[2] * weight.shape[3], 1)
     if (
         x.is_cuda
+        and not is_exporting()
         and x.dtype in _HALF
         and weight.shape[1] % _CHANNELS == 0
         and x.shape[1] % (_CHANNELS * max(offset_groups, 1)) == 0

@@ -79,6 +79,22 @@ def assemble_masks(
     )
 
 
+def assemble_slot_masks(prototypes: Tensor, coefficients: Tensor, boxes: Tensor) -> Tensor:
+    """:func:`assemble_masks` of a batch with D slots for each image, in plain PyTorch.
+
+    Args:
+        prototypes: (B, h, w, k). coefficients: (B, D, k). boxes: (B, D, 4).
+
+    Returns:
+        (B, D, h, w) float32.
+    """
+    height, width = prototypes.shape[1:3]
+    logits = coefficients.float() @ prototypes.float().flatten(1, 2).transpose(1, 2)
+    inside = _cells_inside(boxes.float().flatten(0, 1), height, width, 1.0)
+    masks = logits.sigmoid().flatten(0, 1).unflatten(1, (height, width))
+    return torch.where(inside, masks, masks.new_zeros(())).unflatten(0, boxes.shape[:2])
+
+
 def assemble_binary_masks(
     prototypes: Tensor,
     coefficients: Tensor,

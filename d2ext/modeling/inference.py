@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from d2ext.config import CONFIG_REGISTRY
 from d2ext.modeling.fusion import fuse_activations
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MODES = ("eager", "cudagraph", "compile", "compile_cudagraph")
 # Runs before a capture, so that handles are created and algorithms selected.
 _WARMUP_RUNS = 3
@@ -61,6 +61,16 @@ def fold_norms(module: nn.Module) -> None:
         conv.norm = None
 
 
+def prepared_copy(network: nn.Module) -> nn.Module:
+    """A copy for inference alone: batch norms folded, ``prepare_inference()`` called where it is."""
+    prepared = copy.deepcopy(network).eval().requires_grad_(False)
+    fold_norms(prepared)
+    for module in list(prepared.modules()):
+        if hasattr(module, "prepare_inference"):
+            module.prepare_inference()
+    return prepared
+
+
 class InferenceNetwork:
     """Runs ``decode(network(images))``, on a prepared copy of the network where that is faster.
 
@@ -93,12 +103,12 @@ class InferenceNetwork:
     ) -> None:
         if mode not in _MODES:
             raise ValueError(f'MODEL.INFERENCE.MODE is one of {_MODES}, not "{mode}".')
-        if dtype not in _DTYPES:
-            raise ValueError(f'MODEL.INFERENCE.DTYPE is one of {tuple(_DTYPES)}, not "{dtype}".')
+        if dtype not in DTYPES:
+            raise ValueError(f'MODEL.INFERENCE.DTYPE is one of {tuple(DTYPES)}, not "{dtype}".')
         self.network = network
         self.decode = decode
         self.mode = mode
-        self.dtype = _DTYPES[dtype]
+        self.dtype = DTYPES[dtype]
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._plain = mode == "eager" and dtype == "float32" and not channels_last
         self._forget()
@@ -162,11 +172,7 @@ class InferenceNetwork:
         fingerprint = [(x.data_ptr(), x._version) for x in self._watched]
         if self._prepared is not None and fingerprint == self._fingerprint:
             return
-        prepared = copy.deepcopy(self.network).eval().requires_grad_(False)
-        fold_norms(prepared)
-        for module in list(prepared.modules()):
-            if hasattr(module, "prepare_inference"):
-                module.prepare_inference()
+        prepared = prepared_copy(self.network)
         if not self.mode.startswith("compile") and next(self.network.parameters()).is_cuda:
             fuse_activations(prepared)  # the compiler fuses by itself
         prepared = prepared.to(dtype=self.dtype, memory_format=self.memory_format)

@@ -21,6 +21,7 @@ from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from d2ext.modeling.export_form import ExportForm, refuse_tracing
 from d2ext.modeling.inference import InferenceNetwork
 
 
@@ -49,6 +50,8 @@ class MetaArch(nn.Module):
 
     # (old, new) prefixes of parameters that had another name in earlier versions' checkpoints.
     RENAMED_PARAMETERS: ClassVar[tuple[tuple[str, str], ...]] = ()
+    # Why models of this class cannot be exported; "": they can, see export_form.
+    export_refusal: ClassVar[str] = "it does not say its form"
 
     def __init__(
         self,
@@ -104,6 +107,10 @@ class MetaArch(nn.Module):
         """
         self._inference = (InferenceNetwork(network, decode, **self._inference_options),)
 
+    def set_inference_network(self, network: InferenceNetwork) -> None:
+        """Run ``network`` in inference, instead of that of :meth:`set_network`."""
+        self._inference = (network,)
+
     @property
     def network(self) -> nn.Module:
         """Images → predictions, with the weights that are trained."""
@@ -138,7 +145,9 @@ class MetaArch(nn.Module):
 
         Raises:
             KeyError: training inputs without ``instances``.
+            RuntimeError: under ``torch.jit.trace``, which would keep the example's number of detections.
         """
+        refuse_tracing(self)
         if not self.training:
             return self.inference(batched_inputs)
         self.check_annotated(batched_inputs)
@@ -191,6 +200,14 @@ class MetaArch(nn.Module):
         self, batched_inputs: list[dict[str, Any]], images: Tensor, targets: Any, predictions: Any
     ) -> tuple[str, Tensor]:
         """Name and picture (3, h, w) in 0..1 of targets beside predictions, at ``VIS_PERIOD``."""
+        raise NotImplementedError
+
+    def export_form(self) -> ExportForm:
+        """How network and decoding are exported; of a class without ``export_refusal``.
+
+        Raises:
+            NotExportable: this configuration cannot be exported.
+        """
         raise NotImplementedError
 
     def training_batch(self, batched_inputs: list[dict[str, Any]]) -> tuple[Tensor, Any]:

@@ -28,6 +28,8 @@ class VideoMetaArch(MetaArch):
     - ``key_frame``: True or False decides what the model would decide itself.
     """
 
+    export_refusal = "it remembers earlier frames, which takes two graphs"
+
     # Whether its results have ``track_ids``; to those of others a tracker can give them.
     gives_ids: ClassVar[bool] = False
     _memory: Any = None

@@ -17,12 +17,26 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
     )
 
 
-def add_config_argument(parser: argparse.ArgumentParser, *, or_run: bool = False) -> None:
-    """Add ``--config-file``, which must be given, or, with ``or_run``, ``--run``."""
+def add_config_argument(
+    parser: argparse.ArgumentParser, *, or_run: bool = False, or_exported: bool = False
+) -> None:
+    """Add ``--config-file``, which must be given, or, with ``or_run``, ``--run``, or, with
+    ``or_exported``, ``--exported``."""
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--config-file", metavar="FILE", help="a path, or a name in the model zoo")
     if or_run:
         add_run_argument(group)
+    if or_exported:
+        add_exported_argument(group)
+
+
+def add_exported_argument(parser: argparse._ActionsContainer) -> None:
+    """Add ``--exported``, see :class:`~d2ext.export.ExportedFile`."""
+    parser.add_argument(
+        "--exported",
+        metavar="FILE",
+        help="a file of `d2ext export` (.onnx, .pt2), in place of a config and MODEL.WEIGHTS",
+    )
 
 
 def add_run_argument(parser: argparse._ActionsContainer) -> None:

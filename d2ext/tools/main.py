@@ -12,6 +12,7 @@ COMMANDS = {
     "predict": ("d2ext.tools.predict", "run a model on images, videos or a camera"),
     "convert": ("d2ext.tools.convert", "convert a published checkpoint to one that d2ext loads"),
     "visualize-data": ("d2ext.tools.visualize_data", "draw annotations as training gets them"),
+    "export": ("d2ext.tools.export", "write a trained model as ONNX, torch.export or AOTInductor"),
     "benchmark": ("d2ext.tools.benchmark", "measure the speed of a model or of the operators"),
     "compare": ("d2ext.tools.compare", "train several models with one budget and compare them"),
     "info": ("d2ext.info", "show versions, what is compiled, and which GPU there is"),

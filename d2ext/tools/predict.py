@@ -8,6 +8,7 @@
         --video-results
     d2ext predict --config-file ... --webcam 0 --output camera.mp4
     d2ext predict --config-file centernet/centernet_dla34_512.yaml --draw heatmaps ...
+    d2ext predict --exported mine.onnx --input photos/ --output out/
     d2ext predict --config-file ... --input map.tif --output out/ --tile 1024
     d2ext predict --config-file landmarks/hourglass_2stack_coco_256x192.yaml --input a.jpg \\
         --output out/ --detector faster_rcnn.yaml --detector-weights detector.pth --opts ...
@@ -81,6 +82,7 @@ from d2ext.engine.tiling import TiledPredictor
 from d2ext.engine.top_down import BoxSource
 from d2ext.engine.tracking import build_tracker, give_ids
 from d2ext.engine.video_predictor import FramePredictor
+from d2ext.export import ExportedFile
 from d2ext.model_zoo import find_config_file
 from d2ext.tools.command_line import CommandError, add_config_argument, make_parser, positive
 from d2ext.tools.face_files import FaceWriter, add_face_arguments, mesh_triangles
@@ -301,7 +303,7 @@ def run_on_video(
 
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
-    add_config_argument(parser, or_run=True)
+    add_config_argument(parser, or_run=True, or_exported=True)
     add_input_arguments(parser)
     add_output_arguments(parser)
     add_face_arguments(parser)
@@ -413,15 +415,20 @@ def prepare(args: argparse.Namespace) -> Callable[[], list[str]]:
         source = args.video_input if args.webcam is None else args.webcam
         target = plan_video(source, args.output)
         reader = open_video(source)
-    cfg = load_run(args.run) if args.run else load_config(find_config_file(args.config_file))
+    exported = ExportedFile(args.exported) if args.exported else None
+    if exported is not None:
+        cfg = exported.cfg
+    else:
+        cfg = load_run(args.run) if args.run else load_config(find_config_file(args.config_file))
     merge_options(cfg, args.opts)
     cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = args.confidence_threshold
     cfg.freeze()
     metadata = class_metadata(cfg, names)
-    if not cfg.MODEL.WEIGHTS:
+    if not cfg.MODEL.WEIGHTS and exported is None:
         logger.warning("MODEL.WEIGHTS is empty: predicting with random weights.")
     tracker = build_tracker(args.tracker, cfg) if args.tracker else None
-    predictor: BatchPredictor = BatchPredictor(cfg) if args.input else FramePredictor(cfg)
+    model = None if exported is None else exported.model(cfg)
+    predictor = BatchPredictor(cfg, model) if args.input else FramePredictor(cfg, model)
     if isinstance(predictor, FramePredictor):
         check_video_options(args, predictor, cfg.MODEL.META_ARCHITECTURE)
     if args.heatmaps and not isinstance(predictor.model, SeesHeatmaps):
@@ -473,6 +480,8 @@ def run(arguments: list[str] | None = None) -> int:
         parser.error("--box-margins belongs to --detector or --boxes.")
     if args.tile and (args.detector or args.boxes or args.draw == "heatmaps"):
         parser.error("--tile goes neither with --detector or --boxes nor with --draw heatmaps.")
+    if args.exported and args.draw == "heatmaps":
+        parser.error("--draw heatmaps needs the model itself: an exported file has none.")
     if args.input and (args.tracker or args.video_results):
         parser.error("--tracker and --video-results are for videos.")
     silence_foreign()

@@ -50,6 +50,7 @@ from d2ext.engine.processes import RankError, launch
 from d2ext.engine.run_folder import keep_files, load_run, run_folder
 from d2ext.engine.schedule import fit_schedule
 from d2ext.evaluation import check_analysis
+from d2ext.export import ExportedFile
 from d2ext.files import atomic_write
 from d2ext.model_zoo import find_config_file
 from d2ext.tools.command_line import positive
@@ -137,7 +138,14 @@ def _check_files(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 def _base_config(args: argparse.Namespace) -> CfgNode:
-    """The config of ``--config-file``, or of ``--run``, whose results go to a folder of their own."""
+    """The config of ``--config-file``, of ``--run``, whose results go to a folder of their own, or of
+    ``--exported``."""
+    if getattr(args, "exported", None):
+        if args.config_file or args.resume or args.run:
+            raise ConfigError(
+                "--exported takes config and weights from its file: leave out the others."
+            )
+        return ExportedFile(args.exported).cfg
     if not getattr(args, "run", None):
         args.config_file = find_config_file(args.config_file)
         return load_config(args.config_file)
@@ -189,7 +197,9 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
                 logger.info(schedule)
             report((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST), cfg.OUTPUT_DIR)
         results: dict[str, Any] | None
-        if args.eval_only:
+        if getattr(args, "exported", None):
+            results = _evaluate(cfg, ExportedFile(args.exported).model(cfg))
+        elif args.eval_only:
             results = evaluate(cfg, resume=args.resume)
         else:
             trainer = Trainer(cfg)
@@ -207,6 +217,12 @@ def evaluate(cfg: CfgNode, *, resume: bool) -> dict[str, Any]:
     model = Trainer.build_model(cfg)
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, fit="exact")
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    return _evaluate(cfg, model)
+
+
+def _evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+    if not cfg.DATASETS.TEST:
+        raise ConfigError("There is nothing to evaluate: set DATASETS.TEST or pass --dataset.")
     results = Trainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)

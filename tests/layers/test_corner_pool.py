@@ -393,7 +393,8 @@ def test_export(implementation):
     height = torch.export.Dim("height", min=2)
     (x,) = on(implementation, draw((1, 2, 6, 7)).float())
     program = torch.export.export(CornerPool("top"), (x,), dynamic_shapes=({2: height},))
-    assert any("corner_pool" in str(node.target) for node in program.graph.nodes)
+    # A file is of plain operators: ONNX has no other, and a .pt2 runs without d2ext.
+    assert not any("d2ext" in str(node.target) for node in program.graph.nodes)
     (x,) = on(implementation, draw((1, 2, 9, 7), seed=1).float())
     assert torch.equal(program.module()(x), corner_pool(x, "top"))
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from d2ext.codecs.boxes import clip_boxes
 from d2ext.codecs.canvas import Canvas, scale_points
 from d2ext.layers.opencv_resample import resize_like_opencv
+from d2ext.modeling.export_form import ExportForm, Outputs
 from d2ext.modeling.meta_arch import BackboneWithHead, image_size, output_size
 from d2ext.modeling.multi_scale import MultiScaleMetaArch
 from d2ext.systems.centernet.head import CenterNetHead, Predictions, head_channels
@@ -47,6 +48,8 @@ from d2ext.systems.centernet.targets import (
 @META_ARCH_REGISTRY.register()
 class CenterNet(MultiScaleMetaArch):
     """CenterNet for boxes and, with joints, for poses."""
+
+    export_refusal = ""
 
     @configurable
     def __init__(
@@ -219,6 +222,25 @@ class CenterNet(MultiScaleMetaArch):
         if self.flip:
             maps = merge_mirrored(maps, self.flip_pairs)
         return tuple(field for field in decode(maps, self.top_k) if field is not None)
+
+    def export_form(self) -> ExportForm:
+        def pack(decoded: tuple[Tensor, ...]) -> Outputs:
+            return dict(zip(CenterDetections._fields, decoded, strict=False))
+
+        unit = self.backbone.size_divisibility
+        return ExportForm(
+            pack=pack,
+            unpack=lambda x: tuple(x[name] for name in CenterDetections._fields if name in x),
+            size=(unit * -(-512 // unit),) * 2 if self.keep_resolution else self.input_size,
+            multiple=unit if self.keep_resolution else 0,
+            mirror=self.flip,
+            results="centernet",
+            options={
+                "stride": self.head.stride,
+                "clip": self.clip_boxes,
+                "soft_nms": self.soft_nms,
+            },
+        )
 
     def detections(
         self, predictions: tuple[Tensor, ...], batched_inputs: list[dict[str, Any]], scale: float

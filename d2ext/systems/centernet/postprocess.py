@@ -78,7 +78,7 @@ def merge_mirrored(predictions: Predictions, flip_pairs: Sequence[Sequence[int]]
     """
     merged = {}
     for name, value in predictions.items():
-        plain, mirrored = value.chunk(2)
+        plain, mirrored = value.unflatten(0, (2, -1)).unbind()
         if name.endswith("offset"):
             merged[name] = plain
             continue

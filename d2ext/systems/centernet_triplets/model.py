@@ -36,6 +36,7 @@ class CenterNetTriplets(CornerNet):
     config_key = "CENTERNET_TRIPLETS"
     head_class = CenterNetTripletsHead
     encode = staticmethod(encode_triplets)
+    margin = OUTSIDE_MARGIN
 
     @configurable
     def __init__(self, **corner_net: Any) -> None:
@@ -62,7 +63,7 @@ class CenterNetTriplets(CornerNet):
         centers = image_centers(
             centers if canvas.scale == 1.0 else centers[:, :0], canvas, self.stride
         )
-        return image_rows(rows, canvas, self.stride, OUTSIDE_MARGIN), centers
+        return image_rows(rows, canvas, self.stride, self.margin), centers
 
     def _candidates(self, passes: list[tuple[Tensor, ...]]) -> Tensor:
         rows, centers = (torch.cat(parts) for parts in zip(*passes, strict=True))

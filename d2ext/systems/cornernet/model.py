@@ -10,6 +10,7 @@ Letters: B images, C thing classes, P pairs, H×W pixels of the canvas.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -20,8 +21,9 @@ from detectron2.structures import Instances
 from torch import Tensor
 
 from d2ext.codecs.canvas import Canvas, centered
-from d2ext.codecs.corners import decode_corners, encode_corners
+from d2ext.codecs.corners import REJECTED, decode_corners, encode_corners
 from d2ext.layers.opencv_resample import resize_like_opencv
+from d2ext.modeling.export_form import ExportForm, Outputs
 from d2ext.modeling.meta_arch import BackboneWithHead, image_size, output_size
 from d2ext.modeling.multi_scale import MultiScaleMetaArch
 from d2ext.systems.cornernet.head import CornerNetHead
@@ -46,6 +48,7 @@ def canvas_side(side: int, unit: int) -> int:
 class CornerNet(MultiScaleMetaArch):
     """CornerNet on any hourglass; CornerNet-Squeeze is a config of it."""
 
+    export_refusal = ""
     RENAMED_PARAMETERS = (("network.backbone.", "backbone."), ("network.head.", "head."))
 
     # What subclasses replace: the key of their settings in cfg.MODEL, their parts and targets, and
@@ -55,6 +58,8 @@ class CornerNet(MultiScaleMetaArch):
     criterion_class: ClassVar[type[CornerNetCriterion]] = CornerNetCriterion
     encode: ClassVar[Any] = staticmethod(encode_corners)
     reject_border: ClassVar[bool] = False
+    # Pixels by which a pair may exceed the scaled image, see image_rows.
+    margin: ClassVar[float] = math.inf
 
     @configurable
     def __init__(
@@ -207,6 +212,42 @@ class CornerNet(MultiScaleMetaArch):
         )
         return (rows_of_pairs(pairs),)
 
+    def export_form(self) -> ExportForm:
+        views = 2 if self.flip else 1
+        names = ("boxes", "scores", "corner_scores", "classes", "distances")
+
+        def pack(decoded: tuple[Tensor, ...]) -> Outputs:
+            rows, *centers = (x.unflatten(0, (views, -1)).transpose(0, 1) for x in decoded)
+            outputs = dict(zip(names, rows.split([4, 1, 2, 1, 1], dim=-1), strict=True))
+            for name in ("scores", "classes", "distances"):
+                outputs[name] = outputs[name].squeeze(-1)
+            outputs["classes"] = outputs["classes"].long()
+            outputs["count"] = (outputs["scores"] > REJECTED).sum(dim=-1)
+            return outputs | ({"centers": centers[0]} if centers else {})
+
+        def unpack(outputs: Outputs) -> tuple[Tensor, ...]:
+            columns = [outputs[name] for name in names]
+            columns = [x if x.dim() == 4 else x[..., None].float() for x in columns]
+            parts = [torch.cat(columns, dim=-1)]
+            parts += [outputs["centers"]] if "centers" in outputs else []
+            return tuple(x.transpose(0, 1).flatten(0, 1) for x in parts)
+
+        unit = self.backbone.size_divisibility
+        return ExportForm(
+            pack=pack,
+            unpack=unpack,
+            size=(canvas_side(511, unit), canvas_side(511, unit)),
+            multiple=unit,
+            less=1,
+            mirror=self.flip,
+            results="cornernet",
+            options={
+                "stride": self.stride,
+                **({"margin": self.margin} if math.isfinite(self.margin) else {}),
+                **self.suppression._asdict(),
+            },
+        )
+
     def detections(
         self, predictions: tuple[Tensor, ...], batched_inputs: list[dict[str, Any]], scale: float
     ) -> list[tuple[Tensor, ...]]:
@@ -223,7 +264,7 @@ class CornerNet(MultiScaleMetaArch):
 
     def _rows(self, canvas: Canvas, *decoded: Tensor) -> tuple[Tensor, ...]:
         """One image's part of :meth:`_decode`'s result → rows (N, COLUMNS) in pixels of the image."""
-        return (image_rows(decoded[0], canvas, self.stride),)
+        return (image_rows(decoded[0], canvas, self.stride, self.margin),)
 
     def result(
         self, inputs: dict[str, Any], passes: list[tuple[Tensor, ...]]

@@ -159,6 +159,8 @@ def suppress_locations(locations: np.ndarray) -> np.ndarray:
 class CornerNetSaccade(CornerNet):
     """CornerNet-Saccade on any hourglass that gives its levels."""
 
+    export_refusal = "what it looks at next depends on what it has seen"
+
     head_class = SaccadeHead
     criterion_class = SaccadeCriterion
     reject_border = True

@@ -22,6 +22,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from d2ext.codecs.densepose import EmbeddingPredictions, SurfacePredictions
+from d2ext.modeling.export_form import refuse_tracing
 from d2ext.systems.densepose.cse_losses import build_cse_loss
 from d2ext.systems.densepose.embedder import Embedder
 from d2ext.systems.densepose.head import DENSEPOSE_HEAD_REGISTRY, DensePoseDecoder
@@ -130,6 +131,7 @@ class DensePoseROIHeads(StandardROIHeads):
         targets: list[Instances] | None = None,
     ) -> tuple[list[Instances], dict[str, Tensor]]:
         """As of ``StandardROIHeads``."""
+        refuse_tracing(self)
         instances, losses = super().forward(images, features, proposals, targets)
         if self.training:
             losses.update(self.densepose_losses(features, instances))

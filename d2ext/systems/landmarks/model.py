@@ -27,6 +27,7 @@ from d2ext.codecs.landmark_crops import CropRegions, apply_affine, crop_regions
 from d2ext.data.landmarks import flip_indices
 from d2ext.layers import affine_crops, truncated_crops
 from d2ext.layers.transfer import upload, upload_alike
+from d2ext.modeling.export_form import ExportForm, Outputs
 from d2ext.modeling.meta_arch import BackboneWithHead, MetaArch, image_size, output_size
 from d2ext.systems.landmarks.head import LandmarkHead, build_landmark_head, landmark_head_class
 from d2ext.systems.landmarks.postprocess import make_instances
@@ -69,6 +70,8 @@ class LandmarkNet(MetaArch):
     field of :data:`BOX_FIELDS` that is present, and optionally ``scores`` and ``pred_classes``. Without
     them, and with ``crop`` True, the box is the whole image.
     """
+
+    export_refusal = ""
 
     @configurable
     def __init__(
@@ -252,6 +255,20 @@ class LandmarkNet(MetaArch):
         prediction = self._prediction(raw)
         decoded = self.head.codec.decode(prediction)
         return (*decoded, prediction[0]) if self.give_heatmaps else (*decoded,)
+
+    def export_form(self) -> ExportForm:
+        names = ("points", "scores", "heatmaps")
+
+        def pack(decoded: tuple[Tensor, ...]) -> Outputs:
+            return dict(zip(names, decoded, strict=False))
+
+        return ExportForm(
+            pack=pack,
+            unpack=lambda outputs: tuple(outputs[name] for name in names if name in outputs),
+            size=self.input_size,
+            results="landmarks",
+            options={"truncate": self.truncate, "threshold": self.keypoint_threshold},
+        )
 
     @torch.no_grad()
     def inference(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -132,7 +132,7 @@ class RetinaFaceHead(nn.Module):
 def _predict(convs: nn.ModuleList, features: Sequence[Tensor], values: int) -> Tensor:
     """Features (B, c, h, w) of all levels → (B, A, values)."""
     outputs = [convs[level % len(convs)](x) for level, x in enumerate(features)]
-    return _flatten(outputs).reshape(len(outputs[0]), -1, values)
+    return _flatten(outputs).reshape(outputs[0].shape[0], -1, values)
 
 
 def _flatten(features: Sequence[Tensor]) -> Tensor:

@@ -28,6 +28,7 @@ from d2ext.codecs.face_alignment import face_poses
 from d2ext.codecs.prior_boxes import prior_boxes
 from d2ext.config import ConfigError
 from d2ext.data.faces import topology_of
+from d2ext.modeling.export_form import ExportForm, Outputs
 from d2ext.modeling.meta_arch import image_size, output_size
 from d2ext.modeling.short_side import ShortSideMetaArch, scaled
 from d2ext.systems.retinaface.head import RetinaFaceHead, RetinaFacePredictions
@@ -62,6 +63,8 @@ class RetinaFaceNetwork(nn.Module):
 @META_ARCH_REGISTRY.register()
 class RetinaFace(ShortSideMetaArch):
     """RetinaFace for boxes and, if it has these heads, for points and meshes of faces."""
+
+    export_refusal = ""
 
     @configurable
     def __init__(
@@ -190,20 +193,27 @@ class RetinaFace(ShortSideMetaArch):
         self, feature_sizes: Sequence[tuple[int, int]], input_size: tuple[int, int]
     ) -> Tensor:
         """(A, 4) prior boxes, centre form, on the model's device."""
+        if not all(isinstance(side, int) for side in input_size):  # symbols, while exporting
+            return self._make_priors(feature_sizes, input_size)
         key = (tuple(feature_sizes), tuple(input_size), self.device)
         if key not in self._priors:
             # A CUDA graph or compiled code keeps using the priors of its input size.
             if self.inference_network.mode == "eager" and len(self._priors) >= _KEPT_PRIORS:
                 self._priors.clear()
-            self._priors[key] = prior_boxes(
-                feature_sizes,
-                self.anchor_scales,
-                [1.0],
-                input_size,
-                square=True,
-                strides=self.head.strides,
-            ).to(self.device)
+            self._priors[key] = self._make_priors(feature_sizes, input_size)
         return self._priors[key]
+
+    def _make_priors(
+        self, feature_sizes: Sequence[tuple[int, int]], input_size: tuple[int, int]
+    ) -> Tensor:
+        return prior_boxes(
+            feature_sizes,
+            self.anchor_scales,
+            [1.0],
+            input_size,
+            square=True,
+            strides=self.head.strides,
+        ).to(self.device)
 
     # Training
 
@@ -262,6 +272,43 @@ class RetinaFace(ShortSideMetaArch):
         """See :func:`decode`."""
         priors = self.priors(predictions.feature_sizes, predictions.input_size)
         return decode(predictions, priors, self.pre_nms_top_k)
+
+    def export_form(self) -> ExportForm:
+        mesh = self.head.mesh
+        names = ["scores", "classes", "boxes", *([] if self.head.points is None else ["points"])]
+        names += [] if mesh is None else ["index", "priors", "vectors"]
+
+        def pack(candidates: Candidates) -> Outputs:
+            outputs = {name: getattr(candidates, name) for name in names}
+            outputs["count"] = (candidates.scores > self.score_threshold).sum(dim=1)
+            if (
+                mesh is not None
+            ):  # meshes of detections alone, see mesh.py: its layer runs after NMS
+                batch = outputs["scores"].shape[:1]
+                for name, x in mesh.output.named_parameters():
+                    outputs[f"mesh_{name}"] = x.expand(*batch, *x.shape)
+            return outputs
+
+        def unpack(outputs: Outputs) -> Candidates:
+            if mesh is not None:
+                for name, x in mesh.output.named_parameters():
+                    x.data = outputs[f"mesh_{name}"][0]
+            fields: dict[str, Any] = dict.fromkeys(Candidates._fields)
+            return Candidates(**fields | {name: outputs[name] for name in names})
+
+        return ExportForm(
+            pack=pack,
+            unpack=unpack,
+            size=(480, 640),
+            multiple=1,
+            results="retinaface",
+            options={
+                "nms_threshold": self.nms_threshold,
+                "max_detections": self.max_detections,
+                "clip": self.clip_boxes,
+                **({} if mesh is None else {"priors_per_cell": mesh.priors_per_cell}),
+            },
+        )
 
     def postprocess(
         self, predictions: Candidates, batched_inputs: list[dict[str, Any]]

@@ -78,6 +78,8 @@ def unchanged(predictions: Any) -> Any:
 class UPSNet(ShortSideMetaArch):
     """UPSNet."""
 
+    export_refusal = "the number of its regions depends on the image"
+
     postprocessor_class: ClassVar[type[UPSNetPostprocessor]] = UPSNetPostprocessor
     # An image's training dict → its targets.
     read_targets: ClassVar[Callable[..., Any]] = staticmethod(T.read_targets)

@@ -74,6 +74,8 @@ def _fit(maps: Tensor, size: Sequence[int]) -> Tensor:
 class VPSNet(UPSNet, VideoMetaArch):
     """VPSNet."""
 
+    export_refusal = VideoMetaArch.export_refusal
+
     postprocessor_class = VPSNetPostprocessor
     read_targets = staticmethod(T.read_targets)
 

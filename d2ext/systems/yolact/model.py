@@ -22,7 +22,9 @@ from torch.nn import functional as F
 
 from d2ext.codecs.prior_boxes import decode_boxes, prior_boxes
 from d2ext.config import ConfigError
-from d2ext.layers import assemble_binary_masks, assemble_masks
+from d2ext.layers import assemble_binary_masks
+from d2ext.layers.prototype_masks import assemble_slot_masks
+from d2ext.modeling.export_form import ExportForm, NotExportable, Outputs
 from d2ext.modeling.meta_arch import BackboneWithHead, MetaArch, output_size
 from d2ext.systems.yolact.head import MaskScorer, YOLACTHead, YOLACTPredictions
 from d2ext.systems.yolact.losses import YOLACTCriterion
@@ -35,6 +37,7 @@ class YOLACT(MetaArch):
     """YOLACT and, with a mask scorer, YOLACT++."""
 
     RENAMED_PARAMETERS = (("criterion.mask_scorer.", "mask_scorer."),)
+    export_refusal = ""
 
     @configurable
     def __init__(
@@ -209,7 +212,8 @@ class YOLACT(MetaArch):
         return self.criterion(predictions, priors, targets, self.mask_scorer)
 
     def _decode(self, predictions: YOLACTPredictions) -> tuple[Tensor, ...]:
-        """Raw predictions → the fields of :class:`Detections`, and the prototypes."""
+        """Raw predictions → the fields of :class:`Detections`, the prototypes, and with mask re-scoring
+        the masks' scores (B, D)."""
         scores = predictions.logits.float().softmax(dim=-1)[..., 1:]
         boxes = decode_boxes(predictions.offsets.float(), self.priors(predictions.feature_sizes))
         options: dict[str, Any] = {
@@ -222,7 +226,45 @@ class YOLACT(MetaArch):
         else:
             options["top_k"] = self.nms_top_k
         detections = NMS[self.nms](boxes, scores, predictions.coefficients, **options)
-        return (*detections, predictions.prototypes)
+        decoded = (*detections, predictions.prototypes)
+        return decoded if self.mask_scorer is None else (*decoded, self._mask_scores(*decoded))
+
+    def _mask_scores(
+        self,
+        boxes: Tensor,
+        scores: Tensor,
+        classes: Tensor,
+        coefficients: Tensor,
+        prototypes: Tensor,
+    ) -> Tensor:
+        assert self.mask_scorer is not None
+        masks = assemble_slot_masks(prototypes, coefficients, boxes)
+        quality = self.mask_scorer(masks.flatten(0, 1)).unflatten(0, scores.shape)
+        return scores * quality.gather(2, classes[..., None])[..., 0]
+
+    def export_form(self) -> ExportForm:
+        if self.nms == "traditional":
+            raise NotExportable(
+                "Traditional NMS gives another number of detections for each image: set "
+                'MODEL.YOLACT.TEST.NMS to "fast" or "cross_class_fast".'
+            )
+        names = ("boxes", "scores", "classes", "coefficients", "prototypes", "mask_scores")
+
+        def pack(decoded: tuple[Tensor, ...]) -> Outputs:
+            outputs = dict(zip(names, decoded, strict=False))
+            return outputs | {"count": (outputs["scores"] >= 0).sum(dim=1)}
+
+        return ExportForm(
+            pack=pack,
+            unpack=lambda outputs: tuple(outputs[name] for name in names if name in outputs),
+            size=(self.input_size, self.input_size),
+            results="yolact",
+            options={
+                "threshold": self.mask_threshold,
+                "crop": self.crop,
+                "truncate": self.truncate_boxes,
+            },
+        )
 
     def postprocess(
         self, predictions: tuple[Tensor, ...], batched_inputs: list[dict[str, Any]]
@@ -230,14 +272,16 @@ class YOLACT(MetaArch):
         """Decoded predictions → for each image ``{"instances": Instances}`` with ``pred_boxes``,
         ``scores``, ``pred_classes``, ``pred_masks`` (N, height, width) bool, and with mask re-scoring
         ``mask_scores`` (the masks' scores; ``scores`` are the boxes')."""
-        *fields, prototypes = predictions
-        detections = Detections(*fields)
+        detections, (prototypes, *mask_scores) = Detections(*predictions[:4]), predictions[4:]
         # One transfer for the whole batch; a filter per image would wait for the device each time.
         counts = (detections.scores >= 0).sum(dim=1).tolist()
         results = []
         for i, (inputs, count) in enumerate(zip(batched_inputs, counts, strict=True)):
             one = Detections(*(field[i, :count] for field in detections))
-            results.append({"instances": self._instances(one, prototypes[i], *output_size(inputs))})
+            instances = self._instances(one, prototypes[i], *output_size(inputs))
+            if mask_scores:
+                instances.mask_scores = mask_scores[0][i, :count]
+            results.append({"instances": instances})
         return results
 
     def _instances(
@@ -257,10 +301,6 @@ class YOLACT(MetaArch):
             threshold=self.mask_threshold,
             crop=self.crop,
         )
-        if self.mask_scorer is not None:
-            soft = assemble_masks(prototypes, coefficients, boxes)
-            quality = self.mask_scorer(soft.float())
-            result.mask_scores = scores * quality.gather(1, classes[:, None])[:, 0]
         return result
 
     def draw_training(
@@ -272,7 +312,7 @@ class YOLACT(MetaArch):
     ) -> tuple[str, Tensor]:
         """The first image's annotations beside its best detections."""
         first = {k: v[:1] for k, v in predictions._asdict().items() if isinstance(v, Tensor)}
-        *fields, prototypes = self._decode(predictions._replace(**first))
-        best = (*(field[:, :20] for field in fields), prototypes)
+        decoded = self._decode(predictions._replace(**first))
+        best = tuple(x if i == 4 else x[:, :20] for i, x in enumerate(decoded))
         inputs = batched_inputs[0] | {"height": None, "width": None}
         return self.draw_pair(inputs, self.postprocess(best, [inputs])[0]["instances"], masks=True)

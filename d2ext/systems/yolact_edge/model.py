@@ -72,6 +72,8 @@ class Carried(NamedTuple):
 class YolactEdge(YOLACT, VideoMetaArch):
     """YOLACT on images (no flow net), or on videos."""
 
+    export_refusal = VideoMetaArch.export_refusal
+
     @configurable
     def __init__(
         self,

@@ -61,7 +61,7 @@ class Case:
         """Detections of the image, without the batch dimension and empty slots."""
         self.model.nms = nms
         try:
-            *fields, _ = self.model._decode(self.raw)
+            fields = self.model._decode(self.raw)[:4]
         finally:
             self.model.nms = "fast"
         found = Detections(*(field[0] for field in fields))

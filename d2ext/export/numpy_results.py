@@ -1,0 +1,380 @@
+"""From an exported file's outputs to results, with NumPy alone: copy this file into a program without
+PyTorch. docs/export.md shows how; d2ext itself uses the models' own post-processing, which tests hold
+against this.
+
+A function for each system, named by ``results`` in the file's metadata; its keyword arguments, but those
+of the image, are their ``options``::
+
+    facts = json.loads(session.get_modelmeta().custom_metadata_map["d2ext"])
+    result = results(facts, dict(zip(facts["outputs"], session.run(None, {"images": images}))), ...)
+
+Boxes are (N, 4): x1, y1, x2, y2 in pixels of the image, (0, 0) the outer corner of its first pixel.
+Letters: h, w size of the image, H, W of the network's input, N detections, S slots.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Results = dict[str, Array]
+
+
+def results(facts: dict[str, Any], outputs: Results, index: int = 0, **image: Any) -> Results:
+    """Results of one image of a batch.
+
+    Args:
+        facts: the file's metadata.
+        outputs: by name.
+        index: of the image.
+        image: what the function of the system needs of it: ``size`` (h, w), ...
+    """
+    functions: dict[str, Callable[..., Results]] = {
+        "yolact": yolact,
+        "retinaface": retinaface,
+        "centernet": centernet,
+        "cornernet": cornernet,
+        "landmarks": landmarks,
+    }
+    return functions[facts["results"]](
+        {name: x[index] for name, x in outputs.items()}, **image, **facts["options"]
+    )
+
+
+def place(image: Array, facts: dict[str, Any]) -> tuple[Array, tuple[int, int]]:
+    """An image (h, w, 3) in the middle of the input of a file for CornerNet or CenterNet.
+
+    Returns:
+        (1, 3, H, W) of the file's dtype, and ``corner``: x, y of the input's corner in pixels of the
+        image.
+    """
+    given = facts["input"]
+    unit, less = given["multiple"], given["less"]
+    height, width = image.shape[:2]
+    inner = np.array([height, width])
+    # CenterNet's input, with less == 0, is never as large as the image: published.
+    outer = -(-(inner + less) // unit) * unit - less if less else (inner // unit + 1) * unit
+    outer = np.array([own or side for own, side in zip(given["shape"][2:], outer, strict=True)])
+    if (outer < inner).any():
+        raise ValueError(f"The image has {width}x{height} pixels, the input {outer[1]}x{outer[0]}.")
+    (top, left), (rows, columns) = outer // 2 - inner // 2, inner // 2 + outer // 2
+    image = image[:rows, :columns] if less else image  # published: a side as long loses a pixel
+    images = np.zeros((1, 3, *outer), given["dtype"])
+    images[0, :, top : top + image.shape[0], left : left + image.shape[1]] = image.transpose(
+        2, 0, 1
+    )
+    return images, (-int(left), -int(top))
+
+
+def yolact(
+    one: Results, *, size: tuple[int, int], threshold: float, crop: str, truncate: bool
+) -> Results:
+    """boxes, scores, classes, masks (N, h, w) bool; YOLACT++ also mask_scores.
+
+    Args:
+        one: boxes (S, 4) relative to the image, scores (S,), -1 in empty slots, which come last,
+            classes, coefficients (S, k), prototypes (H/4, W/4, k), count.
+        size: (h, w); the input was the image, resized to the file's size.
+    """
+    height, width = size
+    count = int(one["count"])
+    boxes = one["boxes"][:count]
+    masks = _sigmoid(
+        one["coefficients"][:count] @ one["prototypes"].reshape(-1, one["prototypes"].shape[2]).T
+    )
+    masks = masks.reshape(count, *one["prototypes"].shape[:2])
+    if crop == "before":
+        masks = masks * _inside(boxes, masks.shape[1], masks.shape[2])
+    masks = _resized(_resized(masks, 1, height), 2, width) > threshold
+    if crop == "after":
+        masks &= _inside(boxes, height, width)
+    pixels = _clipped(boxes * np.array([width, height] * 2, boxes.dtype), size)
+    result = {
+        name: one[name][:count] for name in ("scores", "classes", "mask_scores") if name in one
+    }
+    return result | {"boxes": np.trunc(pixels) if truncate else pixels, "masks": masks}
+
+
+def retinaface(
+    one: Results,
+    *,
+    size: tuple[int, int],
+    scale: float = 1.0,
+    nms_threshold: float,
+    max_detections: int,
+    clip: bool,
+    priors_per_cell: int = 0,
+) -> Results:
+    """boxes, scores, classes, points (N, P, 2), meshes (N, V, 3), as the model has them; best first.
+
+    Args:
+        one: scores (S,) best first, classes, boxes (S, 4) and points (S, P, 2) in pixels of the input,
+            count of the slots above the score's threshold; with meshes the cells' context features
+            ``vectors`` (cells, c), the slots' priors and their index, and the layer that makes vertices.
+        size: (h, w).
+        scale: pixels of the input per pixel of the image.
+    """
+    count = int(one["count"])
+    boxes, classes = one["boxes"][:count] / scale, one["classes"][:count]
+    keep = greedy_nms(boxes, classes, nms_threshold, max_detections)
+    result = {"boxes": boxes[keep], "scores": one["scores"][keep], "classes": classes[keep]}
+    if clip:
+        result["boxes"] = _clipped(result["boxes"], size)
+    if "points" in one:
+        result["points"] = one["points"][keep] / scale
+    if "vectors" in one:
+        cells, kinds = np.divmod(one["index"][keep], priors_per_cell)
+        weight = one["mesh_weight"].reshape(priors_per_cell, -1, one["vectors"].shape[1])
+        bias = one["mesh_bias"].reshape(priors_per_cell, -1)
+        offsets = np.einsum("nc,nvc->nv", one["vectors"][cells], weight[kinds]) + bias[kinds]
+        priors = one["priors"][keep, None]  # centres and sides
+        origin = np.concatenate([priors[..., :2], np.zeros_like(priors[..., :1])], axis=2)
+        result["meshes"] = (
+            origin + offsets.reshape(len(keep), -1, 3) * 0.1 * priors[..., 2:3]
+        ) / scale
+    return result
+
+
+def centernet(
+    one: Results,
+    *,
+    size: tuple[int, int],
+    corner: tuple[float, float],
+    scale: float = 1.0,
+    stride: int,
+    clip: bool,
+    soft_nms: bool,
+) -> Results:
+    """boxes, scores, classes, centers (N, 2), with poses joints (N, J, 2) in COCO's convention, where a
+    pixel's centre is a whole number; best first.
+
+    Args:
+        one: boxes (S, 4), centers (S, 2), joints (S, 2J) in cells of the maps, scores (S,), classes.
+        size: (h, w).
+        corner, scale: see :func:`place`; pixels of the input per pixel of the image.
+    """
+    if soft_nms:
+        raise ValueError("Soft-NMS of CenterNet is not in this file: export without TEST.SOFT_NMS.")
+    cell = (stride / scale, stride / scale)
+    result = {
+        name: _moved(one[name], cell, corner)
+        for name in ("boxes", "centers", "joints")
+        if name in one
+    }
+    if clip:
+        result["boxes"] = _clipped(result["boxes"], size)
+    if "joints" in result:
+        result["joints"] = result["joints"].reshape(len(one["joints"]), -1, 2)
+    return result | {"scores": one["scores"], "classes": one["classes"]}
+
+
+def cornernet(
+    one: Results,
+    *,
+    size: tuple[int, int],
+    input_size: tuple[int, int],
+    corner: tuple[float, float],
+    scale: float = 1.0,
+    stride: int,
+    margin: float = math.inf,
+    sigma: float,
+    score_threshold: float,
+    merge: bool,
+    merge_exponent: float,
+    keep_stale: bool,
+    max_detections: int,
+) -> Results:
+    """boxes, scores, classes, corner_scores (N, 2), distances (N,) of the corners' embeddings, with
+    triplets center_scores and centers (N, 2); best first.
+
+    Args:
+        one: of 2 views, the image and its mirror image (or of 1): boxes (2, S, 4) in cells of the maps,
+            scores (2, S), classes, corner_scores, distances, count (2,) of the pairs that are not
+            rejected; with triplets centers (2, K, 4): x, y, score, class.
+        size, input_size: (h, w), (H, W).
+        corner, scale: see :func:`place`; pixels of the input per pixel of the image.
+        margin: a pair that exceeds the image by as many pixels of the input is rejected.
+    """
+    if merge:
+        raise ValueError("Merging soft-NMS is not in this file: export with TEST.NMS_MERGE False.")
+    rows, columns = (-(-side // stride) for side in input_size)
+    cell = (input_size[1] / columns / scale, input_size[0] / rows / scale)
+    used = np.arange(one["scores"].shape[1]) < one["count"][:, None]
+    boxes = one["boxes"].copy()
+    boxes[1:, :, [0, 2]] = columns - boxes[1:, :, [2, 0]]
+    boxes = _moved(boxes[used], cell, corner)
+    result = {name: one[name][used] for name in ("scores", "classes", "corner_scores", "distances")}
+    limit, margin = np.array(size[::-1], boxes.dtype), margin / scale
+    inside = ((boxes[:, :2] > -margin) & (boxes[:, 2:] < limit + margin)).all(axis=1)
+    result = {name: x[inside] for name, x in result.items()}
+    result["boxes"] = _clipped(boxes[inside], size)
+    if "centers" in one:
+        centers = one["centers"].copy()
+        centers[1:, :, 0] = columns - centers[1:, :, 0]
+        centers = centers.reshape(-1, 4)
+        points = _moved(centers[:, :2], cell, corner)
+        result = _confirmed(result, np.concatenate([points, centers[:, 2:]], axis=1))
+    return _soft_nms(result, sigma, score_threshold, keep_stale, max_detections)
+
+
+def landmarks(one: Results, *, matrix: Array, truncate: bool, threshold: float) -> Results:
+    """points (K, 2) in pixels of the image, point_scores (K,), score (): the mean of those above the
+    threshold.
+
+    Args:
+        one: points (K, 2) in pixels of the crop, scores (K,).
+        matrix: (2, 3), from pixels of the crop to those of the image, see :func:`crop_matrix`.
+    """
+    points = one["points"].astype(np.float64) @ matrix[:, :2].T + matrix[:, 2]
+    above = one["scores"] > threshold
+    score = (np.minimum(one["scores"], 1) * above).sum() / max(above.sum(), 1)
+    return {
+        "points": (np.trunc(points) if truncate else points).astype(np.float32),
+        "point_scores": one["scores"],
+        "score": score,
+    }
+
+
+def crop_matrix(box: Array, input_size: tuple[int, int], padding: float) -> Array:
+    """(2, 3), from pixels of the crop (H, W) to those of the image, of a box x1, y1, x2, y2; ``padding``
+    is ``MODEL.LANDMARKS.CROP.PADDING``. ``cv2.warpAffine`` wants it for centres of pixels:
+    ``matrix[:, 2] += matrix[:, :2].sum(axis=1) / 2 - 0.5``, with ``WARP_INVERSE_MAP``."""
+    ratio = input_size[1] / input_size[0]
+    center = (box[:2] + box[2:]) / 2
+    width, height = np.maximum(box[2:] - box[:2], 1)
+    height = max(height, width / ratio) * padding
+    sides = np.array([height * ratio, height])
+    return np.column_stack([np.diag(sides / input_size[::-1]), center - sides / 2])
+
+
+def greedy_nms(boxes: Array, classes: Array, threshold: float, limit: int) -> Array:
+    """Indices of those boxes (N, 4), best first, that no better one of their class overlaps by more than
+    the threshold, at most ``limit``. Sides count whole pixels, one more than the difference."""
+    boxes = boxes.astype(np.float64)
+    areas = (boxes[:, 2:] - boxes[:, :2] + 1).prod(axis=1)
+    keep: list[int] = []
+    left = np.arange(len(boxes))
+    while len(left) and len(keep) < limit:
+        best, left = left[0], left[1:]
+        keep.append(int(best))
+        sides = np.minimum(boxes[best, 2:], boxes[left, 2:]) - np.maximum(
+            boxes[best, :2], boxes[left, :2]
+        )
+        common = np.maximum(sides + 1, 0).prod(axis=1)
+        overlap = common / (areas[best] + areas[left] - common)
+        left = left[(overlap <= threshold) | (classes[left] != classes[best])]
+    return np.array(keep, np.int64)
+
+
+def _confirmed(result: Results, centers: Array) -> Results:
+    """Boxes with a centre of their class in their middle, see CenterNetTriplets."""
+    low, high = result["boxes"][:, :2], result["boxes"][:, 2:]
+    small = ((high - low).prod(axis=1) <= 150 * 150)[:, None]
+    begin = np.where(small, (2 * low + high) / 3, (3 * low + 2 * high) / 5)
+    end = np.where(small, (low + 2 * high) / 3, (2 * low + 3 * high) / 5)
+    points = centers[None, :, :2]
+    inside = ((points > begin[:, None]) & (points < end[:, None])).all(axis=2)
+    inside &= centers[None, :, 3] == result["classes"][:, None]
+    keep = inside.any(axis=1)
+    matched = centers[inside[keep].argmax(axis=1)]
+    result = {name: x[keep] for name, x in result.items()}
+    result |= {"centers": matched[:, :2], "center_scores": matched[:, 2]}
+    result["scores"] = (2 * result["scores"] + matched[:, 2]) / 3
+    order = np.argsort(-result["scores"], kind="stable")
+    return {name: x[order] for name, x in result.items()}
+
+
+def _soft_nms(
+    result: Results, sigma: float, threshold: float, keep_stale: bool, limit: int
+) -> Results:
+    """Gaussian soft-NMS in each class, as published: a discarded row is overwritten by the last one,
+    whose own row stays (*stale*) with its former score."""
+    order = np.argsort(result["classes"], kind="stable")
+    result = {name: x[order] for name, x in result.items()}
+    boxes, scores = result["boxes"].astype(np.float32), result["scores"].astype(np.float32)
+    rows, keep = np.arange(len(scores)), np.zeros(len(scores), bool)
+    ends = np.searchsorted(result["classes"], np.unique(result["classes"]), "right")
+    for begin, end in zip([0, *ends], ends, strict=False):
+        row, count = begin, end
+        while row < count:
+            best = row + scores[row:count].argmax()
+            for column in (boxes, scores, rows):
+                column[[row, best]] = column[[best, row]]
+            left = np.arange(row + 1, count)
+            overlap = _pixel_overlap(boxes[row], boxes[left])
+            weighted = scores[left] * np.exp(-(overlap * overlap) / np.float32(sigma))
+            dropped = (overlap > 0) & (weighted < threshold)
+            sources, number, position = np.arange(len(left)), len(left), 0
+            stale = np.zeros(len(left), bool)
+            while dropped.any() and position < number:
+                if dropped[sources[position]]:
+                    number -= 1
+                    stale[number] = position != number
+                    sources[position] = sources[number]
+                else:
+                    position += 1
+            scores[left] = np.where(stale, scores[left], weighted[sources])
+            boxes[left], rows[left] = boxes[left][sources], rows[left][sources]
+            count -= int(dropped.sum())
+            row += 1
+        keep[begin:count] = True
+    result = {name: x[rows] for name, x in result.items()} | {"boxes": boxes, "scores": scores}
+    if not keep_stale:
+        result = {name: x[keep] for name, x in result.items()}
+    order = np.argsort(-result["scores"], kind="stable")
+    if len(order) > limit > 0:  # and what ties with the last one
+        order = order[result["scores"][order] >= result["scores"][order[limit - 1]]]
+    return {name: x[order] for name, x in result.items()}
+
+
+def _pixel_overlap(box: Array, boxes: Array) -> Array:
+    sides = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2]) + 1
+    common = sides.prod(axis=1)
+    areas = (boxes[:, 2:] - boxes[:, :2] + 1).prod(axis=1)
+    union = (box[2:] - box[:2] + 1).prod() + areas - common
+    return np.where((sides > 0).all(axis=1), common / union, np.float32(0))
+
+
+def _moved(points: Array, cell: tuple[float, float], corner: tuple[float, float]) -> Array:
+    """Cells (N, 2n) x, y, x, y, ... → pixels of the image."""
+    repeats = points.shape[1] // 2
+    return points * np.tile(_single(cell), repeats) + np.tile(_single(corner), repeats)
+
+
+def _single(values: Sequence[float]) -> Array:
+    return np.array(values, np.float32)
+
+
+def _clipped(boxes: Array, size: tuple[int, int]) -> Array:
+    """Corners in order, in the image."""
+    low, high = np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])
+    return np.concatenate([low, high], axis=1).clip(0, np.array([*size[::-1]] * 2, boxes.dtype))
+
+
+def _sigmoid(x: Array) -> Array:
+    return 1 / (1 + np.exp(-x))
+
+
+def _inside(boxes: Array, height: int, width: int) -> Array:
+    """(N, height, width) bool: cells of a grid in boxes relative to it, a cell wider on each side."""
+    sides = []
+    for axis, length in ((1, height), (0, width)):
+        ends = np.sort(boxes[:, [axis, axis + 2]] * length, axis=1) + _single([-1, 1])
+        low, high = ends.clip(0, length).T[:, :, None]
+        sides.append((np.arange(length) >= low) & (np.arange(length) < high))
+    return sides[0][:, :, None] & sides[1][:, None, :]
+
+
+def _resized(masks: Array, axis: int, length: int) -> Array:
+    """Bilinear along one axis, pixels being areas."""
+    old = masks.shape[axis]
+    position = ((np.arange(length, dtype=np.float32) + 0.5) * (old / length) - 0.5).clip(0)
+    first = np.minimum(position.astype(np.int64), old - 1)
+    part = (position - first).reshape([-1 if i == axis else 1 for i in range(masks.ndim)])
+    second = np.minimum(first + 1, old - 1)
+    return masks.take(first, axis) * (1 - part) + masks.take(second, axis) * part

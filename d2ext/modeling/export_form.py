@@ -1,0 +1,51 @@
+"""What a model says of itself to be exported into a file; :mod:`d2ext.export` does the rest.
+
+A file holds what :class:`~d2ext.modeling.inference.InferenceNetwork` runs, network and decoding, and
+before it the normalisation. What comes after, a model's ``postprocess``, is code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Outputs = dict[str, Tensor]
+"""Named tensors of fixed slots, (B, ...)."""
+
+
+class NotExportable(ValueError):
+    """The model, or this configuration of it, cannot be exported. The message says why."""
+
+
+def refuse_tracing(model: nn.Module) -> None:
+    """Raise RuntimeError under ``torch.jit.trace``."""
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            f"{type(model).__name__} cannot be traced: the trace would give as many detections as the "
+            "example has. Use `d2ext export` or d2ext.export.export."
+        )
+
+
+@dataclass(frozen=True)
+class ExportForm:
+    """A model's network and decoding as one graph: images (B, 3, H, W) → :data:`Outputs`."""
+
+    pack: Callable[[Any], Outputs]
+    """Part of the graph: what the model's decoding gives → named tensors."""
+    unpack: Callable[[Outputs], Any]
+    """The inverse of ``pack``: what the model's post-processing takes."""
+    size: tuple[int, int]
+    """(height, width) of the input, if nothing else is said."""
+    multiple: int = 0
+    """Inputs of other sizes have sides that are multiples of this, less ``less``; 0: there are none."""
+    less: int = 0
+    mirror: bool = False
+    """The network also gets the mirror images, behind the images."""
+    results: str = ""
+    """The function of ``d2ext/export/numpy_results.py`` that makes results of the outputs."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Its keyword arguments that come from the config; for JSON."""
