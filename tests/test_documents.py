@@ -50,11 +50,7 @@ def tool_commands() -> list[list[str]]:
 
 
 COMMAND = re.compile(
-<<<<<<< HEAD:tests/test_documents.py
     "train|evaluate|predict|convert|visualize-data|benchmark|compare|export|model|operators|info"
-=======
-    "train|evaluate|predict|convert|export|visualize-data|benchmark|compare|model|operators"
->>>>>>> v-export:tests/test_readme.py
 )
 
 
