@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.test_readme import ROOT, commands, help_of
+from tests.test_documents import ROOT, commands, help_of
 
 PAGE = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
 STARTED = [words for words in commands(PAGE) if "tools/train_net.py" in words]

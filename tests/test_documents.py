@@ -11,6 +11,7 @@ import itertools
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -59,9 +60,8 @@ def help_of(*tool: str) -> str:
     """What `--help` prints; of a script what it says of itself and of its options."""
     if tool[:2] != ("-m", "d2ext"):
         if tool[0] == "-m":
-            return (
-                Path(importlib.util.find_spec(tool[1]).origin).with_name("__main__.py").read_text()
-            )
+            command = [sys.executable, *tool, "--help"]
+            return subprocess.run(command, capture_output=True, text=True, timeout=240).stdout
         if tool[0].startswith("tools/"):
             name = {"train_net": "train", "demo": "predict"}.get(
                 Path(tool[0]).stem, Path(tool[0]).stem

@@ -113,7 +113,6 @@ def _setup(args: argparse.Namespace) -> tuple[CfgNode, str]:
         images = sum(len(load_images(x)) for x in cfg.DATASETS.TRAIN)
         keys = args.opts[::2]
         schedule = fit_schedule(cfg, length, images, epochs=args.epochs, keep=keys)
-    _check_files(cfg, args)
     if args.analyze:
         cfg.TEST.ANALYZE = True
     if cfg.TEST.ANALYZE:
@@ -181,6 +180,7 @@ def _check_learned(learned: Metadata, cfg: CfgNode, name: str) -> None:
 def main(args: argparse.Namespace) -> dict[str, Any] | None:
     """What each process does. Returns the results of the evaluation."""
     cfg, schedule = _setup(args)
+    _check_files(cfg, args)
     with ExitStack() as stack:
         if not args.eval_only:
             comm.synchronize()  # all have read the config, which may be one that moves aside

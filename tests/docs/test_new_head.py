@@ -19,7 +19,7 @@ from d2ext import model_zoo
 from d2ext.config import CONFIG_REGISTRY
 from d2ext.data import MAPPER_REGISTRY
 from d2ext.data.shapes import FaceSet, load_shapes_faces
-from tests.test_readme import COMMAND, ROOT, assert_key, blocks, commands, help_of
+from tests.test_documents import COMMAND, ROOT, assert_key, blocks, commands, help_of
 
 PAGE = (ROOT / "docs/new_head.md").read_text(encoding="utf-8")
 FACES = (ROOT / "docs/retinaface.md").read_text(encoding="utf-8")

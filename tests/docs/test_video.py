@@ -16,7 +16,7 @@ from d2ext.config import get_cfg
 from d2ext.data.shapes import draw_clip
 from d2ext.modeling.flow import FLOW_REGISTRY
 from d2ext.utils.video import video_writer
-from tests.test_readme import COMMAND, ROOT, assert_key, blocks, commands, help_of
+from tests.test_documents import COMMAND, ROOT, assert_key, blocks, commands, help_of
 
 PAGES = {
     name: (ROOT / "docs" / name).read_text(encoding="utf-8")

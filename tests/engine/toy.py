@@ -145,6 +145,8 @@ def start(
         stdout=stdout,
         stderr=subprocess.STDOUT,
         text=True,
+        # Of a job in the background shells ignore Ctrl-C, which programs inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

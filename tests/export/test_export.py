@@ -190,8 +190,8 @@ def test_predict_takes_a_file(faces: tuple[Any, Any, str], tmp_path: Path) -> No
 
 def test_evaluate_takes_a_file(tmp_path: Path) -> None:
     cfg, model = lively_model("YOLACT", ["MODEL.YOLACT.NUM_CLASSES", 8])
-    register_shapes(ShapesSet("val", num=6, height=96, width=128, seed=3), prefix="exported")
-    cfg.DATASETS.TEST = ("exported_val",)
+    register_shapes(ShapesSet("val", num=6, height=96, width=128, seed=3), prefix="exported_file")
+    cfg.DATASETS.TEST = ("exported_file_val",)
     cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
     torch.save({"model": model.state_dict()}, cfg.MODEL.WEIGHTS)
     (tmp_path / "config.yaml").write_text(cfg.dump())

@@ -27,8 +27,8 @@ class Toy(MultiScaleMetaArch):
         height, width = (int(side * scale) for side in size)
         return centered((height, width), (-(-height // 8) * 8, -(-width // 8) * 8), scale)
 
-    def draw(self, image: Tensor, canvas: Canvas) -> Tensor:
-        return canvas.draw(F.interpolate(image[None].float(), canvas.content)[0])
+    def draw(self, images: Tensor, canvas: Canvas) -> Tensor:
+        return canvas.draw(F.interpolate(images.float(), canvas.content))
 
     def preprocess(
         self, batched_inputs: list[dict[str, Any]], scale: float | None = None

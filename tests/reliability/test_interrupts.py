@@ -120,9 +120,12 @@ def test_the_second_time_ends_at_once(
 def test_before_the_training_begins(toy_json: Path, tmp_path: Path) -> None:
     """New processes import for seconds, and then know that it is over."""
     process = start(toy_json, tmp_path, "--num-gpus", "2")
-    assert wait_until(lambda: len(children(process.pid)) >= 3, 60)
-    press(*everyone(process))
-    assert process.wait(60) == 130
+    try:
+        assert wait_until(lambda: len(children(process.pid)) >= 3, 60)
+        press(*everyone(process))
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
     output = (tmp_path / "output.txt").read_text()
     assert output.splitlines()[-1] == "interrupted: nothing was saved yet."
     assert "Traceback" not in output
