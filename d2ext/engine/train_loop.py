@@ -98,9 +98,8 @@ class StepTrainer(SimpleTrainer):
         self.skipped_in_a_row = 0
         self.updated = False  # whether the last iteration changed the weights
         self.asked_to_stop = False  # set by who wants the training to end; any process may
-        self.interrupted = (
-            False  # whether one was asked, before the last exchange of losses; all agree
-        )
+        # Whether one was asked before the last exchange of losses; all processes agree.
+        self.interrupted = False
         module = model.module if isinstance(model, DistributedDataParallel) else model
         self.steps: tuple[str, ...] = tuple(getattr(module, "training_steps", ())) or ("",)
         self._statistics = _NormStatistics(model)
@@ -153,6 +152,11 @@ class StepTrainer(SimpleTrainer):
             )
         return [data[k * size : (k + 1) * size] for k in range(self.accumulation_steps)]
 
+    def forward(self, part: list[dict[str, Any]], step: str, state: Any) -> tuple[Any, Any]:
+        """A micro-batch's losses in a step, and what is carried to the next step."""
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            return self.model(part, step, state) if step else (self.model(part), state)
+
     def _forward_backward(
         self, parts: list[tuple[list[dict[str, Any]], Any]], step: str
     ) -> tuple[dict[str, float], bool, list[tuple[list[dict[str, Any]], Any]]]:
@@ -169,13 +173,7 @@ class StepTrainer(SimpleTrainer):
             wait = isinstance(self.model, DistributedDataParallel) and len(carried) < len(parts) - 1
             with self.model.no_sync() if wait else nullcontext():
                 try:
-                    with torch.autocast(
-                        self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None
-                    ):
-                        if step:
-                            losses, state = self.model(part, step, state)
-                        else:
-                            losses = self.model(part)
+                    losses, state = self.forward(part, step, state)
                 except FloatingPointError as error:
                     if comm.get_world_size() > 1:
                         raise

@@ -46,7 +46,7 @@ def check(
     detects = "classes" in expected  # a landmark has its own slot
     slots = [name for name, x in expected.items() if detects and x.shape[: len(shape)] == shape]
     if slots:
-        order, kept = _slot_order(actual, expected, slots, tolerance)
+        order, keep = _slot_order(actual, expected, slots, tolerance)
     results = []
     for name, b in expected.items():
         if name == "count":
@@ -54,7 +54,7 @@ def check(
         a, moved = actual[name], 0
         if name in slots:
             a, b = (x.flatten(0, len(shape) - 1) for x in (a, b))
-            a, b = a[order][kept], b[kept]
+            a, b = a[order][keep], b[keep]
             moved = int((order != torch.arange(len(order))).sum())
         results.append(Difference(name, _largest(a, b), moved, b.numel()))
     return results

@@ -256,17 +256,12 @@ def greedy_nms(boxes: Array, classes: Array, threshold: float, limit: int) -> Ar
     """Indices of those boxes (N, 4), best first, that no better one of their class overlaps by more than
     the threshold, at most ``limit``. Sides count whole pixels, one more than the difference."""
     boxes = boxes.astype(np.float64)
-    areas = (boxes[:, 2:] - boxes[:, :2] + 1).prod(axis=1)
     keep: list[int] = []
     left = np.arange(len(boxes))
     while len(left) and len(keep) < limit:
         best, left = left[0], left[1:]
         keep.append(int(best))
-        sides = np.minimum(boxes[best, 2:], boxes[left, 2:]) - np.maximum(
-            boxes[best, :2], boxes[left, :2]
-        )
-        common = np.maximum(sides + 1, 0).prod(axis=1)
-        overlap = common / (areas[best] + areas[left] - common)
+        overlap = _pixel_overlap(boxes[best], boxes[left])
         left = left[(overlap <= threshold) | (classes[left] != classes[best])]
     return np.array(keep, np.int64)
 
@@ -333,6 +328,7 @@ def _soft_nms(
 
 
 def _pixel_overlap(box: Array, boxes: Array) -> Array:
+    """IoU of a box (4,) with boxes (N, 4), sides counted in whole pixels."""
     sides = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2]) + 1
     common = sides.prod(axis=1)
     areas = (boxes[:, 2:] - boxes[:, :2] + 1).prod(axis=1)

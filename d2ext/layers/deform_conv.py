@@ -81,12 +81,10 @@ def deform_conv2d_reference(
     weight: Tensor,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
-    *,
-    stride: int = 1,
-    padding: int = 0,
-    dilation: int = 1,
+    **sizes: int,
 ) -> Tensor:
-    """:func:`deform_conv2d` by torchvision's operator, in float32 where that has no kernels."""
+    """:func:`deform_conv2d`, of the same arguments, by torchvision's operator; in float32 where that has
+    no kernels."""
     dtype = x.dtype
     if dtype == torch.bfloat16 or (dtype == torch.float16 and not x.is_cuda):
         x, offset, weight = x.float(), offset.float(), weight.float()
@@ -98,10 +96,8 @@ def deform_conv2d_reference(
         offset.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf),
         weight,
         bias,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
         mask=mask,
+        **sizes,
     )
     broken = offset.isnan().any(dim=1, keepdim=True)
     return output.masked_fill(broken, torch.nan).to(dtype)

@@ -206,8 +206,8 @@ def run_operators(args: argparse.Namespace) -> dict[str, Any]:
         )
         print("\nDeformable convolution (plain: torchvision's operator)")
         print(benchmark.format_rows(report["deform"], benchmark.DEFORM_COLUMNS))
-    kinds = ("rows", "pooling", "deform")
-    if not all(row["compiled"] for name in kinds for row in report.get(name, [])):
+    tables = ("rows", "pooling", "deform")
+    if not all(row["compiled"] for name in tables for row in report.get(name, [])):
         print("The compiled operators are not available: both columns are plain PyTorch.")
     return report
 

@@ -17,8 +17,8 @@ from d2ext.engine import build_optimizer
 from d2ext.engine.train_loop import StepTrainer, amp_dtype
 from d2ext.tools.model_benchmark import Clock
 
-# Batches that are kept in memory for the measurement of steps alone.
-_KEPT = 4
+# How many batches are in memory for the measurement of steps alone.
+_BATCHES = 4
 
 
 def measure_training(cfg: CfgNode, clock: Clock) -> dict[str, Any]:
@@ -37,19 +37,19 @@ def measure_training(cfg: CfgNode, clock: Clock) -> dict[str, Any]:
     torch.manual_seed(0)
     size, workers = cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS
     loader = iter(build_train_loader(cfg))
-    kept = list(itertools.islice(loader, _KEPT))
+    batches = list(itertools.islice(loader, _BATCHES))
     loader_rate = size * _rate(loader, clock)
 
-    def trainer(batches: Iterable[Any]) -> StepTrainer:
+    def trainer(data: Iterable[Any]) -> StepTrainer:
         return StepTrainer(
-            model, batches, build_optimizer(cfg, model), seed=0, amp_dtype=amp_dtype(cfg)
+            model, data, build_optimizer(cfg, model), seed=0, amp_dtype=amp_dtype(cfg)
         )
 
     if clock.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(clock.device)
-    in_memory = _Steps(trainer(itertools.cycle(kept)))
+    in_memory = _Steps(trainer(itertools.cycle(batches)))
     step = clock.median(in_memory.__next__)
-    forward = clock.median(lambda: in_memory.forward(kept[0]))
+    forward = clock.median(lambda: in_memory.forward(batches[0]))
     memory = None
     if clock.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(clock.device) / 2**20
@@ -95,11 +95,5 @@ class _Steps:
 
     def forward(self, batch: list[dict[str, Any]]) -> None:
         """The losses of the first of the model's steps, without their gradients."""
-        trainer = self.trainer
-        enabled = trainer.amp_dtype is not None
-        step = trainer.steps[0]
-        with (
-            EventStorage(0),
-            torch.autocast(trainer.device.type, trainer.amp_dtype, enabled=enabled),
-        ):
-            trainer.model(batch, step, None) if step else trainer.model(batch)
+        with EventStorage(0):
+            self.trainer.forward(batch, self.trainer.steps[0], None)

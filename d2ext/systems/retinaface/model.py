@@ -281,9 +281,8 @@ class RetinaFace(ShortSideMetaArch):
         def pack(candidates: Candidates) -> Outputs:
             outputs = {name: getattr(candidates, name) for name in names}
             outputs["count"] = (candidates.scores > self.score_threshold).sum(dim=1)
-            if (
-                mesh is not None
-            ):  # meshes of detections alone, see mesh.py: its layer runs after NMS
+            if mesh is not None:
+                # Meshes of detections alone, see mesh.py: its layer runs after NMS.
                 batch = outputs["scores"].shape[:1]
                 for name, x in mesh.output.named_parameters():
                     outputs[f"mesh_{name}"] = x.expand(*batch, *x.shape)
