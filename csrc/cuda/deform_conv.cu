@@ -50,7 +50,8 @@ struct Sample {
 
   __device__ Sample(const Shape& shape, float y, float x) {
     broken = y != y || x != x;
-    outside = !(y > -1.f && y < shape.height && x > -1.f && x < shape.width);
+    // At exactly -1 the value is 0 and its slope is not, as in torchvision.
+    outside = !(y >= -1.f && y < shape.height && x >= -1.f && x < shape.width);
     if (outside) {
       return;
     }
