@@ -10,6 +10,7 @@ from d2ext.layers.corner_pool import (
     corner_pool_reference,
 )
 from d2ext.layers.correlation import correlation
+from d2ext.layers.nms import nms, nms_reference
 from d2ext.layers.panoptic_fusion import (
     fuse_panoptic,
     fuse_panoptic_reference,
@@ -43,6 +44,8 @@ __all__ = [
     "fuse_panoptic_reference",
     "has_cuda_extension",
     "has_extension",
+    "nms",
+    "nms_reference",
     "prune_masks",
     "prune_masks_reference",
     "soft_nms",

@@ -30,6 +30,7 @@ _OPERATORS = (
     "assemble_binary_masks",
     "corner_pool",
     "deform_conv2d",
+    "nms",
     "soft_nms",
     "prune_masks",
     "fuse_panoptic",

@@ -182,6 +182,10 @@ class MetaArch(nn.Module):
         """Images of the inputs → the network's input, (B, 3, H, W), normalised."""
         raise NotImplementedError
 
+    def network_state(self, batched_inputs: list[dict[str, Any]]) -> tuple[Tensor, ...]:
+        """What the network gets in inference beside the images; nothing by default."""
+        return ()
+
     def encode_targets(self, batched_inputs: list[dict[str, Any]], images: Tensor) -> Any:
         """Targets for the predictions on ``images`` (B, 3, H, W)."""
         raise NotImplementedError
@@ -219,7 +223,8 @@ class MetaArch(nn.Module):
     def inference(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Results of each image; see :meth:`postprocess`."""
         images = self.preprocess(batched_inputs)
-        return self.postprocess(self.inference_network(images), batched_inputs)
+        predictions = self.inference_network(images, *self.network_state(batched_inputs))
+        return self.postprocess(predictions, batched_inputs)
 
     # Helpers for models
 

@@ -126,7 +126,7 @@ def settle_norms(model: nn.Module, inputs: list[dict[str, Any]]) -> None:
 def run_network(model: nn.Module, inputs: list[dict[str, Any]]) -> None:
     """Run the network alone, eagerly; of a model that is not d2ext's, the whole model."""
     if isinstance(model, MetaArch):
-        model.inference_network.network(model.preprocess(inputs))
+        model.inference_network.network(model.preprocess(inputs), *model.network_state(inputs))
     else:
         model(inputs)
 
@@ -265,16 +265,17 @@ def stage_times(
     faster = model.inference_network
     alone = network_only(faster)
     stages["preprocess"] = clock.median(lambda: model.preprocess(inputs))
-    stages["network"] = clock.median(lambda: alone(batch))
+    state = model.network_state(inputs)
+    stages["network"] = clock.median(lambda: alone(batch, *state))
     if isinstance(predictor, StreamPredictor):
         memory = alone(batch)[-model.num_memory :]
         between = network_only(model.non_key_network)
         stages["between"] = clock.median(lambda: between(batch, *memory))
         frames = stages["network"] + (predictor.period - 1) * stages["between"]
         stages["cycle"] = frames / predictor.period
-    decoded = clock.median(lambda: faster(batch))
+    decoded = clock.median(lambda: faster(batch, *state))
     stages["choice"] = max(decoded - stages["network"], 0.0)
-    finished = clock.median(lambda: model.postprocess(faster(batch), inputs))
+    finished = clock.median(lambda: model.postprocess(faster(batch, *state), inputs))
     stages["results"] = max(finished - decoded, 0.0)
     return stages
 

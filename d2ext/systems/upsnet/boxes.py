@@ -24,7 +24,13 @@ from detectron2.modeling.anchor_generator import (
 )
 from detectron2.structures import Boxes
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.ops import roi_align
+
+from d2ext.layers.exporting import is_exporting
+
+# Coordinate in pixels before the first one of any level.
+_OUTSIDE = -4096.0
 
 
 def inclusive(boxes: Tensor, pixel: float = 1.0) -> Tensor:
@@ -33,26 +39,32 @@ def inclusive(boxes: Tensor, pixel: float = 1.0) -> Tensor:
     Args:
         pixel: side of a pixel, in the boxes' unit.
     """
-    return boxes - boxes.new_tensor([0.0, 0.0, pixel, pixel])
+    # Not minus a tensor of numbers: copying it to a GPU would wait for all earlier work.
+    return torch.cat([boxes[..., :2], boxes[..., 2:] - pixel], dim=-1)
 
 
 def end_behind(boxes: Tensor, pixel: float = 1.0) -> Tensor:
     """Inverse of :func:`inclusive`."""
-    return boxes + boxes.new_tensor([0.0, 0.0, pixel, pixel])
+    return torch.cat([boxes[..., :2], boxes[..., 2:] + pixel], dim=-1)
 
 
-def clip(boxes: Tensor, height: int, width: int) -> Tensor:
+def clip(boxes: Tensor, height: int | Tensor, width: int | Tensor) -> Tensor:
     """Clip "end behind" boxes (..., 4): first and last pixel within the image, so that none is empty."""
     x1, y1, x2, y2 = boxes.unbind(-1)
     return torch.stack(
         [
-            x1.clamp(0, width - 1),
-            y1.clamp(0, height - 1),
-            x2.clamp(1, width),
-            y2.clamp(1, height),
+            x1.clamp(min=0).clamp(max=width - 1),
+            y1.clamp(min=0).clamp(max=height - 1),
+            x2.clamp(min=1).clamp(max=width),
+            y2.clamp(min=1).clamp(max=height),
         ],
         dim=-1,
     )
+
+
+def gather(values: Tensor, index: Tensor) -> Tensor:
+    """values (B, A, v), index (B, n) into A → (B, n, v)."""
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
 
 
 def image_scale(network: tuple[int, int], original: tuple[int, int]) -> float | None:
@@ -135,18 +147,29 @@ class PyramidRoIAlign(nn.Module):
             (R, C, s, s), images in order.
         """
         boxes = torch.cat([x.tensor for x in box_lists])
-        counts = torch.tensor([len(x) for x in box_lists], device=boxes.device)
-        image = torch.repeat_interleave(counts, output_size=len(boxes)).to(boxes.dtype)
-        rois = torch.cat([image[:, None], inclusive(boxes)], dim=1)
+        image = torch.cat([x.tensor.new_full((len(x), 1), i) for i, x in enumerate(box_lists)])
+        rois = torch.cat([image, inclusive(boxes)], dim=1)
         if len(self.strides) == 1:
             return self._pool(features[0], rois, self.strides[0])
         levels = self.levels(boxes)
+        if boxes.is_cuda and not is_exporting():
+            return self._pool_everywhere(features, rois, levels)
         pooled = features[0].new_zeros((len(boxes), features[0].shape[1], self.size, self.size))
         for i, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
             selected = (levels == i).nonzero()[:, 0]
             part = self._pool(feature, rois[selected], stride)
             pooled = pooled.index_put((selected,), part.to(pooled.dtype))
         return pooled
+
+    def _pool_everywhere(self, features: Sequence[Tensor], rois: Tensor, levels: Tensor) -> Tensor:
+        """The same without waiting to know how many boxes a level has: from every other level a box is
+        taken far outside of the map, where there are zeros, which cost a GPU next to nothing."""
+        outside = F.pad(rois[:, :1], (0, 4), value=_OUTSIDE)
+        parts = [
+            self._pool(feature, torch.where((levels == i)[:, None], rois, outside), stride)
+            for i, (feature, stride) in enumerate(zip(features, self.strides, strict=True))
+        ]
+        return sum(parts[1:], parts[0])
 
     def _pool(self, feature: Tensor, rois: Tensor, stride: int) -> Tensor:
         # The CPU kernel has no bfloat16; the result goes back to the feature's dtype.

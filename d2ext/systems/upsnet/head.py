@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2ext.layers.deform_conv import DeformConv
+from d2ext.systems.upsnet.postprocess import Slots
 
 
 class SemanticPredictions(NamedTuple):
@@ -29,7 +30,7 @@ class SemanticPredictions(NamedTuple):
 
 
 class UPSNetPredictions(NamedTuple):
-    """Predictions for a batch, before the heads on regions."""
+    """Predictions for a batch; those of the heads on regions in inference alone."""
 
     features: dict[str, Tensor]
     """The pyramid."""
@@ -37,6 +38,9 @@ class UPSNetPredictions(NamedTuple):
     deltas: list[Tensor]
     """See :meth:`UPSNetRPN.predict`."""
     semantic: SemanticPredictions
+    detections: Slots | None = None
+    candidates: Slots | None = None
+    """Of the panoptic head."""
 
 
 @SEM_SEG_HEADS_REGISTRY.register()

@@ -30,18 +30,21 @@ from detectron2.modeling import (
 from detectron2.modeling.roi_heads.roi_heads import select_foreground_proposals
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.colormap import colormap
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
+from d2ext.layers import has_cuda_extension
+from d2ext.layers.transfer import upload
 from d2ext.modeling.meta_arch import image_size, output_size
 from d2ext.modeling.short_side import ShortSideMetaArch, scaled
 from d2ext.systems.upsnet import losses as L
 from d2ext.systems.upsnet import targets as T
 from d2ext.systems.upsnet.boxes import PyramidRoIAlign, end_behind, inclusive
 from d2ext.systems.upsnet.head import UPSNetPredictions, UPSNetSemanticHead
+from d2ext.systems.upsnet.network import UPSNetNetwork, needed
 from d2ext.systems.upsnet.panoptic_head import panoptic_logits
-from d2ext.systems.upsnet.postprocess import PanopticMap, UPSNetPostprocessor, segments, select
+from d2ext.systems.upsnet.postprocess import PanopticMap, UPSNetPostprocessor, segments
 from d2ext.systems.upsnet.roi_heads import UPSNetROIHeads
 from d2ext.systems.upsnet.rpn import UPSNetRPN
 from d2ext.systems.upsnet.targets import UPSNetTargets
@@ -50,28 +53,6 @@ logger = logging.getLogger(__name__)
 
 # Side of the grid of a region in the semantic loss (published).
 SEMANTIC_ROI_SIZE = 28
-
-
-class UPSNetNetwork(nn.Module):
-    """Backbone, RPN head and semantic head: images (N, 3, H, W) → :class:`UPSNetPredictions`."""
-
-    def __init__(self, backbone: Backbone, rpn: UPSNetRPN, semantic: UPSNetSemanticHead) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.rpn = rpn
-        self.semantic = semantic
-
-    def forward(self, images: Tensor) -> UPSNetPredictions:
-        features = self.backbone(images)
-        return UPSNetPredictions(features, *self.rpn.predict(features), self.semantic(features))
-
-
-def unchanged(predictions: Any) -> Any:
-    """The network's decoding: proposals, the first step after it, have shapes that depend on values.
-
-    A function of the module, so that models can be pickled.
-    """
-    return predictions
 
 
 @META_ARCH_REGISTRY.register()
@@ -117,8 +98,7 @@ class UPSNet(ShortSideMetaArch):
             candidates of the panoptic head.
         min_size, max_size: of the network's input in inference, pixels of the short side and at most
             of the long one; 0: images as they are, as in training.
-        meta_arch: see :class:`MetaArch`. The inference mode governs backbone, RPN and semantic head;
-            box and mask heads take its dtype only.
+        meta_arch: see :class:`MetaArch`.
         """
         super().__init__(**meta_arch)
         if not 0 < keep_fraction <= 1:
@@ -142,12 +122,14 @@ class UPSNet(ShortSideMetaArch):
         self.semantic_roi_weight = semantic_roi_weight
         self.panoptic_weight = panoptic_weight
         self.keep_fraction = keep_fraction
-        self.candidate_score_threshold = candidate_score_threshold
-        self.candidate_nms_threshold = candidate_nms_threshold
-        self.max_candidates = max_candidates
         self.min_size = min_size
         self.max_size = max_size
-        self.set_network(UPSNetNetwork(backbone, proposal_generator, sem_seg_head), unchanged)
+        self.candidates = {
+            "score_threshold": candidate_score_threshold,
+            "nms_threshold": candidate_nms_threshold,
+            "limit": max_candidates,
+        }
+        self.set_network(UPSNetNetwork(*self.network_parts()), needed)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -176,6 +158,11 @@ class UPSNet(ShortSideMetaArch):
             "min_size": 0 if resized_before else upsnet.TEST.MIN_SIZE,
             "max_size": upsnet.TEST.MAX_SIZE,
         }
+
+    def network_parts(self) -> tuple[Any, ...]:
+        """Arguments of :class:`UPSNetNetwork`."""
+        heads = (self.proposal_generator, self.sem_seg_head, self.roi_heads)
+        return self.backbone, *heads, self.candidates
 
     def preprocess(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
         """Images of the inputs → (N, 3, H, W), normalised, in inference resized to
@@ -333,6 +320,17 @@ class UPSNet(ShortSideMetaArch):
 
     # Inference
 
+    def network_state(self, batched_inputs: list[dict[str, Any]]) -> tuple[Tensor, ...]:
+        """(N, 2) sizes without padding; (0, 2) where the heads on regions cannot be in a graph, for want
+        of the compiled NMS: :meth:`detect` then runs them."""
+        sizes = self.size_tensor([self.network_size(image_size(x)) for x in batched_inputs])
+        in_graph = self.inference_network.mode.endswith("cudagraph")
+        return (sizes[:0] if in_graph and not has_cuda_extension() else sizes,)
+
+    def size_tensor(self, sizes: Sequence[tuple[int, int]]) -> Tensor:
+        """N × (height, width) → (N, 2) float32 on the model's device."""
+        return upload(torch.tensor(sizes, dtype=torch.float32), self.device)
+
     def postprocess(
         self, predictions: UPSNetPredictions, batched_inputs: list[dict[str, Any]]
     ) -> list[dict[str, Any]]:
@@ -355,76 +353,21 @@ class UPSNet(ShortSideMetaArch):
     ) -> list[tuple[Instances, Instances]]:
         """Detections, and candidates of the panoptic head, of each image of the network's input, of
         ``image_sizes`` without padding; see ``postprocess.py``."""
-        regions = self.predict_regions(predictions, image_sizes)
-        selected = [self.select(*x, size) for x, size in zip(regions, image_sizes, strict=True)]
-        masks = self.predict_masks(predictions, [Instances.cat([*pair]) for pair in selected])
-        for (detections, candidates), logits in zip(selected, masks, strict=True):
-            parts = logits.split([len(detections), len(candidates)])
-            detections.mask_logits, candidates.mask_logits = parts
-        return selected
-
-    def predict_regions(
-        self, predictions: UPSNetPredictions, image_sizes: Sequence[tuple[int, int]]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """The box head's boxes (R, T, 4) and probabilities (R, T) for each image's proposals."""
-        proposals, _ = self.proposal_generator.propose(predictions, image_sizes)
-        boxes = [x.proposal_boxes.tensor for x in proposals]
-        with self._inference_precision():
-            scores, offsets = self.roi_heads.predict_boxes(predictions.features, boxes)
-        counts = [len(x) for x in boxes]
-        probabilities = scores.softmax(dim=1)[:, :-1].split(counts)
-        decoded = [
-            self.roi_heads.decode(*parts)
-            for parts in zip(offsets.split(counts), boxes, image_sizes, strict=True)
+        if predictions.detections is None:
+            with self.inference_precision():
+                predictions = self.network.detect(predictions, self.size_tensor(image_sizes))
+        detections, candidates = predictions.detections, predictions.candidates
+        assert detections is not None and candidates is not None
+        counts = torch.stack([detections.counts, candidates.counts], dim=1).tolist()
+        return [
+            (detections.instances(i, own, size), candidates.instances(i, other, size))
+            for i, ((own, other), size) in enumerate(zip(counts, image_sizes, strict=True))
         ]
-        return list(zip(decoded, probabilities, strict=True))
 
-    def _inference_precision(self) -> torch.autocast:
-        """Autocast for the heads on regions, as configured for inference."""
+    def inference_precision(self) -> torch.autocast:
+        """Autocast for heads that do not run in the inference network, as configured for it."""
         dtype = self.inference_network.dtype
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
-
-    def select(
-        self, boxes: Tensor, probabilities: Tensor, size: tuple[int, int]
-    ) -> tuple[Instances, Instances]:
-        """Boxes (R, T, 4) and class probabilities (R, T) of an image of the given (height, width) →
-        detections, and candidates of the panoptic head; see :func:`postprocess.select`."""
-        predictor = self.roi_heads.box_predictor
-        detections = select(
-            boxes,
-            probabilities,
-            size,
-            score_threshold=predictor.test_score_thresh,
-            nms_threshold=predictor.test_nms_thresh,
-            limit=predictor.test_topk_per_image,
-        )
-        return detections, self.select_candidates(boxes, probabilities, size)
-
-    def select_candidates(
-        self, boxes: Tensor, probabilities: Tensor, size: tuple[int, int]
-    ) -> Instances:
-        """Candidates of the panoptic head; see :meth:`select`."""
-        return select(
-            boxes,
-            probabilities,
-            size,
-            score_threshold=self.candidate_score_threshold,
-            nms_threshold=self.candidate_nms_threshold,
-            limit=self.max_candidates,
-            across_classes=True,
-        )
-
-    def predict_masks(
-        self, predictions: UPSNetPredictions, instances: Sequence[Instances]
-    ) -> tuple[Tensor, ...]:
-        """Mask logits (n, M, M) of the ``pred_boxes`` of each image, for their ``pred_classes``."""
-        with self._inference_precision():
-            logits = self.roi_heads.predict_masks(
-                predictions.features,
-                [x.pred_boxes.tensor for x in instances],
-                torch.cat([x.pred_classes for x in instances]),
-            )
-        return logits.split([len(x) for x in instances])
 
     # Pictures
 

@@ -4,8 +4,8 @@ Boxes have their end behind the last pixel, as Detectron2's evaluators and the C
 published x2, y2 are one less). Detections and the panoptic head's candidates are ``Instances`` of the
 unpadded network input with ``pred_boxes``, ``scores``, ``pred_classes`` and ``mask_logits`` (n, M, M).
 
-Letters: R regions, T thing classes, S stuff classes, n instances, h×w semantic score at stride 4, H×W
-output.
+Letters: N images, R regions, T thing classes, S stuff classes, D slots, n instances, h×w semantic score
+at stride 4, H×W output.
 """
 
 from __future__ import annotations
@@ -19,49 +19,89 @@ from detectron2.modeling.meta_arch.panoptic_fpn import combine_semantic_and_inst
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import batched_nms, nms
 
-from d2ext.systems.upsnet.boxes import end_behind, inclusive
+from d2ext.layers.nms import nms
+from d2ext.systems.upsnet.boxes import end_behind, gather, inclusive
 from d2ext.systems.upsnet.panoptic_head import PanopticPrediction, predict_panoptic
 
 CATEGORY_IDS = ("separated", "joint")
 # Stride of the semantic score.
 STRIDE = 4
+# Score of an empty slot.
+EMPTY = -1.0
+# Slots for detections beyond the limit whose score equals the last one's.
+TIES = 12
+
+
+class Slots(NamedTuple):
+    """Boxes of a batch in D fixed slots, best first, pixels of the network input."""
+
+    boxes: Tensor
+    """(N, D, 4)."""
+    scores: Tensor
+    """(N, D) in 0..1; :data:`EMPTY` in empty slots, which come last."""
+    classes: Tensor
+    """(N, D) int64 in 0..T-1."""
+    mask_logits: Tensor | None = None
+    """(N, D, M, M)."""
+
+    @property
+    def counts(self) -> Tensor:
+        """(N,) int64: slots in use."""
+        return (self.scores != EMPTY).sum(dim=1)
+
+    def instances(self, row: int, count: int, image_size: tuple[int, int]) -> Instances:
+        """Those of an image, of ``image_size`` (height, width) without padding."""
+        boxes, scores, classes = (x[row, :count] for x in self[:3])
+        result = Instances(image_size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes)
+        if self.mask_logits is not None:
+            result.mask_logits = self.mask_logits[row, :count]
+        return result
 
 
 def select(
     boxes: Tensor,
     probabilities: Tensor,
-    image_size: tuple[int, int],
     *,
     score_threshold: float,
     nms_threshold: float,
     limit: int,
     across_classes: bool = False,
-) -> Instances:
+) -> Slots:
     """Boxes above a score, after non-maximum suppression, best first.
 
     Args:
-        boxes: (R, T, 4), a box for each class.
-        probabilities: (R, T).
-        image_size: (height, width) of the network input without padding.
+        boxes: (N, R, T, 4), a box for each class.
+        probabilities: (N, R, T), of a region 1 together at most; EMPTY where there is none.
         score_threshold: only higher scores are selected.
         nms_threshold: IoU above which the worse box is suppressed.
-        limit: number of boxes, plus ties with the last one.
+        limit: number of boxes, plus ties with the last one, for :data:`TIES` of which there are slots.
         across_classes: suppress boxes of other classes too (the panoptic head's candidates).
     """
-    regions, classes = (probabilities > score_threshold).nonzero(as_tuple=True)
-    scores, boxes = probabilities[regions, classes], boxes[regions, classes]
+    batch, regions, kinds = probabilities.shape
+    scores = torch.where(probabilities > score_threshold, probabilities, EMPTY)
+    region = torch.arange(regions, device=boxes.device)
     if across_classes:
-        keep = nms(boxes, scores, nms_threshold)
-    else:
-        keep = batched_nms(boxes, scores, classes, nms_threshold)
-    if len(keep) > limit:
-        keep = keep[scores[keep] >= scores[keep[limit - 1]]]
-    result = Instances(image_size)
-    result.pred_boxes = Boxes(boxes[keep])
-    result.pred_classes, result.scores = classes[keep], scores[keep]
-    return result
+        # More classes of a region than these cannot be above the threshold.
+        most = kinds
+        if score_threshold > 0:
+            most = min(kinds, max(int(1 / score_threshold), 1))
+        scores, kind = scores.topk(most, dim=2)
+        index = (region[:, None] * kinds + kind).flatten(1)[:, None]
+        scores = scores.flatten(1)[:, None]
+    else:  # a group of boxes for each class
+        kind = torch.arange(kinds, device=boxes.device)
+        index = (region * kinds + kind[:, None]).expand(batch, -1, -1)
+        scores = scores.transpose(1, 2)
+    scores, order = scores.sort(dim=2, descending=True, stable=True)
+    index = index.gather(2, order).flatten(1)
+    boxes = boxes.flatten(1, 2)
+    keep = nms(gather(boxes, index).view(*scores.shape, 4), scores != EMPTY, nms_threshold)
+    scores = scores.masked_fill(~keep, EMPTY).flatten(1)
+    scores, order = scores.topk(min(limit + TIES, scores.shape[1]), dim=1)
+    scores = torch.where(scores >= scores[:, :limit][:, -1:], scores, EMPTY)
+    index = index.gather(1, order)
+    return Slots(gather(boxes, index), scores, index % kinds)
 
 
 def nearest(
@@ -125,10 +165,11 @@ def clean(
     """
     count = len(classes)
     labels, semantic = labels.to(torch.int64), semantic.to(torch.int64)
-    # Pixels of each instance by semantic class.
+    # Pixels of each label by semantic class; `bincount` would wait for the device.
     joint = (labels * num_classes + semantic).flatten()
-    votes = torch.bincount(joint, minlength=(num_stuff + count + 1) * num_classes)
-    votes = votes.view(-1, num_classes)[num_stuff : num_stuff + count]
+    pixels = labels.new_zeros((num_stuff + count + 1) * num_classes)
+    pixels = pixels.scatter_add_(0, joint, torch.ones_like(joint)).view(-1, num_classes)
+    votes = pixels[num_stuff : num_stuff + count]
     most, winner = votes.max(dim=1)  # of equal votes the lowest class wins
     to_stuff = (winner < num_stuff) & (2 * most >= votes.sum(dim=1))
     table = torch.arange(num_stuff + count + 1, device=labels.device)
@@ -136,7 +177,7 @@ def clean(
     table[num_stuff : num_stuff + count] = torch.where(to_stuff, winner, unchanged)
     table[-1] = -1
     # Areas follow from the counts, without reading the map again.
-    before = torch.bincount(labels.flatten(), minlength=num_stuff + count + 1)
+    before = pixels.sum(dim=1)
     areas = torch.zeros_like(before)
     areas.index_add_(0, table[:-1], before[:-1])
     small = areas[:num_stuff] < stuff_area_limit
@@ -170,30 +211,34 @@ def segments(
         ``track_id`` if they have one.
     """
     joint = category_ids == "joint"
-    areas = panoptic.areas.tolist()
-    categories = [*range(1 - joint, num_stuff + 1 - joint)]
-    categories += (classes + num_stuff * joint).tolist()
-    confidences = [1.0] * num_stuff + scores.tolist()
-    tracks = None if track_ids is None else track_ids.tolist()
-    ids = torch.zeros(len(areas) + 1, dtype=torch.int32)  # the last: void
-    infos: list[dict[str, Any]] = []
     # Things first, as Detectron2's own merge.
+    present = (panoptic.areas > 0).roll(-num_stuff)
+    ids = torch.where(present, present.cumsum(0), 0).roll(num_stuff).to(torch.int32)
+    ids = F.pad(ids, (0, 1))  # the last: void
+    # The host waits for the device once.
+    things = [classes, scores] if track_ids is None else [classes, scores, track_ids]
+    numbers = torch.cat([x.double() for x in (panoptic.areas, *things)]).tolist()
+    areas, numbers = numbers[: len(panoptic.areas)], numbers[len(panoptic.areas) :]
+    kinds, confidences, tracks = (numbers[i * len(classes) :][: len(classes)] for i in range(3))
+    infos: list[dict[str, Any]] = []
     for label in [*range(num_stuff, len(areas)), *range(num_stuff)]:
         if areas[label] == 0:
             continue
-        ids[label] = len(infos) + 1
+        thing = label - num_stuff
         infos.append(
             {
                 "id": len(infos) + 1,
-                "category_id": categories[label],
-                "isthing": label >= num_stuff,
-                "score": confidences[label],
-                "area": areas[label],
+                "category_id": int(kinds[thing]) + num_stuff * joint
+                if thing >= 0
+                else label + 1 - joint,
+                "isthing": thing >= 0,
+                "score": confidences[thing] if thing >= 0 else 1.0,
+                "area": int(areas[label]),
             }
         )
-        if tracks is not None and label >= num_stuff:
-            infos[-1]["track_id"] = tracks[label - num_stuff]
-    return ids.to(panoptic.labels.device)[panoptic.labels], infos
+        if tracks and thing >= 0:
+            infos[-1]["track_id"] = int(tracks[thing])
+    return ids[panoptic.labels], infos
 
 
 class UPSNetPostprocessor:
@@ -332,8 +377,10 @@ class UPSNetPostprocessor:
         ``pred_classes``, ``pred_masks``."""
         height, width = scales or _ratios(detections.image_size, size)
         boxes = detections.pred_boxes.tensor
-        boxes = end_behind(inclusive(boxes) / boxes.new_tensor([width, height] * 2))
-        boxes = torch.minimum(boxes, boxes.new_tensor([*size[::-1]] * 2))
+        x, y = inclusive(boxes).unflatten(1, (2, 2)).unbind(2)
+        boxes = end_behind(torch.stack([x / width, y / height], dim=2).flatten(1))
+        x, y = boxes.unflatten(1, (2, 2)).unbind(2)
+        boxes = torch.stack([x.clamp(max=size[1]), y.clamp(max=size[0])], dim=2).flatten(1)
         result = Instances(size)
         result.pred_boxes = Boxes(boxes)
         result.scores = detections.scores

@@ -23,14 +23,16 @@ from torch import Tensor
 
 from d2ext.config import ConfigError
 from d2ext.systems.upsnet.boxes import PyramidRoIAlign, clip, end_behind, inclusive
-from d2ext.systems.upsnet.rpn import match
+from d2ext.systems.upsnet.postprocess import EMPTY, Slots, select
+from d2ext.systems.upsnet.rpn import Proposals, match
 from d2ext.systems.upsnet.targets import UPSNetTargets
 
 
 @ROI_HEADS_REGISTRY.register()
 class UPSNetROIHeads(StandardROIHeads):
-    """Box and mask heads. The model calls :meth:`predict_boxes` and :meth:`predict_masks`; targets come
-    from :meth:`sample` and :meth:`mask_targets`."""
+    """Box and mask heads. Training calls :meth:`predict_boxes` and :meth:`predict_masks`; targets come
+    from :meth:`sample` and :meth:`mask_targets`. Inference calls :meth:`find`, :meth:`select` and
+    :meth:`add_masks`, whose shapes do not depend on values."""
 
     pooler_class: ClassVar[type[PyramidRoIAlign]] = PyramidRoIAlign
 
@@ -77,10 +79,44 @@ class UPSNetROIHeads(StandardROIHeads):
         logits = self.mask_head.layers(self.mask_pooler(maps, [Boxes(x) for x in boxes]))
         return logits[torch.arange(len(classes), device=classes.device), classes].float()
 
-    def decode(self, deltas: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
-        """deltas (R, T, 4) on regions (R, 4) → boxes (R, T, 4), clipped to the unpadded image."""
-        decoded = self.box_predictor.box2box_transform.apply_deltas(deltas.flatten(1), boxes)
-        return clip(decoded.unflatten(1, (-1, 4)), *image_size)
+    def find(
+        self, features: dict[str, Tensor], proposals: Proposals, sizes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Proposals of N images → boxes (N, R, T, 4), clipped to the unpadded images, and their
+        probabilities (N, R, T); EMPTY in empty slots.
+
+        Args:
+            sizes: (N, 2) height and width of the images without padding.
+        """
+        shape = proposals.logits.shape
+        scores, deltas = self.predict_boxes(features, [*proposals.boxes])
+        probabilities = scores.softmax(dim=1)[:, :-1].unflatten(0, shape)
+        empty = (proposals.logits == -torch.inf)[..., None]
+        transform = self.box_predictor.box2box_transform
+        boxes = transform.apply_deltas(deltas.flatten(1), proposals.boxes.flatten(0, 1))
+        height, width = sizes[:, :, None, None].unbind(1)
+        boxes = clip(boxes.view(*shape, -1, 4), height, width)
+        return boxes, probabilities.masked_fill(empty, EMPTY)
+
+    def select(self, boxes: Tensor, probabilities: Tensor) -> Slots:
+        """What :meth:`find` has found → detections, see :func:`postprocess.select`."""
+        return select(
+            boxes,
+            probabilities,
+            score_threshold=self.box_predictor.test_score_thresh,
+            nms_threshold=self.box_predictor.test_nms_thresh,
+            limit=self.box_predictor.test_topk_per_image,
+        )
+
+    def add_masks(self, features: dict[str, Tensor], slots: Sequence[Slots]) -> list[Slots]:
+        """The same with their ``mask_logits``; all go through the mask head together."""
+        boxes = torch.cat([x.boxes for x in slots], dim=1)
+        classes = torch.cat([x.classes for x in slots], dim=1)
+        logits = self.predict_masks(features, [*boxes], classes.flatten()).unflatten(
+            0, classes.shape
+        )
+        parts = logits.split([x.classes.shape[1] for x in slots], dim=1)
+        return [x._replace(mask_logits=part) for x, part in zip(slots, parts, strict=True)]
 
     # Targets
 

@@ -2,26 +2,36 @@
 
 Boxes are in "end behind" form (``boxes.py``), pixels of the network input.
 
-Letters: A anchors of all levels, N images, R proposals.
+Letters: A anchors of all levels, a anchors of a cell, N images, R proposals.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY
 from detectron2.modeling.proposal_generator import RPN
-from detectron2.modeling.proposal_generator.proposal_utils import find_top_rpn_proposals
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2ext.systems.upsnet.boxes import clip
+from d2ext.layers.nms import nms
+from d2ext.systems.upsnet.boxes import clip, gather
 from d2ext.systems.upsnet.head import UPSNetPredictions
 
 # Beta of the box regression loss (published: sigma 3, that is 1 / 3²).
 SMOOTH_L1_BETA = 1.0 / 9.0
+
+
+class Proposals(NamedTuple):
+    """Proposals of a batch in fixed slots, best first."""
+
+    boxes: Tensor
+    """(N, R, 4), zeros in empty slots."""
+    logits: Tensor
+    """(N, R) objectness; -inf in empty slots, which come last."""
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
@@ -35,6 +45,11 @@ class UPSNetRPN(RPN):
     - the box loss is divided by the number of sampled anchors, the class loss by the configured number;
     - clipped proposals keep at least one pixel inside the image.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # No buffers, as the generator's are, which half precision would round.
+        self._cell_anchors = [x.float() for x in self.anchor_generator.cell_anchors]
 
     def predict(self, features: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Maps (N, C, h, w) of L levels → logits L × (N, h·w·a), deltas L × (N, h·w·a, 4).
@@ -56,12 +71,19 @@ class UPSNetRPN(RPN):
         """Proposals (``proposal_boxes``, ``objectness_logits``) of each image, and with
         ``gt_instances`` the losses."""
         logits, deltas = predictions.logits, predictions.deltas
-        anchors = self.anchor_generator([predictions.features[name] for name in self.in_features])
         losses = {}
         if gt_instances is not None:
+            maps = [predictions.features[name] for name in self.in_features]
+            anchors = self.anchor_generator(maps)
             labels, boxes = self.label_and_sample_anchors(anchors, gt_instances)
             losses = self.losses(anchors, logits, labels, deltas, boxes)
-        return self.predict_proposals(anchors, logits, deltas, list(image_sizes)), losses
+        sizes = torch.tensor(image_sizes, dtype=torch.float32, device=logits[0].device)
+        found = self.find(predictions, sizes)
+        counts = (found.logits > -torch.inf).sum(dim=1).tolist()
+        return [
+            Instances(size, proposal_boxes=Boxes(boxes[:n]), objectness_logits=scores[:n])
+            for size, boxes, scores, n in zip(image_sizes, *found, counts, strict=True)
+        ], losses
 
     @torch.no_grad()
     def label_and_sample_anchors(
@@ -147,28 +169,59 @@ class UPSNetRPN(RPN):
         }
 
     @torch.no_grad()
-    def predict_proposals(
-        self,
-        anchors: list[Boxes],
-        pred_objectness_logits: list[Tensor],
-        pred_anchor_deltas: list[Tensor],
-        image_sizes: list[tuple[int, int]],
-    ) -> list[Instances]:
-        """As the base class; proposals keep at least one pixel inside the image."""
-        boxes = [
-            torch.stack([clip(x, *size) for x, size in zip(level, image_sizes, strict=True)])
-            for level in self._decode_proposals(anchors, pred_anchor_deltas)
-        ]
-        return find_top_rpn_proposals(
-            boxes,
-            pred_objectness_logits,
-            image_sizes,
-            self.nms_thresh,
-            self.pre_nms_topk[self.training],
-            self.post_nms_topk[self.training],
-            self.min_box_size,
-            self.training,
+    def find(self, predictions: UPSNetPredictions, sizes: Tensor) -> Proposals:
+        """What Detectron2's ``find_top_rpn_proposals`` finds, without waiting for the device: the best
+        of each level, NMS in each, the best of all.
+
+        Args:
+            sizes: (N, 2) height and width of the images without padding.
+
+        Raises:
+            FloatingPointError: in training, a box or logit that is not finite.
+        """
+        limit = self.pre_nms_topk[self.training]
+        boxes, scores = [], []
+        for level, (logits, deltas) in enumerate(
+            zip(predictions.logits, predictions.deltas, strict=True)
+        ):
+            best, index = logits.topk(min(limit, logits.shape[1]), dim=1)
+            width = predictions.features[self.in_features[level]].shape[-1]
+            boxes.append(self.decode(self._anchors(level, width, index), gather(deltas, index)))
+            scores.append(best)
+        slots = max(x.shape[1] for x in scores)
+        joined = torch.stack([F.pad(x, (0, 0, 0, slots - x.shape[1])) for x in boxes], dim=1)
+        height, width = sizes[:, :, None, None].unbind(1)
+        joined = clip(joined, height, width)  # (N, levels, slots, 4)
+        ranked = torch.stack(
+            [F.pad(x, (0, slots - x.shape[1]), value=-torch.inf) for x in scores], 1
         )
+        finite = joined.isfinite().all(dim=-1) & ranked.isfinite()
+        if self.training and int(finite.sum()) < sum(x.numel() for x in scores):
+            raise FloatingPointError(
+                "Predicted boxes or scores contain Inf/NaN. Training has diverged."
+            )
+        valid = finite & (joined[..., 2:] - joined[..., :2] > self.min_box_size).all(dim=-1)
+        keep = nms(joined, valid, self.nms_thresh)
+        ranked = ranked.masked_fill(~keep, -torch.inf).flatten(1)
+        limit = min(self.post_nms_topk[self.training], ranked.shape[1])
+        best, index = ranked.topk(limit, dim=1)
+        found = gather(joined.flatten(1, 2), index)
+        return Proposals(found.masked_fill((best == -torch.inf)[..., None], 0.0), best)
+
+    def _anchors(self, level: int, width: int, index: Tensor) -> Tensor:
+        """index (N, k) into the anchors of a level whose map has ``width`` cells → anchors (N, k, 4)."""
+        cells = self._cell_anchors[level] = self._cell_anchors[level].to(index.device)
+        generator = self.anchor_generator
+        cell = index // len(cells)
+        x, y = cell % width, cell // width
+        shift = torch.stack([x, y, x, y], dim=-1) + generator.offset
+        return shift * generator.strides[level] + cells[index % len(cells)]
+
+    def decode(self, anchors: Tensor, deltas: Tensor) -> Tensor:
+        """Anchors and deltas (N, k, 4) → boxes (N, k, 4)."""
+        transform = self.box2box_transform
+        boxes = transform.apply_deltas(deltas.flatten(0, 1), anchors.flatten(0, 1))
+        return boxes.view_as(deltas)
 
 
 def match(objects: Boxes, boxes: Boxes) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -87,15 +87,18 @@ class UPSNetWithTTA(MultiSizeTTA):
         padded = model.preprocess([inputs]).shape[-2:]
         stride = model.sem_seg_head.stride
         score = torch.stack([view.score(padded, frame, stride) for view in views]).mean(dim=0)
-        regions = [model.predict_regions(view.predictions, [view.size])[0] for view in views]
-        boxes = [view.from_view(x[0], frame) for view, x in zip(views, regions, strict=True)]
-        probabilities = [x[1] for x in regions]
-        selected = model.select(torch.cat(boxes), torch.cat(probabilities), frame)
+        boxes, probabilities = [], []
+        with model.inference_precision():
+            for view in views:
+                found = model.network.find(view.predictions, model.size_tensor([view.size]))
+                boxes.append(view.from_view(found[0], frame))
+                probabilities.append(found[1])
+        slots = model.network.select(torch.cat(boxes, dim=1), torch.cat(probabilities, dim=1))
+        selected = [x.instances(0, int(x.counts), frame) for x in slots]
         for instances in selected:
             instances.mask_logits = self.masks(views, instances)
-        return model.postprocessor(
-            score, *selected, output_size(inputs), model.output_scales(inputs)
-        )
+        size, scales = output_size(inputs), model.output_scales(inputs)
+        return model.postprocessor(score, selected[0], selected[1], size, scales)
 
     def views(self, image: Tensor) -> list[AugmentedView]:
         """The views of an image (3, H, W) in 0..255."""
@@ -116,10 +119,11 @@ class UPSNetWithTTA(MultiSizeTTA):
         """(n, M, M) mask logits of boxes in the image's frame, mean over the views."""
         logits = []
         for view in views:
-            own = Instances(view.size, pred_classes=instances.pred_classes)
             boxes = view.to_view(instances.pred_boxes.tensor, instances.image_size)
-            own.pred_boxes = Boxes(boxes)
-            masks = self.model.predict_masks(view.predictions, [own])[0]
+            with self.model.inference_precision():
+                masks = self.model.roi_heads.predict_masks(
+                    view.predictions.features, [boxes], instances.pred_classes
+                )
             logits.append(masks.flip(-1) if view.flipped else masks)
         return torch.stack(logits).mean(dim=0)
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from detectron2.modeling import Backbone
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2ext.layers.correlation import correlation
 from d2ext.layers.warp import warp
-from d2ext.systems.upsnet.head import SemanticPredictions, UPSNetSemanticHead
-from d2ext.systems.vpsnet.rpn import VPSNetRPN
+from d2ext.systems.upsnet.head import SemanticPredictions
+from d2ext.systems.upsnet.postprocess import Slots
 
 # Stride of the finest level of the pyramid.
 STRIDE = 4
@@ -28,7 +27,7 @@ FLOW_CHANNELS = (64, 64, 32)
 
 
 class VPSNetPredictions(NamedTuple):
-    """Predictions for a batch, before the heads on regions: UPSNet's, and what the next frame needs."""
+    """Predictions for a batch: UPSNet's, and what the next frame needs."""
 
     features: dict[str, Tensor]
     """The pyramid, fused."""
@@ -40,6 +39,10 @@ class VPSNetPredictions(NamedTuple):
     """(B, C, h, w) of the pyramid before fusion (:meth:`FusionNeck.gather`); None without fusion."""
     reference: dict[str, Tensor] | None = None
     """The pyramid of the other frame of a pair, in training."""
+    candidates: Slots | None = None
+    """In inference: of the panoptic head, which are the detections too."""
+    embeddings: Tensor | None = None
+    """(B, slots, D) of them, with a track head."""
 
 
 def _leaky_relu(x: Tensor) -> Tensor:
@@ -156,49 +159,6 @@ def _max_pool_to(x: Tensor, like: Tensor) -> Tensor:
 def quarter_flow(flow: Tensor) -> Tensor:
     """Flow (B, 2, H, W) in pixels → (B, 2, H / 4, W / 4) in cells of stride 4 (bilinear)."""
     return F.interpolate(flow, scale_factor=1 / STRIDE, mode="bilinear") / STRIDE
-
-
-class VPSNetNetwork(nn.Module):
-    """Backbone, fusion, RPN head and semantic head: images → :class:`VPSNetPredictions`."""
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        fusion: FusionNeck | None,
-        rpn: VPSNetRPN,
-        semantic: UPSNetSemanticHead,
-    ) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.fusion = fusion
-        self.rpn = rpn
-        self.semantic = semantic
-
-    def forward(
-        self,
-        images: Tensor,
-        flow: Tensor | None = None,
-        reference: Tensor | None = None,
-        alone: Tensor | None = None,
-    ) -> VPSNetPredictions:
-        """Images (B, 3, H, W); the others only with fusion.
-
-        Args:
-            flow: (B, 2, H, W), pixels, from the images to the frames before them; default: the images
-                are those frames themselves.
-            reference: (B, C, h, w), ``gathered`` of the frames before.
-            alone: (B,) bool: images that are their own reference; default: none.
-        """
-        features, gathered = self.backbone(images), None
-        if self.fusion is not None:
-            gathered = self.fusion.gather(features)
-            if flow is None or reference is None:
-                flow, reference = torch.zeros_like(images[:, :2]), gathered
-            if alone is not None:
-                reference = torch.where(alone[:, None, None, None], gathered, reference)
-            features = self.fusion(features, gathered, reference.to(gathered), quarter_flow(flow))
-        semantic = self.semantic(features)
-        return VPSNetPredictions(features, *self.rpn.predict(features), semantic, gathered)
 
 
 class TrackHead(nn.Module):

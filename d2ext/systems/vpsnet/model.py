@@ -29,23 +29,19 @@ from d2ext.modeling.flow import FlowEstimator, build_flow
 from d2ext.modeling.inference import InferenceNetwork
 from d2ext.modeling.meta_arch import image_size, output_size
 from d2ext.modeling.video import Inputs, VideoMetaArch
-from d2ext.systems.upsnet.model import UPSNet, unchanged
+from d2ext.systems.upsnet.model import UPSNet
+from d2ext.systems.upsnet.network import needed
 from d2ext.systems.vpsnet import losses as L
 from d2ext.systems.vpsnet import targets as T
 from d2ext.systems.vpsnet.head import (
     STRIDE,
     FusionNeck,
     TrackHead,
-    VPSNetNetwork,
     VPSNetPredictions,
     match_logits,
 )
-from d2ext.systems.vpsnet.postprocess import (
-    ObjectMemory,
-    VPSNetPostprocessor,
-    dummy_candidate,
-    track,
-)
+from d2ext.systems.vpsnet.network import VPSNetNetwork
+from d2ext.systems.vpsnet.postprocess import ObjectMemory, VPSNetPostprocessor, track
 
 
 @dataclass(frozen=True)
@@ -68,6 +64,11 @@ def _fit(maps: Tensor, size: Sequence[int]) -> Tensor:
         return maps
     height, width = (after - before for after, before in zip(size, maps.shape[-2:], strict=True))
     return F.pad(maps, (0, width, 0, height))
+
+
+def _unchanged(flow: Tensor) -> Tensor:
+    """The flow network's decoding; a function of the module, so that models can be pickled."""
+    return flow
 
 
 @META_ARCH_REGISTRY.register()
@@ -108,14 +109,19 @@ class VPSNet(UPSNet, VideoMetaArch):
         self.match_weights = tuple(match_weights)
         self.max_objects = max_objects
         self.set_network(
-            VPSNetNetwork(self.backbone, fusion, self.proposal_generator, self.sem_seg_head),
-            unchanged,
+            VPSNetNetwork(
+                *self.network_parts(),
+                fusion=fusion,
+                track_head=track_head,
+                published_dummy=self.postprocessor.dummy,
+            ),
+            needed,
         )
         self.flow = None if flow is None else flow.requires_grad_(False).eval()
         self.own_flow = own_flow or (flow is not None and not any(True for _ in flow.parameters()))
         self._flow_network: tuple[InferenceNetwork, ...] = ()
         if flow is not None and flow.follows_inference_mode:
-            self._flow_network = (InferenceNetwork(flow, unchanged, **self._inference_options),)
+            self._flow_network = (InferenceNetwork(flow, _unchanged, **self._inference_options),)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -214,7 +220,7 @@ class VPSNet(UPSNet, VideoMetaArch):
         if self.fusion is not None:
             flow = self.predict_flow(images, references, batched_inputs)
             fusing = flow, self.fusion.gather(reference_features)
-        predictions = self.network(images, *fusing)._replace(reference=reference_features)
+        predictions = self.network(images, None, *fusing)._replace(reference=reference_features)
         self.put_picture(batched_inputs, images, targets, predictions)
         return self.losses(predictions, targets)
 
@@ -281,8 +287,9 @@ class VPSNet(UPSNet, VideoMetaArch):
         memory: VPSNetMemory | None,
     ) -> VPSNetPredictions:
         """The network on frames and, with fusion, the frames before them."""
+        state = self.network_state(inputs)
         if self.fusion is None:
-            return self.inference_network(images)
+            return self.inference_network(images, *state)
         cells = [x // STRIDE for x in images.shape[-2:]]
         if memory is None or memory.gathered is None:
             own = torch.ones(len(images), dtype=torch.bool, device=images.device)
@@ -296,7 +303,7 @@ class VPSNet(UPSNet, VideoMetaArch):
             references = torch.where(own[:, None, None, None], images, last)
             gathered = _fit(memory.gathered, cells)
         flow = self.predict_flow(images, references, inputs)
-        return self.inference_network(images, flow, gathered, own)
+        return self.inference_network(images, *state, flow, gathered, own)
 
     def _track(
         self, candidates: Instances, embeddings: Tensor, objects: ObjectMemory | None
@@ -310,22 +317,14 @@ class VPSNet(UPSNet, VideoMetaArch):
         self, predictions: Any, sizes: list[tuple[int, int]]
     ) -> list[tuple[Instances, Tensor | None]]:
         """Candidates of the panoptic head, with mask logits, of each frame; and their embeddings."""
-        candidates = [
-            self.select_candidates(*x, size)
-            for x, size in zip(self.predict_regions(predictions, sizes), sizes, strict=True)
+        if predictions.candidates is None:
+            with self.inference_precision():
+                predictions = self.network.detect(predictions, self.size_tensor(sizes))
+        slots, embeddings = predictions.candidates, predictions.embeddings
+        return [
+            (slots.instances(i, n, size), None if embeddings is None else embeddings[i, :n])
+            for i, (n, size) in enumerate(zip(slots.counts.tolist(), sizes, strict=True))
         ]
-        if self.postprocessor.dummy:
-            candidates = [
-                x if len(x) else dummy_candidate(x.image_size, x.scores) for x in candidates
-            ]
-        for x, logits in zip(candidates, self.predict_masks(predictions, candidates), strict=True):
-            x.mask_logits = logits
-        if self.track_head is None:
-            return [(x, None) for x in candidates]
-        with self._inference_precision():
-            boxes = [x.pred_boxes.tensor for x in candidates]
-            embeddings = self.embed(predictions.features, boxes)
-        return [(x, e.float()) for x, e in zip(candidates, embeddings, strict=True)]
 
     def stages(self, inputs: Inputs) -> dict[str, Callable[[], Any]]:
         """Parts of :meth:`step` by name, for benchmarks: each computes one, again with every call."""
@@ -339,10 +338,11 @@ class VPSNet(UPSNet, VideoMetaArch):
             stages["flow"] = lambda: self.predict_flow(images, images, inputs)
             flow, gathered = self.predict_flow(images, images, inputs), predictions.gathered
             own = torch.ones(len(images), dtype=torch.bool, device=images.device)
-            stages["network"] = lambda: self.inference_network(images, flow, gathered, own)
+            state = *self.network_state(inputs), flow, gathered, own
         else:
-            stages["network"] = lambda: self.inference_network(images)
-        stages["heads"] = lambda: self._candidates(predictions, sizes)
+            state = self.network_state(inputs)
+        stages["network"] = lambda: self.inference_network(images, *state)
+        stages["choice"] = lambda: self._candidates(predictions, sizes)
         if self.track_head is not None:
             stages["tracking"] = lambda: [self._track(*x, None) for x in candidates]
         stages["results"] = lambda: [

@@ -14,11 +14,11 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor
+from torch.nn import functional as F
 
 from d2ext.config import ConfigError
-from d2ext.systems.upsnet.boxes import end_behind
 from d2ext.systems.upsnet.panoptic_head import PanopticPrediction
-from d2ext.systems.upsnet.postprocess import UPSNetPostprocessor, nearest
+from d2ext.systems.upsnet.postprocess import EMPTY, Slots, UPSNetPostprocessor, nearest
 from d2ext.systems.vpsnet.head import match_logits
 
 # Class of the object that stands for "nothing detected".
@@ -158,12 +158,16 @@ def forget(objects: ObjectMemory, limit: int) -> ObjectMemory:
     return replace(objects, **{name: getattr(objects, name)[newest] for name in rows})
 
 
-def dummy_candidate(image_size: tuple[int, int], like: Tensor) -> Instances:
-    """The empty box of no class that the published code passes on where nothing is detected."""
-    box = end_behind(like.new_zeros((1, 4), dtype=torch.float32))
-    classes = torch.full((1,), DUMMY, device=like.device)
-    return Instances(
-        image_size, pred_boxes=Boxes(box), pred_classes=classes, scores=torch.ones_like(box[:, 0])
+def with_dummy(candidates: Slots) -> Slots:
+    """Where nothing is detected, the empty box of no class that the published code passes on."""
+    none = candidates.scores[:, :1] == EMPTY
+    first = F.pad(none, (0, candidates.scores.shape[1] - 1))
+    corner = torch.zeros_like(candidates.boxes[..., :2])
+    boxes = torch.cat([corner, corner + 1], dim=-1)  # end behind
+    return candidates._replace(
+        boxes=torch.where(first[..., None], boxes, candidates.boxes),
+        scores=torch.where(first, 1.0, candidates.scores),
+        classes=torch.where(first, DUMMY, candidates.classes),
     )
 
 

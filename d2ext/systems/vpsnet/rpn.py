@@ -101,8 +101,10 @@ class VPSNetRPN(UPSNetRPN):
     def _class_loss_divisor(self, sampled: Tensor) -> Tensor | int:
         return sampled.sum().clamp(min=1)
 
-    def _decode_proposals(self, anchors: list[Boxes], deltas: list[Tensor]) -> list[Tensor]:
-        limit = deltas[0].new_tensor([math.inf, math.inf, MAX_LOG_SCALE, MAX_LOG_SCALE])
-        weights = deltas[0].new_tensor(self.box2box_transform.weights)
-        bounded = [torch.maximum(x, -limit * weights) for x in deltas]
-        return super()._decode_proposals(anchors, bounded)
+    def decode(self, anchors: Tensor, deltas: Tensor) -> Tensor:
+        """See the base class."""
+        sides = (
+            deltas[..., i : i + 1].clamp(min=-MAX_LOG_SCALE * self.box2box_transform.weights[i])
+            for i in (2, 3)
+        )
+        return super().decode(anchors, torch.cat([deltas[..., :2], *sides], dim=-1))

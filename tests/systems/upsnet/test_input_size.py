@@ -65,7 +65,9 @@ def test_default_predictor_from_the_unresized_image(
     seen: list[Tensor] = []
     network = predictor.model.inference_network
     monkeypatch.setattr(
-        type(network), "__call__", lambda self, x: seen.append(x) or self.decode(self.network(x))
+        type(network),
+        "__call__",
+        lambda self, *x: seen.append(x[0]) or self.decode(self.network(*x)),
     )
     bgr = draw_image(height, width, 3)
     result = predictor(bgr)

@@ -115,11 +115,11 @@ def test_clipped_boxes_keep_a_pixel() -> None:
 
 
 def test_select_keeps_ties_with_the_last() -> None:
-    boxes = torch.tensor([[0.0, 0, 9, 9], [20.0, 0, 29, 9], [40.0, 0, 49, 9]])[:, None]
-    scores = torch.tensor([[0.9], [0.7], [0.7]])
+    boxes = torch.tensor([[0.0, 0, 9, 9], [20.0, 0, 29, 9], [40.0, 0, 49, 9]])[None, :, None]
+    scores = torch.tensor([[[0.9], [0.7], [0.7]]])
     options = {"score_threshold": 0.1, "nms_threshold": 0.5}
-    assert len(select(boxes, scores, (10, 50), limit=1, **options).scores) == 1
-    assert len(select(boxes, scores, (10, 50), limit=2, **options).scores) == 3
+    assert select(boxes, scores, limit=1, **options).counts.tolist() == [1]
+    assert select(boxes, scores, limit=2, **options).counts.tolist() == [3]
 
 
 # ---------------------------------------------------------------- training on bad input

@@ -161,7 +161,7 @@ def test_panoptic_quality_from_the_unresized_image(
     model = build_model(cfg).eval()
     network = ColorNetwork(model, MetadataCatalog.get(dataset))
     monkeypatch.setattr(
-        type(model.inference_network), "__call__", lambda _, images: network.predict(images)
+        type(model.inference_network), "__call__", lambda _, images, sizes: network.predict(images)
     )
     monkeypatch.setattr(model, "detect", network.detect)
     evaluator = COCOPanopticEvaluator(dataset, str(tmp_path / "out"))

@@ -225,15 +225,15 @@ def test_boxes_and_nms(head_case: HeadCase, name: str) -> None:
     # The published background is class 0.
     decoded = Box2BoxTransform((10.0, 10.0, 5.0, 5.0)).apply_deltas(deltas, rois)
     decoded = clip(decoded.unflatten(1, (9, 4))[:, 1:], *settings["clip_to"])
-    selected = select(
-        decoded,
-        scores.softmax(1)[:, 1:],
-        tuple(settings["clip_to"]),
+    slots = select(
+        decoded[None],
+        scores.softmax(1)[None, :, 1:],
         score_threshold=settings[name]["score"],
         nms_threshold=settings[name]["nms"],
         limit=settings[name]["top"],
         across_classes=name != "detect",
     )
+    selected = slots.instances(0, int(slots.counts), tuple(settings["clip_to"]))
     match_detections(selected, expected, name)
 
 

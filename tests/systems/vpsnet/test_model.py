@@ -174,6 +174,7 @@ def test_padding_that_changes_does_not_separate_a_frame_from_the_one_before(
         calls.append(args)
         return network(*args)
 
+    spy.mode = network.mode
     monkeypatch.setattr(model, "_inference", (spy,))
     model._predict(
         model.preprocess([second, large]),
@@ -182,7 +183,7 @@ def test_padding_that_changes_does_not_separate_a_frame_from_the_one_before(
         [second, large],
         memory,
     )
-    ((images, flow, gathered, own),) = calls
+    ((images, _, flow, gathered, own),) = calls
     assert own.tolist() == [False, True]
     height, width = memory.gathered.shape[-2:]
     assert gathered.shape[-1] == images.shape[-1] // 4 > width
@@ -268,7 +269,7 @@ def test_variants(fusion: bool, track: bool) -> None:
     assert all(("track_id" in x) == (track and x["isthing"]) for x in segments)
     assert torch.allclose(alone["sem_seg"], output["sem_seg"]) == (not fusion)
     assert set(model.stages([first])) == {
-        *("preprocess", "network", "heads", "results"),
+        *("preprocess", "network", "choice", "results"),
         *(("flow",) if fusion else ()),
         *(("tracking",) if track else ()),
     }

@@ -249,5 +249,5 @@ def test_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     batches = json.loads((tmp_path / "report.json").read_text())["batches"]
     assert [x["batch_size"] for x in batches] == [1, 2]
     for batch in batches:
-        assert batch["stages_ms"].keys() >= {"preprocess", "flow", "network", "heads", "tracking"}
+        assert batch["stages_ms"].keys() >= {"preprocess", "flow", "network", "choice", "tracking"}
     assert "tracking" in capsys.readouterr().out

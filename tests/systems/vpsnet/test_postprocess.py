@@ -12,16 +12,17 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from d2ext.systems.upsnet.panoptic_head import PanopticPrediction
+from d2ext.systems.upsnet.postprocess import EMPTY, Slots
 from d2ext.systems.vpsnet.head import match_logits
 from d2ext.systems.vpsnet.postprocess import (
     DUMMY,
     ObjectMemory,
     VPSNetPostprocessor,
     assign_objects,
-    dummy_candidate,
     forget,
     match_scores,
     track,
+    with_dummy,
 )
 from d2ext.testing import tiny_config
 
@@ -302,12 +303,21 @@ def test_ids_after_an_instance_without_pixels(published: bool, ids: list[int]) -
     assert [x["id"] for x in segments] == [1] and not segments[0]["isthing"]
 
 
+def dummy(size: tuple[int, int]) -> Instances:
+    empty = Slots(
+        torch.zeros(2, 3, 4), torch.tensor([[EMPTY] * 3, [0.5] * 3]), torch.zeros(2, 3).long()
+    )
+    slots = with_dummy(empty)
+    assert slots.counts.tolist() == [1, 3] and slots.classes[1].tolist() == [0, 0, 0]
+    return slots.instances(0, 1, size)
+
+
 @pytest.mark.parametrize("published", [False, True])
 def test_nothing_detected(published: bool) -> None:
     """Published: a channel of zeros, which wins where all stuff is negative, as the last stuff class."""
     post = postprocessor(PUBLISHED_DUMMY=published)
     if published:
-        found = dummy_candidate((32, 32), torch.zeros(0))
+        found = dummy((32, 32))
         assert found.pred_classes.tolist() == [DUMMY] and len(found) == 1
         found.mask_logits = torch.full((1, 28, 28), 5.0)
         found.track_ids = torch.tensor([4])
@@ -324,7 +334,7 @@ def test_nothing_detected(published: bool) -> None:
 
 
 def test_the_dummy_is_remembered_as_an_object() -> None:
-    found = dummy_candidate(SIZE, torch.zeros(0))
+    found = dummy(SIZE)
     ids, memory = follow(empty(), found, 0)
     assert ids == [1] and memory.boxes.tolist() == [[0, 0, 1, 1]]
     ids, memory = follow(memory, candidates([A], [0]), 1)

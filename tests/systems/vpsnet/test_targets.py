@@ -238,8 +238,8 @@ def test_anchors_that_are_sampled(model: VPSNet) -> None:
 
 def test_decoding_clips_on_both_sides(model: VPSNet) -> None:
     rpn = model.proposal_generator
-    anchors = [Boxes(torch.tensor([[100.0, 100, 200, 200]]))]
-    (boxes,) = rpn._decode_proposals(anchors, [torch.tensor([[[0.0, 0, -50, 50]]])])
+    anchors = torch.tensor([[[100.0, 100, 200, 200]]])
+    boxes = rpn.decode(anchors, torch.tensor([[[0.0, 0, -50, 50]]]))
     sides = boxes.view(4)[2:] - boxes.view(4)[:2]
     assert sides[0].item() == pytest.approx(1.6, rel=1e-4)
     assert sides[1].item() == pytest.approx(6250, rel=1e-4)

@@ -1,0 +1,84 @@
+"""Non-maximum suppression over fixed slots, without waiting for the device.
+
+torchvision's gives the indices of the boxes that stay: how many, the host must wait to know. Here a mask
+says it, so that what comes after has a fixed shape too, for CUDA graphs and exported files.
+
+Shapes: ... groups (images, classes, levels), N boxes of each.
+
+On CUDA the operator ``d2ext::nms`` is compiled (``csrc/cuda/nms.cu``); elsewhere it is torchvision's,
+one group after the other. In ONNX it becomes ``NonMaxSuppression``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torchvision
+from torch import Tensor
+
+from d2ext.layers._extension import has_cuda_extension
+
+__all__ = ["nms", "nms_reference"]
+
+
+def nms(boxes: Tensor, valid: Tensor, threshold: float) -> Tensor:
+    """Which boxes no better one of their group, itself kept, overlaps by more than ``threshold``.
+
+    Overlaps are computed in float32, or float64 for float64 boxes, under autocast too; that of two boxes
+    without area is none. There is no gradient.
+
+    Args:
+        boxes: (..., N, 4) corners x1, y1, x2, y2, the best one of each group first.
+        valid: (..., N) bool; other boxes neither stay nor suppress.
+        threshold: IoU in 0..1.
+
+    Returns:
+        (..., N) bool.
+
+    Raises:
+        ValueError, RuntimeError: shapes, dtypes or devices that do not fit together.
+    """
+    return torch.ops.d2ext.nms.default(boxes, valid, threshold)
+
+
+def nms_reference(boxes: Tensor, valid: Tensor, threshold: float) -> Tensor:
+    """:func:`nms`, of the same arguments, by torchvision's operator; waits for the device."""
+    _check(boxes, valid)
+    if valid.numel() == 0:
+        return valid.clone()
+    count = boxes.shape[-2]
+    boxes = boxes if boxes.dtype == torch.float64 else boxes.float()
+    ranks = torch.arange(count, 0, -1, dtype=boxes.dtype, device=boxes.device)
+    keep = []
+    for own, good in zip(boxes.reshape(-1, count, 4), valid.reshape(-1, count), strict=True):
+        index = good.nonzero()[:, 0]
+        index = index[torchvision.ops.nms(own[index], ranks[index], threshold)]
+        keep.append(good.new_zeros(count).index_fill(0, index, True))
+    return torch.stack(keep).view(valid.shape)
+
+
+def _check(boxes: Tensor, valid: Tensor) -> None:
+    """The checks of the compiled operator, for the other one and for tensors without values."""
+    if boxes.dim() < 2 or boxes.shape[-1] != 4 or not boxes.is_floating_point():
+        raise ValueError(
+            "boxes must be floating point of shape (..., N, 4), "
+            f"got {boxes.dtype} of shape {tuple(boxes.shape)}"
+        )
+    if valid.dtype != torch.bool or valid.shape != boxes.shape[:-1]:
+        raise ValueError(
+            f"valid must be bool, one for each box, got {valid.dtype} of shape {tuple(valid.shape)}"
+        )
+    if valid.device != boxes.device:
+        raise ValueError(f"boxes are on {boxes.device} but valid is on {valid.device}")
+
+
+if not hasattr(torch.ops.d2ext, "nms"):  # not compiled; as in csrc/library.cpp
+    torch.library.define("d2ext::nms", "(Tensor boxes, Tensor valid, float threshold) -> Tensor")
+torch.library.impl("d2ext::nms", "CPU")(nms_reference)
+if not has_cuda_extension():
+    torch.library.impl("d2ext::nms", "CUDA")(nms_reference)
+
+
+@torch.library.register_fake("d2ext::nms")
+def _nms_fake(boxes: Tensor, valid: Tensor, threshold: float) -> Tensor:
+    _check(boxes, valid)
+    return torch.empty_like(valid)
