@@ -24,10 +24,10 @@ from d2ext.data.shapes.__main__ import main
 from d2ext.data.shapes.bodies import Body, BodyFrame
 from d2ext.data.shapes.body_coco import BODY_MESH, body_annotations
 from d2ext.data.shapes.body_mesh import COARSE_PARTS, body_mesh, mirror_chart
-from d2ext.data.shapes.body_paint import BodyLook, Cloth, vertex_normals
+from d2ext.data.shapes.body_paint import BodyLook, Cloth, paint_charts, vertex_normals
 from d2ext.data.shapes.body_pose import BodyPose, mirror_pose, pose_vertices, view
 from d2ext.data.shapes.body_raster import shown_points
-from d2ext.data.shapes.body_scene import draw_bodies, draw_body_clip, draw_pose
+from d2ext.data.shapes.body_scene import draw_bodies, draw_body_clip, draw_look, draw_pose
 from d2ext.data.shapes.body_tables import (
     body_npz,
     geodesics_npy,
@@ -237,6 +237,19 @@ def test_colors_of_parts_are_the_looks():
         assert np.mean(off > 60) < 0.1
 
 
+def test_from_behind_is_darker():
+    """What looks away of torso, legs and arms has `back` times its colours; nothing else has."""
+    mesh = body_mesh()
+    normals = vertex_normals(pose_vertices(A_POSE))[mesh.triangles].mean(axis=1)
+    behind = [p for p in range(1, 25) if normals[mesh.parts == p, 2].mean() > 0.5]
+    assert len(behind) == 9
+    even, dark = paint_charts(LOOK), paint_charts(dataclasses.replace(LOOK, back=0.4))
+    factor = np.where(np.isin(np.arange(1, 25), behind), 0.4, 1)[:, None, None, None]
+    np.testing.assert_allclose(dark[1:], even[1:] * factor, rtol=1e-6)
+    looks = [draw_look(Draws(0, "test", "look", i)).back for i in range(20)]
+    assert min(looks) >= 0.3 and max(looks) <= 0.5
+
+
 def test_covers_and_persons_hide_what_is_behind(frames):
     front = body(centre=(100.0, 100.0))
     behind = body(yaw=90, centre=(110.0, 100.0))
@@ -329,6 +342,7 @@ def test_pictures_are_varied_and_fair(frames):
     assert min(sizes) < 60 and max(sizes) > 170
     facing = [f.items[i].turn[2, 2] for f, i in persons]  # 1: to the camera, -1: away
     assert min(facing) < -0.8 and max(facing) > 0.8
+    assert min(f.items[i].turn[1, 1] for f, i in persons) > 0.9  # upright
     shares = [
         frame.mask(item).sum() / len(frame.items[item].shown.pixels) for frame, item in persons
     ]

@@ -47,6 +47,7 @@ class BodyLook:
             ankle.
         hair_length: V on the head's chart down to which the back is covered; above 1: bald.
         buttons: colour of a strip down the front of the shirt; None: without.
+        back: factor of the colours of torso, legs and arms from behind, 0..1.
     """
 
     skin: np.ndarray
@@ -58,6 +59,7 @@ class BodyLook:
     legs: float
     hair_length: float
     buttons: np.ndarray | None = None
+    back: float = 1.0
 
 
 @cache
@@ -86,6 +88,9 @@ def _woven(cloth: Cloth, parts: list[int]) -> np.ndarray:
 
 _ARMS, _FOREARMS = [15, 16, 17, 18], [19, 20, 21, 22]
 _THIGHS, _SHINS = [7, 8, 9, 10], [11, 12, 13, 14]
+# Their halves behind, and that of the torso. Without a sign of what is front, left and right can only be
+# told by details of a few pixels.
+_BACKS = [1, 7, 8, 11, 12, 15, 16, 19, 20]
 
 
 def paint_charts(look: BodyLook) -> np.ndarray:
@@ -109,6 +114,7 @@ def paint_charts(look: BodyLook) -> np.ndarray:
     _paint_heads(charts, look, u, v)
     nails = np.abs(uv[[3, 4]] - 0.5).max(axis=3) < 0.25
     charts[[3, 4]] *= np.where(nails, 0.85, 1.0)[..., None]
+    charts[_BACKS] *= look.back
     return charts
 
 

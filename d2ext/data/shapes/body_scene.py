@@ -30,7 +30,7 @@ __all__ = ["draw_bodies", "draw_body_clip"]
 
 # Lowest and highest size of a person, as tall as they would stand, in pixels of a picture of
 # REFERENCE_SIDE.
-_SMALLEST, _LARGEST = 40.0, 230.0
+_SMALLEST, _LARGEST = 50.0, 230.0
 # Persons per picture, as a cumulative distribution over 1, 2, 3.
 _PERSONS = (0.35, 0.65, 0.87)
 # A person stands where at least this share of them can be seen; behind an occluder the second one.
@@ -185,14 +185,9 @@ def _draw_arm(draws: Draws, angles: np.ndarray, side: str, walks: bool) -> None:
 
 
 def draw_view(draws: Draws) -> np.ndarray:
-    """(3, 3): from all sides alike, mostly from about the height of the hips; one in twelve
-    lies."""
-    yaw = draws.uniform(0, 360)
-    pitch = draws.uniform(-8, 18) if draws.chance(0.85) else draws.uniform(18, 50)
-    roll = draws.uniform(-10, 10)
-    if draws.chance(0.08):
-        roll += 90 if draws.chance(0.5) else -90
-    return view(*np.radians((yaw, pitch, roll)).tolist())
+    """(3, 3): upright, from all sides alike, from about the height of the hips."""
+    angles = draws.uniform(0, 360), draws.uniform(-8, 18), draws.uniform(-10, 10)
+    return view(*np.radians(angles).tolist())
 
 
 def _draw_cloth(draws: Draws) -> Cloth:
@@ -221,6 +216,7 @@ def draw_look(draws: Draws) -> BodyLook:
         legs=draws.uniform(0.5, 0.95) if draws.chance(0.3) else draws.uniform(1.5, 2.05),
         hair_length=1.1 if draws.chance(0.08) else draws.uniform(0.05, 0.42),
         buttons=draws.color() if draws.chance(0.4) else None,
+        back=draws.uniform(0.3, 0.5),
     )
 
 
@@ -238,10 +234,10 @@ def _draw_backdrop(draws: Draws, height: int, width: int) -> Frame:
 
 
 def _draw_size(draws: Draws, largest: float) -> float:
-    """Of a person at the reference size: 35 % small."""
-    if draws.chance(0.35):
-        return draws.log_uniform(_SMALLEST, 90)
-    return draws.log_uniform(90, largest)
+    """Of a person at the reference size: 20 % small."""
+    if draws.chance(0.2):
+        return draws.log_uniform(_SMALLEST, 100)
+    return draws.log_uniform(100, largest)
 
 
 def draw_bodies(seed: int, split: str, index: int, height: int, width: int) -> BodyFrame:

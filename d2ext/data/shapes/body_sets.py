@@ -1,7 +1,7 @@
 """Bodies of `shapes` in Detectron2's catalogs, in DensePose-COCO's form, and as files.
 
 ``shapes_train_bodies`` and ``shapes_val_bodies``: 2,000 and 200 pictures of 256 x 256 with 1 to 4
-persons of :mod:`.bodies`, 40 to 230 pixels tall. Most have points and masks of parts, as
+persons of :mod:`.bodies`, 50 to 230 pixels tall. Most have points and masks of parts, as
 :mod:`.body_coco` says.
 """
 
