@@ -86,7 +86,8 @@ def output_names(program: ExportedProgram) -> list[str]:
 
 
 def write(program: ExportedProgram, path: str, file_format: str, facts: dict[str, Any]) -> None:
-    """Write a graph and its :func:`metadata`; the file appears when it is complete."""
+    """Write a graph, captured for this format, and its :func:`metadata`; the file appears when it is
+    complete."""
     text = json.dumps(facts)
     temporary = f"{path}.tmp-{os.getpid()}{FORMATS[file_format]}"
     try:
@@ -184,10 +185,24 @@ class _ExportedNetwork(InferenceNetwork):
         self.file, self.form = file, model.export_form()
 
     def __call__(self, images: Tensor, *state: Tensor) -> Any:
+        if self.form.divisor:
+            sizes = state[0].int().tolist()
+            parts = [self.file(x[None, :, :h, :w]) for x, (h, w) in zip(images, sizes, strict=True)]
+            outputs = {name: _joined([part[name] for part in parts]) for name in parts[0]}
+            return self.form.unpack({name: x.to(images.device) for name, x in outputs.items()})
         if self.form.mirror:  # the graph makes the mirror images itself
             images = images[: len(images) // 2]
         outputs = self.file(images)
         return self.form.unpack({name: x.to(images.device) for name, x in outputs.items()})
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Tensors (1, ...) as one, padded with zeros at the ends to the largest size."""
+    most = [max(sides) for sides in zip(*(x.shape[1:] for x in parts), strict=True)]
+    result = parts[0].new_zeros((len(parts), *most))
+    for row, part in zip(result, parts, strict=True):
+        row[tuple(slice(side) for side in part.shape[1:])] = part[0]
+    return result
 
 
 Run = Callable[[Tensor, list[str]], Outputs]

@@ -17,6 +17,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
 from d2ext.layers.corner_pool import LONGEST_SIDE
+from d2ext.layers.exporting import exporting_to_onnx
 from d2ext.modeling.export_form import ExportForm, NotExportable, Outputs
 from d2ext.modeling.inference import DTYPES, prepared_copy
 from d2ext.modeling.meta_arch import MetaArch
@@ -39,16 +40,26 @@ class ExportGraph(nn.Module):
     def __init__(self, model: MetaArch, form: ExportForm, dtype: torch.dtype) -> None:
         super().__init__()
         self.network = prepared_copy(model.network).to(dtype)
-        self.dtype, self.mirror, self.pack = dtype, form.mirror, form.pack
+        self.dtype, self.form = dtype, form
         self.decode = model.inference_network.decode
         self.register_buffer("mean", model.pixel_mean.clone())
         self.register_buffer("deviation", model.pixel_std.clone())
 
     def forward(self, images: Tensor) -> Outputs:
-        images = (images.float() - self.mean) / self.deviation
-        if self.mirror:
-            images = torch.cat([images, images.flip(-1)])
-        return self.pack(self.decode(self.network(images.to(self.dtype))))
+        images, *state = network_inputs((images.float() - self.mean) / self.deviation, self.form)
+        return self.form.pack(self.decode(self.network(images.to(self.dtype), *state)))
+
+
+def network_inputs(images: Tensor, form: ExportForm) -> tuple[Tensor, ...]:
+    """Normalised images → what a model's network takes."""
+    if form.mirror:
+        return (torch.cat([images, images.flip(-1)]),)
+    if not form.divisor:
+        return (images,)
+    height, width = images.shape[-2:]
+    sizes = [images.new_full((images.shape[0],), side) for side in (height, width)]
+    padded = F.pad(images, (0, -width % form.divisor, 0, -height % form.divisor))
+    return padded, torch.stack(sizes, dim=1)
 
 
 class _Stem(nn.Module):
@@ -128,8 +139,13 @@ def capture(
     bytes_in: bool = False,
     dynamic_batch: bool = False,
     dynamic_size: bool = False,
+    onnx: bool = False,
 ) -> ExportedProgram:
-    """The graph of a model for images of ``size`` (height, width), one a batch if not dynamic."""
+    """The graph of a model for images of ``size`` (height, width), one a batch if not dynamic.
+
+    Args:
+        onnx: it goes into an ONNX file, not one of PyTorch.
+    """
     graph = ExportGraph(model, form, DTYPES[dtype]).eval()
     if dynamic_size and form.multiple == 1:
         for module in list(graph.modules()):
@@ -139,7 +155,7 @@ def capture(
     batch = 2 if dynamic_batch else 1  # of one image, the exporter would take the number for fixed
     images = torch.zeros((batch, 3, *size), device=model.device)
     images = images.to(torch.uint8) if bytes_in else images
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), exporting_to_onnx(onnx):
         graph(images)  # fills the caches of priors
         return torch.export.export(
             graph,

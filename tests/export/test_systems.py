@@ -64,7 +64,7 @@ class Exported(NamedTuple):
     cfg: CfgNode
     model: MetaArch
     path: Callable[[str], str]
-    """Format → a file of it, in which batches are of any size."""
+    """Format → a file of it, in which batches are of any size where they can be."""
 
 
 @pytest.fixture(scope="module", params=list(CASES))
@@ -79,8 +79,6 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     if form.multiple:
         canvas = getattr(model, "canvas", None)
         size = (HEIGHT, WIDTH) if canvas is None else canvas((HEIGHT, WIDTH), 1.0).size
-    program = capture(model, form, size, dynamic_batch=True, dynamic_size=case.dynamic_size)
-    facts = metadata(cfg, form, program, "cpu")
 
     def path(file_format: str) -> str:
         if file_format == "onnx":
@@ -88,6 +86,15 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
                 pytest.importorskip(package, reason="pip install d2ext[export]")
         name = folder / f"model{'.onnx' if file_format == 'onnx' else '.pt2'}"
         if not name.exists():
+            program = capture(
+                model,
+                form,
+                size,
+                dynamic_batch=not form.divisor,
+                dynamic_size=case.dynamic_size,
+                onnx=file_format == "onnx",
+            )
+            facts = metadata(cfg, form, program, "cpu")
             write(program, str(name), file_format, facts)
         return str(name)
 

@@ -158,7 +158,7 @@ class PyramidRoIAlign(nn.Module):
         levels = self.levels(boxes)
         if needs_fixed_shapes(boxes):
             return self._pool_everywhere(features, rois, levels)
-        pooled = features[0].new_zeros((len(boxes), features[0].shape[1], self.size, self.size))
+        pooled = features[0].new_zeros((boxes.shape[0], features[0].shape[1], self.size, self.size))
         for i, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
             selected = (levels == i).nonzero()[:, 0]
             part = self._pool(feature, rois[selected], stride)

@@ -81,7 +81,7 @@ class UPSNetROIHeads(StandardROIHeads):
 
     def _mask_logits(self, pooled: Tensor, classes: Tensor) -> Tensor:
         logits = self.mask_head.layers(pooled)
-        return logits[torch.arange(len(classes), device=classes.device), classes].float()
+        return logits[torch.arange(classes.shape[0], device=classes.device), classes].float()
 
     def find(
         self, features: dict[str, Tensor], proposals: Proposals, sizes: Tensor
@@ -121,7 +121,9 @@ class UPSNetROIHeads(StandardROIHeads):
         else:  # of empty slots zeros
             used = (scores != EMPTY).nonzero(as_tuple=True)
             maps = [features[name] for name in self.mask_in_features]
-            own = self._mask_logits(self.mask_pooler.pool(maps, boxes[used], used[0]), classes[used])
+            own = self._mask_logits(
+                self.mask_pooler.pool(maps, boxes[used], used[0]), classes[used]
+            )
             logits = own.new_zeros((*classes.shape, *own.shape[1:])).index_put(used, own)
         parts = logits.split([x.classes.shape[1] for x in slots], dim=1)
         return [x._replace(mask_logits=part) for x, part in zip(slots, parts, strict=True)]
