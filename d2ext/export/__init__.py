@@ -71,7 +71,7 @@ def export(
     if file_format == "onnx":
         need("onnxscript")
     assert isinstance(model, MetaArch)
-    if form.divisor and dynamic_batch:
+    if form.sizes and dynamic_batch:
         raise NotExportable(f"{type(model).__name__}'s file takes one image at a time.")
     size = input_size(form, size, dynamic_size)
     program = capture(

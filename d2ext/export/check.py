@@ -41,7 +41,7 @@ def check(
     expected = form.pack(model.eval().inference_network.decode(model.network(*pixels)))
     actual = {name: x.cpu() for name, x in file(images).items()}
     expected = {name: x.cpu() for name, x in expected.items()}
-    places = {}
+    places: dict[str, tuple[Tensor, Tensor]] = {}
     for prefix in ("", "panoptic_"):
         if f"{prefix}classes" not in expected:  # a landmark has its own slot
             continue

@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from detectron2.modeling.backbone.resnet import BasicStem
@@ -45,21 +46,30 @@ class ExportGraph(nn.Module):
         self.register_buffer("mean", model.pixel_mean.clone())
         self.register_buffer("deviation", model.pixel_std.clone())
 
-    def forward(self, images: Tensor) -> Outputs:
-        images, *state = network_inputs((images.float() - self.mean) / self.deviation, self.form)
-        return self.form.pack(self.decode(self.network(images.to(self.dtype), *state)))
+    def forward(self, images: Tensor, sizes: Tensor | None = None) -> Outputs:
+        images = (images.float() - self.mean) / self.deviation
+        inputs = network_inputs(images, self.form, sizes)
+        return self.form.pack(self.decode(self.network(inputs[0].to(self.dtype), *inputs[1:])))
 
 
-def network_inputs(images: Tensor, form: ExportForm) -> tuple[Tensor, ...]:
-    """Normalised images → what a model's network takes."""
+def network_inputs(
+    images: Tensor, form: ExportForm, sizes: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Normalised images → what a model's network takes. ``sizes``: see :class:`ExportForm`; default: the
+    whole input."""
     if form.mirror:
         return (torch.cat([images, images.flip(-1)]),)
-    if not form.divisor:
+    if not form.sizes:
         return (images,)
-    height, width = images.shape[-2:]
-    sizes = [images.new_full((images.shape[0],), side) for side in (height, width)]
-    padded = F.pad(images, (0, -width % form.divisor, 0, -height % form.divisor))
-    return padded, torch.stack(sizes, dim=1)
+    if sizes is None:
+        sizes = (
+            torch.tensor([images.shape[-2:]], device=images.device).expand(len(images), 2).float()
+        )
+    for axis in (0, 1):  # zeros behind the image
+        line = torch.arange(images.shape[2 + axis], device=images.device)
+        inside = line < sizes[:, axis, None]
+        images = images * (inside[:, None, :, None] if axis == 0 else inside[:, None, None])
+    return images, sizes
 
 
 class _Stem(nn.Module):
@@ -100,6 +110,8 @@ def input_size(form: ExportForm, size: tuple[int, int] | None, dynamic: bool) ->
     Raises:
         NotExportable: the network does not take this size, or any but one.
     """
+    if form.sizes and dynamic:
+        raise NotExportable("The file's input has one size; smaller images lie in its corner.")
     if not form.multiple and (dynamic or size not in (None, form.size)):
         raise NotExportable(
             f"The model brings every image to {form.size[0]}x{form.size[1]}: there are no other sizes."
@@ -155,12 +167,17 @@ def capture(
     batch = 2 if dynamic_batch else 1  # of one image, the exporter would take the number for fixed
     images = torch.zeros((batch, 3, *size), device=model.device)
     images = images.to(torch.uint8) if bytes_in else images
+    inputs: tuple[Tensor, ...] = (images,)
+    shapes: dict[str, Any] = dynamic_shapes(form, dynamic_batch, dynamic_size)
+    if form.sizes:
+        sizes = torch.tensor([[*size]], dtype=torch.float32, device=model.device)
+        inputs, shapes = (images, sizes), shapes | {"sizes": None}
     with torch.no_grad(), _quiet(), exporting_to_onnx(onnx):
-        graph(images)  # fills the caches of priors
+        graph(*inputs)  # fills the caches of priors
         return torch.export.export(
             graph,
-            (images,),
-            dynamic_shapes=dynamic_shapes(form, dynamic_batch, dynamic_size),
+            inputs,
+            dynamic_shapes=shapes,
             strict=False,
         )
 

@@ -82,7 +82,9 @@ def _deform_conv() -> Any:
 
 def _nms() -> Any:
     """d2ext's operator as ONNX' ``NonMaxSuppression``, whose groups are images of one class."""
-    from onnxscript import opset19 as op
+    from onnxscript import opset19
+
+    op: Any = opset19  # its types know no values that are computed
 
     def nms(boxes: Any, valid: Any, threshold: float) -> Any:
         limit = np.float32(threshold)
@@ -114,7 +116,9 @@ def _nms() -> Any:
 
 def _stable_sort() -> Any:
     """ONNX' ``TopK`` of all: of equal elements the first one comes first."""
-    from onnxscript import opset19 as op
+    from onnxscript import opset19
+
+    op: Any = opset19  # its types know no values that are computed
 
     def sort(x: Any, *, stable: bool, dim: int, descending: bool) -> Any:
         assert stable

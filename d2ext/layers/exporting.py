@@ -20,8 +20,8 @@ def is_exporting() -> bool:
 
 @contextmanager
 def exporting_to_onnx(whether: bool) -> Iterator[None]:
-    """Within it, operators of d2ext that have an ONNX translation stay in the graph; files of PyTorch, which
-    run without d2ext, hold PyTorch's instead."""
+    """Within it, operators of d2ext that have an ONNX translation stay in the graph; files of PyTorch,
+    which run without d2ext, hold PyTorch's instead."""
     _to_onnx.append(whether)
     try:
         yield

@@ -378,7 +378,7 @@ class UPSNet(ShortSideMetaArch):
         ]
 
     def export_form(self) -> ExportForm:
-        heuristic = self.postprocessor.heuristic
+        unit = self.backbone.size_divisibility
 
         def pack(predictions: UPSNetPredictions) -> Outputs:
             assert predictions.detections is not None and predictions.candidates is not None
@@ -394,13 +394,13 @@ class UPSNet(ShortSideMetaArch):
         return ExportForm(
             pack=pack,
             unpack=unpack,
-            size=(800, 1088),
-            multiple=1,
-            divisor=self.backbone.size_divisibility,
+            size=(-(-(self.min_size or 800) // unit) * unit, -(-self.max_size // unit) * unit),
+            multiple=unit,
+            sizes=True,
             results="upsnet",
             options={
                 **{name: getattr(self.postprocessor, name) for name in EXPORTED_OPTIONS},
-                "heuristic": heuristic is not None,
+                "heuristic": self.postprocessor.heuristic is not None,
             },
         )
 
