@@ -71,6 +71,8 @@ def export(
     if file_format == "onnx":
         need("onnxscript")
     assert isinstance(model, MetaArch)
+    if form.sizes and dynamic_batch:
+        raise NotExportable(f"{type(model).__name__}'s file takes one image at a time.")
     size = input_size(form, size, dynamic_size)
     program = capture(
         model.eval(),
@@ -80,6 +82,7 @@ def export(
         bytes_in=bytes_in,
         dynamic_batch=dynamic_batch,
         dynamic_size=dynamic_size,
+        onnx=file_format == "onnx",
     )
     device = "cpu" if file_format == "onnx" else torch.device(model.device).type
     write(program, path, file_format, metadata(cfg, form, program, device))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from d2ext.export.files import ExportedFile
-from d2ext.export.graph import export_form
+from d2ext.export.graph import export_form, network_inputs
 from d2ext.modeling.export_form import Outputs
 from d2ext.modeling.meta_arch import MetaArch
 
@@ -37,23 +37,29 @@ def check(
     threshold may fall on either side."""
     form = export_form(model)
     images = images.to(model.device).float()
-    pixels = model.normalize(images)
-    pixels = torch.cat([pixels, pixels.flip(-1)]) if form.mirror else pixels
-    expected = form.pack(model.eval().inference_network.decode(model.network(pixels)))
+    pixels = network_inputs(model.normalize(images), form)
+    expected = form.pack(model.eval().inference_network.decode(model.network(*pixels)))
     actual = {name: x.cpu() for name, x in file(images).items()}
     expected = {name: x.cpu() for name, x in expected.items()}
-    shape = expected["scores"].shape
-    detects = "classes" in expected  # a landmark has its own slot
-    slots = [name for name, x in expected.items() if detects and x.shape[: len(shape)] == shape]
-    if slots:
-        order, keep = _slot_order(actual, expected, slots, tolerance)
+    places: dict[str, tuple[Tensor, Tensor]] = {}
+    for prefix in ("", "panoptic_"):
+        if f"{prefix}classes" not in expected:  # a landmark has its own slot
+            continue
+        shape = expected[f"{prefix}scores"].shape
+        slots = [
+            name
+            for name, x in expected.items()
+            if x.shape[: len(shape)] == shape and name.startswith("panoptic_") == bool(prefix)
+        ]
+        places |= dict.fromkeys(slots, _slot_order(actual, expected, slots, prefix, tolerance))
     results = []
     for name, b in expected.items():
-        if name == "count":
+        if name.endswith("count"):
             continue
         a, moved = actual[name], 0
-        if name in slots:
-            a, b = (x.flatten(0, len(shape) - 1) for x in (a, b))
+        if name in places:
+            order, keep = places[name]
+            a, b = (x.reshape(len(order), *x.shape[len(shape) :]) for x in (a, b))
             a, b = a[order][keep], b[keep]
             moved = int((order != torch.arange(len(order))).sum())
         results.append(Difference(name, _largest(a, b), moved, b.numel()))
@@ -66,7 +72,7 @@ def _largest(a: Tensor, b: Tensor) -> float:
 
 
 def _slot_order(
-    actual: Outputs, expected: Outputs, slots: Sequence[str], tolerance: float
+    actual: Outputs, expected: Outputs, slots: Sequence[str], prefix: str, tolerance: float
 ) -> tuple[Tensor, Tensor]:
     """Of all slots in a row: (n,) which of the actual ones is each of the expected ones, and (n,) bool,
     which are compared.
@@ -75,7 +81,7 @@ def _slot_order(
     image that differ. Slots with a negative score are empty, and what ties with the last one may have
     been cut off.
     """
-    scores = expected["scores"]
+    scores = expected[f"{prefix}scores"]
     order = torch.arange(scores.numel())
     a, b = (
         torch.cat([x[name].double().reshape(len(order), -1) for name in slots], dim=1)

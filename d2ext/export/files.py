@@ -21,6 +21,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.nn import functional as F
 
 from d2ext.config import ConfigError, get_cfg
 from d2ext.data.saved_metadata import class_metadata, known_metadata, save_metadata, saved_metadata
@@ -71,6 +72,7 @@ def metadata(
             "channels": cfg.INPUT.FORMAT,
             "multiple": form.multiple,
             "less": form.less,
+            "sizes": form.sizes,
         },
         "outputs": output_names(program),
         "results": form.results,
@@ -86,7 +88,8 @@ def output_names(program: ExportedProgram) -> list[str]:
 
 
 def write(program: ExportedProgram, path: str, file_format: str, facts: dict[str, Any]) -> None:
-    """Write a graph and its :func:`metadata`; the file appears when it is complete."""
+    """Write a graph, captured for this format, and its :func:`metadata`; the file appears when it is
+    complete."""
     text = json.dumps(facts)
     temporary = f"{path}.tmp-{os.getpid()}{FORMATS[file_format]}"
     try:
@@ -133,8 +136,11 @@ class ExportedFile:
         self.cfg = get_cfg()
         self.cfg.merge_from_other_cfg(CfgNode(yaml.safe_load(self.facts["config"])))
 
-    def __call__(self, images: Tensor) -> Outputs:
+    def __call__(self, images: Tensor, sizes: Tensor | None = None) -> Outputs:
         """Images (B, 3, H, W) in 0..255, of any dtype → the named tensors.
+
+        Args:
+            sizes: (B, 2) height and width without padding, of a file that takes them; default: H, W.
 
         Raises:
             ValueError: the file is for images of another size.
@@ -142,6 +148,14 @@ class ExportedFile:
         expected = self.facts["input"]
         batch, _, *size = expected["shape"]
         given = list(images.shape[2:])
+        if expected.get("sizes"):
+            if sizes is None:
+                sizes = torch.tensor([given]).expand(len(images), 2)
+            given = sizes.amax(dim=0).int().tolist()
+            images = images[..., : size[0], : size[1]]
+            fits = given[0] <= size[0] and given[1] <= size[1]
+            missing = (0, size[1] - images.shape[3], 0, size[0] - images.shape[2])
+            images, given = F.pad(images, missing), size if fits else given
         needed = f"the {given[1]}x{given[0]} that this image needs"
         if size != [None, None] and size != given:
             raise ValueError(
@@ -155,7 +169,9 @@ class ExportedFile:
         if expected["dtype"] == "uint8":
             images = images.round().clamp(0, 255)
         images = images.to(getattr(torch, expected["dtype"]))
-        parts = [self._run(x, self.facts["outputs"]) for x in images.split(batch or len(images))]
+        inputs = [images] if sizes is None else [images, sizes.to(images.device).float()]
+        batches = zip(*(x.split(batch or len(x)) for x in inputs), strict=True)
+        parts = [self._run(x, self.facts["outputs"]) for x in batches]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def model(self, cfg: CfgNode) -> MetaArch:
@@ -186,11 +202,11 @@ class _ExportedNetwork(InferenceNetwork):
     def __call__(self, images: Tensor, *state: Tensor) -> Any:
         if self.form.mirror:  # the graph makes the mirror images itself
             images = images[: len(images) // 2]
-        outputs = self.file(images)
+        outputs = self.file(images, *state)
         return self.form.unpack({name: x.to(images.device) for name, x in outputs.items()})
 
 
-Run = Callable[[Tensor, list[str]], Outputs]
+Run = Callable[[tuple[Tensor, ...], list[str]], Outputs]
 
 
 @functools.lru_cache(maxsize=1)  # a command may ask for the config first
@@ -204,10 +220,10 @@ def _open(path: str, changed: int) -> tuple[Run, str]:
         compiled = any("aotinductor" in name for name in archive.namelist())
     if compiled:
         package = torch._inductor.aoti_load_package(path)
-        return lambda images, _: package(images), package.get_metadata().get(_KEY, "")
+        return lambda inputs, _: package(*inputs), package.get_metadata().get(_KEY, "")
     extra = {_EXTRA_FILE: ""}
     module = torch.export.load(path, extra_files=extra).module()
-    return lambda images, _: module(images), extra[_EXTRA_FILE]
+    return lambda inputs, _: module(*inputs), extra[_EXTRA_FILE]
 
 
 def _open_onnx(path: str) -> tuple[Run, str]:
@@ -224,8 +240,9 @@ def _open_onnx(path: str) -> tuple[Run, str]:
         providers=[x for x in ("CUDAExecutionProvider", "CPUExecutionProvider") if x in providers],
     )
 
-    def run(images: Tensor, names: list[str]) -> Outputs:
-        values = session.run(names, {"images": np.ascontiguousarray(images.cpu().numpy())})
+    def run(inputs: tuple[Tensor, ...], names: list[str]) -> Outputs:
+        arrays = (np.ascontiguousarray(x.cpu().numpy()) for x in inputs)
+        values = session.run(names, dict(zip(("images", "sizes"), arrays, strict=False)))
         return {name: torch.from_numpy(x) for name, x in zip(names, values, strict=True)}
 
     return run, session.get_modelmeta().custom_metadata_map.get(_KEY, "")

@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from detectron2.modeling.backbone.resnet import BasicStem
@@ -17,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
 from d2ext.layers.corner_pool import LONGEST_SIDE
+from d2ext.layers.exporting import exporting_to_onnx
 from d2ext.modeling.export_form import ExportForm, NotExportable, Outputs
 from d2ext.modeling.inference import DTYPES, prepared_copy
 from d2ext.modeling.meta_arch import MetaArch
@@ -39,16 +41,35 @@ class ExportGraph(nn.Module):
     def __init__(self, model: MetaArch, form: ExportForm, dtype: torch.dtype) -> None:
         super().__init__()
         self.network = prepared_copy(model.network).to(dtype)
-        self.dtype, self.mirror, self.pack = dtype, form.mirror, form.pack
+        self.dtype, self.form = dtype, form
         self.decode = model.inference_network.decode
         self.register_buffer("mean", model.pixel_mean.clone())
         self.register_buffer("deviation", model.pixel_std.clone())
 
-    def forward(self, images: Tensor) -> Outputs:
+    def forward(self, images: Tensor, sizes: Tensor | None = None) -> Outputs:
         images = (images.float() - self.mean) / self.deviation
-        if self.mirror:
-            images = torch.cat([images, images.flip(-1)])
-        return self.pack(self.decode(self.network(images.to(self.dtype))))
+        inputs = network_inputs(images, self.form, sizes)
+        return self.form.pack(self.decode(self.network(inputs[0].to(self.dtype), *inputs[1:])))
+
+
+def network_inputs(
+    images: Tensor, form: ExportForm, sizes: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Normalised images → what a model's network takes. ``sizes``: see :class:`ExportForm`; default: the
+    whole input."""
+    if form.mirror:
+        return (torch.cat([images, images.flip(-1)]),)
+    if not form.sizes:
+        return (images,)
+    if sizes is None:
+        sizes = (
+            torch.tensor([images.shape[-2:]], device=images.device).expand(len(images), 2).float()
+        )
+    for axis in (0, 1):  # zeros behind the image
+        line = torch.arange(images.shape[2 + axis], device=images.device)
+        inside = line < sizes[:, axis, None]
+        images = images * (inside[:, None, :, None] if axis == 0 else inside[:, None, None])
+    return images, sizes
 
 
 class _Stem(nn.Module):
@@ -89,6 +110,8 @@ def input_size(form: ExportForm, size: tuple[int, int] | None, dynamic: bool) ->
     Raises:
         NotExportable: the network does not take this size, or any but one.
     """
+    if form.sizes and dynamic:
+        raise NotExportable("The file's input has one size; smaller images lie in its corner.")
     if not form.multiple and (dynamic or size not in (None, form.size)):
         raise NotExportable(
             f"The model brings every image to {form.size[0]}x{form.size[1]}: there are no other sizes."
@@ -128,8 +151,13 @@ def capture(
     bytes_in: bool = False,
     dynamic_batch: bool = False,
     dynamic_size: bool = False,
+    onnx: bool = False,
 ) -> ExportedProgram:
-    """The graph of a model for images of ``size`` (height, width), one a batch if not dynamic."""
+    """The graph of a model for images of ``size`` (height, width), one a batch if not dynamic.
+
+    Args:
+        onnx: it goes into an ONNX file, not one of PyTorch.
+    """
     graph = ExportGraph(model, form, DTYPES[dtype]).eval()
     if dynamic_size and form.multiple == 1:
         for module in list(graph.modules()):
@@ -139,12 +167,17 @@ def capture(
     batch = 2 if dynamic_batch else 1  # of one image, the exporter would take the number for fixed
     images = torch.zeros((batch, 3, *size), device=model.device)
     images = images.to(torch.uint8) if bytes_in else images
-    with torch.no_grad(), _quiet():
-        graph(images)  # fills the caches of priors
+    inputs: tuple[Tensor, ...] = (images,)
+    shapes: dict[str, Any] = dynamic_shapes(form, dynamic_batch, dynamic_size)
+    if form.sizes:
+        sizes = torch.tensor([[*size]], dtype=torch.float32, device=model.device)
+        inputs, shapes = (images, sizes), shapes | {"sizes": None}
+    with torch.no_grad(), _quiet(), exporting_to_onnx(onnx):
+        graph(*inputs)  # fills the caches of priors
         return torch.export.export(
             graph,
-            (images,),
-            dynamic_shapes=dynamic_shapes(form, dynamic_batch, dynamic_size),
+            inputs,
+            dynamic_shapes=shapes,
             strict=False,
         )
 

@@ -40,6 +40,7 @@ def results(facts: dict[str, Any], outputs: Results, index: int = 0, **image: An
         "centernet": centernet,
         "cornernet": cornernet,
         "landmarks": landmarks,
+        "upsnet": upsnet,
     }
     return functions[facts["results"]](
         {name: x[index] for name, x in outputs.items()}, **image, **facts["options"]
@@ -252,6 +253,76 @@ def crop_matrix(box: Array, input_size: tuple[int, int], padding: float) -> Arra
     return np.column_stack([np.diag(sides / input_size[::-1]), center - sides / 2])
 
 
+def upsnet(
+    one: Results,
+    *,
+    size: tuple[int, int],
+    input_size: tuple[int, int],
+    scale: float,
+    num_stuff: int,
+    overlap_fraction: float,
+    unknown: bool,
+    category_ids: str,
+    stuff_area_limit: int,
+    heuristic: bool,
+) -> Results:
+    """boxes, scores, classes, masks (N, h, w) bool, best first; panoptic (h, w) int32: 0 void, k the
+    k-th row of segments (K, 4): category id, whether it is a thing, score, pixels; semantic (h, w): arg
+    max of the classes, stuff first.
+
+    Args:
+        one: boxes (S, 4) in pixels of the input, scores (S,), classes, mask_logits (S, M, M), count, the
+            same of the panoptic head's candidates, and semantic (C, H/4, W/4) logits.
+        size: (h, w).
+        input_size: of the resized image, without padding: what the input ``sizes`` said.
+        scale: pixels of the input per pixel of the image.
+    """
+    if heuristic:
+        raise ValueError("Merging heuristics are not in this file: set TEST.PANOPTIC to head.")
+    last = _single([0, 0, 1, 1])  # boxes end behind their last pixel
+    found = {name: one[name][: int(one["count"])] for name in ("boxes", "scores", "classes")}
+    boxes = np.minimum(
+        (found["boxes"] - last) / np.float32(scale) + last, _single([*size[::-1]] * 2)
+    )
+    masks = np.zeros((len(boxes), *size), bool)
+    for mask, box, logits in zip(masks, boxes, one["mask_logits"], strict=False):
+        mask[:] = _pasted(_sigmoid(logits), box, *map(np.arange, size)) >= 0.5
+    result = found | {"boxes": boxes, "masks": masks}
+
+    count = int(one["panoptic_count"])
+    boxes, logits = one["panoptic_boxes"][:count] - last, one["panoptic_mask_logits"][:count]
+    classes, scores = one["panoptic_classes"][:count], one["panoptic_scores"][:count]
+    keep = _pruned(
+        boxes, classes, logits, [4 * side for side in one["semantic"].shape[1:]], overlap_fraction
+    )
+    boxes, classes, scores, logits = (x[keep] for x in (boxes, classes, scores, logits))
+    if count == 0:  # published: a channel of zeros, read as the last stuff class
+        boxes, classes, scores = np.zeros((1, 4), np.float32), np.array([-1]), np.ones(1)
+    elif len(keep) == 0:  # published: the first one, without its mask
+        boxes, classes = one["panoptic_boxes"][:1] - last, one["panoptic_classes"][:1]
+        scores, logits = one["panoptic_scores"][:1], 0 * one["panoptic_mask_logits"][:1]
+    rows, columns = (
+        np.minimum((np.arange(own) * scale).astype(np.int64), side - 1)
+        for own, side in zip(size, input_size, strict=True)
+    )
+    labels, semantic = _fused(
+        one["semantic"], boxes, classes, logits, rows, columns, num_stuff, unknown
+    )
+    table = _cleaned(labels, semantic, classes, num_stuff, len(one["semantic"]), stuff_area_limit)
+    labels = table[labels]
+    joint = category_ids == "joint"
+    panoptic, segments = np.zeros(size, np.int32), []
+    for label in [*range(num_stuff, num_stuff + len(classes)), *range(num_stuff)]:
+        pixels, thing = labels == label, label - num_stuff
+        if not pixels.any():
+            continue
+        category = classes[thing] + num_stuff * joint if thing >= 0 else label + 1 - joint
+        segments.append((category, thing >= 0, scores[thing] if thing >= 0 else 1.0, pixels.sum()))
+        panoptic[pixels] = len(segments)
+    rows_of_segments = np.array(segments, np.float64).reshape(-1, 4)
+    return result | {"panoptic": panoptic, "segments": rows_of_segments, "semantic": semantic}
+
+
 def greedy_nms(boxes: Array, classes: Array, threshold: float, limit: int) -> Array:
     """Indices of those boxes (N, 4), best first, that no better one of their class overlaps by more than
     the threshold, at most ``limit``. Sides count whole pixels, one more than the difference."""
@@ -325,6 +396,106 @@ def _soft_nms(
     if len(order) > limit > 0:  # and what ties with the last one
         order = order[result["scores"][order] >= result["scores"][order[limit - 1]]]
     return {name: x[order] for name, x in result.items()}
+
+
+def _tents(cell: Array, cells: int) -> Array:
+    """(n,) places between cells → (n, cells) their weights."""
+    return np.maximum(1 - abs(cell.astype(np.float32)[:, None] - np.arange(cells)), 0)
+
+
+def _pasted(grid: Array, box: Array, rows: Array, columns: Array, whole: bool = False) -> Array:
+    """Values (M, M) spread over a box, at given pixels: bilinear, zeros around.
+
+    Args:
+        whole: the box is one of whole pixels, its ends included; its border is repeated up to them.
+    """
+    lines = []
+    for pixels, low, high in ((rows, box[1], box[3]), (columns, box[0], box[2])):
+        low, length = (int(low), int(high) - int(low) + 1) if whole else (low, high - low)
+        cell = (pixels + np.float32(0.5) - low) * np.float32(len(grid) / length) - np.float32(0.5)
+        weights = _tents(cell.clip(0, len(grid) - 1) if whole else cell, len(grid))
+        inside = (pixels >= low) & (pixels < low + length)
+        lines.append(weights * inside[:, None] if whole else weights)
+    return lines[0] @ grid @ lines[1].T
+
+
+def _pruned(
+    boxes: Array, classes: Array, logits: Array, size: Sequence[int], overlap_fraction: float
+) -> list[int]:
+    """Which masks, best first, have pixels and are not covered by better ones of their class."""
+    covered: dict[int, Array] = {}
+    keep = []
+    for i, (box, kind) in enumerate(zip(boxes, classes.tolist(), strict=True)):
+        mask = _pasted(logits[i], box, *map(np.arange, size), whole=True) > 0
+        before = covered.setdefault(kind, np.zeros(size, bool))
+        if mask.any() and (mask & before).sum() / mask.sum() <= overlap_fraction:
+            before |= mask
+            keep.append(i)
+    return keep
+
+
+def _fused(
+    score: Array,
+    boxes: Array,
+    classes: Array,
+    logits: Array,
+    rows: Array,
+    columns: Array,
+    num_stuff: int,
+    unknown: bool,
+) -> tuple[Array, Array]:
+    """At pixels ``rows`` x ``columns`` of the input: labels (stuff, instances, unknown) and classes."""
+    shape = len(rows), len(columns)
+    lines = [
+        _tents(((pixels + 0.5) / 4 - 0.5).clip(0, cells - 1), cells)
+        for pixels, cells in ((rows, score.shape[1]), (columns, score.shape[2]))
+    ]
+
+    def view(channel: int) -> Array:
+        return lines[0] @ score[channel] @ lines[1].T
+
+    best, label = np.full(shape, -np.inf, np.float32), np.zeros(shape, np.int64)
+    thing, semantic = best.copy(), label + num_stuff
+    for c in range(len(score)):
+        highest, where = (best, label) if c < num_stuff else (thing, semantic)
+        values = view(c)
+        where[values > highest] = c
+        np.maximum(highest, values, out=highest)
+    semantic = np.where(thing > best, semantic, label)
+    inside = np.full(shape, -np.inf, np.float32)
+    for i, (box, kind) in enumerate(zip(boxes, classes.tolist(), strict=True)):
+        values = np.zeros(shape, np.float32)
+        if kind >= 0:
+            whole = np.concatenate([np.trunc(box[:2]), np.round(box[2:])])
+            within = [(p >= whole[a]) & (p <= whole[a + 2]) for p, a in ((rows, 1), (columns, 0))]
+            values = np.where(within[0][:, None] & within[1], view(num_stuff + kind), values)
+        inside = np.maximum(inside, values)
+        if kind >= 0:
+            values = values + _pasted(logits[i], box, rows, columns, whole=True)
+        label[values > best] = num_stuff + i
+        best = np.maximum(best, values)
+    if unknown:
+        label[(thing - inside if len(boxes) else thing) > best] = num_stuff + len(boxes)
+    return label, semantic
+
+
+def _cleaned(
+    labels: Array, semantic: Array, classes: Array, num_stuff: int, num_classes: int, limit: int
+) -> Array:
+    """Label → what it becomes: an instance of which half is one stuff class becomes that, small stuff
+    and "unknown" void, -1."""
+    count = num_stuff + len(classes) + 1
+    pixels = np.bincount((labels * num_classes + semantic).ravel(), minlength=count * num_classes)
+    pixels = pixels.reshape(count, num_classes)
+    table, votes = np.arange(count), pixels[num_stuff:-1]
+    winner = votes.argmax(axis=1)
+    stuff = (winner < num_stuff) & (2 * votes.max(axis=1) >= votes.sum(axis=1))
+    unchanged = np.where(classes < 0, num_stuff - 1, table[num_stuff:-1])
+    table[num_stuff:-1] = np.where(stuff, winner, unchanged)
+    table[-1] = -1
+    areas = np.bincount(table[:-1], weights=pixels[:-1].sum(axis=1), minlength=count)
+    small = (table < num_stuff) & (areas[table] < limit)
+    return np.where(small, -1, table)
 
 
 def _pixel_overlap(box: Array, boxes: Array) -> Array:

@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.export import ExportedProgram
 
@@ -13,6 +14,8 @@ from d2ext.config import ConfigError
 
 # The first with DeformConv.
 OPSET = 19
+# ONNX' numbers of types.
+_FLOAT, _BOOL = 1, 9
 
 
 def need(package: str) -> None:
@@ -32,7 +35,11 @@ def to_onnx(program: ExportedProgram, names: Sequence[str], opset: int = OPSET) 
         program,
         output_names=list(names),
         opset_version=opset,
-        custom_translation_table={torch.ops.torchvision.deform_conv2d.default: _deform_conv()},
+        custom_translation_table={
+            torch.ops.torchvision.deform_conv2d.default: _deform_conv(),
+            torch.ops.d2ext.nms.default: _nms(),
+            torch.ops.aten.sort.stable: _stable_sort(),
+        },
         verbose=False,
     )
 
@@ -71,3 +78,51 @@ def _deform_conv() -> Any:
         )
 
     return deform_conv2d
+
+
+def _nms() -> Any:
+    """d2ext's operator as ONNX' ``NonMaxSuppression``, whose groups are images of one class."""
+    from onnxscript import opset19
+
+    op: Any = opset19  # its types know no values that are computed
+
+    def nms(boxes: Any, valid: Any, threshold: float) -> Any:
+        limit = np.float32(threshold)
+        if limit > threshold:  # as the others: above it, the overlap in float32
+            limit = np.nextafter(limit, np.float32(-1))
+        shape = op.Shape(valid)
+        count = op.Gather(shape, op.Constant(value_ints=[-1]))
+        grouped = op.Concat(op.Constant(value_ints=[-1]), count, axis=0)
+        zero, one = op.Constant(value_float=0.0), op.Constant(value_float=1.0)
+        scalar = op.Squeeze(count)
+        # Best first: their number, down to 1; 0 for those that are not valid.
+        ranks = op.Range(op.Cast(scalar, to=_FLOAT), zero, op.Constant(value_float=-1.0))
+        groups = op.Reshape(valid, grouped)
+        scores = op.Where(groups, ranks, zero)
+        selected = op.NonMaxSuppression(
+            op.Reshape(boxes, op.Concat(grouped, op.Constant(value_ints=[4]), axis=0)),
+            op.Unsqueeze(scores, op.Constant(value_ints=[1])),
+            count,
+            op.Constant(value_float=float(limit)),
+            op.Constant(value_float=0.5),
+        )
+        index = op.Gather(selected, op.Constant(value_ints=[0, 2]), axis=1)
+        number = op.Gather(op.Shape(selected), op.Constant(value_ints=[0]))
+        keep = op.ScatterND(op.Mul(scores, zero), index, op.Expand(one, number))
+        return op.Reshape(op.Cast(keep, to=_BOOL), shape)
+
+    return nms
+
+
+def _stable_sort() -> Any:
+    """ONNX' ``TopK`` of all: of equal elements the first one comes first."""
+    from onnxscript import opset19
+
+    op: Any = opset19  # its types know no values that are computed
+
+    def sort(x: Any, *, stable: bool, dim: int, descending: bool) -> Any:
+        assert stable
+        size = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]))
+        return op.TopK(x, size, axis=dim, largest=int(descending), sorted=1)
+
+    return sort

@@ -16,6 +16,7 @@ import torchvision
 from torch import Tensor
 
 from d2ext.layers._extension import has_cuda_extension
+from d2ext.layers.exporting import is_exporting, is_exporting_to_onnx
 
 __all__ = ["nms", "nms_reference"]
 
@@ -37,6 +38,8 @@ def nms(boxes: Tensor, valid: Tensor, threshold: float) -> Tensor:
     Raises:
         ValueError, RuntimeError: shapes, dtypes or devices that do not fit together.
     """
+    if is_exporting() and not is_exporting_to_onnx():
+        return nms_reference(boxes, valid, threshold)
     return torch.ops.d2ext.nms.default(boxes, valid, threshold)
 
 

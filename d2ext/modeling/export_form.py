@@ -45,6 +45,9 @@ class ExportForm:
     less: int = 0
     mirror: bool = False
     """The network also gets the mirror images, behind the images."""
+    sizes: bool = False
+    """The graph and the network also take ``sizes`` (B, 2), height and width of images that lie in the
+    input's upper left corner; one image a batch, of one input size."""
     results: str = ""
     """The function of ``d2ext/export/numpy_results.py`` that makes results of the outputs."""
     options: dict[str, Any] = field(default_factory=dict)

@@ -30,7 +30,6 @@ from tests.export.models import lively_model
 REFUSED = {
     "CornerNetSaccade": "what it looks at next",
     "DensePose": "GeneralizedRCNN cannot be exported",
-    "UPSNet": "the number of its regions",
     "VPSNet": "remembers earlier frames",
     "YolactEdge": "remembers earlier frames",
 }
@@ -54,6 +53,7 @@ def test_every_system_is_exported_or_refused() -> None:
         "CenterNet",
         "LandmarkNet",
         "RetinaFace",
+        "UPSNet",
     }
     assert exportable | REFUSED.keys() == set(tiny_architectures())
 
@@ -70,6 +70,8 @@ TTA = ["MODEL.RETINAFACE.TEST.AUG.ENABLED", True, "MODEL.RETINAFACE.TEST.AUG.FLI
         ("CornerNet", [], {"size": (64, 64)}, "multiples of 16 less 1, not 64x64"),
         ("CenterNet", [], {"size": (64, 65)}, "multiples of 32, not 64x65"),
         ("CenterNet", [], {"size": (64, 96), "dynamic_size": True}, "sides of 96 to 4096"),
+        ("UPSNet", [], {"dynamic_batch": True}, "takes one image at a time"),
+        ("UPSNet", [], {"size": (64, 96), "dynamic_size": True}, "input has one size"),
         ("RetinaFace", TTA, {}, "TEST.AUG.ENABLED"),
     ],
 )

@@ -20,6 +20,7 @@ from d2ext.export.files import metadata, write
 from d2ext.export.graph import capture, export_form
 from d2ext.modeling.meta_arch import MetaArch
 from d2ext.systems.landmarks.model import LandmarkNet
+from d2ext.systems.upsnet.model import UPSNet
 from tests.export.models import lively_model
 
 HEIGHT, WIDTH = 129, 190
@@ -54,6 +55,13 @@ CASES = {
     "triplets": Case("CenterNetTriplets", keys("CENTERNET_TRIPLETS", *CORNERS, "TEST.FLIP", False)),
     "centernet": Case("CenterNet", keys("CENTERNET", "TEST.FLIP", True)),
     "landmarks": Case("LandmarkNet", []),
+    "upsnet": Case(
+        "UPSNet", keys("UPSNET", "TEST.SCORE_THRESH", 0.15, "TEST.STUFF_AREA_LIMIT", 400)
+    ),
+    "upsnet_joint": Case(
+        "UPSNet",
+        keys("UPSNET", "CATEGORY_IDS", "joint", "TEST.MIN_SIZE", 100, "TEST.UNKNOWN", False),
+    ),
     "retinaface": Case("RetinaFace", [], dynamic_size=True),
     "retinaface_resnet": Case("RetinaFace", RESNET, dynamic_size=True),
     "retinaface_mesh": Case("RetinaFace", keys("RETINAFACE", "MESH.NUM_VERTICES", 12)),
@@ -64,7 +72,7 @@ class Exported(NamedTuple):
     cfg: CfgNode
     model: MetaArch
     path: Callable[[str], str]
-    """Format → a file of it, in which batches are of any size."""
+    """Format → a file of it, in which batches are of any size where they can be."""
 
 
 @pytest.fixture(scope="module", params=list(CASES))
@@ -79,8 +87,9 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     if form.multiple:
         canvas = getattr(model, "canvas", None)
         size = (HEIGHT, WIDTH) if canvas is None else canvas((HEIGHT, WIDTH), 1.0).size
-    program = capture(model, form, size, dynamic_batch=True, dynamic_size=case.dynamic_size)
-    facts = metadata(cfg, form, program, "cpu")
+    if form.sizes:  # that of the image, resized and padded
+        shape = model.network_size((HEIGHT, WIDTH))
+        size = tuple(-(-side // form.multiple) * form.multiple for side in shape)
 
     def path(file_format: str) -> str:
         if file_format == "onnx":
@@ -88,6 +97,15 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
                 pytest.importorskip(package, reason="pip install d2ext[export]")
         name = folder / f"model{'.onnx' if file_format == 'onnx' else '.pt2'}"
         if not name.exists():
+            program = capture(
+                model,
+                form,
+                size,
+                dynamic_batch=not form.sizes,
+                dynamic_size=case.dynamic_size,
+                onnx=file_format == "onnx",
+            )
+            facts = metadata(cfg, form, program, "cpu")
             write(program, str(name), file_format, facts)
         return str(name)
 
@@ -149,6 +167,13 @@ def numpy_inputs(
     if facts["results"] == "yolact":
         image = cv2.resize(image.astype(np.float32), (width, height))
         return image.transpose(2, 0, 1)[None], {"size": size}
+    if facts["results"] == "upsnet":
+        assert isinstance(model, UPSNet)
+        scale = model.network_scale(size)
+        image = cv2.resize(image.astype(np.float32), None, fx=scale, fy=scale)
+        images = np.zeros((1, 3, height, width), np.float32)
+        images[0, :, : image.shape[0], : image.shape[1]] = image.transpose(2, 0, 1)
+        return images, {"size": size, "input_size": image.shape[:2], "scale": scale}
     if facts["results"] == "landmarks":
         assert isinstance(model, LandmarkNet)
         box = np.array([0.0, 0.0, size[1], size[0]])
@@ -185,11 +210,20 @@ def test_numpy_gives_the_same(exported: Exported) -> None:
     image = picture()
     ordered = image[..., ::-1] if file.facts["input"]["channels"] == "RGB" else image
     images, known = numpy_inputs(file.facts, exported.model, ordered)
-    outputs = file(torch.from_numpy(np.ascontiguousarray(images)))
+    sizes = [torch.tensor([known["input_size"]])] if file.facts["input"]["sizes"] else []
+    outputs = file(torch.from_numpy(np.ascontiguousarray(images)), *sizes)
     results = numpy_results.results(
         file.facts, {name: x.numpy() for name, x in outputs.items()}, **known
     )
-    expected = fields(d2ext.Predictor(path)(image)["instances"])
+    predicted = d2ext.Predictor(path)(image)
+    expected = fields(predicted["instances"])
+    if "panoptic" in results:
+        panoptic, infos = predicted["panoptic_seg"]
+        assert (results.pop("panoptic") != panoptic.numpy()).mean() < 1e-3
+        segments = [[x["category_id"], x["isthing"], x["score"], x["area"]] for x in infos]
+        assert len(segments) > 1 and any(x[1] for x in segments)
+        np.testing.assert_allclose(results.pop("segments"), np.array(segments, float), rtol=1e-2)
+        assert results.pop("semantic").shape == panoptic.shape
     compared = 0
     for name, value in results.items():
         other = expected.get(NAMES.get(name, name))
@@ -209,7 +243,10 @@ def test_numpy_gives_the_same(exported: Exported) -> None:
 
 def test_sizes_that_a_file_does_not_take(exported: Exported) -> None:
     file = ExportedFile(exported.path("torch"))
-    if file.facts["input"]["shape"][2] is None:
+    if file.facts["input"]["sizes"]:
+        with pytest.raises(ValueError, match=r"not the 300x100"):
+            file(torch.zeros(1, 3, 100, 300))
+    elif file.facts["input"]["shape"][2] is None:
         with pytest.raises(ValueError, match=r"takes sides of 96 to 4096 pixels, not the 64x32"):
             file(torch.zeros(1, 3, 32, 64))
     else:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
-from d2ext.layers.exporting import is_exporting
+from d2ext.layers.exporting import needs_fixed_shapes
 
 # Coordinate in pixels before the first one of any level.
 _OUTSIDE = -4096.0
@@ -147,14 +147,18 @@ class PyramidRoIAlign(nn.Module):
             (R, C, s, s), images in order.
         """
         boxes = torch.cat([x.tensor for x in box_lists])
-        image = torch.cat([x.tensor.new_full((len(x), 1), i) for i, x in enumerate(box_lists)])
-        rois = torch.cat([image, inclusive(boxes)], dim=1)
+        images = [x.tensor.new_full((len(x),), i) for i, x in enumerate(box_lists)]
+        return self.pool(features, boxes, torch.cat(images))
+
+    def pool(self, features: Sequence[Tensor], boxes: Tensor, images: Tensor) -> Tensor:
+        """The same of boxes (R, 4) and the index of each one's image (R,)."""
+        rois = torch.cat([images[:, None].to(boxes.dtype), inclusive(boxes)], dim=1)
         if len(self.strides) == 1:
             return self._pool(features[0], rois, self.strides[0])
         levels = self.levels(boxes)
-        if boxes.is_cuda and not is_exporting():
+        if needs_fixed_shapes(boxes):
             return self._pool_everywhere(features, rois, levels)
-        pooled = features[0].new_zeros((len(boxes), features[0].shape[1], self.size, self.size))
+        pooled = features[0].new_zeros((boxes.shape[0], features[0].shape[1], self.size, self.size))
         for i, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
             selected = (levels == i).nonzero()[:, 0]
             part = self._pool(feature, rois[selected], stride)

@@ -36,21 +36,34 @@ from torch.utils._pytree import tree_map_only
 
 from d2ext.layers import has_cuda_extension
 from d2ext.layers.transfer import upload
+from d2ext.modeling.export_form import ExportForm, Outputs
 from d2ext.modeling.meta_arch import image_size, output_size
 from d2ext.modeling.short_side import ShortSideMetaArch, scaled
 from d2ext.systems.upsnet import losses as L
 from d2ext.systems.upsnet import targets as T
 from d2ext.systems.upsnet.boxes import PyramidRoIAlign, end_behind, inclusive
-from d2ext.systems.upsnet.head import UPSNetPredictions, UPSNetSemanticHead
+from d2ext.systems.upsnet.head import (
+    SemanticPredictions,
+    UPSNetPredictions,
+    UPSNetSemanticHead,
+)
 from d2ext.systems.upsnet.network import UPSNetNetwork, needed
 from d2ext.systems.upsnet.panoptic_head import panoptic_logits
-from d2ext.systems.upsnet.postprocess import PanopticMap, UPSNetPostprocessor, segments
+from d2ext.systems.upsnet.postprocess import PanopticMap, Slots, UPSNetPostprocessor, segments
 from d2ext.systems.upsnet.roi_heads import UPSNetROIHeads
 from d2ext.systems.upsnet.rpn import UPSNetRPN
 from d2ext.systems.upsnet.targets import UPSNetTargets
 
 logger = logging.getLogger(__name__)
 
+# What of the post-processor an exported file's users need to know.
+EXPORTED_OPTIONS = (
+    "num_stuff",
+    "overlap_fraction",
+    "unknown",
+    "category_ids",
+    "stuff_area_limit",
+)
 # Side of the grid of a region in the semantic loss (published).
 SEMANTIC_ROI_SIZE = 28
 
@@ -59,7 +72,7 @@ SEMANTIC_ROI_SIZE = 28
 class UPSNet(ShortSideMetaArch):
     """UPSNet."""
 
-    export_refusal = "the number of its regions depends on the image"
+    export_refusal = ""
 
     postprocessor_class: ClassVar[type[UPSNetPostprocessor]] = UPSNetPostprocessor
     # An image's training dict → its targets.
@@ -363,6 +376,33 @@ class UPSNet(ShortSideMetaArch):
             (detections.instances(i, own, size), candidates.instances(i, other, size))
             for i, ((own, other), size) in enumerate(zip(counts, image_sizes, strict=True))
         ]
+
+    def export_form(self) -> ExportForm:
+        unit = self.backbone.size_divisibility
+
+        def pack(predictions: UPSNetPredictions) -> Outputs:
+            assert predictions.detections is not None and predictions.candidates is not None
+            candidates = predictions.candidates.outputs("panoptic_")
+            semantic = {"semantic": predictions.semantic.score.float()}
+            return predictions.detections.outputs() | candidates | semantic
+
+        def unpack(outputs: Outputs) -> UPSNetPredictions:
+            score = outputs["semantic"]
+            slots = Slots.of(outputs), Slots.of(outputs, "panoptic_")
+            return UPSNetPredictions({}, [], [], SemanticPredictions(score[:, :0], score), *slots)
+
+        return ExportForm(
+            pack=pack,
+            unpack=unpack,
+            size=(-(-(self.min_size or 800) // unit) * unit, -(-self.max_size // unit) * unit),
+            multiple=unit,
+            sizes=True,
+            results="upsnet",
+            options={
+                **{name: getattr(self.postprocessor, name) for name in EXPORTED_OPTIONS},
+                "heuristic": self.postprocessor.heuristic is not None,
+            },
+        )
 
     def inference_precision(self) -> torch.autocast:
         """Autocast for heads that do not run in the inference network, as configured for it."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from d2ext.layers.nms import nms
+from d2ext.modeling.export_form import Outputs
 from d2ext.systems.upsnet.boxes import end_behind, gather, inclusive
 from d2ext.systems.upsnet.panoptic_head import PanopticPrediction, predict_panoptic
 
@@ -37,13 +38,25 @@ class Slots(NamedTuple):
     """Boxes of a batch in D fixed slots, best first, pixels of the network input."""
 
     boxes: Tensor
-    """(N, D, 4)."""
+    """(N, D, 4); zeros in empty slots."""
     scores: Tensor
     """(N, D) in 0..1; :data:`EMPTY` in empty slots, which come last."""
     classes: Tensor
     """(N, D) int64 in 0..T-1."""
     mask_logits: Tensor | None = None
     """(N, D, M, M)."""
+
+    def outputs(self, prefix: str = "") -> Outputs:
+        """As tensors of an exported file."""
+        assert self.mask_logits is not None
+        empty = (self.scores == EMPTY)[..., None, None]
+        named = self._replace(mask_logits=self.mask_logits.masked_fill(empty, 0.0))._asdict()
+        return {f"{prefix}{name}": x for name, x in named.items()} | {f"{prefix}count": self.counts}
+
+    @classmethod
+    def of(cls, outputs: Outputs, prefix: str = "") -> Slots:
+        """Inverse of :meth:`outputs`."""
+        return cls(*(outputs[f"{prefix}{name}"] for name in cls._fields))
 
     @property
     def counts(self) -> Tensor:
@@ -101,7 +114,9 @@ def select(
     scores, order = scores.topk(min(limit + TIES, scores.shape[1]), dim=1)
     scores = torch.where(scores >= scores[:, :limit][:, -1:], scores, EMPTY)
     index = index.gather(1, order)
-    return Slots(gather(boxes, index), scores, index % kinds)
+    empty = scores == EMPTY
+    boxes = gather(boxes, index).masked_fill(empty[..., None], 0.0)
+    return Slots(boxes, scores, (index % kinds).masked_fill(empty, 0))
 
 
 def nearest(

@@ -22,6 +22,7 @@ from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks, pair
 from torch import Tensor
 
 from d2ext.config import ConfigError
+from d2ext.layers.exporting import needs_fixed_shapes
 from d2ext.systems.upsnet.boxes import PyramidRoIAlign, clip, end_behind, inclusive
 from d2ext.systems.upsnet.postprocess import EMPTY, Slots, select
 from d2ext.systems.upsnet.rpn import Proposals, match
@@ -76,8 +77,11 @@ class UPSNetROIHeads(StandardROIHeads):
     ) -> Tensor:
         """Boxes of N images and the class of each box (R,) → its mask logits (R, M, M), float32."""
         maps = [features[name] for name in self.mask_in_features]
-        logits = self.mask_head.layers(self.mask_pooler(maps, [Boxes(x) for x in boxes]))
-        return logits[torch.arange(len(classes), device=classes.device), classes].float()
+        return self._mask_logits(self.mask_pooler(maps, [Boxes(x) for x in boxes]), classes)
+
+    def _mask_logits(self, pooled: Tensor, classes: Tensor) -> Tensor:
+        logits = self.mask_head.layers(pooled)
+        return logits[torch.arange(classes.shape[0], device=classes.device), classes].float()
 
     def find(
         self, features: dict[str, Tensor], proposals: Proposals, sizes: Tensor
@@ -110,11 +114,17 @@ class UPSNetROIHeads(StandardROIHeads):
 
     def add_masks(self, features: dict[str, Tensor], slots: Sequence[Slots]) -> list[Slots]:
         """The same with their ``mask_logits``; all go through the mask head together."""
-        boxes = torch.cat([x.boxes for x in slots], dim=1)
-        classes = torch.cat([x.classes for x in slots], dim=1)
-        logits = self.predict_masks(features, [*boxes], classes.flatten()).unflatten(
-            0, classes.shape
-        )
+        boxes, scores, classes = (torch.cat([x[i] for x in slots], dim=1) for i in range(3))
+        if needs_fixed_shapes(boxes):
+            logits = self.predict_masks(features, [*boxes], classes.flatten())
+            logits = logits.unflatten(0, classes.shape)
+        else:  # of empty slots zeros
+            used = (scores != EMPTY).nonzero(as_tuple=True)
+            maps = [features[name] for name in self.mask_in_features]
+            own = self._mask_logits(
+                self.mask_pooler.pool(maps, boxes[used], used[0]), classes[used]
+            )
+            logits = own.new_zeros((*classes.shape, *own.shape[1:])).index_put(used, own)
         parts = logits.split([x.classes.shape[1] for x in slots], dim=1)
         return [x._replace(mask_logits=part) for x, part in zip(slots, parts, strict=True)]
 
