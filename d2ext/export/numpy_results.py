@@ -400,7 +400,9 @@ def _soft_nms(
 
 def _tents(cell: Array, cells: int) -> Array:
     """(n,) places between cells → (n, cells) their weights."""
-    return np.maximum(1 - abs(cell.astype(np.float32)[:, None] - np.arange(cells)), 0)
+    return np.maximum(
+        1 - abs(cell.astype(np.float32)[:, None] - np.arange(cells, dtype=np.float32)), 0
+    )
 
 
 def _pasted(grid: Array, box: Array, rows: Array, columns: Array, whole: bool = False) -> Array:
