@@ -414,7 +414,9 @@ def _pasted(grid: Array, box: Array, rows: Array, columns: Array, whole: bool = 
     lines = []
     for pixels, low, high in ((rows, box[1], box[3]), (columns, box[0], box[2])):
         low, length = (int(low), int(high) - int(low) + 1) if whole else (low, high - low)
-        cell = (pixels + np.float32(0.5) - low) * np.float32(len(grid) / length) - np.float32(0.5)
+        cell = (pixels + np.float32(0.5) - low) * np.float32(
+            len(grid) / (max(length, 1) if whole else length)
+        ) - np.float32(0.5)
         weights = _tents(cell.clip(0, len(grid) - 1) if whole else cell, len(grid))
         inside = (pixels >= low) & (pixels < low + length)
         lines.append(weights * inside[:, None] if whole else weights)

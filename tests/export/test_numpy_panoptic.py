@@ -21,7 +21,7 @@ def slots(seed: int, count: int, logit: float) -> Slots:
     generator = torch.Generator().manual_seed(seed)
     corners = torch.rand(1, SLOTS, 2, generator=generator) * torch.tensor([50.0, 30.0])
     sides = torch.rand(1, SLOTS, 2, generator=generator) * 40
-    sides[:, 3] = 1.0
+    corners[:, 3], sides[:, 3] = torch.tensor([10.0, 20.0]), 0.2
     boxes = torch.cat([corners, corners + sides], dim=2)
     scores = torch.linspace(0.9, 0.4, SLOTS)[None].masked_fill(torch.arange(SLOTS) >= count, -1.0)
     classes = torch.randint(0, 2, (1, SLOTS), generator=generator)
