@@ -405,7 +405,7 @@ def _tents(cell: Array, cells: int) -> Array:
     )
 
 
-def _pasted(grid: Array, box: Array, rows: Array, columns: Array, whole: bool = False) -> Array:
+def _pasted(grid: Array, box: Array, rows: Array, columns: Array, *, whole: bool = False) -> Array:
     """Values (M, M) spread over a box, at given pixels: bilinear, zeros around.
 
     Args:
