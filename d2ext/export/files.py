@@ -156,11 +156,12 @@ class ExportedFile:
             fits = given[0] <= size[0] and given[1] <= size[1]
             missing = (0, size[1] - images.shape[3], 0, size[0] - images.shape[2])
             images, given = F.pad(images, missing), size if fits else given
+        other = "a larger --size" if expected.get("sizes") else "--dynamic-size"
         needed = f"the {given[1]}x{given[0]} that this image needs"
         if size != [None, None] and size != given:
             raise ValueError(
                 f"'{self.path}' takes {size[1]}x{size[0]} pixels, not {needed}: give others, or "
-                "export with --dynamic-size."
+                f"export with {other}."
             )
         if size == [None, None] and not all(MIN_SIDE <= side <= MAX_SIDE for side in given):
             raise ValueError(

@@ -400,10 +400,12 @@ def _soft_nms(
 
 def _tents(cell: Array, cells: int) -> Array:
     """(n,) places between cells → (n, cells) their weights."""
-    return np.maximum(1 - abs(cell.astype(np.float32)[:, None] - np.arange(cells)), 0)
+    return np.maximum(
+        1 - abs(cell.astype(np.float32)[:, None] - np.arange(cells, dtype=np.float32)), 0
+    )
 
 
-def _pasted(grid: Array, box: Array, rows: Array, columns: Array, whole: bool = False) -> Array:
+def _pasted(grid: Array, box: Array, rows: Array, columns: Array, *, whole: bool = False) -> Array:
     """Values (M, M) spread over a box, at given pixels: bilinear, zeros around.
 
     Args:
@@ -412,7 +414,9 @@ def _pasted(grid: Array, box: Array, rows: Array, columns: Array, whole: bool = 
     lines = []
     for pixels, low, high in ((rows, box[1], box[3]), (columns, box[0], box[2])):
         low, length = (int(low), int(high) - int(low) + 1) if whole else (low, high - low)
-        cell = (pixels + np.float32(0.5) - low) * np.float32(len(grid) / length) - np.float32(0.5)
+        cell = (pixels + np.float32(0.5) - low) * np.float32(
+            len(grid) / (max(length, 1) if whole else length)
+        ) - np.float32(0.5)
         weights = _tents(cell.clip(0, len(grid) - 1) if whole else cell, len(grid))
         inside = (pixels >= low) & (pixels < low + length)
         lines.append(weights * inside[:, None] if whole else weights)

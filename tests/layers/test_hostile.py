@@ -120,6 +120,10 @@ VALID: dict[str, tuple[str, Callable[[], list[Any]]]] = {
         "grad x axis reverse",
         lambda: [torch.ones(2, 3, 4, 5), torch.randn(2, 3, 4, 5), 3, False],
     ),
+    "nms": (
+        "boxes valid threshold",
+        lambda: [torch.rand(2, 5, 4), torch.rand(2, 5) < 0.5, 0.5],
+    ),
     "soft_nms": (
         "boxes scores corner_scores sizes method sigma iou score_threshold weight_exp",
         lambda: [

@@ -379,6 +379,7 @@ class UPSNet(ShortSideMetaArch):
 
     def export_form(self) -> ExportForm:
         unit = self.backbone.size_divisibility
+        side = -(-self.max_size // unit) * unit
 
         def pack(predictions: UPSNetPredictions) -> Outputs:
             assert predictions.detections is not None and predictions.candidates is not None
@@ -394,7 +395,7 @@ class UPSNet(ShortSideMetaArch):
         return ExportForm(
             pack=pack,
             unpack=unpack,
-            size=(-(-(self.min_size or 800) // unit) * unit, -(-self.max_size // unit) * unit),
+            size=(side, side),
             multiple=unit,
             sizes=True,
             results="upsnet",

@@ -13,12 +13,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import batched_nms, nms
 
+from d2ext.layers import has_cuda_extension
 from d2ext.systems.upsnet import boxes as upsnet_boxes
 from d2ext.systems.upsnet import roi_heads
 from d2ext.systems.upsnet.boxes import PyramidRoIAlign
 from d2ext.systems.upsnet.postprocess import TIES, select
 from d2ext.systems.vpsnet.roi_heads import VPSNetRoIAlign
 from d2ext.testing import random_inputs, tiny_config
+from tests.export.models import lively_model
 
 
 class Copies(TorchDispatchMode):
@@ -125,3 +127,35 @@ def test_select_is_torchvisions_nms(across: bool, threshold: float, limit: int) 
         assert torch.equal(own.scores, scores[keep]) and torch.equal(own.pred_classes, kind[keep])
         assert torch.equal(own.pred_boxes.tensor, found[keep])
         assert (slots.scores[i, len(keep) :] == -1).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_cuda_extension(), reason="d2ext_C is not compiled for CUDA")
+@pytest.mark.parametrize("architecture", ["UPSNet", "VPSNet"])
+def test_graph_and_eager_on_the_gpu(cuda: torch.device, architecture: str) -> None:
+    """The network does not wait for the device, and a graph of it gives the same for images of other
+    sizes and the same padding."""
+    torch.backends.cudnn.allow_tf32 = False
+    cfg, plain = lively_model(architecture)
+    cfg.MODEL.INFERENCE.MODE, cfg.MODEL.DEVICE = "cudagraph", str(cuda)
+    models = [plain.to(cuda), build_model(cfg).eval()]
+    models[1].load_state_dict(plain.state_dict())
+    for height, width in ((60, 80), (50, 70), (60, 80)):
+        inputs = random_inputs(2, height=height, width=width)
+        for i, x in enumerate(inputs):
+            x.update(video_id=i, frame=0, is_first=True)
+        images, state = models[0].preprocess(inputs), models[0].network_state(inputs)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.no_grad():
+                models[0].network.forward(images, *state)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        expected, actual = (model(inputs) for model in models)
+        for a, b in zip(actual, expected, strict=True):
+            own, other = a["instances"], b["instances"]
+            assert len(other) > 0 and torch.equal(own.pred_classes, other.pred_classes)
+            torch.testing.assert_close(own.scores, other.scores, atol=1e-4, rtol=0)
+            boxes = own.pred_boxes.tensor, other.pred_boxes.tensor
+            torch.testing.assert_close(*boxes, atol=0.05, rtol=0)
+            assert (a["panoptic_seg"][0] != b["panoptic_seg"][0]).float().mean() < 0.01
