@@ -28,6 +28,9 @@ def add_engine_config(cfg: CfgNode) -> None:
     # Iterations between two lines of the log, of metrics.json and of TensorBoard. Losses there are
     # medians over this many iterations.
     solver.LOG_PERIOD = 20
+    # Where else scalars, pictures and the config go: any of "Wandb", "MLflow", "ClearML", whose packages
+    # must be installed; see d2ext.engine.experiments.
+    solver.LOGGERS = ()
     # For models with parameters that get no gradient in some iterations; costs some speed. Used
     # with several processes only.
     solver.FIND_UNUSED_PARAMETERS = False

@@ -285,6 +285,9 @@ class LogWriter(HookBase):
                 if name not in self._failed:  # once is enough
                     logger.error("%s could not write (%s); training goes on.", name, error)
                     self._failed.add(name)
+        # TensorBoard's writer does it, too, but not where it is not installed.
+        self.trainer.storage.clear_images()
+        self.trainer.storage.clear_histograms()
 
 
 def drop_metrics_from(path: str, start_iter: int) -> None:

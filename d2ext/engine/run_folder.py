@@ -28,6 +28,7 @@ _WRITTEN = (
     "*.pth",
     "last_checkpoint",
     "metrics.json",
+    "experiments.json",
     "results.json",
     "config.yaml",
     "log.txt*",

@@ -32,6 +32,7 @@ from d2ext.config import ConfigError
 from d2ext.data import build_test_loader, build_train_loader
 from d2ext.data.build import StreamDataset
 from d2ext.engine.ema import EMAHook, TrainedWeights, build_ema
+from d2ext.engine.experiments import build_loggers, check_loggers
 from d2ext.engine.hooks import (
     BestCheckpointer,
     EarlyStopping,
@@ -95,6 +96,7 @@ class Trainer(DefaultTrainer):
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         _check_solver(cfg)
         _check_channels(cfg)
+        check_loggers(cfg)
         set_cpu_threads(cfg)
         self._seed_given = cfg.SEED >= 0
         self.cfg = cfg if self._seed_given else _with_seed(cfg, comm.shared_random_seed())
@@ -252,7 +254,7 @@ class Trainer(DefaultTrainer):
         return [*result, InterruptHook()]
 
     def build_writers(self) -> list[EventWriter]:
-        """Terminal, ``metrics.json`` and, where TensorBoard is installed, its event file.
+        """Terminal, ``metrics.json``, those of ``SOLVER.LOGGERS``, and TensorBoard's where it is installed.
 
         Called when training begins. What a killed run logged beyond ``start_iter`` is dropped.
         """
@@ -261,7 +263,11 @@ class Trainer(DefaultTrainer):
         window = self.cfg.SOLVER.LOG_PERIOD
         metrics = os.path.join(folder, "metrics.json")
         drop_metrics_from(metrics, self.start_iter)
-        writers = [CommonMetricPrinter(self.max_iter, window), JSONWriter(metrics, window)]
+        writers = [
+            CommonMetricPrinter(self.max_iter, window),
+            JSONWriter(metrics, window),
+            *build_loggers(self.cfg, resume=self.start_iter > 0),
+        ]
         if importlib.util.find_spec("tensorboard") is None:
             logger.info("TensorBoard is not installed; its log is not written.")
             return writers
