@@ -1,7 +1,8 @@
 """Experiments in W&B, MLflow and ClearML: writers of Detectron2's kind, beside TensorBoard's.
 
 ``SOLVER.LOGGERS`` names them. Server, login and project are the packages' own matter: ``wandb login``,
-``WANDB_PROJECT``; ``MLFLOW_TRACKING_URI``, ``MLFLOW_EXPERIMENT_NAME``; ``clearml-init``, ``CLEARML_PROJECT``.
+``WANDB_PROJECT``; ``MLFLOW_TRACKING_URI``, ``MLFLOW_EXPERIMENT_NAME``; ``clearml-init``,
+``CLEARML_PROJECT``.
 """
 
 from __future__ import annotations

@@ -171,10 +171,14 @@ class EarlyStopping(HookBase):
         period: iterations between evaluations.
         patience: evaluations without a better value.
         best: knows the best; None in other processes than the main one. Must come before in the hooks.
+
+    Attributes:
+        ended_after: iterations; 0 while the training goes on.
     """
 
     def __init__(self, period: int, patience: int, best: BestCheckpointer | None) -> None:
         self._period, self._patience, self._best = period, patience, best
+        self.ended_after = 0
 
     def before_train(self) -> None:
         """Stop at once, if the run that is resumed was stopped."""
@@ -194,6 +198,7 @@ class EarlyStopping(HookBase):
         since = done if best is None else done - 1 - best
         if since // self._period < self._patience:
             return False
+        self.ended_after = done
         logger.info(
             "The training ends after %d iterations: %d evaluations gave no better value than iteration "
             "%s (TEST.EARLY_STOPPING %d).",

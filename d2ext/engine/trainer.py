@@ -86,6 +86,9 @@ class Trainer(DefaultTrainer):
         evaluated_model: what is evaluated and stored under "model" in checkpoints: the moving
             average with ``MODEL_EMA.ENABLED``, else the model.
         cfg: with the seed filled in.
+        best: knows the best value of ``TEST.BEST_METRIC``; None without it, and in other processes than
+            the main one.
+        early_stopping: None without ``TEST.EARLY_STOPPING``.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -242,19 +245,20 @@ class Trainer(DefaultTrainer):
             return self._last_eval_results
 
         result.append(EvalHook(test.EVAL_PERIOD, evaluate))
-        best = None
+        self.best = self.early_stopping = None
         if main and test.BEST_METRIC:
             saver = WeightsCheckpointer(self.evaluated_model, cfg.OUTPUT_DIR)
-            best = BestCheckpointer(test.EVAL_PERIOD, saver, test.BEST_METRIC, test.BEST_MODE)
-            result.append(best)
+            self.best = BestCheckpointer(test.EVAL_PERIOD, saver, test.BEST_METRIC, test.BEST_MODE)
+            result.append(self.best)
         if test.EARLY_STOPPING:
-            result.append(EarlyStopping(test.EVAL_PERIOD, test.EARLY_STOPPING, best))
+            self.early_stopping = EarlyStopping(test.EVAL_PERIOD, test.EARLY_STOPPING, self.best)
+            result.append(self.early_stopping)
         if main:
             result.append(LogWriter(self.build_writers, solver.LOG_PERIOD))
         return [*result, InterruptHook()]
 
     def build_writers(self) -> list[EventWriter]:
-        """Terminal, ``metrics.json``, those of ``SOLVER.LOGGERS``, and TensorBoard's where it is installed.
+        """Terminal, ``metrics.json``, those of ``SOLVER.LOGGERS``, TensorBoard's where it is installed.
 
         Called when training begins. What a killed run logged beyond ``start_iter`` is dropped.
         """
@@ -291,6 +295,8 @@ class Trainer(DefaultTrainer):
                 self.cfg.OUTPUT_DIR,
                 self.max_iter,
             )
+            if self.best is not None:
+                self.best.before_train()  # reads the best value so far
             self._finish()
         else:
             self._trainer.data_loader = self.data_loader  # an error in the data is raised here
