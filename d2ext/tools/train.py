@@ -79,8 +79,8 @@ def build_parser(doc: str | None = __doc__) -> argparse.ArgumentParser:
     parser.add_argument(
         "--analyze",
         action="store_true",
-        help="also write where panoptic quality is lost: per class, per image, between classes, for "
-        "videos per clip and where ids change, in tables and pictures (OUTPUT_DIR/inference/analysis)",
+        help="also write where AP of boxes, masks and keypoints is lost (a page, numbers and pictures; "
+        "needs hotcoco), or panoptic quality (OUTPUT_DIR/inference/analysis)",
     )
     # None: not given, see launch.
     parser.set_defaults(dist_url="auto", num_gpus=None, num_machines=None, machine_rank=None)
