@@ -77,6 +77,7 @@ OPTIONAL |= {
     "wandb",
     "mlflow",
     "clearml",
+    "gradio",
 }
 
 

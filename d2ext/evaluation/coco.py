@@ -119,7 +119,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         self._false_discovery = false_discovery
         self._ap_at = ap_at
         self._analysis = None if analysis_dir is None else InstanceAnalysis(analysis_dir)
-        self._files: dict[Any, str] = {}  # of images that this process saw, by their ids
+        self._image_files: dict[Any, str] = {}  # of images that this process saw, by their ids
 
     def reset(self) -> None:
         """Forget all predictions."""
@@ -151,7 +151,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
                     result["bbox"] = [round(v, 2) for v in result["bbox"]]
             self._predictions.append({"image_id": image_id, "instances": results})
             if self._analysis is not None and "file_name" in one_input:
-                self._files[image_id] = one_input["file_name"]
+                self._image_files[image_id] = one_input["file_name"]
 
     def _different_poses(self, instances: Instances) -> torch.Tensor:
         """Indices of the instances that :func:`oks_nms` selects.
@@ -189,7 +189,9 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         """
         if self._distributed:
             self._fields = set().union(*comm.all_gather(self._fields))
-            self._files = dict(itertools.chain(*(x.items() for x in comm.all_gather(self._files))))
+            self._image_files = dict(
+                itertools.chain(*(x.items() for x in comm.all_gather(self._image_files)))
+            )
             gathered = comm.gather(self._predictions, dst=0)
             if not comm.is_main_process():
                 return {}
@@ -263,7 +265,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             self._logger.info("False discovery (%%): %s", shown)
             results.update(rates)
         if self._analysis is not None and coco_eval is not None:
-            self._analysis.add(coco_eval, iou_type, self._files.get)
+            self._analysis.add(coco_eval, iou_type, self._image_files.get)
         return results
 
     def _score_nothing(self, task: str, img_ids: list[Any] | None) -> dict[str, float]:
