@@ -66,10 +66,13 @@ def test_own_panoptic_data_from_the_command_line(
     instances = [
         "--config-file",
         BASELINE,
+        "--eval-only",
         "--analyze",
         *options,
         "DATASETS.TEST",
         "('shapes_val_faces',)",
+        "MODEL.ROI_HEADS.NUM_CLASSES",
+        "1",
     ]
     assert train.run(instances) == 2
     assert "There is no analysis of data set 'shapes_val_faces'" in capsys.readouterr().err
