@@ -19,6 +19,8 @@ from d2ext.config import get_cfg
 from d2ext.data.custom import register_own_dataset
 from d2ext.data.errors import DatasetError
 from d2ext.evaluation import build_evaluator
+from d2ext.tools import train
+from tests.engine import toy
 
 NAME = "analysed_val"
 SIZE = 160
@@ -146,7 +148,9 @@ def test_the_page_links_pictures_that_show_the_errors(dataset: Path) -> None:
     sources = re.findall(r'src="([^"]+)"', page)
     assert len(sources) == len(set(sources)) == 3 * (5 + 3)
     assert all((folder / x).is_file() for x in sources)
+    tasks = json.loads((folder / "instances.json").read_text())
     for task in ("bbox", "segm", "keypoints"):
+        assert tasks[task]["threshold"]["F1"] == pytest.approx(2 * 4 / (7 + 5))
         assert f"{task}/worst/00_9.png" in sources
         for name, side in (("00_9", 0), ("01_7", 1)):  # where right and wrong ones are apart
             picture = cv2.imread(str(folder / task / f"worst/{name}.png")).astype(int)
@@ -173,6 +177,23 @@ def test_nothing_is_detected(dataset: Path, caplog: pytest.LogCaptureFixture) ->
     pytest.importorskip("hotcoco")
     assert evaluate(dataset / "out", lambda image: [])["bbox"]["AP"] == 0
     assert not (dataset / "out/analysis/index.html").exists()
+
+
+def test_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    toy.register(toy.write_data(tmp_path / "data"))
+    options = toy.options(tmp_path / "run", SOLVER__MAX_ITER=1, SOLVER__STEPS="()")
+    command = ["--analyze", *options, "DATASETS.TEST", "('toy',)"]
+    with monkeypatch.context() as patch:
+        patch.setattr("d2ext.evaluation.instance_analysis.find_spec", lambda _: None)
+        assert train.run(command) == 2
+    assert "needs hotcoco" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    pytest.importorskip("hotcoco")
+    monkeypatch.setattr("d2ext.evaluation.instance_analysis._plot", lambda *_: None)
+    assert train.run(command) == 0
+    page = (tmp_path / "run/inference/analysis/index.html").read_text(encoding="utf-8")
+    assert "<h2>bbox</h2>" in page and "<h2>segm</h2>" not in page
 
 
 def test_without_the_package_it_is_said(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
