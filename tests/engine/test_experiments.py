@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from importlib.machinery import ModuleSpec
@@ -181,9 +182,22 @@ def test_all_get_what_tensorboard_gets(build: Train, fakes: Fakes, tmp_path: Pat
         assert tag.startswith("Left") and tag.endswith("annotations")
         assert pixels.shape == (4, 6, 3) and pixels.dtype == np.uint8
         assert (pixels == [127, 0, 0]).all()
-    assert not made.storage._vis_data
     ids = json.loads((tmp_path / "mine/experiments.json").read_text())
     assert ids == {"Wandb": "w1", "MLflow": "m1", "ClearML": "c1"}
+
+
+def test_pictures_do_not_pile_up_without_tensorboard(
+    build: Train, fakes: Fakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *x: (name != "tensorboard" and real(name, *x)) or None,
+    )
+    made = trainer(build)
+    made.train()
+    assert len(fakes.images) == 3 and not made.storage._vis_data
 
 
 def test_a_resumed_run_goes_on_in_its_experiments(build: Train, fakes: Fakes) -> None:
