@@ -67,7 +67,18 @@ SYSTEM_ARROWS = {
 }
 # Optional packages are imported where they are used, never when a module of d2ext is imported.
 OPTIONAL = {"tensorboard", "panopticapi", "hotcoco", "trackeval", "norfair", "scipy", "skimage"}
-OPTIONAL |= {"matplotlib", "av", "onnx", "onnxruntime", "onnxscript", "h5py"}
+OPTIONAL |= {
+    "matplotlib",
+    "av",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "h5py",
+    "wandb",
+    "mlflow",
+    "clearml",
+    "gradio",
+}
 
 
 def module_name(path: Path, root: Path) -> list[str]:

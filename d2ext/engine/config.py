@@ -28,6 +28,9 @@ def add_engine_config(cfg: CfgNode) -> None:
     # Iterations between two lines of the log, of metrics.json and of TensorBoard. Losses there are
     # medians over this many iterations.
     solver.LOG_PERIOD = 20
+    # Where else scalars, pictures and the config go: any of "Wandb", "MLflow", "ClearML", whose packages
+    # must be installed; see d2ext.engine.experiments.
+    solver.LOGGERS = ()
     # For models with parameters that get no gradient in some iterations; costs some speed. Used
     # with several processes only.
     solver.FIND_UNUSED_PARAMETERS = False
@@ -61,9 +64,9 @@ def add_engine_config(cfg: CfgNode) -> None:
     cfg.TEST.BEST_MODE = "max"
     # A training ends after so many evaluations in a row without a better BEST_METRIC; 0: never.
     cfg.TEST.EARLY_STOPPING = 0
-    # True: evaluation also writes where panoptic quality is lost, per class, per image and between
-    # classes, as tables and pictures, for videos also per clip and where ids change (d2ext train
-    # --analyze).
+    # True: evaluation also writes where quality is lost (d2ext evaluate --analyze). AP of boxes, masks
+    # and keypoints: types of errors, confusions, sizes, scores, the worst images (needs hotcoco).
+    # Panoptic quality: per class, image and clip, between classes, and where ids change.
     cfg.TEST.ANALYZE = False
     # What computes panoptic quality: "panopticapi", or the faster "hotcoco" (pip install hotcoco),
     # which gives the same numbers.

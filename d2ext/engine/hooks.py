@@ -171,10 +171,14 @@ class EarlyStopping(HookBase):
         period: iterations between evaluations.
         patience: evaluations without a better value.
         best: knows the best; None in other processes than the main one. Must come before in the hooks.
+
+    Attributes:
+        ended_after: iterations; 0 while the training goes on.
     """
 
     def __init__(self, period: int, patience: int, best: BestCheckpointer | None) -> None:
         self._period, self._patience, self._best = period, patience, best
+        self.ended_after = 0
 
     def before_train(self) -> None:
         """Stop at once, if the run that is resumed was stopped."""
@@ -194,6 +198,7 @@ class EarlyStopping(HookBase):
         since = done if best is None else done - 1 - best
         if since // self._period < self._patience:
             return False
+        self.ended_after = done
         logger.info(
             "The training ends after %d iterations: %d evaluations gave no better value than iteration "
             "%s (TEST.EARLY_STOPPING %d).",
@@ -285,6 +290,9 @@ class LogWriter(HookBase):
                 if name not in self._failed:  # once is enough
                     logger.error("%s could not write (%s); training goes on.", name, error)
                     self._failed.add(name)
+        # TensorBoard's writer does it, too, but not where it is not installed.
+        self.trainer.storage.clear_images()
+        self.trainer.storage.clear_histograms()
 
 
 def drop_metrics_from(path: str, start_iter: int) -> None:

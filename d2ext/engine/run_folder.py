@@ -28,6 +28,7 @@ _WRITTEN = (
     "*.pth",
     "last_checkpoint",
     "metrics.json",
+    "experiments.json",
     "results.json",
     "config.yaml",
     "log.txt*",
@@ -65,11 +66,7 @@ def load_run(path: str | os.PathLike[str]) -> CfgNode:
     if not config.is_file():
         raise ConfigError(f"'{folder}' is no folder of a training: it has no config.yaml.")
     cfg = load_config(str(config))
-    best = folder / "model_best.pth"
-    if cfg.TEST.BEST_METRIC and best.is_file():
-        weights = str(best)
-    else:
-        weights = Checkpointer(nn.Module(), str(folder)).get_checkpoint_file()
+    weights = trained_weights(folder, cfg.TEST.BEST_METRIC)
     if not weights:
         raise ConfigError(f"The training in '{folder}' has left no checkpoint so far.")
     logger.info("Weights: %s", weights)
@@ -81,6 +78,14 @@ def load_run(path: str | os.PathLike[str]) -> CfgNode:
         if copy.is_file():
             node[key] = str(copy)
     return cfg
+
+
+def trained_weights(folder: Path, best_metric: str) -> str:
+    """``model_best.pth`` if ``TEST.BEST_METRIC`` chose one, else the last checkpoint, or ""."""
+    best = folder / "model_best.pth"
+    if best_metric and best.is_file():
+        return str(best)
+    return Checkpointer(nn.Module(), str(folder)).get_checkpoint_file()
 
 
 def keep_files(cfg: CfgNode) -> None:

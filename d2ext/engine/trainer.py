@@ -32,6 +32,7 @@ from d2ext.config import ConfigError
 from d2ext.data import build_test_loader, build_train_loader
 from d2ext.data.build import StreamDataset
 from d2ext.engine.ema import EMAHook, TrainedWeights, build_ema
+from d2ext.engine.experiments import build_loggers, check_loggers
 from d2ext.engine.hooks import (
     BestCheckpointer,
     EarlyStopping,
@@ -85,6 +86,9 @@ class Trainer(DefaultTrainer):
         evaluated_model: what is evaluated and stored under "model" in checkpoints: the moving
             average with ``MODEL_EMA.ENABLED``, else the model.
         cfg: with the seed filled in.
+        best: knows the best value of ``TEST.BEST_METRIC``; None without it, and in other processes than
+            the main one.
+        early_stopping: None without ``TEST.EARLY_STOPPING``.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -95,6 +99,7 @@ class Trainer(DefaultTrainer):
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         _check_solver(cfg)
         _check_channels(cfg)
+        check_loggers(cfg)
         set_cpu_threads(cfg)
         self._seed_given = cfg.SEED >= 0
         self.cfg = cfg if self._seed_given else _with_seed(cfg, comm.shared_random_seed())
@@ -240,19 +245,20 @@ class Trainer(DefaultTrainer):
             return self._last_eval_results
 
         result.append(EvalHook(test.EVAL_PERIOD, evaluate))
-        best = None
+        self.best = self.early_stopping = None
         if main and test.BEST_METRIC:
             saver = WeightsCheckpointer(self.evaluated_model, cfg.OUTPUT_DIR)
-            best = BestCheckpointer(test.EVAL_PERIOD, saver, test.BEST_METRIC, test.BEST_MODE)
-            result.append(best)
+            self.best = BestCheckpointer(test.EVAL_PERIOD, saver, test.BEST_METRIC, test.BEST_MODE)
+            result.append(self.best)
         if test.EARLY_STOPPING:
-            result.append(EarlyStopping(test.EVAL_PERIOD, test.EARLY_STOPPING, best))
+            self.early_stopping = EarlyStopping(test.EVAL_PERIOD, test.EARLY_STOPPING, self.best)
+            result.append(self.early_stopping)
         if main:
             result.append(LogWriter(self.build_writers, solver.LOG_PERIOD))
         return [*result, InterruptHook()]
 
     def build_writers(self) -> list[EventWriter]:
-        """Terminal, ``metrics.json`` and, where TensorBoard is installed, its event file.
+        """Terminal, ``metrics.json``, those of ``SOLVER.LOGGERS``, TensorBoard's where it is installed.
 
         Called when training begins. What a killed run logged beyond ``start_iter`` is dropped.
         """
@@ -261,7 +267,11 @@ class Trainer(DefaultTrainer):
         window = self.cfg.SOLVER.LOG_PERIOD
         metrics = os.path.join(folder, "metrics.json")
         drop_metrics_from(metrics, self.start_iter)
-        writers = [CommonMetricPrinter(self.max_iter, window), JSONWriter(metrics, window)]
+        writers = [
+            CommonMetricPrinter(self.max_iter, window),
+            JSONWriter(metrics, window),
+            *build_loggers(self.cfg, resume=self.start_iter > 0),
+        ]
         if importlib.util.find_spec("tensorboard") is None:
             logger.info("TensorBoard is not installed; its log is not written.")
             return writers
@@ -285,6 +295,8 @@ class Trainer(DefaultTrainer):
                 self.cfg.OUTPUT_DIR,
                 self.max_iter,
             )
+            if self.best is not None:
+                self.best.before_train()  # reads the best value so far
             self._finish()
         else:
             self._trainer.data_loader = self.data_loader  # an error in the data is raised here

@@ -3,6 +3,7 @@
 import os
 from collections import OrderedDict
 from collections.abc import Container
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from d2ext.data.image_io import read_label_map
 from d2ext.evaluation.coco import COCOEvaluator
 from d2ext.evaluation.densepose import DensePoseEvaluator
 from d2ext.evaluation.faces import FaceEvaluator
+from d2ext.evaluation.instance_analysis import check_hotcoco
 from d2ext.evaluation.landmarks import LandmarkEvaluator
 from d2ext.evaluation.optical_flow import OpticalFlowEvaluator
 from d2ext.evaluation.panoptic import COCOPanopticEvaluator
@@ -87,7 +89,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
 
     Raises:
         ValueError: unregistered data set, or one without an ``evaluator_type`` known here.
-        DatasetError: ``TEST.ANALYZE`` for a data set that is not panoptic.
+        DatasetError: ``TEST.ANALYZE`` for a data set that has no analysis, or without its package.
     """
     if dataset_name not in DatasetCatalog.list():
         raise ValueError(
@@ -109,8 +111,11 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
 
 @EVALUATOR_REGISTRY.register()
 def coco(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
-    """Boxes, masks, keypoints."""
-    return COCOEvaluator(name, output_dir=folder, **_coco_options(cfg, name))
+    """Boxes, masks, keypoints, and with ``TEST.ANALYZE`` where AP is lost."""
+    # What is panoptic has an analysis without hotcoco.
+    analyze = cfg.TEST.ANALYZE and find_spec("hotcoco") is not None
+    analysis = os.path.join(folder, "analysis") if analyze else None
+    return COCOEvaluator(name, output_dir=folder, analysis_dir=analysis, **_coco_options(cfg, name))
 
 
 @EVALUATOR_REGISTRY.register()
@@ -262,12 +267,17 @@ def _panoptic_quality(
 
 def check_analysis(dataset_name: str) -> None:
     """Raise :class:`DatasetError` unless ``TEST.ANALYZE`` has something to say on a data set."""
-    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-    if kind not in ("coco_panoptic_seg", "cityscapes_panoptic_seg", "video_panoptic_seg"):
+    metadata = MetadataCatalog.get(dataset_name)
+    kind = metadata.get("evaluator_type")
+    if kind == "coco" or (
+        kind == "landmarks" and "oks" in (metadata.get("landmark_metrics") or ())
+    ):
+        check_hotcoco()
+    elif kind not in ("coco_panoptic_seg", "cityscapes_panoptic_seg", "video_panoptic_seg"):
         raise DatasetError(
-            f"There is no analysis of data set '{dataset_name}': --analyze (TEST.ANALYZE) is for "
-            f"panoptic data, this one is of type {kind!r}. Leave it out, or evaluate on a panoptic "
-            "data set."
+            f"There is no analysis of data set '{dataset_name}': --analyze (TEST.ANALYZE) is for boxes, "
+            f"masks and keypoints in COCO's format and for panoptic data, this one is of type {kind!r}. "
+            "Leave it out."
         )
 
 

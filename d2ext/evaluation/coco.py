@@ -29,6 +29,7 @@ from d2ext.data.coco_json import (
     evaluation_content,
     read_json,
 )
+from d2ext.evaluation.instance_analysis import InstanceAnalysis
 from d2ext.evaluation.oks_nms import oks_nms
 from d2ext.files import atomic_write
 
@@ -72,6 +73,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         min_target_side: annotations narrower or lower than this share of their image are left out.
         ap_at: overlaps of 0.5, 0.55, ..., 0.95 whose AP is among the results ("AP70").
         content: what to compare with, in COCO's form, instead of the data set's JSON file.
+        analysis_dir: folder for the analysis (:mod:`~d2ext.evaluation.instance_analysis`); None: none.
         max_dets_per_image, use_fast_impl, kpt_oks_sigmas: see Detectron2's evaluator.
     """
 
@@ -92,6 +94,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         use_fast_impl: bool = True,
         kpt_oks_sigmas: Sequence[float] = (),
         content: dict[str, Any] | None = None,
+        analysis_dir: str | None = None,
     ) -> None:
         # Not Detectron2's constructor, which reads the file as it is.
         self._logger = logger
@@ -115,6 +118,8 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         self._published_rounding = published_rounding
         self._false_discovery = false_discovery
         self._ap_at = ap_at
+        self._analysis = None if analysis_dir is None else InstanceAnalysis(analysis_dir)
+        self._image_files: dict[Any, str] = {}  # of images that this process saw, by their ids
 
     def reset(self) -> None:
         """Forget all predictions."""
@@ -145,6 +150,8 @@ class COCOEvaluator(Detectron2COCOEvaluator):
                     result["score"] = round(result["score"], 2)
                     result["bbox"] = [round(v, 2) for v in result["bbox"]]
             self._predictions.append({"image_id": image_id, "instances": results})
+            if self._analysis is not None and "file_name" in one_input:
+                self._image_files[image_id] = one_input["file_name"]
 
     def _different_poses(self, instances: Instances) -> torch.Tensor:
         """Indices of the instances that :func:`oks_nms` selects.
@@ -182,6 +189,9 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         """
         if self._distributed:
             self._fields = set().union(*comm.all_gather(self._fields))
+            self._image_files = dict(
+                itertools.chain(*(x.items() for x in comm.all_gather(self._image_files)))
+            )
             gathered = comm.gather(self._predictions, dst=0)
             if not comm.is_main_process():
                 return {}
@@ -193,6 +203,8 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             self._eval_box_proposals(predictions)
         else:
             self._eval_predictions(predictions, img_ids=img_ids)
+            if self._analysis is not None:
+                self._analysis.write()
         return copy.deepcopy(self._results)
 
     def _eval_predictions(
@@ -252,6 +264,8 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             shown = ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items())
             self._logger.info("False discovery (%%): %s", shown)
             results.update(rates)
+        if self._analysis is not None and coco_eval is not None:
+            self._analysis.add(coco_eval, iou_type, self._image_files.get)
         return results
 
     def _score_nothing(self, task: str, img_ids: list[Any] | None) -> dict[str, float]:

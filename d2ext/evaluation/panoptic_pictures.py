@@ -59,13 +59,13 @@ def draw_strip(frames: Sequence[StripFrame], metadata: Metadata, caption: str) -
             panels.append(draw_tracked_panoptic(image, resized, segments, metadata, names=False))
         if frame.marked:
             cv2.rectangle(panels[-1], (0, 0), (size[0] - 1, size[1] - 1), (0, 0, 255), _MARK)
-        column = _captioned(np.concatenate(panels), frame.title)
+        column = captioned(np.concatenate(panels), frame.title)
         columns.append(np.pad(column, ((0, 0), (0, 2), (0, 0)), constant_values=255))
     tallest = max(column.shape[0] for column in columns)
     columns = [
         np.pad(c, ((0, tallest - c.shape[0]), (0, 0), (0, 0)), constant_values=255) for c in columns
     ]
-    return _captioned(np.concatenate(columns, axis=1), caption)
+    return captioned(np.concatenate(columns, axis=1), caption)
 
 
 def draw_comparison(
@@ -86,7 +86,7 @@ def draw_comparison(
         H'×W'×3 uint8 BGR
     """
     drawer = PictureDrawer(metadata)
-    scale = _scale(max(image.shape[:2]))
+    scale = picture_scale(max(image.shape[:2]))
     size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
     panels = []
     for title, panoptic in (
@@ -107,8 +107,8 @@ def draw_comparison(
                 panel = drawer(
                     panel, {"panoptic_seg": (torch.from_numpy(segments.astype(np.int32)), infos)}
                 )
-        panels.append(_captioned(panel, title))
-    return _captioned(np.concatenate(panels, axis=1), caption)
+        panels.append(captioned(panel, title))
+    return captioned(np.concatenate(panels, axis=1), caption)
 
 
 def draw_confusion(
@@ -171,13 +171,15 @@ def draw_confusion(
     return labels
 
 
-def _scale(longest: int) -> float:
+def picture_scale(longest: int) -> float:
+    """What to enlarge a picture by whose longest side has so many pixels."""
     if longest > _LARGEST:
         return _LARGEST / longest
     return max(1.0, _SMALLEST / longest)
 
 
-def _captioned(picture: np.ndarray, text: str) -> np.ndarray:
+def captioned(picture: np.ndarray, text: str) -> np.ndarray:
+    """The picture, BGR, below a line of text."""
     strip = np.full((_STRIP, picture.shape[1], 3), 255, np.uint8)
     cv2.putText(
         strip, text, (4, _STRIP - 8), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA

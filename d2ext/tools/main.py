@@ -10,6 +10,7 @@ COMMANDS = {
     "train": ("d2ext.tools.train", "train a model and evaluate it, on one or many GPUs or the CPU"),
     "evaluate": ("d2ext.tools.evaluate", "evaluate a trained model on a data set"),
     "predict": ("d2ext.tools.predict", "run a model on images, videos or a camera"),
+    "web": ("d2ext.tools.web", "show predictions of one or several models on a web page"),
     "convert": ("d2ext.tools.convert", "convert a published checkpoint to one that d2ext loads"),
     "visualize-data": ("d2ext.tools.visualize_data", "draw annotations as training gets them"),
     "export": ("d2ext.tools.export", "write a trained model as ONNX, torch.export or AOTInductor"),

@@ -69,6 +69,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import tqdm
+from detectron2.config import CfgNode
 from detectron2.data.catalog import Metadata
 from detectron2.utils.logger import setup_logger
 
@@ -406,7 +407,6 @@ def prepare(args: argparse.Namespace) -> Callable[[], list[str]]:
     Raises:
         ValueError, FileNotFoundError: the command, the config or the checkpoint is wrong.
     """
-    args.heatmaps = args.draw == "heatmaps" and args.pictures
     names = read_class_names(args.class_names) if args.class_names else None
     # Check paths before building the model, which takes long.
     if args.input:
@@ -431,17 +431,12 @@ def prepare(args: argparse.Namespace) -> Callable[[], list[str]]:
     predictor = BatchPredictor(cfg, model) if args.input else FramePredictor(cfg, model)
     if isinstance(predictor, FramePredictor):
         check_video_options(args, predictor, cfg.MODEL.META_ARCHITECTURE)
+    complete(args, cfg, metadata)
     if args.heatmaps and not isinstance(predictor.model, SeesHeatmaps):
         raise CommandError(
             f"--draw heatmaps: {cfg.MODEL.META_ARCHITECTURE} has no heat maps; CornerNet, CenterNet and "
             "others that predict objects as points have."
         )
-    args.triangles = mesh_triangles(cfg, metadata)
-    args.surface_drawer = surface_drawer(args)
-    args.surface_writer = surface_writer(args, metadata)
-    args.surfaces = SurfaceReader(
-        metadata, args.surface_drawer.alone or args.save_surfaces or args.save_points
-    )
     boxes = build_box_source(args, metadata)
     used: BatchPredictor | TiledPredictor = predictor
     if args.tile:
@@ -455,6 +450,17 @@ def prepare(args: argparse.Namespace) -> Callable[[], list[str]]:
     if args.input:
         return lambda: run_on_images(used, jobs, metadata, args, boxes)
     return lambda: run_on_video(used, reader, target, metadata, args, boxes, tracker)
+
+
+def complete(args: argparse.Namespace, cfg: CfgNode, metadata: Metadata) -> None:
+    """Add to a command's arguments what the functions above need to know of its model."""
+    args.heatmaps = args.draw == "heatmaps" and args.pictures
+    args.triangles = mesh_triangles(cfg, metadata)
+    args.surface_drawer = surface_drawer(args)
+    args.surface_writer = surface_writer(args, metadata)
+    args.surfaces = SurfaceReader(
+        metadata, args.surface_drawer.alone or args.save_surfaces or args.save_points
+    )
 
 
 def check_video_options(args: argparse.Namespace, predictor: FramePredictor, name: str) -> None:

@@ -18,6 +18,8 @@ training at a time; what an earlier one left moves to a sub-folder, unless --res
 import argparse
 import json
 import logging
+import math
+import shlex
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,6 +29,7 @@ from detectron2.config import CfgNode
 from detectron2.data.catalog import Metadata
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from torch import nn
 
@@ -47,7 +50,7 @@ from d2ext.data.saved_metadata import saved_metadata
 from d2ext.data.summary import report
 from d2ext.engine import Trainer, set_cpu_threads
 from d2ext.engine.processes import RankError, launch
-from d2ext.engine.run_folder import keep_files, load_run, run_folder
+from d2ext.engine.run_folder import keep_files, load_run, run_folder, trained_weights
 from d2ext.engine.schedule import fit_schedule
 from d2ext.evaluation import check_analysis
 from d2ext.export import ExportedFile
@@ -76,8 +79,8 @@ def build_parser(doc: str | None = __doc__) -> argparse.ArgumentParser:
     parser.add_argument(
         "--analyze",
         action="store_true",
-        help="also write where panoptic quality is lost: per class, per image, between classes, for "
-        "videos per clip and where ids change, in tables and pictures (OUTPUT_DIR/inference/analysis)",
+        help="also write where AP of boxes, masks and keypoints is lost (a page, numbers and pictures; "
+        "needs hotcoco), or panoptic quality (OUTPUT_DIR/inference/analysis)",
     )
     # None: not given, see launch.
     parser.set_defaults(dist_url="auto", num_gpus=None, num_machines=None, machine_rank=None)
@@ -208,7 +211,41 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
         if comm.is_main_process() and results:
             with atomic_write(Path(cfg.OUTPUT_DIR) / "results.json", "w") as file:
                 json.dump(results, file, indent=1, default=float)
+        if comm.is_main_process() and not args.eval_only:
+            logger.info(summary(trainer, results or {}))
     return results
+
+
+def summary(trainer: Trainer, results: dict[str, Any]) -> str:
+    """What came of a training that has ended, and the command that predicts with it.
+
+    Args:
+        results: of its last evaluation
+    """
+    cfg, stopped, best = trainer.cfg, trainer.early_stopping, trainer.best
+    done = (stopped and stopped.ended_after) or trainer.max_iter
+    lines = [f"The training in {cfg.OUTPUT_DIR} has ended after {done} iterations."]
+    if done < trainer.max_iter:
+        lines[0] += (
+            f" It would have had {trainer.max_iter}, but {cfg.TEST.EARLY_STOPPING} evaluations gave no "
+            f"better {cfg.TEST.BEST_METRIC} (TEST.EARLY_STOPPING)."
+        )
+    if best is not None and best.best_iter is not None:
+        name, after = cfg.TEST.BEST_METRIC, best.best_iter + 1
+        lines.append(f"Best {name}: {best.best_metric:.4g}, after {after} iterations.")
+    # The first metric of each kind is the one that it is known by.
+    headline: dict[str, str] = {}
+    for name, value in flatten_results_dict(results).items():
+        if isinstance(value, float) and math.isfinite(value):
+            headline.setdefault(name.rpartition("/")[0], f"{name} {value:.4g}")
+    if headline:
+        lines.append(f"Last evaluation: {', '.join(headline.values())}.")
+    lines.append(f"Weights: {trained_weights(Path(cfg.OUTPUT_DIR), cfg.TEST.BEST_METRIC)}")
+    video = getattr(trainer.evaluated_model, "has_memory", False)
+    source = "--video-input VIDEO" if video else "--input IMAGES"
+    folder = shlex.quote(cfg.OUTPUT_DIR)
+    lines.append(f"Predict: d2ext predict --run {folder} {source} --output predictions")
+    return "\n  ".join(lines)
 
 
 def evaluate(cfg: CfgNode, *, resume: bool) -> dict[str, Any]:

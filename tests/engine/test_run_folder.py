@@ -43,7 +43,7 @@ def test_a_second_training_is_refused_until_the_first_ends(tmp_path: Path) -> No
 
 
 def test_an_earlier_run_is_kept(tmp_path: Path) -> None:
-    names = ("model_final.pth", "model_0000003.pth", "last_checkpoint", "metrics.json", "log.txt")
+    names = ("model_final.pth", "model_0000003.pth", "experiments.json", "metrics.json", "log.txt")
     for round_ in (1, 2):
         for name in names:
             (tmp_path / name).write_text(f"{name} of {round_}")

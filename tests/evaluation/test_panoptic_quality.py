@@ -401,8 +401,10 @@ class TestAnalysis:
             evaluator.process([{**record, "image_id": 99}], [{"panoptic_seg": (full, [])}])
         cfg = get_cfg()
         cfg.TEST.ANALYZE = True
-        with pytest.raises(DatasetError, match=r"no analysis of data set 'shapes_val'.*'coco'"):
-            build_evaluator(cfg, "shapes_val", str(tmp_path))
+        with pytest.raises(
+            DatasetError, match=r"no analysis of data set 'shapes_val_faces'.*'faces'"
+        ):
+            build_evaluator(cfg, "shapes_val_faces", str(tmp_path))
 
 
 def test_quality_of_counts() -> None:

@@ -66,13 +66,16 @@ def test_own_panoptic_data_from_the_command_line(
     instances = [
         "--config-file",
         BASELINE,
+        "--eval-only",
         "--analyze",
         *options,
         "DATASETS.TEST",
-        "('shapes_val',)",
+        "('shapes_val_faces',)",
+        "MODEL.ROI_HEADS.NUM_CLASSES",
+        "1",
     ]
     assert train.run(instances) == 2
-    assert "There is no analysis of data set 'shapes_val'" in capsys.readouterr().err
+    assert "There is no analysis of data set 'shapes_val_faces'" in capsys.readouterr().err
 
 
 def test_full_label_maps_are_drawn_by_their_own_names(prefix: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -179,6 +180,11 @@ def test_from_train_to_predict(
     del options[start : start + 4]  # --dataset sets DATASETS.TRAIN and TEST
     assert d2ext.tools.train.run(["--dataset", name, *data, *options]) == 0
     before = json.loads((tmp_path / "run/results.json").read_text())
+    command = (
+        (tmp_path / "run/log.txt").read_text().split("Predict: d2ext predict ")[1].split("\n")[0]
+    )
+    words = shlex.split(command.replace("IMAGES", "data/0.png"))
+    assert predict.run(words) == 0 and Path("predictions/0.png").is_file()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     forget(name)

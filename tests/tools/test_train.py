@@ -265,6 +265,37 @@ def test_what_a_training_says_first(toy_json: Path, tmp_path: Path) -> None:
     assert "The schedule fits" not in output and "random weights" not in output
 
 
+def test_what_a_training_says_last(
+    toy_json: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best is that of iteration 3; two evaluations later the training ends."""
+    toy.register(toy_json)
+    scores = iter([3.0, 5.12345, 4.0, float("nan"), 4.0])
+    monkeypatch.setattr(
+        Trainer, "test", lambda self, cfg, model: {"toy": {"score": next(scores), "other": 1.0}}
+    )
+    run = tmp_path / "my run"
+    options = toy.options(run, SOLVER__MAX_ITER=20, TEST__EVAL_PERIOD=2)
+    options += ["TEST.BEST_METRIC", "toy/score", "TEST.EARLY_STOPPING", "2"]
+    start = (
+        f"The training in {run} has ended after 8 iterations. It would have had 20, but 2 evalua"
+    )
+    best = "Best toy/score: 5.123, after 4 iterations."
+    end = f"Weights: {run}/model_best.pth\n  Predict: d2ext predict --run '{run}' --input IMAGES "
+    assert train.run(options) == 0
+    first = (run / "log.txt").read_text()
+    assert all(first.count(x) == 1 for x in (start, best, end, "Last evaluation: toy/other 1."))
+    assert train.run(["--resume", *options]) == 0  # over already
+    again = (run / "log.txt").read_text()
+    assert all(again.count(x) == 2 for x in (start, best, end))
+    assert "Last evaluation: toy/score 4." in again
+    complete = [*options, "SOLVER.MAX_ITER", "8"]
+    scores = iter([4.0])
+    assert train.run(["--resume", *complete]) == 0
+    last = (run / "log.txt").read_text().removeprefix(again)
+    assert "has ended after 8 iterations.\n" in last and best in last
+
+
 def test_advice_fits_the_backbone(caplog: pytest.LogCaptureFixture) -> None:
     for architecture, text in (
         ("YOLACT", "torchvision.models.resnet18"),

@@ -1,0 +1,43 @@
+"""docs/notebooks: their cells run one after the other, here with fewer iterations and images."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+FILE = Path(__file__).resolve().parents[2] / "docs/notebooks/first_steps.ipynb"
+
+
+@pytest.fixture
+def scope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    monkeypatch.chdir(tmp_path)
+    matplotlib.use("Agg")
+    yield {"__name__": "__main__"}
+    for name in [x for x in DatasetCatalog.list() if x.startswith("notebook_")]:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.pop(name)
+    matplotlib.pyplot.close("all")
+
+
+def test_first_steps(scope: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
+    cells = json.loads(FILE.read_text(encoding="utf-8"))["cells"]
+    assert len(cells) == 10 and not any(cell.get("outputs") for cell in cells)
+    for cell in cells:
+        if cell["cell_type"] != "code":
+            continue
+        source = "".join(cell["source"])
+        source = source.replace("ITERATIONS = 150", "ITERATIONS = 2").replace("num=40", "num=3")
+        exec(compile(source, cell["id"], "exec"), scope)
+    assert set(scope["results"]) == {"bbox", "segm"}
+    assert len(scope["lines"]) == 2 and len(DatasetCatalog.get("notebook_val")) == 3
+    assert scope["picture"].shape == scope["image"].shape == (160, 160, 3)
+    assert re.search(r"^segm \{'AP': ", capsys.readouterr().out, flags=re.MULTILINE)
+    assert os.path.isfile("output/notebook/model_final.pth")
