@@ -16,6 +16,9 @@ import pytest
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
+from torchvision.ops import box_iou
+
+from d2ext.data.shapes import FaceSet
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -125,3 +128,23 @@ def test_second_run_reports_and_says_what_to_delete(
     assert f"rm -r {tmp_path}" in result.stdout
     assert ("should be at least 35" in result.stderr) == bool(status)
     assert os.listdir(tmp_path) == ["summary.json"]
+
+
+def test_faces_of_the_second_task_are_found_and_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the file of weights that the repository holds, through `d2ext predict`."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import run_demo
+
+    shapes, count = FaceSet("val", 200), 3
+    montage = cv2.imread(str(run_demo.draw_faces(tmp_path, count)))
+    assert montage is not None and montage.std() > 20
+    found = json.loads((tmp_path / "coco_results.json").read_text())
+    frames = [shapes.frame(i) for i in range(count)]
+    faces = [box for frame in frames for box in map(frame.box, frame.faces) if box[3] - box[1] > 24]
+    boxes = torch.tensor([x["bbox"] for x in found])
+    boxes[:, 2:] += boxes[:, :2]
+    overlaps = box_iou(torch.tensor(np.array(faces), dtype=torch.float32), boxes)
+    assert len(faces) > 2 and (overlaps.amax(dim=1) > 0.5).all()
+    assert all(len(x["keypoints"]) == 15 for x in found)
