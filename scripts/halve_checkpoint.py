@@ -1,6 +1,6 @@
 """Keep a checkpoint's weights alone, in half precision: small enough to lie in the repository.
 
-    python scripts/halve_checkpoint.py output/faces/model_final.pth scripts/demo_faces.pth
+python scripts/halve_checkpoint.py output/faces/model_final.pth scripts/demo_faces.pth
 """
 
 from __future__ import annotations

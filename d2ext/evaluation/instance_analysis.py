@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from detectron2.utils.visualizer import Visualizer
 from tabulate import tabulate
 
 from d2ext.data.errors import DatasetError
@@ -236,6 +235,9 @@ class _Data:
         diagnosis: dict[str, Any],
     ) -> np.ndarray:
         """Annotations beside detections, right ones green, missed and wrong ones red; BGR."""
+        # Loads matplotlib, which an evaluation without pictures does without.
+        from detectron2.utils.visualizer import Visualizer
+
         image = read_image(file, "BGR")
         scale = picture_scale(max(image.shape[:2]))
         number, panels = self._numbers[row["image_id"]], []
