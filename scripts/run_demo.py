@@ -33,10 +33,13 @@ from d2ext.utils.drawing import write_picture
 from d2ext.utils.terminal import start_logging
 
 ROOT = Path(__file__).resolve().parent.parent
-# A second task: a RetinaFace that was trained beforehand, kept in half precision. Made anew by
-# `d2ext train --config-file retinaface/mobilenet025_shapes.yaml OUTPUT_DIR output/faces` and
-# `python scripts/halve_checkpoint.py output/faces/model_final.pth scripts/demo_faces.pth`.
+# A second task: a RetinaFace that was trained beforehand, kept in half precision. Made by
+# d2ext train --config-file retinaface/mobilenet025_shapes.yaml OUTPUT_DIR output/faces MODEL.DEVICE cpu \
+#   MODEL.PIXEL_STD "[58.0,58.0,58.0]" MODEL.RETINAFACE.MESH.MAX_MESHES 4 SOLVER.IMS_PER_BATCH 8 \
+#   SOLVER.BASE_LR 0.014 SOLVER.MAX_ITER 4800 INPUT.AUGMENTATION.PHOTOMETRIC_PROB 0.2
+# python scripts/halve_checkpoint.py output/faces/model_final.pth scripts/demo_faces.pth
 FACES_CONFIG, FACES_WEIGHTS = "retinaface/mobilenet025_shapes.yaml", ROOT / "scripts/demo_faces.pth"
+FACES_OPTIONS = ["MODEL.PIXEL_STD", "[58.0,58.0,58.0]", "MODEL.DEVICE", "cpu"]
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 # COCO mask AP in percent on images that were never trained on; less means that something is broken.
 EXPECTED_MASK_AP = 35.0
@@ -87,8 +90,8 @@ def draw_faces(output: Path, count: int = 6) -> Path:
     images = [f"{shapes.root}/images/{shapes.stem(i)}.bmp" for i in range(count)]
     local = [PathManager.get_local_path(image) for image in images]
     arguments = ["predict", "--config-file", FACES_CONFIG, "--output", str(output)]
-    options = ["MODEL.WEIGHTS", str(FACES_WEIGHTS), "MODEL.DEVICE", "cpu"]
-    if d2ext([*arguments, "--input", *local, "--opts", *options]):
+    options = ["--opts", "MODEL.WEIGHTS", str(FACES_WEIGHTS), *FACES_OPTIONS]
+    if d2ext([*arguments, "--input", *local, *options]):
         raise RuntimeError("d2ext predict failed; its message is above")
     pictures = [read_image(str(path), "RGB") for path in sorted(output.glob("*.png"))]
     file = output / "montage.jpg"
