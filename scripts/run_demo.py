@@ -34,9 +34,10 @@ from d2ext.utils.terminal import start_logging
 
 ROOT = Path(__file__).resolve().parent.parent
 # A second task: a RetinaFace that was trained beforehand, kept in half precision. Made by
-# d2ext train --config-file retinaface/mobilenet025_shapes.yaml OUTPUT_DIR output/faces MODEL.DEVICE cpu \
-#   MODEL.PIXEL_STD "[58.0,58.0,58.0]" MODEL.RETINAFACE.MESH.MAX_MESHES 4 SOLVER.IMS_PER_BATCH 8 \
-#   SOLVER.BASE_LR 0.014 SOLVER.MAX_ITER 4800 INPUT.AUGMENTATION.PHOTOMETRIC_PROB 0.2
+# d2ext train --config-file retinaface/mobilenet025_shapes.yaml OUTPUT_DIR output/faces \
+#   MODEL.DEVICE cpu MODEL.PIXEL_STD "[58.0,58.0,58.0]" MODEL.RETINAFACE.MESH.MAX_MESHES 4 \
+#   SOLVER.IMS_PER_BATCH 8 SOLVER.BASE_LR 0.014 SOLVER.MAX_ITER 4800 \
+#   INPUT.AUGMENTATION.PHOTOMETRIC_PROB 0.2
 # python scripts/halve_checkpoint.py output/faces/model_final.pth scripts/demo_faces.pth
 FACES_CONFIG, FACES_WEIGHTS = "retinaface/mobilenet025_shapes.yaml", ROOT / "scripts/demo_faces.pth"
 FACES_OPTIONS = ["MODEL.PIXEL_STD", "[58.0,58.0,58.0]", "MODEL.DEVICE", "cpu"]
