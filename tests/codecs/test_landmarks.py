@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -551,3 +552,45 @@ def test_crops_and_their_inverse() -> None:
     torch.testing.assert_close(apply_affine(corners, matrices)[0].flatten(), boxes[0])
     back = apply_affine(apply_affine(corners, matrices), invert_affine(matrices))
     torch.testing.assert_close(back, corners)
+
+
+# Constants that no other test noticed (tests/mutations.py)
+
+
+def _turned_gaussian(middle: tuple[float, float], side: int = 9) -> Tensor:
+    """(1, 1, side, side): a Gaussian whose axes are not the map's; its logarithm is a parabola."""
+    cells = torch.arange(side, dtype=torch.float64)
+    x, y = cells[None] - middle[0], cells[:, None] - middle[1]
+    return torch.exp(-(0.11 * x**2 + 0.07 * y**2 + 0.09 * x * y))[None, None]
+
+
+@pytest.mark.parametrize("middle", [(4.3, 3.8), (2.4, 5.8)])
+@pytest.mark.parametrize(
+    ("decode", "bound"), [(decode_taylor, 1e-6), (partial(decode_dark, blur=1), 1e-6)]
+)
+def test_newton_step_is_exact_on_a_turned_gaussian(
+    decode: Callable, bound: float, middle: tuple[float, float]
+) -> None:
+    """With the mixed derivative, up to the last cells where DARK moves (1 < x < w - 2)."""
+    found, _ = decode(_turned_gaussian(middle))
+    torch.testing.assert_close(found[0, 0], torch.tensor(middle).to(found), atol=bound, rtol=0)
+
+
+def test_taylor_without_a_maximum_moves_a_quarter() -> None:
+    row = torch.tensor([0.2, 0.5, 1.0, 0.8, 0.1])
+    found, _ = decode_taylor(row.expand(1, 1, 4, 5))  # no curvature in y
+    assert found.tolist() == [[[2.25, 0.0]]]
+
+
+def test_dark_blurs_with_eleven_cells() -> None:
+    """DARK's kernel for a Gaussian of sigma 2 (arXiv 1910.06278)."""
+    maps = torch.rand((1, 3, 20, 20), generator=torch.Generator().manual_seed(0))
+    for decode in (decode_dark, decode_dark_udp):
+        assert decode(maps)[0].equal(decode(maps, 11)[0])
+        assert not decode(maps)[0].equal(decode(maps, 9)[0])
+
+
+def test_widths_are_the_published_ones() -> None:
+    assert HeatmapCodec(INPUT, MAP).sigma == 2
+    simcc = SimCCCodec(INPUT)
+    assert (simcc.ratio, simcc.sigma) == (2, 6)
