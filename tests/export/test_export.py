@@ -143,6 +143,7 @@ def test_bytes_and_one_image_a_batch(faces: tuple[Any, Any, str]) -> None:
         "channels": "BGR",
         "multiple": 1,
         "less": 0,
+        "sizes": False,
     }
     assert file.facts["classes"]["thing_classes"] == ["a", "b", "c"]
     images = torch.randint(0, 256, (3, 3, 60, 80)).float()
