@@ -44,7 +44,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def picture() -> str:
-    return PathManager.get_local_path(DatasetCatalog.get(DATA)[1]["file_name"])
+    return PathManager.get_local_path(DatasetCatalog.get(DATA)[4]["file_name"])
 
 
 def test_files_of_surfaces(config: str, picture: str, tmp_path: Path) -> None:
