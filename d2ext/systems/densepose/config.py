@@ -12,8 +12,7 @@ from d2ext.config import CONFIG_REGISTRY
 def add_densepose_config(cfg: CfgNode) -> None:
     """Add DensePose's keys to ``cfg``, in place."""
     head = cfg.MODEL.ROI_DENSEPOSE_HEAD = CfgNode()
-    # A head of DENSEPOSE_HEAD_REGISTRY: "DensePoseV1ConvXHead", "DensePoseDeepLabHead", or
-    # "DensePoseV1ConvXGNHead", which has group norms, for training from random weights.
+    # A head of DENSEPOSE_HEAD_REGISTRY: "DensePoseV1ConvXHead" or "DensePoseDeepLabHead".
     head.NAME = "DensePoseV1ConvXHead"
     # Its convolutions, their channels and the side of their kernels.
     head.NUM_STACKED_CONVS = 8

@@ -33,10 +33,10 @@ _GROUPS = 32
 def he_init(module: nn.Module) -> None:
     """He-normal weights by fan-out, zero biases: how the published heads begin."""
     for name, value in module.named_parameters():
-        if name.endswith("bias"):
-            nn.init.zeros_(value)
-        elif value.dim() > 1:  # not of a norm
+        if name.endswith("weight"):
             nn.init.kaiming_normal_(value, mode="fan_out", nonlinearity="relu")
+        else:
+            nn.init.zeros_(value)
 
 
 class DensePoseDecoder(nn.Module):
@@ -116,19 +116,10 @@ class _ConvStack(nn.Module):
 class DensePoseV1ConvXHead(_ConvStack):
     """Plain convolutions."""
 
-    norm = ""
-
     def __init__(self, in_channels: int, *, num_convs: int, channels: int, kernel: int) -> None:
         super().__init__()
-        self._add_convs(in_channels, num_convs, channels, kernel, self.norm)
+        self._add_convs(in_channels, num_convs, channels, kernel, norm="")
         he_init(self)
-
-
-@DENSEPOSE_HEAD_REGISTRY.register()
-class DensePoseV1ConvXGNHead(DensePoseV1ConvXHead):
-    """With group normalisation, to learn from random weights; not published."""
-
-    norm = "GN"
 
 
 @DENSEPOSE_HEAD_REGISTRY.register()

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from d2ext.codecs.densepose import charts_in_boxes
 from d2ext.data.densepose import DensePoseAnnotations
-from d2ext.systems.densepose.head import DENSEPOSE_HEAD_REGISTRY
 from d2ext.testing import random_inputs, tiny_config
 
 LOSSES = {"": ("U", "V", "I", "S"), "iid_iso": ("UV", "I", "S"), "indep_aniso": ("UV", "I", "S")}
@@ -99,17 +98,6 @@ def test_each_image_gets_its_own_persons() -> None:
         alone = model([x])[0]["instances"].pred_densepose
         torch.testing.assert_close(alone.u, expected.u, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(together[0].u, together[1].u, atol=1e-2)
-
-
-def test_group_norm_of_the_head() -> None:
-    """What regions are scaled by does not matter; without norms it does."""
-    x = torch.rand(3, 8, 7, 7)
-    for name, normed in (("DensePoseV1ConvXGNHead", True), ("DensePoseV1ConvXHead", False)):
-        torch.manual_seed(0)
-        head = DENSEPOSE_HEAD_REGISTRY.get(name)(8, num_convs=2, channels=32, kernel=3)
-        y, scaled = head(x), head(10 * x)
-        assert y.shape == (3, 32, 7, 7) and y.std() > 0.1
-        assert torch.allclose(y, scaled, atol=0.01) == normed
 
 
 def test_masks_that_lack_are_named() -> None:
