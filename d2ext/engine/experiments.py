@@ -207,13 +207,13 @@ class ClearML(ExperimentWriter):
     def start(self, name: str, parameters: dict[str, Any], run_id: str | None) -> str:
         """In the project ``CLEARML_PROJECT``."""
         self._last: dict[str, float] = {}
+        # 0: iterations as they are, not moved on.
+        offset = False if run_id is None else 0
         self._task = self.module.Task.init(
             project_name=os.environ.get("CLEARML_PROJECT", _PROJECT),
             task_name=name,
             reuse_last_task_id=run_id or False,
-            continue_last_task=False
-            if run_id is None
-            else 0,  # iterations as they are, not moved on
+            continue_last_task=offset,
             auto_connect_arg_parser=False,
             auto_connect_frameworks=False,
         )

@@ -189,9 +189,9 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         """
         if self._distributed:
             self._fields = set().union(*comm.all_gather(self._fields))
-            self._image_files = dict(
-                itertools.chain(*(x.items() for x in comm.all_gather(self._image_files)))
-            )
+            if self._analysis is not None:
+                for files in comm.all_gather(self._image_files):
+                    self._image_files.update(files)
             gathered = comm.gather(self._predictions, dst=0)
             if not comm.is_main_process():
                 return {}

@@ -62,14 +62,11 @@ def network_inputs(
     if not form.sizes:
         return (images,)
     if sizes is None:
-        sizes = (
-            torch.tensor([images.shape[-2:]], device=images.device).expand(len(images), 2).float()
-        )
-    for axis in (0, 1):  # zeros behind the image
-        line = torch.arange(images.shape[2 + axis], device=images.device)
-        inside = line < sizes[:, axis, None]
-        images = images * (inside[:, None, :, None] if axis == 0 else inside[:, None, None])
-    return images, sizes
+        whole = torch.tensor([images.shape[-2:]], device=images.device)
+        sizes = whole.expand(len(images), 2).float()
+    rows, columns = (torch.arange(side, device=images.device) for side in images.shape[-2:])
+    images = images * (rows < sizes[:, :1])[:, None, :, None]  # zeros behind the image
+    return images * (columns < sizes[:, 1:])[:, None, None], sizes
 
 
 class _Stem(nn.Module):

@@ -47,7 +47,7 @@ from d2ext.systems.upsnet.head import (
     UPSNetPredictions,
     UPSNetSemanticHead,
 )
-from d2ext.systems.upsnet.network import UPSNetNetwork, needed
+from d2ext.systems.upsnet.network import UPSNetNetwork, drop_features
 from d2ext.systems.upsnet.panoptic_head import panoptic_logits
 from d2ext.systems.upsnet.postprocess import PanopticMap, Slots, UPSNetPostprocessor, segments
 from d2ext.systems.upsnet.roi_heads import UPSNetROIHeads
@@ -142,7 +142,7 @@ class UPSNet(ShortSideMetaArch):
             "nms_threshold": candidate_nms_threshold,
             "limit": max_candidates,
         }
-        self.set_network(UPSNetNetwork(*self.network_parts()), needed)
+        self.set_network(UPSNetNetwork(*self.network_parts()), drop_features)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -366,9 +366,7 @@ class UPSNet(ShortSideMetaArch):
     ) -> list[tuple[Instances, Instances]]:
         """Detections, and candidates of the panoptic head, of each image of the network's input, of
         ``image_sizes`` without padding; see ``postprocess.py``."""
-        if predictions.detections is None:
-            with self.inference_precision():
-                predictions = self.network.detect(predictions, self.size_tensor(image_sizes))
+        predictions = self.with_regions(predictions, image_sizes)
         detections, candidates = predictions.detections, predictions.candidates
         assert detections is not None and candidates is not None
         counts = torch.stack([detections.counts, candidates.counts], dim=1).tolist()
@@ -376,6 +374,13 @@ class UPSNet(ShortSideMetaArch):
             (detections.instances(i, own, size), candidates.instances(i, other, size))
             for i, ((own, other), size) in enumerate(zip(counts, image_sizes, strict=True))
         ]
+
+    def with_regions(self, predictions: Any, image_sizes: Sequence[tuple[int, int]]) -> Any:
+        """Run the heads on regions, unless the network has."""
+        if predictions.candidates is not None:
+            return predictions
+        with self.inference_precision():
+            return self.network.detect(predictions, self.size_tensor(image_sizes))
 
     def export_form(self) -> ExportForm:
         unit = self.backbone.size_divisibility

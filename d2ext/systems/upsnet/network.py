@@ -73,7 +73,7 @@ class UPSNetNetwork(nn.Module):
         return select(boxes, probabilities, across_classes=True, **self.candidates)
 
 
-def needed(predictions: Any) -> Any:
+def drop_features(predictions: Any) -> Any:
     """The network's decoding: without what post-processing does not read, if the heads on regions have
     seen it.
 

@@ -30,7 +30,7 @@ from d2ext.modeling.inference import InferenceNetwork
 from d2ext.modeling.meta_arch import image_size, output_size
 from d2ext.modeling.video import Inputs, VideoMetaArch
 from d2ext.systems.upsnet.model import UPSNet
-from d2ext.systems.upsnet.network import needed
+from d2ext.systems.upsnet.network import drop_features
 from d2ext.systems.vpsnet import losses as L
 from d2ext.systems.vpsnet import targets as T
 from d2ext.systems.vpsnet.head import (
@@ -115,7 +115,7 @@ class VPSNet(UPSNet, VideoMetaArch):
                 track_head=track_head,
                 published_dummy=self.postprocessor.dummy,
             ),
-            needed,
+            drop_features,
         )
         self.flow = None if flow is None else flow.requires_grad_(False).eval()
         self.own_flow = own_flow or (flow is not None and not any(True for _ in flow.parameters()))
@@ -317,9 +317,7 @@ class VPSNet(UPSNet, VideoMetaArch):
         self, predictions: Any, sizes: list[tuple[int, int]]
     ) -> list[tuple[Instances, Tensor | None]]:
         """Candidates of the panoptic head, with mask logits, of each frame; and their embeddings."""
-        if predictions.candidates is None:
-            with self.inference_precision():
-                predictions = self.network.detect(predictions, self.size_tensor(sizes))
+        predictions = self.with_regions(predictions, sizes)
         slots, embeddings = predictions.candidates, predictions.embeddings
         return [
             (slots.instances(i, n, size), None if embeddings is None else embeddings[i, :n])
