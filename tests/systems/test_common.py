@@ -97,9 +97,11 @@ def test_training_lowers_the_loss(model: nn.Module) -> None:
 
 
 def test_the_compiled_network_trains_alike(
-    architecture: str, model: nn.Module, device: str
+    architecture: str, model: nn.Module, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the CPU what is captured, on a GPU what is generated from it."""
+    for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):
+        monkeypatch.setattr(backend, "allow_tf32", False)
     if device == "cpu" and architecture not in ("UPSNet", "DensePose"):
         pytest.skip("tracing takes as long as many other tests: on a GPU only")
     compiled = copy.deepcopy(model).train()

@@ -455,7 +455,7 @@ class UPSNet(ShortSideMetaArch):
         return segments(
             PanopticMap(labels, areas),
             classes,
-            torch.ones(len(classes)),
+            torch.ones(len(classes), device=classes.device),
             num_stuff=self.num_stuff,
             category_ids=self.postprocessor.category_ids,
         )

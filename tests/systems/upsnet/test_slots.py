@@ -144,6 +144,7 @@ def test_graph_and_eager_on_the_gpu(cuda: torch.device, architecture: str) -> No
         inputs = random_inputs(2, height=height, width=width)
         for i, x in enumerate(inputs):
             x.update(video_id=i, frame=0, is_first=True)
+        expected, actual = (model(inputs) for model in models)
         images, state = models[0].preprocess(inputs), models[0].network_state(inputs)
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -151,7 +152,6 @@ def test_graph_and_eager_on_the_gpu(cuda: torch.device, architecture: str) -> No
                 models[0].network.forward(images, *state)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        expected, actual = (model(inputs) for model in models)
         for a, b in zip(actual, expected, strict=True):
             own, other = a["instances"], b["instances"]
             assert len(other) > 0 and torch.equal(own.pred_classes, other.pred_classes)
