@@ -42,6 +42,10 @@ def add_engine_config(cfg: CfgNode) -> None:
     # Training runs the network (of models that are not d2ext's, and of those with several steps an
     # iteration, the backbone) as torch.compile makes it: faster on GPUs, after a minute or more.
     solver.COMPILE = False
+    # Training runs the network as CUDA graphs: faster where kernels are shorter than their launch, as
+    # with small networks and batches. For d2ext's models with one step an iteration, images of at most
+    # four shapes, and ACCUMULATION_STEPS 1.
+    solver.CUDA_GRAPH = False
 
     # Store activations and weights channels-last (NHWC); faster convolutions on tensor cores.
     cfg.MODEL.CHANNELS_LAST = False

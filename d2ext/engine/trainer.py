@@ -363,6 +363,8 @@ class Trainer(DefaultTrainer):
             model = model.to(memory_format=torch.channels_last)
         if cfg.SOLVER.COMPILE:
             compile_for_training(model)
+        if cfg.SOLVER.CUDA_GRAPH:
+            _graph_for_training(model, cfg)
         logger.info("Model:\n%s", model)
         return model
 
@@ -475,6 +477,19 @@ def compile_for_training(model: nn.Module, **options: Any) -> None:
     several = bool(getattr(model, "training_steps", ()))
     whole = isinstance(model, MetaArch) and not several
     (model.network if whole else model.backbone).compile(**options)
+
+
+def _graph_for_training(model: nn.Module, cfg: CfgNode) -> None:
+    reason = ""
+    if not isinstance(model, MetaArch) or type(model).forward is not MetaArch.forward:
+        reason = f"{cfg.MODEL.META_ARCHITECTURE} runs more than one network in a step"
+    elif cfg.SOLVER.ACCUMULATION_STEPS > 1:
+        reason = "gradients of several micro-batches would overwrite each other"
+    elif model.device.type != "cuda":
+        reason = f"the model is on {model.device}, not on an NVIDIA GPU"
+    if reason:
+        raise ConfigError(f"SOLVER.CUDA_GRAPH must be False: {reason}.")
+    model.use_training_graphs()
 
 
 def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:

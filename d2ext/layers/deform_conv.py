@@ -241,7 +241,7 @@ if has_extension():
         _check(x, weight, offset, mask, None, stride, padding, dilation)
         return (
             _empty(x, x.shape[1], x.shape[2:]),
-            torch.empty_like(weight, memory_format=torch.contiguous_format),
+            _empty(weight, weight.shape[1], weight.shape[2:]),
             _empty(x, offset.shape[1], offset.shape[2:]),
             x.new_empty(0) if mask is None else _empty(x, mask.shape[1], mask.shape[2:]),
         )

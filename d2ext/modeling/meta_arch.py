@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from d2ext.modeling.export_form import ExportForm, refuse_tracing
 from d2ext.modeling.inference import InferenceNetwork
+from d2ext.modeling.training_graph import TrainingGraphs
 
 
 class BackboneWithHead(nn.Module):
@@ -77,6 +78,8 @@ class MetaArch(nn.Module):
         self.vis_period = vis_period
         # In a tuple, so that neither the network nor the copy that inference keeps is a submodule.
         self._inference: tuple[InferenceNetwork, ...] = ()
+        # What training calls instead of the network, if anything, also in a tuple.
+        self._training_graphs: tuple[TrainingGraphs, ...] = ()
         self._inference_options: dict[str, Any] = {
             "mode": inference_mode,
             "dtype": inference_dtype,
@@ -116,6 +119,10 @@ class MetaArch(nn.Module):
         """Images → predictions, with the weights that are trained."""
         return self.inference_network.network
 
+    def use_training_graphs(self) -> None:
+        """From now on :meth:`forward` trains with CUDA graphs of the network."""
+        self._training_graphs = (TrainingGraphs(self.network),)
+
     @property
     def inference_network(self) -> InferenceNetwork:
         """Network and decoding as :meth:`inference` runs them; benchmarks time it."""
@@ -152,7 +159,8 @@ class MetaArch(nn.Module):
             return self.inference(batched_inputs)
         self.check_annotated(batched_inputs)
         images, targets = self.training_batch(batched_inputs)
-        predictions = self.network(images)
+        network = self._training_graphs[0] if self._training_graphs else self.network
+        predictions = network(images)
         self.put_picture(batched_inputs, images, targets, predictions)
         return self.losses(predictions, targets)
 

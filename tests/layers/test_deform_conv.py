@@ -211,6 +211,13 @@ def test_compiled_operator_keeps_what_pytorch_asks() -> None:
     x, offset, weight, bias, mask = case.leaves(torch.float16)
     arguments = (x, weight, offset, mask, bias, *case.sizes.values())
     torch.library.opcheck(torch.ops.d2ext.deform_conv2d.default, arguments, atol=1e-2, rtol=1e-2)
+    backward = (case.grad.half(), *arguments[:4], *case.sizes.values(), False)
+    checks = ("test_schema", "test_faketensor")  # strides, too, which the compiler relies on
+    torch.library.opcheck(
+        torch.ops.d2ext.deform_conv2d_backward.default,
+        tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in backward),
+        test_utils=checks,
+    )
     for broken in (
         (x.float(), *arguments[1:]),
         (x[:, :24], *arguments[1:]),

@@ -22,6 +22,7 @@ from torch import nn
 
 import d2ext.systems
 from d2ext.engine.trainer import compile_for_training
+from d2ext.modeling.meta_arch import MetaArch
 from d2ext.testing import (
     NUM_CLASSES,
     NUM_KEYPOINTS,
@@ -115,6 +116,30 @@ def test_the_compiled_network_trains_alike(
         sum(losses.values()).backward()
         gradient = sum(p.grad.norm() for p in one.parameters() if p.grad is not None)
         results.append([*losses.values(), gradient])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_training_graphs_train_alike(
+    architecture: str, model: nn.Module, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device == "cpu" or type(model).forward is not MetaArch.forward:
+        pytest.skip("for d2ext's models with one step an iteration, on a GPU")
+    for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):
+        monkeypatch.setattr(backend, "allow_tf32", False)
+    graphed = copy.deepcopy(model).train()
+    graphed.use_training_graphs()
+    results = []
+    for one in (model.train(), graphed):
+        numbers = []
+        for seed in (1, 2, 3):  # captured, and called twice with other images
+            torch.manual_seed(seed)
+            one.zero_grad()
+            losses = one(random_inputs(seed=seed))
+            sum(losses.values()).backward()
+            norms = [p.grad.norm() for p in one.parameters() if p.grad is not None]
+            numbers += [*losses.values(), sum(norms)]
+        results.append([*numbers, *(x.float().sum() for x in one.buffers())])
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)
 
 

@@ -1,0 +1,77 @@
+"""Training in which a network's forward and backward pass are one launch each, instead of thousands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+# Of more sizes of images the further ones run as without graphs: each graph keeps its activations.
+_MOST_SHAPES = 4
+
+
+class _Caller(nn.Module):
+    """The network as a module of its own, whose ``forward`` PyTorch replaces. It returns tensors only;
+    :meth:`assemble` makes predictions of them."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        self._leaves, self._spec = tree_flatten(self.network(images))
+        tensors = tuple(x for x in self._leaves if isinstance(x, Tensor))
+        self._leaves = [None if isinstance(x, Tensor) else (x,) for x in self._leaves]
+        return tensors
+
+    def assemble(self, tensors: tuple[Tensor, ...]) -> Any:
+        left = iter(tensors)
+        leaves = [next(left) if x is None else x[0] for x in self._leaves]
+        return tree_unflatten(leaves, self._spec)
+
+
+class TrainingGraphs:
+    """Calls a network as CUDA graphs of its forward and of its backward pass, a pair for each of the
+    first four shapes of images, captured at the first call under the autocast that is then active.
+
+    Between the forward and the backward pass the network must not be called again: predictions and
+    gradients lie in the graphs' memory, which the next call overwrites.
+
+    Args:
+        network: images (B, 3, H, W) → predictions in (nested) tuples, named tuples, lists or dicts; it
+            does not wait for the device.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self._graphs: dict[torch.Size, _Caller] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"network": self.network, "_graphs": {}}  # graphs can be neither copied nor pickled
+
+    def __call__(self, images: Tensor) -> Any:
+        if images.shape not in self._graphs:
+            if len(self._graphs) == _MOST_SHAPES:
+                return self.network(images)
+            self._graphs[images.shape] = self._capture(images)
+        graph = self._graphs[images.shape]
+        return graph.assemble(graph(images))
+
+    def _capture(self, images: Tensor) -> _Caller:
+        statistics = [x.clone() for x in self.network.buffers()]
+        kind = images.device.type
+        with torch.autocast(
+            kind,
+            torch.get_autocast_dtype(kind),
+            enabled=torch.is_autocast_enabled(kind),
+            cache_enabled=False,
+        ):
+            graphed = torch.cuda.make_graphed_callables(
+                _Caller(self.network), (images.detach().clone(),), allow_unused_input=True
+            )
+        with torch.no_grad():
+            for buffer, before in zip(self.network.buffers(), statistics, strict=True):
+                buffer.copy_(before)  # as they were before the runs that precede a capture
+        return graphed
