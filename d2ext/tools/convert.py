@@ -26,7 +26,6 @@ import torch
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY, build_model
-from detectron2.utils.logger import setup_logger
 from torch import Tensor, nn
 
 from d2ext.checkpoint import ConversionError, available_converters, convert_state_dict, unwrap
@@ -36,6 +35,7 @@ from d2ext.config import add_options_argument, load_config
 from d2ext.files import atomic_write
 from d2ext.model_zoo import find_config_file
 from d2ext.tools.command_line import add_config_argument, make_parser
+from d2ext.utils.terminal import show_log
 
 StateDict = Mapping[str, Tensor]
 
@@ -222,7 +222,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(arguments: list[str] | None = None) -> int:
     """Run the tool; its exit status."""
     args = build_parser().parse_args(arguments)
-    setup_logger(name="d2ext")
+    show_log("d2ext")
     target = Path(args.target)
     try:
         if target.suffix not in (".pth", ".pt"):

@@ -71,7 +71,6 @@ import torch
 import tqdm
 from detectron2.config import CfgNode
 from detectron2.data.catalog import Metadata
-from detectron2.utils.logger import setup_logger
 
 from d2ext.config import ConfigError, add_options_argument, load_config, merge_options
 from d2ext.data.errors import ImageReadError
@@ -108,7 +107,7 @@ from d2ext.utils.drawing import PictureDrawer, VideoDrawer, select, write_pictur
 from d2ext.utils.heatmaps import SeesHeatmaps
 from d2ext.utils.memory import available_memory
 from d2ext.utils.surfaces import STYLES
-from d2ext.utils.terminal import silence_foreign
+from d2ext.utils.terminal import show_log, silence_foreign
 from d2ext.utils.video import CameraReader, VideoError, VideoReader, video_writer
 
 logger = logging.getLogger("d2ext.tools.predict")
@@ -491,8 +490,7 @@ def run(arguments: list[str] | None = None) -> int:
     if args.input and (args.tracker or args.video_results):
         parser.error("--tracker and --video-results are for videos.")
     silence_foreign()
-    setup_logger(name="d2ext")
-    setup_logger(name="fvcore")
+    show_log("d2ext", "fvcore")
     try:
         work = prepare(args)
     except (ValueError, FileNotFoundError) as error:

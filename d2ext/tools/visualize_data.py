@@ -38,7 +38,6 @@ from detectron2.config import CfgNode
 from detectron2.data import Metadata, MetadataCatalog, detection_utils
 from detectron2.structures import BitMasks, Instances
 from detectron2.utils.colormap import colormap
-from detectron2.utils.logger import setup_logger
 from detectron2.utils.visualizer import Visualizer
 from tqdm import tqdm
 
@@ -70,6 +69,7 @@ from d2ext.utils.surfaces import (
     part_colors,
     value_colors,
 )
+from d2ext.utils.terminal import show_log
 
 logger = logging.getLogger("d2ext.tools.visualize_data")
 
@@ -329,7 +329,7 @@ def shrink(picture: np.ndarray) -> np.ndarray:
 def run(arguments: list[str] | None = None) -> int:
     """Run the tool; its exit status."""
     args = build_parser().parse_args(arguments)
-    setup_logger(name="d2ext")
+    show_log("d2ext")
     folder = Path(args.output_dir)
     try:
         cfg = setup(args)

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.utils.logger import setup_logger
 
 from d2ext.config import ConfigError, add_options_argument, load_config, merge_options
 from d2ext.data.image_io import is_image
@@ -37,7 +36,7 @@ from d2ext.model_zoo import find_config_file
 from d2ext.tools import predict
 from d2ext.tools.command_line import CommandError, make_parser, positive
 from d2ext.tools.prediction_files import Job
-from d2ext.utils.terminal import silence_foreign
+from d2ext.utils.terminal import show_log, silence_foreign
 from d2ext.utils.video import VideoError, VideoReader
 
 # Rows of the table of results on the page; the file has all.
@@ -218,7 +217,7 @@ def run(arguments: list[str] | None = None) -> int:
     """Run the tool; its exit status."""
     args = build_parser().parse_args(arguments)
     silence_foreign()
-    setup_logger(name="d2ext")
+    show_log("d2ext")
     try:
         if find_spec("gradio") is None:
             raise CommandError("The web page needs gradio: pip install d2ext[web]")

@@ -7,7 +7,7 @@ import warnings
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-__all__ = ["silence_foreign", "start_logging"]
+__all__ = ["show_log", "silence_foreign", "start_logging"]
 
 # Beginnings of messages that the terminal does not show: pages of environment, config and network, and
 # what is said of nothing.
@@ -46,6 +46,13 @@ def silence_foreign() -> None:
         logging.getLogger(name).addFilter(_Without(beginning))
     for beginning in _WARNINGS:
         warnings.filterwarnings("ignore", message=beginning)
+
+
+def show_log(*names: str) -> None:
+    """Let these loggers write to the terminal, except those that write somewhere already."""
+    for name in names:
+        if not logging.getLogger(name).handlers:
+            setup_logger(name=name)
 
 
 def start_logging(folder: str) -> None:

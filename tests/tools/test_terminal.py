@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-from d2ext.utils.terminal import silence_foreign
+from d2ext.tools.main import main
+from d2ext.utils.terminal import show_log, silence_foreign, start_logging
 from tests.engine import toy
 
 # Pages, and what is said of nothing.
@@ -53,3 +55,40 @@ def test_foreign_warnings_are_not_shown(recwarn: pytest.WarningsRecorder) -> Non
     torch.meshgrid(torch.arange(2), torch.arange(2))  # as Detectron2 calls it, without `indexing`
     warnings.warn("one that its user can act on", stacklevel=1)
     assert [str(x.message) for x in recwarn] == ["one that its user can act on"]
+
+
+def test_a_tool_within_a_training_does_not_say_everything_twice(tmp_path: Path) -> None:
+    loggers = [logging.getLogger(name) for name in ("d2ext", "fvcore")]
+    before = [(x, x.handlers, x.propagate) for x in loggers]
+    try:
+        for logger in loggers:
+            logger.handlers = []
+        start_logging(str(tmp_path))
+        handlers = [list(x.handlers) for x in loggers]
+        assert all(handlers)
+        missing = ["--config-file", "centernet/centernet_dla34_512.yaml"]
+        assert (
+            main(
+                [
+                    "predict",
+                    *missing,
+                    "--input",
+                    str(tmp_path),
+                    "--output",
+                    str(tmp_path),
+                    "--opts",
+                    "MODEL.WEIGHTS",
+                    "none.pth",
+                ]
+            )
+            != 0
+        )
+        assert [list(x.handlers) for x in loggers] == handlers
+    finally:
+        for logger, old, propagate in before:
+            logger.handlers, logger.propagate = old, propagate
+
+
+def test_shown_where_nothing_is_set_up() -> None:
+    show_log("d2ext.shown")
+    assert len(logging.getLogger("d2ext.shown").handlers) == 1

@@ -33,7 +33,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import build_model
-from detectron2.utils.logger import setup_logger
 
 from d2ext.checkpoint.checkpointer import Checkpointer
 from d2ext.checkpoint.io import CheckpointError
@@ -44,6 +43,7 @@ from d2ext.tools import train
 from d2ext.tools.command_line import CommandError, make_parser, positive
 from d2ext.tools.compare.comparison import COMPARISONS, Comparison
 from d2ext.tools.compare.report import draw_plots, format_table
+from d2ext.utils.terminal import show_log
 
 # What runs `train` and `evaluate`.
 PROGRAM = [sys.executable, "-m", "d2ext"]
@@ -301,7 +301,7 @@ def run(arguments: list[str] | None = None) -> int:
     name = args.comparison.replace("-", "_")
     comparison: Comparison = COMPARISONS.get(name)()
     args.output = args.output or Path("output") / f"compare_{name}"
-    setup_logger(name="d2ext")
+    show_log("d2ext")
     try:
         for one in plan_prepared(comparison, args):
             if not (one.folder / "model_final.pth").is_file():
