@@ -33,9 +33,11 @@ SLOW = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the slow ones."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the slow ones; attacks that take minutes run only when they are asked for."""
     for item in items:
+        if item.get_closest_marker("attack") and "attack" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="takes minutes: pytest -m attack"))
         if any(part in item.nodeid for part in SLOW):
             item.add_marker(pytest.mark.slow)
 

@@ -51,7 +51,14 @@ def test_every_starter_gives_the_same_training(toy_json: Path, tmp_path: Path) -
         assert (tmp_path / name / "log.txt.rank1").is_file()
 
 
-@pytest.mark.parametrize("starter", [(sys.executable,), TORCHRUN], ids=["launch", "torchrun"])
+STARTERS = pytest.mark.parametrize(
+    "starter",
+    [(sys.executable,), pytest.param(TORCHRUN, marks=pytest.mark.attack)],
+    ids=["launch", "torchrun"],
+)
+
+
+@STARTERS
 def test_a_failing_process_ends_all_and_is_named(
     toy_json: Path, tmp_path: Path, starter: tuple[str, ...]
 ) -> None:
@@ -68,7 +75,7 @@ def test_a_failing_process_ends_all_and_is_named(
         assert "traceback : rank 1 failed: LookupError: nothing there" in output
 
 
-@pytest.mark.parametrize("starter", [(sys.executable,), TORCHRUN], ids=["launch", "torchrun"])
+@STARTERS
 def test_a_killed_process_ends_all_and_is_named(
     toy_json: Path, tmp_path: Path, starter: tuple[str, ...]
 ) -> None:

@@ -98,6 +98,7 @@ def test_processes_of_torchrun_save_and_say_how_to_go_on(toy_json: Path, tmp_pat
     )
 
 
+@pytest.mark.attack
 def test_one_that_is_asked_is_enough(toy_json: Path, tmp_path: Path) -> None:
     """As by ``kill -INT``."""
     rank_1 = lambda process: [x for x in children(process.pid) if len(children(x)) >= 2][1:]  # noqa: E731
@@ -106,7 +107,9 @@ def test_one_that_is_asked_is_enough(toy_json: Path, tmp_path: Path) -> None:
     assert "is saved; the same command with --resume" in output.splitlines()[-1]
 
 
-@pytest.mark.parametrize("arguments", [(), ("--num-gpus", "2")])
+@pytest.mark.parametrize(
+    "arguments", [(), pytest.param(("--num-gpus", "2"), marks=pytest.mark.attack)]
+)
 def test_the_second_time_ends_at_once(
     toy_json: Path, tmp_path: Path, arguments: tuple[str, ...]
 ) -> None:
@@ -117,6 +120,7 @@ def test_the_second_time_ends_at_once(
     assert "interrupted: nothing was saved yet." in output.splitlines()
 
 
+@pytest.mark.attack
 def test_before_the_training_begins(toy_json: Path, tmp_path: Path) -> None:
     """New processes import for seconds, and then know that it is over."""
     process = start(toy_json, tmp_path, "--num-gpus", "2")
@@ -131,6 +135,7 @@ def test_before_the_training_begins(toy_json: Path, tmp_path: Path) -> None:
     assert "Traceback" not in output
 
 
+@pytest.mark.attack
 def test_after_the_death_of_one_it_is_said_what_was_saved(toy_json: Path, tmp_path: Path) -> None:
     options = toy.options(tmp_path, **ENDLESS, SOLVER__CHECKPOINT_PERIOD=2)
     output = toy.wait(toy.start(toy_json, "--num-gpus", "2", *options, TOY_KILL_AT="3"), 1)

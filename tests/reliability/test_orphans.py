@@ -96,6 +96,7 @@ def test_processes_end_with_who_started_them(start: Start) -> None:
     assert wait_until(lambda: not any(map(alive, left)), SECONDS)
 
 
+@pytest.mark.attack
 def test_all_end_with_a_peer(start: Start, tmp_path: Path) -> None:
     process = start("--num-gpus", "2")
     left = children(process.pid)
