@@ -34,6 +34,9 @@ def add_engine_config(cfg: CfgNode) -> None:
     # For models with parameters that get no gradient in some iterations; costs some speed. Used
     # with several processes only.
     solver.FIND_UNUSED_PARAMETERS = False
+    # Processes exchange gradients in float16: half of the bytes, where the network between machines is
+    # slow.
+    solver.COMPRESS_GRADIENTS = False
     # Threads of PyTorch's operators in each process when MODEL.DEVICE is "cpu"; 0: as PyTorch
     # chooses. A network of small tensors is faster with 1, since threads then wait for each other
     # longer than they compute, and leave cores to the loader's workers.

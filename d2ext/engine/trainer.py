@@ -118,6 +118,8 @@ class Trainer(DefaultTrainer):
             # Not by rank: srun may show each process only its own GPU.
             device_ids=None if device.type == "cpu" else [device],
             broadcast_buffers=False,  # as in Detectron2
+            gradient_as_bucket_view=True,
+            fp16_compression=cfg.SOLVER.COMPRESS_GRADIENTS,
             # Of several steps, each may train a part of the network.
             find_unused_parameters=cfg.SOLVER.FIND_UNUSED_PARAMETERS
             or bool(getattr(model, "training_steps", ())),

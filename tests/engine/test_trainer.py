@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -131,6 +132,17 @@ def test_threads_of_a_small_network(build: Train) -> None:
             build(SOLVER__CPU_THREADS=-1)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_gradients_are_compressed_where_asked(
+    build: Train, monkeypatch: pytest.MonkeyPatch, wanted: bool
+) -> None:
+    asked: dict[str, Any] = {}
+    wrap = lambda model, **options: asked.update(options) or model  # noqa: E731
+    monkeypatch.setattr("d2ext.engine.trainer.create_ddp_model", wrap)
+    build(SOLVER__COMPRESS_GRADIENTS=wanted)
+    assert asked["fp16_compression"] is wanted
 
 
 def test_unknown_optimizer(build: Train) -> None:
