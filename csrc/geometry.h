@@ -6,11 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define D2EXT_HOST_DEVICE __host__ __device__ inline
-#else
-#define D2EXT_HOST_DEVICE inline
-#endif
+#include "host_device.h"
 
 namespace d2ext {
 

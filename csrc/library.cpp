@@ -48,8 +48,9 @@ TORCH_LIBRARY(d2ext, m) {
       "deform_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor offset, Tensor? mask, "
       "int stride, int padding, int dilation, bool deterministic) -> (Tensor, Tensor, Tensor, "
       "Tensor)");
-  // CUDA only; torchvision's elsewhere.
+  // CUDA only; torchvision's and plain PyTorch elsewhere.
   m.def("nms(Tensor boxes, Tensor valid, float threshold) -> Tensor");
+  m.def("overlapped(Tensor boxes, float threshold) -> Tensor");
   m.def(
       "soft_nms(Tensor boxes, Tensor scores, Tensor? corner_scores, Tensor sizes, int method, "
       "float sigma, float iou_threshold, float score_threshold, float weight_exp) "

@@ -19,8 +19,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "../exponential.h"
 #include "../geometry.h"
-#include "math.h"
 #include "vectorize.h"
 
 namespace d2ext {

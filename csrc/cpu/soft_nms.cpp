@@ -1,6 +1,8 @@
 // Soft non-maximum suppression as CornerNet publishes it (see d2ext/layers/soft_nms.py): a round
 // weights all remaining boxes, a vector at a time; only if boxes are discarded are they moved one
 // by one.
+#include "../soft_nms.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/arange.h>
@@ -18,23 +20,12 @@
 #include <vector>
 
 #include "../check.h"
-#include "math.h"
 #include "vectorize.h"
 
 namespace d2ext {
 namespace {
 
 using at::Tensor;
-
-enum class Method : int64_t { kHard = 0, kLinear = 1, kGaussian = 2 };
-
-struct Settings {
-  Method method;
-  float sigma;
-  float iou_threshold;
-  float score_threshold;
-  float weight_exp;
-};
 
 // Results of a round: arrays with one value for each remaining box.
 struct RoundArrays {
@@ -53,34 +44,17 @@ struct RoundArrays {
 template <Method kMethod>
 inline bool weigh(const RoundArrays& in, int64_t best, int64_t begin, int64_t end,
                   const Settings& settings) {
-  const float best_x1 = in.x1[best], best_y1 = in.y1[best];
-  const float best_x2 = in.x2[best], best_y2 = in.y2[best];
-  const float area = (best_x2 - best_x1 + 1) * (best_y2 - best_y1 + 1);
+  const PixelBox selected = {in.x1[best], in.y1[best], in.x2[best], in.y2[best]};
+  const float area = pixel_area(selected);
   int32_t dropped = 0;
 #pragma GCC ivdep
   for (int64_t i = begin; i < end; ++i) {
-    const float x1 = in.x1[i], y1 = in.y1[i], x2 = in.x2[i], y2 = in.y2[i];
-    const float width = (x2 < best_x2 ? x2 : best_x2) - (x1 > best_x1 ? x1 : best_x1) + 1;
-    const float height = (y2 < best_y2 ? y2 : best_y2) - (y1 > best_y1 ? y1 : best_y1) + 1;
-    const float common = width * height;
-    const float united = area + (x2 - x1 + 1) * (y2 - y1 + 1) - common;
-    const float ratio = common / united;
-    // With a coordinate that is not finite it may be NaN.
-    const bool touching = (width > 0) & (height > 0) & (ratio == ratio);
-    const float overlap = touching ? ratio : 0.0f;
-    float weight = 1;
-    if (kMethod == Method::kGaussian) {
-      const float decayed = exponential(-(overlap * overlap) / settings.sigma);
-      weight = touching ? decayed : 1.0f;
-    } else {
-      const float reduced = kMethod == Method::kLinear ? 1 - overlap : 0.0f;
-      weight = overlap > settings.iou_threshold ? reduced : 1.0f;
-    }
-    const float weighed = in.scores[i] * weight;
-    dropped |= touching & (weighed < settings.score_threshold);
-    in.overlaps[i] = overlap;
-    in.weights[i] = weight;
-    in.weighed[i] = weighed;
+    const PixelBox other = {in.x1[i], in.y1[i], in.x2[i], in.y2[i]};
+    const Weighed result = weigh<kMethod>(selected, area, other, in.scores[i], settings);
+    dropped |= result.dropped;
+    in.overlaps[i] = result.overlap;
+    in.weights[i] = result.weight;
+    in.weighed[i] = result.score;
   }
   return dropped != 0;
 }
@@ -254,12 +228,6 @@ class Suppression {
   std::vector<int64_t> indices_;
 };
 
-void check_rows(const char* argument, const Tensor& tensor, at::IntArrayRef sizes) {
-  D2EXT_CHECK_VALUE(tensor.sizes() == sizes && tensor.scalar_type() == at::kFloat,
-                    "soft_nms: ", argument, " must be float32 of shape ", sizes, ", got ",
-                    tensor.scalar_type(), " of shape ", tensor.sizes());
-}
-
 // boxes (N, 4), scores (N,), corner_scores (N, 2) or none: class by class; sizes: boxes of each
 // class. Returns boxes, scores, indices and keep, as d2ext.layers.SoftNMSRows.
 std::tuple<Tensor, Tensor, Tensor, Tensor> soft_nms_cpu(const Tensor& boxes, const Tensor& scores,
@@ -267,24 +235,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> soft_nms_cpu(const Tensor& boxes, con
                                                         const Tensor& sizes, int64_t method,
                                                         double sigma, double iou_threshold,
                                                         double score_threshold, double weight_exp) {
-  D2EXT_CHECK_VALUE(boxes.dim() == 2, "soft_nms: boxes must have shape (N, 4), got ",
-                    boxes.sizes());
-  const int64_t count = boxes.size(0);
-  check_rows("boxes", boxes, {count, 4});
-  check_rows("scores", scores, {count});
-  if (corner_scores.has_value()) {
-    check_rows("corner_scores", *corner_scores, {count, 2});
-  }
-  D2EXT_CHECK_VALUE(sizes.dim() == 1 && sizes.scalar_type() == at::kLong,
-                    "soft_nms: sizes must be int64 of shape (classes,), got ", sizes.scalar_type(),
-                    " of shape ", sizes.sizes());
-  D2EXT_CHECK_VALUE(method >= 0 && method <= 2,
-                    "soft_nms: method must be 0 (hard), 1 (linear) or 2 ", "(gaussian), got ",
-                    method);
-  D2EXT_CHECK_VALUE(sigma > 0, "soft_nms: sigma must be > 0, got ", sigma);
-  const Settings settings = {static_cast<Method>(method), static_cast<float>(sigma),
-                             static_cast<float>(iou_threshold), static_cast<float>(score_threshold),
-                             static_cast<float>(weight_exp)};
+  const int64_t count = check_soft_nms(boxes, scores, corner_scores, sizes, method, sigma);
+  const Settings settings(method, sigma, iou_threshold, score_threshold, weight_exp);
   const Tensor dense_sizes = sizes.contiguous();
   const int64_t* size = dense_sizes.const_data_ptr<int64_t>();
   const int64_t classes = sizes.size(0);

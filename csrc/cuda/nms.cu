@@ -1,5 +1,6 @@
-// Greedy non-maximum suppression over fixed slots (see d2ext/layers/nms.py): which boxes overlap,
-// as bits, then one block for each group decides, 64 boxes at a time. Nothing waits for the host.
+// Non-maximum suppression over fixed slots (see d2ext/layers/nms.py). Greedy: which boxes overlap,
+// as bits, then one block for each group decides, 64 boxes at a time. Fast: one block for each
+// group. Nothing waits for the host.
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/core/Tensor.h>
@@ -132,11 +133,70 @@ __global__ void __launch_bounds__(kScanThreads)
   }
 }
 
-Tensor nms_cuda(const Tensor& boxes, const Tensor& valid, double threshold) {
+// Whether a box overlaps one that comes before, which may be overlapped itself. Boxes are shared
+// out to the threads; all before them pass by in tiles.
+template <typename T>
+__global__ void __launch_bounds__(kScanThreads)
+    overlapped_kernel(const Box<T>* boxes, int32_t count, T threshold, bool* overlapped) {
+  __shared__ Box<T> better[kScanThreads];
+  const auto lane = static_cast<int32_t>(threadIdx.x);
+  const int64_t base = static_cast<int64_t>(blockIdx.x) * count;
+  for (int32_t first = 0; first < count; first += kScanThreads) {
+    const int32_t place = first + lane;
+    const Box<T> own = place < count ? boxes[base + place] : Box<T>();
+    bool found = false;
+    for (int32_t tile = 0; tile <= first; tile += kScanThreads) {
+      __syncthreads();  // the last tile has been read
+      if (tile + lane < count) {
+        better[lane] = boxes[base + tile + lane];
+      }
+      __syncthreads();
+      const int32_t end = place < count ? min(kScanThreads, place - tile) : 0;
+      for (int32_t i = 0; i < end && !found; ++i) {
+        found = overlap(better[i], own, threshold);
+      }
+    }
+    if (place < count) {
+      overlapped[base + place] = found;
+    }
+  }
+}
+
+void check_boxes(const char* name, const Tensor& boxes) {
   D2EXT_CHECK_VALUE(
-      boxes.dim() >= 2 && boxes.size(-1) == 4 && at::isFloatingType(boxes.scalar_type()),
-      "nms: boxes must be floating point of shape (..., N, 4), got ", boxes.scalar_type(),
+      boxes.dim() >= 2 && boxes.size(-1) == 4 && at::isFloatingType(boxes.scalar_type()), name,
+      ": boxes must be floating point of shape (..., N, 4), got ", boxes.scalar_type(),
       " of shape ", boxes.sizes());
+}
+
+Tensor overlapped_cuda(const Tensor& boxes, double threshold) {
+  check_boxes("overlapped", boxes);
+  const c10::cuda::CUDAGuard guard(boxes.device());
+  const auto type = at::toOpMathType(boxes.scalar_type());
+  const Tensor held = boxes.to(type).contiguous();
+  const int64_t count = boxes.size(-2);
+  Tensor overlapped =
+      at::empty(boxes.sizes().slice(0, boxes.dim() - 1), boxes.options().dtype(at::kBool));
+  if (overlapped.numel() == 0) {
+    return overlapped;
+  }
+  const int64_t groups = overlapped.numel() / count;
+  D2EXT_CHECK_VALUE(count <= std::numeric_limits<int32_t>::max() - kScanThreads &&
+                        groups <= std::numeric_limits<int32_t>::max(),
+                    "overlapped: too many boxes for a GPU: ", groups, " groups of ", count);
+  AT_DISPATCH_FLOATING_TYPES(type, "overlapped_cuda", [&] {
+    overlapped_kernel<scalar_t>
+        <<<static_cast<uint32_t>(groups), kScanThreads, 0, at::cuda::getCurrentCUDAStream()>>>(
+            reinterpret_cast<const Box<scalar_t>*>(held.const_data_ptr<scalar_t>()),
+            static_cast<int32_t>(count), static_cast<scalar_t>(threshold),
+            overlapped.mutable_data_ptr<bool>());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return overlapped;
+}
+
+Tensor nms_cuda(const Tensor& boxes, const Tensor& valid, double threshold) {
+  check_boxes("nms", boxes);
   D2EXT_CHECK_VALUE(
       valid.scalar_type() == at::kBool && valid.sizes() == boxes.sizes().slice(0, boxes.dim() - 1),
       "nms: valid must be bool, one for each box, got ", valid.scalar_type(), " of shape ",
@@ -182,6 +242,9 @@ Tensor nms_cuda(const Tensor& boxes, const Tensor& valid, double threshold) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(d2ext, CUDA, m) { m.impl("nms", nms_cuda); }
+TORCH_LIBRARY_IMPL(d2ext, CUDA, m) {
+  m.impl("nms", nms_cuda);
+  m.impl("overlapped", overlapped_cuda);
+}
 
 }  // namespace d2ext

@@ -215,10 +215,16 @@ def decode_corners(
     Returns:
         Always P = min(max_pairs, K * K) pairs.
     """
-    tl, br = (decode_points(maps, k) for maps in (top_left, bottom_right))
     assert top_left.embedding is not None and bottom_right.embedding is not None
-    tl_tag = gather_at(top_left.embedding, tl.index)[..., 0].float()
-    br_tag = gather_at(bottom_right.embedding, br.index)[..., 0].float()
+    embedding = torch.cat([top_left.embedding, bottom_right.embedding])
+    both = PointMaps(
+        torch.cat([top_left.heat, bottom_right.heat]),
+        torch.cat([top_left.offset, bottom_right.offset]),
+        embedding,
+    )
+    points = decode_points(both, k)
+    tl, br = (Points(*kind) for kind in zip(*(field.chunk(2) for field in points), strict=True))
+    tl_tag, br_tag = gather_at(embedding, points.index)[..., 0].float().chunk(2)
     distances = (tl_tag[:, :, None] - br_tag[:, None, :]).abs()
     rejected = (
         (tl.classes[:, :, None] != br.classes[:, None, :])

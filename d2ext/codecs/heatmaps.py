@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from d2ext.codecs.affine import invert_affine
 from d2ext.layers import affine_crops
+from d2ext.layers.exporting import needs_fixed_shapes
 
 # Most numbers that one step of draw_gaussians holds.
 _DRAWING_LIMIT = 1 << 24
@@ -139,7 +140,7 @@ def local_peaks(heat: Tensor) -> Tensor:
         heat: (B, C, H, W), not negative.
     """
     surroundings = F.max_pool2d(heat, 3, stride=1, padding=1)
-    return torch.where(surroundings == heat, heat, torch.zeros_like(heat))
+    return torch.where(surroundings == heat, heat, 0.0)
 
 
 def top_k(heat: Tensor, k: int) -> TopK:
@@ -151,6 +152,15 @@ def top_k(heat: Tensor, k: int) -> TopK:
     Returns:
         fields (B, min(k, C * H * W)).
     """
+    if needs_fixed_shapes(heat):
+        # A GPU selects among all in less time than among the best of each class.
+        cells = heat.shape[2] * heat.shape[3]
+        flat = heat.flatten(1)
+        scores, place = flat.topk(min(k, flat.shape[1]), dim=1)
+        classes = place.div(cells, rounding_mode="floor")
+        index = place - classes * cells
+        ys = index.div(heat.shape[3], rounding_mode="floor")
+        return TopK(scores, classes, ys, index - ys * heat.shape[3], index)
     per_class = top_k_per_class(heat, k)
     flat = per_class.scores.flatten(1)
     scores, order = flat.topk(min(k, flat.shape[1]), dim=1)

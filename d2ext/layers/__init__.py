@@ -10,7 +10,7 @@ from d2ext.layers.corner_pool import (
     corner_pool_reference,
 )
 from d2ext.layers.correlation import correlation
-from d2ext.layers.nms import nms, nms_reference
+from d2ext.layers.nms import nms, nms_reference, overlapped, overlapped_reference
 from d2ext.layers.panoptic_fusion import (
     fuse_panoptic,
     fuse_panoptic_reference,
@@ -23,7 +23,13 @@ from d2ext.layers.prototype_masks import (
     assemble_masks,
     assemble_masks_reference,
 )
-from d2ext.layers.soft_nms import SoftNMSRows, soft_nms, soft_nms_merge, soft_nms_rows
+from d2ext.layers.soft_nms import (
+    SoftNMSRows,
+    soft_nms,
+    soft_nms_merge,
+    soft_nms_rows,
+    soft_nms_slots,
+)
 from d2ext.layers.warp import warp
 
 __all__ = [
@@ -46,11 +52,14 @@ __all__ = [
     "has_extension",
     "nms",
     "nms_reference",
+    "overlapped",
+    "overlapped_reference",
     "prune_masks",
     "prune_masks_reference",
     "soft_nms",
     "soft_nms_merge",
     "soft_nms_rows",
+    "soft_nms_slots",
     "truncated_crops",
     "warp",
 ]

@@ -31,6 +31,7 @@ _OPERATORS = (
     "corner_pool",
     "deform_conv2d",
     "nms",
+    "overlapped",
     "soft_nms",
     "prune_masks",
     "fuse_panoptic",

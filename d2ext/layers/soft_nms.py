@@ -1,7 +1,7 @@
 """Soft non-maximum suppression (https://arxiv.org/abs/1704.04503) as CornerNet publishes it
 (https://arxiv.org/abs/1808.01244), and its variant that merges boxes.
 
-Shapes: N boxes.
+Shapes: N boxes, B images.
 
 Each round selects the box of highest score and lowers the scores of the remaining ones by their IoU
 with it; a box whose score falls below the threshold is discarded. Classes are treated separately.
@@ -16,7 +16,9 @@ Quirks of the published code that change numbers:
 - Boxes and their scores move in the array, corner scores do not: merging weights a box with the corner
   scores of the row in which it currently lies.
 
-Everything is computed in float32, on the CPU: rounds depend on each other.
+Everything is computed in float32. Rounds depend on each other: on a GPU one block goes through those of
+a class (``csrc/cuda/soft_nms.cu``), and the host does not wait; merging, and all without the compiled
+operator, runs on the CPU.
 """
 
 from __future__ import annotations
@@ -27,11 +29,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from d2ext.layers._extension import compiled_for, has_extension
+from d2ext.layers._extension import compiled_for, has_cuda_extension, has_extension
+from d2ext.layers.exporting import needs_fixed_shapes
 
-__all__ = ["SoftNMSRows", "soft_nms", "soft_nms_merge", "soft_nms_rows"]
+__all__ = ["SoftNMSRows", "soft_nms", "soft_nms_merge", "soft_nms_rows", "soft_nms_slots"]
 
 _METHODS = ("hard", "linear", "gaussian")
+# Score of a slot without a box.
+EMPTY = -math.inf
+# Above all classes, of which there are at most as many.
+_MOST_CLASSES = 2**31
 
 
 class SoftNMSRows(NamedTuple):
@@ -110,6 +117,59 @@ def soft_nms_rows(
     )
 
 
+def soft_nms_slots(
+    boxes: Tensor,
+    scores: Tensor,
+    classes: Tensor,
+    valid: Tensor,
+    *,
+    method: str = "gaussian",
+    sigma: float = 0.5,
+    iou_threshold: float = 0.5,
+    score_threshold: float = 0.001,
+) -> SoftNMSRows:
+    """:func:`soft_nms_rows` of each of B images, whose boxes are in fixed slots.
+
+    Args:
+        boxes, scores: (B, N, 4), (B, N).
+        classes: (B, N) integers, in 0..2^31 - 1 where there is a box.
+        valid: (B, N) bool: which slots hold a box.
+        method, sigma, iou_threshold, score_threshold: as for :func:`soft_nms`.
+
+    Returns:
+        Fields (B, N, ...): the rows of each image; then the slots without a box, which ``keep`` does not
+        hold either, their score :data:`EMPTY`. ``indices`` are slots of the image.
+
+    Raises:
+        ValueError: a wrong method, value, shape, dtype or device.
+    """
+    if valid.dim() != 2 or valid.dtype != torch.bool or boxes.shape != (*valid.shape, 4):
+        raise ValueError(
+            "soft_nms_slots: valid must be bool of shape (B, N) and boxes of shape (B, N, 4), "
+            f"got {valid.dtype} of shape {tuple(valid.shape)} and {tuple(boxes.shape)}"
+        )
+    images, slots = valid.shape
+    image = torch.arange(images, device=valid.device)[:, None]
+    # A slot without a box is a class of its own, after all others of its image.
+    own = _MOST_CLASSES + torch.arange(slots, device=valid.device)
+    keys = 2 * _MOST_CLASSES * image + torch.where(valid, classes.long(), own)
+    flat = soft_nms_rows(
+        boxes.flatten(0, 1),
+        scores.flatten(),
+        keys.flatten(),
+        method=method,
+        sigma=sigma,
+        iou_threshold=iou_threshold,
+        score_threshold=score_threshold,
+    )
+    rows = SoftNMSRows(*(x.unflatten(0, (images, slots)) for x in flat))
+    indices = rows.indices - slots * image
+    holds_box = valid.gather(1, indices)
+    return SoftNMSRows(
+        indices, rows.scores.masked_fill(~holds_box, EMPTY), rows.keep & holds_box, rows.boxes
+    )
+
+
 def soft_nms_merge(
     boxes: Tensor,
     scores: Tensor,
@@ -176,13 +236,15 @@ def _run(
     score_threshold: float,
     weight_exp: float,
 ) -> SoftNMSRows:
-    device = boxes.device
-    order, sizes = _by_class(classes, boxes.shape[0])
-    own_boxes = boxes.to("cpu", torch.float32)[order]
-    own_scores = scores.to("cpu", torch.float32)[order]
+    device, at = boxes.device, torch.device("cpu")
+    if device.type == "cuda" and corner_scores is None and has_cuda_extension():
+        at = device
+    order, sizes = _by_class(None if classes is None else classes.to(at), boxes.shape[0], at)
+    own_boxes = boxes.to(at, torch.float32)[order]
+    own_scores = scores.to(at, torch.float32)[order]
     corners = None
     if corner_scores is not None:
-        corners = corner_scores.to("cpu", torch.float32)[order]
+        corners = corner_scores.to(at, torch.float32)[order]
     if compiled_for(own_boxes.device):
         own_boxes, own_scores, indices, keep = torch.ops.d2ext.soft_nms.default(
             own_boxes,
@@ -203,12 +265,17 @@ def _run(
     )
 
 
-def _by_class(classes: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
-    """Stable order of the boxes by class, and the number of boxes of each class."""
-    if classes is None:
-        return torch.arange(count), torch.tensor([count])
-    ordered, order = classes.cpu().sort(stable=True)
-    return order, ordered.unique_consecutive(return_counts=True)[1]
+def _by_class(classes: Tensor | None, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Stable order of the boxes by class, and the number of boxes of each class; on a GPU followed by
+    zeros, so that the host need not know how many classes there are."""
+    if classes is None or count == 0:
+        return torch.arange(count, device=device), torch.full((1,), count, device=device)
+    ordered, order = classes.sort(stable=True)
+    if not needs_fixed_shapes(ordered):
+        return order, ordered.unique_consecutive(return_counts=True)[1]
+    number = (ordered[1:] != ordered[:-1]).cumsum(0)
+    number = torch.nn.functional.pad(number, (1, 0))
+    return order, torch.zeros_like(number).scatter_add_(0, number, torch.ones_like(number))
 
 
 # ---------------------------------------------------------------- plain PyTorch
@@ -400,8 +467,10 @@ if has_extension():
                     f"soft_nms: {name} must be float32 of shape {shape}, got {x.dtype} of shape "
                     f"{tuple(x.shape)}"
                 )
-        if sizes.dim() != 1 or sizes.dtype != torch.int64:
-            raise ValueError("soft_nms: sizes must be int64 of shape (classes,)")
+        if sizes.dim() != 1 or sizes.dtype != torch.int64 or sizes.device != boxes.device:
+            raise ValueError(
+                "soft_nms: sizes must be int64 of shape (classes,), on the boxes' device"
+            )
         if method not in (0, 1, 2) or not sigma > 0:
             raise ValueError(f"soft_nms: no method {method}, or no sigma > 0: {sigma}")
         rows = scores.shape

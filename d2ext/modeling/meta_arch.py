@@ -21,6 +21,7 @@ from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from d2ext.layers.transfer import upload
 from d2ext.modeling.export_form import ExportForm, refuse_tracing
 from d2ext.modeling.inference import InferenceNetwork
 from d2ext.modeling.training_graph import TrainingGraphs
@@ -241,8 +242,8 @@ class MetaArch(nn.Module):
         return (images - self.pixel_mean) / self.pixel_std
 
     def upload(self, inputs: dict[str, Any]) -> Tensor:
-        """The input's image on the model's device."""
-        return inputs["image"].to(self.device, non_blocking=True)
+        """The input's image on the model's device, see :func:`d2ext.layers.transfer.upload`."""
+        return upload(inputs["image"], self.device)
 
     def draw_pair(
         self, inputs: dict[str, Any], detections: Instances, *, masks: bool = False

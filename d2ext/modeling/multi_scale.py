@@ -53,6 +53,12 @@ class MultiScaleMetaArch(MetaArch):
         """Detections of one image at each scale → its results."""
         raise NotImplementedError
 
+    def results(
+        self, batched_inputs: list[dict[str, Any]], passes: list[list[Any]]
+    ) -> list[dict[str, Any]]:
+        """Detections of each image at each scale → its results."""
+        return [self.result(x, each) for x, each in zip(batched_inputs, passes, strict=True)]
+
     def shown_maps(self, inputs: dict[str, Any]) -> list[tuple[str, Tensor, Tensor]]:
         """One image's heat maps: name, probabilities (C, h, w), map from cells to pixels (2, 3)."""
         raise NotImplementedError
@@ -96,14 +102,14 @@ class MultiScaleMetaArch(MetaArch):
         for members, group, predictions, scale in runs:
             for i, one in zip(members, self.detections(predictions, group, scale), strict=True):
                 passes[i].append(one)
-        return [self.result(x, each) for x, each in zip(batched_inputs, passes, strict=True)]
+        return self.results(batched_inputs, passes)
 
     def postprocess(
         self, predictions: tuple[Tensor, ...], batched_inputs: list[dict[str, Any]]
     ) -> list[dict[str, Any]]:
         """Results of a single pass, at the first scale."""
         passes = self.detections(predictions, batched_inputs, self.scales[0])
-        return [self.result(x, [one]) for x, one in zip(batched_inputs, passes, strict=True)]
+        return self.results(batched_inputs, [[one] for one in passes])
 
     @torch.no_grad()
     def heatmaps(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Tensor]]:

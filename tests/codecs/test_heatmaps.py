@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from d2ext.codecs import heatmaps
 from d2ext.codecs.heatmaps import (
     draw_gaussians,
     gather_at,
@@ -184,6 +185,16 @@ def test_best_places() -> None:
     assert per_class.scores.shape == (2, 3, 2)
     assert torch.equal(per_class.scores[:, :, 0], heat.flatten(2).amax(2))
     assert per_class.classes[1, :, 0].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("k", [1, 7, 100])
+def test_best_places_as_on_a_gpu(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    heat = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(2))
+    expected = top_k(heat, k)
+    monkeypatch.setattr(heatmaps, "needs_fixed_shapes", lambda _: True)
+    monkeypatch.setattr(heatmaps, "top_k_per_class", None)
+    for actual, field in zip(top_k(heat, k), expected, strict=True):
+        assert torch.equal(actual, field)
 
 
 @pytest.mark.parametrize("k", [60, 61, 1000])

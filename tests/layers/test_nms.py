@@ -1,4 +1,4 @@
-"""NMS over fixed slots: each implementation against naive loops and torchvision's."""
+"""NMS over fixed slots: each implementation against naive loops and torchvision's, and Fast NMS."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torchvision
 from torch import Tensor
 
 from d2ext.layers import has_cuda_extension
-from d2ext.layers.nms import nms
+from d2ext.layers.nms import nms, overlapped, overlapped_reference
 
 needs_cuda = pytest.mark.skipif(
     not (torch.cuda.is_available() and has_cuda_extension()),
@@ -123,3 +123,59 @@ def test_wrong_arguments() -> None:
 def test_the_operator_keeps_pytorchs_rules(device: str) -> None:
     arguments = (*(x.to(device) for x in scene(0, 2, 20)), 0.5)
     torch.library.opcheck(torch.ops.d2ext.nms.default, arguments)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("seed", range(2))
+def test_overlapped_against_loops(device: str, seed: int) -> None:
+    boxes, _ = scene(seed, 2, 70, dtype=torch.float64)
+    found = overlapped(boxes.to(device), 0.3).cpu()
+    assert found.shape == (2, 70) and 0 < found.sum() < 140
+    for own, is_overlapped in zip(boxes.tolist(), found.tolist(), strict=True):
+        for i, (x1, y1, x2, y2) in enumerate(own):
+            expected = False
+            for a1, b1, a2, b2 in own[:i]:
+                common = max(min(x2, a2) - max(x1, a1), 0) * max(min(y2, b2) - max(y1, b1), 0)
+                union = (x2 - x1) * (y2 - y1) + (a2 - a1) * (b2 - b1) - common
+                expected |= union > 0 and common / union > 0.3
+            assert is_overlapped[i] == expected
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 2, 200, 255, 256, 257, 700])
+def test_overlapped_on_the_gpu_is_the_plain_one(count: int, dtype: torch.dtype) -> None:
+    """To the bit: overlaps that equal the threshold, boxes without area, ties, NaN and infinity."""
+    boxes, _ = scene(count, 7, count, dtype=dtype)
+    boxes[:, ::5] = boxes[:, :1]
+    boxes[0, ::3, 2:] = boxes[0, ::3, :2]
+    boxes[1, ::4, 0], boxes[2, ::4, 3] = torch.nan, torch.inf
+    boxes[3, ::4, :2], boxes[3, 1::4] = -torch.inf, torch.inf
+    strided = boxes.cuda().transpose(0, 1).contiguous().transpose(0, 1)
+    for threshold in (0.0, 0.3, 0.5, 1.0):
+        expected = overlapped_reference(boxes, threshold)
+        assert torch.equal(overlapped(strided, threshold).cpu(), expected)
+        assert count < 200 or threshold == 1.0 or 0 < expected.sum() < expected.numel()
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_overlapped_in_a_graph_and_of_many_groups() -> None:
+    boxes = scene(1, 70_000, 3)[0].cuda()
+    overlapped(boxes, 0.5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = overlapped(boxes, 0.5)
+    graph.replay()
+    assert torch.equal(found, overlapped_reference(boxes, 0.5))
+    torch.library.opcheck(torch.ops.d2ext.overlapped.default, (boxes[:4], 0.5))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_overlapped_of_nothing_and_of_wrong_boxes(device: str) -> None:
+    for shape in ((0, 4), (2, 0, 4), (0, 5, 4)):
+        assert overlapped(torch.zeros(shape, device=device), 0.5).shape == shape[:-1]
+    for wrong in (torch.zeros(5, 3), torch.zeros(4), torch.zeros(5, 4, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="boxes must be floating point of shape"):
+            overlapped(wrong.to(device), 0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import time
 from pathlib import Path
@@ -10,15 +11,18 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.ops import nms
 
 from d2ext.layers import (
     SoftNMSRows,
     _extension,
+    has_cuda_extension,
     has_extension,
     soft_nms,
     soft_nms_merge,
     soft_nms_rows,
+    soft_nms_slots,
 )
 from tests.reference.fixture import Fixture, draw_tensor
 
@@ -301,13 +305,135 @@ def test_a_thousand_boxes_take_milliseconds(method):
     assert min(times) < 5e-2
 
 
+def test_slots_are_the_rows_of_each_image(implementation):
+    """Then come those without a box, which nothing reads; classes are those of the image alone."""
+    images = [draw_boxes(count, seed=count) for count in (20, 0, 33)]
+    boxes, scores = torch.full((3, 40, 4), math.nan), torch.full((3, 40), math.nan)
+    classes = torch.full((3, 40), -5)
+    valid = torch.zeros(3, 40, dtype=torch.bool)
+    expected = []
+    for i, (own_boxes, own_scores) in enumerate(images):
+        slots = torch.randperm(40)[: len(own_boxes)].sort()[0]
+        boxes[i, slots], scores[i, slots], valid[i, slots] = own_boxes, own_scores, True
+        classes[i, slots] = slots % 3
+        rows = soft_nms_rows(own_boxes, own_scores, slots % 3, score_threshold=0.1)
+        expected.append(rows._replace(indices=slots[rows.indices]))
+    found = soft_nms_slots(boxes, scores, classes, valid, score_threshold=0.1)
+    for i, rows in enumerate(expected):
+        count = len(rows.indices)
+        for name in SoftNMSRows._fields:
+            assert torch.equal(getattr(found, name)[i, :count], getattr(rows, name))
+        assert (found.scores[i, count:] == -math.inf).all() and not found.keep[i, count:].any()
+        assert torch.equal(found.indices[i, count:], (~valid[i]).nonzero()[:, 0])
+    assert not expected[0].keep.all()
+    with pytest.raises(ValueError, match="valid must be bool"):
+        soft_nms_slots(boxes, scores, classes, valid[0])
+
+
+@needs_extension
+def test_nothing_waits_for_the_gpu(monkeypatch):
+    """On a GPU of tensors without values, an operation that needs one raises an error."""
+    module = importlib.import_module("d2ext.layers.soft_nms")  # the package's name is the function
+    for name in ("has_cuda_extension", "compiled_for"):
+        monkeypatch.setattr(module, name, lambda *_: True)
+    with FakeTensorMode():
+        boxes, scores = torch.empty(2, 30, 4, device="cuda"), torch.empty(2, 30, device="cuda")
+        classes = torch.empty(2, 30, dtype=torch.int64, device="cuda")
+        rows = soft_nms_slots(boxes, scores, classes, classes > 0)
+        assert [x.shape for x in rows] == [(2, 30), (2, 30), (2, 30), (2, 30, 4)]
+        assert all(x.device.type == "cuda" for x in rows)
+        assert len(soft_nms_rows(boxes[0], scores[0]).keep) == 30
+
+
+on_gpu = pytest.mark.skipif(not has_cuda_extension(), reason="d2ext_C is not compiled for CUDA")
+
+
+def assert_gpu_is_cpu(boxes, scores, classes, cuda, **options) -> SoftNMSRows:
+    expected = soft_nms_rows(boxes, scores, classes, **options)
+    given = [None if x is None else x.to(cuda) for x in (boxes, scores, classes)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = soft_nms_rows(*given, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(x.is_cuda for x in found)
+    assert torch.equal(found.indices.cpu(), expected.indices)
+    assert torch.equal(found.keep.cpu(), expected.keep)
+    close = {"rtol": 1e-5, "atol": 1e-7, "equal_nan": True}
+    torch.testing.assert_close(found.scores.cpu(), expected.scores, **close)
+    torch.testing.assert_close(found.boxes.cpu(), expected.boxes, rtol=0, atol=0, equal_nan=True)
+    return expected
+
+
 @pytest.mark.gpu
-def test_gpu_equals_cpu(cuda):
+@on_gpu
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("count", [0, 1, 2, 31, 32, 33, 300, 1500])
+@pytest.mark.parametrize("kinds", [1, 4, 80])
+def test_gpu_equals_cpu(cuda, method, count, kinds):
+    boxes, scores = draw_boxes(count, seed=count, size=30 + count / 5)
+    classes = None if kinds == 1 else torch.arange(count) * 7 % kinds
+    for threshold in (0.001, 0.05, 0.4):
+        options = {"method": method, "iou_threshold": 0.3, "score_threshold": threshold}
+        rows = assert_gpu_is_cpu(boxes, scores, classes, cuda, **options)
+    assert count < 300 or not rows.keep.all()
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_gpu_equals_cpu_in_ties_and_of_numbers_that_are_not_finite(cuda, method):
+    """Whole numbers, so that IoUs are equal too; the last box, and all after one, are discarded."""
+    boxes, scores = draw_boxes(400, size=60)
+    boxes, scores = boxes.round(), (scores * 8).round() / 8
+    for threshold in (0.01, 0.3, 0.9):
+        options = {"method": method, "score_threshold": threshold}
+        assert_gpu_is_cpu(boxes, scores, torch.arange(400) % 2, cuda, **options)
+        assert_gpu_is_cpu(boxes, scores.sort(descending=True)[0], None, cuda, **options)
+        assert_gpu_is_cpu(boxes[:1].repeat(70, 1), scores[:70], None, cuda, **options)
+        odd, values = boxes.clone(), scores.clone()
+        odd[::9, 1], odd[3::11, 2], odd[5::13] = math.nan, math.inf, -math.inf
+        values[::17], values[1::19], values[2::23] = math.nan, math.inf, -math.inf
+        values[4::29], values[6::31] = 0.0, -0.0
+        assert_gpu_is_cpu(odd, values, None, cuda, **options)
+        assert_gpu_is_cpu(odd, values, torch.arange(400) % 5, cuda, **options)
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_the_operator_on_the_gpu(cuda):
+    boxes, scores = (x.to(cuda) for x in draw_boxes(12))
+    numbers = (2, 0.5, 0.5, 0.001, 10.0)
+    sizes = torch.tensor([5, 0, 7], device=cuda)
+    torch.library.opcheck(
+        torch.ops.d2ext.soft_nms.default,
+        (boxes, scores, None, sizes, *numbers),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    # Sizes that do not add up, which the host cannot see without waiting: what is outside stays.
+    for wrong in ([5, 99], [-3, 5], [13]):
+        out = torch.ops.d2ext.soft_nms(
+            boxes, scores, None, torch.tensor(wrong, device=cuda), *numbers
+        )
+        assert not out[3][9:].any() and torch.equal(out[1][9:], scores[9:])
+    with pytest.raises(ValueError, match="merged on the CPU"):
+        torch.ops.d2ext.soft_nms(boxes, scores, boxes[:, :2].contiguous(), sizes, *numbers)
+    with pytest.raises(ValueError, match="sizes is on"):
+        torch.ops.d2ext.soft_nms(boxes, scores, None, sizes.cpu(), *numbers)
+
+
+@pytest.mark.gpu
+def test_results_are_on_the_gpu(cuda):
     boxes, scores = draw_boxes(200)
     classes = torch.arange(200) % 3
     found = soft_nms(boxes.to(cuda), scores.to(cuda), classes.to(cuda))
     expected = soft_nms(boxes, scores, classes)
     assert all(a.device.type == "cuda" for a in found)
-    assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
+    assert torch.equal(found[0].cpu(), expected[0])
+    torch.testing.assert_close(found[1].cpu(), expected[1], rtol=1e-5, atol=1e-7)
+    merged = soft_nms_merge(
+        *(x.to(cuda) for x in (boxes, scores, scores[:, None].expand(-1, 2))), classes.to(cuda)
+    )
+    assert merged.boxes.is_cuda
     with pytest.raises(ValueError, match="one device"):
         soft_nms(boxes.to(cuda), scores)

@@ -149,6 +149,25 @@ def test_weights_that_change_are_used() -> None:
     _assert_same(second, _results(plain), score=1e-5, box=0.01)
 
 
+def test_a_graph_runs_before_weights_are_compared() -> None:
+    """And its predictions count only if they have not changed."""
+    network = InferenceNetwork(nn.Conv2d(3, 1, 1), lambda x: x, channels_last=True)
+    images = torch.ones(1, 3, 2, 2)
+    runs = []
+
+    def graph(x: Tensor) -> Tensor:
+        runs.append(x)
+        return torch.full((1, 1, 2, 2), 7.0)  # of the weights at the capture
+
+    with torch.no_grad():
+        network(images)
+        network._graphs[images.shape] = graph
+        assert (network(images) == 7).all() and len(runs) == 1
+        network.network.weight.mul_(0).add_(1)
+        torch.testing.assert_close(network(images), network.network(images))
+        assert len(runs) == 2
+
+
 def test_copies_and_pickles_start_anew() -> None:
     model = _tiny(CHANNELS_LAST=True)
     expected = _results(model)

@@ -19,14 +19,14 @@ from d2ext.codecs.corners import decode_points
 from d2ext.systems.centernet_triplets.head import CenterNetTripletsHead
 from d2ext.systems.centernet_triplets.postprocess import (
     OUTSIDE_MARGIN,
-    confirm_by_centers,
+    confirm_slots,
     image_centers,
     rows_of_centers,
     to_instances,
 )
 from d2ext.systems.centernet_triplets.targets import encode_triplets
 from d2ext.systems.cornernet.model import CornerNet
-from d2ext.systems.cornernet.postprocess import image_rows
+from d2ext.systems.cornernet.postprocess import image_slots
 
 
 @META_ARCH_REGISTRY.register()
@@ -57,17 +57,17 @@ class CenterNetTriplets(CornerNet):
         return rows, rows_of_centers(centers)
 
     def _rows(self, canvas: Canvas, *decoded: Tensor) -> tuple[Tensor, ...]:
-        """Rows of pairs (N, COLUMNS) and of centres (M, 4), in pixels of the image."""
+        """Rows of pairs (N, COLUMNS), rejected ones too, and of centres (M, 4), in pixels."""
         rows, centers = decoded
         # As published: boxes of all scales, centres of the unscaled image only.
         centers = image_centers(
             centers if canvas.scale == 1.0 else centers[:, :0], canvas, self.stride
         )
-        return image_rows(rows, canvas, self.stride, self.margin), centers
+        return image_slots(rows, canvas, self.stride, self.margin), centers
 
     def _candidates(self, passes: list[tuple[Tensor, ...]]) -> Tensor:
         rows, centers = (torch.cat(parts) for parts in zip(*passes, strict=True))
-        return confirm_by_centers(rows, centers)
+        return confirm_slots(rows, centers)
 
     def _instances(
         self, rows: Tensor, image_size: tuple[int, int], output_size: tuple[int, int]

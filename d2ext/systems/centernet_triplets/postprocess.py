@@ -18,8 +18,8 @@ from detectron2.structures import Instances
 from torch import Tensor
 
 from d2ext.codecs.canvas import Canvas, scale_points
-from d2ext.codecs.corners import Points
-from d2ext.systems.cornernet.postprocess import COLUMNS
+from d2ext.codecs.corners import REJECTED, Points
+from d2ext.systems.cornernet.postprocess import COLUMNS, without_rejected
 from d2ext.systems.cornernet.postprocess import to_instances as corner_instances
 
 _SCORE, _CLASS = 4, 7
@@ -49,6 +49,11 @@ def image_centers(centers: Tensor, canvas: Canvas, stride: int) -> Tensor:
 
 
 def confirm_by_centers(rows: Tensor, centers: Tensor) -> Tensor:
+    """:func:`confirm_slots` without the rejected boxes, (N', COLUMNS + 3)."""
+    return without_rejected(confirm_slots(rows, centers))
+
+
+def confirm_slots(rows: Tensor, centers: Tensor) -> Tensor:
     """Keep the boxes that have a centre of their class in their middle.
 
     The middle is the middle third of both sides of a small box, the middle fifth of a larger one; the
@@ -62,7 +67,8 @@ def confirm_by_centers(rows: Tensor, centers: Tensor) -> Tensor:
         centers: (M, 4) x, y, score, class.
 
     Returns:
-        (N', COLUMNS + 3), best first.
+        (N, COLUMNS + 3), best first; the others' score is :data:`REJECTED`. No row at all where there is
+        no centre.
     """
     if len(rows) == 0 or len(centers) == 0:
         return rows.new_zeros((0, COLUMNS + 3))
@@ -77,8 +83,8 @@ def confirm_by_centers(rows: Tensor, centers: Tensor) -> Tensor:
     first = inside.to(torch.uint8).argmax(dim=1)
     matched = centers[first]
     scores = (2 * rows[:, _SCORE] + matched[:, 2]) / 3
+    scores = scores.masked_fill(~inside.any(dim=1) | (rows[:, _SCORE] <= REJECTED), REJECTED)
     rows = torch.cat([rows[:, :4], scores[:, None], rows[:, 5:], matched[:, :3]], dim=1)
-    rows = rows[inside.any(dim=1)]
     return rows[rows[:, _SCORE].argsort(descending=True, stable=True)]
 
 

@@ -30,10 +30,13 @@ from d2ext.systems.cornernet.head import CornerNetHead
 from d2ext.systems.cornernet.losses import CornerNetCriterion
 from d2ext.systems.cornernet.postprocess import (
     SuppressionOptions,
-    image_rows,
+    image_slots,
+    in_slots,
     rows_of_pairs,
     suppress,
+    suppress_slots,
     to_instances,
+    without_rejected,
 )
 from d2ext.systems.cornernet.targets import read_boxes
 
@@ -58,7 +61,7 @@ class CornerNet(MultiScaleMetaArch):
     criterion_class: ClassVar[type[CornerNetCriterion]] = CornerNetCriterion
     encode: ClassVar[Any] = staticmethod(encode_corners)
     reject_border: ClassVar[bool] = False
-    # Pixels by which a pair may exceed the scaled image, see image_rows.
+    # Pixels by which a pair may exceed the scaled image, see image_slots.
     margin: ClassVar[float] = math.inf
 
     @configurable
@@ -252,19 +255,34 @@ class CornerNet(MultiScaleMetaArch):
         self, predictions: tuple[Tensor, ...], batched_inputs: list[dict[str, Any]], scale: float
     ) -> list[tuple[Tensor, ...]]:
         """Results of :meth:`_decode` for B images and B mirror images → for each image :meth:`_rows`,
-        on the CPU."""
-        on_host = [x.cpu() for x in predictions]
-        return [
-            self._rows(
-                self.canvas(image_size(x), scale),
-                *(part[i :: len(batched_inputs)] for part in on_host),
-            )
-            for i, x in enumerate(batched_inputs)
-        ]
+        see :func:`in_slots`; on the CPU without rejected pairs."""
+        on_device = in_slots(predictions[0], self.suppression)
+        parts = predictions if on_device else tuple(x.cpu() for x in predictions)
+        passes = []
+        for i, x in enumerate(batched_inputs):
+            canvas = self.canvas(image_size(x), scale)
+            rows, *others = self._rows(canvas, *(part[i :: len(batched_inputs)] for part in parts))
+            passes.append((rows if on_device else without_rejected(rows), *others))
+        return passes
 
     def _rows(self, canvas: Canvas, *decoded: Tensor) -> tuple[Tensor, ...]:
-        """One image's part of :meth:`_decode`'s result → rows (N, COLUMNS) in pixels of the image."""
-        return (image_rows(decoded[0], canvas, self.stride, self.margin),)
+        """One image's part of :meth:`_decode`'s result → rows (N, COLUMNS) in pixels of the image, with
+        rejected pairs."""
+        return (image_slots(decoded[0], canvas, self.stride, self.margin),)
+
+    def results(
+        self, batched_inputs: list[dict[str, Any]], passes: list[list[tuple[Tensor, ...]]]
+    ) -> list[dict[str, Any]]:
+        """See the base class; rows that are on the device together, with one wait for it."""
+        if not in_slots(passes[0][0][0], self.suppression):
+            return super().results(batched_inputs, passes)
+        rows, counts = suppress_slots([self._candidates(x) for x in passes], self.suppression)
+        instances = [
+            self._instances(own, image_size(x), output_size(x))
+            for own, x in zip(rows, batched_inputs, strict=True)
+        ]
+        each = zip(instances, counts.tolist(), strict=True)
+        return [{"instances": own[:count]} for own, count in each]
 
     def result(
         self, inputs: dict[str, Any], passes: list[tuple[Tensor, ...]]

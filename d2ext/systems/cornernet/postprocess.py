@@ -19,11 +19,14 @@ from typing import Any, NamedTuple
 import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
+from torch.nn import functional as F
 
 from d2ext.codecs.boxes import clip_boxes
 from d2ext.codecs.canvas import Canvas, scale_points
 from d2ext.codecs.corners import REJECTED, CornerPairs
-from d2ext.layers import soft_nms_merge, soft_nms_rows
+from d2ext.layers import has_cuda_extension, soft_nms_merge, soft_nms_rows, soft_nms_slots
+from d2ext.layers.exporting import needs_fixed_shapes
+from d2ext.layers.soft_nms import EMPTY
 
 # x1, y1, x2, y2, score, top-left score, bottom-right score, class, embedding distance
 COLUMNS = 9
@@ -53,7 +56,23 @@ def rows_of_pairs(pairs: CornerPairs) -> Tensor:
     return torch.cat([pairs.boxes, torch.stack(single, dim=-1)], dim=-1)
 
 
+def in_slots(rows: Tensor, options: SuppressionOptions) -> bool:
+    """Whether rows stay on their device, in slots that hold rejected pairs too, until detections are
+    known: on a GPU the host then waits once. Elsewhere, and to merge boxes, they go to the CPU."""
+    return needs_fixed_shapes(rows) and has_cuda_extension() and not options.merge
+
+
+def without_rejected(rows: Tensor) -> Tensor:
+    """Rows (N, COLUMNS) without the rejected pairs."""
+    return rows[rows[:, _SCORE] > REJECTED]
+
+
 def image_rows(rows: Tensor, canvas: Canvas, stride: int, margin: float = math.inf) -> Tensor:
+    """:func:`image_slots` without the rejected pairs, (N, COLUMNS)."""
+    return without_rejected(image_slots(rows, canvas, stride, margin))
+
+
+def image_slots(rows: Tensor, canvas: Canvas, stride: int, margin: float = math.inf) -> Tensor:
     """Rows of one pass, of the image and its mirror image (if given), in pixels of the image.
 
     Args:
@@ -61,7 +80,7 @@ def image_rows(rows: Tensor, canvas: Canvas, stride: int, margin: float = math.i
         margin: pairs that extend this many pixels or more beyond the scaled image are rejected.
 
     Returns:
-        (N, COLUMNS) of the pairs that are not rejected, clipped to the image.
+        (1 or 2 times P, COLUMNS) clipped to the image, :data:`REJECTED` the score of rejected pairs.
     """
     boxes = rows[..., :4]
     if len(rows) == 2:
@@ -73,8 +92,9 @@ def image_rows(rows: Tensor, canvas: Canvas, stride: int, margin: float = math.i
     margin = margin / canvas.scale
     inside = (boxes[..., :2] > -margin).all(-1) & (rows[..., _SCORE] > REJECTED)
     inside &= (boxes[..., 2] < width + margin) & (boxes[..., 3] < height + margin)
-    rows = torch.cat([clip_boxes(boxes, (height, width)), rows[..., 4:]], dim=-1)
-    return rows[inside]
+    scores = torch.where(inside, rows[..., _SCORE], REJECTED)[..., None]
+    boxes = clip_boxes(boxes, (height, width))
+    return torch.cat([boxes, scores, rows[..., _TOP_LEFT:]], dim=-1).flatten(0, 1)
 
 
 def suppress(rows: Tensor, options: SuppressionOptions) -> Tensor:
@@ -84,11 +104,12 @@ def suppress(rows: Tensor, options: SuppressionOptions) -> Tensor:
     and all rows that tie with the last one stay.
 
     Args:
-        rows: (N, COLUMNS) on the CPU.
+        rows: (N, COLUMNS); rejected pairs are left out.
 
     Returns:
         (M, COLUMNS), best first.
     """
+    rows = without_rejected(rows)
     arguments: dict[str, Any] = {"sigma": options.sigma, "score_threshold": options.score_threshold}
     classes = rows[:, _CLASS].long()
     if options.merge:
@@ -107,6 +128,45 @@ def suppress(rows: Tensor, options: SuppressionOptions) -> Tensor:
     if not options.keep_stale:
         rows = rows[result.keep]
     return best_rows(rows, options.max_detections)
+
+
+def suppress_slots(rows: list[Tensor], options: SuppressionOptions) -> tuple[Tensor, Tensor]:
+    """:func:`suppress` of several images at once, without waiting for the device or merging.
+
+    Args:
+        rows: for each image (n, columns).
+
+    Returns:
+        (B, N, columns), best first, N the largest n; and (B,) int64, how many of them are detections.
+    """
+    most = max(len(own) for own in rows)
+    padded = [F.pad(own, (0, 0, 0, most - len(own)), value=REJECTED) for own in rows]
+    slots = torch.stack(padded)
+    result = soft_nms_slots(
+        slots[..., :4],
+        slots[..., _SCORE],
+        slots[..., _CLASS].long(),
+        slots[..., _SCORE] > REJECTED,
+        sigma=options.sigma,
+        score_threshold=options.score_threshold,
+    )
+    scores = result.scores
+    if not options.keep_stale:
+        scores = scores.masked_fill(~result.keep, EMPTY)
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    inputs = _take(slots, result.indices.gather(1, order))
+    slots = torch.cat(
+        [_take(result.boxes, order), scores[..., None], inputs[..., _TOP_LEFT:]], dim=-1
+    )
+    detected = scores > EMPTY
+    if 0 < options.max_detections < most:
+        detected &= scores >= scores[:, options.max_detections - 1, None]
+    return slots, detected.sum(dim=1)
+
+
+def _take(rows: Tensor, index: Tensor) -> Tensor:
+    """Rows (B, N, c) at (B, N)."""
+    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
 
 
 def best_rows(rows: Tensor, limit: int) -> Tensor:

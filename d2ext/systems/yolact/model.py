@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
@@ -24,6 +25,7 @@ from d2ext.codecs.prior_boxes import decode_boxes, prior_boxes
 from d2ext.config import ConfigError
 from d2ext.layers import assemble_binary_masks
 from d2ext.layers.prototype_masks import assemble_slot_masks
+from d2ext.layers.transfer import upload, upload_alike
 from d2ext.modeling.export_form import ExportForm, NotExportable, Outputs
 from d2ext.modeling.meta_arch import BackboneWithHead, MetaArch, output_size
 from d2ext.systems.yolact.head import MaskScorer, YOLACTHead, YOLACTPredictions
@@ -171,16 +173,16 @@ class YOLACT(MetaArch):
     def preprocess(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
         """Images of any size → (B, 3, S, S): bilinear without antialiasing, normalised."""
         side = (self.input_size, self.input_size)
-        images = [self.upload(x) for x in batched_inputs]
-        if len({image.shape for image in images}) == 1:
-            batch = torch.stack(images).float()
+        images = [x["image"] for x in batched_inputs]
+        if len({(x.shape, x.dtype, x.device) for x in images}) == 1:
+            batch = upload_alike(images, self.device).float()
             if batch.shape[-2:] != side:
                 batch = F.interpolate(batch, side, mode="bilinear", align_corners=False)
         else:
             batch = torch.cat(
                 [
                     F.interpolate(x[None].float(), side, mode="bilinear", align_corners=False)
-                    for x in images
+                    for x in map(self.upload, batched_inputs)
                 ]
             )
         return self.normalize(batch)
@@ -273,35 +275,63 @@ class YOLACT(MetaArch):
         ``scores``, ``pred_classes``, ``pred_masks`` (N, height, width) bool, and with mask re-scoring
         ``mask_scores`` (the masks' scores; ``scores`` are the boxes')."""
         detections, (prototypes, *mask_scores) = Detections(*predictions[:4]), predictions[4:]
-        # One transfer for the whole batch; a filter per image would wait for the device each time.
+        sizes = [output_size(inputs) for inputs in batched_inputs]
+        # What does not depend on the numbers of detections comes before the one wait for the device.
+        boxes = self._pixel_boxes(detections.boxes, sizes)
         counts = (detections.scores >= 0).sum(dim=1).tolist()
+        masks = self._masks(detections, prototypes, counts, sizes)
         results = []
-        for i, (inputs, count) in enumerate(zip(batched_inputs, counts, strict=True)):
-            one = Detections(*(field[i, :count] for field in detections))
-            instances = self._instances(one, prototypes[i], *output_size(inputs))
+        for i, count in enumerate(counts):
+            instances = Instances(sizes[i])
+            instances.pred_boxes = Boxes(boxes[i, :count])
+            instances.scores = detections.scores[i, :count]
+            instances.pred_classes = detections.classes[i, :count]
+            instances.pred_masks = masks[i]
             if mask_scores:
                 instances.mask_scores = mask_scores[0][i, :count]
             results.append({"instances": instances})
         return results
 
-    def _instances(
-        self, detections: Detections, prototypes: Tensor, height: int, width: int
-    ) -> Instances:
-        """Detections of one image (fields without B) → instances at the size of the output."""
-        boxes, scores, classes, coefficients = detections
-        result = Instances((height, width))
-        result.pred_boxes = Boxes(pixel_boxes(boxes, height, width, truncate=self.truncate_boxes))
-        result.scores = scores
-        result.pred_classes = classes
-        result.pred_masks = assemble_binary_masks(
-            prototypes,
-            coefficients,
-            boxes,
-            (height, width),
-            threshold=self.mask_threshold,
-            crop=self.crop,
-        )
-        return result
+    def _pixel_boxes(self, boxes: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
+        """:func:`pixel_boxes` of images (B, D, 4) of these sizes (height, width)."""
+        options = {"truncate": self.truncate_boxes}
+        if len(set(sizes)) == 1:
+            return pixel_boxes(boxes, *sizes[0], **options)
+        each = zip(boxes, sizes, strict=True)
+        return torch.stack([pixel_boxes(own, *size, **options) for own, size in each])
+
+    def _masks(
+        self,
+        detections: Detections,
+        prototypes: Tensor,
+        counts: Sequence[int],
+        sizes: Sequence[tuple[int, int]],
+    ) -> list[Tensor]:
+        """For each image the masks (count, height, width) of its first ``count`` detections; those of
+        images of one size are assembled together."""
+        options: dict[str, Any] = {"threshold": self.mask_threshold, "crop": self.crop}
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i, size in enumerate(sizes):
+            groups.setdefault(size, []).append(i)
+        boxes, coefficients = detections.boxes, detections.coefficients
+        masks: dict[int, Tensor] = {}
+        for size, members in groups.items():
+            if len(members) == 1:
+                i, count = members[0], counts[members[0]]
+                arguments = prototypes[i], coefficients[i, :count], boxes[i, :count], size
+                masks[i] = assemble_binary_masks(*arguments, **options)
+                continue
+            numbers = [counts[i] for i in members]
+            # (2, n): the image and the slot of each detection.
+            places = np.stack(
+                [np.repeat(members, numbers), np.concatenate(list(map(np.arange, numbers)))]
+            )
+            image, slot = upload(torch.from_numpy(places), prototypes.device)
+            together = assemble_binary_masks(
+                prototypes, coefficients[image, slot], boxes[image, slot], size, image, **options
+            )
+            masks.update(zip(members, together.split(numbers), strict=True))
+        return [masks[i] for i in range(len(sizes))]
 
     def draw_training(
         self,

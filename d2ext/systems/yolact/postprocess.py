@@ -17,6 +17,7 @@ from torchvision.ops import batched_nms
 
 from d2ext.codecs.boxes import clip_boxes
 from d2ext.codecs.canvas import scale_points
+from d2ext.layers import overlapped
 
 # Score of an empty slot and of a suppressed candidate.
 EMPTY = -1.0
@@ -58,31 +59,6 @@ def _take_best(
     )
 
 
-def _suppressed(boxes: Tensor, threshold: float) -> Tensor:
-    """Fast NMS: which boxes overlap a better one, even if that one is suppressed itself.
-
-    Args:
-        boxes: (..., K, 4), best first.
-
-    Returns:
-        (..., K) bool.
-    """
-    # (..., K, K) numbers for each class: computed in place where possible.
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    width = torch.minimum(x2[..., :, None], x2[..., None, :])
-    width = width.sub_(torch.maximum(x1[..., :, None], x1[..., None, :])).clamp_(min=0)
-    height = torch.minimum(y2[..., :, None], y2[..., None, :])
-    height = height.sub_(torch.maximum(y1[..., :, None], y1[..., None, :])).clamp_(min=0)
-    intersection = width.mul_(height)
-    area = (x2 - x1) * (y2 - y1)
-    union = (area[..., :, None] + area[..., None, :]).sub_(intersection)
-    # Row i suppresses column j > i. A box without area has IoU 0/0 with itself only.
-    above = intersection.div_(union) > threshold
-    count = boxes.shape[-2]
-    later = torch.ones(count, count, dtype=torch.bool, device=boxes.device).triu_(diagonal=1)
-    return above.logical_and_(later).any(dim=-2)
-
-
 def fast_nms(
     boxes: Tensor,
     scores: Tensor,
@@ -93,7 +69,7 @@ def fast_nms(
     top_k: int = 200,
     max_detections: int = 100,
 ) -> Detections:
-    """Fast NMS within each class.
+    """Fast NMS within each class: a suppressed box suppresses too, see :func:`overlapped`.
 
     As published, a prior whose best score exceeds ``score_threshold`` is a candidate in every class,
     whatever its score there; so nearly always ``max_detections`` are returned.
@@ -107,7 +83,7 @@ def fast_nms(
     candidate = scores.amax(dim=2, keepdim=True) > score_threshold
     by_class = torch.where(candidate, scores, EMPTY).transpose(1, 2)
     best, priors = by_class.topk(min(top_k, by_class.shape[2]), dim=2)  # (B, C, K)
-    best = best.masked_fill(_suppressed(_gather(boxes, priors), iou_threshold), EMPTY)
+    best = best.masked_fill(overlapped(_gather(boxes, priors), iou_threshold), EMPTY)
     classes = torch.arange(num_classes, device=scores.device)[None, :, None].expand_as(priors)
     return _take_best(
         boxes, coefficients, best.flatten(1), priors.flatten(1), classes.flatten(1), max_detections
@@ -132,7 +108,7 @@ def cross_class_fast_nms(
     best, classes = scores.max(dim=2)
     best = torch.where(best > score_threshold, best, EMPTY)
     best, priors = best.topk(min(top_k, best.shape[1]), dim=1)
-    best = best.masked_fill(_suppressed(_gather(boxes, priors), iou_threshold), EMPTY)
+    best = best.masked_fill(overlapped(_gather(boxes, priors), iou_threshold), EMPTY)
     return _take_best(boxes, coefficients, best, priors, classes.gather(1, priors), top_k)
 
 

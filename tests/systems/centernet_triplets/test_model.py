@@ -13,6 +13,7 @@ from d2ext.codecs.canvas import centered
 from d2ext.systems.centernet_triplets.postprocess import (
     OUTSIDE_MARGIN,
     confirm_by_centers,
+    confirm_slots,
     image_centers,
     to_instances,
 )
@@ -79,6 +80,16 @@ def test_the_first_centre_counts_not_the_best() -> None:
     # Sorted by the new score: 1.7 / 3 before 1.4 / 3.
     assert detections[:, 7].tolist() == [0, 1]
     assert float(detections[1, 4]) == pytest.approx(1.4 / 3)
+
+
+def test_centres_do_not_confirm_rejected_boxes() -> None:
+    """In slots these, and what no centre confirms, come last."""
+    box = (0, 0, 90, 90)
+    rows = [box_row(*box, -1.0, 1), box_row(*box, 0.2, 0), box_row(*box, 0.3, 1)]
+    centers = torch.tensor([[45.0, 45, 0.9, 1]])
+    slots = confirm_slots(torch.tensor(rows), centers)
+    assert slots[:, 4].tolist() == pytest.approx([0.5, -1, -1])
+    assert torch.equal(confirm_by_centers(torch.tensor(rows), centers), slots[:1])
 
 
 @pytest.mark.parametrize(("boxes", "centers"), [(0, 3), (3, 0), (0, 0)])

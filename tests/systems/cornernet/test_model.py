@@ -18,6 +18,7 @@ from d2ext.checkpoint import convert_state_dict
 from d2ext.checkpoint.checkpointer import Checkpointer
 from d2ext.checkpoint.convert import ConversionError
 from d2ext.codecs.canvas import centered
+from d2ext.systems.cornernet import model as cornernet_model
 from d2ext.systems.cornernet.model import CornerNet, canvas_side
 from d2ext.systems.cornernet.postprocess import (
     COLUMNS,
@@ -25,6 +26,7 @@ from d2ext.systems.cornernet.postprocess import (
     best_rows,
     image_rows,
     suppress,
+    suppress_slots,
 )
 from d2ext.testing import random_inputs, tiny_config
 
@@ -361,6 +363,43 @@ def test_stale_rows_count_as_published_or_not() -> None:
     assert len(published) == 80 and len(clean) < 80
     assert (clean[:, 4].diff() <= 0).all() and (published[:, 4].diff() <= 0).all()
     assert suppress(rows[:0], SuppressionOptions()).shape == (0, COLUMNS)
+
+
+@pytest.mark.parametrize("keep_stale", [True, False])
+@pytest.mark.parametrize("limit", [0, 20, 100, 1000])
+def test_slots_are_suppressed_as_rows(keep_stale: bool, limit: int) -> None:
+    options = SuppressionOptions(keep_stale=keep_stale, max_detections=limit)
+    images = [some_rows(count, spread=10) for count in (80, 200, 30)]
+    images[0][::3, 4] = -1.0
+    images[1][:, 4] = (images[1][:, 4] * 20).round() / 20  # ties
+    images[2][:, 4] = -1.0
+    images.append(images[0][:0])
+    slots, counts = suppress_slots(images, options)
+    assert slots.shape == (4, 200, COLUMNS)
+    for rows, own, count in zip(images, slots, counts, strict=True):
+        assert torch.equal(own[:count], suppress(rows, options))
+    assert counts[1] > 0 and counts.tolist()[2:] == [0, 0]
+
+
+@pytest.mark.parametrize("architecture", ["CornerNet", "CenterNetTriplets"])
+def test_results_in_slots_are_those_of_rows(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU; images of two sizes, one of which has fewer pairs."""
+    torch.manual_seed(0)
+    cfg = tiny_config(architecture)
+    cfg.MODEL[
+        CornerNet.config_key if architecture == "CornerNet" else "CENTERNET_TRIPLETS"
+    ].merge_from_list(["TEST.SCALES", [1.0, 0.5]])
+    model = build_model(cfg).eval()
+    inputs = [*random_inputs(2), *random_inputs(1, height=20, width=20)]
+    expected = model(inputs)
+    monkeypatch.setattr(cornernet_model, "in_slots", lambda *_: True)
+    for a, b in zip(model(inputs), expected, strict=True):
+        for name, value in b["instances"].get_fields().items():
+            own = a["instances"].get(name)
+            assert torch.equal(getattr(own, "tensor", own), getattr(value, "tensor", value))
+    assert len(expected[0]["instances"]) > 0
 
 
 def test_ties_at_the_limit_stay() -> None:

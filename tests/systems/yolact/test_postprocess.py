@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 from torch import Tensor
 
 from d2ext.systems.yolact.postprocess import (
@@ -15,6 +16,7 @@ from d2ext.systems.yolact.postprocess import (
     pixel_boxes,
     traditional_nms,
 )
+from d2ext.testing import tiny_config
 
 
 def _random(seed: int, batch: int = 2, priors: int = 60, classes: int = 4) -> tuple[Tensor, ...]:
@@ -143,3 +145,32 @@ def test_pixel_boxes_are_ordered_clipped_and_cut() -> None:
         cut, torch.tensor([[0.0, 5, 45, 45], [9, 13, 90, 50]]), atol=1, rtol=0
     )
     assert torch.equal(cut, cut.trunc())
+
+
+@pytest.mark.parametrize("crop", ["before", "after"])
+def test_a_batch_is_finished_as_its_images(crop: str) -> None:
+    """To the bit: images of one size, whose masks are assembled together, and of others."""
+    model = build_model(tiny_config("YOLACT")).eval()
+    model.crop = crop
+    generator = torch.Generator().manual_seed(0)
+    counts, sizes = [5, 0, 9, 3, 9], [(40, 50), (40, 50), (33, 20), (40, 50), (33, 20)]
+    corner = torch.rand(5, 9, 2, generator=generator) * 0.6
+    boxes = torch.cat([corner, corner + 0.4 * torch.rand(5, 9, 2, generator=generator)], dim=2)
+    scores = torch.rand(5, 9, generator=generator).sort(dim=1, descending=True)[0]
+    for own, count in zip(scores, counts, strict=True):
+        own[count:] = -1
+    classes = torch.randint(3, (5, 9), generator=generator)
+    coefficients = torch.randn(5, 9, 8, generator=generator)
+    prototypes = torch.rand(5, 16, 16, 8, generator=generator)
+    predictions = (boxes, scores, classes, coefficients, prototypes, scores * 0.5)
+    inputs = [{"image": torch.zeros(3, *size)} for size in sizes]
+    results = model.postprocess(predictions, inputs)
+    for i, result in enumerate(results):
+        (alone,) = model.postprocess(tuple(x[i : i + 1] for x in predictions), inputs[i : i + 1])
+        own, other = result["instances"], alone["instances"]
+        assert len(own) == counts[i] and own.image_size == other.image_size == sizes[i]
+        assert own.pred_masks.shape == (counts[i], *sizes[i])
+        for name, value in other.get_fields().items():
+            actual = own.get(name)
+            assert torch.equal(getattr(actual, "tensor", actual), getattr(value, "tensor", value))
+    assert all(0 < x["instances"].pred_masks.float().mean() < 1 for x in (results[0], results[2]))

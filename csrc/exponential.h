@@ -1,9 +1,11 @@
-// Functions of one number that the compiler vectorises in loops over many.
+// The exponential function and the sigmoid, which the compiler vectorises in loops.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+
+#include "host_device.h"
 
 namespace d2ext {
 
@@ -12,7 +14,7 @@ namespace d2ext {
 // exp(z) = 2^n exp(r) with z = n ln 2 + r, |r| <= ln(2) / 2, and exp(r) by its Taylor polynomial of
 // degree 7 (relative error below 6e-9). z is clamped so that n is in -127..128, for which the bits
 // of 2^n are those of 0 and of infinity at the ends.
-inline float exponential(float z) {
+D2EXT_HOST_DEVICE float exponential(float z) {
   z = z < -88.0f ? -88.0f : z;
   z = z > 89.0f ? 89.0f : z;
   // Adding 1.5 * 2^23 rounds to the nearest integer.
