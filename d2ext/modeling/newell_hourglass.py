@@ -11,7 +11,7 @@ even where a norm follows. Width and height must be multiples of 4 * 2^depth.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ from torch.nn import functional as F
 
 from d2ext.config import CONFIG_REGISTRY
 from d2ext.modeling.fusion import conv_relu, take_bias
+
+# A name that Detectron2's get_norm knows, or channels → the norm.
+Norm = str | Callable[[int], nn.Module]
 
 
 @CONFIG_REGISTRY.register()
@@ -56,7 +59,7 @@ class PreActivationResidual(nn.Module):
     and third norm belong to the convolution before them, so that inference can fold them.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, norm: str) -> None:
+    def __init__(self, in_channels: int, out_channels: int, norm: Norm) -> None:
         super().__init__()
         inner = out_channels // 2
         self.pre_norm = get_norm(norm, in_channels)
@@ -99,7 +102,7 @@ class Hourglass(nn.Module):
         norm: see :class:`PreActivationResidual`.
     """
 
-    def __init__(self, channels: int, increases: Sequence[int], norm: str) -> None:
+    def __init__(self, channels: int, increases: Sequence[int], norm: Norm) -> None:
         super().__init__()
         inner = channels + increases[0]
         self.up = PreActivationResidual(channels, channels, norm)

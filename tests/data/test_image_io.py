@@ -32,7 +32,9 @@ def test_ordinary_images_as_detectron2_reads_them(tmp_path, image_format):
 
 def test_default_is_bgr(tmp_path):
     file = save(Image.fromarray(COLORS), tmp_path / "a.png")
-    np.testing.assert_array_equal(read_image(file), COLORS[:, :, ::-1])
+    image = read_image(file)
+    np.testing.assert_array_equal(image, COLORS[:, :, ::-1])
+    assert image.flags.c_contiguous  # what follows is slow otherwise
 
 
 def test_grey(tmp_path):

@@ -12,9 +12,11 @@ from d2ext.config import CONFIG_REGISTRY
 def add_densepose_config(cfg: CfgNode) -> None:
     """Add DensePose's keys to ``cfg``, in place."""
     head = cfg.MODEL.ROI_DENSEPOSE_HEAD = CfgNode()
-    # A head of DENSEPOSE_HEAD_REGISTRY: "DensePoseV1ConvXHead" or "DensePoseDeepLabHead".
+    # A head of DENSEPOSE_HEAD_REGISTRY: "DensePoseV1ConvXHead", "DensePoseDeepLabHead", or
+    # "DensePoseHourglassHead", small, for training from random weights.
     head.NAME = "DensePoseV1ConvXHead"
-    # Its convolutions, their channels and the side of their kernels.
+    # Its convolutions (of an hourglass: levels below the first), their channels and the side of their
+    # kernels.
     head.NUM_STACKED_CONVS = 8
     head.CONV_HEAD_DIM = 512
     head.CONV_HEAD_KERNEL = 3

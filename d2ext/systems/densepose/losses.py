@@ -80,8 +80,8 @@ class ChartLoss:
         """Losses of a batch. Without a point on any part all are zero, S too (published)."""
         points = targets.points.select(targets.points.points.parts >= 0)
         on_parts = points.select(points.points.parts > 0)
-        zero = zero_loss(predictions)
         if len(on_parts.points.parts) == 0:
+            zero = zero_loss(predictions)
             losses = dict.fromkeys(("U", "V") if self.uv_confidence == "" else ("UV",), zero)
             losses |= {"I": zero, "S": zero}
         else:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from d2ext.data.coco_json import coco_records, read_coco_json
+from d2ext.data.densepose.fields import coarse_parts
 from d2ext.data.errors import DatasetError
 from tests.data.densepose.persons import MESH, content, rle, write_persons
 
@@ -28,6 +29,19 @@ def test_records_have_what_the_file_has(tmp_path: Path) -> None:
             assert np.array_equal(read[key], np.array(given[key], np.float32)), key
         assert read["dp_I"].dtype == read["dp_vertex"].dtype == np.int64
         assert read["ref_model"] == MESH and read["dp_masks"] == given["dp_masks"]
+
+
+def test_later_parts_cover_earlier_ones() -> None:
+    parts: list[Any] = [[]] * 14
+    parts[1] = rle(slice(0, 9), slice(0, 20))
+    parts[4] = rle(slice(4, 6), slice(10, 30))
+    expected = np.zeros((256, 256), np.uint8)
+    expected[:9, :20] = 2
+    expected[4:6, 10:30] = 5
+    result = coarse_parts(parts)
+    assert result is not None and result.dtype == np.uint8
+    assert np.array_equal(result, expected)
+    assert coarse_parts([[]] * 14) is None
 
 
 def _without_points(a: Annotations) -> None:
