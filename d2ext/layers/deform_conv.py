@@ -4,8 +4,10 @@ arXiv 1811.11168).
 Shapes: B images, C channels, N output channels, H×W input cells, h×w output cells, K =
 kernel_h·kernel_w taps, G groups of channels, O groups of offsets.
 
-torchvision's operator, except on CUDA in half precision: there it has no bfloat16, and computes without
-tensor cores; ours (``csrc/cuda/deform_conv.cu``) takes a fraction of the time.
+torchvision's operator, with two exceptions on CUDA. In half precision it has no bfloat16, and computes
+without tensor cores; ours (``csrc/cuda/deform_conv.cu``) takes a fraction of the time. And its kernels
+run on the default stream only (pytorch/vision, issue 9513): a CUDA graph would not hold them, and
+compute with old samples. Elsewhere PyTorch's own operators do it.
 """
 
 from __future__ import annotations
@@ -19,7 +21,13 @@ from torch import Tensor, nn
 from d2ext.layers._extension import compiled_for, has_extension, register_gradient
 from d2ext.layers.exporting import is_exporting
 
-__all__ = ["DeformConv", "ModulatedDeformConv", "deform_conv2d", "deform_conv2d_reference"]
+__all__ = [
+    "DeformConv",
+    "ModulatedDeformConv",
+    "deform_conv2d",
+    "deform_conv2d_plain",
+    "deform_conv2d_reference",
+]
 
 _HALF = (torch.float16, torch.bfloat16)
 # Channels that a thread of the compiled operator reads at once.
@@ -70,9 +78,71 @@ def deform_conv2d(
         return torch.ops.d2ext.deform_conv2d(
             x, weight, offset, mask, bias, stride, padding, dilation
         )
-    return deform_conv2d_reference(
-        x, offset, weight, bias, mask, stride=stride, padding=padding, dilation=dilation
+    sizes = {"stride": stride, "padding": padding, "dilation": dilation}
+    if x.is_cuda and not is_exporting() and _may_leave_the_default_stream(x.device):
+        return deform_conv2d_plain(x, offset, weight, bias, mask, **sizes)
+    return deform_conv2d_reference(x, offset, weight, bias, mask, **sizes)
+
+
+def _may_leave_the_default_stream(device: torch.device) -> bool:
+    """Whether a CUDA graph is captured, or another stream works; compiled code may be captured."""
+    return torch.compiler.is_compiling() or (
+        torch.cuda.current_stream(device) != torch.cuda.default_stream(device)
     )
+
+
+def deform_conv2d_plain(
+    x: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+) -> Tensor:
+    """:func:`deform_conv2d`, of the same arguments, by indices and a matrix product, in float32 where x
+    is of half precision; it holds K samples of every input channel for every output cell."""
+    dtype = x.dtype
+    if dtype in _HALF:
+        x, offset, weight = x.float(), offset.float(), weight.float()
+        bias = None if bias is None else bias.float()
+        mask = None if mask is None else mask.float()
+    batch, channels, *extent = x.shape
+    outputs, in_group, *kernel = weight.shape
+    taps, cells = kernel[0] * kernel[1], offset.shape[2:]
+    groups = offset.shape[1] // (2 * taps)
+    # For rows and columns (B·O, K·h·w): the cell before the place, and the way from there. Beyond one
+    # cell outside of the image all is 0.
+    moved = offset.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+    moved = moved.view(batch * groups, taps, 2, *cells)
+    lower, way = [], []
+    for axis, views in enumerate(((-1, 1), (1, -1))):
+        start = torch.arange(cells[axis], device=x.device).view(views) * stride - padding
+        tap = torch.arange(kernel[axis], device=x.device).view(views).expand(kernel) * dilation
+        place = (tap.reshape(taps, 1, 1) + start).to(x.dtype) + moved[:, :, axis]
+        place = place.clamp(-2, extent[axis] + 1).flatten(1)
+        lower.append(place.detach().floor())
+        way.append(place - lower[-1])
+    flat = x.reshape(batch * groups, channels // groups, -1)
+    samples = flat.new_zeros(())
+    for corner in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        rows, columns = (low + one for low, one in zip(lower, corner, strict=True))
+        inside = (rows >= 0) & (rows < extent[0]) & (columns >= 0) & (columns < extent[1])
+        share = inside * (way[0] if corner[0] else 1 - way[0])
+        share = share * (way[1] if corner[1] else 1 - way[1])
+        index = rows.clamp(0, extent[0] - 1) * extent[1] + columns.clamp(0, extent[1] - 1)
+        index = index.long()[:, None].expand(-1, flat.shape[1], -1)
+        samples = samples + flat.gather(2, index) * share[:, None]
+    samples = samples.view(batch, groups, channels // groups, taps, cells.numel())
+    if mask is not None:
+        samples = samples * mask.reshape(batch, groups, 1, taps, cells.numel())
+    samples = samples.reshape(batch, channels // in_group, in_group * taps, cells.numel())
+    filters = weight.reshape(channels // in_group, -1, in_group * taps)
+    output = (filters @ samples).view(batch, outputs, *cells)
+    output = output if bias is None else output + bias.view(-1, 1, 1)
+    return output.masked_fill(offset.isnan().any(dim=1, keepdim=True), torch.nan).to(dtype)
 
 
 def deform_conv2d_reference(

@@ -12,6 +12,7 @@ from d2ext.layers.deform_conv import (
     DeformConv,
     ModulatedDeformConv,
     deform_conv2d,
+    deform_conv2d_plain,
     deform_conv2d_reference,
 )
 
@@ -107,7 +108,7 @@ def test_infinite_offsets_of_one_place_stay_there(value: float) -> None:
 
 
 class Case:
-    """Random arguments of the compiled operator, on CUDA."""
+    """Random arguments of the operators."""
 
     def __init__(
         self,
@@ -117,6 +118,7 @@ class Case:
         offset_groups: int = 1,
         weighted: bool = True,
         size: tuple[int, int] = (13, 10),
+        device: str = "cuda",
         **sizes: int,
     ) -> None:
         generator = torch.Generator().manual_seed(groups + 2 * offset_groups)
@@ -129,7 +131,7 @@ class Case:
         channels, outputs, taps = 32, 24, 9
 
         def draw(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator).to("cuda", dtype)
+            return torch.randn(shape, generator=generator).to(device, dtype)
 
         self.x = draw(3, channels, *size)
         # Some taps are far outside, some in the half cell around the image.
@@ -160,6 +162,47 @@ CASES = [
     {"stride": 2, "padding": 3, "dilation": 2},
     {"size": (3, 3), "padding": 0},
 ]
+
+
+@pytest.mark.parametrize("options", CASES, ids=str)
+def test_plain_pytorch_equals_torchvision(options: dict) -> None:
+    case = Case(torch.float64, device="cpu", **options)
+    case.offset[0, :4] = -1.0  # where a slope is that of one side
+    results = [case.run(f, torch.float64) for f in (deform_conv2d_plain, deform_conv2d_reference)]
+    for plain, expected in zip(*results, strict=True):
+        torch.testing.assert_close(plain, expected, rtol=1e-9, atol=1e-9)
+    case.offset[0, :2] = torch.tensor([float("inf"), -float("inf")]).view(2, 1, 1)
+    case.offset[1, 4, 0, 0] = float("nan")
+    plain, expected = (
+        f(*case.leaves(torch.float32), **case.sizes)
+        for f in (deform_conv2d_plain, deform_conv2d_reference)
+    )
+    assert plain[1, :, 0, 0].isnan().all() and int(plain.isnan().sum()) == plain.shape[1]
+    torch.testing.assert_close(plain, expected, equal_nan=True, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_graph_samples_anew(cuda: torch.device, dtype: torch.dtype) -> None:
+    """torchvision's kernels are no part of it."""
+    case = Case(dtype)
+    x, offset, weight, bias, mask = (t.detach() for t in case.leaves(dtype))
+    run = lambda: deform_conv2d(x, offset, weight, bias, mask, **case.sizes)  # noqa: E731
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
+    for _ in range(2):
+        x.copy_(torch.randn_like(x))
+        offset.copy_(2 * torch.randn_like(offset))
+        graph.replay()
+        tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {}
+        torch.testing.assert_close(output, run(), **tolerance)
 
 
 @pytest.mark.gpu
