@@ -177,7 +177,7 @@ def _place(length: Tensor, index: Tensor, side: int) -> tuple[Tensor, Tensor, Te
     """Index of a pixel among ``length`` → low cell, high cell, weight of the high one
     (``align_corners=False``)."""
     position = (side / length.float() * (index + 0.5) - 0.5).clamp(min=0)
-    low = position.long().clamp(max=side - 1)
+    low = position.long()
     return low, (low + 1).clamp(max=side - 1), position - low
 
 

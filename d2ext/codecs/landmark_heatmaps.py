@@ -253,7 +253,7 @@ def decode_taylor(
     gy, dyy = _line(column, inward_y, floor, shape, curvature)
     gradient = torch.stack([gx + dxy * inward_y, gy + dxy * inward_x], dim=-1)
     step, solvable = _newton(gradient, dxx, dyy, dxy)
-    concave = (dxx < 0) & (dyy < 0) & (dxx * dyy > dxy**2) & solvable
+    concave = (dxx < 0) & (dxx * dyy > dxy**2) & solvable
     inner = torch.stack([inner_x, inner_y], dim=-1)
     refined = torch.maximum(torch.minimum(inner + step, cells + 1), cells - 1)
     quarter = cells + _differences(maps, x, y).sign() * 0.25
@@ -360,11 +360,9 @@ def _cross(patch: Tensor) -> Tensor:
 def _newton(gradient: Tensor, dxx: Tensor, dyy: Tensor, dxy: Tensor) -> tuple[Tensor, Tensor]:
     """-H^-1 D, (..., 2), and where the determinant is not zero."""
     determinant = dxx * dyy - dxy**2
-    solvable = determinant != 0
-    safe = torch.where(solvable, determinant, torch.ones_like(determinant))
     gx, gy = gradient.unbind(-1)
-    step = torch.stack([dxy * gy - dyy * gx, dxy * gx - dxx * gy], dim=-1) / safe[..., None]
-    return step, solvable & step.isfinite().all(dim=-1)
+    step = torch.stack([dxy * gy - dyy * gx, dxy * gx - dxx * gy], dim=-1) / determinant[..., None]
+    return step, step.isfinite().all(dim=-1)
 
 
 DECODERS: dict[str, Callable[[HeatmapCodec, Tensor], tuple[Tensor, Tensor]]] = {

@@ -78,12 +78,12 @@ def test_results_as_published(fixture: Fixture, predictions: ChartPredictions) -
 
 def test_the_first_is_on_top() -> None:
     """Where it has a part; the second shows through its background, and both end with the image."""
-    first = torch.tensor([[0, 3, 3], [0, 3, 3]], dtype=torch.uint8)
+    first = torch.tensor([[0, 1, 1], [0, 1, 1]], dtype=torch.uint8)
     quantized = [first.expand(3, 2, 3), torch.full((3, 5, 5), 7, dtype=torch.uint8)]
     boxes = torch.tensor([[1.9, 1.0, 4.9, 3.0], [0.0, 0.0, 5.0, 5.0]])
     surface, persons = paste_results(quantized, boxes, (3, 4))
     assert persons.tolist() == [[2, 2, 2, 2], [2, 2, 1, 1], [2, 2, 1, 1]]
-    expected = torch.where(persons == 1, 3, 7).to(torch.uint8)
+    expected = torch.where(persons == 1, 1, 7).to(torch.uint8)
     assert torch.equal(surface, expected.expand(3, 3, 4))
     nothing, nobody = paste_results([], boxes[:0], (3, 4))
     assert nothing.shape == (3, 3, 4) and not nothing.any() and not nobody.any()
@@ -118,6 +118,7 @@ def test_travels_in_instances(predictions: ChartPredictions) -> None:
     assert torch.equal(found.sigma_2, predictions.sigma_2[[2, 0, 1]])
     assert found.kappa_u is None and "fine_segm (3, 25, 28, 28)" in repr(found)
     assert len(found[-1]) == 1 and torch.equal(found[-1].v, predictions.v[1:2])
+    assert len(found[1]) == 1 and torch.equal(found[1].v, predictions.v[:1])
     assert found.to(torch.float64).coarse_segm.dtype == torch.float64
     nobody = found[torch.zeros(3, dtype=torch.bool)]
     assert len(nobody) == 0 and charts_in_boxes(nobody, torch.zeros(0, 4)) == []

@@ -202,20 +202,33 @@ def test_centers_by_hand() -> None:
     published = draw("hourglass")
     assert float(published[21, 10]) == 1 and int((published > 0).sum()) == 81
     assert int((draw("exact") > 0).sum()) > 200
+    assert int((draw("exact", window=1.0) > 0).sum()) == 9
 
 
 def test_weights_of_points_that_are_not_there() -> None:
-    x = torch.tensor([[[50.0, 60.0], [50.0, 60.0], [-500.0, 60.0], [-8.0, 60.0], [192.0, 256.0]]])
-    labelled = torch.tensor([[True, False, True, True, True]])
+    x = torch.tensor(
+        [
+            *([50.0, 60.0], [50.0, 60.0], [-500.0, 60.0], [-8.0, 60.0]),
+            *([192.0, 256.0], [-0.5, 60.0]),
+        ]
+    )[None]
+    labelled = torch.tensor([[True, False, True, True, True, True]])
     (maps,), weights = heatmap_codec(sigma=1.0, window=3.0).encode(x, labelled)
-    assert weights.tolist() == [[1, 0, 0, 1, 1]]
+    assert weights.tolist() == [[1, 0, 0, 1, 1, 1]]
     assert maps[0, 1].sum() == 0 and maps[0, 2].sum() == 0 and maps[0, 3].sum() > 0
     published, ones = heatmap_codec(sigma=1.0, center="hourglass").encode(x, labelled)
     assert ones.eq(1).all()
-    assert published[0][0].flatten(1).amax(1).tolist() == [1, 0, 0, 0, 0]
+    assert published[0][0].flatten(1).amax(1).tolist() == [1, 0, 0, 0, 0, 0]
     for codec in (IntegralCodec(INPUT, MAP), SimCCCodec(INPUT)):
-        assert codec.encode(x, labelled).weights.tolist() == [[1, 0, 0, 0, 1]]
-    assert RegressionCodec(INPUT).encode(x, labelled).weights.tolist() == [[1, 0, 1, 1, 1]]
+        assert codec.encode(x, labelled).weights.tolist() == [[1, 0, 0, 0, 1, 0]]
+    assert RegressionCodec(INPUT).encode(x, labelled).weights.tolist() == [[1, 0, 1, 1, 1, 1]]
+
+
+def test_bumps_count_up_to_three_sigma_outside() -> None:
+    """One of sigma 2 that is not cut off: six cells from the centres of the outermost ones, 0 and 47."""
+    cells = torch.tensor([[[-6.0, 9.0], [-6.1, 9.0], [53.0, 9.0], [53.1, 9.0]]])
+    _, weights = draw_targets(cells, torch.ones(1, 4, dtype=torch.bool), MAP, sigma=2.0)
+    assert weights.tolist() == [[1, 0, 1, 0]]
 
 
 # Round trips
@@ -272,13 +285,16 @@ def test_sub_cell_decoders_beat_whole_cells() -> None:
 def test_centroid_averages_what_is_near_and_leaves_out_what_is_far() -> None:
     maps = torch.zeros(1, 3, 12, 16)
     maps[0, 0, 4, 5], maps[0, 0, 4, 7], maps[0, 0, 11, 15] = 0.5, 0.3, 0.4
+    maps[0, 0, 4, 6] = -0.4  # no probability
     maps[0, 1, 0, 15], maps[0, 1, 1, 15] = 0.75, 0.25  # in a corner
-    maps[0, 2] = -1.0
+    maps[0, 2], maps[0, 2, 3, 2] = -1.0, -0.5
     cells, scores = decode_centroid(maps, sigma=0.5)
     torch.testing.assert_close(cells[0, 0], torch.tensor([(5 * 0.5 + 7 * 0.3) / 0.8, 4.0]))
     torch.testing.assert_close(cells[0, 1], torch.tensor([15.0, 0.25]))
-    assert cells[0, 2].tolist() == [0, 0]  # no mass: the best cell
-    torch.testing.assert_close(scores[0], torch.tensor([0.5, 0.75, -1.0]))
+    assert cells[0, 2].tolist() == [2, 3]  # no mass: the best cell
+    torch.testing.assert_close(scores[0], torch.tensor([0.5, 0.75, -0.5]))
+    maps[0, 1, 0, 11] = 0.5  # four cells away, beyond 3 sigma
+    torch.testing.assert_close(decode_centroid(maps, sigma=1.0)[0][0, 1], cells[0, 1])
     # One that reaches farther sees the third place too.
     assert decode_centroid(maps, sigma=4.0)[0][0, 0, 0] > 8
 
@@ -369,6 +385,35 @@ def test_simcc_round_trip(refine: bool, ratio: float, sigma: float) -> None:
     assert error <= (0.02 if refine else 0.5) / ratio + 1e-4
     assert refine or error > 0.45 / ratio
     assert scores.min() > 0.9 and scores.max() <= 1
+
+
+def test_simcc_labels_and_scores_by_hand() -> None:
+    codec = SimCCCodec(INPUT)
+    corner = torch.tensor([[[192.0, 0.0]]])
+    (along_x, along_y), _ = codec.encode(corner, torch.ones(1, 1, dtype=torch.bool))
+    # The middle of the last and of the first bin, with a deviation of six bins.
+    bell = torch.exp(-(torch.arange(512) ** 2) / 72)
+    torch.testing.assert_close(along_x[0, 0], bell[:384].flip(0) / bell[:384].sum())
+    torch.testing.assert_close(along_y[0, 0], bell / bell.sum())
+    # A label's peak is 1 / (6 sqrt(2 pi)); the smaller of both axes counts, at most 1.
+    logits = []
+    for bins, best in ((384, [0.03, 0.2, 0.2]), (512, [0.05, 0.05, 0.3])):
+        p = torch.tensor(best)[:, None].expand(-1, bins).clone()
+        p[:, :-1] = (1 - p[:, :1]) / (bins - 1)
+        logits.append(p.log()[None])
+    scores = codec.decode(tuple(logits)).scores[0]
+    unit = 6 * math.sqrt(2 * math.pi)
+    assert scores.tolist() == pytest.approx([0.03 * unit, 0.05 * unit, 1.0], rel=1e-4)
+
+
+def test_simcc_refines_all_but_the_first_and_last_bin() -> None:
+    codec = SimCCCodec((8, 8), sigma=0.5, refine=True)
+    middles = torch.tensor([0.2, 1.2, 13.8, 14.8])
+    logits = -((torch.arange(16) - middles[:, None]) ** 2) / 72
+    logits = torch.cat([logits, torch.zeros(1, 16)])[None]  # and one that is flat
+    found = codec.decode((logits, logits.flip(1))).points[0]
+    expected = torch.tensor([0.5, 1.7, 14.3, 15.5, 0.5]) / 2
+    torch.testing.assert_close(found, torch.stack([expected, expected.flip(0)], dim=1))
 
 
 def test_regression_round_trip_anywhere() -> None:
@@ -514,6 +559,9 @@ def test_wrong_names_are_told() -> None:
     ):
         with pytest.raises(ValueError, match=r"MODEL\.LANDMARKS"):
             heatmap_codec(**options)
+    for numbers in ({"ratio": 0.0}, {"sigma": 0.0}):
+        with pytest.raises(ValueError, match="positive RATIO"):
+            SimCCCodec(INPUT, **numbers)
 
 
 def test_empty_batches() -> None:
@@ -580,6 +628,64 @@ def test_taylor_without_a_maximum_moves_a_quarter() -> None:
     row = torch.tensor([0.2, 0.5, 1.0, 0.8, 0.1])
     found, _ = decode_taylor(row.expand(1, 1, 4, 5))  # no curvature in y
     assert found.tolist() == [[[2.25, 0.0]]]
+
+
+def test_taylor_takes_no_step_to_a_saddle_or_a_minimum() -> None:
+    """But the quarter, toward the larger neighbour."""
+    logs = torch.full((5, 5), -5.0)
+    # A ridge along the falling diagonal: the best along x and along y, but second derivatives of -0.1
+    # with a mixed one of -0.45.
+    logs[1:4, 1:4] = torch.tensor([[-1.0, -0.05, -0.1], [-0.06, 0.0, -0.04], [-0.1, -0.05, -1.0]])
+    found, _ = decode_taylor(logs.exp()[None, None])
+    assert found.tolist() == [[[2.25, 2.0]]]
+    # A corner from which the map falls ever less steeply.
+    slope = torch.tensor([0.0, -1.0, -1.9, -2.7])
+    found, _ = decode_taylor((slope + slope[:, None]).exp()[None, None])
+    assert found.tolist() == [[[-0.25, -0.25]]]
+
+
+def test_taylor_needs_three_cells_a_side() -> None:
+    def draw(width: int, height: int) -> Tensor:
+        x, y = torch.arange(width) - 1.3, torch.arange(height) - 0.8
+        return torch.exp(-(x**2 + y[:, None] ** 2) / 2)[None, None]
+
+    torch.testing.assert_close(decode_taylor(draw(3, 3))[0][0, 0], torch.tensor([1.3, 0.8]))
+    assert decode_taylor(draw(2, 5))[0].tolist() == [[[1.0, 1.0]]]
+    assert decode_taylor(draw(5, 2))[0].tolist() == [[[1.0, 1.0]]]
+
+
+@pytest.mark.parametrize(
+    ("decode", "last"), [(decode_quarter, 8), (partial(decode_dark, blur=1), 7)]
+)
+def test_where_published_decoders_move(decode: Callable, last: int) -> None:
+    """1 < x < w - 1 (simple baselines) and 1 < x < w - 2 (DARK), y alike."""
+    cells = torch.arange(10.0)
+    along = torch.exp(-((cells - cells[:, None] - 0.2) ** 2) / 4)  # peaks at 0.2, 1.2, ..., 9.2
+    maps = along[:, None, :] * along[5][:, None]
+    for transposed in (False, True):
+        found, _ = decode((maps.mT if transposed else maps)[None])
+        best, _ = decode_argmax((maps.mT if transposed else maps)[None])
+        assert best[0, :, int(transposed)].tolist() == cells.tolist()
+        moved = (found != best).all(dim=-1)[0].nonzero()[:, 0]
+        assert moved.tolist() == [*range(2, last + 1)]
+
+
+def test_floors_before_logarithms_are_the_published_ones() -> None:
+    """DARK: 1e-10; UDP: 0.001 to 50. A peak beside a smaller value, zeros around both."""
+    maps = torch.zeros(1, 1, 9, 9)
+    maps[0, 0, 4, 4], maps[0, 0, 4, 5] = 1.0, 0.5
+    low = math.log(1e-10)
+    # gx / -dxx = (log 0.5 - low) / 2 / (-2 low / 4)
+    expected = torch.tensor([4 + (low - math.log(0.5)) / low, 4.0])
+    torch.testing.assert_close(decode_dark(maps, 1)[0][0, 0], expected, atol=1e-5, rtol=0)
+
+    maps[0, 0, 4, 4], maps[0, 0, 4, 5] = 99.0, 1.0
+    low, top = math.log(0.001), math.log(50)
+    dxx, dyy = low - 2 * top, 2 * low - 2 * top
+    dxy = (dyy - dxx - dyy) / 2
+    step = np.linalg.solve([[dxx, dxy], [dxy, dyy]], [low / 2, 0.0])
+    expected = torch.tensor([4.0, 4.0]) + torch.from_numpy(step).float()
+    torch.testing.assert_close(decode_dark_udp(maps, 1)[0][0, 0], expected, atol=1e-5, rtol=0)
 
 
 def test_dark_blurs_with_eleven_cells() -> None:

@@ -55,8 +55,6 @@ def hourglass_matrix(
     # often do, must be cut to the same pixel.
     x, y = (size * (-value / side + 0.5) for value in center)
     matrix = np.array([[size / side, 0.0, x], [0.0, size / side, y], [0.0, 0.0, 1.0]])
-    if rotation == 0:
-        return matrix
     angle = -math.radians(rotation)
     cos, sin = math.cos(angle), math.sin(angle)
     middle = size / 2

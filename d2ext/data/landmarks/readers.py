@@ -240,10 +240,15 @@ def detect_form(dataset: LandmarkDataset, path: str) -> str:
         return "hourglass"
     if end == ".mat" and dataset.name == "cofw":
         return "cofw"
+    if end == ".mat" and dataset.name == "aflw":
+        raise DatasetError(
+            f"'{path}' holds both parts of AFLW: register_landmarks() takes one of them with the form "
+            "'aflw_train' or 'aflw_test'."
+        )
     raise DatasetError(
         f"'{path}' is in no form that is read for '{dataset.name}': COCO-keypoint JSON, MPII's JSON "
         "list or the stacked hourglass's .h5, WFLW's .txt, COFW's .mat, HRNet's .csv, or a folder of "
-        ".pts files. The .mat file of AFLW is not read; convert it to COCO-keypoint JSON."
+        ".pts files."
     )
 
 

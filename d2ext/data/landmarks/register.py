@@ -19,7 +19,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from d2ext.data.coco_json import LANDMARKS, read_coco_json, read_json
 from d2ext.data.dataset_facts import category_keypoints
 from d2ext.data.errors import DatasetError
-from d2ext.data.landmarks import hdf5  # noqa: F401  (adds its readers)
+from d2ext.data.landmarks import hdf5, matlab  # noqa: F401  (hdf5 adds its readers)
 from d2ext.data.landmarks.datasets import LANDMARK_DATASETS, LandmarkDataset, landmark_metadata
 from d2ext.data.landmarks.readers import READERS, detect_form
 
@@ -47,7 +47,8 @@ def register_landmarks(
         annotations: file, or folder of ``.pts`` files.
         images: folder that file names are relative to.
         form: of the file: "coco", "mpii", "wflw", "csv", "pts", or, by h5py, "hourglass" (MPII) and
-            "cofw"; detected if not given.
+            "cofw", or, by SciPy, "aflw_train" and "aflw_test", the parts of AFLW's one file; detected
+            if not given, except AFLW's.
         origin: index of the first pixel in the file; by default 1 for MPII's list, ``.pts`` and COFW's
             file, 0.5 for the hourglass's, 0 otherwise.
         head_boxes: for PCKh: MPII's ``mpii_gt_val.mat`` (read with SciPy), or a JSON list with
@@ -162,17 +163,7 @@ def read_head_boxes(path: str) -> np.ndarray:
         DatasetError: neither, or SciPy is missing.
     """
     if path.lower().endswith(".mat"):
-        try:
-            from scipy.io import loadmat
-        except ImportError as e:
-            raise DatasetError(
-                f"Reading '{path}' needs SciPy: pip install scipy, or give a JSON list of "
-                "[x0, y0, x1, y1]."
-            ) from e
-        try:
-            corners = loadmat(path)["headboxes_src"]  # (2 corners, x and y, people)
-        except (OSError, ValueError, KeyError, NotImplementedError) as e:
-            raise DatasetError(f"'{path}' has no readable headboxes_src: {e}") from e
+        (corners,) = matlab.read_mat(path, "headboxes_src")  # (2 corners, x and y, people)
         boxes = np.asarray(corners, dtype=np.float64).transpose(2, 0, 1).reshape(-1, 4)
     else:
         try:

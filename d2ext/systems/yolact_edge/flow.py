@@ -54,7 +54,7 @@ class FlowNet(nn.Module):
     """
 
     def __init__(
-        self, channels: int, *, num_levels: int = 3, width: int = 64, published_init: bool = False
+        self, channels: int, *, num_levels: int, width: int, published_init: bool = False
     ) -> None:
         super().__init__()
         self.width = width

@@ -78,7 +78,27 @@ def test_half_of_the_draws_flip():
     draws = [draw_hourglass() for _ in range(400)]
     assert 160 < sum(d.flip for d in draws) < 240
     assert {d.hue for d in draws if not d.flip} == {0.5}
-    assert len({d.hue for d in draws if d.flip}) > 150
+    for name in ("hue", "saturation", "brightness", "contrast"):
+        assert len({getattr(d, name) for d in draws if d.flip}) > 150
+
+
+def test_the_middle_of_all_ranges_changes_no_colour():
+    points = np.array([[200.0, 190.0, 1.0]])
+    straight, mirrored = (
+        hourglass_sample(rgb(3), points, *PERSON, [0], HourglassDraws(0.5, 0.5, flip))[0]
+        for flip in (False, True)
+    )
+    np.testing.assert_allclose(mirrored[:, ::-1], straight, atol=1e-5)
+
+
+def test_joints_are_mapped_where_x_is_positive():
+    """A square of 200 pixels about (100, 100) becomes 256 pixels, cut to whole ones, then 64 cells."""
+    points = np.array([[1.0, 50.0, 1.0], [0.0, 50.0, 1.0], [0.5, 50.0, 1.0]])
+    draws = HourglassDraws(0.5, 0.5, flip=False)
+    _, joints = hourglass_sample(rgb(3), points, (100, 100), 1.0, [0, 1, 2], draws)
+    # The second keeps its place in the image as if it were one in the crop.
+    expected = [[1 / 4, 64 / 4], [0, 50 / 4], [0, 64 / 4]]
+    np.testing.assert_allclose(joints[:, :2], expected, atol=1e-9)
 
 
 def test_mpii_pairs_are_the_published_permutation():

@@ -426,7 +426,8 @@ def test_other_bad_files(folder, names):
             register_landmarks(names[0], kind, str(path), str(folder), **options)
 
     refuse("coco", folder / "none.json", "does not exist")
-    refuse("aflw", write(folder / "x.mat", "x"), "convert it to COCO-keypoint JSON")
+    refuse("aflw", write(folder / "x.mat", "x"), "holds both parts of AFLW")
+    refuse("wflw", folder / "x.mat", "no form that is read")
     refuse("wflw", write(folder / "x.txt", "1 2 3 a.png"), "line 1 .* has 4 fields")
     refuse("wflw", write(folder / "x.txt", "x " * 206 + "a.png"), "line 1 .*could not convert")
     refuse("aflw", write(folder / "x.csv", "a\nb,1,2"), "line 2 .* has 3 fields")

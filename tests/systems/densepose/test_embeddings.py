@@ -13,6 +13,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
@@ -184,6 +185,20 @@ def test_cycles(case: Case) -> None:
         assert float(value) == pytest.approx(published, rel=1e-4)
     few = dataclasses.replace(cycle, num_pixels=5)(predictions, masks, vertices)
     assert 0 < float(few) < float(expected["pix2shape.all_meshes"])
+    # A pixel alone can only come back to itself.
+    assert float(dataclasses.replace(cycle, num_pixels=1)(predictions, masks, vertices)) == 0
+
+
+def test_the_first_vertex_trains() -> None:
+    """Vertices count from 0; -1 is none. Two vertices at distances 0 and 2 of the embedding."""
+    points = SurfacePoints([100.0, 50.0], [100.0, 50.0], vertices=[0, -1], mesh="cow")
+    x = Instances((50, 50), gt_densepose=DensePoseAnnotations([points]))
+    x.proposal_boxes = x.gt_boxes = Boxes(torch.tensor([[10.0, 10.0, 40.0, 40.0]]))
+    embedding = torch.tensor([3.0, 0.0]).view(1, 2, 1, 1).expand(1, 2, 8, 8)
+    predictions = EmbeddingPredictions(torch.zeros(1, 2, 8, 8), embedding)
+    targets = encode_targets([x], 8, coarse_channels=2)
+    losses = EmbeddingLoss(embedding_sigma=2.0)(predictions, targets, {"cow": torch.eye(2)})
+    assert float(losses["loss_densepose_Ecow"]) == pytest.approx(0.6 * np.log1p(np.exp(-1)))
 
 
 def _config(tmp_path: Path) -> CfgNode:
@@ -264,6 +279,17 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         Embedder(cfg)
     published = model_zoo.get_config("densepose/densepose_rcnn_R_50_FPN_cse_soft_s1x.yaml")
     assert build_cse_loss(published).soft
+
+
+def test_cycles_are_by_default_the_published_recipe_s(tmp_path: Path) -> None:
+    cfg = _config(tmp_path)
+    cse = cfg.MODEL.ROI_DENSEPOSE_HEAD.CSE
+    pixel, shape = cse.PIX_TO_SHAPE_CYCLE_LOSS, cse.SHAPE_TO_SHAPE_CYCLE_LOSS
+    cse.EMBEDDERS.calf = cse.EMBEDDERS.cow
+    pixel.ENABLED = shape.ENABLED = True
+    built = build_cse_loss(cfg)
+    assert built.pixel_cycle == PixelCycle(pixel.WEIGHT)
+    assert built.shape_cycle == ShapeCycle(shape.WEIGHT)
 
 
 def test_features_of_the_built_in_mesh() -> None:

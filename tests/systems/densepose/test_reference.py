@@ -168,6 +168,25 @@ def test_a_person_without_mask_leaves_the_coarse_segmentation_untrained() -> Non
     assert float(losses["loss_densepose_S"]) > 0
 
 
+def test_points_on_a_mesh_alone_do_not_train_charts() -> None:
+    charts = SurfacePoints([100.0], [100.0], [3], [0.5], [0.25])
+    mesh = SurfacePoints([50.0], [80.0], vertices=[2], mesh="cow")
+    persons = DensePoseAnnotations([charts, mesh])
+    x = Instances((50, 50), gt_densepose=persons)
+    x.proposal_boxes = x.gt_boxes = Boxes(torch.tensor([[10.0, 10.0, 40.0, 40.0]] * 2))
+    predictions = ChartPredictions(*(torch.zeros(2, c, 8, 8) for c in (2, 25, 25, 25)))
+    losses = ChartLoss()(predictions, encode_targets([x], 8, coarse_channels=2))
+    # One point: smooth L1 of 0.5 and of 0.25, and 25 parts that are all as likely.
+    assert float(losses["loss_densepose_U"]) == pytest.approx(0.01 * 0.5**2 / 2)
+    assert float(losses["loss_densepose_V"]) == pytest.approx(0.01 * 0.25**2 / 2)
+    assert float(losses["loss_densepose_I"]) == pytest.approx(np.log(25), rel=1e-5)
+
+
+def test_losses_are_by_default_the_published_recipe_s() -> None:
+    cfg = model_zoo.get_config("densepose/densepose_rcnn_R_50_FPN_s1x.yaml")
+    assert build_chart_loss(cfg) == ChartLoss()
+
+
 class Case:
     """The fixture, the model with its weights, and the features of the fixture's image."""
 

@@ -1,11 +1,11 @@
-"""Where points lie on the maps of proposals, by hand."""
+"""Where points and masks lie on the maps of proposals, by hand."""
 
 from __future__ import annotations
 
 import torch
 
 from d2ext.data.densepose import DensePoseAnnotations, SurfacePoints
-from d2ext.systems.densepose.targets import place_points
+from d2ext.systems.densepose.targets import place_points, resample_masks
 
 
 def test_points_on_the_edges_of_a_proposal() -> None:
@@ -24,3 +24,26 @@ def test_points_on_the_edges_of_a_proposal() -> None:
     shifted = place_points(DensePoseAnnotations([person]).points(), persons, boxes + 2, 8)
     assert shifted.low[0].tolist() == [6, 7, 7, 7]
     assert shifted.weight[0].tolist() == [0.5, 0, 0, 0]
+
+
+def test_a_point_just_before_the_edge_has_a_cell() -> None:
+    """One of twenty proposals has an edge before which float32 rounds a point's cell up to S."""
+    low, high = torch.tensor([31.940853118896484, 97.83389282226562])
+    before = torch.nextafter(high, low)
+    assert (before - low) * 8 / (high - low) == 8
+    person = SurfacePoints([float(before)], [10.0], [1], [0.0], [0.0])
+    persons = torch.tensor([[0.0, 0.0, 256.0, 256.0]])
+    boxes = torch.stack([low, torch.tensor(0.0), high, torch.tensor(64.0)])[None]
+    placed = place_points(DensePoseAnnotations([person]).points(), persons, boxes, 8)
+    assert placed.low[0].tolist() == placed.high[0].tolist() == [7]
+
+
+def test_masks_of_proposals_take_the_nearest_value() -> None:
+    """Cells at 0, 85, 170, 255 and 340 of 255 pixels: the last row and column count, then come zeros."""
+    mask = torch.arange(256, dtype=torch.uint8)
+    persons, boxes = torch.tensor([[0.0, 0, 255, 255]]), torch.tensor([[0.0, 0, 425, 425]])
+    columns = resample_masks(mask.expand(1, 256, 256), persons, boxes, 5)
+    expected = torch.tensor([0, 85, 170, 255, 0])
+    assert torch.equal(columns[0], torch.where(torch.arange(5) < 4, 1, 0)[:, None] * expected)
+    rows = resample_masks(mask[:, None].expand(1, 256, 256), persons, boxes, 5)
+    assert torch.equal(rows, columns.mT)

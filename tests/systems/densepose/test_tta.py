@@ -10,15 +10,23 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from detectron2.data.transforms import RotationTransform
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from fvcore.transforms.transform import TransformList
 from torch import nn
+from torch.nn import functional as F
 
 from d2ext.codecs.densepose import ChartPredictions
 from d2ext.config import ConfigError
 from d2ext.data.densepose import SurfaceSymmetry
 from d2ext.modeling.tta import build_tta
-from d2ext.systems.densepose.tta import GeneralizedRCNNWithTTA, mirror, unrotate
+from d2ext.systems.densepose.tta import (
+    GeneralizedRCNNWithTTA,
+    mirror,
+    published_unrotate,
+    unrotate,
+)
 from d2ext.testing import random_inputs, tiny_config
 from tests.reference.fixture import Fixture, draw_tensor
 from tests.systems.densepose.published import REFERENCE
@@ -140,6 +148,62 @@ def test_unrotated_maps_lie_where_they_were(tiny: tuple[CfgNode, nn.Module], ang
     error = (found - places(boxes, back=False)).abs()
     # RotationTransform.inverse() itself is off by half a pixel; at the borders, half a cell.
     assert error[:, :, 2:-2, 2:-2].max() < 1.0 and error.max() < 2.5
+
+
+def _quarter(angle: int) -> TransformList:
+    """A turn of a picture 40 high and 60 wide."""
+    return TransformList([RotationTransform(40, 60, angle, expand=True)])
+
+
+@pytest.mark.parametrize("angle", [90, -90])
+@pytest.mark.parametrize("published", [False, True])
+def test_a_quarter_turn_is_undone_exactly(angle: int, published: bool) -> None:
+    """Of boxes of whole pixels, 12 x 20 and 24 x 6 when turned; nothing is sheared."""
+    turn = _quarter(angle)
+    boxes = torch.tensor([[10.0, 8.0, 30.0, 20.0], [5.0, 4.0, 11.0, 28.0]])
+    rotated = torch.from_numpy(turn.apply_box(boxes.numpy())).round()
+    maps = torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    predictions = ChartPredictions(maps, maps, maps, maps)
+    if published:
+        found = published_unrotate(predictions, turn, rotated.float()).u
+        pixels = [(20, 12), (6, 24)]
+    else:
+        found = unrotate(predictions, turn, boxes, rotated.float()).u
+        pixels = [(6, 6)] * 2
+    for one, x, size in zip(found, maps, pixels, strict=True):
+        back = _resize(x, size).rot90(-1 if angle > 0 else 1, (-2, -1))
+        torch.testing.assert_close(one, _resize(back, (6, 6)), atol=1e-5, rtol=0)
+
+
+def _resize(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return F.interpolate(x[None], size, mode="bilinear", align_corners=False)[0]
+
+
+@pytest.mark.parametrize("angle", [15, -12])
+def test_published_boxes_before_a_rotation(angle: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """h = H|cos| + W|sin|, w = W|cos| + H|sin| about the centre turned back, corners cut to whole
+    pixels, half the difference on both sides, rounded down (NOTES.md, *Test-time augmentation*)."""
+    rng = np.random.default_rng(0)
+    corner, sides = rng.integers(0, 20, (40, 2)), rng.integers(10, 36, (40, 2))
+    boxes = np.concatenate([corner, corner + sides], axis=1)
+    sizes = []
+
+    def spy(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        sizes.append(list(x.shape[:-3:-1]))  # w, h
+        return interpolate(x, *args, **kwargs)
+
+    interpolate = F.interpolate
+    monkeypatch.setattr(F, "interpolate", spy)
+    turn, maps = _quarter(angle), torch.rand(40, 2, 4, 4)
+    predictions = ChartPredictions(maps, maps, maps, maps)
+    published_unrotate(predictions, turn, torch.from_numpy(boxes).float())
+    c, s = abs(np.cos(np.radians(angle))), abs(np.sin(np.radians(angle)))
+    before = np.linalg.solve([[c, s], [s, c]], sides.T).T
+    center = turn.transforms[0].inverse().apply_coords(boxes.reshape(-1, 2, 2).mean(axis=1))
+    whole = np.trunc(center + before / 2) - np.trunc(center - before / 2)
+    expected = sides + 2 * np.floor((whole - sides) / 2)
+    # The second resize of each box of the first map is from the box before the rotation.
+    assert sizes[1:80:2] == expected.tolist()
 
 
 def test_a_model_predicts(tiny: tuple[CfgNode, nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:

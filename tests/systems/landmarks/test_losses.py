@@ -116,6 +116,10 @@ def test_cross_entropy_is_a_divergence_from_the_target_of_sum_one() -> None:
                 )
     loss = cross_entropy_loss(predicted, target, weights)
     assert float(loss) == pytest.approx(sum(expected) / 5, rel=1e-4)
+    # Whatever the target's sum, as of a bump that is partly outside.
+    assert float(cross_entropy_loss(predicted, 0.01 * target, weights)) == pytest.approx(
+        float(loss)
+    )
     # A landmark without a bump on its map does not count.
     target[0, 0] = 0
     fewer = cross_entropy_loss(predicted, target, weights)
@@ -153,3 +157,5 @@ def test_coordinates(name: str) -> None:
     loss.backward()
     assert predicted.grad is not None and predicted.grad[0, 2].eq(0).all()
     assert float(point_loss(name, predicted.detach(), target, torch.zeros(1, 3), 50)) == 0
+    alone = point_loss(name, predicted.detach(), target, torch.tensor([[1.0, 0.0, 0.0]]), 50)
+    assert float(alone) == pytest.approx(float(each[:2].mean()) / 50, rel=1e-5)

@@ -11,14 +11,18 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, Keypoints
 from detectron2.utils.events import EventStorage
 from torch import Tensor
 
-from d2ext.systems.landmarks import LandmarkNet
-from d2ext.systems.landmarks.model import find_flip_indices
+from d2ext.codecs.landmarks import RegressionCodec
+from d2ext.systems.landmarks import HeatmapHead, LandmarkNet, RegressionHead
+from d2ext.systems.landmarks.head import MapHead, Upsampling
+from d2ext.systems.landmarks.model import find_flip_indices, mark_points
 from d2ext.systems.landmarks.postprocess import instance_scores
+from d2ext.systems.landmarks.targets import read_keypoints
 from d2ext.testing import NUM_KEYPOINTS, random_inputs, tiny_config
 
 HEADS = ("HeatmapHead", "IntegralHead", "RegressionHead", "SimCCHead")
@@ -90,9 +94,10 @@ def test_images_alike_are_cropped_together_to_the_same() -> None:
     # different images, counts and sizes take the other way
     nobody, small = with_boxes(images[0], []), with_boxes(images[1][:, :40], boxes[1])
     mixed = [inputs[0], nobody, small, {"image": images[2]}]
-    expected = torch.cat([net.preprocess([x]) for x in mixed])
-    torch.testing.assert_close(net.preprocess(mixed), expected)
-    assert len(expected) == 5
+    for some, count in ((mixed, 5), (mixed[:3], 4)):
+        expected = torch.cat([net.preprocess([x]) for x in some])
+        torch.testing.assert_close(net.preprocess(some), expected)
+        assert len(expected) == count
 
 
 def test_training_crops_carry_their_landmarks(image: Tensor) -> None:
@@ -292,6 +297,7 @@ def test_boxes_that_hold_nothing_get_no_score(image: Tensor) -> None:
     boxes = detections.pred_boxes.tensor
     assert (boxes >= 0).all() and (boxes[:, 2:] >= boxes[:, :2]).all()
     assert (boxes[:, 0::2] <= 80).all() and (boxes[:, 1::2] <= 60).all()
+    assert boxes[3].eq(0).all()  # of the one above and left of the image nothing remains
     # Two points in a row are looked at in a crop about them, 50 x 50 / 1.5 after padding.
     row = [10.0, 30.0, 50.0, 30.0]
     detections = net([with_boxes(image, [row, [10.0, 16.7, 50.0, 43.3]])])[0]["instances"]
@@ -305,9 +311,9 @@ def test_boxes_that_hold_nothing_get_no_score(image: Tensor) -> None:
 
 
 def test_scores_are_those_of_top_down_systems() -> None:
-    points = torch.tensor([[0.9, 0.1, 0.5], [0.1, 0.2, 0.15], [3.0, 1.0, 0.0]])
-    scores = instance_scores(points, torch.tensor([0.5, 1.0, 1.0]), 0.2)
-    assert scores.tolist() == pytest.approx([0.35, 0.0, 1.0])
+    points = torch.tensor([[0.9, 0.1, 0.5], [0.1, 0.2, 0.15], [3.0, 1.0, 0.0], [0.9, 0.0, 0.1]])
+    scores = instance_scores(points, torch.tensor([0.5, 1.0, 1.0, 1.0]), 0.2)
+    assert scores.tolist() == pytest.approx([0.35, 0.0, 1.0, 0.9])
 
 
 def test_whole_coordinates_on_request(image: Tensor) -> None:
@@ -371,6 +377,31 @@ def test_heads_learn_one_batch(head: str, backbone: str) -> None:
     with torch.no_grad():
         net(inputs)
     assert error() < 0.6 * before
+
+
+def test_maps_have_the_stride_after_up_sampling() -> None:
+    cfg, shapes = config(backbone="resnet"), {"res4": ShapeSpec(channels=8, stride=16)}
+    upsample = cfg.MODEL.LANDMARKS.UPSAMPLE
+    for layers, size in ((1, (6, 4)), (2, (12, 8)), (4, (48, 32))):
+        upsample.NUM_LAYERS = layers
+        arguments, map_size = HeatmapHead.arguments(cfg, shapes)
+        assert map_size == size and len(arguments["upsampling"]) == 3 * layers
+    upsample.NUM_LAYERS = 5
+    with pytest.raises(ValueError, match="too many"):
+        HeatmapHead.arguments(cfg, shapes)
+
+
+def test_last_layers_begin_with_small_weights() -> None:
+    """Of deviation 0.001 (simple baselines' published code); coordinates begin in the middle."""
+    codec = RegressionCodec((48, 32))
+    coordinates = RegressionHead(in_feature="res5", in_channels=512, num_keypoints=98, codec=codec)
+    maps = MapHead(in_features=["x"], upsampling=Upsampling(64, 64, 1, "BN"), num_keypoints=98)
+    weights = [maps.upsampling[0].weight, maps.predictor.weight, coordinates.predictor.weight]
+    for weight in weights:
+        assert float(weight.detach().std()) == pytest.approx(0.001, rel=0.05)
+    assert coordinates.predictor.bias.eq(0.5).all()
+    # A fully connected layer on the averaged feature, as the published recipe has it.
+    assert coordinates.hidden is None and weights[2].shape == (196, 512)
 
 
 @pytest.mark.parametrize("loss", ["adaptive_wing", "cross_entropy"])
@@ -583,6 +614,11 @@ def test_another_number_of_landmarks() -> None:
         net(random_inputs())
 
 
+def test_an_image_without_instances_needs_no_keypoints() -> None:
+    nobody = Instances((4, 4), gt_boxes=Boxes(torch.zeros(0, 4)))
+    assert read_keypoints(nobody, 5, torch.device("cpu")).shape == (0, 5, 3)
+
+
 def test_instances_without_what_is_needed() -> None:
     net = model().train()
     for key, error, message in (
@@ -667,6 +703,16 @@ def test_a_batch_without_boxes_changes_no_statistics() -> None:
     assert all(p.grad is not None and p.grad.eq(0).all() for p in net.parameters())
     for name, buffer in net.named_buffers():
         assert torch.equal(buffer, before[name])
+
+
+def test_marks_are_cut_at_the_picture_s_edges() -> None:
+    points = torch.tensor([[[0.5, 0.9], [2.0, 3.0]], [[4.0, 1.0], [3.5, 3.5]]])
+    shown = torch.tensor([[True, False], [False, True]])
+    marked = mark_points(torch.zeros(2, 3, 4, 4), points, shown, (0.0, 9.0, 0.0))
+    corner = torch.zeros(4, 4)
+    corner[:2, :2] = 9
+    assert torch.equal(marked[:, 1], torch.stack([corner, corner.flip(0, 1)]))
+    assert not marked[:, ::2].any()
 
 
 def test_training_pictures() -> None:

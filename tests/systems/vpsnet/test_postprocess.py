@@ -281,10 +281,10 @@ def test_covered_instances_take_their_ids_with_them() -> None:
 
 @pytest.mark.parametrize(("published", "ids"), [(False, [10, 30, 40]), (True, [10, 20, 30])])
 def test_ids_after_an_instance_without_pixels(published: bool, ids: list[int]) -> None:
-    """Published: the place among those that have some, taken for the channel."""
+    """Published: the place among those that have some, taken for the channel. One is enough."""
     labels = torch.full((8, 8), 1)
     for row, channel in ((0, 2), (2, 4), (4, 5)):  # channel 3 has none
-        labels[row] = channel
+        labels[row, row] = channel
     prediction = PanopticPrediction(
         labels.int(),
         torch.where(labels >= 2, 2, labels).int(),

@@ -131,6 +131,13 @@ def test_assign_takes_all_equal_boxes_and_later_objects_win() -> None:
     assert best.tolist() == [0, 0, 0]
 
 
+def test_the_first_object_too_takes_a_box_that_another_overlaps_more() -> None:
+    objects = Boxes(torch.tensor([[0.0, 0, 10, 5], [0.0, 0, 10, 10]]))
+    boxes = Boxes(torch.tensor([[0.0, 0, 10, 9], [0.0, 0, 10, 10]]))
+    best, highest = assign(objects, boxes, 0.3)
+    assert best.tolist() == [0, 1] and highest.isinf().all()
+
+
 def test_assign_against_the_rule_in_words() -> None:
     """Objects in order take their best boxes; a loop over random boxes with many ties."""
     rng = np.random.default_rng(0)
@@ -192,10 +199,11 @@ def test_regions_know_their_object(model: VPSNet) -> None:
     masks = model.roi_heads.mask_targets(regions, targets, 28)
     means = dict(zip(found, masks.mean(dim=(1, 2)).tolist(), strict=True))
     assert means[3, 2, 20, 20] == 1 and means[0, 30, 20, 47] == means[40, 0, 64, 9] == 0
-    on_object = Instances(
-        SIZE, proposal_boxes=Boxes(torch.tensor([A])), gt_index=torch.tensor([-1])
-    )
-    assert not model.roi_heads.mask_targets(on_object, targets, 28).any()
+    for index, value in ((0, 1), (-1, 0)):
+        on_object = Instances(
+            SIZE, proposal_boxes=Boxes(torch.tensor([A])), gt_index=torch.tensor([index])
+        )
+        assert model.roi_heads.mask_targets(on_object, targets, 28).eq(value).all()
     nothing = targets_of(instances=instances([], []), crowd_instances=crowd)
     regions = model.roi_heads.sample(proposals, nothing)
     assert sorted(regions.gt_index.tolist()) == [-1] * 3
@@ -392,8 +400,10 @@ def test_panoptic_loss_is_the_mean_over_cells_with_a_target() -> None:
     logits = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
     target = torch.full((3, 5), NO_TARGET)
     target[0, :2] = torch.tensor([1, 3])
-    expected = -(logits.log_softmax(0)[1, 0, 0] + logits.log_softmax(0)[3, 0, 1]) / 2
-    torch.testing.assert_close(L.panoptic_loss(logits, target), expected)
+    expected = -logits.log_softmax(0)[[1, 3], 0, [0, 1]]
+    torch.testing.assert_close(L.panoptic_loss(logits, target), expected.mean())
+    target[0, 1] = NO_TARGET
+    torch.testing.assert_close(L.panoptic_loss(logits, target), expected[0])
     nothing = L.panoptic_loss(logits, torch.full((3, 5), NO_TARGET))
     nothing.backward()
     assert nothing.item() == 0 and not logits.grad.any()

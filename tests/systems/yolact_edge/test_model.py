@@ -57,6 +57,14 @@ def test_a_frame_depends_on_its_key_frame_alone() -> None:
     assert not _same(alone["instances"], outputs[3]["instances"])
 
 
+def test_what_follows_the_decoded_predictions_is_no_result() -> None:
+    model, frames = _build(), _video(1)
+    raw = model.inference_network(model.preprocess(frames))
+    (output,) = model.postprocess(raw, frames)
+    assert _same(output["instances"], model(frames)[0]["instances"])
+    assert not output["instances"].has("mask_scores")
+
+
 def test_step_does_not_change_the_memory() -> None:
     model, frames = _build(), _video(6)
     _, memory = model.step(frames[:1], None)
@@ -156,6 +164,23 @@ def test_what_each_step_trains() -> None:
     assert trained == expected
 
 
+def test_published_convolutions_of_the_warp_loss() -> None:
+    """Published: the convolution of P3 for the coarser level of two, P5."""
+    model = _build().train()
+    inputs = random_inputs()
+    _, carried = model(inputs, "full")
+
+    def warp_loss(published: bool) -> float:
+        model.published_warp_convs = published
+        return model(inputs, "carried", carried)[0]["loss_warp"].item()
+
+    own, published = warp_loss(False), warp_loss(True)
+    assert own != published
+    backbone = model.backbone
+    backbone.output5.load_state_dict(backbone.output3.state_dict())
+    assert warp_loss(False) == published
+
+
 def test_flow_stage_learns_the_flow() -> None:
     model = _build(STAGE="flow").train()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -184,8 +209,9 @@ def test_flow_stage_learns_the_flow() -> None:
 def test_wrong_configs_and_inputs_say_what_to_do() -> None:
     with pytest.raises(ConfigError, match="STAGE"):
         _build(STAGE="clip")
-    with pytest.raises(ConfigError, match="KEY_PHASE"):
-        _build(KEY_INTERVAL=3, KEY_PHASE=3)
+    for phase in (3, -1):
+        with pytest.raises(ConfigError, match="KEY_PHASE"):
+            _build(KEY_INTERVAL=3, KEY_PHASE=phase)
     cfg = tiny_config("YolactEdge")
     cfg.MODEL.YOLACT.BOTTOM_UP = "build_mobilenetv2_backbone"
     cfg.MODEL.YOLACT.IN_FEATURES = ["group3", "group4", "group6"]
@@ -231,6 +257,8 @@ def test_prepared_flow_net_gives_the_same() -> None:
         for level, motion in expected.items():
             for x, y in zip(motion, actual[level], strict=True):
                 torch.testing.assert_close(x, y)
+    # Nothing in inference uses the finest flow.
+    assert [*net(current, net.encode_key(key))] == [2, 1]
 
 
 @pytest.mark.gpu
