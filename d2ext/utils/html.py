@@ -28,5 +28,13 @@ def page(title: str, parts: Iterable[str]) -> str:
 def table(rows: Any, headers: Any, *, formatted: bool = False) -> str:
     """Rows as :func:`tabulate.tabulate` takes them; numbers with two decimals, or as they are if
     ``formatted``."""
-    options = {"floatfmt": ".2f", "missingval": "–", "disable_numparse": formatted}
-    return str(tabulate(rows, headers=headers, tablefmt="html", **options))
+    return str(
+        tabulate(
+            rows,
+            headers=headers,
+            tablefmt="html",
+            floatfmt=".2f",
+            missingval="–",
+            disable_numparse=formatted,
+        )
+    )
