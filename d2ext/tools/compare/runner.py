@@ -163,7 +163,7 @@ def plan(comparison: Comparison, args: argparse.Namespace, passed_on: Sequence[s
                 cfg = read_config(arguments)
                 iterations = args.iterations or cfg.SOLVER.MAX_ITER
                 if args.seconds:
-                    iterations = max(round(args.seconds / pilot(arguments, folder)), 1)
+                    iterations = max(round(args.seconds / pilot(arguments, args.output / name)), 1)
                 arguments += budget_options(cfg, iterations, comparison.evaluations)
             runs.append(Run(name, seed, folder, arguments, read_config(arguments)))
     trained = [run.cfg for run in runs if not comparison.arms[run.arm].trained_by]
@@ -189,7 +189,7 @@ def budget_options(cfg: CfgNode, iterations: int, evaluations: int) -> list[str]
 
 
 def pilot(arguments: Sequence[str], folder: Path) -> float:
-    """Seconds of an iteration, measured at the end of a short training."""
+    """Seconds of an iteration, measured at the end of a short training, once for all seeds."""
     file = folder / "pilot" / "metrics.json"
     if not (file.parent / "model_final.pth").is_file():
         values = ("SOLVER.MAX_ITER", str(_PILOT), "SOLVER.STEPS", "()", "DATASETS.TEST", "()")

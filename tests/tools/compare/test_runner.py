@@ -134,7 +134,8 @@ def test_budget_in_seconds(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert run("--seconds", "2", "--arms", "narrow") == 0
     arguments = json.loads((tmp_path / "narrow/seed_1/run.json").read_text())["arguments"]
     assert "SOLVER.MAX_ITER 8 SOLVER.STEPS (6,)" in " ".join(arguments)
-    assert sorted(toy.losses(tmp_path / "narrow/seed_1/pilot")) == list(range(6))
+    assert sorted(toy.losses(tmp_path / "narrow/pilot")) == list(range(6))
+    assert not (tmp_path / "narrow/seed_1/pilot").exists()  # one for all seeds
 
 
 def test_what_cannot_be_compared(run, capfd: pytest.CaptureFixture, tmp_path: Path) -> None:
