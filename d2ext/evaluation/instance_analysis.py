@@ -15,7 +15,6 @@ keypoints are those of their boxes.
 from __future__ import annotations
 
 import contextlib
-import html
 import io
 import json
 import logging
@@ -28,13 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tabulate import tabulate
 
 from d2ext.data.errors import DatasetError
 from d2ext.data.image_io import read_image
 from d2ext.evaluation.panoptic_pictures import captioned, picture_scale
 from d2ext.files import atomic_write
 from d2ext.utils.drawing import write_picture
+from d2ext.utils.html import escape, page, table
 
 logger = logging.getLogger(__name__)
 
@@ -322,17 +321,9 @@ def _plot(
         pyplot.close(figure)
 
 
-_STYLE = """body { font: 15px/1.5 sans-serif; max-width: 1300px; margin: 2em auto; padding: 0 1em }
-table { border-collapse: collapse; margin: 1em 0 } td, th { padding: .2em .8em; text-align: right;
-border-bottom: 1px solid #ddd } td:first-child, th:first-child { text-align: left }
-img { max-width: 100%; vertical-align: top } .plots img { max-width: 49% }"""
-
-
 def _page(tasks: dict[str, dict[str, Any]]) -> str:
     """The HTML page; pictures by relative paths."""
     parts = [
-        '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Analysis</title>',
-        f"<style>{_STYLE}</style><h1>Analysis</h1>",
         '<p>Numbers: <a href="instances.json">instances.json</a>. Overlap is IoU, of keypoints OKS.</p>',
     ]
     for task, found in tasks.items():
@@ -346,26 +337,22 @@ def _page(tasks: dict[str, dict[str, Any]]) -> str:
         pictures = [row for row in found["images"] if "picture" in row]
         parts += [
             f"<h2>{task}</h2>",
-            _table([found["metrics"]], "keys"),
+            table([found["metrics"]], "keys"),
             "<h3>What goes wrong</h3><p>How many points of AP50 each type of error costs (TIDE).</p>",
-            _table(errors, ["error", "how many", "AP50 lost"]),
+            table(errors, ["error", "how many", "AP50 lost"]),
             f'<div class="plots">{plots}</div>',
             f"<h3>At score {threshold['score']:.3f}</h3><p>Of all scores this one gives the best F1, "
             f"{threshold['F1']:.3f}, with precision {threshold['precision']:.3f} and recall "
             f"{threshold['recall']:.3f}; confusion, sizes and images below are of detections from it on."
             "</p>",
-            _table(found["sizes"], "keys"),
+            table(found["sizes"], "keys"),
             "<h3>Scores</h3><p>How many of the detections are right.</p>",
-            _table(found["scores"], "keys"),
+            table(found["scores"], "keys"),
             "<h3>Images with most errors</h3><p>Right ones are green, missed and wrong ones red.</p>",
-            *(f'<p><img src="{html.escape(row["picture"])}" alt=""></p>' for row in pictures),
+            *(f'<p><img src="{escape(row["picture"])}" alt=""></p>' for row in pictures),
         ]
         if found["suspect_annotations"]:
             keys = ("image_id", "type", "gt_category", "dt_category", "dt_score", "iou")
             rows = [{k: x.get(k) for k in keys} for x in found["suspect_annotations"][:20]]
-            parts += ["<h3>Annotations that may be wrong</h3>", _table(rows, "keys")]
-    return "\n".join(parts)
-
-
-def _table(rows: Any, headers: Any) -> str:
-    return str(tabulate(rows, headers=headers, tablefmt="html", floatfmt=".2f", missingval="–"))
+            parts += ["<h3>Annotations that may be wrong</h3>", table(rows, "keys")]
+    return page("Analysis", parts)

@@ -38,7 +38,6 @@ from detectron2.config import CfgNode
 from detectron2.data import Metadata, MetadataCatalog, detection_utils
 from detectron2.structures import BitMasks, Instances
 from detectron2.utils.colormap import colormap
-from detectron2.utils.visualizer import Visualizer
 from tqdm import tqdm
 
 from d2ext.config import ConfigError, load_config, merge_options
@@ -70,6 +69,7 @@ from d2ext.utils.surfaces import (
     value_colors,
 )
 from d2ext.utils.terminal import show_log
+from d2ext.utils.visualizer import Visualizer
 
 logger = logging.getLogger("d2ext.tools.visualize_data")
 

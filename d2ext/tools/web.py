@@ -39,7 +39,8 @@ from d2ext.tools.prediction_files import Job
 from d2ext.utils.terminal import show_log, silence_foreign
 from d2ext.utils.video import VideoError, VideoReader
 
-# Rows of the table of results on the page; the file has all.
+# The table of results on the page: its columns, and how many rows; the file has all.
+_COLUMNS = ["image or frame", "class", "score", "x, y, width, height"]
 _SHOWN = 100
 
 
@@ -114,9 +115,12 @@ def build_page(systems: Sequence[System], folder: Path) -> Any:
     """
     import gradio as gr
 
+    hidden = gr.update(value=None, visible=False)
+
     def run(file: str | None, threshold: float) -> list[Any]:
         if not file:
-            raise gr.Error("Upload an image or a video first.", print_exception=False)
+            gr.Warning("Upload an image or a video first.")
+            return gr.skip()
         found: list[Any] = []
         target = Path(tempfile.mkdtemp(dir=folder))
         for i, system in enumerate(systems):
@@ -124,9 +128,12 @@ def build_page(systems: Sequence[System], folder: Path) -> Any:
                 picture, results = system(file, threshold, target / str(i))
             except (CommandError, ConfigError, OSError) as error:
                 reason = str(error).replace(file, Path(file).name)  # not where gradio keeps it
-                raise gr.Error(f"{system.name}: {reason}", print_exception=False) from error
+                note = gr.update(value=f"**Error:** {reason}", visible=True)
+                found += [note, hidden, hidden, [], None]
+                continue
             video = picture.suffix == ".mp4"
             found += [
+                hidden,
                 gr.update(value=None if video else str(picture), visible=not video),
                 gr.update(value=str(picture) if video else None, visible=video),
                 system.table(results),
@@ -135,7 +142,9 @@ def build_page(systems: Sequence[System], folder: Path) -> Any:
         return found
 
     with gr.Blocks(title="d2ext", analytics_enabled=False) as page:
-        gr.Markdown("# d2ext\nAn image or a short video in, what each system sees in it out.")
+        gr.Markdown(
+            "# d2ext\nUpload an image or a short video: each system shows what it sees in it."
+        )
         with gr.Row():
             file = gr.File(label="Image or video", file_types=["image", "video"], type="filepath")
             with gr.Column():
@@ -147,9 +156,10 @@ def build_page(systems: Sequence[System], folder: Path) -> Any:
                 with gr.Column():
                     gr.Markdown(f"### {system.name}")
                     outputs += [
+                        gr.Markdown(visible=False),
                         gr.Image(label="Picture", interactive=False),
                         gr.Video(label="Video", interactive=False, visible=False),
-                        gr.Dataframe(headers=["image", "class", "score", "x, y, width, height"]),
+                        gr.Dataframe(headers=_COLUMNS),
                         gr.File(label="All results (COCO)"),
                     ]
         button.click(run, [file, threshold], outputs, concurrency_limit=1)  # models have state
@@ -227,5 +237,12 @@ def run(arguments: list[str] | None = None) -> int:
         return 2
     with tempfile.TemporaryDirectory(prefix="d2ext_web_") as folder:
         page = build_page(systems, Path(folder))
-        page.launch(server_name=args.host, server_port=args.port, share=False)
+        try:
+            page.launch(server_name=args.host, server_port=args.port, share=False)
+        except OSError:  # whose text names gradio's own variables
+            place = f"{args.host}:{args.port}"
+            print(
+                f"error: {place} is in use, or not of this machine: give --port.", file=sys.stderr
+            )
+            return 2
     return 0

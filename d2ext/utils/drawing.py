@@ -316,18 +316,30 @@ class VideoDrawer(PictureDrawer):
         if "instances" in output:
             instances = output["instances"]
             metadata = name_classes(self.metadata, instances.pred_classes)
-            if instances.has("track_ids"):
-                return _draw_tracks(image, instances, metadata)
-            self._visualizer.metadata = metadata
-            image = self._visualizer.draw_instance_predictions(image, instances).get_image()
+            if len(instances):
+                image = _draw_tracks(image, instances, metadata, self._colors(instances))
         return image
 
+    def _colors(self, instances: Instances) -> list[Any]:
+        """RGB of each: of its id, or of the object in the frames before whose box it overlaps."""
+        from detectron2.utils.video_visualizer import _DetectedInstance
 
-def _draw_tracks(image: np.ndarray, instances: Instances, metadata: Metadata) -> np.ndarray:
-    """On RGB: instances on the CPU in the colours of their ids."""
+        if instances.has("track_ids"):
+            return [track_color(i) for i in instances.track_ids.tolist()]
+        classes, boxes = instances.pred_classes.tolist(), instances.pred_boxes.tensor.numpy()
+        detected = [
+            _DetectedInstance(c, b, None, None, 8) for c, b in zip(classes, boxes, strict=True)
+        ]
+        return self._visualizer._assign_colors(detected)
+
+
+def _draw_tracks(
+    image: np.ndarray, instances: Instances, metadata: Metadata, colors: list[Any]
+) -> np.ndarray:
+    """On RGB: instances on the CPU, with their ids if they have some."""
     from d2ext.utils.visualizer import Visualizer  # pulls in matplotlib
 
-    ids = instances.track_ids.tolist()
+    ids = instances.track_ids.tolist() if instances.has("track_ids") else [-1] * len(instances)
     labels = [
         (f"#{i} " if i > 0 else "") + f"{metadata.thing_classes[c]} {s:.0%}"
         for c, s, i in zip(
@@ -342,7 +354,7 @@ def _draw_tracks(image: np.ndarray, instances: Instances, metadata: Metadata) ->
             labels=labels,
             masks=masks,
             keypoints=instances.pred_keypoints if instances.has("pred_keypoints") else None,
-            assigned_colors=[track_color(i) for i in ids],
+            assigned_colors=colors,
         )
         .get_image()
     )

@@ -235,6 +235,18 @@ def test_pairs_of_frames_are_strips(tmp_path, flow):
         assert np.abs(panels[0] - panels[1]).mean() > 1
 
 
+def test_holes_of_masks_stay_free():
+    mask = torch.zeros(1, 400, 400, dtype=torch.bool)
+    mask[:, 100:300, 100:300] = True
+    mask[:, 150:250, 150:250] = False
+    instances = Instances((400, 400), gt_boxes=Boxes([[100.0, 100, 300, 300]]))
+    instances.gt_classes, instances.gt_masks = torch.zeros(1, dtype=torch.int64), BitMasks(mask)
+    sample = {"image": torch.full((3, 400, 400), 100, dtype=torch.uint8), "instances": instances}
+    picture = visualize_data.draw(sample, Metadata(thing_classes=["frame"]), "RGB").astype(int)
+    changed = np.abs(picture - 100).max(axis=2) > 5
+    assert changed[200, 125] and not changed[170:230, 170:230].any()
+
+
 def test_tracks_keep_their_colour():
     def instances(*ids):
         result = Instances((4, 4))

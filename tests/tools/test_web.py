@@ -107,20 +107,37 @@ def test_wrong_commands(
     ):
         assert web.run(wrong) == 2
         assert message in capsys.readouterr().err
+
+    class Page:
+        def launch(self, **options: object) -> None:
+            raise OSError(f"Cannot find empty port: {options['server_port']}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(web, "build_page", lambda *_: Page())
+        assert web.run([*words, "--port", "81"]) == 2
+        assert "127.0.0.1:81 is in use" in capsys.readouterr().err
     monkeypatch.setattr(web, "find_spec", lambda name: None)
     assert web.run(words) == 2
     assert "needs gradio: pip install d2ext[web]" in capsys.readouterr().err
 
 
-def test_the_page(systems: list[web.System], picture: Path, tmp_path: Path) -> None:
+def test_the_page(
+    systems: list[web.System], picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gradio = pytest.importorskip("gradio")
     page = web.build_page(systems, tmp_path)
     (function,) = [x.fn for x in page.fns.values()]
     outputs = function(str(picture), 0.01)
-    assert len(outputs) == 8 and outputs[2] and outputs[6]
-    assert Path(outputs[0]["value"]).is_file() and not outputs[1]["visible"]
-    with pytest.raises(gradio.Error, match="Upload an image or a video first"):
-        function(None, 0.5)
+    assert len(outputs) == 10 and outputs[3] and outputs[8]
+    note, shown, video = outputs[:3]
+    assert Path(shown["value"]).is_file() and not note["visible"] and not video["visible"]
     (tmp_path / "b.jpg").write_text("broken")
-    with pytest.raises(gradio.Error, match=r"CenterNet: Cannot read image 'b\.jpg'"):
-        function(str(tmp_path / "b.jpg"), 0.5)
+    outputs = function(str(tmp_path / "b.jpg"), 0.5)
+    for note, shown, video, table, file in (outputs[:5], outputs[5:]):
+        assert note["visible"] and "Cannot read image 'b.jpg'" in note["value"]
+        assert shown["value"] is video["value"] is file is None and table == []
+    warnings: list[str] = []
+    monkeypatch.setattr(gradio, "Warning", warnings.append)
+    assert function(None, 0.5) == gradio.skip() and warnings == [
+        "Upload an image or a video first."
+    ]

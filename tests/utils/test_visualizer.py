@@ -10,6 +10,7 @@ import torch
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Boxes, Instances
 
+from d2ext.utils.drawing import VideoDrawer
 from d2ext.utils.visualizer import Visualizer
 
 SIDE = 120
@@ -34,6 +35,17 @@ def test_a_hole_is_not_filled(as_prediction: bool) -> None:
     changed = np.abs(picture.astype(int) - 100).max(axis=2) > 5
     assert changed[60, 90] and changed[30, 60] and changed[4, 4]
     assert not changed[50:70, 50:70].any() and not changed[60, 112]
+
+
+def test_a_hole_is_not_filled_in_a_video() -> None:
+    mask = torch.from_numpy(ring())[None]
+    instances = Instances((SIDE, SIDE), pred_masks=mask, scores=torch.ones(1))
+    instances.pred_boxes = Boxes([[15.0, 15, 105, 105]])
+    instances.pred_classes = torch.zeros(1, dtype=torch.int64)
+    image = np.full((SIDE, SIDE, 3), 100, np.uint8)
+    drawn = VideoDrawer(Metadata(thing_classes=["ring"]))(image, {"instances": instances})
+    changed = np.abs(drawn.astype(int) - 100).max(axis=2) > 5
+    assert changed[60, 90] and not changed[55:65, 55:65].any()
 
 
 def test_labels_keep_clear_of_each_other() -> None:

@@ -5,6 +5,7 @@ from d2ext.tools.compare import (  # noqa: F401  (register themselves)
     landmark_heads,
     panoptic,
     retinaface_tasks,
+    tasks,
     video_panoptic,
 )
 from d2ext.tools.compare.runner import run

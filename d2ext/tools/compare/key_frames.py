@@ -1,4 +1,4 @@
-"""What is lost between key frames: mask AP by distance from the key frame, and the time of a frame.
+"""What is lost between key frames: mask AP by distance from the key frame.
 
 Frames are evaluated as published (yolact_edge/NOTES.md §5): in as many passes as a key frame has frames,
 with key frames shifted by one each, so that every frame is seen at every distance. The fastest third of
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -56,7 +55,7 @@ def key_frames() -> Comparison:
     """One trained model, run in three ways."""
     distances = {f"d{d}": f"AP at distance {d}" for d in range(5)}
     return Comparison(
-        summary="YolactEdge between key frames: mask AP by distance from the key frame, time of a frame",
+        summary="YolactEdge between key frames: mask AP by distance from the key frame",
         arms={
             "carried": Arm("features carried over", _CONFIG),
             "every_frame": Arm(
@@ -76,7 +75,6 @@ def key_frames() -> Comparison:
             **distances,
             "fast/d0": "fastest third, 0",
             "fast/d4": "fastest third, 4",
-            "ms": "ms a frame",
         },
         measure=measure,
         plots={
@@ -95,16 +93,11 @@ def measure(cfg: CfgNode, model: nn.Module) -> tuple[dict[str, float], Series]:
     annotated = {x["image_id"]: x for v in videos for x in v["frames"] if "annotations" in x}
     # Of each distance, the annotated frames and the detections in them.
     groups: dict[int, tuple[list[dict[str, Any]], list[Annotation]]] = defaultdict(lambda: ([], []))
-    seconds = []
     batches = list(build_test_loader(cfg, name))
     model.test_all_phases = True
     for phase in model.evaluation_passes():
         for batch in batches:
-            start = time.perf_counter()
             (output,) = model(batch)
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
             frame = annotated.get(batch[0]["image_id"])
             distance = output["key_distance"]
             if frame and (distance > 0 or frame["frame"] % model.key_interval == phase):
@@ -113,7 +106,7 @@ def measure(cfg: CfgNode, model: nn.Module) -> tuple[dict[str, float], Series]:
                 instances = output["instances"].to("cpu")
                 detections += instances_to_coco_json(instances, frame["image_id"])
     fast = fast_tracks(videos)
-    results = {"ms": 1e3 * float(np.mean(seconds))}
+    results = {}
     series: Series = {"distance": [], "fast": []}
     for distance, group in sorted(groups.items()):
         for plot, key, tracks in (("distance", "d", None), ("fast", "fast/d", fast)):

@@ -1,9 +1,8 @@
 """Train several models on the same data with the same budget, and compare what they reach.
 
 Examples:
-    d2ext compare panoptic
+    d2ext compare detection --seconds 480 --seeds 1 2 3
     d2ext compare landmark-heads --arms heatmap_gaussian simcc --iterations 100
-    d2ext compare landmark-heads --seeds 1 2 3 --seconds 120
     d2ext compare panoptic --config panoptic_fpn=mine.yaml upsnet=upsnet/upsnet_R_50_coco.yaml \\
         --output output/coco --opts SOLVER.IMS_PER_BATCH 8
     d2ext compare panoptic --dataset streets --train-panoptic-json train.json --train-images train/ \\
@@ -13,7 +12,10 @@ Each arm is a config trained by `d2ext train`, in a process and a folder of its 
 listed here, such as --dataset and --num-gpus, go there. What is finished is not done again, and what was
 interrupted goes on: give the same command.
 
-OUTPUT gets table.md, comparison.json with everything measured, and plots.
+OUTPUT gets index.html: results, speed, parameters, FLOPs, plots, and the same validation images as each
+arm sees them; and table.md, comparison.json with everything measured. To do it in parts, give other
+--arms or --seeds each time, and at the end the whole command. Speed is measured after each training: let
+nothing else run.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import platform
 import signal
 import subprocess
 import sys
@@ -42,7 +43,14 @@ from d2ext.files import atomic_write
 from d2ext.tools import train
 from d2ext.tools.command_line import CommandError, make_parser, positive
 from d2ext.tools.compare.comparison import COMPARISONS, Comparison
-from d2ext.tools.compare.report import draw_plots, format_table
+from d2ext.tools.compare.report import draw_plots, format_table, write_page
+from d2ext.tools.compare.validation_images import (
+    draw_annotations,
+    draw_predictions,
+    measure_model,
+    validation_inputs,
+)
+from d2ext.tools.model_benchmark import environment
 from d2ext.utils.terminal import show_log
 
 # What runs `train` and `evaluate`.
@@ -155,7 +163,7 @@ def plan(comparison: Comparison, args: argparse.Namespace, passed_on: Sequence[s
                 cfg = read_config(arguments)
                 iterations = args.iterations or cfg.SOLVER.MAX_ITER
                 if args.seconds:
-                    iterations = max(round(args.seconds / pilot(arguments, folder)), 1)
+                    iterations = max(round(args.seconds / pilot(arguments, args.output / name)), 1)
                 arguments += budget_options(cfg, iterations, comparison.evaluations)
             runs.append(Run(name, seed, folder, arguments, read_config(arguments)))
     trained = [run.cfg for run in runs if not comparison.arms[run.arm].trained_by]
@@ -181,7 +189,7 @@ def budget_options(cfg: CfgNode, iterations: int, evaluations: int) -> list[str]
 
 
 def pilot(arguments: Sequence[str], folder: Path) -> float:
-    """Seconds of an iteration, measured at the end of a short training."""
+    """Seconds of an iteration, measured at the end of a short training, once for all seeds."""
     file = folder / "pilot" / "metrics.json"
     if not (file.parent / "model_final.pth").is_file():
         values = ("SOLVER.MAX_ITER", str(_PILOT), "SOLVER.STEPS", "()", "DATASETS.TEST", "()")
@@ -221,7 +229,7 @@ def carry_out(run: Run, trained: Run, comparison: Comparison) -> dict[str, Any]:
                 f"'{run.folder}' was made with other settings ({' '.join(known['arguments'])}): "
                 "choose another --output, or delete it."
             )
-        if "results" in known:
+        if "ms" in known:
             return known
     write_json(file, report)
     weights = str(trained.folder / "model_final.pth")
@@ -243,15 +251,24 @@ def carry_out(run: Run, trained: Run, comparison: Comparison) -> dict[str, Any]:
     for plot, keys in comparison.curves.items():
         known = {x: report["results"].get(key) for x, key in keys.items()}
         report["series"][plot] = [(x, y, 0.0) for x, y in known.items() if y is not None]
-    model = (build or build_model)(run.cfg).eval()
-    report["parameters"] = sum(p.numel() for p in model.parameters())
+    solver = trained.cfg.SOLVER
+    report["images"] = solver.MAX_ITER * solver.IMS_PER_BATCH
+    examine(run, weights, comparison, report)
+    write_json(file, report)
+    return report
+
+
+def examine(run: Run, weights: str, comparison: Comparison, report: dict[str, Any]) -> None:
+    """Add to a run's report what is measured on its model; draw the pictures."""
+    model = (comparison.arms[run.arm].build or build_model)(run.cfg).eval()
+    Checkpointer(model, fit="exact").load(weights)
+    inputs = validation_inputs(run.cfg)
+    report |= measure_model(run.cfg, model, inputs)
+    draw_predictions(run.cfg, model, inputs, run.folder / "pictures")
     if comparison.measure is not None:
-        Checkpointer(model, fit="exact").load(weights)
         results, series = comparison.measure(run.cfg, model)
         report["results"] |= results
         report["series"] |= series
-    write_json(file, report)
-    return report
 
 
 def start(command: str, arguments: Sequence[str], folder: Path) -> None:
@@ -312,10 +329,10 @@ def run(arguments: list[str] | None = None) -> int:
         for one in sorted(runs.values(), key=lambda r: comparison.arms[r.arm].trained_by):
             trained = runs[comparison.arms[one.arm].trained_by or one.arm, one.seed]
             reports.append(carry_out(one, trained, comparison))
+        cfg = next(iter(runs.values())).cfg
         report = {
             "comparison": args.comparison,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
+            "environment": environment(torch.device(cfg.MODEL.DEVICE)),
             "runs": reports,
         }
         write_json(args.output / "comparison.json", report)
@@ -323,10 +340,10 @@ def run(arguments: list[str] | None = None) -> int:
         with atomic_write(args.output / "table.md", "w") as file:
             file.write(table)
         plots = draw_plots(comparison, reports, args.output)
+        draw_annotations(cfg, args.output / "annotations")
+        page = write_page(comparison, report, plots, args.output)
     except (CommandError, ConfigError, CheckpointError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(
-        f"\n{table}\nWritten to {args.output}: table.md, comparison.json,", *(p.name for p in plots)
-    )
+    print(f"\n{table}\nThe page with pictures: {page}; table.md and comparison.json beside it.")
     return 0

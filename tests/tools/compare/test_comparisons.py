@@ -33,6 +33,7 @@ from d2ext.tools.compare import (
     panoptic,
     retinaface_tasks,
     runner,
+    tasks,
     video_panoptic,
 )
 from tests.data.panoptic_files import write_panoptic
@@ -44,6 +45,11 @@ from tests.data.panoptic_files import write_panoptic
         landmark_heads.landmark_heads,
         panoptic.panoptic,
         retinaface_tasks.retinaface_tasks,
+        tasks.detection,
+        tasks.faces,
+        tasks.instance_segmentation,
+        tasks.poses,
+        tasks.surfaces,
         video_panoptic.video_panoptic,
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -56,7 +57,9 @@ def run(toy_json: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = os.pathsep.join([str(toy.ROOT), os.environ.get("PYTHONPATH", "")])
     monkeypatch.setenv("PYTHONPATH", path)
     toy.register(toy_json)
-    options = toy.options(tmp_path, DATASETS__TEST="('toy',)", SOLVER__CHECKPOINT_PERIOD=2)
+    # The wide one would diverge at the usual rate.
+    more = {"DATASETS__TEST": "('toy',)", "SOLVER__CHECKPOINT_PERIOD": 2, "SOLVER__BASE_LR": 0.001}
+    options = toy.options(tmp_path, **more)
     pairs = list(zip(options[::2], options[1::2], strict=True))
     # The comparison sets the first two, its arms the last.
     opts = [x for pair in pairs if pair[0] not in ("OUTPUT_DIR", "SEED", WIDTH) for x in pair]
@@ -88,7 +91,10 @@ def test_arms_seeds_and_resume(
         weight = own["model"]["backbone.0.weight"]
         assert one["results"]["channels"] == len(weight) == 64
         assert one["series"]["sums"][0][1] == pytest.approx(float(weight.sum()))
-        assert one["seconds"] > 0 and one["parameters"] > 0
+        assert one["seconds"] > 0 and one["ms"] > 0 and one["images"] == 32
+        # 64 filters of 27 weights on 7 x 7 places, and 4 boxes' numbers of all features
+        assert one["flops"] == 2 * 7 * 7 * 64 * (27 + 4)
+        assert one["parameters"] == 64 * (27 + 1 + 2) + 7 * 7 * 64 * 4 + 4
         if arm == "again":
             assert one["results"] == runs["wide", seed]["results"]
             assert one["series"]["time"] == []
@@ -100,6 +106,17 @@ def test_arms_seeds_and_resume(
     table = (tmp_path / "table.md").read_text()
     assert table.count("\n") == 4 and "± 0.00" in table  # of the widths
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["sums.png", "time.png"]
+    page = (tmp_path / "index.html").read_text()
+    pictures = re.findall(r'src="([^"]+)"', page)
+    assert pictures[2:] == [
+        "annotations/00.png",
+        "again/seed_1/pictures/00.png",
+        "wide/seed_1/pictures/00.png",
+    ]
+    assert all((tmp_path / name).stat().st_size > 0 for name in pictures)
+    assert "means and standard deviations of 2 seeds" in page and re.search(
+        "<td[^>]*>32 *</td>", page
+    )
 
     def stamps() -> list[int]:
         return [p.stat().st_mtime_ns for p in sorted(tmp_path.rglob("results.json"))]
@@ -117,7 +134,8 @@ def test_budget_in_seconds(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert run("--seconds", "2", "--arms", "narrow") == 0
     arguments = json.loads((tmp_path / "narrow/seed_1/run.json").read_text())["arguments"]
     assert "SOLVER.MAX_ITER 8 SOLVER.STEPS (6,)" in " ".join(arguments)
-    assert sorted(toy.losses(tmp_path / "narrow/seed_1/pilot")) == list(range(6))
+    assert sorted(toy.losses(tmp_path / "narrow/pilot")) == list(range(6))
+    assert not (tmp_path / "narrow/seed_1/pilot").exists()  # one for all seeds
 
 
 def test_what_cannot_be_compared(run, capfd: pytest.CaptureFixture, tmp_path: Path) -> None:
