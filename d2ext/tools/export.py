@@ -38,11 +38,18 @@ from d2ext.data import DataError
 from d2ext.data.image_io import read_image
 from d2ext.data.shapes.scene import draw_image
 from d2ext.engine.run_folder import load_run
-from d2ext.export import FORMATS, Difference, ExportedFile, NotExportable, check, export
+from d2ext.export import (
+    FORMATS,
+    Difference,
+    ExportedFile,
+    NotExportable,
+    check,
+    export,
+    exportable,
+)
 from d2ext.export.check import TOLERANCE
 from d2ext.model_zoo import find_config_file
 from d2ext.modeling.inference import DTYPES
-from d2ext.modeling.meta_arch import MetaArch
 from d2ext.modeling.tta import build_tta
 from d2ext.tools.command_line import add_config_argument, make_parser, positive
 
@@ -126,8 +133,7 @@ def run(arguments: list[str] | None = None) -> int:
         print(f"Wrote {args.output}: {os.path.getsize(args.output) / 2**20:.1f} MiB")
         if not args.check:
             return 0
-        assert isinstance(model, MetaArch)  # export takes no others
-        file = ExportedFile(args.output)
+        file, model = ExportedFile(args.output), exportable(cfg, model)
         tolerance = args.tolerance if args.tolerance is not None else TOLERANCE[args.dtype]
         passed = [
             print_differences(name, check(model, file, images, tolerance), tolerance)
