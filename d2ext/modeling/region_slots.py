@@ -96,8 +96,8 @@ class SlotRPN(RPN):
 
     @classmethod
     def of(cls, rpn: RPN) -> SlotRPN:
-        """An RPN that is already there; for inference."""
-        return cls(
+        """An RPN that is already there, in inference."""
+        own = cls(
             in_features=rpn.in_features,
             head=rpn.rpn_head,
             anchor_generator=rpn.anchor_generator,
@@ -110,6 +110,7 @@ class SlotRPN(RPN):
             nms_thresh=rpn.nms_thresh,
             min_box_size=rpn.min_box_size,
         )
+        return own.eval()
 
     def predict(self, features: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Maps (N, C, h, w) of L levels → logits L × (N, h·w·a), deltas L × (N, h·w·a, 4), ``a`` anchors

@@ -77,6 +77,17 @@ def test_tensors_are_the_models_own(file: tuple[Exported, str]) -> None:
             assert difference.largest < 1e-4 and difference.compared > 0, difference
 
 
+@pytest.mark.parametrize("name", ["upsnet", "densepose", "densepose_embeddings"])
+def test_an_image_without_objects(name: str, exported_case: Callable[[str], Exported]) -> None:
+    """An image of no size has none."""
+    exported = exported_case(name)
+    opened = ExportedFile(exported.path(exported.formats[-1]))
+    size = opened.facts["input"]["shape"][2:]
+    outputs = opened(torch.zeros(1, 3, *size), torch.zeros(1, 2))
+    assert outputs["count"].tolist() == [0]
+    assert all(outputs[x].shape[1] == 0 for x in exported.model.export_form().rows)
+
+
 def test_predictor_gives_what_detectron2s_gives(file: tuple[Exported, str]) -> None:
     exported, path = file
     image = picture()
