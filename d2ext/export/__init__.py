@@ -42,7 +42,7 @@ def export(
     bytes_in: bool = False,
     dynamic_batch: bool = False,
     dynamic_size: bool = False,
-) -> None:
+) -> list[str]:
     """Write a model's normalisation, network and decoding to a file; of a model with memory to two,
     the second beside the first, see :func:`~d2ext.export.files.later_path`.
 
@@ -59,6 +59,9 @@ def export(
         dynamic_batch, dynamic_size: batches of any size instead of one image; images of any size that
             the network takes.
 
+    Returns:
+        The files' paths.
+
     Raises:
         NotExportable: this model, or a model with these sizes, cannot be exported.
         ConfigError: the name does not suit the format, or that needs a package that is not installed.
@@ -68,17 +71,16 @@ def export(
         raise ConfigError(
             f"A file of format {file_format} ends with {FORMATS[file_format]}: '{path}'."
         )
-    model = exportable(cfg, model)
+    name, model = type(model).__name__, exportable(cfg, model)
     form = export_form(model)
     if file_format == "onnx":
         need("onnxscript")
     if form.sizes and dynamic_batch:
-        raise NotExportable(f"{type(model).__name__}'s file takes one image at a time.")
+        raise NotExportable(f"{name}'s file takes one image at a time.")
     size = input_size(form, size, dynamic_size)
     device = "cpu" if file_format == "onnx" else torch.device(model.device).type
-    for own, target in ((form, path), (form.later, later_path(path))):
-        if own is None:
-            continue
+    forms = {path: form} | ({later_path(path): form.later} if form.later else {})
+    for target, own in forms.items():
         program = capture(
             model.eval(),
             own,
@@ -91,3 +93,4 @@ def export(
             earlier=form,
         )
         write(program, target, file_format, metadata(cfg, own, program, device))
+    return list(forms)

@@ -131,18 +131,18 @@ class ExportedFile:
 
     Args:
         path: of a model with memory, the one of its key frames.
-        frames: which kind of frames it must be for, if not key frames or every one.
+        later: it is the one of the frames after these.
 
     Attributes:
         facts: its :func:`metadata`. cfg: its config, which can still be changed.
-        later: of a model with memory, the file of the frames after the key frames.
+        later: of key frames, the file of the frames after them; else None.
 
     Raises:
         ConfigError: there is no such file, it is not d2ext's, or it is ONNX and onnxruntime is not
             installed.
     """
 
-    def __init__(self, path: str | os.PathLike[str], frames: str = "") -> None:
+    def __init__(self, path: str | os.PathLike[str], *, later: bool = False) -> None:
         self.path = os.fspath(path)
         if not os.path.isfile(self.path):
             raise ConfigError(f"There is no file '{self.path}'.")
@@ -150,13 +150,15 @@ class ExportedFile:
         if not text:
             raise ConfigError(f"'{self.path}' was not written by d2ext: it has no metadata of it.")
         self.facts = json.loads(text)
-        kind = self.facts.get("frames", "every")
-        if (kind == "later") != (frames == "later"):
+        frames = self.facts.get("frames", "every")
+        if (frames == "later") != later:
+            which = "not for" if later else "for"
             raise ConfigError(
-                f"'{self.path}' is for {kind} frames: of a model with memory, give the file of its key "
-                f"frames, X; that of the others, X.later, lies beside it."
+                f"'{self.path}' is {which} the frames after key frames. Such a file lies beside that of "
+                "the key frames, which is the one to give, and has its name with .later before the end."
             )
-        self.later = ExportedFile(later_path(self.path), "later") if kind == "key" else None
+        beside = later_path(self.path)
+        self.later = ExportedFile(beside, later=True) if frames == "key" else None
         self.cfg = get_cfg()
         self.cfg.merge_from_other_cfg(CfgNode(yaml.safe_load(self.facts["config"])))
 

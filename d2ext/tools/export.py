@@ -8,8 +8,9 @@
     d2ext evaluate --exported faces.onnx --dataset ...
 
 The file takes images (B, 3, H, W) in 0..255, in the config's order of channels, and gives named
-tensors; docs/export.md lists them for each system. It carries classes, colours and the config. --format
-onnx needs `pip install d2ext[export]`; torch is PyTorch's own (torch.export.load), aoti is compiled by
+tensors; docs/export.md lists them for each system. It carries classes, colours and the config.
+YolactEdge on videos gets two files, edge.onnx for key frames, edge.later.onnx for others. --format onnx
+needs `pip install d2ext[export]`; torch is PyTorch's own (torch.export.load), aoti is compiled by
 AOTInductor for this machine's kind of CPU or, with MODEL.DEVICE cuda, GPU.
 
 --check runs the file and the model on noise and on a picture and prints how much each output differs.
@@ -119,7 +120,7 @@ def run(arguments: list[str] | None = None) -> int:
     file_format = args.format or ("torch" if args.output.endswith(".pt2") else "onnx")
     try:
         cfg, model = load_model(args)
-        export(
+        paths = export(
             model,
             cfg,
             args.output,
@@ -130,7 +131,8 @@ def run(arguments: list[str] | None = None) -> int:
             dynamic_batch=args.dynamic_batch,
             dynamic_size=args.dynamic_size,
         )
-        print(f"Wrote {args.output}: {os.path.getsize(args.output) / 2**20:.1f} MiB")
+        for path in paths:
+            print(f"Wrote {path}: {os.path.getsize(path) / 2**20:.1f} MiB")
         if not args.check:
             return 0
         file, model = ExportedFile(args.output), exportable(cfg, model)

@@ -27,11 +27,10 @@ def lively_model(architecture: str, options: Sequence[Any] = ()) -> tuple[CfgNod
     form = exportable(cfg, model).export_form()
     size = (64, 96) if form.multiple else form.size
     size = tuple(side - form.less for side in size)
-    norms = [x for x in model.train().modules() if isinstance(x, nn.modules.batchnorm._BatchNorm)]
+    kind = nn.modules.batchnorm._BatchNorm
+    norms = any(isinstance(x, kind) for x in model.train().modules())
     with torch.no_grad():
-        if norms:
-            for norm in norms:
-                norm.momentum = 1.0  # they take the statistics of these images for all images'
+        for _ in range(20 if norms else 0):  # batch norms learn their statistics
             model.network(model.normalize(torch.rand(4, 3, *size) * 255))
         for name, parameter in model.named_parameters():
             if _SCORES.search(name):

@@ -243,7 +243,7 @@ def test_the_command_checks(
     assert f"Wrote {out}" in text and "picture  boxes" in text and "noise    scores" in text
     assert command.run([*arguments, "--format", "onnx", str(out)]) == 2
     assert "ends with .onnx" in capsys.readouterr().err
-    monkeypatch.setattr(command, "export", lambda *_, **__: None)  # the file is there
+    monkeypatch.setattr(command, "export", lambda *_, **__: [])  # the file is there
     assert command.run([*arguments, "--tolerance", "-1", str(out)]) == 1
     assert "beyond the tolerance" in capsys.readouterr().out
 

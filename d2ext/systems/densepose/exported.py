@@ -55,6 +55,7 @@ class SlotNetwork(nn.Module):
         self.predictor, self.embedder = heads.densepose_predictor, heads.embedder
 
     def forward(self, images: Tensor, sizes: Tensor) -> RegionPredictions:
+        assert images.shape[0] == 1
         features = self.backbone(images)
         slots = self.detect(features, sizes)
         used = (slots.scores[0] != EMPTY).nonzero()[:, 0]
