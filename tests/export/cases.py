@@ -87,7 +87,7 @@ CASES = {
         "DensePose", PERSONS + keys("ROI_DENSEPOSE_HEAD", *EMBEDDINGS), formats=("torch",)
     ),
     "retinaface": Case("RetinaFace", ["DATASETS.THING_CLASSES", ["a", "b", "c"]], bytes_in=True),
-    "retinaface_resnet": Case("RetinaFace", RESNET, True, True, formats=("onnx",)),
+    "retinaface_resnet": Case("RetinaFace", RESNET, dynamic_size=True, formats=("onnx",)),
     "retinaface_mesh": Case(
         "RetinaFace", keys("RETINAFACE", "MESH.NUM_VERTICES", 12), formats=("torch",)
     ),

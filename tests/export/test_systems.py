@@ -29,7 +29,8 @@ from tests.export.cases import CASES, HEIGHT, WIDTH, Exported
 from tests.export.test_docs import DOCS
 
 
-@pytest.fixture(params=list(CASES))
+# Of a module: tests of one file follow each other, and it is opened once.
+@pytest.fixture(scope="module", params=list(CASES))
 def exported(request: pytest.FixtureRequest, exported_case: Callable[[str], Exported]) -> Exported:
     return exported_case(request.param)
 
@@ -37,7 +38,7 @@ def exported(request: pytest.FixtureRequest, exported_case: Callable[[str], Expo
 FILES = [(name, kind) for name, case in CASES.items() for kind in case.formats]
 
 
-@pytest.fixture(params=FILES, ids=["-".join(x) for x in FILES])
+@pytest.fixture(scope="module", params=FILES, ids=["-".join(x) for x in FILES])
 def file(
     request: pytest.FixtureRequest, exported_case: Callable[[str], Exported]
 ) -> tuple[Exported, str]:
