@@ -110,7 +110,7 @@ def print_differences(name: str, differences: list[Difference], tolerance: float
     for x in differences:
         verdict = "" if x.largest <= tolerance else "  <- beyond the tolerance"
         moved = f"  ({x.moved} slots moved)" if x.moved else ""
-        print(f"{name:8} {x.output:14} {x.largest:.2e} of {x.compared:8} numbers{moved}{verdict}")
+        print(f"{name:8} {x.output:20} {x.largest:.2e} of {x.compared:8} numbers{moved}{verdict}")
     return all(x.largest <= tolerance for x in differences)
 
 
