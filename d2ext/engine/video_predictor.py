@@ -15,6 +15,7 @@ from d2ext.config import ConfigError
 from d2ext.engine.predictor import BatchPredictor
 from d2ext.engine.top_down import BoxSource
 from d2ext.engine.tracking import build_tracker, give_ids
+from d2ext.export import ExportedFile
 from d2ext.utils.drawing import select
 
 __all__ = ["FramePredictor", "VideoPredictor"]
@@ -70,7 +71,8 @@ class VideoPredictor:
     Models with memory keep it between frames.
 
     Args:
-        cfg: the config; ``MODEL.WEIGHTS`` is loaded.
+        cfg: the config; ``MODEL.WEIGHTS`` is loaded. Or the path of an exported file
+            (:mod:`d2ext.export`), of a model with memory the one of its key frames.
         tracker: what gives the instances of a model that gives none their ids, a name in
             :data:`~d2ext.engine.tracking.TRACKER_REGISTRY`; empty: there are none.
         model: use this one, already loaded, instead of building it.
@@ -85,13 +87,16 @@ class VideoPredictor:
 
     def __init__(
         self,
-        cfg: CfgNode,
+        cfg: CfgNode | str,
         *,
         tracker: str = "",
         model: nn.Module | None = None,
         threshold: float = 0.0,
         boxes: BoxSource | None = None,
     ) -> None:
+        if not isinstance(cfg, CfgNode):
+            file = ExportedFile(cfg)
+            cfg, model = file.cfg, file.model(file.cfg)
         self._tracker = build_tracker(tracker, cfg) if tracker else None
         self.frames = FramePredictor(cfg, model)
         if tracker and getattr(self.frames.model, "gives_ids", False):

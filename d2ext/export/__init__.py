@@ -14,11 +14,10 @@ from torch import nn
 
 from d2ext.config import ConfigError
 from d2ext.export.check import Difference, check
-from d2ext.export.files import FORMATS, ExportedFile, is_exported, metadata, write
-from d2ext.export.graph import capture, export_form, input_size
+from d2ext.export.files import FORMATS, ExportedFile, is_exported, later_path, metadata, write
+from d2ext.export.graph import capture, export_form, exportable, input_size
 from d2ext.export.onnx_format import need
 from d2ext.modeling.export_form import NotExportable
-from d2ext.modeling.meta_arch import MetaArch
 
 __all__ = [
     "FORMATS",
@@ -27,6 +26,7 @@ __all__ = [
     "NotExportable",
     "check",
     "export",
+    "exportable",
     "is_exported",
 ]
 
@@ -42,8 +42,9 @@ def export(
     bytes_in: bool = False,
     dynamic_batch: bool = False,
     dynamic_size: bool = False,
-) -> None:
-    """Write a model's normalisation, network and decoding to a file.
+) -> list[str]:
+    """Write a model's normalisation, network and decoding to a file; of a model with memory to two,
+    the second beside the first, see :func:`~d2ext.export.files.later_path`.
 
     Args:
         model: its graph takes images (B, 3, H, W) in 0..255 and gives tensors of fixed slots;
@@ -58,6 +59,9 @@ def export(
         dynamic_batch, dynamic_size: batches of any size instead of one image; images of any size that
             the network takes.
 
+    Returns:
+        The files' paths.
+
     Raises:
         NotExportable: this model, or a model with these sizes, cannot be exported.
         ConfigError: the name does not suit the format, or that needs a package that is not installed.
@@ -67,22 +71,26 @@ def export(
         raise ConfigError(
             f"A file of format {file_format} ends with {FORMATS[file_format]}: '{path}'."
         )
+    name, model = type(model).__name__, exportable(cfg, model)
     form = export_form(model)
     if file_format == "onnx":
         need("onnxscript")
-    assert isinstance(model, MetaArch)
     if form.sizes and dynamic_batch:
-        raise NotExportable(f"{type(model).__name__}'s file takes one image at a time.")
+        raise NotExportable(f"{name}'s file takes one image at a time.")
     size = input_size(form, size, dynamic_size)
-    program = capture(
-        model.eval(),
-        form,
-        size,
-        dtype=dtype,
-        bytes_in=bytes_in,
-        dynamic_batch=dynamic_batch,
-        dynamic_size=dynamic_size,
-        onnx=file_format == "onnx",
-    )
     device = "cpu" if file_format == "onnx" else torch.device(model.device).type
-    write(program, path, file_format, metadata(cfg, form, program, device))
+    forms = {path: form} | ({later_path(path): form.later} if form.later else {})
+    for target, own in forms.items():
+        program = capture(
+            model.eval(),
+            own,
+            size,
+            dtype=dtype,
+            bytes_in=bytes_in,
+            dynamic_batch=dynamic_batch,
+            dynamic_size=dynamic_size,
+            onnx=file_format == "onnx",
+            earlier=form,
+        )
+        write(program, target, file_format, metadata(cfg, own, program, device))
+    return list(forms)

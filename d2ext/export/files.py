@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from d2ext.config import ConfigError, get_cfg
 from d2ext.data.saved_metadata import class_metadata, known_metadata, save_metadata, saved_metadata
-from d2ext.export.graph import MAX_SIDE, MIN_SIDE
+from d2ext.export.graph import MAX_SIDE, MIN_SIDE, exportable
 from d2ext.export.onnx_format import need, to_onnx
 from d2ext.modeling.export_form import ExportForm, Outputs
 from d2ext.modeling.inference import InferenceNetwork
@@ -44,14 +44,22 @@ def is_exported(path: object) -> bool:
     return isinstance(path, (str, os.PathLike)) and str(path).endswith(tuple(FORMATS.values()))
 
 
+def later_path(path: str) -> str:
+    """Of a model with memory: "edge.onnx" → "edge.later.onnx", the file of the frames after the key
+    frames."""
+    stem, ending = os.path.splitext(path)
+    return f"{stem}.later{ending}"
+
+
 def metadata(
     cfg: CfgNode, form: ExportForm, program: ExportedProgram, device: str
 ) -> dict[str, Any]:
     """What a file says of itself.
 
     ``config`` (YAML) and ``classes``; ``input``: name, ``shape`` (None: any), ``dtype``, ``channels``,
-    and of what sides are multiples; ``outputs``: their names, in order; ``results`` and ``options``:
-    the function of ``numpy_results.py`` that comes after, and its arguments.
+    and of what sides are multiples; ``outputs``: their names, in order; ``frames``: "every", "key" or
+    "later", those after a key frame; ``memory``: which outputs of key frames the later ones take;
+    ``results`` and ``options``: the function of ``numpy_results.py`` that comes after, its arguments.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -75,6 +83,8 @@ def metadata(
             "sizes": form.sizes,
         },
         "outputs": output_names(program),
+        "frames": "key" if form.later else "later" if form.memory else "every",
+        "memory": list((form.later or form).memory),
         "results": form.results,
         "options": form.options,
         "classes": {key: classes.get(key) for key in _CLASSES if classes.get(key)},
@@ -94,7 +104,9 @@ def write(program: ExportedProgram, path: str, file_format: str, facts: dict[str
     temporary = f"{path}.tmp-{os.getpid()}{FORMATS[file_format]}"
     try:
         if file_format == "onnx":
-            onnx_program = to_onnx(program, facts["outputs"])
+            state = ["sizes"] if facts["input"]["sizes"] else []
+            state += facts["memory"] if facts["frames"] == "later" else []
+            onnx_program = to_onnx(program, ["images", *state], facts["outputs"])
             onnx_program.model.metadata_props[_KEY] = text
             onnx_program.save(temporary)
         elif file_format == "torch":
@@ -117,15 +129,20 @@ class ExportedFile:
     As a checkpoint's code would, a ``.pt2`` runs code of the file (AOTInductor's is machine code): open
     those of people whom you trust. An ONNX file is data.
 
+    Args:
+        path: of a model with memory, the one of its key frames.
+        later: it is the one of the frames after these.
+
     Attributes:
         facts: its :func:`metadata`. cfg: its config, which can still be changed.
+        later: of key frames, the file of the frames after them; else None.
 
     Raises:
         ConfigError: there is no such file, it is not d2ext's, or it is ONNX and onnxruntime is not
             installed.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, later: bool = False) -> None:
         self.path = os.fspath(path)
         if not os.path.isfile(self.path):
             raise ConfigError(f"There is no file '{self.path}'.")
@@ -133,14 +150,24 @@ class ExportedFile:
         if not text:
             raise ConfigError(f"'{self.path}' was not written by d2ext: it has no metadata of it.")
         self.facts = json.loads(text)
+        frames = self.facts.get("frames", "every")
+        if (frames == "later") != later:
+            which = "not for" if later else "for"
+            raise ConfigError(
+                f"'{self.path}' is {which} the frames after key frames. Such a file lies beside that of "
+                "the key frames, which is the one to give, and has its name with .later before the end."
+            )
+        beside = later_path(self.path)
+        self.later = ExportedFile(beside, later=True) if frames == "key" else None
         self.cfg = get_cfg()
         self.cfg.merge_from_other_cfg(CfgNode(yaml.safe_load(self.facts["config"])))
 
-    def __call__(self, images: Tensor, sizes: Tensor | None = None) -> Outputs:
+    def __call__(self, images: Tensor, *state: Tensor) -> Outputs:
         """Images (B, 3, H, W) in 0..255, of any dtype → the named tensors.
 
         Args:
-            sizes: (B, 2) height and width without padding, of a file that takes them; default: H, W.
+            state: of a file that takes them, ``sizes`` (B, 2), height and width without padding, by
+                default H, W; of later frames the memory, in the order of ``facts["memory"]``.
 
         Raises:
             ValueError: the file is for images of another size.
@@ -149,8 +176,8 @@ class ExportedFile:
         batch, _, *size = expected["shape"]
         given = list(images.shape[2:])
         if expected.get("sizes"):
-            if sizes is None:
-                sizes = torch.tensor([given]).expand(len(images), 2)
+            sizes = state[0] if state else torch.tensor([given]).expand(len(images), 2)
+            state = (sizes.to(images.device).float(),)
             given = sizes.amax(dim=0).int().tolist()
             images = images[..., : size[0], : size[1]]
             fits = given[0] <= size[0] and given[1] <= size[1]
@@ -170,10 +197,9 @@ class ExportedFile:
         if expected["dtype"] == "uint8":
             images = images.round().clamp(0, 255)
         images = images.to(getattr(torch, expected["dtype"]))
-        inputs = [images] if sizes is None else [images, sizes.to(images.device).float()]
-        batches = zip(*(x.split(batch or len(x)) for x in inputs), strict=True)
+        batches = zip(*(x.split(batch or len(x)) for x in (images, *state)), strict=True)
         parts = [self._run(x, self.facts["outputs"]) for x in batches]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return {name: _joined([part[name] for part in parts]) for name in parts[0]}
 
     def model(self, cfg: CfgNode) -> MetaArch:
         """The file's model: before and after the graph it does what the architecture does.
@@ -186,19 +212,32 @@ class ExportedFile:
         # The graph normalises.
         cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]
         cfg.MODEL.INFERENCE.MODE, cfg.MODEL.INFERENCE.DTYPE = "eager", "float32"
-        model = build_model(cfg).eval()
+        model = exportable(cfg, build_model(cfg)).eval()
         for parameter in model.parameters():  # those that count are in the file
             parameter.data = parameter.data.new_empty(0)
-        model.set_inference_network(_ExportedNetwork(self, model))
+        form, network = model.export_form(), model.inference_network
+        model.set_inference_network(_ExportedNetwork(self, network, form))
+        if self.later is not None:
+            assert form.later is not None and form.later.network is not None
+            later = _ExportedNetwork(self.later, form.later.network, form.later)
+            model.set_later_network(later)
         return model
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Images one after the other; what has fewer rows than others gets zeros (``ExportForm.rows``)."""
+    if len({x.shape[1:] for x in parts}) > 1:
+        rows = max(x.shape[1] for x in parts)
+        parts = [torch.cat([x, x.new_zeros(1, rows - x.shape[1], *x.shape[2:])], 1) for x in parts]
+    return torch.cat(parts)
 
 
 class _ExportedNetwork(InferenceNetwork):
     """Runs a file in place of network and decoding."""
 
-    def __init__(self, file: ExportedFile, model: MetaArch) -> None:
-        super().__init__(model.network, model.inference_network.decode)
-        self.file, self.form = file, model.export_form()
+    def __init__(self, file: ExportedFile, network: InferenceNetwork, form: ExportForm) -> None:
+        super().__init__(network.network, network.decode)
+        self.file, self.form = file, form
 
     def __call__(self, images: Tensor, *state: Tensor) -> Any:
         if self.form.mirror:  # the graph makes the mirror images itself
@@ -210,7 +249,7 @@ class _ExportedNetwork(InferenceNetwork):
 Run = Callable[[tuple[Tensor, ...], list[str]], Outputs]
 
 
-@functools.lru_cache(maxsize=1)  # a command may ask for the config first
+@functools.lru_cache(maxsize=2)  # a command may ask for the config first
 def _open(path: str, changed: int) -> tuple[Run, str]:
     """How the graph of a file is run, and its metadata. ``changed``: when the file was."""
     if path.endswith(".onnx"):
@@ -241,9 +280,11 @@ def _open_onnx(path: str) -> tuple[Run, str]:
         providers=[x for x in ("CUDAExecutionProvider", "CPUExecutionProvider") if x in providers],
     )
 
-    def run(inputs: tuple[Tensor, ...], names: list[str]) -> Outputs:
-        arrays = (np.ascontiguousarray(x.cpu().numpy()) for x in inputs)
-        values = session.run(names, dict(zip(("images", "sizes"), arrays, strict=False)))
+    inputs = [x.name for x in session.get_inputs()]
+
+    def run(tensors: tuple[Tensor, ...], names: list[str]) -> Outputs:
+        arrays = (np.ascontiguousarray(x.cpu().numpy()) for x in tensors)
+        values = session.run(names, dict(zip(inputs, arrays, strict=True)))
         return {name: torch.from_numpy(x) for name, x in zip(names, values, strict=True)}
 
     return run, session.get_modelmeta().custom_metadata_map.get(_KEY, "")

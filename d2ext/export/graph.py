@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.modeling.backbone.resnet import BasicStem
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 from d2ext.layers.corner_pool import LONGEST_SIDE
 from d2ext.layers.exporting import exporting_to_onnx
-from d2ext.modeling.export_form import ExportForm, NotExportable, Outputs
+from d2ext.modeling.export_form import EXPORT_REGISTRY, ExportForm, NotExportable, Outputs
 from d2ext.modeling.inference import DTYPES, prepared_copy
 from d2ext.modeling.meta_arch import MetaArch
 
@@ -40,28 +41,29 @@ class ExportGraph(nn.Module):
 
     def __init__(self, model: MetaArch, form: ExportForm, dtype: torch.dtype) -> None:
         super().__init__()
-        self.network = prepared_copy(model.network).to(dtype)
+        inference = form.network or model.inference_network
+        self.network = prepared_copy(inference.network).to(dtype)
         self.dtype, self.form = dtype, form
-        self.decode = model.inference_network.decode
+        self.decode = inference.decode
         self.register_buffer("mean", model.pixel_mean.clone())
         self.register_buffer("deviation", model.pixel_std.clone())
 
-    def forward(self, images: Tensor, sizes: Tensor | None = None) -> Outputs:
+    def forward(self, images: Tensor, *state: Tensor) -> Outputs:
         images = (images.float() - self.mean) / self.deviation
-        inputs = network_inputs(images, self.form, sizes)
+        inputs = network_inputs(images, self.form, *state)
         return self.form.pack(self.decode(self.network(inputs[0].to(self.dtype), *inputs[1:])))
 
 
-def network_inputs(
-    images: Tensor, form: ExportForm, sizes: Tensor | None = None
-) -> tuple[Tensor, ...]:
-    """Normalised images → what a model's network takes. ``sizes``: see :class:`ExportForm`; default: the
-    whole input."""
+def network_inputs(images: Tensor, form: ExportForm, *state: Tensor) -> tuple[Tensor, ...]:
+    """Normalised images → what a model's network takes. ``state``: ``sizes`` or a memory, see
+    :class:`ExportForm`; default: the whole input."""
     if form.mirror:
         return (torch.cat([images, images.flip(-1)]),)
     if not form.sizes:
-        return (images,)
-    if sizes is None:
+        return (images, *state)
+    if state:
+        (sizes,) = state
+    else:
         whole = torch.tensor([images.shape[-2:]], device=images.device)
         sizes = whole.expand(len(images), 2).float()
     rows, columns = (torch.arange(side, device=images.device) for side in images.shape[-2:])
@@ -81,22 +83,34 @@ class _Stem(nn.Module):
         return F.max_pool2d(F.relu(self.conv1(x)), 3, stride=1, padding=1)[..., ::2, ::2]
 
 
-def export_form(model: nn.Module) -> ExportForm:
+def exportable(cfg: CfgNode, model: nn.Module) -> MetaArch:
+    """A model itself or, of Detectron2's, what stands for it.
+
+    Raises:
+        NotExportable: there is nothing; the message names the model.
+    """
+    name = type(model).__name__
+    stand_in = f"Exportable{type(getattr(model, 'roi_heads', None)).__name__}"
+    if name.endswith("WithTTA"):
+        raise NotExportable(
+            f"{name} runs the model on several views of an image: turn TEST.AUG.ENABLED off."
+        )
+    if isinstance(model, MetaArch):
+        return model
+    if stand_in not in EXPORT_REGISTRY:
+        raise NotExportable(f"{name} cannot be exported: only systems of d2ext can be.")
+    result: MetaArch = EXPORT_REGISTRY.get(stand_in)(cfg, model)
+    return result.to(model.device).train(model.training)
+
+
+def export_form(model: MetaArch) -> ExportForm:
     """The form of a model.
 
     Raises:
         NotExportable: it has none; the message names the model and says why.
     """
-    name = type(model).__name__
-    if name.endswith("WithTTA"):
-        raise NotExportable(
-            f"{name} runs the model on several views of an image: turn TEST.AUG.ENABLED off."
-        )
-    if not isinstance(model, MetaArch):
-        raise NotExportable(
-            f"{name} cannot be exported: only systems of d2ext can be, without DensePose so far."
-        )
     if model.export_refusal:
+        name = type(model).__name__
         raise NotExportable(f"{name} cannot be exported so far: {model.export_refusal}.")
     return model.export_form()
 
@@ -149,11 +163,13 @@ def capture(
     dynamic_batch: bool = False,
     dynamic_size: bool = False,
     onnx: bool = False,
+    earlier: ExportForm | None = None,
 ) -> ExportedProgram:
     """The graph of a model for images of ``size`` (height, width), one a batch if not dynamic.
 
     Args:
         onnx: it goes into an ONNX file, not one of PyTorch.
+        earlier: of a form with memory: the one that leaves it.
     """
     graph = ExportGraph(model, form, DTYPES[dtype]).eval()
     if dynamic_size and form.multiple == 1:
@@ -164,16 +180,22 @@ def capture(
     batch = 2 if dynamic_batch else 1  # of one image, the exporter would take the number for fixed
     images = torch.zeros((batch, 3, *size), device=model.device)
     images = images.to(torch.uint8) if bytes_in else images
-    inputs: tuple[Tensor, ...] = (images,)
     shapes: dict[str, Any] = dynamic_shapes(form, dynamic_batch, dynamic_size)
-    if form.sizes:
-        sizes = torch.tensor([[*size]], dtype=torch.float32, device=model.device)
-        inputs, shapes = (images, sizes), shapes | {"sizes": None}
+    state: Sequence[Tensor] = ()
     with torch.no_grad(), _quiet(), exporting_to_onnx(onnx):
-        graph(*inputs)  # fills the caches of priors
+        if form.sizes:
+            state = (torch.tensor([[*size]], dtype=torch.float32, device=model.device),)
+        elif form.memory:
+            assert earlier is not None
+            left = ExportGraph(model, earlier, DTYPES[dtype]).eval()(images)
+            state = [left[name] for name in form.memory]
+        if state:
+            batches = {0: shapes["images"][0]} if form.memory and dynamic_batch else None
+            shapes["state"] = (batches,) * len(state)
+        graph(images, *state)  # fills the caches of priors
         return torch.export.export(
             graph,
-            inputs,
+            (images, *state),
             dynamic_shapes=shapes,
             strict=False,
         )

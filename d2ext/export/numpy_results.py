@@ -41,6 +41,8 @@ def results(facts: dict[str, Any], outputs: Results, index: int = 0, **image: An
         "cornernet": cornernet,
         "landmarks": landmarks,
         "upsnet": upsnet,
+        "densepose": densepose,
+        "densepose_embeddings": densepose_embeddings,
     }
     return functions[facts["results"]](
         {name: x[index] for name, x in outputs.items()}, **image, **facts["options"]
@@ -323,6 +325,69 @@ def upsnet(
     return result | {"panoptic": panoptic, "segments": rows_of_segments, "semantic": semantic}
 
 
+def densepose(one: Results, *, size: tuple[int, int], input_size: tuple[int, int]) -> Results:
+    """boxes, scores, classes, best first; surfaces (N,) of arrays (C, h', w'), one of the size of each
+    person's box, cut to whole pixels (:func:`whole_boxes`): part 1..24 or 0, U, V, both 0 where the part
+    is; and by the names of the file's outputs: ``sigma_2``, ``kappa_u``, ``kappa_v`` of the part before
+    softplus, ``fine_segm_confidence``, ``coarse_segm_confidence``.
+
+    Args:
+        one: boxes (S, 4) in pixels of the input, scores (S,), classes, count; of the slots in use the
+            maps coarse_segm (n, 2 or 15, M, M) logits, background first, fine_segm (n, 25, M, M), u, v.
+        size: (h, w).
+        input_size: of the resized image, without padding: what the input ``sizes`` said.
+    """
+    result, rows = _in_image(one, size, input_size)
+    known = ("coarse_segm", "fine_segm")
+    names = ["u", "v", *sorted(x for x in one if x.startswith(("sigma", "kappa")))]
+    names += sorted(x for x in one if x.endswith("_segm_confidence"))
+    surfaces = np.empty(len(rows), object)
+    for i, (row, box) in enumerate(zip(rows, whole_boxes(result["boxes"]), strict=True)):
+        maps = {x: _resized_to(one[x][row], box) for x in (*known, *names)}
+        part = np.where(_foreground(maps["coarse_segm"]), maps["fine_segm"].argmax(axis=0), 0)
+        planes = [part.astype(np.float32)]
+        for name in names:
+            if name.endswith("_segm_confidence"):
+                planes.append(maps[name][0])
+            else:
+                own = np.take_along_axis(maps[name], part[None], axis=0)[0]
+                planes.append(np.where(part > 0, own, np.float32(0)))
+        surfaces[i] = np.stack(planes)
+    return result | {"surfaces": surfaces}
+
+
+def densepose_embeddings(
+    one: Results, *, size: tuple[int, int], input_size: tuple[int, int], mesh: str = ""
+) -> Results:
+    """boxes, scores, classes, best first; surfaces (N,) of arrays (h', w') int64, one of the size of
+    each person's box, cut to whole pixels (:func:`whole_boxes`): the nearest vertex of the mesh, -1
+    where there is no person.
+
+    Args:
+        one: as of :func:`densepose`, with the maps coarse_segm and embedding (n, D, M, M); and
+            ``vertices_<mesh>`` (V, D) of each mesh.
+        size, input_size: as of :func:`densepose`.
+        mesh: its name; default: the first one.
+    """
+    result, rows = _in_image(one, size, input_size)
+    mesh = mesh or sorted(x for x in one if x.startswith("vertices_"))[0].removeprefix("vertices_")
+    vertices = one[f"vertices_{mesh}"]
+    squares = (vertices * vertices).sum(axis=1)
+    surfaces = np.empty(len(rows), object)
+    for i, (row, box) in enumerate(zip(rows, whole_boxes(result["boxes"]), strict=True)):
+        inside = _foreground(_resized_to(one["coarse_segm"][row], box))
+        embeddings = _resized_to(one["embedding"][row], box)[:, inside].T
+        surfaces[i] = np.full(inside.shape, -1, np.int64)
+        surfaces[i][inside] = (squares - 2 * embeddings @ vertices.T).argmin(axis=1)
+    return result | {"surfaces": surfaces}
+
+
+def whole_boxes(boxes: Array) -> Array:
+    """Boxes (N, 4) → int64 x, y, width, height, cut to whole pixels, at least one."""
+    sides = np.maximum((boxes[:, 2:] - boxes[:, :2]).astype(np.int64), 1)
+    return np.concatenate([boxes[:, :2].astype(np.int64), sides], axis=1)
+
+
 def greedy_nms(boxes: Array, classes: Array, threshold: float, limit: int) -> Array:
     """Indices of those boxes (N, 4), best first, that no better one of their class overlaps by more than
     the threshold, at most ``limit``. Sides count whole pixels, one more than the difference."""
@@ -335,6 +400,30 @@ def greedy_nms(boxes: Array, classes: Array, threshold: float, limit: int) -> Ar
         overlap = _pixel_overlap(boxes[best], boxes[left])
         left = left[(overlap <= threshold) | (classes[left] != classes[best])]
     return np.array(keep, np.int64)
+
+
+def _in_image(
+    one: Results, size: tuple[int, int], input_size: tuple[int, int]
+) -> tuple[Results, Array]:
+    """boxes, scores and classes in the image, without boxes that have no area there; their slots."""
+    count = int(one["count"])
+    factors = [own / other for own, other in zip(size[::-1], input_size[::-1], strict=True)]
+    boxes = (one["boxes"][:count] * _single(factors * 2)).clip(0, _single([*size[::-1]] * 2))
+    rows = (boxes[:, 2:] > boxes[:, :2]).all(axis=1).nonzero()[0]
+    return {
+        "boxes": boxes[rows],
+        "scores": one["scores"][rows],
+        "classes": one["classes"][rows],
+    }, rows
+
+
+def _resized_to(maps: Array, box: Array) -> Array:
+    """Maps (C, M, M) → (C, height, width) of a box x, y, width, height."""
+    return _resized(_resized(maps, 2, box[2]), 1, box[3])
+
+
+def _foreground(coarse: Array) -> Array:
+    return coarse[1:].max(axis=0) > coarse[0]
 
 
 def _confirmed(result: Results, centers: Array) -> Results:

@@ -24,16 +24,19 @@ def need(package: str) -> None:
         raise ConfigError(f"ONNX files need {package}: pip install d2ext[export]")
 
 
-def to_onnx(program: ExportedProgram, names: Sequence[str], opset: int = OPSET) -> Any:
+def to_onnx(
+    program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], opset: int = OPSET
+) -> Any:
     """The ONNX program of an exported one.
 
     Args:
-        names: of the outputs.
+        inputs, outputs: their names.
         opset: of ONNX, 19 or later.
     """
     return torch.onnx.export(
         program,
-        output_names=list(names),
+        input_names=list(inputs),
+        output_names=list(outputs),
         opset_version=opset,
         custom_translation_table={
             torch.ops.torchvision.deform_conv2d.default: _deform_conv(),

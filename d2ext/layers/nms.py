@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 import torchvision
 from torch import Tensor
+from torch.nn import functional as F
 
 from d2ext.layers._extension import has_cuda_extension
 from d2ext.layers.exporting import is_exporting, is_exporting_to_onnx
@@ -42,7 +43,10 @@ def nms(boxes: Tensor, valid: Tensor, threshold: float) -> Tensor:
         ValueError, RuntimeError: shapes, dtypes or devices that do not fit together.
     """
     if is_exporting() and not is_exporting_to_onnx():
-        return nms_reference(boxes, valid, threshold)
+        # A program that holds torchvision's operator stops if it keeps fewer than two boxes: two without
+        # area always stay.
+        boxes, valid = F.pad(boxes, (0, 0, 0, 2)), F.pad(valid, (0, 2), value=True)
+        return nms_reference(boxes, valid, threshold)[..., :-2]
     return torch.ops.d2ext.nms.default(boxes, valid, threshold)
 
 

@@ -1,7 +1,8 @@
 """What a model says of itself to be exported into a file; :mod:`d2ext.export` does the rest.
 
 A file holds what :class:`~d2ext.modeling.inference.InferenceNetwork` runs, network and decoding, and
-before it the normalisation. What comes after, a model's ``postprocess``, is code.
+before it the normalisation. What comes after, a model's ``postprocess``, is code. A model with memory
+has two files: of key frames, which leave a memory, and of the frames after them, which take it.
 """
 
 from __future__ import annotations
@@ -11,10 +12,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from fvcore.common.registry import Registry
 from torch import Tensor, nn
+
+from d2ext.modeling.inference import InferenceNetwork
 
 Outputs = dict[str, Tensor]
 """Named tensors of fixed slots, (B, ...)."""
+
+EXPORT_REGISTRY = Registry("EXPORT")
+EXPORT_REGISTRY.__doc__ = """
+What stands for a model of Detectron2's when it is exported, called ``Exportable<ROI heads>``:
+``cls(cfg, model)`` is a :class:`~d2ext.modeling.meta_arch.MetaArch` that predicts as the model does, in
+fixed slots.
+"""
 
 
 class NotExportable(ValueError):
@@ -48,6 +59,14 @@ class ExportForm:
     sizes: bool = False
     """The graph and the network also take ``sizes`` (B, 2), height and width of images that lie in the
     input's upper left corner; one image a batch, of one input size."""
+    rows: tuple[str, ...] = ()
+    """Outputs (1, count, ...) that have a row for each slot in use, none for the others."""
+    network: InferenceNetwork | None = None
+    """What the graph runs; None: the model's."""
+    later: ExportForm | None = None
+    """Of the frames after one of this form: a second file."""
+    memory: tuple[str, ...] = ()
+    """Outputs of the earlier frame's graph that this one takes behind the images."""
     results: str = ""
     """The function of ``d2ext/export/numpy_results.py`` that makes results of the outputs."""
     options: dict[str, Any] = field(default_factory=dict)

@@ -8,8 +8,9 @@
     d2ext evaluate --exported faces.onnx --dataset ...
 
 The file takes images (B, 3, H, W) in 0..255, in the config's order of channels, and gives named
-tensors; docs/export.md lists them for each system. It carries classes, colours and the config. --format
-onnx needs `pip install d2ext[export]`; torch is PyTorch's own (torch.export.load), aoti is compiled by
+tensors; docs/export.md lists them for each system. It carries classes, colours and the config.
+YolactEdge on videos gets two files, edge.onnx for key frames, edge.later.onnx for others. --format onnx
+needs `pip install d2ext[export]`; torch is PyTorch's own (torch.export.load), aoti is compiled by
 AOTInductor for this machine's kind of CPU or, with MODEL.DEVICE cuda, GPU.
 
 --check runs the file and the model on noise and on a picture and prints how much each output differs.
@@ -38,11 +39,18 @@ from d2ext.data import DataError
 from d2ext.data.image_io import read_image
 from d2ext.data.shapes.scene import draw_image
 from d2ext.engine.run_folder import load_run
-from d2ext.export import FORMATS, Difference, ExportedFile, NotExportable, check, export
+from d2ext.export import (
+    FORMATS,
+    Difference,
+    ExportedFile,
+    NotExportable,
+    check,
+    export,
+    exportable,
+)
 from d2ext.export.check import TOLERANCE
 from d2ext.model_zoo import find_config_file
 from d2ext.modeling.inference import DTYPES
-from d2ext.modeling.meta_arch import MetaArch
 from d2ext.modeling.tta import build_tta
 from d2ext.tools.command_line import add_config_argument, make_parser, positive
 
@@ -102,7 +110,7 @@ def print_differences(name: str, differences: list[Difference], tolerance: float
     for x in differences:
         verdict = "" if x.largest <= tolerance else "  <- beyond the tolerance"
         moved = f"  ({x.moved} slots moved)" if x.moved else ""
-        print(f"{name:8} {x.output:14} {x.largest:.2e} of {x.compared:8} numbers{moved}{verdict}")
+        print(f"{name:8} {x.output:20} {x.largest:.2e} of {x.compared:8} numbers{moved}{verdict}")
     return all(x.largest <= tolerance for x in differences)
 
 
@@ -112,7 +120,7 @@ def run(arguments: list[str] | None = None) -> int:
     file_format = args.format or ("torch" if args.output.endswith(".pt2") else "onnx")
     try:
         cfg, model = load_model(args)
-        export(
+        paths = export(
             model,
             cfg,
             args.output,
@@ -123,11 +131,11 @@ def run(arguments: list[str] | None = None) -> int:
             dynamic_batch=args.dynamic_batch,
             dynamic_size=args.dynamic_size,
         )
-        print(f"Wrote {args.output}: {os.path.getsize(args.output) / 2**20:.1f} MiB")
+        for path in paths:
+            print(f"Wrote {path}: {os.path.getsize(path) / 2**20:.1f} MiB")
         if not args.check:
             return 0
-        assert isinstance(model, MetaArch)  # export takes no others
-        file = ExportedFile(args.output)
+        file, model = ExportedFile(args.output), exportable(cfg, model)
         tolerance = args.tolerance if args.tolerance is not None else TOLERANCE[args.dtype]
         passed = [
             print_differences(name, check(model, file, images, tolerance), tolerance)

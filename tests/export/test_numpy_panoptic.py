@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from d2ext.export import numpy_results
+from d2ext.modeling.region_slots import Slots
 from d2ext.systems.upsnet.model import EXPORTED_OPTIONS
-from d2ext.systems.upsnet.postprocess import Slots, UPSNetPostprocessor
+from d2ext.systems.upsnet.postprocess import UPSNetPostprocessor
 
 STUFF, THINGS, SLOTS = 3, 4, 6
 INPUT, SIZE, SCALE = (60, 90), (40, 60), 1.5

@@ -2,113 +2,49 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from detectron2.config import CfgNode
+from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
+from torch import Tensor
 
 import d2ext
+from d2ext.codecs.densepose import ChartPredictions, charts_in_boxes, vertices_in_boxes
+from d2ext.config import ConfigError
 from d2ext.export import ExportedFile, check, numpy_results
-from d2ext.export.files import metadata, write
-from d2ext.export.graph import capture, export_form
+from d2ext.export.files import later_path
 from d2ext.modeling.meta_arch import MetaArch
 from d2ext.systems.landmarks.model import LandmarkNet
 from d2ext.systems.upsnet.model import UPSNet
-from tests.export.models import lively_model
-
-HEIGHT, WIDTH = 129, 190
-CORNERS = ("TEST.MAX_DISTANCE", 9.0, "NUM_CLASSES", 1, "TEST.TOP_K", 40)
-PLUS = ("MASK_RESCORING.ENABLED", True, "INPUT_SIZE", 256, "BOTTOM_UP", "build_resnet_dcn_backbone")
+from tests.export.cases import CASES, HEIGHT, WIDTH, Exported
+from tests.export.test_docs import DOCS
 
 
-RESNET = ["MODEL.RETINAFACE.BOTTOM_UP", "build_resnet_backbone", "MODEL.RESNETS.DEPTH", 18]
-RESNET += ["MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"], "MODEL.RESNETS.NORM", "BN"]
-RESNET += ["MODEL.RETINAFACE.IN_FEATURES", ["res3", "res4", "res5"]]
-RESNET += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
-
-
-def keys(section: str, *pairs: Any) -> list[Any]:
-    return [f"MODEL.{section}.{x}" if i % 2 == 0 else x for i, x in enumerate(pairs)]
-
-
-class Case(NamedTuple):
-    architecture: str
-    options: list[Any]
-    dynamic_size: bool = False
-
-
-CASES = {
-    "yolact": Case("YOLACT", []),
-    "yolact_plus": Case(
-        "YOLACT",
-        keys("YOLACT", *PLUS, "TEST.NMS", "cross_class_fast", "TEST.CROP", "after")
-        + ["MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, False, False, True]],
-    ),
-    "cornernet": Case("CornerNet", keys("CORNERNET", *CORNERS), dynamic_size=True),
-    "triplets": Case("CenterNetTriplets", keys("CENTERNET_TRIPLETS", *CORNERS, "TEST.FLIP", False)),
-    "centernet": Case("CenterNet", keys("CENTERNET", "TEST.FLIP", True)),
-    "landmarks": Case("LandmarkNet", []),
-    "upsnet": Case("UPSNet", keys("UPSNET", "TEST.SCORE_THRESH", 0.15, "TEST.MIN_SIZE", 100)),
-    "retinaface": Case("RetinaFace", [], dynamic_size=True),
-    "retinaface_resnet": Case("RetinaFace", RESNET, dynamic_size=True),
-    "retinaface_mesh": Case("RetinaFace", keys("RETINAFACE", "MESH.NUM_VERTICES", 12)),
-}
-
-
-class Exported(NamedTuple):
-    cfg: CfgNode
-    model: MetaArch
-    path: Callable[[str], str]
-    """Format → a file of it, in which batches are of any size where they can be."""
-
-
+# Of a module: tests of one file follow each other, and it is opened once.
 @pytest.fixture(scope="module", params=list(CASES))
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    case: Case = CASES[request.param]
-    cfg, model = lively_model(case.architecture, case.options)
-    folder = tmp_path_factory.mktemp(request.param)
-    cfg.MODEL.WEIGHTS = str(folder / "model.pth")
-    torch.save({"model": model.state_dict()}, cfg.MODEL.WEIGHTS)
-    form = export_form(model)
-    size = form.size
-    if form.multiple:
-        canvas = getattr(model, "canvas", None)
-        size = (HEIGHT, WIDTH) if canvas is None else canvas((HEIGHT, WIDTH), 1.0).size
-    if form.sizes:  # that of the image, resized and padded
-        shape = model.network_size((HEIGHT, WIDTH))
-        size = tuple(-(-side // form.multiple) * form.multiple for side in shape)
-
-    def path(file_format: str) -> str:
-        if file_format == "onnx":
-            for package in ("onnxscript", "onnxruntime"):
-                pytest.importorskip(package, reason="pip install d2ext[export]")
-        name = folder / f"model{'.onnx' if file_format == 'onnx' else '.pt2'}"
-        if not name.exists():
-            program = capture(
-                model,
-                form,
-                size,
-                dynamic_batch=not form.sizes,
-                dynamic_size=case.dynamic_size,
-                onnx=file_format == "onnx",
-            )
-            facts = metadata(cfg, form, program, "cpu")
-            write(program, str(name), file_format, facts)
-        return str(name)
-
-    return Exported(cfg, model, path)
+def exported(request: pytest.FixtureRequest, exported_case: Callable[[str], Exported]) -> Exported:
+    return exported_case(request.param)
 
 
-@pytest.fixture(params=["torch", "onnx"])
-def path(request: pytest.FixtureRequest, exported: Exported) -> str:
-    return exported.path(request.param)
+FILES = [(name, kind) for name, case in CASES.items() for kind in case.formats]
+
+
+@pytest.fixture(scope="module", params=FILES, ids=["-".join(x) for x in FILES])
+def file(
+    request: pytest.FixtureRequest, exported_case: Callable[[str], Exported]
+) -> tuple[Exported, str]:
+    name, kind = request.param
+    exported = exported_case(name)
+    return exported, exported.path(kind)
 
 
 def picture(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
@@ -118,7 +54,9 @@ def picture(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
 
 
 def fields(instances: Instances) -> dict[str, np.ndarray]:
-    return {k: getattr(x, "tensor", x).numpy() for k, x in instances.get_fields().items()}
+    named = dict(instances.get_fields())
+    surfaces = named.pop("pred_densepose").maps() if "pred_densepose" in named else {}
+    return {k: getattr(x, "tensor", x).numpy() for k, x in (named | surfaces).items()}
 
 
 def assert_equal(actual: Instances, expected: Instances) -> None:
@@ -129,19 +67,33 @@ def assert_equal(actual: Instances, expected: Instances) -> None:
         np.testing.assert_allclose(own[name], value, rtol=1e-4, atol=1e-3, err_msg=name)
 
 
-def test_tensors_are_the_models_own(exported: Exported, path: str) -> None:
-    file = ExportedFile(path)
-    height, width = file.facts["input"]["shape"][2:]
-    unit, less = file.facts["input"]["multiple"], file.facts["input"]["less"]
+def test_tensors_are_the_models_own(file: tuple[Exported, str]) -> None:
+    exported, opened = file[0], ExportedFile(file[1])
+    height, width = opened.facts["input"]["shape"][2:]
+    unit, less = opened.facts["input"]["multiple"], opened.facts["input"]["less"]
     size = (height, width) if height else (9 * unit - less, 12 * unit - less)
     size = (111, 143) if unit == 1 and height is None else size
-    for count in (1, 3):  # the graph was made of two images
-        images = torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(count)) * 255
-        for difference in check(exported.model, file, images, 1e-4):
+    one_alone = bool(exported.model.export_form().rows)
+    for count in (1,) if one_alone else (1, 3):  # the graph was made of two images, or one
+        generator = torch.Generator().manual_seed(count)
+        images = torch.randint(0, 256, (count, 3, *size), generator=generator)
+        for difference in check(exported.model, opened, images, 1e-4):
             assert difference.largest < 1e-4 and difference.compared > 0, difference
 
 
-def test_predictor_gives_what_detectron2s_gives(exported: Exported, path: str) -> None:
+@pytest.mark.parametrize("name", ["densepose", "densepose_embeddings"])
+def test_an_image_without_objects(name: str, exported_case: Callable[[str], Exported]) -> None:
+    """An image of no size has none."""
+    exported = exported_case(name)
+    opened = ExportedFile(exported.path(exported.formats[-1]))
+    size = opened.facts["input"]["shape"][2:]
+    outputs = opened(torch.zeros(1, 3, *size), torch.zeros(1, 2))
+    assert outputs["count"].tolist() == [0]
+    assert all(outputs[x].shape[1] == 0 for x in exported.model.export_form().rows)
+
+
+def test_predictor_gives_what_detectron2s_gives(file: tuple[Exported, str]) -> None:
+    exported, path = file
     image = picture()
     expected = DefaultPredictor(exported.cfg)(image)["instances"]
     assert len(expected) > 0
@@ -168,6 +120,12 @@ def numpy_inputs(
         images = np.zeros((1, 3, height, width), np.float32)
         images[0, :, : image.shape[0], : image.shape[1]] = image.transpose(2, 0, 1)
         return images, {"size": size, "input_size": image.shape[:2], "scale": scale}
+    if facts["results"].startswith("densepose"):
+        edge = ResizeShortestEdge([90, 90], 1333)
+        image = edge.get_transform(image).apply_image(image)  # by Pillow
+        images = np.zeros((1, 3, height, width), np.float32)
+        images[0, :, : image.shape[0], : image.shape[1]] = image.transpose(2, 0, 1)
+        return images, {"size": size, "input_size": image.shape[:2]}
     if facts["results"] == "landmarks":
         assert isinstance(model, LandmarkNet)
         box = np.array([0.0, 0.0, size[1], size[0]])
@@ -198,8 +156,17 @@ NAMES = {
 """NumPy's names of what Instances call otherwise."""
 
 
+def surfaces_in_boxes(instances: Instances) -> list[Tensor]:
+    """What numpy_results calls surfaces."""
+    predictions, boxes = instances.pred_densepose, instances.pred_boxes.tensor
+    if isinstance(predictions, ChartPredictions):
+        return [torch.cat([x.labels[None], x.uv]) for x in charts_in_boxes(predictions, boxes)]
+    results = vertices_in_boxes(predictions, boxes, predictions.vertices["toy"])
+    return [x.vertices.masked_fill(~x.mask, -1) for x in results]
+
+
 def test_numpy_gives_the_same(exported: Exported) -> None:
-    path = exported.path("onnx")
+    path = exported.path(exported.formats[-1])
     file = ExportedFile(path)
     image = picture()
     ordered = image[..., ::-1] if file.facts["input"]["channels"] == "RGB" else image
@@ -216,6 +183,11 @@ def test_numpy_gives_the_same(exported: Exported) -> None:
         assert (results.pop("panoptic") != panoptic.numpy()).mean() < 1e-3
         assert len(results.pop("segments")) == len(infos)
         assert results.pop("semantic").shape == panoptic.shape
+    if "surfaces" in results:
+        own, other = results.pop("surfaces"), surfaces_in_boxes(predicted["instances"])
+        assert len(own) == len(other) > 0 and len(np.unique(own[0])) > 5
+        for a, b in zip(own, other, strict=True):  # argmax of nearly equal numbers may differ
+            assert (abs(a - b.numpy()) > 1e-4).mean() < 1e-3
     compared = 0
     for name, value in results.items():
         other = expected.get(NAMES.get(name, name))
@@ -233,8 +205,54 @@ def test_numpy_gives_the_same(exported: Exported) -> None:
     assert compared >= 2
 
 
+@pytest.mark.parametrize("kind", ["torch", "onnx"])
+def test_frames_of_a_video(kind: str, exported_case: Callable[[str], Exported]) -> None:
+    """Key frames and others, of two videos."""
+    exported = exported_case("yolact_edge")
+    frames = [np.roll(picture(), 5 * i, axis=1) for i in range(6)]
+    own, file = d2ext.VideoPredictor(exported.cfg), d2ext.VideoPredictor(exported.path(kind))
+    distances = []
+    for video in range(2):
+        for frame in frames[video:]:
+            actual, expected = file(frame), own(frame)
+            assert actual["key_distance"] == expected["key_distance"]
+            assert_equal(actual["instances"], expected["instances"])
+            distances.append(actual["key_distance"])
+        own.reset()
+        file.reset()
+    assert distances == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1]
+
+
+def test_numpy_feeds_the_memory(
+    exported_case: Callable[[str], Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What docs/export.md says of videos."""
+    path = exported_case("yolact_edge").path("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install d2ext[export]")
+    for name in (path, later_path(path)):
+        shutil.copy(name, tmp_path / Path(name).name.replace("model", "edge"))
+    monkeypatch.chdir(tmp_path)
+    key, later = ExportedFile(path), ExportedFile(path).later
+    assert later is not None
+    images = torch.randint(0, 256, (3, 1, 3, 64, 64)).float()
+    (block,) = re.findall(r"```python\n(key, later.*?)```", DOCS.read_text(), re.DOTALL)
+    names: dict[str, Any] = {"onnxruntime": onnxruntime, "frames": list(images.numpy())}
+    exec(block, names)
+    outputs = key(images[0])
+    expected = later(images[2], *(outputs[name] for name in later.facts["memory"]))
+    assert "similarity" in expected and expected.keys() == names["one"].keys()
+    for name, value in names["one"].items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_files_of_a_video_belong_together(exported_case: Callable[[str], Exported]) -> None:
+    path = exported_case("yolact_edge").path("torch")
+    with pytest.raises(ConfigError, match="which is the one to give"):
+        ExportedFile(later_path(path))
+
+
 def test_sizes_that_a_file_does_not_take(exported: Exported) -> None:
-    file = ExportedFile(exported.path("torch"))
+    file = ExportedFile(exported.path(exported.formats[0]))
     if file.facts["input"]["sizes"]:
         with pytest.raises(ValueError, match=r"not the 300x100"):
             file(torch.zeros(1, 3, 100, 300))
@@ -247,9 +265,10 @@ def test_sizes_that_a_file_does_not_take(exported: Exported) -> None:
 
 
 def test_the_file_says_what_is_in_it(exported: Exported) -> None:
-    facts = ExportedFile(exported.path("torch")).facts
+    path = exported.path(exported.formats[0])
+    facts = ExportedFile(path).facts
     assert facts["architecture"] == exported.cfg.MODEL.META_ARCHITECTURE
     assert facts["input"]["channels"] == exported.cfg.INPUT.FORMAT
     assert facts["d2ext"] == d2ext.__version__
     assert "model.pth" not in facts["config"], "a path of this machine"
-    assert Path(exported.path("torch")).parent.name not in str(facts)
+    assert Path(path).parent.name not in str(facts)

@@ -1,6 +1,6 @@
 """DensePose R-CNN (arXiv 1802.00434) and continuous surface embeddings (arXiv 2011.12438)."""
 
-from d2ext.systems.densepose import checkpoint, config  # noqa: F401  (imported for registration)
+from d2ext.systems.densepose import checkpoint, config, exported  # noqa: F401  (for registration)
 from d2ext.systems.densepose.cse_losses import EmbeddingLoss, PixelCycle, ShapeCycle
 from d2ext.systems.densepose.embedder import Embedder, VertexEmbedder, normalize_embeddings
 from d2ext.systems.densepose.head import (

@@ -24,13 +24,9 @@ from detectron2.modeling.anchor_generator import (
 )
 from detectron2.structures import Boxes
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchvision.ops import roi_align
 
-from d2ext.layers.exporting import needs_fixed_shapes
-
-# Coordinate in pixels before the first one of any level.
-_OUTSIDE = -4096.0
+from d2ext.modeling.region_slots import pool_by_level
 
 
 def inclusive(boxes: Tensor, pixel: float = 1.0) -> Tensor:
@@ -60,11 +56,6 @@ def clip(boxes: Tensor, height: int | Tensor, width: int | Tensor) -> Tensor:
         ],
         dim=-1,
     )
-
-
-def gather(values: Tensor, index: Tensor) -> Tensor:
-    """values (B, A, v), index (B, n) into A → (B, n, v)."""
-    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
 
 
 def image_scale(network: tuple[int, int], original: tuple[int, int]) -> float | None:
@@ -156,24 +147,9 @@ class PyramidRoIAlign(nn.Module):
         if len(self.strides) == 1:
             return self._pool(features[0], rois, self.strides[0])
         levels = self.levels(boxes)
-        if needs_fixed_shapes(boxes):
-            return self._pool_everywhere(features, rois, levels)
-        pooled = features[0].new_zeros((boxes.shape[0], features[0].shape[1], self.size, self.size))
-        for i, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
-            selected = (levels == i).nonzero()[:, 0]
-            part = self._pool(feature, rois[selected], stride)
-            pooled = pooled.index_put((selected,), part.to(pooled.dtype))
-        return pooled
-
-    def _pool_everywhere(self, features: Sequence[Tensor], rois: Tensor, levels: Tensor) -> Tensor:
-        """The same without waiting to know how many boxes a level has: from every other level a box is
-        taken far outside of the map, where there are zeros, which cost a GPU next to nothing."""
-        outside = F.pad(rois[:, :1], (0, 4), value=_OUTSIDE)
-        parts = [
-            self._pool(feature, torch.where((levels == i)[:, None], rois, outside), stride)
-            for i, (feature, stride) in enumerate(zip(features, self.strides, strict=True))
-        ]
-        return sum(parts[1:], parts[0])
+        return pool_by_level(
+            features, rois, levels, self.size, lambda x, own, i: self._pool(x, own, self.strides[i])
+        )
 
     def _pool(self, feature: Tensor, rois: Tensor, stride: int) -> Tensor:
         # The CPU kernel has no bfloat16; the result goes back to the feature's dtype.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2ext.layers.deform_conv import DeformConv
-from d2ext.systems.upsnet.postprocess import Slots
+from d2ext.modeling.region_slots import Slots
 
 
 class SemanticPredictions(NamedTuple):
@@ -36,7 +36,7 @@ class UPSNetPredictions(NamedTuple):
     """The pyramid."""
     logits: list[Tensor]
     deltas: list[Tensor]
-    """See :meth:`UPSNetRPN.predict`."""
+    """See :meth:`SlotRPN.predict`."""
     semantic: SemanticPredictions
     detections: Slots | None = None
     candidates: Slots | None = None

@@ -38,6 +38,7 @@ from d2ext.layers import has_cuda_extension
 from d2ext.layers.transfer import upload
 from d2ext.modeling.export_form import ExportForm, Outputs
 from d2ext.modeling.meta_arch import image_size, output_size
+from d2ext.modeling.region_slots import Slots
 from d2ext.modeling.short_side import ShortSideMetaArch, scaled
 from d2ext.systems.upsnet import losses as L
 from d2ext.systems.upsnet import targets as T
@@ -49,7 +50,7 @@ from d2ext.systems.upsnet.head import (
 )
 from d2ext.systems.upsnet.network import UPSNetNetwork, drop_features
 from d2ext.systems.upsnet.panoptic_head import panoptic_logits
-from d2ext.systems.upsnet.postprocess import PanopticMap, Slots, UPSNetPostprocessor, segments
+from d2ext.systems.upsnet.postprocess import PanopticMap, UPSNetPostprocessor, segments
 from d2ext.systems.upsnet.roi_heads import UPSNetROIHeads
 from d2ext.systems.upsnet.rpn import UPSNetRPN
 from d2ext.systems.upsnet.targets import UPSNetTargets

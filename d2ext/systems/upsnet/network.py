@@ -10,8 +10,8 @@ from typing import Any
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
+from d2ext.modeling.region_slots import Slots, select
 from d2ext.systems.upsnet.head import UPSNetPredictions, UPSNetSemanticHead
-from d2ext.systems.upsnet.postprocess import Slots, select
 from d2ext.systems.upsnet.roi_heads import UPSNetROIHeads
 from d2ext.systems.upsnet.rpn import UPSNetRPN
 
@@ -21,7 +21,7 @@ class UPSNetNetwork(nn.Module):
     inference also the heads on regions.
 
     Args:
-        candidates: arguments of :func:`postprocess.select` for the panoptic head's candidates.
+        candidates: arguments of :func:`region_slots.select` for the panoptic head's candidates.
     """
 
     def __init__(
@@ -58,7 +58,8 @@ class UPSNetNetwork(nn.Module):
 
     def find(self, predictions: Any, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`UPSNetROIHeads.find`."""
-        proposals = self.rpn.find(predictions, sizes)
+        found = predictions.features, predictions.logits, predictions.deltas
+        proposals = self.rpn.find(*found, sizes)
         return self.roi_heads.find(predictions.features, proposals, sizes)
 
     def select(self, boxes: Tensor, probabilities: Tensor) -> list[Slots]:

@@ -20,103 +20,12 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2ext.layers.nms import nms
-from d2ext.modeling.export_form import Outputs
-from d2ext.systems.upsnet.boxes import end_behind, gather, inclusive
+from d2ext.systems.upsnet.boxes import end_behind, inclusive
 from d2ext.systems.upsnet.panoptic_head import PanopticPrediction, predict_panoptic
 
 CATEGORY_IDS = ("separated", "joint")
 # Stride of the semantic score.
 STRIDE = 4
-# Score of an empty slot.
-EMPTY = -1.0
-# Slots for detections beyond the limit whose score equals the last one's.
-TIES = 12
-
-
-class Slots(NamedTuple):
-    """Boxes of a batch in D fixed slots, best first, pixels of the network input."""
-
-    boxes: Tensor
-    """(N, D, 4); zeros in empty slots."""
-    scores: Tensor
-    """(N, D) in 0..1; :data:`EMPTY` in empty slots, which come last."""
-    classes: Tensor
-    """(N, D) int64 in 0..T-1."""
-    mask_logits: Tensor | None = None
-    """(N, D, M, M)."""
-
-    def outputs(self, prefix: str = "") -> Outputs:
-        """As tensors of an exported file."""
-        assert self.mask_logits is not None
-        empty = (self.scores == EMPTY)[..., None, None]
-        named = self._replace(mask_logits=self.mask_logits.masked_fill(empty, 0.0))._asdict()
-        return {f"{prefix}{name}": x for name, x in named.items()} | {f"{prefix}count": self.counts}
-
-    @classmethod
-    def of(cls, outputs: Outputs, prefix: str = "") -> Slots:
-        """Inverse of :meth:`outputs`."""
-        return cls(*(outputs[f"{prefix}{name}"] for name in cls._fields))
-
-    @property
-    def counts(self) -> Tensor:
-        """(N,) int64: slots in use."""
-        return (self.scores != EMPTY).sum(dim=1)
-
-    def instances(self, row: int, count: int, image_size: tuple[int, int]) -> Instances:
-        """Those of an image, of ``image_size`` (height, width) without padding."""
-        boxes, scores, classes = (x[row, :count] for x in self[:3])
-        result = Instances(image_size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes)
-        if self.mask_logits is not None:
-            result.mask_logits = self.mask_logits[row, :count]
-        return result
-
-
-def select(
-    boxes: Tensor,
-    probabilities: Tensor,
-    *,
-    score_threshold: float,
-    nms_threshold: float,
-    limit: int,
-    across_classes: bool = False,
-) -> Slots:
-    """Boxes above a score, after non-maximum suppression, best first.
-
-    Args:
-        boxes: (N, R, T, 4), a box for each class.
-        probabilities: (N, R, T), of a region 1 together at most; EMPTY where there is none.
-        score_threshold: only higher scores are selected.
-        nms_threshold: IoU above which the worse box is suppressed.
-        limit: number of boxes, plus ties with the last one, for :data:`TIES` of which there are slots.
-        across_classes: suppress boxes of other classes too (the panoptic head's candidates).
-    """
-    batch, regions, kinds = probabilities.shape
-    scores = torch.where(probabilities > score_threshold, probabilities, EMPTY)
-    region = torch.arange(regions, device=boxes.device)
-    if across_classes:
-        # More classes of a region than these cannot be above the threshold.
-        most = kinds
-        if score_threshold > 0:
-            most = min(kinds, max(int(1 / score_threshold), 1))
-        scores, kind = scores.topk(most, dim=2)
-        index = (region[:, None] * kinds + kind).flatten(1)[:, None]
-        scores = scores.flatten(1)[:, None]
-    else:  # a group of boxes for each class
-        kind = torch.arange(kinds, device=boxes.device)
-        index = (region * kinds + kind[:, None]).expand(batch, -1, -1)
-        scores = scores.transpose(1, 2)
-    scores, order = scores.sort(dim=2, descending=True, stable=True)
-    index = index.gather(2, order).flatten(1)
-    boxes = boxes.flatten(1, 2)
-    keep = nms(gather(boxes, index).view(*scores.shape, 4), scores != EMPTY, nms_threshold)
-    scores = scores.masked_fill(~keep, EMPTY).flatten(1)
-    scores, order = scores.topk(min(limit + TIES, scores.shape[1]), dim=1)
-    scores = torch.where(scores >= scores[:, :limit][:, -1:], scores, EMPTY)
-    index = index.gather(1, order)
-    empty = scores == EMPTY
-    boxes = gather(boxes, index).masked_fill(empty[..., None], 0.0)
-    return Slots(boxes, scores, (index % kinds).masked_fill(empty, 0))
 
 
 def nearest(

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from d2ext.config import ConfigError
 from d2ext.layers.exporting import needs_fixed_shapes
+from d2ext.modeling.region_slots import EMPTY, Proposals, Slots, select
 from d2ext.systems.upsnet.boxes import PyramidRoIAlign, clip, end_behind, inclusive
-from d2ext.systems.upsnet.postprocess import EMPTY, Slots, select
-from d2ext.systems.upsnet.rpn import Proposals, match
+from d2ext.systems.upsnet.rpn import match
 from d2ext.systems.upsnet.targets import UPSNetTargets
 
 
@@ -103,7 +103,7 @@ class UPSNetROIHeads(StandardROIHeads):
         return boxes, probabilities.masked_fill(empty, EMPTY)
 
     def select(self, boxes: Tensor, probabilities: Tensor) -> Slots:
-        """What :meth:`find` has found → detections, see :func:`postprocess.select`."""
+        """What :meth:`find` has found → detections, see :func:`region_slots.select`."""
         return select(
             boxes,
             probabilities,

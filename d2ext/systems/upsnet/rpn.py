@@ -8,34 +8,23 @@ Letters: A anchors of all levels, a anchors of a cell, N images, R proposals.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY
-from detectron2.modeling.proposal_generator import RPN
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2ext.layers.nms import nms
-from d2ext.systems.upsnet.boxes import clip, gather
+from d2ext.modeling.region_slots import SlotRPN
+from d2ext.systems.upsnet.boxes import clip
 from d2ext.systems.upsnet.head import UPSNetPredictions
 
 # Beta of the box regression loss (published: sigma 3, that is 1 / 3²).
 SMOOTH_L1_BETA = 1.0 / 9.0
 
 
-class Proposals(NamedTuple):
-    """Proposals of a batch in fixed slots, best first."""
-
-    boxes: Tensor
-    """(N, R, 4), zeros in empty slots."""
-    logits: Tensor
-    """(N, R) objectness; -inf in empty slots, which come last."""
-
-
 @PROPOSAL_GENERATOR_REGISTRY.register()
-class UPSNetRPN(RPN):
+class UPSNetRPN(SlotRPN):
     """Detectron2's RPN with four published differences:
 
     - anchors must lie inside the unpadded image to be trained on;
@@ -45,22 +34,6 @@ class UPSNetRPN(RPN):
     - the box loss is divided by the number of sampled anchors, the class loss by the configured number;
     - clipped proposals keep at least one pixel inside the image.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # No buffers, as the generator's are, which half precision would round.
-        self._cell_anchors = [x.float() for x in self.anchor_generator.cell_anchors]
-
-    def predict(self, features: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Maps (N, C, h, w) of L levels → logits L × (N, h·w·a), deltas L × (N, h·w·a, 4).
-
-        Always in float32, which coordinates need.
-        """
-        logits, deltas = self.rpn_head([features[name] for name in self.in_features])
-        return (
-            [x.permute(0, 2, 3, 1).flatten(1).float() for x in logits],
-            [x.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3).float() for x in deltas],
-        )
 
     def propose(
         self,
@@ -78,7 +51,7 @@ class UPSNetRPN(RPN):
             labels, boxes = self.label_and_sample_anchors(anchors, gt_instances)
             losses = self.losses(anchors, logits, labels, deltas, boxes)
         sizes = torch.tensor(image_sizes, dtype=torch.float32, device=logits[0].device)
-        found = self.find(predictions, sizes)
+        found = self.find(predictions.features, logits, deltas, sizes)
         counts = (found.logits > -torch.inf).sum(dim=1).tolist()
         return [
             Instances(size, proposal_boxes=Boxes(boxes[:n]), objectness_logits=scores[:n])
@@ -168,60 +141,9 @@ class UPSNetRPN(RPN):
             "loss_rpn_loc": localization * weights.get("loss_rpn_loc", 1.0),
         }
 
-    @torch.no_grad()
-    def find(self, predictions: UPSNetPredictions, sizes: Tensor) -> Proposals:
-        """What Detectron2's ``find_top_rpn_proposals`` finds, without waiting for the device: the best
-        of each level, NMS in each, the best of all.
-
-        Args:
-            sizes: (N, 2) height and width of the images without padding.
-
-        Raises:
-            FloatingPointError: in training, a box or logit that is not finite.
-        """
-        limit = self.pre_nms_topk[self.training]
-        boxes, scores = [], []
-        for level, (logits, deltas) in enumerate(
-            zip(predictions.logits, predictions.deltas, strict=True)
-        ):
-            best, index = logits.topk(min(limit, logits.shape[1]), dim=1)
-            width = predictions.features[self.in_features[level]].shape[-1]
-            boxes.append(self.decode(self._anchors(level, width, index), gather(deltas, index)))
-            scores.append(best)
-        slots = max(x.shape[1] for x in scores)
-        joined = torch.stack([F.pad(x, (0, 0, 0, slots - x.shape[1])) for x in boxes], dim=1)
-        height, width = sizes[:, :, None, None].unbind(1)
-        joined = clip(joined, height, width)  # (N, levels, slots, 4)
-        ranked = torch.stack(
-            [F.pad(x, (0, slots - x.shape[1]), value=-torch.inf) for x in scores], 1
-        )
-        finite = joined.isfinite().all(dim=-1) & ranked.isfinite()
-        if self.training and int(finite.sum()) < sum(x.numel() for x in scores):
-            raise FloatingPointError(
-                "Predicted boxes or scores contain Inf/NaN. Training has diverged."
-            )
-        valid = finite & (joined[..., 2:] - joined[..., :2] > self.min_box_size).all(dim=-1)
-        keep = nms(joined, valid, self.nms_thresh)
-        ranked = ranked.masked_fill(~keep, -torch.inf).flatten(1)
-        limit = min(self.post_nms_topk[self.training], ranked.shape[1])
-        best, index = ranked.topk(limit, dim=1)
-        found = gather(joined.flatten(1, 2), index)
-        return Proposals(found.masked_fill((best == -torch.inf)[..., None], 0.0), best)
-
-    def _anchors(self, level: int, width: int, index: Tensor) -> Tensor:
-        """index (N, k) into the anchors of a level whose map has ``width`` cells → anchors (N, k, 4)."""
-        cells = self._cell_anchors[level] = self._cell_anchors[level].to(index.device)
-        generator = self.anchor_generator
-        cell = index // len(cells)
-        x, y = cell % width, cell // width
-        shift = torch.stack([x, y, x, y], dim=-1) + generator.offset
-        return shift * generator.strides[level] + cells[index % len(cells)]
-
-    def decode(self, anchors: Tensor, deltas: Tensor) -> Tensor:
-        """Anchors and deltas (N, k, 4) → boxes (N, k, 4)."""
-        transform = self.box2box_transform
-        boxes = transform.apply_deltas(deltas.flatten(0, 1), anchors.flatten(0, 1))
-        return boxes.view_as(deltas)
+    def clip(self, boxes: Tensor, height: Tensor, width: Tensor) -> Tensor:
+        """See :func:`boxes.clip`."""
+        return clip(boxes, height, width)
 
 
 def match(objects: Boxes, boxes: Boxes) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from d2ext.layers.correlation import correlation
 from d2ext.layers.warp import warp
+from d2ext.modeling.region_slots import Slots
 from d2ext.systems.upsnet.head import SemanticPredictions
-from d2ext.systems.upsnet.postprocess import Slots
 
 # Stride of the finest level of the pyramid.
 STRIDE = 4
@@ -33,7 +33,7 @@ class VPSNetPredictions(NamedTuple):
     """The pyramid, fused."""
     logits: list[Tensor]
     deltas: list[Tensor]
-    """See :meth:`UPSNetRPN.predict`."""
+    """See :meth:`SlotRPN.predict`."""
     semantic: SemanticPredictions
     gathered: Tensor | None
     """(B, C, h, w) of the pyramid before fusion (:meth:`FusionNeck.gather`); None without fusion."""

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from d2ext.config import ConfigError
+from d2ext.modeling.region_slots import EMPTY, Slots
 from d2ext.systems.upsnet.panoptic_head import PanopticPrediction
-from d2ext.systems.upsnet.postprocess import EMPTY, Slots, UPSNetPostprocessor, nearest
+from d2ext.systems.upsnet.postprocess import UPSNetPostprocessor, nearest
 from d2ext.systems.vpsnet.head import match_logits
 
 # Class of the object that stands for "nothing detected".

@@ -9,6 +9,7 @@ Letters: B videos in step, C channels of the pyramid, F of the flow features, S 
 of level l.
 """
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor
 
 from d2ext.config import ConfigError
+from d2ext.modeling.export_form import ExportForm, Outputs
 from d2ext.modeling.inference import InferenceNetwork
 from d2ext.modeling.video import Inputs, VideoMetaArch, replace_rows, select_rows
 from d2ext.systems.yolact.model import YOLACT
@@ -71,8 +73,6 @@ class Carried(NamedTuple):
 @META_ARCH_REGISTRY.register()
 class YolactEdge(YOLACT, VideoMetaArch):
     """YOLACT on images (no flow net), or on videos."""
-
-    export_refusal = VideoMetaArch.export_refusal
 
     @configurable
     def __init__(
@@ -197,6 +197,41 @@ class YolactEdge(YOLACT, VideoMetaArch):
         if not self._non_key:
             raise RuntimeError('Stage "image" has no network for frames between key frames.')
         return self._non_key[0]
+
+    def set_later_network(self, network: InferenceNetwork) -> None:
+        """Run ``network`` on the frames between key frames."""
+        self._non_key = (network,)
+
+    def export_form(self) -> ExportForm:
+        """As of YOLACT; with a flow net of key frames, and of the frames between them as ``later``."""
+        form = super().export_form()
+        if self.flow_net is None:
+            return form
+        coarser = [f"memory_sum_{level}" for level in self.backbone.levels[1:]]
+        names = ("memory_flow_features", *coarser)
+        count = self.num_memory
+
+        def pack(decoded: tuple[Tensor, ...]) -> Outputs:
+            memory = (x.float() for x in decoded[-count:])
+            return form.pack(decoded[:-count]) | dict(zip(names, memory, strict=True))
+
+        def pack_later(decoded: tuple[Tensor, ...]) -> Outputs:
+            *own, similarity = decoded
+            outputs = form.pack(tuple(own))
+            return outputs if similarity is None else outputs | {"similarity": similarity}
+
+        return dataclasses.replace(
+            form,
+            pack=pack,
+            unpack=lambda x: (*form.unpack(x), *(x[name] for name in names)),
+            later=dataclasses.replace(
+                form,
+                pack=pack_later,
+                unpack=lambda x: (*form.unpack(x), x.get("similarity")),
+                network=self.non_key_network,
+                memory=names,
+            ),
+        )
 
     # Training
 

@@ -92,7 +92,7 @@ class NonKeyNetwork(FrameNetwork):
 
         The finest sum is made before the others are refined, as published.
         """
-        motions = self.flow_net(own, key)
+        motions = self.flow_net(own, key.to(own.dtype))  # a memory in a file is float32
         carried = [carry_over(x, motions[level]) for level, x in enumerate(sums, start=1)]
         finest = resize(carried[0], lateral) + lateral
         if self.refinement is not None:

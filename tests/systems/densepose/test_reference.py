@@ -18,6 +18,7 @@ from d2ext.checkpoint import ConversionError, convert_state_dict
 from d2ext.codecs.densepose import ChartPredictions, charts_in_boxes, paste_masks, quantize
 from d2ext.data.densepose import DensePoseAnnotations, SurfacePoints
 from d2ext.systems.densepose import ChartLoss, DensePoseChartPredictor, DensePoseV1ConvXHead
+from d2ext.systems.densepose.exported import SlotNetwork
 from d2ext.systems.densepose.roi_heads import build_chart_loss
 from d2ext.systems.densepose.targets import DensePoseTargets, encode_targets, select_proposals
 from d2ext.tools.convert import read_state_dict, system_of
@@ -259,6 +260,19 @@ def test_detections(case: Case) -> None:
         paste_masks([r.labels > 0 for r in results], boxes, found.image_size), axis=-1
     )
     assert np.array_equal(masks, expected["detections.masks"][rows])
+
+
+@torch.no_grad()
+def test_detections_in_slots(case: Case) -> None:
+    """What exported files find."""
+    expected = case.fixture.expected
+    sizes = torch.tensor(case.images.image_sizes).float()
+    slots = SlotNetwork(case.model).detect(case.features, sizes)
+    count = int(slots.counts)
+    assert slots.boxes.shape[1] == case.cfg.TEST.DETECTIONS_PER_IMAGE
+    assert slots.classes[0, :count].tolist() == expected["detections.classes"].tolist()
+    np.testing.assert_allclose(slots.boxes[0, :count], expected["detections.boxes"], atol=0.01)
+    np.testing.assert_allclose(slots.scores[0, :count], expected["detections.scores"], atol=1e-4)
 
 
 def test_losses_of_the_branch(case: Case) -> None:

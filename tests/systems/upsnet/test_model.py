@@ -22,10 +22,11 @@ from d2ext.checkpoint.checkpointer import Checkpointer
 from d2ext.engine.predictor import BatchPredictor
 from d2ext.engine.trainer import Trainer
 from d2ext.layers.deform_conv import DeformConv
+from d2ext.modeling.region_slots import select
 from d2ext.modeling.tta import build_tta
 from d2ext.systems.upsnet.boxes import PyramidRoIAlign, clip, detectron_anchors, inclusive
 from d2ext.systems.upsnet.model import UPSNet
-from d2ext.systems.upsnet.postprocess import PanopticMap, clean, nearest, segments, select
+from d2ext.systems.upsnet.postprocess import PanopticMap, clean, nearest, segments
 from d2ext.systems.upsnet.targets import UPSNetTargets
 from d2ext.systems.upsnet.tta import UPSNetWithTTA
 from d2ext.testing import NUM_CLASSES, NUM_STUFF, random_inputs, tiny_config

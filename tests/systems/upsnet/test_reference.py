@@ -23,12 +23,13 @@ from d2ext import model_zoo
 from d2ext.checkpoint import convert_state_dict
 from d2ext.data import build_train_loader
 from d2ext.data.custom import apply_dataset_to_config, register_own_dataset
+from d2ext.modeling.region_slots import select
 from d2ext.systems.upsnet import losses as L
 from d2ext.systems.upsnet import targets as T
 from d2ext.systems.upsnet.boxes import clip, end_behind, inclusive
 from d2ext.systems.upsnet.model import UPSNet
 from d2ext.systems.upsnet.panoptic_head import panoptic_logits, predict_panoptic
-from d2ext.systems.upsnet.postprocess import PanopticMap, clean, nearest, select
+from d2ext.systems.upsnet.postprocess import PanopticMap, clean, nearest
 from tests.reference.fixture import Fixture, draw_image, draw_tensor
 
 REFERENCE = Path(__file__).parents[2] / "reference" / "upsnet"

@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import batched_nms, nms
 
 from d2ext.layers import has_cuda_extension
-from d2ext.systems.upsnet import boxes as upsnet_boxes
+from d2ext.modeling import region_slots
+from d2ext.modeling.region_slots import TIES, select
 from d2ext.systems.upsnet import roi_heads
 from d2ext.systems.upsnet.boxes import PyramidRoIAlign
-from d2ext.systems.upsnet.postprocess import TIES, select
 from d2ext.systems.vpsnet.roi_heads import VPSNetRoIAlign
 from d2ext.testing import random_inputs, tiny_config
 from tests.export.models import lively_model
@@ -83,7 +83,7 @@ def test_pooling_from_all_levels_is_pooling_from_one(
     lists = [Boxes(x) for x in boxes]
     assert len(pooler.levels(boxes.flatten(0, 1)).unique()) == 3
     expected = pooler(features, lists)
-    monkeypatch.setattr(upsnet_boxes, "needs_fixed_shapes", lambda _: True)
+    monkeypatch.setattr(region_slots, "needs_fixed_shapes", lambda _: True)
     assert torch.equal(pooler(features, lists), expected)
 
 
@@ -97,7 +97,7 @@ def test_results_of_fixed_shapes_are_those_of_variable_ones(
     for i, x in enumerate(inputs):
         x.update(video_id=i, frame=0, is_first=True)
     expected = model(inputs)
-    for module in (upsnet_boxes, roi_heads):
+    for module in (region_slots, roi_heads):
         monkeypatch.setattr(module, "needs_fixed_shapes", lambda _: True)
     for a, b in zip(model(inputs), expected, strict=True):
         assert len(b["instances"]) > 0

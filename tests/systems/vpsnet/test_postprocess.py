@@ -11,8 +11,8 @@ import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
+from d2ext.modeling.region_slots import EMPTY, Slots
 from d2ext.systems.upsnet.panoptic_head import PanopticPrediction
-from d2ext.systems.upsnet.postprocess import EMPTY, Slots
 from d2ext.systems.vpsnet.head import match_logits
 from d2ext.systems.vpsnet.postprocess import (
     DUMMY,
