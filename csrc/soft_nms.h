@@ -71,7 +71,8 @@ D2EXT_HOST_DEVICE Weighed weigh(const PixelBox& selected, float area, const Pixe
     result.weight = result.overlap > settings.iou_threshold ? reduced : 1.0f;
   }
   result.score = score * result.weight;
-  result.dropped = touching & (result.score < settings.score_threshold);
+  // Touching is not enough: with an infinite side the ratio is 0.
+  result.dropped = (result.overlap > 0) & (result.score < settings.score_threshold);
   return result;
 }
 

@@ -148,7 +148,7 @@ def test_overlapped_against_loops(device: str, seed: int) -> None:
 def test_overlapped_on_the_gpu_is_the_plain_one(count: int, dtype: torch.dtype) -> None:
     """To the bit: overlaps that equal the threshold, boxes without area, ties, NaN and infinity."""
     boxes, _ = scene(count, 7, count, dtype=dtype)
-    boxes[:, ::5] = boxes[:, :1]
+    boxes[:, ::5] = boxes[:, :1].clone()
     boxes[0, ::3, 2:] = boxes[0, ::3, :2]
     boxes[1, ::4, 0], boxes[2, ::4, 3] = torch.nan, torch.inf
     boxes[3, ::4, :2], boxes[3, 1::4] = -torch.inf, torch.inf

@@ -247,6 +247,15 @@ def test_no_boxes_and_odd_boxes(implementation):
         assert len(rows.indices) == 20 and rows.keep.any()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_box_with_an_infinite_side_stays(implementation, method):
+    """It touches the selected one, but their IoU is 0."""
+    boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0], [0.0, 0.0, math.inf, 9.0], [0.0, 0.0, 9.0, 9.0]])
+    scores = torch.tensor([0.9, 0.1, 0.1])
+    indices, _ = soft_nms(boxes, scores, method=method, score_threshold=0.2)
+    assert indices.tolist() == [0, 1]
+
+
 def test_wrong_arguments_are_named(implementation):
     boxes, scores = draw_boxes(5)
     for message, args, kwargs in (
