@@ -51,7 +51,7 @@ def tool_commands() -> list[list[str]]:
 
 
 COMMAND = re.compile(
-    "train|evaluate|predict|web|convert|visualize-data|benchmark|compare|export|model|operators|info"
+    "train|evaluate|predict|web|convert|visualize-data|benchmark|compare|export|model|operators|training|info"
 )
 
 

@@ -153,29 +153,56 @@ class DLA34(Backbone):
         return outputs
 
 
+class _ConvNormReLU(nn.Module):
+    """k×k convolution, norm, ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, *, norm: str) -> None:
+        super().__init__()
+        self.conv = conv_norm(in_channels, out_channels, kernel, norm=norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv_relu(self.conv, x)
+
+
 class IterativeAggregation(nn.Module):
     """Fuses maps of falling resolution one by one with the result so far (IDA).
 
     Each map after the first is projected to ``out_channels``, enlarged to the first map's resolution,
-    added to the result so far and convolved.
+    joined with the result so far and convolved.
 
     Args:
         in_channels: of each map, the finest first.
         factors: enlargement of each map after the first.
         out_channels: of all results.
+        deform: maps are joined by a sum, and all convolutions are 3x3 and deformable (CenterNet); else
+            they are concatenated, projections are 1x1 and nodes 3x3 (arXiv 1707.06484).
     """
 
     def __init__(
-        self, in_channels: Sequence[int], factors: Sequence[int], out_channels: int, *, norm: str
+        self,
+        in_channels: Sequence[int],
+        factors: Sequence[int],
+        out_channels: int,
+        *,
+        norm: str,
+        deform: bool = True,
     ) -> None:
         super().__init__()
-        self.projections = nn.ModuleList(
-            DeformConvNormReLU(c, out_channels, norm=norm) for c in in_channels[1:]
-        )
-        self.ups = nn.ModuleList(upsampling(out_channels, f, depthwise=True) for f in factors)
-        self.nodes = nn.ModuleList(
-            DeformConvNormReLU(out_channels, out_channels, norm=norm) for _ in factors
-        )
+        self.deform = deform
+        out = out_channels
+        projections = [
+            DeformConvNormReLU(c, out, norm=norm) if deform else _ConvNormReLU(c, out, 1, norm=norm)
+            for c in in_channels[1:]
+        ]
+        nodes = [
+            DeformConvNormReLU(out, out, norm=norm)
+            if deform
+            else _ConvNormReLU(2 * out, out, 3, norm=norm)
+            for _ in factors
+        ]
+        self.projections = nn.ModuleList(projections)
+        self.ups = nn.ModuleList(upsampling(out, f, depthwise=True) for f in factors)
+        self.nodes = nn.ModuleList(nodes)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """n maps → n - 1 results at the resolution of the first map, the last one fuses all."""
@@ -183,7 +210,8 @@ class IterativeAggregation(nn.Module):
         previous = maps[0]
         steps = zip(self.projections, self.ups, self.nodes, strict=True)
         for x, (project, up, node) in zip(maps[1:], steps, strict=True):
-            previous = node(up(project(x)) + previous)
+            x = up(project(x))
+            previous = node(x + previous if self.deform else torch.cat([previous, x], dim=1))
             results.append(previous)
         return results
 
@@ -192,17 +220,19 @@ class DLAUp(Backbone):
     """DLA-34 and its up-sampling path to stride 4.
 
     Every level from the second deepest upwards is fused with the next deeper level and the results of
-    the previous step. Then the fused maps of strides 4, 8 and 16 are fused once more. Published quirk:
-    this last step leaves out the map of stride 32.
+    the previous step. With ``deform`` the fused maps of strides 4, 8 and 16 are then fused once more.
+    Published quirk: this last step leaves out the map of stride 32.
 
     Args:
         bottom_up: computes ``level2`` to ``level5``.
         norm: after every convolution.
+        deform: the up-sampling of CenterNet's ``dla_34``; else of ``dlav0_34``, without the last step,
+            see :class:`IterativeAggregation`.
     """
 
     _LEVELS = ("level2", "level3", "level4", "level5")
 
-    def __init__(self, bottom_up: Backbone, *, norm: str = "BN") -> None:
+    def __init__(self, bottom_up: Backbone, *, norm: str = "BN", deform: bool = True) -> None:
         super().__init__()
         self.bottom_up = bottom_up
         shapes = bottom_up.output_shape()
@@ -212,10 +242,13 @@ class DLAUp(Backbone):
         for start in range(len(widths) - 2, -1, -1):
             below = [widths[start + 1]] * (len(widths) - 1 - start)
             factors = [2] * len(below)
+            inputs = [widths[start], *below]
             self.steps.append(
-                IterativeAggregation([widths[start], *below], factors, widths[start], norm=norm)
+                IterativeAggregation(inputs, factors, widths[start], norm=norm, deform=deform)
             )
-        self.fusion = IterativeAggregation(widths[:3], (2, 4), widths[0], norm=norm)
+        self.fusion: nn.Module | None = None
+        if deform:
+            self.fusion = IterativeAggregation(widths[:3], (2, 4), widths[0], norm=norm)
         self._out_features = ["dla_up"]
         self._out_feature_channels = {"dla_up": widths[0]}
         self._out_feature_strides = {"dla_up": shapes[self._LEVELS[0]].stride}
@@ -234,7 +267,7 @@ class DLAUp(Backbone):
             results = step([level, *below])
             fused.append(results[-1])
             below = [level, *results]
-        return {"dla_up": self.fusion(fused[::-1])[-1]}
+        return {"dla_up": fused[-1] if self.fusion is None else self.fusion(fused[::-1])[-1]}
 
 
 @CONFIG_REGISTRY.register()
@@ -243,10 +276,12 @@ def add_dla_config(cfg: CfgNode) -> None:
     cfg.MODEL.DLA = CfgNode()
     # Norm after every convolution.
     cfg.MODEL.DLA.NORM = "BN"
+    # Deformable up-sampling (published: dla_34), or the plain one of the DLA paper (dlav0_34).
+    cfg.MODEL.DLA.DEFORM = True
 
 
 @BACKBONE_REGISTRY.register()
 def build_dla_up_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> DLAUp:
-    """DLA-34 with deformable up-sampling, by ``cfg.MODEL.DLA``."""
-    norm = cfg.MODEL.DLA.NORM
-    return DLAUp(DLA34(in_channels=input_shape.channels, norm=norm), norm=norm)
+    """DLA-34 with up-sampling, by ``cfg.MODEL.DLA``."""
+    norm, deform = cfg.MODEL.DLA.NORM, cfg.MODEL.DLA.DEFORM
+    return DLAUp(DLA34(in_channels=input_shape.channels, norm=norm), norm=norm, deform=deform)

@@ -37,12 +37,12 @@ def test_backbones_are_registered() -> None:
     assert isinstance(backbone, DLAUp) and backbone.size_divisibility == 32
 
 
-@pytest.mark.parametrize("kind", ["dla", "dcn", "plain", "dcn_50"])
+@pytest.mark.parametrize("kind", ["dla", "dlav0", "dcn", "plain", "dcn_50"])
 def test_output_shape(kind: str) -> None:
     torch.manual_seed(0)
     backbone: Backbone
-    if kind == "dla":
-        backbone = DLAUp(DLA34())
+    if kind.startswith("dla"):
+        backbone = DLAUp(DLA34(), deform=kind == "dla")
     else:
         backbone = _resnet(50 if kind == "dcn_50" else 18, kind != "plain")
     backbone.eval()
@@ -50,6 +50,21 @@ def test_output_shape(kind: str) -> None:
     (output,) = backbone(torch.rand(2, 3, 64, 96)).values()
     assert output.shape == (2, spec.channels, 16, 24) and spec.stride == 4
     assert list(backbone(torch.rand(1, 3, 32, 32))) == [name]
+
+
+def test_plain_upsampling_joins_by_concatenation() -> None:
+    cfg = get_cfg()
+    cfg.MODEL.DLA.DEFORM = False
+    backbone = BACKBONE_REGISTRY.get("build_dla_up_backbone")(cfg, ShapeSpec(channels=3)).eval()
+    assert not any("Deform" in type(module).__name__ for module in backbone.modules())
+    step = backbone.steps[0]
+    maps = [torch.rand(1, 256, 4, 6), torch.rand(1, 512, 2, 3)]
+    (joined,) = step(maps)
+    weight = step.nodes[0].conv.weight.data
+    assert weight.shape == (256, 512, 3, 3) and step.projections[0].conv.kernel_size == (1, 1)
+    weight[:, 256:] = 0  # what is enlarged comes second
+    (coarse_ignored,) = step([maps[0], 2 * maps[1]])
+    assert torch.equal(step(maps)[0], coarse_ignored) and not torch.equal(joined, coarse_ignored)
 
 
 def test_levels_of_the_bottom_up_net() -> None:

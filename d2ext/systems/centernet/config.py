@@ -58,6 +58,8 @@ def add_centernet_config(cfg: CfgNode) -> None:
     loss.JOINT_WEIGHT = 1.0
     loss.JOINT_HEATMAP_WEIGHT = 1.0
     loss.JOINT_OFFSET_WEIGHT = 1.0
+    # Loss of heat maps: "focal", or "mse", the mean squared error of the maps before the sigmoid.
+    loss.HEATMAP = "focal"
     # Loss of sizes and offsets at centres: "l1" (mean over values) or "smooth_l1" (over objects).
     loss.REGRESSION = "l1"
 

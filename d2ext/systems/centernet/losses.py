@@ -20,6 +20,11 @@ from d2ext.systems.centernet.head import Predictions
 from d2ext.systems.centernet.targets import CenterNetTargets, dense_targets
 
 _REGRESSIONS = {"l1": l1_at_cells, "smooth_l1": smooth_l1_at_cells}
+_HEATMAPS = {
+    "focal": penalty_reduced_focal_loss,
+    # Published `--mse_loss`: the mean over all cells, of the maps before the sigmoid.
+    "mse": lambda logits, target: nn.functional.mse_loss(logits.float(), target),
+}
 _SIZE_TARGETS = ("center", "dense", "class_specific")
 _JOINT_TARGETS = ("center", "dense")
 
@@ -30,6 +35,7 @@ class CenterNetCriterion:
     Args:
         heatmap_weight, size_weight, offset_weight: of detection.
         joint_weight, joint_heatmap_weight, joint_offset_weight: of poses.
+        heatmap: of heat maps, "focal" or "mse".
         regression: of sizes and offsets at centres, "l1" (the mean over values) or "smooth_l1" (over
             objects).
         size_target: "center", "dense" or "class_specific".
@@ -45,17 +51,20 @@ class CenterNetCriterion:
         joint_weight: float = 1.0,
         joint_heatmap_weight: float = 1.0,
         joint_offset_weight: float = 1.0,
+        heatmap: str = "focal",
         regression: str = "l1",
         size_target: str = "center",
         joint_target: str = "center",
     ) -> None:
         for value, allowed, key in (
+            (heatmap, tuple(_HEATMAPS), "LOSS.HEATMAP"),
             (regression, tuple(_REGRESSIONS), "LOSS.REGRESSION"),
             (size_target, _SIZE_TARGETS, "SIZE_TARGET"),
             (joint_target, _JOINT_TARGETS, "POSE.TARGET"),
         ):
             if value not in allowed:
                 raise ValueError(f'MODEL.CENTERNET.{key} is one of {allowed}, not "{value}".')
+        self.heatmap = _HEATMAPS[heatmap]
         self.regression = _REGRESSIONS[regression]
         self.size_target = size_target
         self.joint_target = joint_target
@@ -82,7 +91,7 @@ class CenterNetCriterion:
     def terms(self, predictions: Predictions, targets: CenterNetTargets) -> dict[str, Tensor]:
         """Unweighted losses of the maps that one stack has."""
         terms = {
-            "loss_heatmap": penalty_reduced_focal_loss(predictions["heatmap"], targets.heatmap),
+            "loss_heatmap": self.heatmap(predictions["heatmap"], targets.heatmap),
             "loss_size": self._size_loss(predictions["size"], targets),
         }
         if "offset" in predictions:
@@ -92,7 +101,7 @@ class CenterNetCriterion:
         joints = targets.joints
         if joints is not None:
             if "joint_heatmap" in predictions:
-                terms["loss_joint_heatmap"] = penalty_reduced_focal_loss(
+                terms["loss_joint_heatmap"] = self.heatmap(
                     predictions["joint_heatmap"], joints.heatmap
                 )
             if "joint_offset" in predictions:

@@ -395,6 +395,19 @@ def test_losses(variant: str) -> None:
                 assert fixture.compare(f"{variant}_grad_{name}_{s}", maps[ours].grad) < 1e-4, name
 
 
+def test_squared_error_of_heat_maps_is_of_the_maps_before_the_sigmoid() -> None:
+    targets = encode_targets([_plain(32, pose=True)], (32, 32), 1)
+    assert targets.joints is not None
+    maps = {"heatmap": targets.heatmap + 2, "joint_heatmap": targets.joints.heatmap - 3}
+    sizes = (("size", 2), ("offset", 2), ("joints", 34), ("joint_offset", 2))
+    maps |= {name: torch.zeros(1, channels, 32, 32) for name, channels in sizes}
+    losses = CenterNetCriterion(heatmap="mse", joint_heatmap_weight=0.5)([maps], targets)
+    assert losses["loss_heatmap"].item() == pytest.approx(4)
+    assert losses["loss_joint_heatmap"].item() == pytest.approx(9 * 0.5)
+    with pytest.raises(ValueError, match=r"LOSS\.HEATMAP is one of .*'mse'"):
+        CenterNetCriterion(heatmap="l2")
+
+
 # ---------------------------------------------------------------- decoding
 
 
