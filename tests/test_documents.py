@@ -22,6 +22,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from d2ext.config import get_cfg
 from d2ext.tools import main
+from d2ext.version import __version__
 from tests.data.coco_files import write_coco
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -254,3 +255,11 @@ def test_own_data_from_the_first_look_to_a_prediction(
     names = {file.name for file in (tmp_path / "predictions").iterdir()}
     assert "coco_results.json" in names and len(names) >= 5
     assert (tmp_path / "output/mine/evaluation/results.json").is_file()
+
+
+def test_the_release_is_called_alike_everywhere() -> None:
+    release = re.search(r"^## \[(\d\S*)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert release is not None
+    assert release[1] == __version__
+    assert f"\nversion: {release[1]}\ndate-released: {release[2]}\n" in citation
