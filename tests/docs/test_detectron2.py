@@ -68,7 +68,12 @@ def test_supervision(blocks: dict[str, str], names: dict[str, Any]) -> None:
 
 
 def test_configs_that_the_page_names_exist() -> None:
-    named = re.findall(r"`(\w+/\w+\.(?:py|yaml))`|--config-file (\S+)", PAGE)
-    assert len(named) > 6
+    named = re.findall(r'--config-file (\S+)|get_config(?:_file)?\("(\S+?)"', PAGE)
+    assert len(named) > 2
     for name in (a or b for a, b in named):
         model_zoo.find_config_file(name)
+    # "Beside one YAML config of each system lies a lazy config of the same name."
+    configs = Path(__file__).resolve().parents[2] / "configs"
+    for system in sorted({x.parent.name for x in configs.glob("*/*.yaml")} - {"baselines"}):
+        (lazy,) = (configs / system).glob("*.py")
+        assert lazy.with_suffix(".yaml").is_file()
