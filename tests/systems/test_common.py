@@ -60,6 +60,17 @@ def storage() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def without_tf32() -> Iterator[None]:
+    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [x.allow_tf32 for x in backends]
+    for x in backends:
+        x.allow_tf32 = False
+    yield
+    for x, old in zip(backends, before, strict=True):
+        x.allow_tf32 = old
+
+
 def _inference(architecture: str, model: nn.Module, inputs: list[dict[str, Any]]) -> Any:
     # GeneralizedRCNN leaves it to the caller to do without gradients.
     with torch.set_grad_enabled(architecture != "DensePose"):
@@ -98,11 +109,9 @@ def test_training_lowers_the_loss(model: nn.Module) -> None:
 
 
 def test_the_compiled_network_trains_alike(
-    architecture: str, model: nn.Module, device: str, monkeypatch: pytest.MonkeyPatch
+    architecture: str, model: nn.Module, device: str, without_tf32: None
 ) -> None:
     """On the CPU what is captured, on a GPU what is generated from it."""
-    for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):
-        monkeypatch.setattr(backend, "allow_tf32", False)
     if device == "cpu" and architecture not in ("UPSNet", "DensePose"):
         pytest.skip("tracing takes as long as many other tests: on a GPU only")
     compiled = copy.deepcopy(model).train()
@@ -121,12 +130,10 @@ def test_the_compiled_network_trains_alike(
 
 @pytest.mark.gpu
 def test_training_graphs_train_alike(
-    architecture: str, model: nn.Module, device: str, monkeypatch: pytest.MonkeyPatch
+    architecture: str, model: nn.Module, device: str, without_tf32: None
 ) -> None:
     if device == "cpu" or type(model).forward is not MetaArch.forward:
         pytest.skip("for d2ext's models with one step an iteration, on a GPU")
-    for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):
-        monkeypatch.setattr(backend, "allow_tf32", False)
     graphed = copy.deepcopy(model).train()
     graphed.use_training_graphs()
     results = []
