@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from d2ext.codecs.heatmaps import draw_gaussians, gather_at, gaussian_radius, local_peaks, top_k
+from d2ext.layers.exporting import needs_fixed_shapes
 
 # Score of a rejected pair.
 REJECTED = -1.0
@@ -192,6 +193,22 @@ def decode_points(maps: PointMaps, k: int) -> Points:
     )
 
 
+def _decode_kinds(kinds: Sequence[PointMaps], k: int) -> list[tuple[Points, Tensor]]:
+    """:func:`decode_points` of each kind, and the points' embeddings (B, K)."""
+    if needs_fixed_shapes(kinds[0].heat) and len(kinds) > 1:
+        # Launching kernels takes a GPU longer than running them: all kinds as one batch.
+        joined = PointMaps(*(torch.cat(maps) for maps in zip(*kinds, strict=True)))
+        ((points, embeddings),) = _decode_kinds([joined], k)
+        parts = zip(*(x.chunk(len(kinds)) for x in (*points, embeddings)), strict=True)
+        return [(Points(*fields), own) for *fields, own in parts]
+    decoded = []
+    for maps in kinds:
+        assert maps.embedding is not None
+        points = decode_points(maps, k)
+        decoded.append((points, gather_at(maps.embedding, points.index)[..., 0].float()))
+    return decoded
+
+
 def decode_corners(
     top_left: PointMaps,
     bottom_right: PointMaps,
@@ -215,16 +232,7 @@ def decode_corners(
     Returns:
         Always P = min(max_pairs, K * K) pairs.
     """
-    assert top_left.embedding is not None and bottom_right.embedding is not None
-    embedding = torch.cat([top_left.embedding, bottom_right.embedding])
-    both = PointMaps(
-        torch.cat([top_left.heat, bottom_right.heat]),
-        torch.cat([top_left.offset, bottom_right.offset]),
-        embedding,
-    )
-    points = decode_points(both, k)
-    tl, br = (Points(*kind) for kind in zip(*(field.chunk(2) for field in points), strict=True))
-    tl_tag, br_tag = gather_at(embedding, points.index)[..., 0].float().chunk(2)
+    (tl, tl_tag), (br, br_tag) = _decode_kinds([top_left, bottom_right], k)
     distances = (tl_tag[:, :, None] - br_tag[:, None, :]).abs()
     rejected = (
         (tl.classes[:, :, None] != br.classes[:, None, :])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from d2ext.codecs import corners
 from d2ext.codecs.corners import (
     REJECTED,
     CornerPairs,
@@ -181,6 +182,18 @@ def test_pairs_are_the_published_ones(k: int, distance: float) -> None:
     np.testing.assert_allclose(rows(pairs), expected, atol=1e-5)
     keep = pairs.distances[pairs.scores > REJECTED]
     assert keep.max() <= distance and keep.min() >= 0
+
+
+def test_both_kinds_at_once_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = [
+        PointMaps(*(torch.cat([x, x.flip(3)]) for x in kind if x is not None))
+        for kind in drawn_maps()
+    ]
+    expected = decode_corners(*maps, k=20)
+    monkeypatch.setattr(corners, "needs_fixed_shapes", lambda _: True)
+    pairs = decode_corners(*maps, k=20)
+    assert all(torch.equal(a, b) for a, b in zip(pairs, expected, strict=True))
+    assert not torch.equal(pairs.scores[0], pairs.scores[1])
 
 
 def test_corners_are_the_published_ones() -> None:
