@@ -86,9 +86,11 @@ def deform_conv2d(
 
 def _may_leave_the_default_stream(device: torch.device) -> bool:
     """Whether a CUDA graph is captured, or another stream works; compiled code may be captured."""
-    return torch.compiler.is_compiling() or (
-        torch.cuda.current_stream(device) != torch.cuda.default_stream(device)
-    )
+    if torch.compiler.is_compiling():
+        return True
+    if not torch.cuda.is_initialized():
+        return False
+    return torch.cuda.current_stream(device) != torch.cuda.default_stream(device)
 
 
 def deform_conv2d_plain(
