@@ -12,6 +12,7 @@ compute with old samples. Elsewhere PyTorch's own operators do it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -99,52 +100,12 @@ def deform_conv2d_plain(
     weight: Tensor,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
-    *,
-    stride: int = 1,
-    padding: int = 0,
-    dilation: int = 1,
+    **sizes: int,
 ) -> Tensor:
     """:func:`deform_conv2d`, of the same arguments, by indices and a matrix product, in float32 where x
     is of half precision; it holds K samples of every input channel for every output cell."""
-    dtype = x.dtype
-    if dtype in _HALF:
-        x, offset, weight = x.float(), offset.float(), weight.float()
-        bias = None if bias is None else bias.float()
-        mask = None if mask is None else mask.float()
-    batch, channels, *extent = x.shape
-    outputs, in_group, *kernel = weight.shape
-    taps, cells = kernel[0] * kernel[1], offset.shape[2:]
-    groups = offset.shape[1] // (2 * taps)
-    # For rows and columns (B·O, K·h·w): the cell before the place, and the way from there. Beyond one
-    # cell outside of the image all is 0.
-    moved = offset.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
-    moved = moved.view(batch * groups, taps, 2, *cells)
-    lower, way = [], []
-    for axis, views in enumerate(((-1, 1), (1, -1))):
-        start = torch.arange(cells[axis], device=x.device).view(views) * stride - padding
-        tap = torch.arange(kernel[axis], device=x.device).view(views).expand(kernel) * dilation
-        place = (tap.reshape(taps, 1, 1) + start).to(x.dtype) + moved[:, :, axis]
-        place = place.clamp(-2, extent[axis] + 1).flatten(1)
-        lower.append(place.detach().floor())
-        way.append(place - lower[-1])
-    flat = x.reshape(batch * groups, channels // groups, -1)
-    samples = flat.new_zeros(())
-    for corner in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        rows, columns = (low + one for low, one in zip(lower, corner, strict=True))
-        inside = (rows >= 0) & (rows < extent[0]) & (columns >= 0) & (columns < extent[1])
-        share = inside * (way[0] if corner[0] else 1 - way[0])
-        share = share * (way[1] if corner[1] else 1 - way[1])
-        index = rows.clamp(0, extent[0] - 1) * extent[1] + columns.clamp(0, extent[1] - 1)
-        index = index.long()[:, None].expand(-1, flat.shape[1], -1)
-        samples = samples + flat.gather(2, index) * share[:, None]
-    samples = samples.view(batch, groups, channels // groups, taps, cells.numel())
-    if mask is not None:
-        samples = samples * mask.reshape(batch, groups, 1, taps, cells.numel())
-    samples = samples.reshape(batch, channels // in_group, in_group * taps, cells.numel())
-    filters = weight.reshape(channels // in_group, -1, in_group * taps)
-    output = (filters @ samples).view(batch, outputs, *cells)
-    output = output if bias is None else output + bias.view(-1, 1, 1)
-    return output.masked_fill(offset.isnan().any(dim=1, keepdim=True), torch.nan).to(dtype)
+    in_float32 = x.dtype in _HALF
+    return _convolve(_gather_and_multiply, in_float32, x, offset, weight, bias, mask, **sizes)
 
 
 def deform_conv2d_reference(
@@ -157,22 +118,78 @@ def deform_conv2d_reference(
 ) -> Tensor:
     """:func:`deform_conv2d`, of the same arguments, by torchvision's operator; in float32 where that has
     no kernels."""
+    in_float32 = x.dtype == torch.bfloat16 or (x.dtype == torch.float16 and not x.is_cuda)
+    operator = torchvision.ops.deform_conv2d
+    return _convolve(operator, in_float32, x, offset, weight, bias, mask, **sizes)
+
+
+def _convolve(
+    operator: Callable[..., Tensor],
+    in_float32: bool,
+    x: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    **sizes: int,
+) -> Tensor:
+    """What ``operator`` gives, in the dtype of x; NaN where an offset is."""
     dtype = x.dtype
-    if dtype == torch.bfloat16 or (dtype == torch.float16 and not x.is_cuda):
+    if in_float32:
         x, offset, weight = x.float(), offset.float(), weight.float()
         bias = None if bias is None else bias.float()
         mask = None if mask is None else mask.float()
     # Where an offset is NaN torchvision's operator would read outside the image, and may crash.
-    output = torchvision.ops.deform_conv2d(
-        x,
-        offset.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf),
-        weight,
-        bias,
-        mask=mask,
-        **sizes,
-    )
+    finite = offset.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+    output = operator(x, finite, weight, bias, mask=mask, **sizes)
     broken = offset.isnan().any(dim=1, keepdim=True)
     return output.masked_fill(broken, torch.nan).to(dtype)
+
+
+def _gather_and_multiply(
+    x: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+) -> Tensor:
+    """As torchvision's operator, for offsets that are not NaN."""
+    batch, channels, *extent = x.shape
+    outputs, in_group, *kernel = weight.shape
+    taps, cells = kernel[0] * kernel[1], offset.shape[2:]
+    groups = offset.shape[1] // (2 * taps)
+    # For rows and columns (B·O, K·h·w): the cell before the place, and the fraction of a cell from
+    # there. Beyond one cell outside of the image all is 0.
+    moved = offset.view(batch * groups, taps, 2, *cells)
+    lower, fraction = [], []
+    for axis, views in enumerate(((-1, 1), (1, -1))):
+        start = torch.arange(cells[axis], device=x.device).view(views) * stride - padding
+        tap = torch.arange(kernel[axis], device=x.device).view(views).expand(kernel) * dilation
+        place = (tap.reshape(taps, 1, 1) + start).to(x.dtype) + moved[:, :, axis]
+        place = place.clamp(-2, extent[axis] + 1).flatten(1)
+        lower.append(place.detach().floor())
+        fraction.append(place - lower[-1])
+    flat = x.reshape(batch * groups, channels // groups, -1)
+    samples = flat.new_zeros(())
+    for corner in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        rows, columns = (low + one for low, one in zip(lower, corner, strict=True))
+        inside = (rows >= 0) & (rows < extent[0]) & (columns >= 0) & (columns < extent[1])
+        share = inside * (fraction[0] if corner[0] else 1 - fraction[0])
+        share = share * (fraction[1] if corner[1] else 1 - fraction[1])
+        index = rows.clamp(0, extent[0] - 1) * extent[1] + columns.clamp(0, extent[1] - 1)
+        index = index.long()[:, None].expand(-1, flat.shape[1], -1)
+        samples = samples + flat.gather(2, index) * share[:, None]
+    samples = samples.view(batch, groups, channels // groups, taps, cells.numel())
+    if mask is not None:
+        samples = samples * mask.reshape(batch, groups, 1, taps, cells.numel())
+    samples = samples.reshape(batch, channels // in_group, in_group * taps, cells.numel())
+    filters = weight.reshape(channels // in_group, -1, in_group * taps)
+    output = (filters @ samples).view(batch, outputs, *cells)
+    return output if bias is None else output + bias.view(-1, 1, 1)
 
 
 class _Deformable(nn.Module):

@@ -19,7 +19,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from d2ext.data.coco_json import LANDMARKS, read_coco_json, read_json
 from d2ext.data.dataset_facts import category_keypoints
 from d2ext.data.errors import DatasetError
-from d2ext.data.landmarks import hdf5, matlab  # noqa: F401  (hdf5 adds its readers)
+from d2ext.data.landmarks import hdf5, matlab  # noqa: F401  (they add their readers)
 from d2ext.data.landmarks.datasets import LANDMARK_DATASETS, LandmarkDataset, landmark_metadata
 from d2ext.data.landmarks.readers import READERS, detect_form
 
