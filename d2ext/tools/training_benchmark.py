@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from d2ext.data import build_train_loader
-from d2ext.engine import build_optimizer
+from d2ext.engine import Trainer, build_optimizer
 from d2ext.engine.train_loop import StepTrainer, amp_dtype
 from d2ext.tools.model_benchmark import Clock
 
@@ -32,7 +31,7 @@ def measure_training(cfg: CfgNode, clock: Clock) -> dict[str, Any]:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.SOLVER.BASE_LR *= 1e-3  # without warm-up, random weights would diverge
-    model = build_model(cfg)
+    model = Trainer.build_model(cfg)
     model.train()
     torch.manual_seed(0)
     size, workers = cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS

@@ -292,3 +292,15 @@ def test_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report["batch_size"] == 2 and report["peak_memory_mib"] is None
     slowest = min(report["loader_images_per_second"], 2e3 / report["step_ms"])
     assert 0 < report["images_per_second"] < 3 * slowest  # loader and step take turns
+
+
+def test_training_steps_are_those_of_the_trainer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the solver does to the model is measured, too: a graph, which the CPU refuses."""
+    cfg = tiny_config("YOLACT")
+    cfg.DATASETS.TRAIN, cfg.SOLVER.CUDA_GRAPH = ("shapes_val",), True
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    arguments = ["training", "--config-file", str(tmp_path / "config.yaml"), "--device", "cpu"]
+    assert benchmark.run(arguments) != 0
+    assert "SOLVER.CUDA_GRAPH must be False" in capsys.readouterr().err
