@@ -1,5 +1,5 @@
-// Deformable convolution (arXiv 1811.11168) in half precision: the samples of all taps as a matrix,
-// in half precision, and matrix products by tensor cores.
+// Deformable convolution (arXiv 1811.11168): the samples of all taps as a matrix, in the dtype of the
+// arguments, and matrix products, in half precision by tensor cores.
 //
 // Letters: B images, C channels, H x W cells of the input, h x w of the output, K taps, N output
 // channels, G groups of channels, O groups of offsets. All maps are channels-last in memory, so
@@ -29,7 +29,7 @@ namespace {
 using at::Tensor;
 
 constexpr int kLanes = 8;     // threads that share a sample's place
-constexpr int kChannels = 8;  // channels of a thread at a time: 16 bytes
+constexpr int kChannels = 8;  // channels of a thread at a time: 16 bytes in half precision
 constexpr int kThreads = 256;
 // Bytes of samples in a slice. An H100 has 50 MB of second-level cache.
 constexpr int64_t kSliceBytes = int64_t(24) << 20;
@@ -287,8 +287,10 @@ struct Arguments {
     D2EXT_CHECK_VALUE(input.dim() == 4 && weights.dim() == 4 && offsets.dim() == 4,
                       "deform_conv2d: x, weight and offset must have 4 axes, not ", input.sizes(),
                       ", ", weights.sizes(), " and ", offsets.sizes());
-    D2EXT_CHECK_VALUE(input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16,
-                      "deform_conv2d: x must be Half or BFloat16, not ", input.scalar_type());
+    D2EXT_CHECK_VALUE(input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16 ||
+                          input.scalar_type() == at::kFloat,
+                      "deform_conv2d: x must be Half, BFloat16 or Float, not ",
+                      input.scalar_type());
     D2EXT_CHECK_VALUE(stride > 0 && dilation > 0 && padding >= 0,
                       "deform_conv2d: stride and dilation must be at least 1, padding 0, not ",
                       stride, ", ", dilation, " and ", padding);
@@ -343,7 +345,7 @@ struct Arguments {
 
   // Rows of a slice.
   int slice() const {
-    const int64_t bytes = int64_t(shape.taps) * shape.channels * 2;
+    const int64_t bytes = int64_t(shape.taps) * shape.channels * x.element_size();
     return int(std::clamp<int64_t>(kSliceBytes / bytes, 1, std::max(shape.rows, 1)));
   }
 
@@ -374,9 +376,11 @@ Tensor rows_of(const Tensor& maps, const Shape& shape, int64_t first, int64_t ro
 
 // Calls a function with a value of a tensor's element type.
 template <typename Function>
-void for_half(const Tensor& x, Function function) {
+void for_type(const Tensor& x, Function function) {
   if (x.scalar_type() == at::kHalf) {
     function(c10::Half());
+  } else if (x.scalar_type() == at::kFloat) {
+    function(0.f);
   } else {
     function(c10::BFloat16());
   }
@@ -401,7 +405,7 @@ Tensor deform_conv2d(const Tensor& input, const Tensor& weights, const Tensor& o
   for (int first = 0; first < shape.rows; first += given.slice()) {
     const int rows = std::min(given.slice(), shape.rows - first);
     const Tensor samples = given.samples(rows);
-    for_half(input, [&](auto zero) {
+    for_type(input, [&](auto zero) {
       using scalar_t = decltype(zero);
       sample_kernel<scalar_t><<<given.grid(rows), kThreads, 0, stream>>>(
           data<scalar_t>(given.x), data<scalar_t>(given.offset), data<scalar_t>(given.mask),
@@ -467,7 +471,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(
     const Tensor grad_rows = rows_of(grads, shape, first, rows);
     const Tensor grad_samples = product(grad_rows, given.weight);
     const Tensor samples = given.samples(rows);
-    for_half(input, [&](auto zero) {
+    for_type(input, [&](auto zero) {
       using scalar_t = decltype(zero);
       const auto launch = [&](auto sum) {
         gradient_kernel<scalar_t><<<given.grid(rows), kThreads, 0, stream>>>(

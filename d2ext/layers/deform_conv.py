@@ -4,10 +4,11 @@ arXiv 1811.11168).
 Shapes: B images, C channels, N output channels, H×W input cells, h×w output cells, K =
 kernel_h·kernel_w taps, G groups of channels, O groups of offsets.
 
-torchvision's operator, with two exceptions on CUDA. In half precision it has no bfloat16, and computes
-without tensor cores; ours (``csrc/cuda/deform_conv.cu``) takes a fraction of the time. And its kernels
-run on the default stream only (pytorch/vision, issue 9513): a CUDA graph would not hold them, and
-compute with old samples. Elsewhere PyTorch's own operators do it.
+torchvision's operator, but on CUDA. There it has no bfloat16 and computes without tensor cores, and its
+kernels run on the default stream only (pytorch/vision, issue 9513): a CUDA graph would not hold them,
+and compute with old samples. Ours (``csrc/cuda/deform_conv.cu``) has neither fault and takes a fraction
+of the time. Where it does not fit (float64, groups of channels that 8 does not divide, not compiled),
+PyTorch's own operators do it off the default stream.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 _HALF = (torch.float16, torch.bfloat16)
+_COMPILED = (*_HALF, torch.float32)
 # Channels that a thread of the compiled operator reads at once.
 _CHANNELS = 8
 
@@ -50,8 +52,8 @@ def deform_conv2d(
 
     Samples are bilinear, 0 outside of the image. Where an offset or a weight of a tap is NaN, so is the
     result. All arguments have one dtype, which the result has; in half precision samples are rounded to
-    it and products added in float32. With ``torch.use_deterministic_algorithms`` its gradients in half
-    precision on CUDA do not depend on the order of additions.
+    it and products added in float32. With ``torch.use_deterministic_algorithms`` the gradients of the
+    compiled operator do not depend on the order of additions.
 
     Args:
         x: (B, C, H, W).
@@ -71,7 +73,7 @@ def deform_conv2d(
     if (
         x.is_cuda
         and not is_exporting()
-        and x.dtype in _HALF
+        and x.dtype in _COMPILED
         and weight.shape[1] % _CHANNELS == 0
         and x.shape[1] % (_CHANNELS * max(offset_groups, 1)) == 0
         and compiled_for(x.device)
@@ -379,7 +381,7 @@ def _check(
                 f"{padding} and dilation {dilation}."
             )
 
-    check(x.dim() == weight.dim() == offset.dim() == 4 and x.dtype in _HALF)
+    check(x.dim() == weight.dim() == offset.dim() == 4 and x.dtype in _COMPILED)
     check(all(t.dtype == x.dtype and t.device == x.device for t in tensors))
     check(stride > 0 and dilation > 0 and padding >= 0)
     outputs, in_group, taps = weight.shape[0], weight.shape[1], weight.shape[2] * weight.shape[3]

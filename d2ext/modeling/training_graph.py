@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,22 +13,36 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 _MOST_SHAPES = 4
 
 
-class _Caller(nn.Module):
-    """The network as a module of its own, whose ``forward`` PyTorch replaces. It returns tensors only;
-    :meth:`assemble` makes predictions of them."""
+class _Caller:
+    """The network as a function of images and its trained parameters, which returns tensors only;
+    calling it makes predictions of them.
+
+    The parameters are arguments since DistributedDataParallel keeps their places in autograd's graph,
+    which belong to the stream that must not be in a capture; other tensors on the same memory have
+    places of their own.
+    """
 
     def __init__(self, network: nn.Module) -> None:
-        super().__init__()
         self.network = network
+        self.parameters = {n: p for n, p in network.named_parameters() if p.requires_grad}
+        self.graphed: Callable[..., tuple[Tensor, ...]] = self.run
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        self._leaves, self._spec = tree_flatten(self.network(images))
+    def run(self, images: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(self.parameters, parameters, strict=True))
+        predictions = torch.func.functional_call(self.network, given, (images,))
+        self._leaves, self._spec = tree_flatten(predictions)
         tensors = tuple(x for x in self._leaves if isinstance(x, Tensor))
         self._leaves = [None if isinstance(x, Tensor) else (x,) for x in self._leaves]
         return tensors
 
-    def assemble(self, tensors: tuple[Tensor, ...]) -> Any:
-        left = iter(tensors)
+    def capture(self, images: Tensor) -> None:
+        aliases = (p.detach().requires_grad_() for p in self.parameters.values())
+        self.graphed = torch.cuda.make_graphed_callables(
+            self.run, (images.detach().clone(), *aliases), allow_unused_input=True
+        )
+
+    def __call__(self, images: Tensor) -> Any:
+        left = iter(self.graphed(images, *self.parameters.values()))
         leaves = [next(left) if x is None else x[0] for x in self._leaves]
         return tree_unflatten(leaves, self._spec)
 
@@ -56,10 +71,10 @@ class TrainingGraphs:
             if len(self._graphs) == _MOST_SHAPES:
                 return self.network(images)
             self._graphs[images.shape] = self._capture(images)
-        graph = self._graphs[images.shape]
-        return graph.assemble(graph(images))
+        return self._graphs[images.shape](images)
 
     def _capture(self, images: Tensor) -> _Caller:
+        graph = _Caller(self.network)
         statistics = [x.clone() for x in self.network.buffers()]
         kind = images.device.type
         with torch.autocast(
@@ -68,10 +83,8 @@ class TrainingGraphs:
             enabled=torch.is_autocast_enabled(kind),
             cache_enabled=False,
         ):
-            graphed = torch.cuda.make_graphed_callables(
-                _Caller(self.network), (images.detach().clone(),), allow_unused_input=True
-            )
+            graph.capture(images)
         with torch.no_grad():
             for buffer, before in zip(self.network.buffers(), statistics, strict=True):
                 buffer.copy_(before)  # as they were before the runs that precede a capture
-        return graphed
+        return graph

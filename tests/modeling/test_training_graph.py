@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -38,11 +39,11 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """PyTorch's capture replaced by its warm-up runs; the shapes it was called for."""
     shapes: list[torch.Size] = []
 
-    def capture(module: nn.Module, sample: tuple[Tensor], **options: Any) -> nn.Module:
+    def capture(network: Any, sample: tuple[Tensor, ...], **options: Any) -> Any:
         for _ in range(3):
-            module(*sample)
+            network(*sample)
         shapes.append(sample[0].shape)
-        return module
+        return network
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
     return shapes
@@ -75,6 +76,37 @@ def test_a_copy_calls_the_copied_network(captured: list[torch.Size]) -> None:
     calls = graphs.network.calls
     copy.deepcopy(graphs)(torch.rand(1, 3, 4, 4))
     assert graphs.network.calls == calls
+
+
+@pytest.mark.gpu
+def test_below_distributed_data_parallel(cuda: torch.device, tmp_path: Path) -> None:
+    """Which keeps a place in autograd's graph for each parameter, on the default stream."""
+
+    class Model(nn.Module):
+        def __init__(self, graphs: bool) -> None:
+            super().__init__()
+            self.network = Network().to(cuda)
+            self.call = (TrainingGraphs(self.network) if graphs else self.network,)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.call[0](images).maps["b"].square().mean()
+
+    gradients = []
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        for graphs in (False, True):
+            model = nn.parallel.DistributedDataParallel(Model(graphs), gradient_as_bucket_view=True)
+            for seed in range(3):
+                torch.manual_seed(seed)
+                model.zero_grad()
+                model(torch.rand(2, 3, 8, 9, device=cuda)).backward()
+            gradients.append([p.grad.clone() for p in model.parameters()])
+    finally:
+        torch.distributed.destroy_process_group()
+    for expected, actual in zip(*gradients, strict=True):
+        assert expected.any()
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize(
