@@ -41,7 +41,7 @@ from tabulate import tabulate
 
 from d2ext.checkpoint.io import CheckpointError
 from d2ext.config import ConfigError, add_options_argument, load_config
-from d2ext.data.errors import ImageReadError
+from d2ext.data.errors import DataError
 from d2ext.data.image_io import read_image
 from d2ext.data.shapes import draw_image
 from d2ext.engine.predictor import BatchPredictor
@@ -333,7 +333,7 @@ def run(arguments: list[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     try:
         report = args.command(args)
-    except (ConfigError, CheckpointError, ImageReadError, FileNotFoundError) as error:
+    except (ConfigError, CheckpointError, DataError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.output:
