@@ -39,7 +39,7 @@ TORCH_LIBRARY(d2ext, m) {
   // axis: 2 (H) or 3 (W); reverse: the scan begins at the axis' end.
   m.def("corner_pool(Tensor x, int axis, bool reverse) -> Tensor");
   m.def("corner_pool_backward(Tensor grad, Tensor x, int axis, bool reverse) -> Tensor");
-  // CUDA, half precision only. mask: weights of the taps.
+  // CUDA; forward in float32 on a CPU, too. mask: weights of the taps.
   m.def(
       "deform_conv2d(Tensor x, Tensor weight, Tensor offset, Tensor? mask, Tensor? bias, int "
       "stride, "

@@ -22,6 +22,7 @@ SLOW_WITHOUT = (
     "prune_masks",
     "fuse_panoptic",
     "soft_nms",
+    "deform_conv2d",
 )
 """Operators whose plain PyTorch implementation is several times slower than the compiled one."""
 

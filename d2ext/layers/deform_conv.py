@@ -4,11 +4,10 @@ arXiv 1811.11168).
 Shapes: B images, C channels, N output channels, H×W input cells, h×w output cells, K =
 kernel_h·kernel_w taps, G groups of channels, O groups of offsets.
 
-torchvision's operator, but on CUDA. There it has no bfloat16 and computes without tensor cores, and its
-kernels run on the default stream only (pytorch/vision, issue 9513): a CUDA graph would not hold them,
-and compute with old samples. Ours (``csrc/cuda/deform_conv.cu``) has neither fault and takes a fraction
-of the time. Where it does not fit (float64, groups of channels that 8 does not divide, not compiled),
-PyTorch's own operators do it off the default stream.
+Ours (``csrc/deform_conv.h``), which takes a fraction of the time of torchvision's; that one where ours
+does not fit: gradients on a CPU, groups of channels that 8 does not divide, float64, not compiled. Its
+CUDA kernels have no bfloat16 and run on the default stream only (pytorch/vision, issue 9513): a CUDA
+graph would not hold them, and compute with old samples. Off that stream PyTorch's own operators do it.
 """
 
 from __future__ import annotations
@@ -69,15 +68,7 @@ def deform_conv2d(
     Raises:
         ValueError, RuntimeError: shapes, dtypes or devices that do not fit together.
     """
-    offset_groups = offset.shape[1] // max(2 * weight.shape[2] * weight.shape[3], 1)
-    if (
-        x.is_cuda
-        and not is_exporting()
-        and x.dtype in _COMPILED
-        and weight.shape[1] % _CHANNELS == 0
-        and x.shape[1] % (_CHANNELS * max(offset_groups, 1)) == 0
-        and compiled_for(x.device)
-    ):
+    if _has_compiled(x, offset, weight, bias, mask) and not is_exporting():
         return torch.ops.d2ext.deform_conv2d(
             x, weight, offset, mask, bias, stride, padding, dilation
         )
@@ -85,6 +76,23 @@ def deform_conv2d(
     if x.is_cuda and not is_exporting() and _may_leave_the_default_stream(x.device):
         return deform_conv2d_plain(x, offset, weight, bias, mask, **sizes)
     return deform_conv2d_reference(x, offset, weight, bias, mask, **sizes)
+
+
+def _has_compiled(x: Tensor, offset: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
+    """Whether the compiled operator takes these; on a CPU it has no gradients."""
+    if x.is_cuda:
+        fits = x.dtype in _COMPILED
+    else:
+        tensors = (x, offset, weight, *others)
+        trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        fits = x.device.type == "cpu" and x.dtype == torch.float32 and not trains
+    offset_groups = offset.shape[1] // max(2 * weight.shape[2] * weight.shape[3], 1)
+    return (
+        fits
+        and weight.shape[1] % _CHANNELS == 0
+        and x.shape[1] % (_CHANNELS * max(offset_groups, 1)) == 0
+        and compiled_for(x.device)
+    )
 
 
 def _may_leave_the_default_stream(device: torch.device) -> bool:
@@ -385,7 +393,8 @@ def _check(
     check(all(t.dtype == x.dtype and t.device == x.device for t in tensors))
     check(stride > 0 and dilation > 0 and padding >= 0)
     outputs, in_group, taps = weight.shape[0], weight.shape[1], weight.shape[2] * weight.shape[3]
-    check(in_group > 0 and taps > 0 and in_group % _CHANNELS == 0 and x.shape[1] % in_group == 0)
+    check(in_group > 0 and taps > 0 and x.shape[1] > 0)
+    check(in_group % _CHANNELS == 0 and x.shape[1] % in_group == 0)
     check(outputs % max(x.shape[1] // in_group, 1) == 0)
     groups = offset.shape[1] // (2 * taps)
     check(groups > 0 and x.shape[1] % (_CHANNELS * groups) == 0)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from d2ext.layers import has_cuda_extension
+from d2ext.layers import has_cuda_extension, has_extension
 from d2ext.layers.deform_conv import (
     DeformConv,
     ModulatedDeformConv,
@@ -179,6 +179,41 @@ def test_plain_pytorch_equals_torchvision(options: dict) -> None:
     )
     assert plain[1, :, 0, 0].isnan().all() and int(plain.isnan().sum()) == plain.shape[1]
     torch.testing.assert_close(plain, expected, equal_nan=True, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(not has_extension(), reason="d2ext_C is not compiled")
+@pytest.mark.parametrize("options", CASES, ids=str)
+def test_on_a_cpu_without_gradients(options: dict) -> None:
+    case = Case(torch.float32, device="cpu", **options)
+    case.offset[0, :4] = -1.0
+    case.offset[1, :2] = torch.tensor([float("inf"), -float("inf")]).view(2, 1, 1)
+    case.offset[2, 4, 0, 0] = float("nan")
+    leaves = case.leaves(torch.float32)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        actual = deform_conv2d(*leaves, **case.sizes)
+    assert any("d2ext::deform_conv2d" in event.key for event in profile.key_averages())
+    expected = deform_conv2d_reference(*leaves, **case.sizes)
+    # Of several groups, those alone that have channels with this offset.
+    broken = actual.isnan()
+    reached = 12 if {"groups", "offset_groups"} <= options.keys() else 24
+    assert int(broken.sum()) == int(broken[2, :, 0, 0].sum()) == reached
+    torch.testing.assert_close(
+        actual[~expected.isnan()], expected[~expected.isnan()], rtol=1e-4, atol=1e-4
+    )
+    given = (
+        leaves[0],
+        leaves[2],
+        leaves[1],
+        leaves[4] if case.mask is not None else None,
+        leaves[3],
+    )
+    arguments = [None if t is None else t.detach() for t in given]
+    torch.library.opcheck(
+        torch.ops.d2ext.deform_conv2d.default,
+        (*arguments, *case.sizes.values()),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    assert deform_conv2d(*leaves, **case.sizes).requires_grad  # torchvision's
 
 
 @pytest.mark.gpu
