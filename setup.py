@@ -35,7 +35,8 @@ CHOICES = ("auto", "0", "cpu", "cuda")
 # TORCH_CUDA_ARCH_LIST.
 DEFAULT_CUDA_ARCHS = "8.0+PTX"
 SLOW_OPERATORS = (
-    "assemble_masks, assemble_binary_masks, corner_pool, prune_masks, fuse_panoptic, soft_nms"
+    "assemble_masks, assemble_binary_masks, corner_pool, prune_masks, fuse_panoptic, soft_nms, "
+    "deform_conv2d"
 )
 
 
