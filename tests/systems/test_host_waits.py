@@ -11,6 +11,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
+from torch.utils._pytree import tree_map_only
 
 from d2ext.layers import has_cuda_extension
 from d2ext.modeling.meta_arch import MetaArch
@@ -59,7 +60,13 @@ def test_waits_are_counted(cuda: torch.device) -> None:
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize(
     ("architecture", "expected"),
-    [("YOLACT", 1), ("CornerNet", 1), ("CenterNetTriplets", 1), ("CenterNet", 0)],
+    [
+        ("YOLACT", 1),
+        ("CornerNet", 1),
+        ("CenterNetTriplets", 1),
+        ("CenterNet", 0),
+        ("RetinaFace", 2),  # images of another size are another batch
+    ],
 )
 def test_host_waits(cuda: torch.device, architecture: str, expected: int, count: int) -> None:
     model = graph_model(architecture, cuda)
@@ -78,6 +85,28 @@ def rows(instances: Instances) -> np.ndarray:
     return torch.cat([x.float() for x in columns], dim=1).cpu().numpy()
 
 
+def assert_same(instances: Instances, expected: Instances) -> None:
+    for name, value in expected.get_fields().items():
+        own = instances.get(name)
+        assert torch.equal(getattr(own, "tensor", own), getattr(value, "tensor", value))
+
+
+def test_a_batch_of_retinaface_is_finished_as_its_images(cuda: torch.device) -> None:
+    model = graph_model("RetinaFace", cuda)
+    inputs = random_inputs(4, height=60, width=80)
+    inputs[1]["height"], inputs[1]["width"] = 90, 70
+    with torch.no_grad():
+        predictions = model.inference_network(model.preprocess(inputs))
+    predictions.scores[2, 3:], predictions.scores[3] = 0.0, 0.0
+    results = model.postprocess(predictions, inputs)
+    counts = [len(x["instances"]) for x in results]
+    assert counts[0] > 3 >= counts[2] > counts[3] == 0
+    for i, result in enumerate(results):
+        one = tree_map_only(torch.Tensor, lambda x, i=i: x[i : i + 1], predictions)
+        (alone,) = model.postprocess(one, inputs[i : i + 1])
+        assert_same(result["instances"], alone["instances"])
+
+
 def test_a_batch_of_yolact_is_finished_as_its_images(cuda: torch.device) -> None:
     model = graph_model("YOLACT", cuda)
     inputs = [*random_inputs(3, height=60, width=80), *random_inputs(2, height=57, width=80)]
@@ -90,9 +119,7 @@ def test_a_batch_of_yolact_is_finished_as_its_images(cuda: torch.device) -> None
     ) > 4
     for i, result in enumerate(results):
         (alone,) = model.postprocess(tuple(x[i : i + 1] for x in predictions), inputs[i : i + 1])
-        for name, value in alone["instances"].get_fields().items():
-            own = result["instances"].get(name)
-            assert torch.equal(getattr(own, "tensor", own), getattr(value, "tensor", value))
+        assert_same(result["instances"], alone["instances"])
 
 
 @pytest.mark.parametrize("architecture", ["CornerNet", "CenterNetTriplets"])

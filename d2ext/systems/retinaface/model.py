@@ -23,24 +23,27 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from d2ext.codecs.boxes import clip_boxes
-from d2ext.codecs.canvas import scale_points
 from d2ext.codecs.face_alignment import face_poses
 from d2ext.codecs.prior_boxes import prior_boxes
 from d2ext.config import ConfigError
 from d2ext.data.faces import topology_of
+from d2ext.layers.transfer import upload
 from d2ext.modeling.export_form import ExportForm, Outputs
 from d2ext.modeling.meta_arch import image_size, output_size
 from d2ext.modeling.short_side import ShortSideMetaArch, scaled
 from d2ext.systems.retinaface.head import RetinaFaceHead, RetinaFacePredictions
 from d2ext.systems.retinaface.losses import RetinaFaceCriterion
 from d2ext.systems.retinaface.mesh import MeshHead, decode_meshes, mesh_topology
-from d2ext.systems.retinaface.postprocess import Candidates, decode, select
+from d2ext.systems.retinaface.postprocess import Candidates, decode, gather, select
 from d2ext.systems.retinaface.targets import RetinaFaceTargets, read_targets
 
 logger = logging.getLogger(__name__)
 
 # Input sizes whose priors are kept: those of WIDER FACE's images vary without end.
 _KEPT_PRIORS = 32
+# NMS looks at so many candidates for each detection that is wanted, at more where that is too few, and
+# then at all.
+_LOOKED_AT = (2, 4)
 
 
 class RetinaFaceNetwork(nn.Module):
@@ -316,72 +319,85 @@ class RetinaFace(ShortSideMetaArch):
         ``scores``, ``pred_classes``, with points ``pred_keypoints`` (N, P, 3), of which the last number
         is 1, with meshes ``pred_face_meshes`` (N, V, 3) in pixels, and with their topology also
         ``pred_face_poses`` (N, 3), see :func:`face_poses`."""
+        shrunk = [self.network_scale(image_size(x)) for x in batched_inputs]
         candidates = predictions
-        scales = [self.network_scale(image_size(x)) for x in batched_inputs]
-        factors = torch.tensor(scales, device=self.device) if set(scales) != {1.0} else None
-        if factors is not None:
+        if set(shrunk) != {1.0}:
+            factors = upload(torch.tensor(shrunk), self.device)
             boxes = candidates.boxes / factors[:, None, None]
             points = candidates.points
             points = None if points is None else points / factors[:, None, None, None]
             candidates = candidates._replace(boxes=boxes, points=points)
-        selected = select(
-            candidates,
-            score_threshold=self.score_threshold,
-            nms_threshold=self.nms_threshold,
-            max_detections=self.max_detections,
-        )
-        # One selection for the whole batch: each costs as much for all images as for one.
-        counts = [len(x) for x in selected]
-        slot = torch.cat(selected)
-        image = torch.repeat_interleave(
-            torch.arange(len(counts), device=slot.device),
-            torch.tensor(counts, device=slot.device),
-            output_size=len(slot),
-        )
-        names = {"pred_boxes": "boxes", "scores": "scores", "pred_classes": "classes"}
-        if candidates.points is not None:
-            names["pred_keypoints"] = "points"
-        fields = {key: getattr(candidates, x)[image, slot] for key, x in names.items()}
-        if "pred_keypoints" in fields:
-            fields["pred_keypoints"] = F.pad(fields["pred_keypoints"], (0, 1), value=1.0)
-        parts = {key: x.split(counts) for key, x in fields.items()}
-        return [
-            {
-                "instances": self._instances(
-                    {k: x[i] for k, x in parts.items()}, candidates, i, keep, inputs
-                )
-            }
-            for i, (keep, inputs) in enumerate(zip(selected, batched_inputs, strict=True))
-        ]
+        for first in [*(times * self.max_detections for times in _LOOKED_AT), None]:
+            selection = select(
+                candidates,
+                score_threshold=self.score_threshold,
+                nms_threshold=self.nms_threshold,
+                max_detections=self.max_detections,
+                first=first,
+            )
+            fields = self._fields(candidates, selection.slots, batched_inputs)
+            numbers = torch.stack([selection.counts, selection.incomplete])
+            counts, incomplete = numbers.tolist()  # the host waits for the device
+            if not any(incomplete):
+                break
+        results = []
+        for i, (count, inputs) in enumerate(zip(counts, batched_inputs, strict=True)):
+            own = {name: x[i, :count] for name, x in fields.items()}
+            instances = Instances(
+                output_size(inputs), pred_boxes=Boxes(own.pop("pred_boxes")), **own
+            )
+            if self.head.mesh is not None:
+                self._add_meshes(instances, candidates, i, selection.slots[i, :count], inputs)
+            results.append({"instances": instances})
+        return results
 
-    def _instances(
+    def _fields(
+        self, candidates: Candidates, slots: Tensor, batched_inputs: list[dict[str, Any]]
+    ) -> dict[str, Tensor]:
+        """Candidates in pixels of the inputs' images → what instances hold of those in ``slots`` (B, D),
+        at the outputs' sizes: (B, D, ...)."""
+        boxes = gather(candidates.boxes, slots)
+        fields = {
+            "scores": candidates.scores.gather(1, slots),
+            "pred_classes": candidates.classes.gather(1, slots),
+        }
+        scales = [_output_scale(inputs) for inputs in batched_inputs]
+        factors = None
+        if set(scales) != {(1.0, 1.0)}:
+            factors = upload(torch.tensor(scales), self.device)[:, None, None]
+            boxes = (boxes.unflatten(2, (2, 2)) * factors).flatten(2)
+        if candidates.points is not None:
+            points = gather(candidates.points.flatten(2), slots).unflatten(2, (-1, 2))
+            points = points if factors is None else points * factors
+            fields["pred_keypoints"] = F.pad(points, (0, 1), value=1.0)
+        if self.clip_boxes:
+            sizes = [output_size(inputs) for inputs in batched_inputs]
+            if len(set(sizes)) == 1:
+                boxes = clip_boxes(boxes, sizes[0])
+            else:
+                each = zip(boxes, sizes, strict=True)
+                boxes = torch.stack([clip_boxes(own, size) for own, size in each])
+        return {"pred_boxes": boxes, **fields}
+
+    def _add_meshes(
         self,
-        fields: dict[str, Tensor],
+        instances: Instances,
         candidates: Candidates,
         i: int,
         keep: Tensor,
         inputs: dict[str, Any],
-    ) -> Instances:
-        """Detections of image i, in pixels of the input's image → instances at the output's size."""
-        size, (height, width) = output_size(inputs), image_size(inputs)
-        scale = size[1] / width, size[0] / height
-        boxes, points = fields.pop("pred_boxes"), fields.get("pred_keypoints")
-        if scale != (1.0, 1.0):
-            boxes = scale_points(boxes, scale)
-            if points is not None:
-                fields["pred_keypoints"] = points * points.new_tensor([*scale, 1.0])
-        boxes = clip_boxes(boxes, size) if self.clip_boxes else boxes
-        result = Instances(size, pred_boxes=Boxes(boxes), **fields)
-        if self.head.mesh is not None:
-            factors = [s / self.network_scale((height, width)) for s in scale]
-            factors.append((factors[0] * factors[1]) ** 0.5)
-            meshes = self._meshes(candidates, i, keep)
-            result.pred_face_meshes = torch.stack(
-                [x * f for x, f in zip(meshes.unbind(-1), factors, strict=True)], dim=-1
-            )
-            if self.head.mesh.mean is not None:
-                result.pred_face_poses = face_poses(result.pred_face_meshes, self.head.mesh.mean)
-        return result
+    ) -> None:
+        """Meshes and poses of the detections ``keep`` of image i, at the output's size."""
+        head = self.head.mesh
+        assert head is not None
+        factors = [s / self.network_scale(image_size(inputs)) for s in _output_scale(inputs)]
+        factors.append((factors[0] * factors[1]) ** 0.5)
+        meshes = self._meshes(candidates, i, keep)
+        instances.pred_face_meshes = torch.stack(
+            [x * f for x, f in zip(meshes.unbind(-1), factors, strict=True)], dim=-1
+        )
+        if head.mean is not None:
+            instances.pred_face_poses = face_poses(instances.pred_face_meshes, head.mean)
 
     def _meshes(self, candidates: Candidates, i: int, keep: Tensor) -> Tensor:
         """(N, V, 3) of detections of image i, in pixels of the network's input."""
@@ -391,3 +407,9 @@ class RetinaFace(ShortSideMetaArch):
         vectors = candidates.vectors[i, index // head.priors_per_cell].float()
         offsets = head(vectors, index % head.priors_per_cell)
         return decode_meshes(offsets.float(), candidates.priors[i, keep])
+
+
+def _output_scale(inputs: dict[str, Any]) -> tuple[float, float]:
+    """(x, y) pixels of the output per pixel of the input's image."""
+    size, (height, width) = output_size(inputs), image_size(inputs)
+    return size[1] / width, size[0] / height

@@ -1,9 +1,9 @@
 """From RetinaFace's raw predictions to detections (retinaface/NOTES.md, "Post-processing").
 
-Decoding has shapes that do not depend on the values, so that it can be compiled or captured into a CUDA
-graph; NMS runs afterwards, once for the whole batch.
+No shape depends on the values: decoding can be compiled or captured into a CUDA graph, and after NMS,
+which runs once for the whole batch, the host waits for the device once, for the numbers of faces.
 
-Letters: B images, A priors, P points, K candidates of an image, N candidates of a batch.
+Letters: B images, A priors, P points, K candidates of an image, D slots for its detections.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def decode(predictions: RetinaFacePredictions, priors: Tensor, top_k: int) -> Ca
     scores, index = scores.topk(min(top_k, scores.shape[1]), dim=1)
     height, width = predictions.input_size
     selected = priors[index]
-    boxes = decode_boxes(_gather(predictions.offsets, index).float(), selected)
+    boxes = decode_boxes(gather(predictions.offsets, index).float(), selected)
     points = None
     if predictions.points is not None:
-        offsets = _gather(predictions.points.flatten(2), index).float().unflatten(2, (-1, 2))
+        offsets = gather(predictions.points.flatten(2), index).float().unflatten(2, (-1, 2))
         points = scale_points(decode_points(offsets, selected), (width, height))
     return Candidates(
         scores,
@@ -60,9 +60,20 @@ def decode(predictions: RetinaFacePredictions, priors: Tensor, top_k: int) -> Ca
     )
 
 
-def _gather(values: Tensor, index: Tensor) -> Tensor:
+def gather(values: Tensor, index: Tensor) -> Tensor:
     """values (B, A, v), index (B, K) into A → (B, K, v)."""
     return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+
+
+class Selection(NamedTuple):
+    """Which candidates are detections."""
+
+    slots: Tensor
+    """(B, D) int64 into K: the detections of each image, by falling score, then others."""
+    counts: Tensor
+    """(B,) int64: detections in D."""
+    incomplete: Tensor
+    """(B,) bool: there may be further ones among the candidates that were not looked at."""
 
 
 def select(
@@ -71,32 +82,24 @@ def select(
     score_threshold: float = 0.02,
     nms_threshold: float = 0.4,
     max_detections: int = 750,
-) -> list[Tensor]:
-    """Which candidates of each image are detections: indices into K, by falling score.
+    first: int | None = None,
+) -> Selection:
+    """The detections among the ``first`` candidates (None: all), ``max_detections`` at most.
 
-    NMS is greedy within each class, counts whole pixels (sides and overlaps are one more than the
-    difference of coordinates) and suppresses above ``nms_threshold``. Boxes are in pixels of the image.
+    Worse candidates do not change which of the better ones stay, and are mostly not needed. NMS is
+    greedy within each class, counts whole pixels (sides and overlaps are one more than the difference of
+    coordinates) and suppresses above ``nms_threshold``. Boxes are in pixels of the image. Shapes do not
+    depend on values, and nothing waits for the device.
     """
     above = candidates.scores > score_threshold
-    # Worse candidates do not change which of the better ones stay, and are mostly not needed.
-    first = 2 * max_detections
-    selected = _nms(candidates, above[:, :first], nms_threshold)
-    if first < above.shape[1]:
-        more = above[:, first].tolist()
-        if any(m and len(s) < max_detections for m, s in zip(more, selected, strict=True)):
-            selected = _nms(candidates, above, nms_threshold)
-    return [x[:max_detections] for x in selected]
-
-
-def _nms(candidates: Candidates, above: Tensor, threshold: float) -> list[Tensor]:
-    """:func:`select` of the candidates where ``above`` (B, k) is true, k up to K, without limit."""
-    count = above.shape[1]
-    boxes = candidates.boxes[:, :count].double()
+    rest, above = above[:, first:] if first else above[:, :0], above[:, :first]
+    boxes = candidates.boxes[:, :first].double()
     # Classes lie apart, so that one group holds all.
     extent = torch.where(above[..., None] & boxes.isfinite(), boxes, 0.0).abs().amax() * 2 + 2
-    boxes = boxes + (candidates.classes[:, :count] * extent)[..., None]
+    boxes = boxes + (candidates.classes[:, :first] * extent)[..., None]
     boxes = torch.cat([boxes[..., :2], boxes[..., 2:] + 1], dim=-1)
-    keep = nms(boxes, above, threshold)
+    keep = nms(boxes, above, nms_threshold)
     slots = (~keep).byte().argsort(dim=1, stable=True)  # the kept ones first
-    counts = keep.sum(dim=1).tolist()  # the host waits for the device
-    return [own[:n] for own, n in zip(slots, counts, strict=True)]
+    counts = keep.sum(dim=1)
+    incomplete = rest[:, :1].any(dim=1) & (counts < max_detections)
+    return Selection(slots[:, :max_detections], counts.clamp(max=max_detections), incomplete)

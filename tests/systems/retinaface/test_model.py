@@ -73,6 +73,11 @@ def test_images_of_several_sizes_as_if_alone() -> None:
             one, other = (getattr(y.get(name), "tensor", y.get(name)) for y in (alone, expected))
             torch.testing.assert_close(one, other, atol=2e-3, rtol=0)
     assert [x.image_size for x in together] == [(61, 83), (40, 50), (122, 83), (33, 97)]
+    plain = model([{"image": inputs[2]["image"]}])[0]["instances"]
+    doubled = plain.pred_boxes.tensor * torch.tensor([1, 2, 1, 2])
+    torch.testing.assert_close(together[2].pred_boxes.tensor, doubled, atol=4e-3, rtol=0)
+    doubled = plain.pred_keypoints * torch.tensor([1, 2, 1])
+    torch.testing.assert_close(together[2].pred_keypoints, doubled, atol=4e-3, rtol=0)
 
 
 def test_a_padded_training_batch_has_the_targets_of_each_image() -> None:
@@ -274,6 +279,12 @@ def _plain_nms(boxes: Tensor, threshold: float) -> list[int]:
     return keep
 
 
+def _selected(candidates: Candidates, **options: Any) -> list[Tensor]:
+    """Indices into K of each image's detections."""
+    slots, counts, _ = select(candidates, **options)
+    return [own[:count] for own, count in zip(slots, counts, strict=True)]
+
+
 def test_nms_counts_whole_pixels_in_each_image_and_class() -> None:
     generator = torch.Generator().manual_seed(0)
     corner = torch.rand(3, 60, 2, generator=generator) * 30 - 10
@@ -281,7 +292,7 @@ def test_nms_counts_whole_pixels_in_each_image_and_class() -> None:
     scores = torch.linspace(1, 0, 60).expand(3, -1)
     classes = torch.randint(0, 2, (3, 60), generator=generator)
     scores = torch.cat([scores[:2], scores[2:] * 0.01])  # nothing in the last image
-    found = select(
+    found = _selected(
         Candidates(scores, classes, boxes, classes, boxes), nms_threshold=0.3, max_detections=25
     )
     for image in range(2):
@@ -294,16 +305,48 @@ def test_nms_counts_whole_pixels_in_each_image_and_class() -> None:
     # Boxes beyond the corners of different images, which end up side by side if they are only shifted.
     corners = torch.tensor([[[90.0, 90, 100, 100]], [[-10.0, -10, 0, 0]]])
     one, zero = torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int64)
-    apart = select(Candidates(one, zero, corners, zero, corners), nms_threshold=0.0)
+    apart = _selected(Candidates(one, zero, corners, zero, corners), nms_threshold=0.0)
     assert [x.tolist() for x in apart] == [[0], [0]]
-    # Few detections, so that NMS looks at twice as many candidates first; 0.9 keeps most of them.
-    boxes[0, 1:10] = boxes[0, 0]  # and this time does not find enough among them
-    for limit, threshold in ((4, 0.9), (4, 0.0), (30, 0.0)):
-        options = {"nms_threshold": threshold, "score_threshold": -1.0}
-        candidates = Candidates(scores, classes, boxes, classes, boxes)
-        full = select(candidates, max_detections=60, **options)
-        some = select(candidates, max_detections=limit, **options)
-        assert [x.tolist() for x in some] == [x[:limit].tolist() for x in full]
+
+
+def test_nms_says_whether_it_looked_at_enough_candidates() -> None:
+    # Three boxes many times over: the others come after six, and below the threshold after seven.
+    boxes = torch.tensor([[0.0, 0, 5, 5], [20.0, 0, 25, 5], [40.0, 0, 45, 5], [60.0, 0, 65, 5]])
+    boxes = boxes[
+        torch.tensor([[0, 0, 1, 1, 2, 2, 3], [0, 0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0, 1]])
+    ]
+    scores = torch.linspace(0.9, 0.3, 7).repeat(3, 1)
+    scores[2, 6] = 0.0
+    zero = torch.zeros(3, 7, dtype=torch.int64)
+    candidates = Candidates(scores, zero, boxes, zero, boxes)
+    some = select(candidates, max_detections=3, first=6)
+    assert some.incomplete.tolist() == [False, True, False]
+    full = select(candidates, max_detections=3)
+    assert not full.incomplete.any()
+    assert full.counts.tolist() == [3, 2, 1] and some.counts.tolist() == [3, 1, 1]
+    assert [x[:2].tolist() for x in full.slots] == [[0, 2], [0, 6], [0, 1]]
+
+
+def test_nms_looks_at_more_candidates_where_the_first_are_too_few(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = _settled(_tiny())
+    model.score_threshold, model.nms_threshold, model.max_detections = 0.0, 0.0, 100
+    inputs = _images((61, 83), (61, 83))
+    full = [x["instances"] for x in model(inputs)]
+    looked_at = []
+
+    def spy(*args: Any, **options: Any) -> Any:
+        looked_at.append(options["first"])
+        return select(*args, **options)
+
+    monkeypatch.setattr("d2ext.systems.retinaface.model.select", spy)
+    model.max_detections = 35
+    some = [x["instances"] for x in model(inputs)]
+    assert looked_at == [70, 140, None]
+    for one, other in zip(some, full, strict=True):
+        assert len(other) > len(one) == 35
+        assert torch.equal(one.pred_boxes.tensor, other.pred_boxes.tensor[:35])
 
 
 def test_shapes_do_not_depend_on_values() -> None:
