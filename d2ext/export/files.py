@@ -105,7 +105,9 @@ def write(program: ExportedProgram, path: str, file_format: str, facts: dict[str
     try:
         if file_format == "onnx":
             state = ["sizes"] if facts["input"]["sizes"] else []
-            state += facts["memory"] if facts["frames"] == "later" else []
+            # No input has the name of an output.
+            taken = (f"last_{x}" if x in facts["outputs"] else x for x in facts["memory"])
+            state += taken if facts["frames"] == "later" else ()
             onnx_program = to_onnx(program, ["images", *state], facts["outputs"])
             onnx_program.model.metadata_props[_KEY] = text
             onnx_program.save(temporary)
@@ -177,7 +179,7 @@ class ExportedFile:
         given = list(images.shape[2:])
         if expected.get("sizes"):
             sizes = state[0] if state else torch.tensor([given]).expand(len(images), 2)
-            state = (sizes.to(images.device).float(),)
+            state = (sizes.to(images.device).float(), *state[1:])
             given = sizes.amax(dim=0).int().tolist()
             images = images[..., : size[0], : size[1]]
             fits = given[0] <= size[0] and given[1] <= size[1]

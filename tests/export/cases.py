@@ -39,6 +39,8 @@ PERSONS += keys("ANCHOR_GENERATOR", "SIZES", [[32], [64], [128]])
 PERSONS += keys("RPN", "IN_FEATURES", ["p4", "p5", "p6"], "PRE_NMS_TOPK_TEST", 40)
 PERSONS += keys("ROI_HEADS", "IN_FEATURES", ["p4", "p5"])
 PERSONS += ["TEST.DETECTIONS_PER_IMAGE", 6, "INPUT.MIN_SIZE_TEST", 90]
+FRAMES = keys("UPSNET", "TEST.SCORE_THRESH", 0.15, "TEST.MIN_SIZE", 100)
+FRAMES += ["MODEL.FLOW.NAME", "PyramidFlow"]
 MESH = {"toy": {"TYPE": "vertex_direct", "NUM_VERTICES": 30, "INIT_FILE": ""}}
 EMBEDDINGS = ("PREDICTOR_NAME", "DensePoseEmbeddingPredictor", "DECODER_ON", False)
 EMBEDDINGS += ("CSE.EMBEDDERS", MESH)
@@ -77,6 +79,13 @@ CASES = {
         "UPSNet",
         keys("UPSNET", "TEST.SCORE_THRESH", 0.15, "TEST.MIN_SIZE", 100),
         formats=("onnx",),
+    ),
+    "vpsnet": Case("VPSNet", FRAMES + keys("VPSNET", "MAX_OBJECTS", 20)),
+    "vpsnet_track": Case(
+        "VPSNet",
+        FRAMES
+        + keys("VPSNET", "FUSION", False, "PUBLISHED_DUMMY", True, "PUBLISHED_ID_LOOKUP", True),
+        formats=("torch",),
     ),
     "densepose": Case(
         "DensePose",

@@ -1,5 +1,5 @@
 """Tiny models whose scores differ from each other, as a trained model's do: with random weights all are
-nearly equal, and rounding decides which are the best."""
+nearly equal, and rounding decides which are the best. Flows and offsets, which begin as 0, move."""
 
 from __future__ import annotations
 
@@ -35,4 +35,6 @@ def lively_model(architecture: str, options: Sequence[Any] = ()) -> tuple[CfgNod
         for name, parameter in model.named_parameters():
             if _SCORES.search(name):
                 parameter.mul_(2)
+            if parameter.dim() > 1 and not parameter.any():
+                parameter.normal_(std=0.05)
     return cfg, model.eval()
