@@ -67,7 +67,8 @@ def metadata(
     if saved_metadata(cfg) is None and known:
         save_metadata(cfg, known[0].name)
     classes = class_metadata(cfg)
-    cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE, cfg.OUTPUT_DIR = "", device, get_cfg().OUTPUT_DIR
+    cfg.MODEL.WEIGHTS = cfg.MODEL.FLOW.WEIGHTS = ""
+    cfg.MODEL.DEVICE, cfg.OUTPUT_DIR = device, get_cfg().OUTPUT_DIR
     (images,) = (node for node in program.graph.nodes if node.name == "images")
     value = images.meta["val"]
     return {
@@ -105,7 +106,7 @@ def write(program: ExportedProgram, path: str, file_format: str, facts: dict[str
     try:
         if file_format == "onnx":
             state = ["sizes"] if facts["input"]["sizes"] else []
-            # No input has the name of an output.
+            # No input has the name of an output, see ExportForm.memory.
             taken = (f"last_{x}" if x in facts["outputs"] else x for x in facts["memory"])
             state += taken if facts["frames"] == "later" else ()
             onnx_program = to_onnx(program, ["images", *state], facts["outputs"])

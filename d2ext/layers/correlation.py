@@ -127,14 +127,14 @@ def _functional(a: Tensor, b: Tensor, r: int, stride: int) -> Tensor:
     reach = r * stride
     parts = columns(F.pad(b, (reach, 0, reach, reach)), side).unflatten(3, (count + 1, side))
     windows = torch.cat([parts[:, :, :, :-1], parts[:, :, :, 1:, : 2 * r]], dim=4).transpose(4, 5)
-    volume = []
-    for i in range(n):  # (B, s, H, count, side, side + 2r), of which the band counts
-        product = blocks @ windows[:, :, i * stride : i * stride + height]
-        # Read as rows of one number more, the diagonals are columns.
-        rows = F.pad(product.flatten(4), (0, side)).unflatten(4, (side, side + 2 * r + 1))
-        band = rows[..., :n].flatten(3, 4)  # (B, s, H, W'', n)
-        volume.append(band.permute(0, 4, 2, 3, 1).flatten(3)[..., :width])
-    return torch.cat(volume, dim=1).to(a.dtype)
+    products = torch.stack(
+        [blocks @ windows[:, :, i * stride : i * stride + height] for i in range(n)], dim=1
+    )  # (B, n, s, H, count, side, side + 2r), of which the band counts
+    # Read as rows of one number more, the diagonals are columns.
+    rows = F.pad(products.flatten(5), (0, side)).unflatten(5, (side, side + 2 * r + 1))
+    band = rows[..., :n].flatten(4, 5)  # (B, n, s, H, W'', n)
+    volume = band.permute(0, 1, 5, 3, 4, 2).flatten(4)[..., :width]
+    return volume.flatten(1, 2).to(a.dtype)
 
 
 def _backward(grad: Tensor, a: Tensor, b: Tensor, r: int, stride: int) -> tuple[Tensor, Tensor]:
