@@ -304,7 +304,8 @@ def vpsnet(
         size, scale, options: see :func:`upsnet`.
         last: results of the frame before; None: the video begins.
     """
-    candidates, ids, tracks = _used(one), None, {}
+    candidates, ids = _used(one), None
+    tracks: Results = {}
     real = candidates["classes"] >= 0  # published: -1 stands for "nothing detected"
     if "embeddings" in one:
         ids, tracks = _tracked(candidates, last, match_weights, max_objects)

@@ -309,7 +309,7 @@ class VPSNet(UPSNet, VideoMetaArch):
         else:
             alone = [x or a != b for x, a, b in zip(first, sizes, memory.sizes, strict=True)]
         if self._later_network:
-            return self._predict_apart(images, *state, alone, memory)
+            return self._predict_apart(images, state[0], alone, memory)
         own = torch.tensor(alone, dtype=torch.bool, device=images.device)
         cells = [x // STRIDE for x in images.shape[-2:]]
         if memory is None or memory.gathered is None:
