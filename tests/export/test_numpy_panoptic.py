@@ -78,42 +78,43 @@ def test_is_the_post_processors(
     assert (results["classes"] == instances.pred_classes.numpy()).all()
 
 
+WEIGHTS = [1.0, 2.0, 3.0]
+
+
 @pytest.mark.parametrize("published", [False, True])
 @pytest.mark.parametrize("limit", [0, 7])
 def test_tracks_are_the_models(published: bool, limit: int) -> None:
-    """Of six frames, one of them without candidates."""
-    options = {"num_stuff": STUFF, "unknown": False, "stuff_area_limit": 10}
+    """Of a video in which objects come back, and frames without candidates."""
     post = VPSNetPostprocessor(
+        num_stuff=STUFF,
         num_things=THINGS,
+        unknown=False,
+        stuff_area_limit=10,
         published_dummy=published,
         published_id_lookup=published,
-        **options,
     )
-    facts = {"results": "vpsnet", "options": {x: getattr(post, x) for x in EXPORTED_OPTIONS}}
-    facts["options"] |= {"published_id_lookup": published, "match_weights": [1.0, 2.0, 10.0]}
-    facts["options"]["max_objects"] = limit
-    objects, last, seen = ObjectMemory.empty(5, torch.device("cpu")), None, []
+    names = (*EXPORTED_OPTIONS, "published_id_lookup")
+    options = {x: getattr(post, x) for x in names}
+    facts = {"options": options | {"match_weights": WEIGHTS, "max_objects": limit}}
+    facts["results"] = "vpsnet"
+    objects, last = ObjectMemory.empty(5, torch.device("cpu")), None
     generator = torch.Generator().manual_seed(0)
-    for count, seed in ((4, 0), (6, 1), (0, 2), (6, 0), (5, 3), (6, 1)):
-        found = slots(seed, count, 1.0)
+    known = hidden = 0
+    for frame in range(24):
+        found = slots(frame % 5, (4, 6, 0, 6, 5, 3)[frame % 6], 1.0)
         found = with_dummy(found) if published else found
-        embeddings = 2 * torch.randn(1, SLOTS, 5, generator=generator)
+        embeddings = 0.7 * torch.randn(1, SLOTS, 5, generator=generator)
         score = torch.randn(1, STUFF + THINGS, 16, 24, generator=generator) - 1
         candidates = found.instances(0, int(found.counts), INPUT)
-        candidates.track_ids, objects = track(
-            candidates,
-            embeddings[0, : len(candidates)],
-            objects,
-            weights=(1.0, 2.0, 10.0),
-            limit=limit,
-        )
+        arguments = candidates, embeddings[0, : len(candidates)], objects
+        candidates.track_ids, objects = track(*arguments, weights=WEIGHTS, limit=limit)
         expected = post(score[0], candidates, candidates, SIZE, (SCALE, SCALE))
 
         outputs = found.outputs() | {"semantic": score, "embeddings": embeddings}
         arrays = {x: values.numpy() for x, values in outputs.items()}
-        last = numpy_results.results(
-            facts, arrays, size=SIZE, input_size=INPUT, scale=SCALE, last=last
-        )
+        given = {"size": SIZE, "input_size": INPUT, "scale": SCALE}
+        before = set() if last is None else set(last["object_ids"].tolist())
+        last = numpy_results.results(facts, arrays, **given, last=last)
         assert last["track_ids"].tolist() == expected["instances"].track_ids.tolist()
         panoptic, infos = expected["panoptic_seg"]
         assert (last["panoptic"] != panoptic.numpy()).mean() < 2e-3
@@ -121,8 +122,9 @@ def test_tracks_are_the_models(published: bool, limit: int) -> None:
         np.testing.assert_array_equal(last["segments"][:, [0, 1, 4]], np.array(rows, float))
         assert last["object_ids"].tolist() == objects.ids.tolist()
         np.testing.assert_allclose(last["object_boxes"], objects.boxes, rtol=1e-6)
-        seen.append(set(last["track_ids"].tolist()))
-    assert seen[0] & seen[3] and seen[3] - seen[0] and (len(objects.ids) == 7) == bool(limit)
+        known += len(before & set(last["track_ids"].tolist()))
+        hidden += sum(x["isthing"] for x in infos) < len(candidates)
+    assert known > 10 and hidden > 5 and (len(objects.ids) == 7) == bool(limit)
 
 
 def test_heuristics_are_refused() -> None:
