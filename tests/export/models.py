@@ -1,5 +1,5 @@
 """Tiny models whose scores differ from each other, as a trained model's do: with random weights all are
-nearly equal, and rounding decides which are the best. Flows, offsets and fusion, which begin as nearly 0,
+nearly equal, and rounding decides which are the best. Flows, offsets and fusion, which begin near 0,
 have an effect."""
 
 from __future__ import annotations
