@@ -23,11 +23,15 @@ from d2ext.config import ConfigError
 from d2ext.data.shapes.video import draw_clip
 from d2ext.export import ExportedFile, check, numpy_results
 from d2ext.export.files import later_path
+from d2ext.export.graph import network_inputs
 from d2ext.modeling.meta_arch import MetaArch
 from d2ext.systems.landmarks.model import LandmarkNet
 from d2ext.systems.upsnet.model import UPSNet
 from tests.export.cases import CASES, HEIGHT, WIDTH, Exported
+from tests.export.models import lively_model
 from tests.export.test_docs import DOCS
+
+MEMORY = "memory_gathered"
 
 
 # Of a module: tests of one file follow each other, and it is opened once.
@@ -261,6 +265,28 @@ def test_panoptic_clips(name: str, kind: str, exported_case: Callable[[str], Exp
         assert 0 < len(ids[0] & ids[-1]) < len(ids[-1]), "some objects are known, some new"
         own.reset()
         file.reset()
+
+
+@torch.no_grad()
+def test_flow_and_fusion_are_in_the_graph() -> None:
+    """Scores of a second frame, which depend on the first one, are those of the model."""
+    _, model = lively_model("VPSNet", CASES["vpsnet"].options)
+    inputs = [
+        [{"image": torch.from_numpy(np.roll(picture(), 6 * i, axis=1).transpose(2, 0, 1).copy())}]
+        for i in range(2)
+    ]
+    sizes = [model.network_size((HEIGHT, WIDTH))]
+    _, memory = model.step(inputs[0], None)
+    images, expected = model._predict(
+        model.preprocess(inputs[1]), sizes, [False], inputs[1], memory
+    )
+    form = model.export_form().later
+    state = model.size_tensor(sizes), memory.images, memory.gathered
+    outputs = form.pack(form.network(*network_inputs(images, form, *state)))
+    torch.testing.assert_close(outputs["semantic"], expected.semantic.score, rtol=1e-5, atol=1e-6)
+    for other in ((state[0], images, memory.gathered), (state[0], memory.images, outputs[MEMORY])):
+        changed = form.pack(form.network(images, *other))["semantic"]
+        assert (changed - expected.semantic.score).abs().max() > 1e-4
 
 
 def test_panoptic_videos_in_step(exported_case: Callable[[str], Exported]) -> None:
