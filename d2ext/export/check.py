@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from d2ext.export.files import ExportedFile
-from d2ext.export.graph import export_form, network_inputs
+from d2ext.export.graph import export_form, network_inputs, whole_sizes
 from d2ext.modeling.export_form import ExportForm, Outputs
 from d2ext.modeling.meta_arch import MetaArch
 
@@ -42,15 +42,16 @@ def check(
     little they are the frames after these."""
     form = export_form(model)
     images = images.to(model.device).float()
-    expected = _outputs(model.eval(), form, images)
-    results = _differences(file(images), expected, form, tolerance)
+    state = whole_sizes(images, form)
+    expected = _outputs(model.eval(), form, images, *state)
+    results = _differences(file(images, *state), expected, form, tolerance)
     if form.later is None:
         return results
     assert file.later is not None
-    memory = [expected[name] for name in form.later.memory]
+    state += [expected[name] for name in form.later.memory]
     images = images.roll((2, 3), dims=(2, 3))
-    expected = _outputs(model, form.later, images, *memory)
-    later = _differences(file.later(images, *memory), expected, form.later, tolerance)
+    expected = _outputs(model, form.later, images, *state)
+    later = _differences(file.later(images, *state), expected, form.later, tolerance)
     return [*results, *(x._replace(output=f"later.{x.output}") for x in later)]
 
 

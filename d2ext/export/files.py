@@ -67,7 +67,8 @@ def metadata(
     if saved_metadata(cfg) is None and known:
         save_metadata(cfg, known[0].name)
     classes = class_metadata(cfg)
-    cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE, cfg.OUTPUT_DIR = "", device, get_cfg().OUTPUT_DIR
+    cfg.MODEL.WEIGHTS = cfg.MODEL.FLOW.WEIGHTS = ""
+    cfg.MODEL.DEVICE, cfg.OUTPUT_DIR = device, get_cfg().OUTPUT_DIR
     (images,) = (node for node in program.graph.nodes if node.name == "images")
     value = images.meta["val"]
     return {
@@ -105,7 +106,9 @@ def write(program: ExportedProgram, path: str, file_format: str, facts: dict[str
     try:
         if file_format == "onnx":
             state = ["sizes"] if facts["input"]["sizes"] else []
-            state += facts["memory"] if facts["frames"] == "later" else []
+            # No input has the name of an output, see ExportForm.memory.
+            taken = (f"last_{x}" if x in facts["outputs"] else x for x in facts["memory"])
+            state += taken if facts["frames"] == "later" else ()
             onnx_program = to_onnx(program, ["images", *state], facts["outputs"])
             onnx_program.model.metadata_props[_KEY] = text
             onnx_program.save(temporary)
@@ -177,7 +180,7 @@ class ExportedFile:
         given = list(images.shape[2:])
         if expected.get("sizes"):
             sizes = state[0] if state else torch.tensor([given]).expand(len(images), 2)
-            state = (sizes.to(images.device).float(),)
+            state = (sizes.to(images.device).float(), *state[1:])
             given = sizes.amax(dim=0).int().tolist()
             images = images[..., : size[0], : size[1]]
             fits = given[0] <= size[0] and given[1] <= size[1]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,20 +55,22 @@ class ExportGraph(nn.Module):
 
 
 def network_inputs(images: Tensor, form: ExportForm, *state: Tensor) -> tuple[Tensor, ...]:
-    """Normalised images → what a model's network takes. ``state``: ``sizes`` or a memory, see
-    :class:`ExportForm`; default: the whole input."""
+    """Normalised images → what a model's network takes. ``state``: ``sizes``, then the memory, if there
+    are some, see :class:`ExportForm`."""
     if form.mirror:
         return (torch.cat([images, images.flip(-1)]),)
     if not form.sizes:
         return (images, *state)
-    if state:
-        (sizes,) = state
-    else:
-        whole = torch.tensor([images.shape[-2:]], device=images.device)
-        sizes = whole.expand(len(images), 2).float()
+    sizes, *memory = state
     rows, columns = (torch.arange(side, device=images.device) for side in images.shape[-2:])
     images = images * (rows < sizes[:, :1])[:, None, :, None]  # zeros behind the image
-    return images * (columns < sizes[:, 1:])[:, None, None], sizes
+    return images * (columns < sizes[:, 1:])[:, None, None], sizes, *memory
+
+
+def whole_sizes(images: Tensor, form: ExportForm) -> list[Tensor]:
+    """The state of images (B, 3, H, W) without padding: ``sizes`` (B, 2), if the form has them."""
+    whole = torch.tensor([images.shape[-2:]], dtype=torch.float32, device=images.device)
+    return [whole.expand(len(images), 2)] if form.sizes else []
 
 
 class _Stem(nn.Module):
@@ -181,14 +183,12 @@ def capture(
     images = torch.zeros((batch, 3, *size), device=model.device)
     images = images.to(torch.uint8) if bytes_in else images
     shapes: dict[str, Any] = dynamic_shapes(form, dynamic_batch, dynamic_size)
-    state: Sequence[Tensor] = ()
+    state = whole_sizes(images, form)
     with torch.no_grad(), _quiet(), exporting_to_onnx(onnx):
-        if form.sizes:
-            state = (torch.tensor([[*size]], dtype=torch.float32, device=model.device),)
-        elif form.memory:
+        if form.memory:
             assert earlier is not None
-            left = ExportGraph(model, earlier, DTYPES[dtype]).eval()(images)
-            state = [left[name] for name in form.memory]
+            left = ExportGraph(model, earlier, DTYPES[dtype]).eval()(images, *state)
+            state += [left[name] for name in form.memory]
         if state:
             batches = {0: shapes["images"][0]} if form.memory and dynamic_batch else None
             shapes["state"] = (batches,) * len(state)

@@ -41,6 +41,7 @@ def results(facts: dict[str, Any], outputs: Results, index: int = 0, **image: An
         "cornernet": cornernet,
         "landmarks": landmarks,
         "upsnet": upsnet,
+        "vpsnet": vpsnet,
         "densepose": densepose,
         "densepose_embeddings": densepose_embeddings,
     }
@@ -256,17 +257,7 @@ def crop_matrix(box: Array, input_size: tuple[int, int], padding: float) -> Arra
 
 
 def upsnet(
-    one: Results,
-    *,
-    size: tuple[int, int],
-    input_size: tuple[int, int],
-    scale: float,
-    num_stuff: int,
-    overlap_fraction: float,
-    unknown: bool,
-    category_ids: str,
-    stuff_area_limit: int,
-    heuristic: bool,
+    one: Results, *, size: tuple[int, int], scale: float, heuristic: bool, **options: Any
 ) -> Results:
     """boxes, scores, classes, masks (N, h, w) bool, best first; panoptic (h, w) int32: 0 void, k the
     k-th row of segments (K, 4): category id, whether it is a thing, score, pixels; semantic (h, w): arg
@@ -276,41 +267,152 @@ def upsnet(
         one: boxes (S, 4) in pixels of the input, scores (S,), classes, mask_logits (S, M, M), count, the
             same of the panoptic head's candidates, and semantic (C, H/4, W/4) logits.
         size: (h, w).
-        input_size: of the resized image, without padding: what the input ``sizes`` said.
         scale: pixels of the input per pixel of the image.
+        options: those of the file, and ``input_size``: of the resized image, without padding, what the
+            input ``sizes`` said.
     """
     if heuristic:
         raise ValueError("Merging heuristics are not in this file: set TEST.PANOPTIC to head.")
-    last = _single([0, 0, 1, 1])  # boxes end behind their last pixel
-    found = {name: one[name][: int(one["count"])] for name in ("boxes", "scores", "classes")}
-    boxes = np.minimum(
-        (found["boxes"] - last) / np.float32(scale) + last, _single([*size[::-1]] * 2)
-    )
-    masks = np.zeros((len(boxes), *size), bool)
-    for mask, box, logits in zip(masks, boxes, one["mask_logits"], strict=False):
-        mask[:] = _pasted(_sigmoid(logits), box, *map(np.arange, size)) >= 0.5
-    result = found | {"boxes": boxes, "masks": masks}
+    candidates = _used(one, "panoptic_")
+    if len(candidates["scores"]) == 0:
+        # Published: a channel of zeros, read as the last stuff class.
+        candidates = {"classes": np.array([-1]), "scores": np.ones(1)}
+        candidates["boxes"] = _single([0, 0, 1, 1])[None]
+        candidates["mask_logits"] = 0 * one["panoptic_mask_logits"][:1]
+    panoptic = _panoptic(one["semantic"], candidates, size=size, scale=scale, **options)
+    return _instances(_used(one), size, scale) | panoptic
 
-    count = int(one["panoptic_count"])
-    boxes, logits = one["panoptic_boxes"][:count] - last, one["panoptic_mask_logits"][:count]
-    classes, scores = one["panoptic_classes"][:count], one["panoptic_scores"][:count]
-    keep = _pruned(
-        boxes, classes, logits, [4 * side for side in one["semantic"].shape[1:]], overlap_fraction
+
+def vpsnet(
+    one: Results,
+    *,
+    size: tuple[int, int],
+    scale: float,
+    last: Results | None = None,
+    match_weights: Sequence[float],
+    max_objects: int,
+    **options: Any,
+) -> Results:
+    """As :func:`upsnet`, of a frame. With ids, also ``track_ids`` (N,) int64, from 1, a fifth column of
+    the segments, 0 for stuff, and the objects of the video so far: ``object_boxes`` (M, 4) in pixels of
+    the input, ``object_embeddings`` (M, D), ``object_classes``, ``object_ids``, ``object_seen`` (M,) and
+    ``object_clock``: the number of frames so far, and the next id.
+
+    Args:
+        one: boxes (S, 4) in pixels of the input, scores (S,), classes, mask_logits (S, M, M), count,
+            semantic (C, H/4, W/4) logits, and with ids embeddings (S, D).
+        size, scale, options: see :func:`upsnet`.
+        last: results of the frame before; None: the video begins.
+    """
+    candidates, ids = _used(one), None
+    tracks: Results = {}
+    real = candidates["classes"] >= 0  # published: -1 stands for "nothing detected"
+    if "embeddings" in one:
+        ids, tracks = _tracked(candidates, last, match_weights, max_objects)
+        tracks["track_ids"] = ids[real]
+    panoptic = _panoptic(one["semantic"], candidates, ids, size=size, scale=scale, **options)
+    result = _instances({name: x[real] for name, x in candidates.items()}, size, scale)
+    return result | panoptic | tracks
+
+
+def _used(one: Results, prefix: str = "") -> Results:
+    """What is in the slots in use."""
+    names = ("boxes", "scores", "classes", "mask_logits", "embeddings")
+    count = int(one[f"{prefix}count"])
+    return {x: one[f"{prefix}{x}"][:count] for x in names if f"{prefix}{x}" in one}
+
+
+def _tracked(
+    candidates: Results, last: Results | None, weights: Sequence[float], limit: int
+) -> tuple[Array, Results]:
+    """Ids (N,) of a frame's candidates, and the objects of :func:`vpsnet`."""
+    boxes, embeddings, classes = (candidates[x] for x in ("boxes", "embeddings", "classes"))
+    none = np.zeros(0, np.int64)
+    objects = last or {
+        "object_boxes": boxes[:0],
+        "object_embeddings": embeddings[:0],
+        **dict.fromkeys(("object_classes", "object_ids", "object_seen"), none),
+        "object_clock": np.array([0, 1]),
+    }
+    frame, next_id = objects["object_clock"]
+    # Column 0: a new object.
+    logits = np.pad(embeddings @ objects["object_embeddings"].T, [(0, 0), (1, 0)])
+    logits = logits - logits.max(axis=1, keepdims=True)
+    logits = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    same = classes[:, None] == objects["object_classes"]
+    bonus = weights[1] * _overlaps(boxes, objects["object_boxes"]) + weights[2] * same
+    scores = logits + weights[0] * np.log(candidates["scores"])[:, None]
+    scores = scores + np.pad(bonus, [(0, 0), (1, 0)], constant_values=weights[2])
+    wanted, index = scores.argmax(axis=1), np.full(len(boxes), -1)
+    for column in np.unique(wanted[wanted > 0]):  # the one with the highest score gets the object
+        rows = np.flatnonzero(wanted == column)
+        index[rows[scores[rows, column].argmax()]] = column - 1
+    known = np.flatnonzero(index >= 0)
+    new = np.concatenate([np.flatnonzero(wanted == 0), np.flatnonzero((wanted > 0) & (index < 0))])
+    ids = np.zeros(len(boxes), np.int64)
+    ids[known] = objects["object_ids"][index[known]]
+    ids[new] = next_id + np.arange(len(new))
+    values = {"boxes": boxes, "embeddings": embeddings, "classes": classes, "ids": ids}
+    values["seen"] = np.full(len(boxes), frame)
+    moved = {}
+    for name, own in values.items():
+        old = objects[f"object_{name}"].copy()
+        if name != "classes":  # that of the first detection stays
+            old[index[known]] = own[known]
+        moved[f"object_{name}"] = np.concatenate([old, own[new]])
+    if 0 < limit < len(moved["object_ids"]):  # those seen last
+        newest = np.sort(np.argsort(-moved["object_seen"], kind="stable")[:limit])
+        moved = {name: x[newest] for name, x in moved.items()}
+    return ids, moved | {"object_clock": np.array([frame + 1, next_id + len(new)])}
+
+
+def _instances(candidates: Results, size: tuple[int, int], scale: float) -> Results:
+    """boxes, scores, classes and masks of :func:`upsnet`."""
+    last = _single([0, 0, 1, 1])  # boxes end behind their last pixel
+    boxes = (candidates["boxes"] - last) / np.float32(scale) + last
+    boxes = np.minimum(boxes, _single([*size[::-1]] * 2))
+    masks = np.zeros((len(boxes), *size), bool)
+    for mask, box, logits in zip(masks, boxes, candidates["mask_logits"], strict=True):
+        mask[:] = _pasted(_sigmoid(logits), box, *map(np.arange, size)) >= 0.5
+    result = {name: candidates[name] for name in ("scores", "classes")}
+    return result | {"boxes": boxes, "masks": masks}
+
+
+def _panoptic(
+    score: Array,
+    candidates: Results,
+    ids: Array | None = None,
+    *,
+    size: tuple[int, int],
+    input_size: tuple[int, int],
+    scale: float,
+    num_stuff: int,
+    overlap_fraction: float,
+    unknown: bool,
+    category_ids: str,
+    stuff_area_limit: int,
+    published_id_lookup: bool = False,
+) -> Results:
+    """panoptic, segments and semantic of :func:`upsnet`; with ids (N,) those of :func:`vpsnet`."""
+    boxes, classes, scores, logits = (
+        candidates[x] for x in ("boxes", "classes", "scores", "mask_logits")
     )
+    boxes = boxes - _single([0, 0, 1, 1])  # they end behind their last pixel
+    keep = _pruned(boxes, classes, logits, [4 * x for x in score.shape[1:]], overlap_fraction)
+    if len(keep) == 0 and len(boxes):  # published: the first one, without its mask
+        keep, logits = [0], 0 * logits
     boxes, classes, scores, logits = (x[keep] for x in (boxes, classes, scores, logits))
-    if count == 0:  # published: a channel of zeros, read as the last stuff class
-        boxes, classes, scores = np.zeros((1, 4), np.float32), np.array([-1]), np.ones(1)
-    elif len(keep) == 0:  # published: the first one, without its mask
-        boxes, classes = one["panoptic_boxes"][:1] - last, one["panoptic_classes"][:1]
-        scores, logits = one["panoptic_scores"][:1], 0 * one["panoptic_mask_logits"][:1]
     rows, columns = (
         np.minimum((np.arange(own) * scale).astype(np.int64), side - 1)
         for own, side in zip(size, input_size, strict=True)
     )
-    labels, semantic = _fused(
-        one["semantic"], boxes, classes, logits, rows, columns, num_stuff, unknown
-    )
-    table = _cleaned(labels, semantic, classes, num_stuff, len(one["semantic"]), stuff_area_limit)
+    labels, semantic = _fused(score, boxes, classes, logits, rows, columns, num_stuff, unknown)
+    ids = None if ids is None else ids[keep]
+    if ids is not None and published_id_lookup:
+        # The place among the instances that have pixels, taken for the channel.
+        present = np.isin(num_stuff + np.arange(len(ids)), labels)
+        ids = ids[(present.cumsum() - 1).clip(0)]
+    table = _cleaned(labels, semantic, classes, num_stuff, len(score), stuff_area_limit)
     labels = table[labels]
     joint = category_ids == "joint"
     panoptic, segments = np.zeros(size, np.int32), []
@@ -319,10 +421,13 @@ def upsnet(
         if not pixels.any():
             continue
         category = classes[thing] + num_stuff * joint if thing >= 0 else label + 1 - joint
-        segments.append((category, thing >= 0, scores[thing] if thing >= 0 else 1.0, pixels.sum()))
+        row = [category, thing >= 0, scores[thing] if thing >= 0 else 1.0, pixels.sum()]
+        if ids is not None:
+            row.append(ids[thing] if thing >= 0 else 0)
+        segments.append(row)
         panoptic[pixels] = len(segments)
-    rows_of_segments = np.array(segments, np.float64).reshape(-1, 4)
-    return result | {"panoptic": panoptic, "segments": rows_of_segments, "semantic": semantic}
+    table = np.array(segments, np.float64).reshape(-1, 4 if ids is None else 5)
+    return {"panoptic": panoptic, "segments": table, "semantic": semantic}
 
 
 def densepose(one: Results, *, size: tuple[int, int], input_size: tuple[int, int]) -> Results:
@@ -589,6 +694,14 @@ def _cleaned(
     areas = np.bincount(table[:-1], weights=pixels[:-1].sum(axis=1), minlength=count)
     small = (table < num_stuff) & (areas[table] < limit)
     return np.where(small, -1, table)
+
+
+def _overlaps(boxes: Array, others: Array) -> Array:
+    """IoU (N, M) of boxes (N, 4) and (M, 4)."""
+    low = np.maximum(boxes[:, None, :2], others[:, :2])
+    common = (np.minimum(boxes[:, None, 2:], others[:, 2:]) - low).clip(0).prod(axis=2)
+    areas, other = ((x[:, 2:] - x[:, :2]).prod(axis=1) for x in (boxes, others))
+    return np.where(common > 0, common / (areas[:, None] + other - common).clip(1e-9), 0)
 
 
 def _pixel_overlap(box: Array, boxes: Array) -> Array:

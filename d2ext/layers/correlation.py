@@ -6,7 +6,8 @@ displacements in a direction, W' = ⌈W / s⌉.
 For one vertical displacement, the volume of a row is a band of the product of two rows of features,
 ``a[y] @ b[y + dy].T``. Columns meet only those of the same remainder by s, so rows are split by it; and
 rows are cut into blocks of columns, of which each meets a little more than itself (:class:`_Blocks`). So
-all is n batched products, instead of n² element-wise ones.
+all is n batched products, instead of n² element-wise ones. :func:`_functional` says the same without
+views of one memory, for exported files.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from d2ext.layers.exporting import is_exporting
 
 __all__ = ["correlation"]
 
@@ -57,7 +61,8 @@ def correlation(a: Tensor, b: Tensor, max_displacement: int, stride: int = 1) ->
         )
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         return _Correlation.apply(a, b, max_displacement // stride, stride)
-    return _forward(a, b, max_displacement // stride, stride)
+    forward = _functional if is_exporting() else _forward
+    return forward(a, b, max_displacement // stride, stride)
 
 
 class _Correlation(torch.autograd.Function):
@@ -103,6 +108,33 @@ def _forward(a: Tensor, b: Tensor, r: int, stride: int) -> Tensor:
                 source = band[: here.stop - here.start, phase, :, : target.shape[3]]
                 target.copy_(source.permute(1, 3, 0, 2))
     return volume
+
+
+def _functional(a: Tensor, b: Tensor, r: int, stride: int) -> Tensor:
+    channels, height, width = a.shape[1:]
+    n = 2 * r + 1
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    side = max(_BLOCK, 2 * r)  # of a block; its window is a part of the next one longer
+    count = -(-width // (stride * side))
+    length = count * side  # W'', columns of one remainder
+
+    def columns(x: Tensor, more: int) -> Tensor:
+        """(B, C, h, w) with zeros to the right → (B, s, h, W'' + more, C)."""
+        x = F.pad(x.to(dtype), (0, stride * (length + more) - x.shape[3]))
+        return x.unflatten(3, (length + more, stride)).permute(0, 4, 2, 3, 1)
+
+    blocks = columns(a, 0).unflatten(3, (count, side)) / max(channels, 1)
+    reach = r * stride
+    parts = columns(F.pad(b, (reach, 0, reach, reach)), side).unflatten(3, (count + 1, side))
+    windows = torch.cat([parts[:, :, :, :-1], parts[:, :, :, 1:, : 2 * r]], dim=4).transpose(4, 5)
+    products = torch.stack(
+        [blocks @ windows[:, :, i * stride : i * stride + height] for i in range(n)], dim=1
+    )  # (B, n, s, H, count, side, side + 2r), of which the band counts
+    # Read as rows of one number more, the diagonals are columns.
+    rows = F.pad(products.flatten(5), (0, side)).unflatten(5, (side, side + 2 * r + 1))
+    band = rows[..., :n].flatten(4, 5)  # (B, n, s, H, W'', n)
+    volume = band.permute(0, 1, 5, 3, 4, 2).flatten(4)[..., :width]
+    return volume.flatten(1, 2).to(a.dtype)
 
 
 def _backward(grad: Tensor, a: Tensor, b: Tensor, r: int, stride: int) -> tuple[Tensor, Tensor]:

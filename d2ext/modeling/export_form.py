@@ -2,7 +2,8 @@
 
 A file holds what :class:`~d2ext.modeling.inference.InferenceNetwork` runs, network and decoding, and
 before it the normalisation. What comes after, a model's ``postprocess``, is code. A model with memory
-has two files: of key frames, which leave a memory, and of the frames after them, which take it.
+has two files: of key frames, which leave a memory, and of the frames after them, which take it and may
+leave one, too.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ class ExportForm:
     later: ExportForm | None = None
     """Of the frames after one of this form: a second file."""
     memory: tuple[str, ...] = ()
-    """Outputs of the earlier frame's graph that this one takes behind the images."""
+    """Outputs of the earlier frame's graph that this one takes behind the images and their sizes. Where
+    it has such outputs itself, the inputs' names in ONNX begin with ``last_``."""
     results: str = ""
     """The function of ``d2ext/export/numpy_results.py`` that makes results of the outputs."""
     options: dict[str, Any] = field(default_factory=dict)

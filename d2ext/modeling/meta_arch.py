@@ -115,10 +115,6 @@ class MetaArch(nn.Module):
         """Run ``network`` in inference, instead of that of :meth:`set_network`."""
         self._inference = (network,)
 
-    def set_later_network(self, network: InferenceNetwork) -> None:
-        """Of a model with memory: run ``network`` on the frames after the key frames."""
-        raise NotImplementedError
-
     @property
     def network(self) -> nn.Module:
         """Images → predictions, with the weights that are trained."""

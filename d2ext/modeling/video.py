@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from d2ext.modeling.inference import InferenceNetwork
 from d2ext.modeling.meta_arch import MetaArch
 
 Inputs = list[dict[str, Any]]
@@ -28,10 +29,11 @@ class VideoMetaArch(MetaArch):
     - ``key_frame``: True or False decides what the model would decide itself.
     """
 
-    export_refusal = "it remembers earlier frames, which takes two graphs"
-
     # Whether its results have ``track_ids``; to those of others a tracker can give them.
     gives_ids: ClassVar[bool] = False
+    # What runs on the frames after first or key frames, where that is another network; in a tuple, so
+    # that it is no submodule.
+    _later_network: tuple[InferenceNetwork, ...] = ()
     _memory: Any = None
     _last: Sequence[dict[str, Any]] = ()
 
@@ -39,6 +41,10 @@ class VideoMetaArch(MetaArch):
     def has_memory(self) -> bool:
         """Whether results depend on earlier frames."""
         return True
+
+    def set_later_network(self, network: InferenceNetwork) -> None:
+        """Run ``network`` on the frames after those of :attr:`inference_network`."""
+        self._later_network = (network,)
 
     def step(self, inputs: Inputs, memory: Any) -> tuple[list[dict[str, Any]], Any]:
         """One frame of each of B videos.

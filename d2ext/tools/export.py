@@ -9,9 +9,10 @@
 
 The file takes images (B, 3, H, W) in 0..255, in the config's order of channels, and gives named
 tensors; docs/export.md lists them for each system. It carries classes, colours and the config.
-YolactEdge on videos gets two files, edge.onnx for key frames, edge.later.onnx for others. --format onnx
-needs `pip install d2ext[export]`; torch is PyTorch's own (torch.export.load), aoti is compiled by
-AOTInductor for this machine's kind of CPU or, with MODEL.DEVICE cuda, GPU.
+Models with memory (YolactEdge on videos, VPSNet with fusion) get two files: edge.onnx for key frames or
+the first ones, edge.later.onnx for others. --format onnx needs `pip install d2ext[export]`; torch is
+PyTorch's own (torch.export.load), aoti is compiled by AOTInductor for this kind of CPU or, with
+MODEL.DEVICE cuda, GPU.
 
 --check runs the file and the model on noise and on a picture and prints how much each output differs.
 

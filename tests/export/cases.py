@@ -39,6 +39,13 @@ PERSONS += keys("ANCHOR_GENERATOR", "SIZES", [[32], [64], [128]])
 PERSONS += keys("RPN", "IN_FEATURES", ["p4", "p5", "p6"], "PRE_NMS_TOPK_TEST", 40)
 PERSONS += keys("ROI_HEADS", "IN_FEATURES", ["p4", "p5"])
 PERSONS += ["TEST.DETECTIONS_PER_IMAGE", 6, "INPUT.MIN_SIZE_TEST", 90]
+FRAMES = keys("UPSNET", "TEST.SCORE_THRESH", 0.15, "TEST.MIN_SIZE", 100)
+FRAMES += ["MODEL.FLOW.NAME", "PyramidFlow", "MODEL.RESNETS.OUT_FEATURES", ["res2", "res3"]]
+FRAMES += keys("FPN", "IN_FEATURES", ["res2", "res3"])
+FRAMES += keys("ANCHOR_GENERATOR", "SIZES", [[16], [32], [64]])
+FRAMES += keys("RPN", "IN_FEATURES", ["p2", "p3", "p4"])
+FRAMES += keys("ROI_HEADS", "IN_FEATURES", ["p2", "p3"])
+FRAMES += keys("SEM_SEG_HEAD", "IN_FEATURES", ["p2", "p3"])
 MESH = {"toy": {"TYPE": "vertex_direct", "NUM_VERTICES": 30, "INIT_FILE": ""}}
 EMBEDDINGS = ("PREDICTOR_NAME", "DensePoseEmbeddingPredictor", "DECODER_ON", False)
 EMBEDDINGS += ("CSE.EMBEDDERS", MESH)
@@ -77,6 +84,13 @@ CASES = {
         "UPSNet",
         keys("UPSNET", "TEST.SCORE_THRESH", 0.15, "TEST.MIN_SIZE", 100),
         formats=("onnx",),
+    ),
+    "vpsnet": Case("VPSNet", FRAMES + keys("VPSNET", "MAX_OBJECTS", 20)),
+    "vpsnet_track": Case(
+        "VPSNet",
+        FRAMES
+        + keys("VPSNET", "FUSION", False, "PUBLISHED_DUMMY", True, "PUBLISHED_ID_LOOKUP", True),
+        formats=("torch",),
     ),
     "densepose": Case(
         "DensePose",
@@ -121,6 +135,9 @@ def export_case(case: Case, folder: Any) -> Exported:
             shape = ResizeShortestEdge.get_output_shape(HEIGHT, WIDTH, short, most)
         size = tuple(-(-side // form.multiple) * form.multiple for side in shape)
 
+    told = cfg.clone()
+    told.MODEL.FLOW.WEIGHTS = cfg.MODEL.WEIGHTS  # which is in the file, and nobody else's matter
+
     @functools.cache
     def program(later: bool, onnx: bool) -> Any:
         own = form.later if later else form
@@ -146,7 +163,7 @@ def export_case(case: Case, folder: Any) -> Exported:
             if own is not None and not os.path.exists(target):
                 # Graphs differ by their NMS, that of boxes in fixed slots.
                 graph = program(own is form.later, onnx and form.sizes)
-                write(graph, target, file_format, metadata(cfg, own, graph, "cpu"))
+                write(graph, target, file_format, metadata(told, own, graph, "cpu"))
         return name
 
     return Exported(cfg, model, path, case.formats)

@@ -1,5 +1,6 @@
 """Tiny models whose scores differ from each other, as a trained model's do: with random weights all are
-nearly equal, and rounding decides which are the best."""
+nearly equal, and rounding decides which are the best. Flows, offsets and fusion, which begin near 0,
+have an effect."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from torch import nn
 from d2ext.export import exportable
 from d2ext.testing import tiny_config
 
+_NEARLY_ZERO = re.compile(r"fusion\.(refine|residual_flow\.3)\.weight")
 _SCORES = re.compile(r"(logits|heat.*output|stacks\.\d\.predictor|merge_maps).*weight")
 
 
@@ -35,4 +37,6 @@ def lively_model(architecture: str, options: Sequence[Any] = ()) -> tuple[CfgNod
         for name, parameter in model.named_parameters():
             if _SCORES.search(name):
                 parameter.mul_(2)
+            if _NEARLY_ZERO.match(name) or (parameter.dim() > 1 and not parameter.any()):
+                parameter.normal_(std=0.05)
     return cfg, model.eval()

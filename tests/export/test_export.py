@@ -39,7 +39,6 @@ from tests.export.models import lively_model
 
 REFUSED = {
     "CornerNetSaccade": "what it looks at next",
-    "VPSNet": "remembers earlier frames",
 }
 
 
@@ -64,6 +63,7 @@ def test_every_system_is_exported_or_refused() -> None:
         "UPSNet",
         "DensePose",
         "YolactEdge",
+        "VPSNet",
     }
     assert exportable | REFUSED.keys() == set(tiny_architectures())
 
@@ -82,6 +82,8 @@ TTA = ["MODEL.RETINAFACE.TEST.AUG.ENABLED", True, "MODEL.RETINAFACE.TEST.AUG.FLI
         ("CenterNet", [], {"size": (64, 96), "dynamic_size": True}, "sides of 96 to 4096"),
         ("UPSNet", [], {"dynamic_batch": True}, "takes one image at a time"),
         ("UPSNet", [], {"size": (64, 96), "dynamic_size": True}, "input has one size"),
+        ("VPSNet", [], {}, "flow by DIS cannot be exported"),
+        ("VPSNet", ["MODEL.FLOW.NAME", "RAFTSmall"], {}, "flow by RAFTSmall cannot be exported"),
         ("RetinaFace", TTA, {}, "TEST.AUG.ENABLED"),
         ("DensePose", ["MODEL.MASK_ON", True], {}, "mask or keypoint head"),
         ("DensePose", ["MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIPool"], {}, "pooling by ROIAlign"),

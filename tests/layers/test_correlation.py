@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -60,6 +60,23 @@ def test_equals_naive_loops(
     volume = correlation(a, b, max_displacement, stride)
     torch.testing.assert_close(volume.double(), naive(a, b, max_displacement, stride))
     assert volume.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize(
+    ("shape", "max_displacement", "stride"),
+    [((2, 3, 5, 70), 2, 1), ((1, 3, 5, 71), 4, 2), ((1, 3, 4, 45), 36, 2), ((1, 5, 1, 1), 0, 1)],
+)
+def test_exported_equals_naive_loops(
+    shape: tuple[int, ...], max_displacement: int, stride: int
+) -> None:
+    class Volume(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return correlation(a, b, max_displacement, stride)
+
+    program = torch.export.export(Volume(), drawn(*shape), strict=False)
+    volume = program.module()(*drawn(*shape))
+    torch.testing.assert_close(volume.double(), naive(*drawn(*shape), max_displacement, stride))
+    assert "as_strided" not in str(program.graph), "ONNX has no views of memory"
 
 
 def test_any_strides() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2ext.layers.correlation import correlation
+from d2ext.layers.exporting import is_exporting
 from d2ext.layers.warp import warp
 from d2ext.modeling.region_slots import Slots
 from d2ext.systems.upsnet.head import SemanticPredictions
@@ -151,9 +152,17 @@ def _max_pool_to(x: Tensor, like: Tensor) -> Tensor:
     """``F.adaptive_max_pool2d`` of (B, C, h, w) to another map's size, faster where that divides."""
     height, width = like.shape[-2:]
     factor = x.shape[-2] // height
-    if (height * factor, width * factor) != x.shape[-2:]:
+    if (height * factor, width * factor) == x.shape[-2:]:
+        return x if factor == 1 else F.max_pool2d(x, factor)
+    if not is_exporting():
         return F.adaptive_max_pool2d(x, (height, width))
-    return x if factor == 1 else F.max_pool2d(x, factor)
+    for dim, cells in ((2, height), (3, width)):  # ONNX has no such operator
+        number, side = torch.arange(cells, device=x.device)[:, None], x.shape[dim]
+        first, end = number * side // cells, -(-(number + 1) * side // cells)
+        index = first + torch.arange(side // cells + 2, device=x.device)
+        windows = x.index_select(dim, index.minimum(end - 1).flatten())
+        x = windows.unflatten(dim, (cells, -1)).amax(dim + 1)
+    return x
 
 
 def quarter_flow(flow: Tensor) -> Tensor:

@@ -11,8 +11,10 @@ Letters: B videos in step, C channels of the pyramid, h×w cells of its finest l
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,14 +24,18 @@ from detectron2.modeling.roi_heads.roi_heads import select_foreground_proposals
 from detectron2.structures import Instances
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from d2ext.checkpoint.flow import load_flow_weights
 from d2ext.config import ConfigError
+from d2ext.modeling.export_form import ExportForm, NotExportable, Outputs
 from d2ext.modeling.flow import FlowEstimator, build_flow
 from d2ext.modeling.inference import InferenceNetwork
 from d2ext.modeling.meta_arch import image_size, output_size
+from d2ext.modeling.region_slots import Slots
 from d2ext.modeling.video import Inputs, VideoMetaArch
-from d2ext.systems.upsnet.model import UPSNet
+from d2ext.systems.upsnet.head import SemanticPredictions
+from d2ext.systems.upsnet.model import EXPORTED_OPTIONS, UPSNet
 from d2ext.systems.upsnet.network import drop_features
 from d2ext.systems.vpsnet import losses as L
 from d2ext.systems.vpsnet import targets as T
@@ -40,7 +46,7 @@ from d2ext.systems.vpsnet.head import (
     VPSNetPredictions,
     match_logits,
 )
-from d2ext.systems.vpsnet.network import VPSNetNetwork
+from d2ext.systems.vpsnet.network import FrameNetwork, VPSNetNetwork, drop_frame_features
 from d2ext.systems.vpsnet.postprocess import ObjectMemory, VPSNetPostprocessor, track
 
 
@@ -49,7 +55,7 @@ class VPSNetMemory:
     """What the results of the next frames of B videos depend on."""
 
     images: Tensor
-    """(B, 3, H, W) network input of the last frames."""
+    """(B, 3, H, W) network input of the last frames; in a file's form, if the model is one."""
     gathered: Tensor | None
     """(B, C, h, w), see :class:`VPSNetPredictions`."""
     sizes: list[tuple[int, int]]
@@ -71,11 +77,19 @@ def _unchanged(flow: Tensor) -> Tensor:
     return flow
 
 
+def _rgb(images: Tensor, mean: Tensor, deviation: Tensor, input_format: str) -> Tensor:
+    """See :meth:`VPSNet.rgb`."""
+    images = images * deviation + mean
+    return images.flip(1) if input_format == "BGR" else images
+
+
+# Outputs of an exported frame that the next one takes.
+_MEMORY = ("memory_images", "memory_gathered")
+
+
 @META_ARCH_REGISTRY.register()
 class VPSNet(UPSNet, VideoMetaArch):
     """VPSNet."""
-
-    export_refusal = VideoMetaArch.export_refusal
 
     postprocessor_class = VPSNetPostprocessor
     read_targets = staticmethod(T.read_targets)
@@ -168,8 +182,7 @@ class VPSNet(UPSNet, VideoMetaArch):
 
     def rgb(self, images: Tensor) -> Tensor:
         """Network input (B, 3, H, W) → RGB in 0..255, what the flow network takes."""
-        images = images * self.pixel_std + self.pixel_mean
-        return images.flip(1) if self.input_format == "BGR" else images
+        return _rgb(images, self.pixel_mean, self.pixel_std, self.input_format)
 
     def predict_flow(self, images: Tensor, references: Tensor, inputs: Inputs) -> Tensor:
         """(B, 2, H, W) pixels from network inputs (B, 3, H, W) to others."""
@@ -268,7 +281,7 @@ class VPSNet(UPSNet, VideoMetaArch):
         images = self.preprocess(inputs)
         sizes = [self.network_size(image_size(x)) for x in inputs]
         first = [memory is None or bool(x.get("is_first")) for x in inputs]
-        predictions = self._predict(images, sizes, first, inputs, memory)
+        images, predictions = self._predict(images, sizes, first, inputs, memory)
         outputs, objects = [], []
         for i, (candidates, embeddings) in enumerate(self._candidates(predictions, sizes)):
             if embeddings is not None:
@@ -285,25 +298,45 @@ class VPSNet(UPSNet, VideoMetaArch):
         first: list[bool],
         inputs: Inputs,
         memory: VPSNetMemory | None,
-    ) -> VPSNetPredictions:
-        """The network on frames and, with fusion, the frames before them."""
+    ) -> tuple[Tensor, VPSNetPredictions]:
+        """The network on frames and, with fusion, the frames before them; and the images that the next
+        frames are compared with."""
         state = self.network_state(inputs)
         if self.fusion is None:
-            return self.inference_network(images, *state)
+            return images, self.inference_network(images, *state)
+        if memory is None or memory.gathered is None:
+            alone = [True] * len(images)
+        else:
+            alone = [x or a != b for x, a, b in zip(first, sizes, memory.sizes, strict=True)]
+        if self._later_network:
+            return self._predict_apart(images, state[0], alone, memory)
+        own = torch.tensor(alone, dtype=torch.bool, device=images.device)
         cells = [x // STRIDE for x in images.shape[-2:]]
         if memory is None or memory.gathered is None:
-            own = torch.ones(len(images), dtype=torch.bool, device=images.device)
             references = images
             gathered = images.new_zeros((len(images), self.fusion.channels, *cells))
         else:
-            alone = [x or a != b for x, a, b in zip(first, sizes, memory.sizes, strict=True)]
-            own = torch.tensor(alone, device=images.device)
             # The padding may have changed with the other videos' frames.
             last = _fit(memory.images, images.shape[-2:])
             references = torch.where(own[:, None, None, None], images, last)
             gathered = _fit(memory.gathered, cells)
         flow = self.predict_flow(images, references, inputs)
-        return self.inference_network(images, *state, flow, gathered, own)
+        return images, self.inference_network(images, *state, flow, gathered, own)
+
+    def _predict_apart(
+        self, images: Tensor, sizes: Tensor, alone: list[bool], memory: VPSNetMemory | None
+    ) -> tuple[Tensor, VPSNetPredictions]:
+        """As :meth:`_predict`, by a file for frames that are their own reference and one for others."""
+        parts = []
+        for i, own in enumerate(alone):
+            frame = images[i : i + 1], sizes[i : i + 1]
+            if own:
+                parts.append(self.inference_network(*frame))
+            else:
+                assert memory is not None and memory.gathered is not None
+                last = memory.images[i : i + 1], memory.gathered[i : i + 1]
+                parts.append(self._later_network[0](*frame, *last))
+        return tree_map(lambda *x: None if x[0] is None else torch.cat(x), *parts)
 
     def _track(
         self, candidates: Instances, embeddings: Tensor, objects: ObjectMemory | None
@@ -329,7 +362,7 @@ class VPSNet(UPSNet, VideoMetaArch):
         images = self.preprocess(inputs)
         sizes = [self.network_size(image_size(x)) for x in inputs]
         first = [True] * len(inputs)
-        predictions = self._predict(images, sizes, first, inputs, None)
+        _, predictions = self._predict(images, sizes, first, inputs, None)
         candidates = self._candidates(predictions, sizes)
         stages: dict[str, Callable[[], Any]] = {"preprocess": lambda: self.preprocess(inputs)}
         if self.fusion is not None:
@@ -366,6 +399,68 @@ class VPSNet(UPSNet, VideoMetaArch):
     ) -> dict[str, Any]:
         score, scales = predictions.semantic.score[row], self.output_scales(inputs)
         return self.postprocessor(score, candidates, candidates, output_size(inputs), scales)
+
+    def export_form(self) -> ExportForm:
+        """A frame's candidates, scores and embeddings; with fusion of a frame that is its own reference,
+        and of one after another as ``later``."""
+        if self.flow is not None and not self._flow_network:
+            raise NotExportable(
+                f"VPSNet with optical flow by {type(self.flow).__name__} cannot be exported: that is "
+                "estimated outside of the network, of an image without its padding. With FlowNet2 or "
+                "PyramidFlow (MODEL.FLOW.NAME, MODEL.FLOW.WEIGHTS) it can."
+            )
+
+        def pack(predictions: VPSNetPredictions) -> Outputs:
+            assert predictions.candidates is not None
+            outputs = predictions.candidates.outputs()
+            if predictions.embeddings is not None:
+                outputs["embeddings"] = predictions.embeddings
+            return outputs | {"semantic": predictions.semantic.score.float()}
+
+        def unpack(outputs: Outputs) -> VPSNetPredictions:
+            score = outputs["semantic"]
+            return VPSNetPredictions(
+                features={},
+                logits=[],
+                deltas=[],
+                semantic=SemanticPredictions(score[:, :0], score),
+                gathered=outputs.get(_MEMORY[1]),
+                candidates=Slots.of(outputs),
+                embeddings=outputs.get("embeddings"),
+            )
+
+        names = (*EXPORTED_OPTIONS, "published_id_lookup")
+        form = dataclasses.replace(
+            super().export_form(),
+            pack=pack,
+            unpack=unpack,
+            results="vpsnet",
+            options={
+                **{name: getattr(self.postprocessor, name) for name in names},
+                "match_weights": list(self.match_weights),
+                "max_objects": self.max_objects,
+            },
+        )
+        if self.flow is None:
+            return form
+
+        def pack_frame(frame: tuple[Tensor, VPSNetPredictions]) -> Outputs:
+            images, predictions = frame
+            assert predictions.gathered is not None
+            memory = images.float(), predictions.gathered.float()
+            return pack(predictions) | dict(zip(_MEMORY, memory, strict=True))
+
+        assert isinstance(self.network, VPSNetNetwork)
+        scale = {"mean": self.pixel_mean, "deviation": self.pixel_std}
+        rgb = partial(_rgb, **scale, input_format=self.input_format)
+        network = FrameNetwork(self.flow, self.network, rgb)
+        form = dataclasses.replace(
+            form,
+            pack=pack_frame,
+            unpack=lambda outputs: (outputs[_MEMORY[0]], unpack(outputs)),
+            network=InferenceNetwork(network, drop_frame_features),
+        )
+        return dataclasses.replace(form, later=dataclasses.replace(form, memory=_MEMORY))
 
 
 __all__ = ["VPSNet", "VPSNetMemory"]

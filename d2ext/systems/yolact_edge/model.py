@@ -126,7 +126,6 @@ class YolactEdge(YOLACT, VideoMetaArch):
         self.training_steps = (("images",) if joint_images else ()) + video_steps
         if stage == "flow" or self.training_steps == ("full",):
             self.training_steps = ()
-        self._non_key: tuple[InferenceNetwork, ...] = ()
         if flow_net is None:
             return
         if not hasattr(self.backbone.bottom_up, "stages"):
@@ -142,10 +141,10 @@ class YolactEdge(YOLACT, VideoMetaArch):
         non_key = NonKeyNetwork(
             self.backbone, self.head, flow_net, refinement, compare=min_similarity > -1
         )
-        self._non_key = (
+        self.set_later_network(
             InferenceNetwork(
                 non_key, lambda raw: (*self._decode(raw[0]), raw[1]), **self._inference_options
-            ),
+            )
         )
 
     @classmethod
@@ -194,13 +193,9 @@ class YolactEdge(YOLACT, VideoMetaArch):
     @property
     def non_key_network(self) -> InferenceNetwork:
         """Network and decoding of the frames between key frames; benchmarks time it."""
-        if not self._non_key:
+        if not self._later_network:
             raise RuntimeError('Stage "image" has no network for frames between key frames.')
-        return self._non_key[0]
-
-    def set_later_network(self, network: InferenceNetwork) -> None:
-        """Run ``network`` on the frames between key frames."""
-        self._non_key = (network,)
+        return self._later_network[0]
 
     def export_form(self) -> ExportForm:
         """As of YOLACT; with a flow net of key frames, and of the frames between them as ``later``."""
