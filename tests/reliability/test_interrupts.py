@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from d2ext.engine.hooks import _SAME_PRESS
+from d2ext.tools import train
 from tests.engine import toy
 from tests.engine.test_processes import TORCHRUN
 from tests.reliability.test_orphans import SECONDS, alive, children, wait_until
@@ -86,7 +87,8 @@ def test_a_training_saves_and_says_how_to_go_on(
         assert output.splitlines()[-1].startswith("interrupted: ")
     done = check_saved(tmp_path, output)
     more = toy.options(tmp_path, SOLVER__MAX_ITER=done + 2, SOLVER__STEPS="()")
-    toy.wait(toy.start(toy_json, "--resume", *arguments, *more), 0)
+    toy.register(toy_json)
+    assert train.run(["--resume", *more]) == 0
     assert sorted(toy.losses(tmp_path)) == list(range(done + 2))
 
 
