@@ -56,6 +56,7 @@ def _try_get_key(cfg: Any, *keys: str, default: Any = None) -> Any:
 
 
 detectron2.engine.defaults._try_get_key = _try_get_key
+detectron2.engine.defaults._highlight = lambda code, filename: code  # colours of configs in logs
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

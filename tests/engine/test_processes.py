@@ -33,24 +33,21 @@ def srun_variables(rank: int, size: int = 2) -> dict[str, str]:
     }
 
 
-def test_every_starter_gives_the_same_training(
-    toy_json: Path, tmp_path: Path, train_ranks: Callable[..., int]
-) -> None:
+def test_every_starter_gives_the_same_training(toy_json: Path, tmp_path: Path) -> None:
+    """Of --num-gpus: tests/tools/test_train.py, which compares with one process."""
+
     def options(name: str) -> list[str]:
         return toy.options(tmp_path / name, **COMMON)
 
-    assert train_ranks("--num-gpus", "2", *options("launch")) == 0
-    assert "World size: 2" in (tmp_path / "launch/log.txt").read_text()
     under_torchrun = toy.start(toy_json, *options("torchrun"), starter=TORCHRUN)
     assert "World size: 2" in toy.wait(under_torchrun, 0)
     tasks = [toy.start(toy_json, *options("srun"), **srun_variables(rank)) for rank in (0, 1)]
     outputs = [toy.wait(task, 0) for task in tasks]
     assert "World size: 2" in outputs[0]
     assert "Starting training" not in outputs[1]  # only rank 0 speaks
-    expected = toy.losses(tmp_path / "launch")
-    assert sorted(expected) == list(range(6))
+    expected = toy.losses(tmp_path / "torchrun")
+    assert sorted(expected) == list(range(6)) and toy.losses(tmp_path / "srun") == expected
     for name in ("torchrun", "srun"):
-        assert toy.losses(tmp_path / name) == expected
         assert (tmp_path / name / "log.txt.rank1").is_file()
 
 
