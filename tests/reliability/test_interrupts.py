@@ -16,7 +16,7 @@ from d2ext.engine.hooks import _SAME_PRESS
 from d2ext.tools import train
 from tests.engine import toy
 from tests.engine.test_processes import TORCHRUN
-from tests.reliability.test_orphans import SECONDS, alive, children, wait_until
+from tests.reliability.test_orphans import SECONDS, alive, children, command, wait_until
 
 ENDLESS = {"SOLVER__MAX_ITER": 10**6, "SOLVER__STEPS": "()", "DATALOADER__NUM_WORKERS": 2}
 
@@ -54,6 +54,8 @@ def interrupt(
     try:
         assert wait_until(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 3, 200)
         left = children(process.pid)
+        # Two processes and one that tidies up after them; workers are copies, which need not import.
+        assert len({command(x) for x in left}) <= 3
         press(*whom(process))
         for _ in range(presses - 1):
             time.sleep(2 * _SAME_PRESS)
