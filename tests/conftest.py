@@ -10,11 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import detectron2.engine.defaults
 import pytest
 import torch
 import yaml
-from detectron2.config import CfgNode
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Half of the suite's time: whole published networks, programs that are started, several processes.
@@ -41,22 +39,24 @@ SLOW = (
 )
 
 
-# Every start of a training writes and reads its whole config several times: as the same text, by
-# PyYAML's part in C.
-if yaml.__with_libyaml__:
-    yaml.SafeLoader, yaml.SafeDumper = yaml.CSafeLoader, yaml.CSafeDumper
-_look_up = detectron2.engine.defaults._try_get_key
+def pytest_configure() -> None:
+    """Each start of a training writes and reads its whole config several times: here by PyYAML's part
+    in C, which gives the same. Detectron2 also colours it for the log, and makes an OmegaConf of it for
+    each of three keys that it looks up."""
+    from detectron2.config import CfgNode  # which reads DETECTRON2_DATASETS, see below
+    from detectron2.engine import defaults
 
+    if yaml.__with_libyaml__:
+        yaml.SafeLoader, yaml.SafeDumper = yaml.CSafeLoader, yaml.CSafeDumper
+    look_up = defaults._try_get_key
 
-def _try_get_key(cfg: Any, *keys: str, default: Any = None) -> Any:
-    """Detectron2's, which makes an OmegaConf of the whole config for each key."""
-    if isinstance(cfg, CfgNode) and keys[0] in cfg:
-        return cfg[keys[0]]
-    return _look_up(cfg, *keys, default=default)
+    def try_get_key(cfg: Any, *keys: str, default: Any = None) -> Any:
+        if isinstance(cfg, CfgNode) and keys[0] in cfg:
+            return cfg[keys[0]]
+        return look_up(cfg, *keys, default=default)
 
-
-detectron2.engine.defaults._try_get_key = _try_get_key
-detectron2.engine.defaults._highlight = lambda code, filename: code  # colours of configs in logs
+    defaults._try_get_key = try_get_key
+    defaults._highlight = lambda code, filename: code
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
