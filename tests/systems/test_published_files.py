@@ -195,9 +195,11 @@ def converted(fixture: Fixture, config: str, options: list[Any], folder: Path) -
 # the same pictures (test_reference.py, test_saccade.py), and what configs say of files (test_recipe.py).
 LONG = {
     "centernet/hourglass_ctdet",
+    "centernet_triplets/hourglass52",
     "cornernet/hourglass104",
     "cornernet/saccade",
     "vpsnet/fusetrack_3frames",
+    "yolact/plus_resnet50",
 }
 
 
