@@ -5,7 +5,7 @@
         --dtype bfloat16 --mode cudagraph --channels-last --batch-size 1 16 --output model.json
     d2ext benchmark model --exported mine.onnx
     d2ext benchmark training --config-file yolact/yolact_R_50_550.yaml \\
-        DATASETS.TRAIN "('shapes_train',)" SOLVER.AMP.ENABLED True SOLVER.AMP.DTYPE bfloat16
+        --opts DATASETS.TRAIN "('shapes_train',)" SOLVER.AMP.ENABLED True SOLVER.AMP.DTYPE bfloat16
 
 What "model" times. Total: from images as BGR bytes in the host's memory to the model's results at the
 size of the images, on the device, the device having finished. Its parts:
