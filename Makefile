@@ -27,7 +27,7 @@ demo: check-python  ## train YOLACT on the built-in shapes on the CPU, evaluate,
 	@$(BOOTSTRAP) -- python scripts/run_demo.py
 
 test: check-python  ## the whole test suite on the CPU; PYTEST_ARGS="-k name" for a part
-	@OMP_NUM_THREADS=1 $(BOOTSTRAP) --dev -- python -m pytest -n $(TEST_JOBS) --timeout=300 $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BOOTSTRAP) --dev -- python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder --timeout=300 $(PYTEST_ARGS)
 
 test-fast: check-python  ## the part of the suite that takes under three minutes
 	@$(MAKE) --no-print-directory test PYTEST_ARGS='-m "not slow" $(PYTEST_ARGS)'

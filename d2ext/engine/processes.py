@@ -218,6 +218,9 @@ def _spawned(
     cuda: bool,
 ) -> None:
     end_with_parent(grace=_ORPHAN_GRACE)
+    # A spawned process would spawn its loaders' workers too, each of which imports for seconds. The
+    # first is the system's default, as in a training of one process or under torchrun.
+    mp.set_start_method(mp.get_all_start_methods()[0], force=True)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         if not cuda and "OMP_NUM_THREADS" not in os.environ:

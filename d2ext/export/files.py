@@ -219,10 +219,10 @@ class ExportedFile:
         for parameter in model.parameters():  # those that count are in the file
             parameter.data = parameter.data.new_empty(0)
         form, network = model.export_form(), model.inference_network
-        model.set_inference_network(_ExportedNetwork(self, network, form))
+        model.set_inference_network(ExportedNetwork(self, network, form))
         if self.later is not None:
             assert form.later is not None and form.later.network is not None
-            later = _ExportedNetwork(self.later, form.later.network, form.later)
+            later = ExportedNetwork(self.later, form.later.network, form.later)
             model.set_later_network(later)
         return model
 
@@ -235,7 +235,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts)
 
 
-class _ExportedNetwork(InferenceNetwork):
+class ExportedNetwork(InferenceNetwork):
     """Runs a file in place of network and decoding."""
 
     def __init__(self, file: ExportedFile, network: InferenceNetwork, form: ExportForm) -> None:

@@ -3,8 +3,9 @@
     d2ext benchmark operators --output operators.json
     d2ext benchmark model --config-file yolact/yolact_R_50_550.yaml \\
         --dtype bfloat16 --mode cudagraph --channels-last --batch-size 1 16 --output model.json
+    d2ext benchmark model --exported mine.onnx
     d2ext benchmark training --config-file yolact/yolact_R_50_550.yaml \\
-        DATASETS.TRAIN "('shapes_train',)" SOLVER.AMP.ENABLED True SOLVER.AMP.DTYPE bfloat16
+        --opts DATASETS.TRAIN "('shapes_train',)" SOLVER.AMP.ENABLED True SOLVER.AMP.DTYPE bfloat16
 
 What "model" times. Total: from images as BGR bytes in the host's memory to the model's results at the
 size of the images, on the device, the device having finished. Its parts:
@@ -15,6 +16,7 @@ size of the images, on the device, the device having finished. Its parts:
   "cycle" their mean from key frame to key frame;
 - flow: optical flow, heads: those on regions, tracking: ids, of models that say so themselves;
 - choice: decoding of boxes, NMS, selection of the detections;
+- file: of an exported file its graph, in place of network and choice;
 - results: masks assembled at the size of the image, Instances built.
 
 Latency is the median of single calls; throughput is measured on calls back to back, median of three
@@ -45,6 +47,7 @@ from d2ext.data.errors import DataError
 from d2ext.data.image_io import read_image
 from d2ext.data.shapes import draw_image
 from d2ext.engine.predictor import BatchPredictor
+from d2ext.export import ExportedFile
 from d2ext.files import atomic_write
 from d2ext.model_zoo import find_config_file
 from d2ext.tools.command_line import add_config_argument, make_parser, positive
@@ -100,33 +103,37 @@ def example_image(args: argparse.Namespace) -> tuple[np.ndarray, str]:
 
 def run_model(args: argparse.Namespace) -> dict[str, Any]:
     """Carry ``d2ext benchmark model`` out, printing as it goes."""
-    cfg, remarks = model_config(args)
+    file = ExportedFile(args.exported) if args.exported else None
+    cfg, remarks = (file.cfg, []) if file else model_config(args)
+    given = (args.weights, args.mode, args.dtype, args.channels_last, args.score_thresh, args.opts)
+    if file and given != (None, "eager", "float32", False, None, []):
+        raise ConfigError("An exported file has its weights and config: export again to change.")
     device = torch.device(cfg.MODEL.DEVICE)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     image, description = example_image(args)
     torch.manual_seed(0)
-    predictor = BoxPredictor(cfg, args.boxes) if args.boxes else BatchPredictor(cfg)
+    model = file.model(cfg) if file else None
+    predictor = BoxPredictor(cfg, args.boxes, model) if args.boxes else BatchPredictor(cfg, model)
     if getattr(predictor.model, "has_memory", False):
         predictor = StreamPredictor(cfg, predictor.model)
     inputs = predictor.upload([image, np.ascontiguousarray(image[:, ::-1])])
-    if not cfg.MODEL.WEIGHTS:
+    if not (file or cfg.MODEL.WEIGHTS):
         settle_norms(predictor.model, inputs)
     iterations = args.iters or (100 if device.type == "cuda" else 10)
     clock = Clock(device, iterations, args.warmup)
     report: dict[str, Any] = {
-        "config": args.config_file,
+        "config": args.exported or args.config_file,
         "environment": environment(device),
-        "mode": args.mode,
-        "dtype": args.dtype,
-        "channels_last": args.channels_last,
         "image": description,
         "remarks": remarks,
         "iterations": iterations,
-        "parameters": sum(p.numel() for p in predictor.model.parameters()),
-        "flops_per_image": count_flops(predictor.model, inputs[:1]),
         "batches": [],
     }
+    if not file:
+        report |= {name: getattr(args, name) for name in ("mode", "dtype", "channels_last")}
+        report["parameters"] = sum(p.numel() for p in predictor.model.parameters())
+        report["flops_per_image"] = count_flops(predictor.model, inputs[:1])
     print_head(report)
     for size in args.batch_size:
         report["batches"].append(measure_batch(predictor, [image] * size, clock))
@@ -136,14 +143,17 @@ def run_model(args: argparse.Namespace) -> dict[str, Any]:
 
 def print_head(report: dict[str, Any]) -> None:
     env = report["environment"]
-    print(f"{report['config']}: {report['mode']}, {report['dtype']}", end="")
-    print(", channels last" if report["channels_last"] else "")
+    how = [report[name] for name in ("mode", "dtype") if name in report] or ["exported"]
+    how += ["channels last"] if report.get("channels_last") else []
+    print(f"{report['config']}: {', '.join(how)}")
     print(", ".join(f"{key} {value}" for key, value in env.items()))
     print(f"Input: {report['image']}. " + "; ".join(report["remarks"]))
-    print(
-        f"{report['parameters'] / 1e6:.1f} M parameters, "
-        f"{report['flops_per_image'] / 1e9:.1f} GFLOPs an image (multiply and add: two)\n"
-    )
+    if "parameters" in report:
+        print(
+            f"{report['parameters'] / 1e6:.1f} M parameters, "
+            f"{report['flops_per_image'] / 1e9:.1f} GFLOPs an image (multiply and add: two)"
+        )
+    print()
 
 
 def print_batches(batches: list[dict[str, Any]]) -> None:
@@ -283,7 +293,7 @@ def build_parser() -> argparse.ArgumentParser:
     model = commands.add_parser("model", help="a whole model, stage by stage")
     add = model.add_argument
     model.set_defaults(command=run_model)
-    add_config_argument(model)
+    add_config_argument(model, or_exported=True)
     add("--weights", metavar="FILE", help="checkpoint (default: random weights)")
     add("--dtype", choices=dtypes, default="float32")
     add("--mode", choices=("eager", "cudagraph", "compile", "compile_cudagraph"), default="eager")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2ext.engine.predictor import BatchPredictor
+from d2ext.export.files import ExportedNetwork
 from d2ext.modeling.inference import InferenceNetwork
 from d2ext.modeling.meta_arch import MetaArch
 
@@ -176,8 +177,8 @@ def _deform_conv_flops(
 class BoxPredictor(BatchPredictor):
     """Gives a top-down model the same number of random boxes in each image."""
 
-    def __init__(self, cfg: CfgNode, count: int) -> None:
-        super().__init__(cfg)
+    def __init__(self, cfg: CfgNode, count: int, model: nn.Module | None = None) -> None:
+        super().__init__(cfg, model)
         self.count = count
 
     def upload(
@@ -259,24 +260,37 @@ def stage_times(
     if not isinstance(model, MetaArch):
         stages["model"] = clock.median(lambda: model(inputs))
         return stages
-    if hasattr(model, "stages"):
+    faster = model.inference_network
+    exported = isinstance(faster, ExportedNetwork)
+    if hasattr(model, "stages") and not exported:
         return stages | {name: clock.median(part) for name, part in model.stages(inputs).items()}
     batch = model.preprocess(inputs)
-    faster = model.inference_network
-    alone = network_only(faster)
     stages["preprocess"] = clock.median(lambda: model.preprocess(inputs))
     state = model.network_state(inputs)
-    stages["network"] = clock.median(lambda: alone(batch, *state))
+    decoded = clock.median(lambda: faster(batch, *state))
+    if exported:
+        stages["file"] = decoded
+    else:
+        stages |= _network_times(predictor, batch, state, clock)
+        stages["choice"] = max(decoded - stages["network"], 0.0)
+    finished = clock.median(lambda: model.postprocess(faster(batch, *state), inputs))
+    stages["results"] = max(finished - decoded, 0.0)
+    return stages
+
+
+def _network_times(
+    predictor: BatchPredictor, batch: Tensor, state: Sequence[Tensor], clock: Clock
+) -> dict[str, float]:
+    """Of a model's network without decoding."""
+    model = predictor.model
+    alone = network_only(model.inference_network)
+    stages = {"network": clock.median(lambda: alone(batch, *state))}
     if isinstance(predictor, StreamPredictor):
         memory = alone(batch)[-model.num_memory :]
         between = network_only(model.non_key_network)
         stages["between"] = clock.median(lambda: between(batch, *memory))
         frames = stages["network"] + (predictor.period - 1) * stages["between"]
         stages["cycle"] = frames / predictor.period
-    decoded = clock.median(lambda: faster(batch, *state))
-    stages["choice"] = max(decoded - stages["network"], 0.0)
-    finished = clock.median(lambda: model.postprocess(faster(batch, *state), inputs))
-    stages["results"] = max(finished - decoded, 0.0)
     return stages
 
 

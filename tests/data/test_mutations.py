@@ -33,7 +33,7 @@ from d2ext.testing import tiny_config
 from tests.data.panoptic_files import id_to_rgb
 from tests.data.scenes import write_image
 
-CASES = int(os.environ.get("D2EXT_MUTATIONS", "1200"))
+CASES = int(os.environ.get("D2EXT_MUTATIONS", "600"))
 SIZE = (24, 32)  # height, width
 DROP = object()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from detectron2.data import DatasetCatalog
 
 from d2ext import model_zoo
 
@@ -26,7 +27,10 @@ def blocks() -> dict[str, str]:
 def names(blocks: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the page's first two sections leave: a trained model and its predictor."""
     names: dict[str, Any] = {}
+    (test_set,) = model_zoo.get_config("yolact/yolact_R_18_shapes.yaml").DATASETS.TEST
+    few = DatasetCatalog.get(test_set)[:8]
     with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DatasetCatalog.data, test_set, lambda: few)
         patch.chdir(tmp_path_factory.mktemp("page"))
         exec(blocks["Config and training"], names)
         exec(blocks["Prediction"], names)

@@ -11,6 +11,7 @@ from detectron2.utils.logger import setup_logger
 
 from d2ext.config import load_config
 from d2ext.engine import Trainer
+from d2ext.tools import train as tool
 from tests.engine import toy
 
 Train = Callable[..., Trainer]
@@ -52,5 +53,20 @@ def train(build: Train) -> Train:
         trainer.resume_or_load(resume=True)
         trainer.train()
         return trainer
+
+    return run
+
+
+@pytest.fixture
+def train_ranks(toy_json: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """``train_ranks("--num-gpus", "2", ...)``: `d2ext train` from the test's own process, which need not
+    import everything first; its exit status."""
+    toy.register(toy_json)
+
+    def run(*arguments: str) -> int:
+        with monkeypatch.context() as patch:
+            patch.setenv("TOY_DATA", str(toy_json))
+            patch.setattr(tool, "main", toy.train_rank)
+            return tool.run(list(arguments))
 
     return run

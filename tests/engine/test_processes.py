@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,63 +34,67 @@ def srun_variables(rank: int, size: int = 2) -> dict[str, str]:
 
 
 def test_every_starter_gives_the_same_training(toy_json: Path, tmp_path: Path) -> None:
+    """Of --num-gpus: tests/tools/test_train.py, which compares with one process."""
+
     def options(name: str) -> list[str]:
         return toy.options(tmp_path / name, **COMMON)
 
-    launched = toy.start(toy_json, "--num-gpus", "2", *options("launch"))
     under_torchrun = toy.start(toy_json, *options("torchrun"), starter=TORCHRUN)
-    assert "World size: 2" in toy.wait(launched, 0)
     assert "World size: 2" in toy.wait(under_torchrun, 0)
     tasks = [toy.start(toy_json, *options("srun"), **srun_variables(rank)) for rank in (0, 1)]
     outputs = [toy.wait(task, 0) for task in tasks]
     assert "World size: 2" in outputs[0]
     assert "Starting training" not in outputs[1]  # only rank 0 speaks
-    expected = toy.losses(tmp_path / "launch")
-    assert sorted(expected) == list(range(6))
+    expected = toy.losses(tmp_path / "torchrun")
+    assert sorted(expected) == list(range(6)) and toy.losses(tmp_path / "srun") == expected
     for name in ("torchrun", "srun"):
-        assert toy.losses(tmp_path / name) == expected
         assert (tmp_path / name / "log.txt.rank1").is_file()
 
 
-STARTERS = pytest.mark.parametrize(
-    "starter",
-    [(sys.executable,), pytest.param(TORCHRUN, marks=pytest.mark.attack)],
-    ids=["launch", "torchrun"],
-)
-
-
-@STARTERS
 def test_a_failing_process_ends_all_and_is_named(
-    toy_json: Path, tmp_path: Path, starter: tuple[str, ...]
+    tmp_path: Path,
+    train_ranks: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = toy.options(tmp_path, **COMMON)
-    if starter != TORCHRUN:
-        arguments = ["--num-gpus", "2", *arguments]
-    process = toy.start(toy_json, *arguments, starter=starter, TOY_RAISE_AT="2")
-    output = toy.wait(process, 1)
+    monkeypatch.setenv("TOY_RAISE_AT", "2")
+    assert train_ranks("--num-gpus", "2", *toy.options(tmp_path, **COMMON)) == 1
+    output = "".join(capfd.readouterr())
     assert output.count("error: rank 1 failed: LookupError: nothing there\n") == 1
+    check_failed(output, tmp_path)
+
+
+def check_failed(output: str, folder: Path) -> None:
     assert len(re.findall("error: rank", output)) == 1
     assert "by peer" not in output  # what the other saw
-    assert "nothing there" in (tmp_path / "log.txt.rank1").read_text()
-    if starter == TORCHRUN:
-        assert "traceback : rank 1 failed: LookupError: nothing there" in output
+    assert "nothing there" in (folder / "log.txt.rank1").read_text()
 
 
-@STARTERS
 def test_a_killed_process_ends_all_and_is_named(
-    toy_json: Path, tmp_path: Path, starter: tuple[str, ...]
+    tmp_path: Path,
+    train_ranks: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = toy.options(tmp_path, **COMMON)
-    if starter != TORCHRUN:
-        arguments = ["--num-gpus", "2", *arguments]
-    process = toy.start(toy_json, *arguments, starter=starter, TOY_KILL_AT="2")
-    output = toy.wait(process, 1)
+    monkeypatch.setenv("TOY_KILL_AT", "2")
+    assert train_ranks("--num-gpus", "2", *toy.options(tmp_path, **COMMON)) == 1
+    output = "".join(capfd.readouterr())
+    assert output.count("error: rank 1 ended with signal SIGKILL\n") == 1
     assert "by peer" not in output
-    if starter == TORCHRUN:  # in its own words
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("what", ["TOY_RAISE_AT", "TOY_KILL_AT"])
+def test_under_torchrun_too(toy_json: Path, tmp_path: Path, what: str) -> None:
+    options = toy.options(tmp_path, **COMMON)
+    output = toy.wait(toy.start(toy_json, *options, starter=TORCHRUN, **{what: "2"}), 1)
+    if what == "TOY_RAISE_AT":
+        check_failed(output, tmp_path)
+        assert "traceback : rank 1 failed: LookupError: nothing there" in output
+    else:  # in its own words
+        assert "by peer" not in output
         cause = output.rpartition("Root Cause")[2]
         assert re.search(r"rank +: 1 .*\n.*-9 ", cause) and "SIGKILL" in cause
-    else:
-        assert output.count("error: rank 1 ended with signal SIGKILL\n") == 1
 
 
 GLOO = RuntimeError("[/pytorch/third_party/gloo/gloo/x.cc:547] Connection closed by peer [::1]:9")

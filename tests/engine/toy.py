@@ -6,6 +6,7 @@ Each image is 16 x 16 with one bright rectangle; the model regresses it. Run as 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -156,6 +157,13 @@ def wait(process: subprocess.Popen[str], expected: int) -> str:
     # The end: the beginning is the whole config, and long output is cut in its middle.
     assert process.returncode == expected, output[-4000:]
     return output
+
+
+def train_rank(args: argparse.Namespace) -> None:
+    """What each process of a training does; who has imported this module knows the toys."""
+    from d2ext.tools import train
+
+    train.main(args)
 
 
 def options(output: Path, **more: object) -> list[str]:

@@ -15,7 +15,6 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from d2ext.config import get_cfg
 from d2ext.data.errors import DatasetError
 from d2ext.data.landmarks import LANDMARK_DATASETS, landmark_metadata
-from d2ext.engine import launch
 from d2ext.evaluation import COCOEvaluator, LandmarkEvaluator, build_evaluator
 from d2ext.evaluation.landmark_metrics import (
     area_under_curve,
@@ -27,7 +26,6 @@ from d2ext.evaluation.landmark_metrics import (
     point_distance,
 )
 from d2ext.evaluation.landmarks import instance_norm
-from tests.evaluation.landmark_processes import evaluate_a_part
 from tests.reference.fixture import Fixture, draw_tensor
 
 NAN, INF = math.nan, math.inf
@@ -412,14 +410,6 @@ def test_mpii_without_head_boxes_says_what_it_does(caplog):
     finally:
         DatasetCatalog.remove(name)
         MetadataCatalog.pop(name)
-
-
-def test_several_processes(tmp_path):
-    """What the processes saw is joined in the main one; the others return nothing."""
-    launch(evaluate_a_part, 2, device="cpu", args=(str(tmp_path),))
-    results = json.loads((tmp_path / "0.json").read_text())["landmarks"]
-    assert results["missing"] == 0 and results["NME"] == pytest.approx((0 + 1 + 2 + 3 + 4) / 5)
-    assert json.loads((tmp_path / "1.json").read_text()) is None
 
 
 def test_build_evaluator_chooses_by_metadata(faces, tmp_path):

@@ -18,7 +18,6 @@ from detectron2.structures import Boxes, BoxMode, Instances
 
 from d2ext.config import get_cfg
 from d2ext.data.errors import DatasetError
-from d2ext.engine import launch
 from d2ext.evaluation import build_evaluator
 
 SIZE = 64
@@ -420,19 +419,6 @@ def test_many_objects_under_other_ids(register: Register, tmp_path: Path) -> Non
     assert results["AP"] == pytest.approx(100) and results["HOTA"] == pytest.approx(100)
     # Ids are those of a video only.
     assert len(json.loads((tmp_path / "results.json").read_text())) == 18
-
-
-def test_several_processes(tmp_path: Path) -> None:
-    from tests.evaluation.video_processes import evaluate_a_video
-
-    launch(evaluate_a_video, 2, device="cpu", args=(str(tmp_path),))
-    results = json.loads((tmp_path / "0.json").read_text())
-    assert results["segm"]["AP"] == pytest.approx(100)
-    # 6 of 8 detections belong to the best id of their object.
-    assert results["segm_track"]["IDF1"] == pytest.approx(75)
-    assert json.loads((tmp_path / "1.json").read_text()) == {}
-    written = json.loads((tmp_path / "results.json").read_text())
-    assert sorted(t["video_id"] for t in written) == [11, 12, 12]
 
 
 def test_real_videos(real_data: Path, register: Register, tmp_path: Path) -> None:

@@ -51,6 +51,9 @@ EMBEDDINGS = ("PREDICTOR_NAME", "DensePoseEmbeddingPredictor", "DECODER_ON", Fal
 EMBEDDINGS += ("CSE.EMBEDDERS", MESH)
 
 
+ONE_STACK = keys("CORNERNET_HOURGLASS", "NUM_STACKS", 1)
+
+
 class Case(NamedTuple):
     architecture: str
     options: list[Any]
@@ -72,10 +75,12 @@ CASES = {
         "YolactEdge",
         keys("YOLACT_EDGE", "KEY_INTERVAL", 3, "MIN_SIMILARITY", -0.9),
     ),
-    "cornernet": Case("CornerNet", keys("CORNERNET", *CORNERS), True, True, formats=("onnx",)),
+    "cornernet": Case(
+        "CornerNet", keys("CORNERNET", *CORNERS) + ONE_STACK, True, True, formats=("onnx",)
+    ),
     "triplets": Case(
         "CenterNetTriplets",
-        keys("CENTERNET_TRIPLETS", *CORNERS, "TEST.FLIP", False),
+        keys("CENTERNET_TRIPLETS", *CORNERS, "TEST.FLIP", False) + ONE_STACK,
         formats=("torch",),
     ),
     "centernet": Case("CenterNet", keys("CENTERNET", "TEST.FLIP", True), formats=("onnx",)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from torch import nn
 
 import d2ext
 from d2ext.config import ConfigError
-from d2ext.data.shapes import ShapesSet, register_shapes
+from d2ext.data.shapes import FaceSet, register_shapes_faces
 from d2ext.export import (
     ExportedFile,
     NotExportable,
@@ -32,11 +33,15 @@ from d2ext.modeling.tta import build_tta
 from d2ext.systems.cornernet.postprocess import SuppressionOptions, suppress
 from d2ext.systems.retinaface.postprocess import Candidates, select
 from d2ext.testing import random_inputs, tiny_architectures, tiny_config
-from d2ext.tools import evaluate, predict
+from d2ext.tools import benchmark, evaluate, predict
 from d2ext.tools import export as command
 from tests.export.cases import HEIGHT, WIDTH, Exported
-from tests.export.models import lively_model
 
+ROOT = Path(__file__).parents[2]
+FACES_CONFIG = "retinaface/mobilenet025_shapes.yaml"
+# scripts/run_demo.py says how these weights were trained.
+OPTIONS = ["MODEL.WEIGHTS", str(ROOT / "scripts/demo_faces.pth")]
+OPTIONS += ["MODEL.PIXEL_STD", "[58.0,58.0,58.0]", "MODEL.DEVICE", "cpu"]
 REFUSED = {
     "CornerNetSaccade": "what it looks at next",
 }
@@ -212,25 +217,70 @@ def test_predict_takes_a_file(faces: tuple[Any, Any, str], tmp_path: Path) -> No
         predict.run(["--exported", faces[2], *common, "--draw", "heatmaps"])
 
 
-def test_evaluate_takes_a_file(tmp_path: Path) -> None:
-    cfg, model = lively_model("YOLACT", ["MODEL.YOLACT.NUM_CLASSES", 8])
-    register_shapes(ShapesSet("val", num=6, height=96, width=128, seed=3), prefix="exported_file")
-    cfg.DATASETS.TEST = ("exported_file_val",)
-    cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
-    torch.save({"model": model.state_dict()}, cfg.MODEL.WEIGHTS)
-    (tmp_path / "config.yaml").write_text(cfg.dump())
-    export(model, cfg, tmp_path / "model.pt2", file_format="torch")
-    options = ["DATALOADER.NUM_WORKERS", "0", "OUTPUT_DIR"]
-    assert (
-        evaluate.run(["--exported", str(tmp_path / "model.pt2"), *options, str(tmp_path / "a")])
-        == 0
-    )
-    arguments = ["--config-file", str(tmp_path / "config.yaml"), *options, str(tmp_path / "b")]
-    assert evaluate.run(arguments) == 0
-    own, other = (json.loads((tmp_path / x / "results.json").read_text()) for x in "ab")
-    assert own.keys() == other.keys() and "segm" in own
-    for task, values in other.items():
-        assert own[task] == pytest.approx(values, abs=0.1, nan_ok=True)
+@pytest.fixture(scope="module")
+def faces_of_shapes() -> Iterator[str]:
+    """The first images of `shapes_val_faces`."""
+    name = register_shapes_faces(FaceSet("val", num=6), prefix="exported")
+    yield name
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
+@pytest.fixture(scope="module")
+def trained(faces_of_shapes: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """``trained(tool, ...)``: a tool, run on the demo's RetinaFace; what an evaluation has written."""
+
+    def run(tool: Any, *words: str) -> dict[str, Any]:
+        output = tmp_path_factory.mktemp("evaluation")
+        options = [*OPTIONS, "DATASETS.TEST", f"('{faces_of_shapes}',)"]
+        options += ["DATALOADER.NUM_WORKERS", "0", "OUTPUT_DIR", str(output)]
+        if words[0] == "--exported":  # it has the others itself
+            options = options[len(OPTIONS) :]
+        assert tool.run([*words, *(["--opts"] if tool is command else []), *options]) == 0
+        file = output / "results.json"
+        return json.loads(file.read_text()) if file.exists() else {}
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def results_of_the_model(trained: Callable[..., Any]) -> dict[str, dict[str, float]]:
+    return trained(evaluate, "--config-file", FACES_CONFIG)
+
+
+@pytest.mark.parametrize("file", ["faces.onnx", "faces.pt2"])
+def test_a_file_has_the_ap_of_its_model(
+    file: str,
+    trained: Callable[..., Any],
+    results_of_the_model: dict[str, dict[str, float]],
+    tmp_path: Path,
+) -> None:
+    if file.endswith(".onnx"):
+        pytest.importorskip("onnxruntime", reason="pip install d2ext[export]")
+    path = str(tmp_path / file)
+    trained(command, "--config-file", FACES_CONFIG, "--size", "256", "256", "--check", path)
+    found = trained(evaluate, "--exported", path)
+    assert found["bbox"]["AP"] > 30 and found.keys() == results_of_the_model.keys()
+    for task, values in results_of_the_model.items():  # boxes, points, meshes
+        assert found[task] == pytest.approx(values, abs=0.1, nan_ok=True), task
+
+
+def test_benchmark_takes_a_file(
+    faces: tuple[Any, Any, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["model", "--exported", faces[2], "--image-size", str(HEIGHT), str(WIDTH)]
+    words += ["--iters", "1", "--warmup", "1", "--output", str(tmp_path / "report.json")]
+    assert benchmark.run(words) == 0
+    assert f"{faces[2]}: exported\n" in capsys.readouterr().out
+    (batch,) = json.loads((tmp_path / "report.json").read_text())["batches"]
+    assert set(batch["stages_ms"]) == {"upload", "preprocess", "file", "results", "total"}
+    assert batch["output"]["detections_per_image"] > 0 and batch["stages_ms"]["file"] > 0
+    for more, message in (
+        (["--dtype", "bfloat16"], "export again"),
+        (["--image-size", "64", "64"], "--dynamic-size"),
+    ):
+        assert benchmark.run([*words, *more]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_the_command_checks(

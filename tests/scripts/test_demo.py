@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -105,7 +104,11 @@ def test_images_are_spread_over_the_data_set_and_annotated(gallery: ModuleType) 
 
 @pytest.mark.parametrize(("mask_ap", "status"), [(41.5, 0), (12.0, 1)])
 def test_second_run_reports_and_says_what_to_delete(
-    tmp_path: Path, mask_ap: float, status: int
+    tmp_path: Path,
+    mask_ap: float,
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     metrics = dict.fromkeys(("AP50", "AP75", "APs", "APm", "APl"), 1.0)
     summary = {
@@ -115,18 +118,15 @@ def test_second_run_reports_and_says_what_to_delete(
         "seconds": 301.0,
     }
     (tmp_path / "summary.json").write_text(json.dumps(summary))
-    result = subprocess.run(
-        [sys.executable, "scripts/run_demo.py", "--output", str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert result.returncode == status, result.stderr
-    assert f"| mask | {mask_ap} |" in result.stdout
-    assert f"rm -r {tmp_path}" in result.stdout
-    assert ("should be at least 35" in result.stderr) == bool(status)
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import run_demo
+
+    monkeypatch.setattr(sys, "argv", ["run_demo.py", "--output", str(tmp_path)])
+    assert run_demo.main() == status
+    out, err = capsys.readouterr()
+    assert f"| mask | {mask_ap} |" in out
+    assert f"rm -r {tmp_path}" in out
+    assert ("should be at least 35" in err) == bool(status)
     assert os.listdir(tmp_path) == ["summary.json"]
 
 

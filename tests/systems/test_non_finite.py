@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,25 @@ from d2ext.engine.processes import RankError
 from d2ext.engine.train_loop import StepTrainer
 from d2ext.testing import random_inputs, tiny_architectures, tiny_config
 
+# Architectures, and layers whose output is NaN in an iteration, one after the other.
+TRAININGS = (
+    ("YOLACT", ["backbone.output5", "head.prototypes.output"]),
+    ("UPSNet", ["roi_heads.mask_head.predictor", "sem_seg_head.score"]),
+    ("UPSNet", ["proposal_generator.rpn_head.anchor_deltas"]),
+)
 
-def train_with_nan_in_one(architecture: str, layers: list[str], folder: str) -> None:
-    """What each of two processes does: an iteration for each layer, whose output is NaN in rank 1 alone,
-    and one without. Writes whether weights changed, and how many were skipped."""
+
+def train_with_nan_in_one(folder: str) -> None:
+    """What each of two processes does: trainings with an iteration for each layer, whose output is NaN
+    in rank 1 alone, and one without. Writes whether weights changed, and how many were skipped."""
+    for number, (architecture, layers) in enumerate(TRAININGS):
+        states = list(states_with_nan_in_one(architecture, layers))
+        (Path(folder) / f"{number}_{comm.get_rank()}.json").write_text(json.dumps(states))
+
+
+def states_with_nan_in_one(
+    architecture: str, layers: list[str]
+) -> Iterator[tuple[bool, int, float]]:
     torch.manual_seed(0)
     cfg = tiny_config(architecture)
     cfg.MODEL.DEVICE = "cpu"
@@ -33,7 +49,6 @@ def train_with_nan_in_one(architecture: str, layers: list[str], folder: str) -> 
     wrapped = create_ddp_model(model, device_ids=None, broadcast_buffers=False)
     data = (copy.deepcopy(inputs) for inputs in itertools.repeat(random_inputs()))
     trainer = StepTrainer(wrapped, data, optimizer, seed=0)
-    states = []
     for trainer.iter, name in enumerate([*layers, ""]):
         hook = None
         if name and comm.get_rank() == 1:
@@ -43,33 +58,21 @@ def train_with_nan_in_one(architecture: str, layers: list[str], folder: str) -> 
         if hook:
             hook.remove()
         weights = torch.cat([p.detach().flatten() for p in model.parameters()])
-        states.append((trainer.updated, trainer.skipped, weights.double().sum().item()))
-    (Path(folder) / f"{comm.get_rank()}.json").write_text(json.dumps(states))
+        yield trainer.updated, trainer.skipped, weights.double().sum().item()
 
 
-@pytest.mark.parametrize(
-    ("architecture", "layers"),
-    [
-        ("YOLACT", ["backbone.output5", "head.prototypes.output"]),
-        ("UPSNet", ["roi_heads.mask_head.predictor", "sem_seg_head.score"]),
-    ],
-)
-def test_nan_in_one_process_is_skipped_by_all(
-    architecture: str, layers: list[str], tmp_path: Path
-) -> None:
-    launch(train_with_nan_in_one, 2, device="cpu", args=(architecture, layers, str(tmp_path)))
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert first == second
-    updated, skipped, weights = zip(*first, strict=True)
-    assert updated == (False, False, True) and skipped == (1, 2, 2)
-    assert weights[0] == weights[1] != weights[2]
-
-
-def test_nan_that_ends_a_forward_pass_is_named(tmp_path: Path) -> None:
-    """The others wait for gradients that this process does not have."""
-    layers = ["proposal_generator.rpn_head.anchor_deltas"]
+def test_nan_in_one_process_is_skipped_by_all(tmp_path: Path) -> None:
+    """NaN that ends a forward pass is named: the others wait for gradients that this process lacks."""
     with pytest.raises(RankError, match=r"rank 1 failed: FloatingPointError: .*Inf/NaN"):
-        launch(train_with_nan_in_one, 2, device="cpu", args=("UPSNet", layers, str(tmp_path)))
+        launch(train_with_nan_in_one, 2, device="cpu", args=(str(tmp_path),))
+    for number in (0, 1):
+        first, second = (
+            json.loads((tmp_path / f"{number}_{rank}.json").read_text()) for rank in (0, 1)
+        )
+        assert first == second
+        updated, skipped, weights = zip(*first, strict=True)
+        assert updated == (False, False, True) and skipped == (1, 2, 2)
+        assert weights[0] == weights[1] != weights[2]
 
 
 def last_layers(model: nn.Module) -> list[nn.Module]:
@@ -113,7 +116,8 @@ def test_nan_in_a_head_is_skipped(architecture: str, device: str) -> None:
         if not trainer.updated:
             after = model.state_dict()
             assert all(torch.equal(after[k], v) for k, v in before.items())
-        model.load_state_dict(before)
+        else:
+            model.load_state_dict(before)
         return trainer.skipped - skipped
 
     layers = last_layers(model)

@@ -191,7 +191,21 @@ def converted(fixture: Fixture, config: str, options: list[Any], folder: Path) -
     return cfg
 
 
-@pytest.mark.parametrize("name", list(CASES))
+# A minute together. The tests of their systems compare the same detections, from converted weights and
+# the same pictures (test_reference.py, test_saccade.py), and what configs say of files (test_recipe.py).
+LONG = {
+    "centernet/hourglass_ctdet",
+    "centernet_triplets/hourglass52",
+    "cornernet/hourglass104",
+    "cornernet/saccade",
+    "vpsnet/fusetrack_3frames",
+    "yolact/plus_resnet50",
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.attack] if x in LONG else []) for x in CASES]
+)
 def test_detections_from_files(name: str, tmp_path: Path) -> None:
     config, options, check = CASES[name]
     fixture = Fixture(REFERENCE / name)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from d2ext.tools import predict
-from tests.engine.conftest import toy_json  # noqa: F401  (a fixture)
+from tests.engine.conftest import toy_json, train_ranks  # noqa: F401  (fixtures)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,12 +40,10 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(toy_json: Path, tmp_
     toy.wait(toy.start(toy_json, *run, TOY_KILL_AT="7"), -signal.SIGKILL)
     assert (tmp_path / "run/last_checkpoint").read_text() == "model_0000005.pth"
     assert sorted(toy.losses(tmp_path / "run")) == list(range(7))  # nothing logged was lost
-    resumed = toy.start(toy_json, "--resume", *run)
-
     toy.register(toy_json)
-    assert train.run(toy.options(tmp_path / "whole", **common)) == 0  # meanwhile
-    output = toy.wait(resumed, 0)
-    assert "Starting training from iteration 6" in output
+    assert train.run(["--resume", *run]) == 0
+    assert "Starting training from iteration 6" in (tmp_path / "run/log.txt").read_text()
+    assert train.run(toy.options(tmp_path / "whole", **common)) == 0
     whole, parts = toy.losses(tmp_path / "whole"), toy.losses(tmp_path / "run")
     assert sorted(whole) == list(range(12))
     assert whole == parts
@@ -55,7 +54,10 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(toy_json: Path, tmp_
 
 
 def test_two_processes_give_what_one_gives(
-    toy_json: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toy_json: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    train_ranks: Callable[..., int],
 ) -> None:
     # In iteration 4 one of the processes has an infinite loss; both must skip it.
     monkeypatch.setenv("TOY_INF_AT", "4")
@@ -66,11 +68,9 @@ def test_two_processes_give_what_one_gives(
         "TEST__BEST_METRIC": "bbox/AP50",
         "SOLVER__MAX_ITER": 10,
     }
-    two = toy.start(toy_json, "--num-gpus", "2", *toy.options(tmp_path / "two", **common))
-    toy.register(toy_json)
+    assert train_ranks("--num-gpus", "2", *toy.options(tmp_path / "two", **common)) == 0
+    assert "World size: 2" in (tmp_path / "two/log.txt").read_text()
     assert train.run(toy.options(tmp_path / "one", **common)) == 0
-    output = toy.wait(two, 0)
-    assert "World size: 2" in output
     one, both = toy.losses(tmp_path / "one"), toy.losses(tmp_path / "two")
     assert sorted(one) == sorted(both) == [0, 1, 2, 3, 5, 6, 7, 8, 9]
     assert [both[i] for i in both] == pytest.approx([one[i] for i in one], abs=1e-5)
@@ -176,7 +176,7 @@ def test_checkpoint_errors(capsys: pytest.CaptureFixture, trained: Path, tmp_pat
 
 @pytest.mark.usefixtures("registered")
 def test_a_folder_belongs_to_one_training(
-    toy_json: Path, capsys: pytest.CaptureFixture, tmp_path: Path
+    capfd: pytest.CaptureFixture, tmp_path: Path, train_ranks: Callable[..., int]
 ) -> None:
     (tmp_path / "model_final.pth").write_bytes(b"another's")
     (tmp_path / "config.yaml").write_text("another's")
@@ -184,9 +184,9 @@ def test_a_folder_belongs_to_one_training(
     options = toy.options(tmp_path, SOLVER__MAX_ITER=2, SOLVER__STEPS="()")
     with run_folder(tmp_path, resume=True):
         for arguments in ([], ["--resume"]):
-            assert f"process {os.getpid()} on" in error_of(capsys, *arguments, *options)
-        both = toy.start(toy_json, "--resume", "--num-gpus", "2", *options)
-        assert f"process {os.getpid()} on" in toy.wait(both, 1)
+            assert f"process {os.getpid()} on" in error_of(capfd, *arguments, *options)
+        assert train_ranks("--resume", "--num-gpus", "2", *options) == 1
+        assert f"process {os.getpid()} on" in capfd.readouterr().err
         assert {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.name != ".lock"} == before
     assert train.run(options) == 0  # and one that has ended is kept
     assert sorted(toy.losses(tmp_path)) == [0, 1]

@@ -330,24 +330,23 @@ def test_registering(folder, names):
         register_landmarks(names[1], "mpii", path, str(folder), form="yaml")
 
 
-@pytest.mark.parametrize(
-    ("name", "other"), [("mpii_val", "mpii_train"), ("wflw_test", "wflw_train")]
-)
-def test_published_sets_are_described_before_they_are_registered(name, other, folder):
-    """In a process of its own: what is registered there is gone afterwards."""
-    kind = LANDMARK_DATASETS[DESCRIBED[name]]
-    content = coco_file(len(kind.keypoints))
-    content["annotations"][0]["category_id"] = content["categories"][0]["id"] = 5
-    write(folder / "x.json", content)
+def test_published_sets_are_described_before_they_are_registered(folder):
+    """In a process of their own: what is registered there is gone afterwards."""
     own = {**coco_file(3), "categories": [{"id": 1, "name": "hand", "keypoints": ["a", "b", "c"]}]}
     write(folder / "own.json", own)
-    run_apart(
-        f"""
+    code = """
         import copy, pickle
         import pytest
         from detectron2.data import DatasetCatalog, MetadataCatalog
         from d2ext.config import get_cfg
         from d2ext.data.landmarks import LANDMARK_DATASETS, flip_indices, register_landmarks
+    """
+    for name, other in (("mpii_val", "mpii_train"), ("wflw_test", "wflw_train")):
+        kind = LANDMARK_DATASETS[DESCRIBED[name]]
+        content = coco_file(len(kind.keypoints))
+        content["annotations"][0]["category_id"] = content["categories"][0]["id"] = 5
+        write(folder / f"{name}.json", content)
+        code += f"""
         metadata = MetadataCatalog.get("{name}")
         assert "{name}" not in DatasetCatalog.list() and metadata.name == "{name}"
         assert metadata.thing_classes == ["{kind.category}"] and metadata.keypoint_connection_rules
@@ -358,7 +357,7 @@ def test_published_sets_are_described_before_they_are_registered(name, other, fo
         again.thing_classes = ["{kind.category}"]
         before = flip_indices("{name}")
         for _ in range(2):
-            register_landmarks("{name}", "{kind.name}", r"{folder}/x.json", r"{folder}")
+            register_landmarks("{name}", "{kind.name}", r"{folder}/{name}.json", r"{folder}")
         assert MetadataCatalog.get("{name}") is metadata and flip_indices("{name}") == before
         assert metadata.evaluator_type == "landmarks"
         if "{kind.name}" == "mpii":
@@ -369,8 +368,8 @@ def test_published_sets_are_described_before_they_are_registered(name, other, fo
         assert flip_indices("{other}") == before
         register_landmarks("{other}", "custom", r"{folder}/own.json", r"{folder}")
         assert flip_indices("{other}") == [0, 1, 2]
-        """
-    )
+    """
+    run_apart(code)
 
 
 def without(part, key):

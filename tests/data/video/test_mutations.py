@@ -24,7 +24,7 @@ from tests.data.test_mutations import mutate
 from tests.data.video.test_panoptic_video import clips, write_clips
 from tests.data.video.test_readers import coco, polygon_of, rle_of, write_frames, ytvis
 
-CASES = int(os.environ.get("D2EXT_MUTATIONS", "1200")) // 8
+CASES = int(os.environ.get("D2EXT_MUTATIONS", "600")) // 8
 
 
 def coco_with_masks():

@@ -195,7 +195,19 @@ def test_targets_losses_and_gradients(case: Case, tmp_path: Path) -> None:
     np.testing.assert_array_equal(targets.mask[0], expected["target_reg_mask"][:count])
     assert expected["target_reg_mask"][count:].sum() == 0
 
-    model.requires_grad_(True)
+    backbone = model.backbone
+    if case.name == "resdcn18_ctdet":
+        convs = [stage.reduce.conv for stage in backbone.stages]
+        parameters = {
+            "grad_conv1_weight": backbone.bottom_up.stem.conv1.weight,
+            "grad_deconv_layers_6_conv_offset_mask_bias": convs[1].offset_mask.bias,
+            "grad_deconv_layers_12_weight": convs[2].weight,
+        }
+    else:
+        parameters = {"grad_pre_0_conv_weight": backbone.stem[0].conv.weight}
+    model.requires_grad_(False)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
     stacks = all_maps(model, model.backbone(images))
     losses = model.criterion(stacks, targets)
     terms = [model.criterion.terms(maps, targets) for maps in stacks]
@@ -205,17 +217,7 @@ def test_targets_losses_and_gradients(case: Case, tmp_path: Path) -> None:
     total = sum(losses.values())
     assert total.item() == pytest.approx(float(expected["loss_loss"]), rel=1e-4)
     total.backward()
-    backbone = model.backbone
-    if case.name == "resdcn18_ctdet":
-        convs = [stage.reduce.conv for stage in backbone.stages]
-        gradients = {
-            "grad_conv1_weight": backbone.bottom_up.stem.conv1.weight,
-            "grad_deconv_layers_6_conv_offset_mask_bias": convs[1].offset_mask.bias,
-            "grad_deconv_layers_12_weight": convs[2].weight,
-        }
-    else:
-        gradients = {"grad_pre_0_conv_weight": backbone.stem[0].conv.weight}
-    for name, parameter in gradients.items():
+    for name, parameter in parameters.items():
         assert fixture.compare(name, parameter.grad) < GRADIENT_TOLERANCE, name
 
 

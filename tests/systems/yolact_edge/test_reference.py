@@ -13,7 +13,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2ext import model_zoo
 from d2ext.checkpoint import convert_state_dict
@@ -88,7 +88,16 @@ class Case:
             assert self.fixture.compare(name, value.detach().numpy()) < TOLERANCE, name
 
 
-@pytest.fixture(scope="module", params=list(CASES))
+# The ResNet's losses are YOLACT's of the same ResNet, its key frames those of the video model; what a
+# user sees of it is in test_published_files.py.
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("edge_resnet50", marks=pytest.mark.attack),
+        "edge_mobilenetv2",
+        "edge_vid_resnet50",
+    ],
+)
 def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param)
 
@@ -165,10 +174,26 @@ def test_frames_between(video: Case, number: int) -> None:
     video.check(actual | _pyramid(frame, model, carried) | _outputs(frame, raw))
 
 
-def test_detections_of_the_whole_path(case: Case) -> None:
+def remember(network: nn.Module, patch: pytest.MonkeyPatch) -> None:
+    """From now on, equal inputs go through a network once."""
+    forward, known = network.forward, {}
+
+    def remembered(*inputs: Tensor) -> Any:
+        key = tuple(x.double().sum().item() for x in inputs)
+        if key not in known:
+            known[key] = forward(*inputs)
+        return known[key]
+
+    patch.setattr(network, "forward", remembered)
+
+
+def test_detections_of_the_whole_path(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The frames one after the other, with each kind of NMS."""
     recorded = case.recorded["postprocessing"]
     model, expected = case.model, case.fixture.expected
+    remember(model.inference_network.network, monkeypatch)
+    if model.flow_net is not None:
+        remember(model.non_key_network.network, monkeypatch)
     for nms, name in NMS.items():
         model.nms = nms
         memory: YolactEdgeMemory | None = None

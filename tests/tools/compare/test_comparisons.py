@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,11 @@ def test_tasks_of_faces(faces: str, tmp_path: Path) -> None:
     assert results["mesh/NME-all"] == pytest.approx(0, abs=1e-4)
 
 
-def test_panoptic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On own data, of which the processes learn from the command line."""
+def test_panoptic(
+    processes: Callable[[int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On own data, of which a process learns from the command line."""
+    processes(1)
     monkeypatch.setenv("D2EXT_CACHE", str(tmp_path / "cache"))
     data = ["--dataset", "test_compare_panoptic"]
     for split in ("train", "val"):
@@ -118,7 +122,8 @@ def test_panoptic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         DatasetCatalog.remove(f"test_compare_panoptic_{name}")
 
 
-def test_key_frames(tmp_path: Path) -> None:
+def test_key_frames(processes: Callable[[int], None], tmp_path: Path) -> None:
+    processes(0)
     data = ["--dataset", "test_compare_clips"]
     for split in ("train", "val"):
         export_video(VideoSet(split, 1, 64, 64, length=6), tmp_path, progress=False)

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -72,8 +73,13 @@ def run(toy_json: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_arms_seeds_and_resume(
-    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+    run,
+    processes: Callable[[int], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
 ) -> None:
+    processes(2)  # the one that is killed, and the one that goes on
     budget = ("--iterations", "8", "--seeds", "1", "2", "--arms", "wide", "again")
     # The first training is killed: the comparison says so, and goes on where it was.
     monkeypatch.setenv("TOY_KILL_AT", "5")
@@ -128,7 +134,10 @@ def test_arms_seeds_and_resume(
     assert "made with other settings" in capfd.readouterr().err
 
 
-def test_budget_in_seconds(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_budget_in_seconds(
+    run, processes: Callable[[int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes(0)
     monkeypatch.setattr(runner, "_PILOT", 6)
     monkeypatch.setattr(runner, "read_metrics", lambda file: [{"iteration": 5, "time": 0.25}])
     assert run("--seconds", "2", "--arms", "narrow") == 0
