@@ -64,15 +64,16 @@ def _parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
             )
 
     def factor(name: str) -> float:
-        return math.prod(value for prefix, value in factors if name.startswith(prefix))
+        # Detectron2's own factor of biases would take the place of the others.
+        bias = cfg.SOLVER.BIAS_LR_FACTOR if name.rpartition(".")[2] == "bias" else 1.0
+        return bias * math.prod(value for prefix, value in factors if name.startswith(prefix))
 
     return build.get_default_optimizer_params(
         model,
         base_lr=cfg.SOLVER.BASE_LR,
         weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
-        bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
         weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
-        lr_factor_func=factor if factors else None,
+        lr_factor_func=factor,
     )
 
 
