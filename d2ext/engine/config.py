@@ -50,6 +50,10 @@ def add_engine_config(cfg: CfgNode) -> None:
     # four shapes, and ACCUMULATION_STEPS 1.
     solver.CUDA_GRAPH = False
 
+    # Pairs of how names of parameters begin and a factor on their learning rate, such as
+    # [["roi_heads.", 4.0]]: parts of a model that learn from random weights may want rates of their own.
+    solver.LR_FACTORS = []
+
     # Store activations and weights channels-last (NHWC); faster convolutions on tensor cores.
     cfg.MODEL.CHANNELS_LAST = False
     # Accept MODEL.WEIGHTS for training whatever little of it fits the model.

@@ -11,6 +11,7 @@ from d2ext.modeling.mobilenet import MobileNetV2, build_mobilenetv2_backbone
 from d2ext.modeling.newell_hourglass import NewellHourglass
 from d2ext.modeling.resnet_dcn import build_deformable_resnet, build_resnet_dcn_backbone
 from d2ext.modeling.resnet_deconv import ResNetDeconv, build_resnet_deconv_backbone
+from d2ext.modeling.unet import UNet, UNetBackbone
 
 __all__ = [
     "DLA34",
@@ -20,6 +21,8 @@ __all__ = [
     "MobileNetV2",
     "NewellHourglass",
     "ResNetDeconv",
+    "UNet",
+    "UNetBackbone",
     "build_cornernet_hourglass_backbone",
     "build_darknet53_backbone",
     "build_deformable_resnet",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from d2ext.config import get_cfg
+from d2ext.config import ConfigError, get_cfg
 from d2ext.engine.optimizer import build_optimizer
 
 
@@ -37,3 +37,23 @@ def test_mixed_precision_changes_no_step(dtype: str, clip: bool, device: str) ->
     expected = step("cpu", clip=clip)
     assert not torch.equal(expected, step("cpu", clip=not clip))
     torch.testing.assert_close(step(device, dtype=dtype, clip=clip, scale=1024.0), expected)
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_rates_of_parts_of_a_model(name: str) -> None:
+    cfg = get_cfg()
+    cfg.SOLVER.OPTIMIZER, cfg.SOLVER.BASE_LR, cfg.SOLVER.BIAS_LR_FACTOR = name, 0.1, 2.0
+    cfg.SOLVER.LR_FACTORS = [["1", 4.0], ["1.0", 3.0]]
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    rates = {
+        id(p): group["lr"]
+        for group in build_optimizer(cfg, model).param_groups
+        for p in group["params"]
+    }
+    found = {name: rates[id(p)] for name, p in model.named_parameters()}
+    expected = {"0.weight": 0.1, "1.0.weight": 1.2, "1.1.weight": 0.4}
+    expected |= {"0.bias": 0.2, "1.0.bias": 2.4, "1.1.bias": 0.8}
+    assert found == pytest.approx(expected)
+    cfg.SOLVER.LR_FACTORS = [["2.", 4.0]]
+    with pytest.raises(ConfigError, match=r"2\."):
+        build_optimizer(cfg, model)

@@ -20,6 +20,8 @@ NUM_PARTS = 24
 # Torso, right hand, left hand, left foot, right foot, upper leg right, left, lower leg right, left,
 # upper arm left, right, lower arm left, right, head.
 NUM_COARSE_PARTS = 14
+# The coarse part of each fine one, background included.
+COARSE_PARTS = (0, 1, 1, 2, 3, 4, 5, 6, 7, 6, 7, 8, 9, 8, 9, 10, 11, 10, 11, 12, 13, 12, 13, 14, 14)
 # What stands at the place of each part in a mirrored picture, background included.
 MIRRORED_PARTS = (0, 1, 2, *(p + 1 if p % 2 else p - 1 for p in range(3, 25)))
 MIRRORED_COARSE_PARTS = (0, 1, *(p - 1 if p % 2 else p + 1 for p in range(2, 14)), 14)

@@ -12,20 +12,24 @@ from d2ext.config import CONFIG_REGISTRY
 def add_densepose_config(cfg: CfgNode) -> None:
     """Add DensePose's keys to ``cfg``, in place."""
     head = cfg.MODEL.ROI_DENSEPOSE_HEAD = CfgNode()
-    # A head of DENSEPOSE_HEAD_REGISTRY: "DensePoseV1ConvXHead", "DensePoseDeepLabHead", or
-    # "DensePoseHourglassHead", small, for training from random weights.
+    # A head of DENSEPOSE_HEAD_REGISTRY: "DensePoseV1ConvXHead", "DensePoseDeepLabHead", or,
+    # small, for training from random weights, "DensePoseHourglassHead" and, for regions of the image,
+    # "DensePoseUNetHead".
     head.NAME = "DensePoseV1ConvXHead"
-    # Its convolutions (of an hourglass: levels below the first), their channels and the side of their
-    # kernels.
+    # Its convolutions (of an hourglass: levels below the first; of a U-Net: levels), their channels and
+    # the side of their kernels.
     head.NUM_STACKED_CONVS = 8
     head.CONV_HEAD_DIM = 512
     head.CONV_HEAD_KERNEL = 3
+    # Features of the backbone that it sees, finest first, "image" among them if the backbone gives it;
+    # []: MODEL.ROI_HEADS.IN_FEATURES.
+    head.IN_FEATURES = []
     # Pooling of regions; cells on a side (legacy: 14).
     head.POOLER_TYPE = "ROIAlign"
     head.POOLER_RESOLUTION = 28
     head.POOLER_SAMPLING_RATIO = 2
-    # One map at the stride of the finest of MODEL.ROI_HEADS.IN_FEATURES is pooled, made of all of them,
-    # instead of the level that a region's size asks for (legacy: False).
+    # One map at the stride of the finest of these features is pooled, made of all of them, instead of
+    # the one that a region's size asks for (legacy: False).
     head.DECODER_ON = True
     # Channels of the decoder.
     head.DECODER_CONV_DIMS = 256
@@ -43,11 +47,17 @@ def add_densepose_config(cfg: CfgNode) -> None:
     # It is trained by instance masks (gt_masks) instead of the annotated parts.
     head.COARSE_SEGM_TRAINED_BY_MASKS = False
 
+    # Targets are laid on the maps half a cell up and to the left of where results are read; False: where
+    # they are read.
+    head.PUBLISHED_GRID = False
     # IoU of a proposal and its person's box above which its surface trains.
     head.FG_IOU_THRESHOLD = 0.7
     # Weights of the losses: coarse segmentation, parts, and U and V (with a confidence: 0.0005).
     head.INDEX_WEIGHTS = 5.0
     head.PART_WEIGHTS = 1.0
+    # Weight of the parts at all pixels of dp_masks, coarse ones; 0, as published: parts are learned at
+    # the points only.
+    head.PART_MASK_WEIGHTS = 0.0
     head.POINT_REGRESSION_WEIGHTS = 0.01
 
     confidence = head.UV_CONFIDENCE = CfgNode()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2ext.modeling.newell_hourglass import Hourglass
+from d2ext.modeling.unet import UNet
 
 DENSEPOSE_HEAD_REGISTRY = Registry("DENSEPOSE_HEAD")
 DENSEPOSE_HEAD_REGISTRY.__doc__ = """
@@ -157,6 +158,21 @@ class DensePoseHourglassHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.norm(self.hourglass(self.reduce(x))))
+
+
+@DENSEPOSE_HEAD_REGISTRY.register()
+class DensePoseUNetHead(UNet):
+    """A U-Net on each region, for those that are pooled from the image itself: (R, 3, s, s) →
+    (R, channels, s/4, s/4).
+
+    Not published; for small models that learn from random weights. ``num_convs`` is the number of its
+    levels, the first of which has half of ``channels``, each other one twice as many as the one before:
+    s is a multiple of 2^num_convs.
+    """
+
+    def __init__(self, in_channels: int, *, num_convs: int, channels: int, kernel: int) -> None:
+        widths = [channels // 2 * 2**i for i in range(num_convs)]
+        super().__init__(in_channels, widths, channels)
 
 
 def _hourglass_norm(channels: int) -> nn.Module:

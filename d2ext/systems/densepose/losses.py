@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from d2ext.codecs.densepose import ChartPredictions, SurfacePredictions
+from d2ext.data.densepose.parts import COARSE_PARTS, NUM_COARSE_PARTS
 from d2ext.systems.densepose.predictor import UV_CONFIDENCES
 from d2ext.systems.densepose.targets import DensePoseTargets, GridPoints
 
@@ -30,6 +31,18 @@ def coarse_loss(predictions: SurfacePredictions, targets: DensePoseTargets) -> T
     if targets.coarse is None or len(targets.coarse) == 0:
         return predictions.coarse_segm.float().sum() * 0
     return F.cross_entropy(predictions.coarse_segm.float(), targets.coarse)
+
+
+def part_mask_loss(predictions: ChartPredictions, targets: DensePoseTargets) -> Tensor:
+    """Mean negative log-likelihood of each pixel's coarse part, whose probability is the sum of its fine
+    parts'; 0 if a region of the batch has no mask."""
+    fine = predictions.fine_segm.float()
+    if targets.coarse is None or len(targets.coarse) == 0:
+        return fine.sum() * 0
+    table = torch.tensor(COARSE_PARTS, device=fine.device)
+    shape = (len(fine), NUM_COARSE_PARTS + 1, *fine.shape[2:])
+    coarse = fine.new_zeros(shape).index_add(1, table, fine.softmax(dim=1))
+    return F.nll_loss((coarse + 1e-6).log(), targets.coarse)
 
 
 def isotropic_nll(u: Tensor, v: Tensor, epsilon: float, sigma_2: Tensor) -> Tensor:
@@ -73,6 +86,8 @@ class ChartLoss:
     """"", "iid_iso" or "indep_aniso"."""
     epsilon: float = 0.01
     """Least variance."""
+    part_mask_weight: float = 0.0
+    """Of the coarse parts of all pixels in I, a mean; 0, as published: I knows points only."""
 
     def __call__(
         self, predictions: ChartPredictions, targets: DensePoseTargets
@@ -89,6 +104,8 @@ class ChartLoss:
             logits = points.sample(predictions.fine_segm)
             losses["I"] = self.part_weight * F.cross_entropy(logits, points.points.parts)
             losses["S"] = self.coarse_weight * coarse_loss(predictions, targets)
+            if self.part_mask_weight:
+                losses["I"] += self.part_mask_weight * part_mask_loss(predictions, targets)
         return {f"loss_densepose_{name}": value for name, value in losses.items()}
 
     def _uv_losses(self, predictions: ChartPredictions, points: GridPoints) -> dict[str, Tensor]:

@@ -73,10 +73,11 @@ class SurfacePredictor(nn.Module):
         """(R, C, s, s) → maps (R, channels, S, S)."""
         maps = {}
         for name in self.names:
-            low = getattr(self, f"{self.LAYERS.get(name, name)}_lowres")(features)
-            maps[name] = F.interpolate(
-                low, scale_factor=self.scale, mode="bilinear", align_corners=False
-            )
+            maps[name] = getattr(self, f"{self.LAYERS.get(name, name)}_lowres")(features)
+            if self.scale > 1:
+                maps[name] = F.interpolate(
+                    maps[name], scale_factor=self.scale, mode="bilinear", align_corners=False
+                )
         for name in self.names:
             if name.endswith("_segm_confidence"):
                 maps[name] = F.softplus(maps[name]) + self.segm_epsilon

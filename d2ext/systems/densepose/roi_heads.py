@@ -54,6 +54,7 @@ class DensePoseROIHeads(StandardROIHeads):
         coarse_channels: int = 2,
         trained_by_masks: bool = False,
         with_masks: bool = False,
+        published_grid: bool = True,
         **roi_heads: Any,
     ) -> None:
         """Args:
@@ -69,6 +70,8 @@ class DensePoseROIHeads(StandardROIHeads):
         coarse_channels: of the coarse segmentation.
         trained_by_masks: instance masks train it.
         with_masks: losses need the instance masks beside it.
+        published_grid: targets as published, half a cell off; see
+            :func:`~d2ext.systems.densepose.targets.place_points`.
         roi_heads: of ``StandardROIHeads``.
         """
         super().__init__(**roi_heads)
@@ -85,10 +88,12 @@ class DensePoseROIHeads(StandardROIHeads):
         self.coarse_channels = coarse_channels
         self.trained_by_masks = trained_by_masks
         self.with_masks = with_masks
+        self.published_grid = published_grid
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
-        head, names = cfg.MODEL.ROI_DENSEPOSE_HEAD, cfg.MODEL.ROI_HEADS.IN_FEATURES
+        head = cfg.MODEL.ROI_DENSEPOSE_HEAD
+        names = head.IN_FEATURES or cfg.MODEL.ROI_HEADS.IN_FEATURES
         levels = {name: input_shape[name] for name in names}
         channels, decoder = levels[names[0]].channels, None
         strides = [shape.stride for shape in levels.values()]
@@ -121,6 +126,7 @@ class DensePoseROIHeads(StandardROIHeads):
             "coarse_channels": head.NUM_COARSE_SEGM_CHANNELS,
             "trained_by_masks": head.COARSE_SEGM_TRAINED_BY_MASKS,
             "with_masks": embeds and head.CSE.PIX_TO_SHAPE_CYCLE_LOSS.ENABLED,
+            "published_grid": head.PUBLISHED_GRID,
         }
 
     def forward(
@@ -189,6 +195,7 @@ class DensePoseROIHeads(StandardROIHeads):
             coarse_channels=self.coarse_channels,
             trained_by_masks=self.trained_by_masks,
             with_masks=self.with_masks,
+            published_grid=self.published_grid,
         )
 
 
@@ -197,6 +204,7 @@ def build_chart_loss(cfg: CfgNode) -> ChartLoss:
     head = cfg.MODEL.ROI_DENSEPOSE_HEAD
     return ChartLoss(
         part_weight=head.PART_WEIGHTS,
+        part_mask_weight=head.PART_MASK_WEIGHTS,
         coarse_weight=head.INDEX_WEIGHTS,
         uv_weight=head.POINT_REGRESSION_WEIGHTS,
         uv_confidence=head.UV_CONFIDENCE.TYPE if head.UV_CONFIDENCE.ENABLED else "",

@@ -110,6 +110,7 @@ def encode_targets(
     coarse_channels: int,
     trained_by_masks: bool = False,
     with_masks: bool = False,
+    published_grid: bool = True,
 ) -> DensePoseTargets:
     """Targets of the proposals of :func:`select_proposals`.
 
@@ -119,6 +120,7 @@ def encode_targets(
         coarse_channels: 2: all coarse parts are one foreground
         trained_by_masks: the coarse target is the instance mask, ``gt_masks``, not the annotated parts
         with_masks: give ``masks``
+        published_grid: see :func:`place_points`
 
     Raises:
         ValueError: masks are asked for, and an image has none
@@ -133,31 +135,43 @@ def encode_targets(
     if trained_by_masks:
         coarse = None if masks is None else masks.long()
     elif annotations.has_masks.all():
-        coarse = resample_masks(annotations.masks, persons, boxes, side).long()
+        coarse = resample_masks(
+            annotations.masks, persons, boxes, side, published_grid=published_grid
+        ).long()
         if coarse_channels == 2:
             coarse = coarse.clamp(max=1)
     else:
         coarse = None
-    points = place_points(annotations.points(), persons, boxes, side)
+    points = place_points(annotations.points(), persons, boxes, side, published_grid=published_grid)
     return DensePoseTargets(points, coarse, boxes, masks, annotations.mesh_names)
 
 
-def place_points(points: AnnotatedPoints, persons: Tensor, boxes: Tensor, side: int) -> GridPoints:
+def place_points(
+    points: AnnotatedPoints,
+    persons: Tensor,
+    boxes: Tensor,
+    side: int,
+    *,
+    published_grid: bool = True,
+) -> GridPoints:
     """Points in the frames of the persons' boxes → cells of the maps of proposals.
 
-    Those outside the proposal are left out, and those on its right or lower edge (published). Cells are
-    laid on the box without the shift by half of one (published).
+    Those outside the proposal are left out, and those on its right or lower edge (published).
 
     Args:
         points: of R persons
         persons, boxes: (R, 4) XYXY, annotated and proposed
         side: S
+        published_grid: a cell's value stands at its upper left corner, so that results, which are read
+            as if it stood in the middle, are half a cell off; False: it stands in the middle
     """
     person, box = persons[points.person], boxes[points.person]
     frame = torch.stack([points.x, points.y], dim=1)
     position = person[:, :2] + frame * (person[:, 2:] - person[:, :2]) / FRAME
     valid = ((position >= box[:, :2]) & (position < box[:, 2:])).all(dim=1)
     grid = ((position - box[:, :2]) * side / (box[:, 2:] - box[:, :2]))[valid].T
+    if not published_grid:
+        grid = (grid - 0.5).clamp(min=0)
     low = grid.floor().long()
     high = (low + 1).clamp(max=side - 1)
     low = low.clamp(max=side - 1)
@@ -165,24 +179,28 @@ def place_points(points: AnnotatedPoints, persons: Tensor, boxes: Tensor, side: 
     return GridPoints(AnnotatedPoints(*(x[valid] for x in points)), low, high, weight)
 
 
-def resample_masks(masks: Tensor, persons: Tensor, boxes: Tensor, side: int) -> Tensor:
+def resample_masks(
+    masks: Tensor, persons: Tensor, boxes: Tensor, side: int, *, published_grid: bool = True
+) -> Tensor:
     """Masks of persons' boxes → of proposals: the nearest value, zeros outside the person's box.
-
-    The last column of a mask stands at the edge of the person's box, while the last one of the result
-    stands before the edge of the proposal (published).
 
     Args:
         masks: (R, 256, 256)
         persons, boxes: (R, 4) XYXY
         side: S
+        published_grid: the last column of a mask stands at the edge of the person's box, while the last
+            one of the result stands before the edge of the proposal; False: values stand in the middle
+            of their cells
 
     Returns:
         (R, S, S), the type of ``masks``
     """
-    steps = torch.arange(side, device=boxes.device, dtype=boxes.dtype) / side
+    steps = torch.arange(side, device=boxes.device, dtype=boxes.dtype)
+    steps = (steps if published_grid else steps + 0.5) / side
     low, size = boxes[:, :2, None], (boxes[:, 2:] - boxes[:, :2])[..., None]
     start, extent = persons[:, :2, None], (persons[:, 2:] - persons[:, :2])[..., None]
-    index = ((low + steps * size - start) / extent * (FRAME - 1)).round()  # (R, 2, S)
+    index = (low + steps * size - start) / extent  # (R, 2, S)
+    index = (index * (FRAME - 1)).round() if published_grid else (index * FRAME).floor()
     inside = (index >= 0) & (index <= FRAME - 1)
     column, row = index.clamp(0, FRAME - 1).long().unbind(1)
     region = torch.arange(len(masks), device=masks.device)[:, None, None]

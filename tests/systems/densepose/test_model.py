@@ -8,6 +8,7 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
@@ -26,6 +27,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "NUM_STACKED_CONVS": 2,
         "POOLER_RESOLUTION": 8,
     },
+    "of the image": {
+        "NAME": "DensePoseUNetHead",
+        "IN_FEATURES": ["image"],
+        "DECODER_ON": False,
+        "CONV_HEAD_DIM": 16,
+        "NUM_STACKED_CONVS": 3,
+        "POOLER_RESOLUTION": 32,
+        "NUM_COARSE_SEGM_CHANNELS": 15,
+        "PART_MASK_WEIGHTS": 1.0,
+    },
     "isotropic": {"UV_CONFIDENCE.ENABLED": True},
     "anisotropic": {
         "UV_CONFIDENCE.ENABLED": True,
@@ -40,6 +51,10 @@ def _config(variant: str) -> CfgNode:
     cfg = tiny_config("DensePose")
     for key, value in VARIANTS[variant].items():
         cfg.merge_from_list([f"MODEL.ROI_DENSEPOSE_HEAD.{key}", value])
+    if "IN_FEATURES" in VARIANTS[variant]:
+        cfg.MODEL.BACKBONE.NAME = "UNetBackbone"
+        cfg.MODEL.RPN.IN_FEATURES = cfg.MODEL.ROI_HEADS.IN_FEATURES = ["unet"]
+        cfg.MODEL.ANCHOR_GENERATOR.SIZES = cfg.MODEL.ANCHOR_GENERATOR.SIZES[:1]
     return cfg
 
 
@@ -104,6 +119,20 @@ def test_each_image_gets_its_own_persons() -> None:
         alone = model([x])[0]["instances"].pred_densepose
         torch.testing.assert_close(alone.u, expected.u, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(together[0].u, together[1].u, atol=1e-2)
+
+
+@torch.no_grad()
+def test_branch_sees_the_image_itself() -> None:
+    """The box's pixels and nothing else, not the features that boxes come from."""
+    torch.manual_seed(0)
+    heads = build_model(_config("of the image")).roi_heads.eval()
+    image, boxes = torch.rand(1, 3, 64, 64), [Boxes(torch.tensor([[8.0, 8, 40, 40]]))]
+    expected = heads.predict({"image": image}, boxes).u
+    assert expected.shape == (1, 25, 32, 32)
+    outside = image.clone()
+    outside[:, :, 44:] = outside[:, :, :, 44:] = 0
+    assert torch.equal(heads.predict({"image": outside}, boxes).u, expected)
+    assert not torch.equal(heads.predict({"image": image.flip(3)}, boxes).u, expected)
 
 
 def test_masks_that_lack_are_named() -> None:

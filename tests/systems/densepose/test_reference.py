@@ -183,6 +183,22 @@ def test_points_on_a_mesh_alone_do_not_train_charts() -> None:
     assert float(losses["loss_densepose_I"]) == pytest.approx(np.log(25), rel=1e-5)
 
 
+def test_parts_of_all_pixels_of_the_masks() -> None:
+    """All 25 fine parts as likely, those of the right half less: the torso is two of them."""
+    mask = np.zeros((256, 256), np.uint8)
+    mask[:, :120] = 1
+    person = SurfacePoints([100.0], [100.0], [3], [0.5], [0.5], mask=mask)
+    x = Instances((50, 50), gt_densepose=DensePoseAnnotations([person]))
+    x.proposal_boxes = x.gt_boxes = Boxes(torch.tensor([[10.0, 10.0, 40.0, 40.0]]))
+    fine = torch.zeros(1, 25, 8, 8)
+    fine[:, 1:, :, 4:] = -20
+    predictions = ChartPredictions(torch.zeros(1, 15, 8, 8), fine, fine, fine)
+    targets = encode_targets([x], 8, coarse_channels=15)
+    points, both = (ChartLoss(part_mask_weight=w)(predictions, targets) for w in (0.0, 3.0))
+    difference = both["loss_densepose_I"] - points["loss_densepose_I"]
+    assert float(difference) == pytest.approx(3 * np.log(25 / 2) / 2, rel=1e-4)
+
+
 def test_losses_are_by_default_the_published_recipe_s() -> None:
     cfg = model_zoo.get_config("densepose/densepose_rcnn_R_50_FPN_s1x.yaml")
     assert build_chart_loss(cfg) == ChartLoss()

@@ -47,3 +47,22 @@ def test_masks_of_proposals_take_the_nearest_value() -> None:
     assert torch.equal(columns[0], torch.where(torch.arange(5) < 4, 1, 0)[:, None] * expected)
     rows = resample_masks(mask[:, None].expand(1, 256, 256), persons, boxes, 5)
     assert torch.equal(rows, columns.mT)
+
+
+def test_values_stand_in_the_middle_of_their_cells() -> None:
+    """What is written to the maps is read where it was: the middles of cells 0, 1, 3 and a corner."""
+    x = [32.0, 96.0, 224.0, 255.0, 128.0, 10.0]
+    person = SurfacePoints(x, [64.0] * 6, [1] * 6, [0.0] * 6, [0.0] * 6)
+    points = DensePoseAnnotations([person]).points()
+    persons = boxes = torch.tensor([[0.0, 0.0, 64.0, 64.0]])
+    placed = place_points(points, persons, boxes, 4, published_grid=False)
+    assert placed.low[0].tolist() == [0, 1, 3, 3, 1, 0]
+    assert placed.weight[0].tolist() == [0, 0, 0, 0, 0.5, 0]
+    assert placed.low[1].tolist() == [0] * 6 and placed.weight[1].tolist() == [0.5] * 6
+    column = torch.arange(256, dtype=torch.uint8).expand(1, 256, 256)
+    masks = resample_masks(column, persons, boxes, 4, published_grid=False)
+    assert masks[0, 0].tolist() == [32, 96, 160, 224]
+    # The first and the last cell of a box twice as wide see nothing of the person.
+    wide = torch.tensor([[-32.0, 0.0, 96.0, 64.0]])
+    masks = resample_masks(column, persons, wide, 4, published_grid=False)
+    assert masks[0, 0].tolist() == [0, 64, 192, 0]
