@@ -12,9 +12,12 @@ Each arm is a config trained by `d2ext train`, in a process and a folder of its 
 listed here, such as --dataset and --num-gpus, go there. What is finished is not done again, and what was
 interrupted goes on: give the same command.
 
+With --jobs, trainings run side by side, on one GPU after the other; what is measured on models comes
+after all of them.
+
 OUTPUT gets index.html: results, speed, parameters, FLOPs, plots, and the same validation images as each
 arm sees them; and table.md, comparison.json with everything measured. To do it in parts, give other
---arms or --seeds each time, and at the end the whole command. Speed is measured after each training: let
+--arms or --seeds each time, and at the end the whole command. Speed is measured after a training: let
 nothing else run.
 """
 
@@ -23,10 +26,12 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     budget.add_argument(
         "--seconds", type=positive, metavar="S", help="of each training, about, from its speed"
     )
+    add("--jobs", type=positive, default=1, metavar="N", help="trainings at a time (1)")
     add("--output", type=Path, metavar="DIR", help="(output/compare_<comparison>)")
     add_options_argument(parser)
     return parser
@@ -211,6 +217,52 @@ def check_budgets(configs: Sequence[CfgNode], *, timed: bool) -> None:
         raise ConfigError("A comparison needs one data set to evaluate on: set DATASETS.TEST.")
 
 
+def read_report(run: Run) -> dict[str, Any]:
+    """What is known of a run: nothing, its settings, or, with ``ms``, everything.
+
+    Raises:
+        CommandError: the folder holds a run with other settings.
+    """
+    file = run.folder / "run.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if known and known["arguments"] != run.arguments:
+        raise CommandError(
+            f"'{run.folder}' was made with other settings ({' '.join(known['arguments'])}): "
+            "choose another --output, or delete it."
+        )
+    return known
+
+
+def train_run(run: Run, **environment: str) -> None:
+    """Train and evaluate, if that is not done."""
+    if not all((run.folder / name).is_file() for name in ("model_final.pth", "results.json")):
+        start("train", ["--resume", *run.arguments], run.folder, environment)
+
+
+def train_side_by_side(runs: Sequence[Run], jobs: int) -> None:
+    """Train ``jobs`` runs at a time, on one GPU after the other.
+
+    Raises:
+        CommandError: as :func:`carry_out`; the others end first.
+    """
+    for run in runs:
+        if not read_report(run):
+            values = {"arm": run.arm, "seed": run.seed, "arguments": run.arguments}
+            write_json(run.folder / "run.json", values)
+    count = torch.cuda.device_count()
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    threads = str(max(len(os.sched_getaffinity(0)) // jobs, 1))
+    with ThreadPoolExecutor(jobs) as pool:
+        trainings = [
+            pool.submit(
+                train_run, run, CUDA_VISIBLE_DEVICES=given[i % len(given)], OMP_NUM_THREADS=threads
+            )
+            for i, run in enumerate(runs)
+        ]
+    for training in trainings:
+        training.result()
+
+
 def carry_out(run: Run, trained: Run, comparison: Comparison) -> dict[str, Any]:
     """Train or evaluate, and measure; what ``comparison.json`` holds of the run.
 
@@ -220,22 +272,16 @@ def carry_out(run: Run, trained: Run, comparison: Comparison) -> dict[str, Any]:
     Raises:
         CommandError: the folder holds a run with other settings, or the training failed.
     """
-    file = run.folder / "run.json"
+    known = read_report(run)
+    if "ms" in known:
+        return known
     report: dict[str, Any] = {"arm": run.arm, "seed": run.seed, "arguments": run.arguments}
-    if file.is_file():
-        known = json.loads(file.read_text(encoding="utf-8"))
-        if known["arguments"] != run.arguments:
-            raise CommandError(
-                f"'{run.folder}' was made with other settings ({' '.join(known['arguments'])}): "
-                "choose another --output, or delete it."
-            )
-        if "ms" in known:
-            return known
+    file = run.folder / "run.json"
     write_json(file, report)
     weights = str(trained.folder / "model_final.pth")
     build = comparison.arms[run.arm].build
     if run is trained:
-        start("train", ["--resume", *run.arguments], run.folder)
+        train_run(run)
     elif build is None:
         start("evaluate", [*run.arguments, "MODEL.WEIGHTS", weights], run.folder)
     report["results"] = {}
@@ -249,8 +295,8 @@ def carry_out(run: Run, trained: Run, comparison: Comparison) -> dict[str, Any]:
     curve = [(s, x[metric], 0.0) for s, x in zip(seconds, lines, strict=True) if metric in x]
     report["series"] = {"time": curve if run is trained else []}
     for plot, keys in comparison.curves.items():
-        known = {x: report["results"].get(key) for x, key in keys.items()}
-        report["series"][plot] = [(x, y, 0.0) for x, y in known.items() if y is not None]
+        points = {x: report["results"].get(key) for x, key in keys.items()}
+        report["series"][plot] = [(x, y, 0.0) for x, y in points.items() if y is not None]
     solver = trained.cfg.SOLVER
     report["images"] = solver.MAX_ITER * solver.IMS_PER_BATCH
     examine(run, weights, comparison, report)
@@ -271,10 +317,20 @@ def examine(run: Run, weights: str, comparison: Comparison, report: dict[str, An
         report["series"] |= series
 
 
-def start(command: str, arguments: Sequence[str], folder: Path) -> None:
-    """Run `d2ext train` or `d2ext evaluate` in a process of its own, with its results in a folder."""
+def start(
+    command: str,
+    arguments: Sequence[str],
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+) -> None:
+    """Run `d2ext train` or `d2ext evaluate` in a process of its own, with its results in a folder.
+
+    Args:
+        environment: further variables of the process.
+    """
     words = [*PROGRAM, command, *arguments, "OUTPUT_DIR", str(folder)]
-    status = subprocess.run(words, preexec_fn=_end_with_parent).returncode
+    variables = {**os.environ, **(environment or {})}
+    status = subprocess.run(words, env=variables, preexec_fn=_end_with_parent).returncode
     if status:
         raise CommandError(f"`{' '.join(words)}` ended with status {status}; see above.")
 
@@ -324,6 +380,10 @@ def run(arguments: list[str] | None = None) -> int:
             if not (one.folder / "model_final.pth").is_file():
                 start("train", ["--resume", *one.arguments], one.folder)
         runs = {(r.arm, r.seed): r for r in plan(comparison, args, passed_on)}
+        if args.jobs > 1:
+            train_side_by_side(
+                [r for r in runs.values() if not comparison.arms[r.arm].trained_by], args.jobs
+            )
         reports = []
         # Arms that are trained come first; the others evaluate their weights.
         for one in sorted(runs.values(), key=lambda r: comparison.arms[r.arm].trained_by):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,10 +27,12 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         original = runner.start
         started: list[str] = []
 
-        def start(command: str, arguments: Sequence[str], folder: Path) -> None:
+        def start(
+            command: str, arguments: Sequence[str], folder: Path, environment: Any = None
+        ) -> None:
             started.append(command)
             if len(started) <= number:
-                original(command, arguments, folder)
+                original(command, arguments, folder, environment)
             elif main([command, *arguments, "OUTPUT_DIR", str(folder)]):
                 raise CommandError(f"{command} has failed")
 

@@ -7,10 +7,12 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from d2ext.checkpoint.io import load_untrusted
 from d2ext.tools import compare
@@ -132,6 +134,32 @@ def test_arms_seeds_and_resume(
     # The same folder with other settings is refused.
     assert run(*budget, more=("SOLVER.BASE_LR", "0.1")) == 2
     assert "made with other settings" in capfd.readouterr().err
+
+
+def test_side_by_side(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All trainings have begun before the first one ends, and are done once."""
+    barrier, started = threading.Barrier(2, timeout=60), []
+    start = runner.start
+
+    def start_with_another(
+        command: str, arguments: list[str], folder: Path, environment: dict
+    ) -> None:
+        started.append((command, folder.parent.name, environment["CUDA_VISIBLE_DEVICES"]))
+        barrier.wait()
+        start(command, arguments, folder, environment)
+
+    monkeypatch.setattr(runner, "start", start_with_another)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    budget = ("--iterations", "2", "--arms", "wide", "narrow", "--jobs", "2")
+    assert run(*budget, more=("MODEL.DEVICE", "cpu")) == 0
+    assert sorted(started) == [("train", "narrow", "7"), ("train", "wide", "5")]
+    report = json.loads((tmp_path / "comparison.json").read_text())
+    assert [r["arm"] for r in report["runs"]] == ["wide", "narrow"]
+    # In the folder of another run nothing begins.
+    (tmp_path / "wide/seed_1/model_final.pth").unlink()
+    assert run(*budget, more=("MODEL.DEVICE", "cpu", "SOLVER.BASE_LR", "0.1")) == 2
+    assert len(started) == 2
 
 
 def test_budget_in_seconds(
