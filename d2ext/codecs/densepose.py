@@ -155,7 +155,7 @@ class _Pixels(NamedTuple):
         return _Pixels(*(x[..., keep] for x in self))
 
     def sample(self, cells: Tensor, channel: Tensor | None = None) -> Tensor:
-        """Bilinear samples, in the arithmetic of :func:`torch.nn.functional.interpolate`.
+        """Bilinear samples, those of :func:`torch.nn.functional.interpolate` to 1e-6.
 
         Args:
             cells: (N * S * S, C)
@@ -170,7 +170,7 @@ class _Pixels(NamedTuple):
         else:
             a, b, c, d = (cells[corner, channel] for corner in self.corners)
             right, lower = self.right, self.lower
-        return (1 - lower) * ((1 - right) * a + right * b) + lower * ((1 - right) * c + right * d)
+        return torch.lerp(torch.lerp(a, b, right), torch.lerp(c, d, right), lower)
 
 
 def _place(length: Tensor, index: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -245,18 +245,17 @@ def charts_in_boxes(predictions: ChartPredictions, boxes: Tensor) -> list[ChartR
     labels, values = [], []
     for pixels in _pixels_of(sizes, side):
         foreground = _foreground(pixels.sample(coarse)).nonzero()[:, 0]
-        part = pixels.select(foreground).sample(fine).argmax(dim=1)
-        foreground, part = foreground[part > 0], part[part > 0]
+        inside = pixels.select(foreground)
+        part = inside.sample(fine).argmax(dim=1)
         label = torch.zeros_like(pixels.person)
         label[foreground] = part
-        inside = pixels.select(foreground)
         rows = []
         for name, x in cells.items():
             if name.endswith("segm_confidence"):
                 rows.append(pixels.sample(x)[:, 0])
             else:
                 row = torch.zeros_like(pixels.right)
-                row[foreground] = inside.sample(x, part)
+                row[foreground] = torch.where(part > 0, inside.sample(x, part), 0.0)
                 rows.append(row)
         labels.append(label)
         values.append(torch.stack(rows))
