@@ -334,6 +334,7 @@ class RetinaFace(ShortSideMetaArch):
                 nms_threshold=self.nms_threshold,
                 max_detections=self.max_detections,
                 first=first,
+                one_class=self.head.num_classes == 1,
             )
             fields = self._fields(candidates, selection.slots, batched_inputs)
             numbers = torch.stack([selection.counts, selection.incomplete])

@@ -309,6 +309,17 @@ def test_nms_counts_whole_pixels_in_each_image_and_class() -> None:
     assert [x.tolist() for x in apart] == [[0], [0]]
 
 
+@pytest.mark.parametrize("classes", [1, 2])
+def test_a_model_of_several_classes_keeps_a_box_of_each(classes: int) -> None:
+    options = ("MODEL.KEYPOINT_ON", False, "MODEL.RETINAFACE.NUM_CLASSES", classes)
+    model = _build(_tiny(*options)).eval()
+    boxes = torch.tensor([[[5.0, 5, 20, 20]]]).expand(1, 3, 4)
+    labels = torch.tensor([[0, classes - 1, 0]])
+    candidates = Candidates(torch.tensor([[0.9, 0.8, 0.7]]), labels, boxes, labels, boxes)
+    found = model.postprocess(candidates, _images((40, 40)))[0]["instances"]
+    assert found.pred_classes.tolist() == list(range(classes))
+
+
 def test_nms_says_whether_it_looked_at_enough_candidates() -> None:
     # Three boxes many times over: the others come after six, and below the threshold after seven.
     boxes = torch.tensor([[0.0, 0, 5, 5], [20.0, 0, 25, 5], [40.0, 0, 45, 5], [60.0, 0, 65, 5]])
