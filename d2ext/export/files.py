@@ -37,6 +37,8 @@ FORMATS = {"onnx": ".onnx", "torch": ".pt2", "aoti": ".pt2"}
 """Format → how the file's name ends."""
 # What of the classes' metadata is of use without d2ext.
 _CLASSES = ("thing_classes", "thing_colors", "keypoint_names", "keypoint_connection_rules")
+# What the two files of a model with memory do not have in common.
+_OF_ONE_FILE = ("frames", "outputs")
 
 
 def is_exported(path: object) -> bool:
@@ -148,7 +150,10 @@ class ExportedFile:
     def __init__(self, path: str | os.PathLike[str], *, later: bool = False) -> None:
         self.path = os.fspath(path)
         if not os.path.isfile(self.path):
-            raise ConfigError(f"There is no file '{self.path}'.")
+            which = (
+                ", of the frames after key frames, beside the one that was given" if later else ""
+            )
+            raise ConfigError(f"There is no file '{self.path}'{which}.")
         self._run, text = _open(self.path, os.stat(self.path).st_mtime_ns)
         if not text:
             raise ConfigError(f"'{self.path}' was not written by d2ext: it has no metadata of it.")
@@ -160,8 +165,15 @@ class ExportedFile:
                 f"'{self.path}' is {which} the frames after key frames. Such a file lies beside that of "
                 "the key frames, which is the one to give, and has its name with .later before the end."
             )
-        beside = later_path(self.path)
-        self.later = ExportedFile(beside, later=True) if frames == "key" else None
+        self.later: ExportedFile | None = None
+        if frames == "key":
+            self.later = ExportedFile(later_path(self.path), later=True)
+            own, other = (
+                {name: x for name, x in file.facts.items() if name not in _OF_ONE_FILE}
+                for file in (self, self.later)
+            )
+            if own != other:
+                raise ConfigError(f"'{self.path}' and '{self.later.path}' are not of one export.")
         self.cfg = get_cfg()
         self.cfg.merge_from_other_cfg(CfgNode(yaml.safe_load(self.facts["config"])))
 
@@ -173,7 +185,7 @@ class ExportedFile:
                 default H, W; of later frames the memory, in the order of ``facts["memory"]``.
 
         Raises:
-            ValueError: the file is for images of another size.
+            ConfigError: the file is for images of another size.
         """
         expected = self.facts["input"]
         batch, _, *size = expected["shape"]
@@ -189,12 +201,12 @@ class ExportedFile:
         other = "a larger --size" if expected.get("sizes") else "--dynamic-size"
         needed = f"the {given[1]}x{given[0]} that this image needs"
         if size != [None, None] and size != given:
-            raise ValueError(
+            raise ConfigError(
                 f"'{self.path}' takes {size[1]}x{size[0]} pixels, not {needed}: give others, or "
                 f"export with {other}."
             )
         if size == [None, None] and not all(MIN_SIDE <= side <= MAX_SIDE for side in given):
-            raise ValueError(
+            raise ConfigError(
                 f"'{self.path}' takes sides of {MIN_SIDE} to {MAX_SIDE} pixels, not {needed}."
             )
         if expected["dtype"] == "uint8":

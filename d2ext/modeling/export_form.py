@@ -62,6 +62,8 @@ class ExportForm:
     input's upper left corner; one image a batch, of one input size."""
     rows: tuple[str, ...] = ()
     """Outputs (1, count, ...) that have a row for each slot in use, none for the others."""
+    maps: tuple[str, ...] = ()
+    """Outputs (B, ...) of the image as a whole, not of slots."""
     network: InferenceNetwork | None = None
     """What the graph runs; None: the model's."""
     later: ExportForm | None = None

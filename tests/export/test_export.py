@@ -26,9 +26,10 @@ from d2ext.export import (
     exportable,
     numpy_results,
 )
-from d2ext.export.check import Difference
+from d2ext.export.check import Difference, _differences
 from d2ext.export.files import _joined
 from d2ext.layers.corner_pool import _doubling_maximum, corner_pool_reference
+from d2ext.modeling.export_form import ExportForm
 from d2ext.modeling.tta import build_tta
 from d2ext.systems.cornernet.postprocess import SuppressionOptions, suppress
 from d2ext.systems.retinaface.postprocess import Candidates, select
@@ -185,6 +186,20 @@ def test_the_check_sees_another_model(faces: tuple[Any, Any, str]) -> None:
     images = torch.randint(0, 256, (1, 3, HEIGHT, WIDTH)).float()
     by_name = {x.output: x.largest for x in check(other, ExportedFile(path), images, 1e-4)}
     assert by_name["boxes"] > 1e-4 > by_name["points"]
+
+
+def test_maps_are_no_slots() -> None:
+    """Of as many channels as there are slots, one of them empty."""
+    form = ExportForm(dict, dict, (8, 8), maps=("semantic",), memory=("memory_gathered",))
+    outputs = {"scores": torch.tensor([[0.9, 0.8, -1.0]]), "classes": torch.zeros(1, 3)}
+    outputs |= {"semantic": torch.rand(1, 3, 2, 2), "memory_gathered": torch.rand(1, 3, 2, 2)}
+    swapped = {
+        name: x[:, [1, 0, 2]] for name, x in outputs.items() if name in ("scores", "classes")
+    }
+    differences = {x.output: x for x in _differences(outputs | swapped, outputs, form, 1e-4)}
+    assert differences["scores"][1:] == (0.0, 2, 2)
+    for name in ("semantic", "memory_gathered"):
+        assert differences[name][1:] == (0.0, 0, 12)
 
 
 def test_an_exported_file_needs_nothing_else(faces: tuple[Any, Any, str], tmp_path: Path) -> None:

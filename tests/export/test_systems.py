@@ -332,10 +332,21 @@ def test_numpy_feeds_the_memory(
         np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-5)
 
 
-def test_files_of_a_video_belong_together(exported_case: Callable[[str], Exported]) -> None:
+def test_files_of_a_video_belong_together(
+    exported_case: Callable[[str], Exported], tmp_path: Path
+) -> None:
     path = exported_case("yolact_edge").path("torch")
     with pytest.raises(ConfigError, match="which is the one to give"):
         ExportedFile(later_path(path))
+    moved = str(tmp_path / "street.pt2")
+    shutil.copy(path, moved)
+    with pytest.raises(ConfigError, match=r"no file '.*street\.later\.pt2', of the frames after"):
+        ExportedFile(moved)
+    shutil.copy(later_path(exported_case("vpsnet").path("torch")), later_path(moved))
+    with pytest.raises(ConfigError, match="are not of one export"):
+        ExportedFile(moved)
+    shutil.copy(later_path(path), later_path(moved))
+    assert ExportedFile(moved).later is not None
 
 
 def test_sizes_that_a_file_does_not_take(exported: Exported) -> None:

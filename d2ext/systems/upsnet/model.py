@@ -404,6 +404,7 @@ class UPSNet(ShortSideMetaArch):
             size=(side, side),
             multiple=unit,
             sizes=True,
+            maps=("semantic",),
             results="upsnet",
             options={
                 **{name: getattr(self.postprocessor, name) for name in EXPORTED_OPTIONS},

@@ -260,6 +260,7 @@ class YOLACT(MetaArch):
             pack=pack,
             unpack=lambda outputs: tuple(outputs[name] for name in names if name in outputs),
             size=(self.input_size, self.input_size),
+            maps=("prototypes",),
             results="yolact",
             options={
                 "threshold": self.mask_threshold,

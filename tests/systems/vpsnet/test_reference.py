@@ -301,7 +301,7 @@ def test_flow(video: VideoCase) -> None:
 
 @pytest.mark.parametrize("t", range(3))
 def test_network(video: VideoCase, t: int) -> None:
-    predictions = video.predictions[t]
+    _, predictions = video.predictions[t]
     levels = ["p2", "p3", "p4", "p5", "p6"] if t == 1 else ["p2", "p3", "p6"]
     outputs = {f"fuse.{name}": predictions.features[name] for name in levels}
     for level, logits in zip(("p2", "p3", "p4", "p5", "p6"), predictions.logits, strict=True):
