@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from detectron2.modeling import build_model
 
 from d2ext import model_zoo
+from d2ext.engine.optimizer import build_optimizer
 from tests.systems.recipes import assert_recipe, under
 
 NAMES = [
@@ -82,5 +84,8 @@ def test_small_recipe() -> None:
     head = {"NAME": "DensePoseUNetHead", "IN_FEATURES": ["image"], "PART_MASK_WEIGHTS": 1}
     facts = under("MODEL.ROI_DENSEPOSE_HEAD", head | {"PUBLISHED_GRID": False})
     facts["MODEL.ROI_HEADS.PROPOSAL_APPEND_GT"] = False
-    facts["SOLVER.LR_FACTORS"] = ["roi_heads.densepose_", 4]
     assert_recipe("densepose/densepose_shapes.yaml", facts)
+    cfg = model_zoo.get_config("densepose/densepose_shapes.yaml")
+    optimizer = build_optimizer(cfg, build_model(cfg))
+    rates = {group["lr"] / cfg.SOLVER.BASE_LR for group in optimizer.param_groups}
+    assert rates == {1.0, 4.0}, "the branch learns faster than the boxes"
