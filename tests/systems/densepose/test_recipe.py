@@ -21,8 +21,7 @@ MODEL: dict[str, Any] = {"ANCHOR_GENERATOR.SIZES": [32, 64, 128, 256, 512]}
 MODEL |= {"ANCHOR_GENERATOR.ASPECT_RATIOS": [0.5, 1, 2], "RPN.IN_FEATURES": [*PYRAMID, "p6"]}
 MODEL |= {"RPN.PRE_NMS_TOPK_TRAIN": 2000, "RPN.PRE_NMS_TOPK_TEST": 1000}
 MODEL |= {"RPN.POST_NMS_TOPK_TRAIN": 1000, "RPN.POST_NMS_TOPK_TEST": 1000}
-MODEL |= {"ROI_HEADS.IN_FEATURES": PYRAMID, "ROI_HEADS.PROPOSAL_APPEND_GT": True}
-MODEL |= {"ROI_HEADS.NUM_CLASSES": 1, "ROI_BOX_HEAD.NUM_FC": 2}
+MODEL |= {"ROI_HEADS.IN_FEATURES": PYRAMID, "ROI_HEADS.NUM_CLASSES": 1, "ROI_BOX_HEAD.NUM_FC": 2}
 MODEL |= {"ROI_HEADS.SCORE_THRESH_TEST": 0.05, "ROI_HEADS.NMS_THRESH_TEST": 0.5}
 MODEL |= {"ROI_BOX_HEAD.POOLER_RESOLUTION": 7, "ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": 2}
 HEAD: dict[str, Any] = {"NUM_STACKED_CONVS": 8, "CONV_HEAD_DIM": 512, "CONV_HEAD_KERNEL": 3}
@@ -83,7 +82,6 @@ def test_small_recipe() -> None:
     """What the surfaces of `shapes` were found to need: each without its line gets fewer right."""
     head = {"NAME": "DensePoseUNetHead", "IN_FEATURES": ["image"], "PART_MASK_WEIGHTS": 1}
     facts = under("MODEL.ROI_DENSEPOSE_HEAD", head | {"PUBLISHED_GRID": False})
-    facts["MODEL.ROI_HEADS.PROPOSAL_APPEND_GT"] = False
     assert_recipe("densepose/densepose_shapes.yaml", facts)
     cfg = model_zoo.get_config("densepose/densepose_shapes.yaml")
     optimizer = build_optimizer(cfg, build_model(cfg))
