@@ -19,11 +19,12 @@ from d2ext.data.densepose import (
     SurfaceSymmetry,
     read_uv_symmetry,
 )
+from d2ext.data.densepose.parts import COARSE_PARTS
 from d2ext.data.shapes import BodySet, ShapesSet, load_shapes_bodies, register_shapes_bodies
 from d2ext.data.shapes.__main__ import main
 from d2ext.data.shapes.bodies import Body, BodyFrame
 from d2ext.data.shapes.body_coco import BODY_MESH, body_annotations
-from d2ext.data.shapes.body_mesh import COARSE_PARTS, body_mesh, mirror_chart
+from d2ext.data.shapes.body_mesh import body_mesh, mirror_chart
 from d2ext.data.shapes.body_paint import BodyLook, Cloth, paint_charts, vertex_normals
 from d2ext.data.shapes.body_pose import BodyPose, mirror_pose, pose_vertices, view
 from d2ext.data.shapes.body_raster import shown_points

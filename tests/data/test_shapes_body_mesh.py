@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from d2ext.data.densepose import MIRRORED_PARTS
-from d2ext.data.shapes.body_mesh import BONES, COARSE_PARTS, body_mesh, mirror_chart
+from d2ext.data.densepose.parts import COARSE_PARTS
+from d2ext.data.shapes.body_mesh import BONES, body_mesh, mirror_chart
 from d2ext.data.shapes.body_pose import BodyPose, pose_vertices
 from d2ext.data.shapes.body_tables import (
     body_geodesics,

@@ -7,9 +7,8 @@ import cv2
 import numpy as np
 from pycocotools import mask as mask_util
 
-from d2ext.data.densepose.parts import NUM_COARSE_PARTS
+from d2ext.data.densepose.parts import COARSE_PARTS, NUM_COARSE_PARTS
 from d2ext.data.shapes.bodies import Body, BodyFrame, SurfaceMap
-from d2ext.data.shapes.body_mesh import COARSE_PARTS
 from d2ext.data.shapes.coco import MAX_ANNOTATIONS, coco_file, image_entry
 from d2ext.data.shapes.masks import mask_to_polygons
 

@@ -28,7 +28,6 @@ __all__ = [
     "ARM_ANGLE",
     "BODY_HEIGHT",
     "BONES",
-    "COARSE_PARTS",
     "LEFT_PARTS",
     "BodyMesh",
     "body_mesh",
@@ -42,8 +41,6 @@ BONES = (
     *("left_upper_leg", "right_upper_leg", "left_lower_leg", "right_lower_leg"),
     *("left_foot", "right_foot"),
 )
-# Coarse part of each fine part, background included (NOTES.md, *Semantics*).
-COARSE_PARTS = (0, 1, 1, 2, 3, 4, 5, 6, 7, 6, 7, 8, 9, 8, 9, 10, 11, 10, 11, 12, 13, 12, 13, 14, 14)
 
 # Angle of the arms from hanging down, radians.
 ARM_ANGLE = math.radians(45)

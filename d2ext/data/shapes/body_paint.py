@@ -5,8 +5,8 @@ from functools import cache
 
 import numpy as np
 
-from d2ext.data.densepose.parts import MIRRORED_PARTS, NUM_PARTS
-from d2ext.data.shapes.body_mesh import COARSE_PARTS, LEFT_PARTS, body_mesh, mirror_chart
+from d2ext.data.densepose.parts import COARSE_PARTS, MIRRORED_PARTS, NUM_PARTS
+from d2ext.data.shapes.body_mesh import LEFT_PARTS, body_mesh, mirror_chart
 from d2ext.data.shapes.face_paint import Light
 from d2ext.data.shapes.textures import STORED_PER_PIXEL, thing_texture
 

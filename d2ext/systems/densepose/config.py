@@ -12,12 +12,10 @@ from d2ext.config import CONFIG_REGISTRY
 def add_densepose_config(cfg: CfgNode) -> None:
     """Add DensePose's keys to ``cfg``, in place."""
     head = cfg.MODEL.ROI_DENSEPOSE_HEAD = CfgNode()
-    # A head of DENSEPOSE_HEAD_REGISTRY: "DensePoseV1ConvXHead", "DensePoseDeepLabHead", or,
-    # small, for training from random weights, "DensePoseHourglassHead" and, for regions of the image,
-    # "DensePoseUNetHead".
+    # A head of DENSEPOSE_HEAD_REGISTRY: "DensePoseV1ConvXHead", "DensePoseDeepLabHead", or, small, for
+    # regions of the image and training from random weights, "DensePoseUNetHead".
     head.NAME = "DensePoseV1ConvXHead"
-    # Its convolutions (of an hourglass: levels below the first; of a U-Net: levels), their channels and
-    # the side of their kernels.
+    # Its convolutions (of a U-Net: levels), their channels and the side of their kernels.
     head.NUM_STACKED_CONVS = 8
     head.CONV_HEAD_DIM = 512
     head.CONV_HEAD_KERNEL = 3

@@ -17,7 +17,6 @@ from fvcore.nn import weight_init
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2ext.modeling.newell_hourglass import Hourglass
 from d2ext.modeling.unet import UNet
 
 DENSEPOSE_HEAD_REGISTRY = Registry("DENSEPOSE_HEAD")
@@ -31,8 +30,6 @@ Heads: ``head(in_channels, num_convs=, channels=, kernel=)`` maps pooled feature
 _DILATIONS = (6, 12, 56)
 _ASPP_CHANNELS = 256
 _GROUPS = 32
-# An hourglass has half as many channels inside its blocks, and few cells in its innermost level.
-_HOURGLASS_GROUPS = 8
 
 
 def he_init(module: nn.Module) -> None:
@@ -143,24 +140,6 @@ class DensePoseDeepLabHead(_ConvStack):
 
 
 @DENSEPOSE_HEAD_REGISTRY.register()
-class DensePoseHourglassHead(nn.Module):
-    """An hourglass on each region: sees all of it, with little arithmetic.
-
-    Not published; for small models that learn from random weights, which group norms speed up.
-    ``num_convs`` is how often it halves the resolution: s is a multiple of 2^num_convs.
-    """
-
-    def __init__(self, in_channels: int, *, num_convs: int, channels: int, kernel: int) -> None:
-        super().__init__()
-        self.reduce = nn.Conv2d(in_channels, channels, kernel, padding=kernel // 2)
-        self.hourglass = Hourglass(channels, [0] * num_convs, _hourglass_norm)
-        self.norm = _hourglass_norm(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.norm(self.hourglass(self.reduce(x))))
-
-
-@DENSEPOSE_HEAD_REGISTRY.register()
 class DensePoseUNetHead(UNet):
     """A U-Net on each region, for those that are pooled from the image itself: (R, 3, s, s) →
     (R, channels, s/4, s/4).
@@ -173,10 +152,6 @@ class DensePoseUNetHead(UNet):
     def __init__(self, in_channels: int, *, num_convs: int, channels: int, kernel: int) -> None:
         widths = [channels // 2 * 2**i for i in range(num_convs)]
         super().__init__(in_channels, widths, channels)
-
-
-def _hourglass_norm(channels: int) -> nn.Module:
-    return nn.GroupNorm(_HOURGLASS_GROUPS, channels)
 
 
 class ASPP(nn.Module):

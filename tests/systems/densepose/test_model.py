@@ -21,12 +21,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "legacy": {"DECODER_ON": False, "NUM_COARSE_SEGM_CHANNELS": 15},
     "deeplab": {"NAME": "DensePoseDeepLabHead", "CONV_HEAD_DIM": 32},
-    "hourglass": {
-        "NAME": "DensePoseHourglassHead",
-        "CONV_HEAD_DIM": 16,
-        "NUM_STACKED_CONVS": 2,
-        "POOLER_RESOLUTION": 8,
-    },
     "of the image": {
         "NAME": "DensePoseUNetHead",
         "IN_FEATURES": ["image"],
