@@ -37,7 +37,11 @@ from d2ext.systems.densepose.targets import DensePoseTargets, encode_targets, se
 
 @ROI_HEADS_REGISTRY.register()
 class DensePoseROIHeads(StandardROIHeads):
-    """Boxes, and for each person maps of its surface."""
+    """Boxes, and for each person maps of its surface.
+
+    The branch for surfaces learns from annotated boxes, too; without ``MODEL.ROI_HEADS.PROPOSAL_APPEND_GT`` it
+    alone does.
+    """
 
     @configurable
     def __init__(
@@ -140,6 +144,12 @@ class DensePoseROIHeads(StandardROIHeads):
         refuse_tracing(self)
         instances, losses = super().forward(images, features, proposals, targets)
         if self.training:
+            if not self.proposal_append_gt:
+                assert targets is not None
+                instances = [
+                    Instances.cat([x, annotated_boxes(own)]) if len(own) else x
+                    for x, own in zip(instances, targets, strict=True)
+                ]
             losses.update(self.densepose_losses(features, instances))
         return instances, losses
 
@@ -197,6 +207,18 @@ class DensePoseROIHeads(StandardROIHeads):
             with_masks=self.with_masks,
             published_grid=self.published_grid,
         )
+
+
+def annotated_boxes(targets: Instances) -> Instances:
+    """The annotated boxes of an image as proposals, with all that is annotated."""
+    annotations = {k: v for k, v in targets.get_fields().items() if k.startswith("gt_")}
+    scores = targets.gt_boxes.tensor.new_zeros(len(targets))
+    return Instances(
+        targets.image_size,
+        proposal_boxes=targets.gt_boxes,
+        objectness_logits=scores,
+        **annotations,
+    )
 
 
 def build_chart_loss(cfg: CfgNode) -> ChartLoss:

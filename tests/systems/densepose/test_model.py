@@ -8,7 +8,7 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
@@ -92,6 +92,34 @@ def test_trains_with_and_without_points(model: nn.Module) -> None:
     inputs[1]["instances"] = inputs[1]["instances"][:0]
     losses = _losses(model, inputs)
     assert all(value == 0 for value in losses.values())
+
+
+@pytest.mark.parametrize("append", [True, False])
+def test_the_branch_knows_annotated_boxes(append: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether box head and RPN do or not; with all that is annotated, and once."""
+    cfg = _config("plain")
+    cfg.MODEL.ROI_HEADS.PROPOSAL_APPEND_GT = append
+    model = build_model(cfg)
+    heads, inputs, seen = model.roi_heads, random_inputs(), []
+    inputs[1]["instances"] = inputs[1]["instances"][:0]
+    boxes = []
+    monkeypatch.setattr(heads, "densepose_losses", lambda features, x: seen.extend(x) or {})
+    monkeypatch.setattr(heads, "_forward_box", lambda features, x: boxes.extend(x) or {})
+    with EventStorage():
+        model.train()(inputs)
+    persons = inputs[0]["instances"].gt_boxes.tensor
+
+    def same(proposals: Instances) -> Tensor:
+        return (proposals.proposal_boxes.tensor[:, None] == persons).all(dim=2)
+
+    assert same(seen[0]).sum(dim=0).tolist() == [1] * len(persons)
+    assert same(boxes[0]).any() == append
+    place = same(seen[0]).nonzero()
+    assert torch.equal(seen[0].gt_boxes.tensor[place[:, 0]], persons[place[:, 1]])
+    assert (
+        len(seen[0].gt_densepose) == len(seen[0]) == len(boxes[0]) + (0 if append else len(persons))
+    )
+    assert len(seen[1]) == len(boxes[1])
 
 
 @torch.no_grad()
