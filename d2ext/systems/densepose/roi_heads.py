@@ -39,8 +39,8 @@ from d2ext.systems.densepose.targets import DensePoseTargets, encode_targets, se
 class DensePoseROIHeads(StandardROIHeads):
     """Boxes, and for each person maps of its surface.
 
-    The branch for surfaces learns from annotated boxes, too; without ``MODEL.ROI_HEADS.PROPOSAL_APPEND_GT`` it
-    alone does.
+    The branch for surfaces learns from annotated boxes, too; without
+    ``MODEL.ROI_HEADS.PROPOSAL_APPEND_GT`` it alone does.
     """
 
     @configurable
