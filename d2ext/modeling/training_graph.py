@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,33 +12,30 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 _MOST_SHAPES = 4
 
 
-class _Caller:
-    """The network as a function of images and its trained parameters, which returns tensors only;
-    calling it makes predictions of them.
+class _Graphs:
+    """The network as graphs, captured for images (B, 3, H, W) of one shape; called like the network.
 
-    The parameters are arguments since DistributedDataParallel keeps their places in autograd's graph,
-    which belong to the stream that must not be in a capture; other tensors on the same memory have
-    places of their own.
+    The trained parameters are arguments of what is captured, since DistributedDataParallel keeps their
+    places in autograd's graph, which belong to the stream that must not be in a capture; other tensors
+    on the same memory have places of their own.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, images: Tensor) -> None:
         self.network = network
         self.parameters = {n: p for n, p in network.named_parameters() if p.requires_grad}
-        self.graphed: Callable[..., tuple[Tensor, ...]] = self.run
+        aliases = (p.detach().requires_grad_() for p in self.parameters.values())
+        self.graphed = torch.cuda.make_graphed_callables(
+            self.run, (images.detach().clone(), *aliases), allow_unused_input=True
+        )
 
     def run(self, images: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        """The network, with other tensors for its parameters → the tensors of its predictions."""
         given = dict(zip(self.parameters, parameters, strict=True))
         predictions = torch.func.functional_call(self.network, given, (images,))
         self._leaves, self._spec = tree_flatten(predictions)
         tensors = tuple(x for x in self._leaves if isinstance(x, Tensor))
         self._leaves = [None if isinstance(x, Tensor) else (x,) for x in self._leaves]
         return tensors
-
-    def capture(self, images: Tensor) -> None:
-        aliases = (p.detach().requires_grad_() for p in self.parameters.values())
-        self.graphed = torch.cuda.make_graphed_callables(
-            self.run, (images.detach().clone(), *aliases), allow_unused_input=True
-        )
 
     def __call__(self, images: Tensor) -> Any:
         left = iter(self.graphed(images, *self.parameters.values()))
@@ -61,7 +57,7 @@ class TrainingGraphs:
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
-        self._graphs: dict[torch.Size, _Caller] = {}
+        self._graphs: dict[torch.Size, _Graphs] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"network": self.network, "_graphs": {}}  # graphs can be neither copied nor pickled
@@ -73,8 +69,7 @@ class TrainingGraphs:
             self._graphs[images.shape] = self._capture(images)
         return self._graphs[images.shape](images)
 
-    def _capture(self, images: Tensor) -> _Caller:
-        graph = _Caller(self.network)
+    def _capture(self, images: Tensor) -> _Graphs:
         statistics = [x.clone() for x in self.network.buffers()]
         kind = images.device.type
         with torch.autocast(
@@ -83,7 +78,7 @@ class TrainingGraphs:
             enabled=torch.is_autocast_enabled(kind),
             cache_enabled=False,
         ):
-            graph.capture(images)
+            graph = _Graphs(self.network, images)
         with torch.no_grad():
             for buffer, before in zip(self.network.buffers(), statistics, strict=True):
                 buffer.copy_(before)  # as they were before the runs that precede a capture

@@ -12,12 +12,13 @@ from itertools import pairwise
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2ext.config import CONFIG_REGISTRY
+from d2ext.modeling.fusion import conv_norm
 
 
 @CONFIG_REGISTRY.register()
@@ -36,24 +37,12 @@ def add_unet_config(cfg: CfgNode) -> None:
     unet.NORM = "BN"
 
 
-def _conv(
-    in_channels: int,
-    out_channels: int,
-    norm: str,
-    kernel: int = 3,
-    stride: int = 1,
-    relu: bool = True,
+def _conv_relu(
+    in_channels: int, out_channels: int, norm: str, kernel: int = 3, stride: int = 1
 ) -> Conv2d:
-    return Conv2d(
-        in_channels,
-        out_channels,
-        kernel,
-        stride=stride,
-        padding=kernel // 2,
-        bias=False,
-        norm=get_norm(norm, out_channels),
-        activation=F.relu_ if relu else None,
-    )
+    conv = conv_norm(in_channels, out_channels, kernel, norm=norm, stride=stride)
+    conv.activation = F.relu_
+    return conv
 
 
 class _Level(nn.Module):
@@ -61,9 +50,9 @@ class _Level(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, norm: str) -> None:
         super().__init__()
-        self.reduce = _conv(in_channels, channels, norm, stride=2)
-        self.conv1 = _conv(channels, channels, norm)
-        self.conv2 = _conv(channels, channels, norm, relu=False)
+        self.reduce = _conv_relu(in_channels, channels, norm, stride=2)
+        self.conv1 = _conv_relu(channels, channels, norm)
+        self.conv2 = conv_norm(channels, channels, 3, norm=norm)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.reduce(x)
@@ -96,15 +85,17 @@ class UNet(nn.Module):
         self.stride = stem_stride * 2**out_level
         self.size_divisibility = stem_stride * 2 ** (len(channels) - 1)
         self.stem = nn.Sequential(
-            _conv(in_channels, channels[0], norm, kernel=2 * stem_stride - 1, stride=stem_stride),
-            _conv(channels[0], channels[0], norm),
+            _conv_relu(
+                in_channels, channels[0], norm, kernel=2 * stem_stride - 1, stride=stem_stride
+            ),
+            _conv_relu(channels[0], channels[0], norm),
         )
         self.down = nn.ModuleList(
             _Level(before, after, norm) for before, after in pairwise(channels)
         )
         used = channels[out_level:]
         self.lateral = nn.ModuleList(nn.Conv2d(c, out_channels, 1) for c in used)
-        self.up = nn.ModuleList(_conv(out_channels, out_channels, norm) for _ in used)
+        self.up = nn.ModuleList(_conv_relu(out_channels, out_channels, norm) for _ in used)
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""

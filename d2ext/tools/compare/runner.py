@@ -217,20 +217,22 @@ def check_budgets(configs: Sequence[CfgNode], *, timed: bool) -> None:
         raise ConfigError("A comparison needs one data set to evaluate on: set DATASETS.TEST.")
 
 
-def read_report(run: Run) -> dict[str, Any]:
-    """What is known of a run: nothing, its settings, or, with ``ms``, everything.
+def begin(run: Run) -> dict[str, Any]:
+    """What is known of a run, which has a report from now on: its settings, or, with ``ms``, everything.
 
     Raises:
         CommandError: the folder holds a run with other settings.
     """
     file = run.folder / "run.json"
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if known and known["arguments"] != run.arguments:
+    if not file.is_file():
+        write_json(file, {"arm": run.arm, "seed": run.seed, "arguments": run.arguments})
+    report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if report["arguments"] != run.arguments:
         raise CommandError(
-            f"'{run.folder}' was made with other settings ({' '.join(known['arguments'])}): "
+            f"'{run.folder}' was made with other settings ({' '.join(report['arguments'])}): "
             "choose another --output, or delete it."
         )
-    return known
+    return report
 
 
 def train_run(run: Run, **environment: str) -> None:
@@ -246,12 +248,10 @@ def train_side_by_side(runs: Sequence[Run], jobs: int) -> None:
         CommandError: as :func:`carry_out`; the others end first.
     """
     for run in runs:
-        if not read_report(run):
-            values = {"arm": run.arm, "seed": run.seed, "arguments": run.arguments}
-            write_json(run.folder / "run.json", values)
+        begin(run)
     count = torch.cuda.device_count()
     given = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
-    threads = str(max(len(os.sched_getaffinity(0)) // jobs, 1))
+    threads = str(max((os.cpu_count() or 1) // jobs, 1))
     with ThreadPoolExecutor(jobs) as pool:
         trainings = [
             pool.submit(
@@ -272,12 +272,9 @@ def carry_out(run: Run, trained: Run, comparison: Comparison) -> dict[str, Any]:
     Raises:
         CommandError: the folder holds a run with other settings, or the training failed.
     """
-    known = read_report(run)
-    if "ms" in known:
-        return known
-    report: dict[str, Any] = {"arm": run.arm, "seed": run.seed, "arguments": run.arguments}
-    file = run.folder / "run.json"
-    write_json(file, report)
+    report = begin(run)
+    if "ms" in report:
+        return report
     weights = str(trained.folder / "model_final.pth")
     build = comparison.arms[run.arm].build
     if run is trained:
@@ -300,7 +297,7 @@ def carry_out(run: Run, trained: Run, comparison: Comparison) -> dict[str, Any]:
     solver = trained.cfg.SOLVER
     report["images"] = solver.MAX_ITER * solver.IMS_PER_BATCH
     examine(run, weights, comparison, report)
-    write_json(file, report)
+    write_json(run.folder / "run.json", report)
     return report
 
 
