@@ -40,6 +40,8 @@ def conv_norm(
 
 def conv_relu(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """relu(conv(x)), in one kernel if :func:`fuse_activations` marked the convolution."""
+    if hasattr(conv, "blocked"):
+        return conv.blocked(x)
     if getattr(conv, "fuse_relu", False):
         return torch.cudnn_convolution_relu(
             x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
@@ -65,6 +67,64 @@ def take_bias(conv: nn.Conv2d) -> Tensor:
     """Remove the bias (out,) of a convolution and return it; 0 for one that has none."""
     bias, conv.bias = conv.bias, None
     return conv.weight.new_zeros(len(conv.weight)) if bias is None else bias.data
+
+
+# Pixels of a row that are one of :class:`BlockedStem`: with 3 colours 24 channels, a multiple of 8, as
+# tensor cores want them.
+_BLOCK = 8
+
+
+class BlockedStem(nn.Module):
+    """A convolution of an image and a ReLU, in blocks: 8 pixels of a row are one of 24 channels, and so
+    are their results.
+
+    The numbers are the same, and come from tensor cores, which do not take 3 channels. In channels-last
+    memory blocks are views.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        assert conv.bias is not None
+        self.step = conv.stride[1]
+        self.stride, self.padding = (conv.stride[0], 1), (conv.padding[0], 1)
+        out, colours, rows, taps = conv.weight.shape
+        outputs = _BLOCK // self.step
+        # The block before, this one and the one after it.
+        weight = conv.weight.new_zeros(outputs, out, 3 * _BLOCK, colours, rows)
+        for i in range(outputs):
+            start = _BLOCK + i * self.step - conv.padding[1]
+            weight[i, :, start : start + taps] = conv.weight.permute(0, 3, 1, 2)
+        weight = weight.view(outputs * out, 3, _BLOCK * colours, rows)
+        self.weight = nn.Parameter(weight.permute(0, 2, 3, 1), requires_grad=False)
+        self.bias = nn.Parameter(conv.bias.data.repeat(outputs), requires_grad=False)
+
+    @staticmethod
+    def suits(conv: nn.Conv2d) -> bool:
+        """Whether this convolution can run so."""
+        step, padding, taps = conv.stride[1], conv.padding[1], conv.kernel_size[1]
+        return (
+            conv.in_channels == 3
+            and conv.groups == 1
+            and conv.dilation == (1, 1)
+            and _BLOCK % step == 0
+            and padding == (taps - 1) / 2 <= _BLOCK
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) → (B, out, H', W'), what the convolution's would be."""
+        width = (x.shape[3] - 1) // self.step + 1
+        x = F.pad(x, (0, -x.shape[3] % _BLOCK)).permute(0, 2, 3, 1)
+        x = x.reshape(*x.shape[:2], -1, 3 * _BLOCK).permute(0, 3, 1, 2)
+        if x.is_cuda:
+            x = torch.cudnn_convolution_relu(
+                x, self.weight, self.bias, self.stride, self.padding, (1, 1), 1
+            )
+        else:
+            x = F.relu(F.conv2d(x, self.weight, self.bias, self.stride, self.padding))
+        x = x.permute(0, 2, 3, 1).reshape(
+            len(x), x.shape[2], -1, len(self.bias) * self.step // _BLOCK
+        )
+        return x[:, :, :width].permute(0, 3, 1, 2)
 
 
 class _FusedStem(nn.Module):
@@ -109,16 +169,22 @@ def _is_plain(conv: nn.Module) -> bool:
     return not isinstance(conv, Conv2d) or (conv.norm is None and conv.activation is None)
 
 
-def fuse_activations(module: nn.Module) -> None:
+def fuse_activations(module: nn.Module, *, blocked_stems: bool = False) -> None:
     """Prepare a module whose norms are folded, in place, for inference on an NVIDIA GPU.
 
     Detectron2's residual blocks and stem are replaced by fused ones, and convolutions that are
     followed by a ReLU through :func:`conv_relu` or :func:`conv_add_relu` are marked. Other modules stay
     as they are.
+
+    Args:
+        blocked_stems: convolutions of images with ReLU become :class:`BlockedStem`, which is worth it in
+            low precision and channels-last memory.
     """
-    for child in module.modules():
+    for child in list(module.modules()):
         if _is_plain(child):
             child.fuse_relu = True
+            if blocked_stems and BlockedStem.suits(child):
+                child.blocked = BlockedStem(child)
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             fused = _FUSED.get(type(child))

@@ -178,7 +178,8 @@ class InferenceNetwork:
             return
         prepared = prepared_copy(self.network)
         if not self.mode.startswith("compile") and next(self.network.parameters()).is_cuda:
-            fuse_activations(prepared)  # the compiler fuses by itself
+            low = self.dtype != torch.float32 and self.memory_format == torch.channels_last
+            fuse_activations(prepared, blocked_stems=low)  # the compiler fuses by itself
         prepared = prepared.to(dtype=self.dtype, memory_format=self.memory_format)
         new = _tensors(prepared)
         old = [] if self._prepared is None else _tensors(self._prepared)

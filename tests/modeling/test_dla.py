@@ -117,3 +117,23 @@ def test_norms_fold_away(kind: str) -> None:
     with torch.no_grad():
         (expected,), (actual,) = net(x).values(), folded(x).values()
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("factor", [2, 4])
+def test_depthwise_upsampling_in_low_precision(cuda: torch.device, factor: int) -> None:
+    torch.manual_seed(0)
+    layer = upsampling(16, factor, depthwise=True).to(cuda)
+    nn.init.normal_(layer.weight)
+    x = torch.randn(2, 16, 9, 12, device=cuda).bfloat16()
+    gradients = []
+    for cast in (torch.Tensor.float, torch.Tensor.bfloat16):
+        copy_of_x = cast(x).requires_grad_()
+        # What a training under autocast gives the layer: weights in float32.
+        with torch.autocast("cuda", torch.bfloat16, enabled=cast is torch.Tensor.bfloat16):
+            y = layer(copy_of_x)
+        assert y.dtype == copy_of_x.dtype and y.shape == (2, 16, 9 * factor, 12 * factor)
+        weights = torch.linspace(-1, 1, y.numel(), device=cuda).view_as(y)
+        gradients.append([y, *torch.autograd.grad((y * weights).sum(), (copy_of_x, layer.weight))])
+    for exact, low in zip(*gradients, strict=True):
+        assert (exact - low).norm() < 0.01 * exact.norm()
