@@ -39,6 +39,9 @@ _OPERATORS = (
 )
 """What a library compiled from this csrc/ holds."""
 
+_FOR_GPUS = ("nms", "overlapped")
+"""Those of them without a kernel for CPUs."""
+
 
 @dataclass(frozen=True)
 class ExtensionInfo:
@@ -76,6 +79,14 @@ def _release(version: str) -> list[str]:
     return version.split("+")[0].split(".")[:2]
 
 
+def _is_compiled(operator: str) -> bool:
+    """Whether the loaded library has the operator, with a kernel for CPUs unless it is for GPUs."""
+    return hasattr(torch.ops.d2ext, operator) and (
+        operator in _FOR_GPUS
+        or torch._C._dispatch_has_kernel_for_dispatch_key(f"d2ext::{operator}", "CPU")
+    )
+
+
 def _load(folder: Path) -> ExtensionInfo:
     path = _find_library(folder)
     if path is None:
@@ -88,7 +99,7 @@ def _load(folder: Path) -> ExtensionInfo:
     mismatch = None
     if _release(built["torch"]) != _release(torch.__version__):
         mismatch = f"compiled against PyTorch {built['torch']}, but this is {torch.__version__}"
-    missing = [name for name in _OPERATORS if not hasattr(torch.ops.d2ext, name)]
+    missing = [name for name in _OPERATORS if not _is_compiled(name)]
     if missing:
         mismatch = f"compiled from an older csrc/, without {', '.join(missing)}"
     return ExtensionInfo(
