@@ -31,8 +31,6 @@ def add_unet_config(cfg: CfgNode) -> None:
     unet.STEM_STRIDE = 2
     # Channels on the way up, and of the result.
     unet.OUT_CHANNELS = 64
-    # The level at which the way up ends, from 0.
-    unet.OUT_LEVEL = 1
     # Norm, a name that Detectron2's get_norm knows.
     unet.NORM = "BN"
 
@@ -60,7 +58,7 @@ class _Level(nn.Module):
 
 
 class UNet(nn.Module):
-    """(B, C, H, W) → (B, out_channels, H / stride, W / stride)."""
+    """(B, C, H, W) → (B, out_channels, H / stride, W / stride). The way up ends at the second level."""
 
     def __init__(
         self,
@@ -69,7 +67,6 @@ class UNet(nn.Module):
         out_channels: int,
         *,
         stem_stride: int = 2,
-        out_level: int = 1,
         norm: str = "BN",
     ) -> None:
         """Args:
@@ -77,12 +74,10 @@ class UNet(nn.Module):
         channels: of each level on the way down, finest first.
         out_channels: of the levels on the way up, and of the result.
         stem_stride: of the finest level.
-        out_level: at which the way up ends, from 0.
         norm: as in :func:`detectron2.layers.get_norm`.
         """
         super().__init__()
-        self.out_level = out_level
-        self.stride = stem_stride * 2**out_level
+        self.stride = 2 * stem_stride
         self.size_divisibility = stem_stride * 2 ** (len(channels) - 1)
         self.stem = nn.Sequential(
             _conv_relu(
@@ -93,7 +88,7 @@ class UNet(nn.Module):
         self.down = nn.ModuleList(
             _Level(before, after, norm) for before, after in pairwise(channels)
         )
-        used = channels[out_level:]
+        used = channels[1:]
         self.lateral = nn.ModuleList(nn.Conv2d(c, out_channels, 1) for c in used)
         self.up = nn.ModuleList(_conv_relu(out_channels, out_channels, norm) for _ in used)
 
@@ -104,7 +99,7 @@ class UNet(nn.Module):
             levels.append(down(levels[-1]))
         result: Tensor | None = None
         for level, lateral, up in reversed(
-            list(zip(levels[self.out_level :], self.lateral, self.up, strict=True))
+            list(zip(levels[1:], self.lateral, self.up, strict=True))
         ):
             level = lateral(level)
             if result is not None:
@@ -116,8 +111,8 @@ class UNet(nn.Module):
 
 @BACKBONE_REGISTRY.register()
 class UNetBackbone(Backbone):
-    """A :class:`UNet`. Outputs: ``unet`` (B, OUT_CHANNELS, H/s, W/s), s = STEM_STRIDE * 2^OUT_LEVEL, and
-    ``image`` (B, C, H, W), the normalised image itself."""
+    """A :class:`UNet`. Outputs: ``unet`` (B, OUT_CHANNELS, H/s, W/s), s = 2 STEM_STRIDE, and ``image``
+    (B, C, H, W), the normalised image itself."""
 
     @configurable
     def __init__(self, in_channels: int, *args: Any, **options: Any) -> None:
@@ -136,7 +131,6 @@ class UNetBackbone(Backbone):
             "channels": unet.CHANNELS,
             "out_channels": unet.OUT_CHANNELS,
             "stem_stride": unet.STEM_STRIDE,
-            "out_level": unet.OUT_LEVEL,
             "norm": unet.NORM,
         }
 
