@@ -170,6 +170,7 @@ def _join(main_func: Callable[..., Any], args: tuple[Any, ...], place: Place, cu
             raise
         raise SystemExit(1) from None  # that rank says it
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started it may tell it again
         if place.rank == 0:
             raise
         raise SystemExit(_INTERRUPTED) from None
