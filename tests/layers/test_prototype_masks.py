@@ -692,13 +692,15 @@ def test_a_library_for_another_pytorch_is_not_used(monkeypatch):
 @needs_extension
 def test_a_library_of_an_older_version_is_not_used(monkeypatch):
     folder = _extension.extension_info().path.parent
-    # The first is not there; the second has no kernel for CPUs.
-    library = torch.library.Library("d2ext", "FRAGMENT")
-    library.define("of_tomorrow(Tensor x) -> Tensor")
-    names = ("of_next_year", "of_tomorrow")
-    monkeypatch.setattr(_extension, "_OPERATORS", (*_extension._OPERATORS, *names))
+    monkeypatch.setattr(_extension, "_OPERATORS", (*_extension._OPERATORS, "of_tomorrow"))
+    kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    monkeypatch.setattr(
+        torch._C,
+        "_dispatch_has_kernel_for_dispatch_key",
+        lambda name, device: name != "d2ext::corner_pool" and kernel(name, device),
+    )
     info = _extension._load(folder)
-    assert not info.usable and info.error.endswith("older csrc/, without of_next_year, of_tomorrow")
+    assert not info.usable and info.error.endswith("older csrc/, without corner_pool, of_tomorrow")
 
 
 def test_importing_d2ext_layers_warns_of_nothing():
