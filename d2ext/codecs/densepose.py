@@ -154,24 +154,22 @@ class _Pixels(NamedTuple):
         """The pixels of indices or of a mask."""
         return _Pixels(*(x[..., keep] for x in self))
 
-    def of_channel(self, channel: Tensor, channels: int) -> _Pixels:
-        """For samples of one channel for each pixel (T,): cells are then numbers, of all channels laid
-        end to end."""
-        return self._replace(corners=self.corners * channels + channel)
-
-    def sample(self, cells: Tensor) -> Tensor:
+    def sample(self, cells: Tensor, channel: Tensor | None = None) -> Tensor:
         """Bilinear samples, those of :func:`torch.nn.functional.interpolate` to 1e-6.
 
         Args:
-            cells: (N * S * S, C), or numbers (N * S * S * C,)
+            cells: (N * S * S, C)
+            channel: (T,) of each pixel; None: all
 
         Returns:
             (T, C) or (T,)
         """
-        a, b, c, d = (cells.index_select(0, corner) for corner in self.corners)
-        right, lower = self.right, self.lower
-        if cells.dim() == 2:
-            right, lower = right[:, None], lower[:, None]
+        if channel is None:
+            a, b, c, d = (cells.index_select(0, corner) for corner in self.corners)
+            right, lower = self.right[:, None], self.lower[:, None]
+        else:
+            a, b, c, d = (cells[corner, channel] for corner in self.corners)
+            right, lower = self.right, self.lower
         return torch.lerp(torch.lerp(a, b, right), torch.lerp(c, d, right), lower)
 
 
@@ -249,7 +247,6 @@ def charts_in_boxes(predictions: ChartPredictions, boxes: Tensor) -> list[ChartR
         foreground = _foreground(pixels.sample(coarse)).nonzero()[:, 0]
         inside = pixels.select(foreground)
         part = inside.sample(fine).argmax(dim=1)
-        of_part = inside.of_channel(part, fine.shape[1])
         label = torch.zeros_like(pixels.person)
         label[foreground] = part
         rows = []
@@ -258,7 +255,7 @@ def charts_in_boxes(predictions: ChartPredictions, boxes: Tensor) -> list[ChartR
                 rows.append(pixels.sample(x)[:, 0])
             else:
                 row = torch.zeros_like(pixels.right)
-                row[foreground] = torch.where(part > 0, of_part.sample(x.flatten()), 0.0)
+                row[foreground] = torch.where(part > 0, inside.sample(x, part), 0.0)
                 rows.append(row)
         labels.append(label)
         values.append(torch.stack(rows))

@@ -170,7 +170,7 @@ def _join(main_func: Callable[..., Any], args: tuple[Any, ...], place: Place, cu
             raise
         raise SystemExit(1) from None  # that rank says it
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started it may tell it again
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun may send it once more
         if place.rank == 0:
             raise
         raise SystemExit(_INTERRUPTED) from None

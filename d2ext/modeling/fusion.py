@@ -40,9 +40,9 @@ def conv_norm(
 
 def conv_relu(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """relu(conv(x)), in one kernel if :func:`fuse_activations` marked the convolution."""
-    if hasattr(conv, "blocked"):
-        return conv.blocked(x)
     if getattr(conv, "fuse_relu", False):
+        if hasattr(conv, "blocked"):
+            return conv.blocked(x)
         return torch.cudnn_convolution_relu(
             x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
         )
@@ -69,7 +69,7 @@ def take_bias(conv: nn.Conv2d) -> Tensor:
     return conv.weight.new_zeros(len(conv.weight)) if bias is None else bias.data
 
 
-# Pixels of a row that are one of :class:`BlockedStem`: with 3 colours 24 channels, a multiple of 8, as
+# Pixels of a row in a block of :class:`BlockedStem`: with 3 colours 24 channels, a multiple of 8, as
 # tensor cores want them.
 _BLOCK = 8
 
@@ -85,18 +85,25 @@ class BlockedStem(nn.Module):
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         assert conv.bias is not None
-        self.step = conv.stride[1]
-        self.stride, self.padding = (conv.stride[0], 1), (conv.padding[0], 1)
         out, colours, rows, taps = conv.weight.shape
-        outputs = _BLOCK // self.step
-        # The block before, this one and the one after it.
-        weight = conv.weight.new_zeros(outputs, out, 3 * _BLOCK, colours, rows)
-        for i in range(outputs):
-            start = _BLOCK + i * self.step - conv.padding[1]
+        self.step, margin = conv.stride[1], conv.padding[1]
+        results = _BLOCK // self.step
+        # For each result of a block: the pixels of the block before, this one and the one after it.
+        weight = conv.weight.new_zeros(results, out, 3 * _BLOCK, colours, rows)
+        for i in range(results):
+            start = _BLOCK + i * self.step - margin
             weight[i, :, start : start + taps] = conv.weight.permute(0, 3, 1, 2)
-        weight = weight.view(outputs * out, 3, _BLOCK * colours, rows)
-        self.weight = nn.Parameter(weight.permute(0, 2, 3, 1), requires_grad=False)
-        self.bias = nn.Parameter(conv.bias.data.repeat(outputs), requires_grad=False)
+        weight = weight.view(results * out, 3, _BLOCK * colours, rows).permute(0, 2, 3, 1)
+        self.conv = nn.utils.skip_init(
+            nn.Conv2d,
+            _BLOCK * colours,
+            results * out,
+            (rows, 3),
+            stride=(conv.stride[0], 1),
+            padding=(conv.padding[0], 1),
+        )
+        self.conv.weight = nn.Parameter(weight, requires_grad=False)
+        self.conv.bias = nn.Parameter(conv.bias.data.repeat(results), requires_grad=False)
 
     @staticmethod
     def suits(conv: nn.Conv2d) -> bool:
@@ -112,19 +119,12 @@ class BlockedStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) → (B, out, H', W'), what the convolution's would be."""
-        width = (x.shape[3] - 1) // self.step + 1
-        x = F.pad(x, (0, -x.shape[3] % _BLOCK)).permute(0, 2, 3, 1)
-        x = x.reshape(*x.shape[:2], -1, 3 * _BLOCK).permute(0, 3, 1, 2)
-        if x.is_cuda:
-            x = torch.cudnn_convolution_relu(
-                x, self.weight, self.bias, self.stride, self.padding, (1, 1), 1
-            )
-        else:
-            x = F.relu(F.conv2d(x, self.weight, self.bias, self.stride, self.padding))
-        x = x.permute(0, 2, 3, 1).reshape(
-            len(x), x.shape[2], -1, len(self.bias) * self.step // _BLOCK
-        )
-        return x[:, :, :width].permute(0, 3, 1, 2)
+        batch, colours, height, width = x.shape
+        x = F.pad(x, (0, -width % _BLOCK)).permute(0, 2, 3, 1)
+        x = x.reshape(batch, height, -1, _BLOCK * colours).permute(0, 3, 1, 2)
+        x = conv_relu(self.conv, x).permute(0, 2, 3, 1)
+        x = x.reshape(batch, x.shape[1], -1, self.conv.out_channels * self.step // _BLOCK)
+        return x[:, :, : (width - 1) // self.step + 1].permute(0, 3, 1, 2)
 
 
 class _FusedStem(nn.Module):
@@ -180,11 +180,13 @@ def fuse_activations(module: nn.Module, *, blocked_stems: bool = False) -> None:
         blocked_stems: convolutions of images with ReLU become :class:`BlockedStem`, which is worth it in
             low precision and channels-last memory.
     """
-    for child in list(module.modules()):
+    if blocked_stems:
+        for child in list(module.modules()):
+            if _is_plain(child) and BlockedStem.suits(child):
+                child.blocked = BlockedStem(child)
+    for child in module.modules():
         if _is_plain(child):
             child.fuse_relu = True
-            if blocked_stems and BlockedStem.suits(child):
-                child.blocked = BlockedStem(child)
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             fused = _FUSED.get(type(child))

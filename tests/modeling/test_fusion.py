@@ -53,6 +53,12 @@ def test_other_convolutions_are_not_blocked(conv: nn.Conv2d) -> None:
     assert not hasattr(conv, "blocked")
 
 
+def test_blocks_have_their_relu_in_one_kernel() -> None:
+    stem = _Stem()
+    fuse_activations(stem, blocked_stems=True)
+    assert stem.conv.blocked.conv.fuse_relu
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["eager", "cudagraph"])
 def test_networks_in_low_precision_have_blocked_stems(cuda: torch.device, mode: str) -> None:
