@@ -1,6 +1,6 @@
 // Non-maximum suppression over fixed slots (see d2ext/layers/nms.py). Greedy: which boxes overlap,
-// as bits, then one block for each group decides, 64 boxes at a time. Fast: one block for each
-// group. Nothing waits for the host.
+// as bits, then one block for each group decides, 64 boxes at a time. Fast: a warp for each box.
+// Nothing waits for the host.
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/core/Tensor.h>
@@ -23,7 +23,9 @@ using at::Tensor;
 using Bits = unsigned long long;
 
 constexpr int32_t kBits = 64;
+constexpr int32_t kWarp = 32;
 constexpr int32_t kScanThreads = 256;
+constexpr int32_t kScanWarps = kScanThreads / kWarp;
 // Words of a row that fit into the shared memory of every GPU.
 constexpr int64_t kMaxWords = 4096;
 
@@ -133,32 +135,27 @@ __global__ void __launch_bounds__(kScanThreads)
   }
 }
 
-// Whether a box overlaps one that comes before, which may be overlapped itself. Boxes are shared
-// out to the threads; all before them pass by in tiles.
+// Whether a box overlaps one that comes before, which may be overlapped itself. A warp for each
+// box.
 template <typename T>
 __global__ void __launch_bounds__(kScanThreads)
-    overlapped_kernel(const Box<T>* boxes, int32_t count, T threshold, bool* overlapped) {
-  __shared__ Box<T> better[kScanThreads];
-  const auto lane = static_cast<int32_t>(threadIdx.x);
-  const int64_t base = static_cast<int64_t>(blockIdx.x) * count;
-  for (int32_t first = 0; first < count; first += kScanThreads) {
-    const int32_t place = first + lane;
-    const Box<T> own = place < count ? boxes[base + place] : Box<T>();
-    bool found = false;
-    for (int32_t tile = 0; tile <= first; tile += kScanThreads) {
-      __syncthreads();  // the last tile has been read
-      if (tile + lane < count) {
-        better[lane] = boxes[base + tile + lane];
-      }
-      __syncthreads();
-      const int32_t end = place < count ? min(kScanThreads, place - tile) : 0;
-      for (int32_t i = 0; i < end && !found; ++i) {
-        found = overlap(better[i], own, threshold);
-      }
-    }
-    if (place < count) {
-      overlapped[base + place] = found;
-    }
+    overlapped_kernel(const Box<T>* boxes, int64_t total, int32_t count, T threshold,
+                      bool* overlapped) {
+  const int64_t box = static_cast<int64_t>(blockIdx.x) * kScanWarps + threadIdx.x / kWarp;
+  if (box >= total) {
+    return;
+  }
+  const auto lane = static_cast<int32_t>(threadIdx.x) % kWarp;
+  const auto place = static_cast<int32_t>(box % count);
+  const Box<T>* group = boxes + (box - place);
+  const Box<T> own = group[place];
+  bool found = false;
+  for (int32_t first = 0; first < place && !found; first += kWarp) {
+    const int32_t other = first + lane;
+    found = __any_sync(0xffffffffu, other < place && overlap(group[other], own, threshold)) != 0;
+  }
+  if (lane == 0) {
+    overlapped[box] = found;
   }
 }
 
@@ -180,14 +177,15 @@ Tensor overlapped_cuda(const Tensor& boxes, double threshold) {
   if (overlapped.numel() == 0) {
     return overlapped;
   }
-  const int64_t groups = overlapped.numel() / count;
-  D2EXT_CHECK_VALUE(count <= std::numeric_limits<int32_t>::max() - kScanThreads &&
-                        groups <= std::numeric_limits<int32_t>::max(),
-                    "overlapped: too many boxes for a GPU: ", groups, " groups of ", count);
+  const int64_t total = overlapped.numel();
+  const int64_t blocks = (total + kScanWarps - 1) / kScanWarps;
+  D2EXT_CHECK_VALUE(count <= std::numeric_limits<int32_t>::max() - kWarp &&
+                        blocks <= std::numeric_limits<int32_t>::max(),
+                    "overlapped: too many boxes for a GPU: ", total / count, " groups of ", count);
   AT_DISPATCH_FLOATING_TYPES(type, "overlapped_cuda", [&] {
     overlapped_kernel<scalar_t>
-        <<<static_cast<uint32_t>(groups), kScanThreads, 0, at::cuda::getCurrentCUDAStream()>>>(
-            reinterpret_cast<const Box<scalar_t>*>(held.const_data_ptr<scalar_t>()),
+        <<<static_cast<uint32_t>(blocks), kScanThreads, 0, at::cuda::getCurrentCUDAStream()>>>(
+            reinterpret_cast<const Box<scalar_t>*>(held.const_data_ptr<scalar_t>()), total,
             static_cast<int32_t>(count), static_cast<scalar_t>(threshold),
             overlapped.mutable_data_ptr<bool>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();

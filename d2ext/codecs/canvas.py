@@ -72,4 +72,7 @@ def scale_points(
     """Coordinates (..., 2n) x, y, x, y, ... times ``scale`` plus ``shift``, both (x, y)."""
     # Numbers: tensors of them would wait for the device.
     x, y = points.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([x * scale[0] + shift[0], y * scale[1] + shift[1]], dim=-1).flatten(-2)
+    x, y = x * scale[0], y * scale[1]
+    if shift != (0.0, 0.0):
+        x, y = x + shift[0], y + shift[1]
+    return torch.stack([x, y], dim=-1).flatten(-2)

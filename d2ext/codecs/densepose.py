@@ -142,9 +142,10 @@ class _Pixels(NamedTuple):
     """Pixels of boxes and where they lie between the cells of the persons' maps."""
 
     person: Tensor
-    """(T,) int64."""
+    """(T,) int32 or int64."""
     corners: Tensor
-    """(4, T) int64: cells of all maps, laid end to end: upper left and right, lower left and right."""
+    """(4, T), the same type: cells of all maps, laid end to end: upper left and right, lower left and
+    right."""
     right: Tensor
     """(T,) weight of the right column, of 1."""
     lower: Tensor
@@ -173,22 +174,23 @@ class _Pixels(NamedTuple):
         return torch.lerp(torch.lerp(a, b, right), torch.lerp(c, d, right), lower)
 
 
-def _place(length: Tensor, index: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Index of a pixel among ``length`` → low cell, high cell, weight of the high one
+def _place(scale: Tensor, index: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Index of a pixel, cells per pixel → low cell, high cell (int32), weight of the high one
     (``align_corners=False``)."""
-    position = (side / length.float() * (index + 0.5) - 0.5).clamp(min=0)
-    low = position.long()
-    return low, (low + 1).clamp(max=side - 1), position - low
+    position = (scale * (index + 0.5) - 0.5).clamp_(min=0)
+    low = position.int()
+    return low, (low + 1).clamp_(max=side - 1), position - low
 
 
 def _pixels_at(person: Tensor, column: Tensor, row: Tensor, sizes: Tensor, side: int) -> _Pixels:
     """Pixels (T,) in the boxes of persons, whose sizes (N, 2) are w, h."""
-    width, height = sizes[person].unbind(1)
-    y0, y1, lower = _place(height, row, side)
-    x0, x1, right = _place(width, column, side)
+    across, down = (side / sizes.float()).T.contiguous().index_select(1, person)
+    y0, y1, lower = _place(down, row, side)
+    x0, x1, right = _place(across, column, side)
     first = person * side
-    rows = torch.stack([first + y0, first + y0, first + y1, first + y1])
-    return _Pixels(person, rows * side + torch.stack([x0, x1, x0, x1]), right, lower)
+    upper_row, lower_row = (first + y0) * side, (first + y1) * side
+    corners = [upper_row + x0, upper_row + x1, lower_row + x0, lower_row + x1]
+    return _Pixels(person, torch.stack(corners), right, lower)
 
 
 def _pixels_of(sizes: Tensor, side: int) -> Iterator[_Pixels]:
@@ -198,14 +200,18 @@ def _pixels_of(sizes: Tensor, side: int) -> Iterator[_Pixels]:
         sizes: (N, 2) int64: w, h
         side: S
     """
-    ends = sizes.prod(dim=1).cumsum(0)
+    areas = sizes.prod(dim=1)
+    ends = areas.cumsum(0)
+    begins, widths = ends - areas, sizes[:, 0].int()
     total = int(ends[-1]) if len(ends) else 0
     for start in range(0, total, _CHUNK):
         index = torch.arange(start, min(start + _CHUNK, total), device=sizes.device)
-        person = torch.searchsorted(ends, index, right=True)
-        within = index - (ends[person] - sizes[person].prod(dim=1))
-        width = sizes[person, 0]
-        yield _pixels_at(person, within % width, within // width, sizes, side)
+        # int32: half the memory, and division in 64 bits is slow on GPUs.
+        person = torch.searchsorted(ends, index, right=True, out_int32=True)
+        within = (index - begins.index_select(0, person)).int()
+        width = widths.index_select(0, person)
+        row = within // width
+        yield _pixels_at(person, within - row * width, row, sizes, side)
 
 
 def _in_boxes(chunks: list[Tensor], sizes: Tensor) -> list[Tensor]:
@@ -247,7 +253,7 @@ def charts_in_boxes(predictions: ChartPredictions, boxes: Tensor) -> list[ChartR
         foreground = _foreground(pixels.sample(coarse)).nonzero()[:, 0]
         inside = pixels.select(foreground)
         part = inside.sample(fine).argmax(dim=1)
-        label = torch.zeros_like(pixels.person)
+        label = torch.zeros_like(pixels.person, dtype=torch.int64)
         label[foreground] = part
         rows = []
         for name, x in cells.items():
@@ -283,7 +289,7 @@ def vertices_in_boxes(
     nearest, masks = [], []
     for pixels in _pixels_of(sizes, side):
         mask = _foreground(pixels.sample(coarse))
-        vertex = torch.zeros_like(pixels.person)
+        vertex = torch.zeros_like(pixels.person, dtype=torch.int64)
         vertex[mask] = nearest_vertices(pixels.select(mask).sample(embedding), vertices)
         nearest.append(vertex)
         masks.append(mask)

@@ -211,7 +211,8 @@ class ExportedFile:
             )
         if expected["dtype"] == "uint8":
             images = images.round().clamp(0, 255)
-        images = images.to(getattr(torch, expected["dtype"]))
+        # Compiled code does not look at strides.
+        images = images.to(getattr(torch, expected["dtype"])).contiguous()
         batches = zip(*(x.split(batch or len(x)) for x in (images, *state)), strict=True)
         parts = [self._run(x, self.facts["outputs"]) for x in batches]
         return {name: _joined([part[name] for part in parts]) for name in parts[0]}
@@ -274,6 +275,8 @@ def _open(path: str, changed: int) -> tuple[Run, str]:
     with zipfile.ZipFile(path) as archive:
         compiled = any("aotinductor" in name for name in archive.namelist())
     if compiled:
+        if torch.cuda.is_available():
+            torch.cuda.init()  # what was compiled for a GPU takes memory from PyTorch there
         package = torch._inductor.aoti_load_package(path)
         return lambda inputs, _: package(*inputs), package.get_metadata().get(_KEY, "")
     extra = {_EXTRA_FILE: ""}

@@ -59,7 +59,8 @@ from d2ext.tools.model_benchmark import (
     environment,
     lower_score_thresholds,
     measure_batch,
-    settle_norms,
+    run_network,
+    settled_norms,
 )
 from d2ext.tools.training_benchmark import measure_training
 
@@ -119,7 +120,8 @@ def run_model(args: argparse.Namespace) -> dict[str, Any]:
         predictor = StreamPredictor(cfg, predictor.model)
     inputs = predictor.upload([image, np.ascontiguousarray(image[:, ::-1])])
     if not (file or cfg.MODEL.WEIGHTS):
-        settle_norms(predictor.model, inputs)
+        with settled_norms(predictor.model):
+            run_network(predictor.model, inputs)
     iterations = args.iters or (100 if device.type == "cuda" else 10)
     clock = Clock(device, iterations, args.warmup)
     report: dict[str, Any] = {
@@ -228,8 +230,7 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
     if args.device:
         cfg.MODEL.DEVICE = args.device
     device = torch.device(cfg.MODEL.DEVICE)
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK  # as a training does
     clock = Clock(device, args.iters or (50 if device.type == "cuda" else 5), args.warmup)
     report = {"config": args.config_file, "environment": environment(device)}
     report |= measure_training(cfg, clock)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 import torchvision
 from detectron2.config import CfgNode
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -107,23 +110,32 @@ def lower_score_thresholds(cfg: CfgNode, value: float) -> list[str]:
     return changed
 
 
-@torch.no_grad()
-def settle_norms(model: nn.Module, inputs: list[dict[str, Any]]) -> None:
-    """Give batch norms of random weights the statistics of ``inputs``.
+@contextmanager
+def settled_norms(model: nn.Module) -> Iterator[None]:
+    """Batch norms, frozen ones too, take the statistics of what runs through them meanwhile.
 
-    Without this, activations of a random ResNet grow from block to block, and boxes without area or
-    of infinite size make the work after the network unlike that of a trained model.
+    Without this, activations of a random ResNet grow from block to block: boxes without area or of
+    infinite size make the work after the network unlike that of a trained model, and stop a training.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [(norm.momentum, norm.training) for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum, norm.training = None, True
-    run_network(model, inputs)
-    for norm, (momentum, training) in zip(norms, before, strict=True):
-        norm.momentum, norm.training = momentum, training
+    calls: Counter[nn.Module] = Counter()
+
+    def settle(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].detach().float()
+        calls[norm] += 1
+        # The mean of all calls, for heads that several feature maps share.
+        norm.running_mean.lerp_(x.mean(dim=(0, 2, 3)), 1 / calls[norm])
+        norm.running_var.lerp_(x.var(dim=(0, 2, 3), correction=0), 1 / calls[norm])
+
+    kinds = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)
+    hooks = [m.register_forward_pre_hook(settle) for m in model.modules() if isinstance(m, kinds)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
+@torch.no_grad()
 def run_network(model: nn.Module, inputs: list[dict[str, Any]]) -> None:
     """Run the network alone, eagerly; of a model that is not d2ext's, the whole model."""
     if isinstance(model, MetaArch):

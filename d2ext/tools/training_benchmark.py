@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from torch import nn
 
 from d2ext.data import build_train_loader
 from d2ext.engine import Trainer, build_optimizer
 from d2ext.engine.train_loop import StepTrainer, amp_dtype
-from d2ext.tools.model_benchmark import Clock
+from d2ext.tools.model_benchmark import Clock, settled_norms
 
 # How many batches are in memory for the measurement of steps alone.
 _BATCHES = 4
@@ -39,20 +41,25 @@ def measure_training(cfg: CfgNode, clock: Clock) -> dict[str, Any]:
     batches = list(itertools.islice(loader, _BATCHES))
     loader_rate = size * _rate(loader, clock)
 
-    def trainer(data: Iterable[Any]) -> StepTrainer:
-        return StepTrainer(
-            model, data, build_optimizer(cfg, model), seed=0, amp_dtype=amp_dtype(cfg)
-        )
+    def steps(data: Iterable[Any], of: nn.Module = model) -> _Steps:
+        optimizer = build_optimizer(cfg, of)
+        return _Steps(StepTrainer(of, data, optimizer, seed=0, amp_dtype=amp_dtype(cfg)))
 
+    # Of the model itself, not of its graph.
+    plain = build_model(cfg).train()
+    with settled_norms(plain), torch.no_grad():
+        steps(batches, plain).forward(batches[0])
+    model.load_state_dict(plain.state_dict())
+    del plain
     if clock.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(clock.device)
-    in_memory = _Steps(trainer(itertools.cycle(batches)))
+    in_memory = steps(itertools.cycle(batches))
     step = clock.median(in_memory.__next__)
     forward = clock.median(lambda: in_memory.forward(batches[0]))
     memory = None
     if clock.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(clock.device) / 2**20
-    whole = size * _rate(_Steps(trainer(loader)), clock)
+    whole = size * _rate(steps(loader), clock)
     return {
         "batch_size": size,
         "workers": workers,

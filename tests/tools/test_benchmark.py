@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from torch import nn
 
@@ -168,7 +169,8 @@ def test_norms_of_random_weights_are_settled() -> None:
     model = predictor.model
     image = np.ascontiguousarray(draw_image(0, "test", 0, 64, 64).image)
     inputs = predictor.upload([image, np.ascontiguousarray(image[:, ::-1])])
-    model_benchmark.settle_norms(model, inputs)
+    with model_benchmark.settled_norms(model):
+        model_benchmark.run_network(model, inputs)
     assert not any(module.training for module in model.modules())
     features = {}
     norm = model.backbone.bottom_up.stem.conv1.norm
@@ -180,6 +182,15 @@ def test_norms_of_random_weights_are_settled() -> None:
     torch.testing.assert_close(out.mean(dim=(0, 2, 3)), torch.zeros(64), atol=1e-3, rtol=0)
     torch.testing.assert_close(out.var(dim=(0, 2, 3)), torch.ones(64), atol=1e-2, rtol=0)
     assert norm.momentum == 0.1
+
+
+def test_frozen_norms_are_settled_by_all_their_calls() -> None:
+    norm = FrozenBatchNorm2d(1)
+    first, second = torch.full((1, 1, 2, 2), 3.0), torch.tensor([[[[4.0, 6.0], [4.0, 6.0]]]])
+    with model_benchmark.settled_norms(nn.Sequential(norm)):
+        norm(first), norm(second)
+    norm(torch.zeros(1, 1, 2, 2))
+    assert norm.running_mean.tolist() == [4.0] and norm.running_var.tolist() == [0.5]
 
 
 def test_operators(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

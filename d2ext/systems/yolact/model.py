@@ -216,7 +216,7 @@ class YOLACT(MetaArch):
     def _decode(self, predictions: YOLACTPredictions) -> tuple[Tensor, ...]:
         """Raw predictions → the fields of :class:`Detections`, the prototypes, and with mask re-scoring
         the masks' scores (B, D)."""
-        scores = predictions.logits.float().softmax(dim=-1)[..., 1:]
+        scores = predictions.logits.softmax(dim=-1, dtype=torch.float32)[..., 1:]
         boxes = decode_boxes(predictions.offsets.float(), self.priors(predictions.feature_sizes))
         options: dict[str, Any] = {
             "score_threshold": self.score_threshold,

@@ -8,6 +8,7 @@ Letters: B images, A priors, C thing classes, k prototypes, K candidates, D dete
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from d2ext.codecs.boxes import clip_boxes
 from d2ext.codecs.canvas import scale_points
 from d2ext.layers import overlapped
+from d2ext.layers.exporting import is_exporting
 
 # Score of an empty slot and of a suppressed candidate.
 EMPTY = -1.0
@@ -43,6 +44,15 @@ def _gather(values: Tensor, index: Tensor) -> Tensor:
     return gathered.reshape(*index.shape, values.shape[-1])
 
 
+def topk_in_parts(scores: Tensor, count: int, parts: int) -> tuple[Tensor, Tensor]:
+    """``scores.topk(count, dim=1)`` of (B, n), first of each of so many ``parts`` of a row."""
+    size = scores.shape[1] // parts
+    best, order = scores.unflatten(1, (parts, size)).topk(count, dim=2)
+    order = order + size * torch.arange(parts, device=scores.device)[:, None]
+    best, place = best.flatten(1).topk(count, dim=1)
+    return best, order.flatten(1).gather(1, place)
+
+
 def _take_best(
     boxes: Tensor, coefficients: Tensor, scores: Tensor, priors: Tensor, classes: Tensor, limit: int
 ) -> Detections:
@@ -52,7 +62,14 @@ def _take_best(
         boxes, coefficients: (B, A, 4), (B, A, k).
         scores, priors, classes: (B, n): score or EMPTY, index into A, class of each candidate.
     """
-    best, order = scores.topk(min(limit, scores.shape[1]), dim=1)
+    candidates = scores.shape[1]
+    count = min(limit, candidates)
+    # A row of some thousand values is work of a single processor of a GPU.
+    parts = math.gcd(candidates, 16)
+    if scores.is_cuda and not is_exporting() and candidates // parts >= count:
+        best, order = topk_in_parts(scores, count, parts)
+    else:
+        best, order = scores.topk(count, dim=1)
     selected = priors.gather(1, order)
     return Detections(
         _gather(boxes, selected), best, classes.gather(1, order), _gather(coefficients, selected)
@@ -160,7 +177,9 @@ def pixel_boxes(boxes: Tensor, height: int, width: int, *, truncate: bool) -> Te
     Coordinates are clipped to [0, width] and [0, height]; with ``truncate`` they are truncated to whole
     pixels, as the published evaluation does (yolact/NOTES.md §7.7).
     """
-    pixels = clip_boxes(scale_points(boxes.float(), (width, height)), (height, width))
+    first, second = boxes.float().clamp(0, 1).unflatten(-1, (2, 2)).unbind(-2)
+    ordered = torch.cat([torch.minimum(first, second), torch.maximum(first, second)], dim=-1)
+    pixels = scale_points(ordered, (width, height))
     return pixels.trunc() if truncate else pixels
 
 

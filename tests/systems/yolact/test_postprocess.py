@@ -14,6 +14,7 @@ from d2ext.systems.yolact.postprocess import (
     cross_class_fast_nms,
     fast_nms,
     pixel_boxes,
+    topk_in_parts,
     traditional_nms,
 )
 from d2ext.testing import tiny_config
@@ -117,6 +118,14 @@ def test_cross_class_has_no_limit_of_detections() -> None:
     scores = torch.linspace(0.5, 0.9, 150)[None, :, None]
     found = cross_class_fast_nms(boxes, scores, torch.zeros(1, 150, 2), max_detections=100)
     assert (found.scores >= 0).sum() == 150
+
+
+@pytest.mark.parametrize("parts", [1, 4, 16])
+def test_topk_in_parts(parts: int) -> None:
+    scores = torch.stack([torch.randperm(320) for _ in range(3)]) / 320
+    best, places = topk_in_parts(scores, 20, parts)
+    expected = scores.topk(20, dim=1)
+    assert torch.equal(best, expected.values) and torch.equal(places, expected.indices)
 
 
 @pytest.mark.parametrize("name", sorted(NMS))
