@@ -80,8 +80,8 @@ class DensePoseMapper(D2extDatasetMapper):
         if embeds:
             arguments["meshes"] = {name: m.NUM_VERTICES for name, m in cse.EMBEDDERS.items()}
         arguments["part_masks"] = (
-            head.NUM_COARSE_SEGM_CHANNELS > 2 and not head.COARSE_SEGM_TRAINED_BY_MASKS
-        )
+            head.NUM_COARSE_SEGM_CHANNELS > 2 or (head.PART_MASK_WEIGHTS > 0 and not embeds)
+        ) and not head.COARSE_SEGM_TRAINED_BY_MASKS
         if head.COARSE_SEGM_TRAINED_BY_MASKS or (embeds and cse.PIX_TO_SHAPE_CYCLE_LOSS.ENABLED):
             arguments["use_instance_mask"] = True
         augmentations = arguments["augmentations"]
@@ -123,7 +123,7 @@ class DensePoseMapper(D2extDatasetMapper):
         if self.part_masks and any(len(a.get("dp_masks", "14 or none")) == 1 for a in persons):
             raise DatasetError(
                 f"Some 'dp_masks' of {names} are one mask of the whole person, but the model learns 14 "
-                "coarse parts: set MODEL.ROI_DENSEPOSE_HEAD.NUM_COARSE_SEGM_CHANNELS: 2."
+                "coarse parts: set NUM_COARSE_SEGM_CHANNELS: 2 and PART_MASK_WEIGHTS: 0.0 in MODEL.ROI_DENSEPOSE_HEAD."
             )
         if self.meshes is not None:
             _check_vertices(usable, self.meshes, names)

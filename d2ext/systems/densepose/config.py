@@ -52,6 +52,9 @@ def add_densepose_config(cfg: CfgNode) -> None:
     head.FG_IOU_THRESHOLD = 0.7
     # Weights of the losses: coarse segmentation, parts, and U and V (with a confidence: 0.0005).
     head.INDEX_WEIGHTS = 5.0
+    # Weight of a pixel of the background in the coarse segmentation, beside 1 of a person's. Less makes
+    # persons larger, so that fewer of their points are missed.
+    head.BACKGROUND_WEIGHT = 1.0
     head.PART_WEIGHTS = 1.0
     # Weight of the parts at all pixels of dp_masks, coarse ones; 0, as published: parts are learned at
     # the points only.

@@ -125,6 +125,8 @@ class EmbeddingLoss:
     """Of E, a mean over points."""
     coarse_weight: float = 5.0
     """Of S, a mean over pixels."""
+    background_weight: float = 1.0
+    """See :func:`coarse_loss`."""
     embedding_sigma: float = 0.01
     """Divisor of the squared distance of embeddings."""
     geodesic_sigma: float = 0.01
@@ -161,7 +163,9 @@ class EmbeddingLoss:
         losses = {
             f"E{name}": self._mesh_loss(name, predictions, targets, vertices) for name in vertices
         }
-        losses["S"] = self.coarse_weight * coarse_loss(predictions, targets)
+        losses["S"] = self.coarse_weight * coarse_loss(
+            predictions, targets, self.background_weight
+        )
         if self.pixel_cycle is not None:
             losses["pix2shape"] = self._pixel_loss(self.pixel_cycle, predictions, targets, vertices)
         if self.shape_cycle is not None:
@@ -238,6 +242,7 @@ def build_cse_loss(cfg: CfgNode) -> EmbeddingLoss:
     return EmbeddingLoss(
         weight=cse.EMBED_LOSS_WEIGHT,
         coarse_weight=head.INDEX_WEIGHTS,
+        background_weight=head.BACKGROUND_WEIGHT,
         embedding_sigma=cse.EMBEDDING_DIST_GAUSS_SIGMA,
         geodesic_sigma=cse.GEODESIC_DIST_GAUSS_SIGMA,
         soft=soft,

@@ -26,11 +26,21 @@ def zero_loss(predictions: SurfacePredictions) -> Tensor:
     return sum(x.float().sum() * 0 for x in predictions.maps().values())
 
 
-def coarse_loss(predictions: SurfacePredictions, targets: DensePoseTargets) -> Tensor:
-    """Mean cross entropy of the coarse segmentation; 0 if a region of the batch has no mask."""
+def coarse_loss(
+    predictions: SurfacePredictions, targets: DensePoseTargets, background_weight: float = 1.0
+) -> Tensor:
+    """Mean cross entropy of the coarse segmentation; 0 if a region of the batch has no mask.
+
+    Args:
+        background_weight: of pixels of the background in the mean, beside 1 of a person's
+    """
     if targets.coarse is None or len(targets.coarse) == 0:
         return predictions.coarse_segm.float().sum() * 0
-    return F.cross_entropy(predictions.coarse_segm.float(), targets.coarse)
+    logits = predictions.coarse_segm.float()
+    weight = logits.new_ones(logits.shape[1])
+    weight[0] = background_weight
+    # Of two channels the second is all parts.
+    return F.cross_entropy(logits, targets.coarse.clamp(max=logits.shape[1] - 1), weight)
 
 
 def part_mask_loss(predictions: ChartPredictions, targets: DensePoseTargets) -> Tensor:
@@ -80,6 +90,8 @@ class ChartLoss:
     """Of I, a mean over points."""
     coarse_weight: float = 5.0
     """Of S, a mean over pixels."""
+    background_weight: float = 1.0
+    """See :func:`coarse_loss`."""
     uv_weight: float = 0.01
     """Of U, V and UV, sums over points (published: 0.0005 with a confidence)."""
     uv_confidence: str = ""
@@ -103,7 +115,9 @@ class ChartLoss:
             losses = self._uv_losses(predictions, on_parts)
             logits = points.sample(predictions.fine_segm)
             losses["I"] = self.part_weight * F.cross_entropy(logits, points.points.parts)
-            losses["S"] = self.coarse_weight * coarse_loss(predictions, targets)
+            losses["S"] = self.coarse_weight * coarse_loss(
+                predictions, targets, self.background_weight
+            )
             if self.part_mask_weight:
                 losses["I"] += self.part_mask_weight * part_mask_loss(predictions, targets)
         return {f"loss_densepose_{name}": value for name, value in losses.items()}

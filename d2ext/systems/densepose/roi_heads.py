@@ -55,7 +55,6 @@ class DensePoseROIHeads(StandardROIHeads):
         embedder: Embedder | None,
         densepose_criterion: Callable[..., dict[str, Tensor]],
         fg_iou_threshold: float = 0.7,
-        coarse_channels: int = 2,
         trained_by_masks: bool = False,
         with_masks: bool = False,
         published_grid: bool = True,
@@ -71,7 +70,6 @@ class DensePoseROIHeads(StandardROIHeads):
         densepose_criterion: (predictions, targets) → losses; with embeddings, (predictions, targets,
             embeddings of the vertices by mesh).
         fg_iou_threshold: IoU with its person's box above which a proposal trains.
-        coarse_channels: of the coarse segmentation.
         trained_by_masks: instance masks train it.
         with_masks: losses need the instance masks beside it.
         published_grid: targets as published, half a cell off; see
@@ -89,7 +87,6 @@ class DensePoseROIHeads(StandardROIHeads):
         self.embedder = embedder
         self.densepose_criterion = densepose_criterion
         self.fg_iou_threshold = fg_iou_threshold
-        self.coarse_channels = coarse_channels
         self.trained_by_masks = trained_by_masks
         self.with_masks = with_masks
         self.published_grid = published_grid
@@ -127,7 +124,6 @@ class DensePoseROIHeads(StandardROIHeads):
             "embedder": Embedder(cfg) if embeds else None,
             "densepose_criterion": build_cse_loss(cfg) if embeds else build_chart_loss(cfg),
             "fg_iou_threshold": head.FG_IOU_THRESHOLD,
-            "coarse_channels": head.NUM_COARSE_SEGM_CHANNELS,
             "trained_by_masks": head.COARSE_SEGM_TRAINED_BY_MASKS,
             "with_masks": embeds and head.CSE.PIX_TO_SHAPE_CYCLE_LOSS.ENABLED,
             "published_grid": head.PUBLISHED_GRID,
@@ -202,7 +198,6 @@ class DensePoseROIHeads(StandardROIHeads):
         return encode_targets(
             selected,
             predictions.coarse_segm.shape[-1],
-            coarse_channels=self.coarse_channels,
             trained_by_masks=self.trained_by_masks,
             with_masks=self.with_masks,
             published_grid=self.published_grid,
@@ -228,6 +223,7 @@ def build_chart_loss(cfg: CfgNode) -> ChartLoss:
         part_weight=head.PART_WEIGHTS,
         part_mask_weight=head.PART_MASK_WEIGHTS,
         coarse_weight=head.INDEX_WEIGHTS,
+        background_weight=head.BACKGROUND_WEIGHT,
         uv_weight=head.POINT_REGRESSION_WEIGHTS,
         uv_confidence=head.UV_CONFIDENCE.TYPE if head.UV_CONFIDENCE.ENABLED else "",
         epsilon=head.UV_CONFIDENCE.EPSILON,

@@ -55,7 +55,7 @@ class DensePoseTargets(NamedTuple):
 
     points: GridPoints
     coarse: Tensor | None
-    """(R, S, S) int64 coarse part, or 1 for the foreground; None if a region has no mask."""
+    """(R, S, S) int64 coarse part, or 1 for all of a person; None if a region has no mask."""
     boxes: Tensor
     """(R, 4) XYXY of the regions."""
     masks: Tensor | None
@@ -107,7 +107,6 @@ def encode_targets(
     proposals: Sequence[Instances],
     side: int,
     *,
-    coarse_channels: int,
     trained_by_masks: bool = False,
     with_masks: bool = False,
     published_grid: bool = True,
@@ -117,7 +116,6 @@ def encode_targets(
     Args:
         proposals: of each image, R together
         side: S
-        coarse_channels: 2: all coarse parts are one foreground
         trained_by_masks: the coarse target is the instance mask, ``gt_masks``, not the annotated parts
         with_masks: give ``masks``
         published_grid: see :func:`place_points`
@@ -138,8 +136,6 @@ def encode_targets(
         coarse = resample_masks(
             annotations.masks, persons, boxes, side, published_grid=published_grid
         ).long()
-        if coarse_channels == 2:
-            coarse = coarse.clamp(max=1)
     else:
         coarse = None
     points = place_points(annotations.points(), persons, boxes, side, published_grid=published_grid)

@@ -89,7 +89,7 @@ class Case(nn.Module):
         selected = select_proposals(given, num_classes=1, iou_threshold=0.7, with_masks=False)
         expected = published["proposals_that_survive_the_filter"]
         assert [x.proposal_boxes.tensor.tolist() for x in selected] == expected
-        return encode_targets(selected, 32, coarse_channels=2, with_masks=True)
+        return encode_targets(selected, 32, with_masks=True)
 
     def check(self, prefix: str, loss: EmbeddingLoss, targets: DensePoseTargets) -> None:
         losses = loss(self.predictor(self.features), targets, self.embedder())
@@ -196,7 +196,7 @@ def test_the_first_vertex_trains() -> None:
     x.proposal_boxes = x.gt_boxes = Boxes(torch.tensor([[10.0, 10.0, 40.0, 40.0]]))
     embedding = torch.tensor([3.0, 0.0]).view(1, 2, 1, 1).expand(1, 2, 8, 8)
     predictions = EmbeddingPredictions(torch.zeros(1, 2, 8, 8), embedding)
-    targets = encode_targets([x], 8, coarse_channels=2)
+    targets = encode_targets([x], 8)
     losses = EmbeddingLoss(embedding_sigma=2.0)(predictions, targets, {"cow": torch.eye(2)})
     assert float(losses["loss_densepose_Ecow"]) == pytest.approx(0.6 * np.log1p(np.exp(-1)))
 

@@ -36,7 +36,7 @@ from tests.systems.densepose.published import (
 MAPS = ("coarse_segm", "fine_segm", "u", "v")
 
 
-def _targets(fixture: Fixture, side: int, channels: int = 2, **options: bool) -> DensePoseTargets:
+def _targets(fixture: Fixture, side: int, **options: bool) -> DensePoseTargets:
     masks = options.get("trained_by_masks", False)
     selected = select_proposals(
         proposals(fixture.manifest["inputs"]["targets"], masks=masks),
@@ -48,7 +48,7 @@ def _targets(fixture: Fixture, side: int, channels: int = 2, **options: bool) ->
     kind = f"proposals_that_survive_{kind}"
     expected = fixture.manifest["inputs"]["targets"][kind]
     assert [x.proposal_boxes.tensor.tolist() for x in selected] == expected
-    return encode_targets(selected, side, coarse_channels=channels, **options)
+    return encode_targets(selected, side, **options)
 
 
 def _check_points(
@@ -93,7 +93,7 @@ def test_head_predictor_results_and_losses() -> None:
     _check_points(fixture, targets, predictions)
     assert targets.coarse is not None
     published = fixture.expected["coarse_target"] > 0
-    assert np.array_equal(targets.coarse, published)
+    assert np.array_equal(targets.coarse > 0, published)
     check_losses(fixture, build_chart_loss(cfg)(predictions, targets))
 
 
@@ -140,7 +140,7 @@ def test_confidences(name: str, config: str, seed: int) -> None:
     for k, result in enumerate(charts_in_boxes(predictions[:3], boxes)):
         check_result(fixture, f"result{k}", result)
 
-    targets = _targets(fixture, 32, case.channels)
+    targets = _targets(fixture, 32)
     annotated = case.features[case.annotated].detach().requires_grad_()
     _check_points(fixture, targets, case.predictor(annotated))
     case.check(annotated, targets, "")
@@ -162,10 +162,10 @@ def test_a_person_without_mask_leaves_the_coarse_segmentation_untrained() -> Non
     person = Instances((50, 50), gt_densepose=DensePoseAnnotations([point, point._replace(mask=1)]))
     person.proposal_boxes = person.gt_boxes = Boxes(torch.tensor([[10.0, 10.0, 40.0, 40.0]] * 2))
     predictions = ChartPredictions(*(torch.ones(2, c, 8, 8) for c in (2, 25, 25, 25)))
-    losses = ChartLoss()(predictions, encode_targets([person], 8, coarse_channels=2))
+    losses = ChartLoss()(predictions, encode_targets([person], 8))
     assert float(losses["loss_densepose_S"]) == 0
     assert float(losses["loss_densepose_I"]) > 0
-    losses = ChartLoss()(predictions[1:], encode_targets([person[1:]], 8, coarse_channels=2))
+    losses = ChartLoss()(predictions[1:], encode_targets([person[1:]], 8))
     assert float(losses["loss_densepose_S"]) > 0
 
 
@@ -176,7 +176,7 @@ def test_points_on_a_mesh_alone_do_not_train_charts() -> None:
     x = Instances((50, 50), gt_densepose=persons)
     x.proposal_boxes = x.gt_boxes = Boxes(torch.tensor([[10.0, 10.0, 40.0, 40.0]] * 2))
     predictions = ChartPredictions(*(torch.zeros(2, c, 8, 8) for c in (2, 25, 25, 25)))
-    losses = ChartLoss()(predictions, encode_targets([x], 8, coarse_channels=2))
+    losses = ChartLoss()(predictions, encode_targets([x], 8))
     # One point: smooth L1 of 0.5 and of 0.25, and 25 parts that are all as likely.
     assert float(losses["loss_densepose_U"]) == pytest.approx(0.01 * 0.5**2 / 2)
     assert float(losses["loss_densepose_V"]) == pytest.approx(0.01 * 0.25**2 / 2)
@@ -193,10 +193,28 @@ def test_parts_of_all_pixels_of_the_masks() -> None:
     fine = torch.zeros(1, 25, 8, 8)
     fine[:, 1:, :, 4:] = -20
     predictions = ChartPredictions(torch.zeros(1, 15, 8, 8), fine, fine, fine)
-    targets = encode_targets([x], 8, coarse_channels=15)
+    targets = encode_targets([x], 8)
     points, both = (ChartLoss(part_mask_weight=w)(predictions, targets) for w in (0.0, 3.0))
     difference = both["loss_densepose_I"] - points["loss_densepose_I"]
     assert float(difference) == pytest.approx(3 * np.log(25 / 2) / 2, rel=1e-4)
+
+
+def test_the_coarse_segmentation_of_two_channels_and_its_weight_of_the_background() -> None:
+    mask = np.zeros((256, 256), np.uint8)
+    mask[:, 128:] = 7
+    person = SurfacePoints([100.0], [100.0], [3], [0.5], [0.5], mask=mask)
+    x = Instances((50, 50), gt_densepose=DensePoseAnnotations([person]))
+    x.proposal_boxes = x.gt_boxes = Boxes(torch.tensor([[10.0, 10.0, 40.0, 40.0]]))
+    targets = encode_targets([x], 8)
+    coarse = torch.tensor([1.0, 3.0]).view(1, 2, 1, 1).expand(1, 2, 8, 8)
+    fine = torch.zeros(1, 25, 8, 8)
+    predictions = ChartPredictions(coarse, fine, fine, fine)
+    # Halves of person and background, whose logits are 3 and 1.
+    person_loss, background_loss = np.log1p(np.exp(-2)), np.log1p(np.exp(2))
+    for weight in (1.0, 0.25):
+        losses = ChartLoss(coarse_weight=2.0, background_weight=weight)(predictions, targets)
+        expected = 2 * (person_loss + weight * background_loss) / (1 + weight)
+        assert float(losses["loss_densepose_S"]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_losses_are_by_default_the_published_recipe_s() -> None:
