@@ -163,9 +163,7 @@ class EmbeddingLoss:
         losses = {
             f"E{name}": self._mesh_loss(name, predictions, targets, vertices) for name in vertices
         }
-        losses["S"] = self.coarse_weight * coarse_loss(
-            predictions, targets, self.background_weight
-        )
+        losses["S"] = self.coarse_weight * coarse_loss(predictions, targets, self.background_weight)
         if self.pixel_cycle is not None:
             losses["pix2shape"] = self._pixel_loss(self.pixel_cycle, predictions, targets, vertices)
         if self.shape_cycle is not None:
