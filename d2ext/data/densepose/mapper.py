@@ -123,7 +123,8 @@ class DensePoseMapper(D2extDatasetMapper):
         if self.part_masks and any(len(a.get("dp_masks", "14 or none")) == 1 for a in persons):
             raise DatasetError(
                 f"Some 'dp_masks' of {names} are one mask of the whole person, but the model learns 14 "
-                "coarse parts: set NUM_COARSE_SEGM_CHANNELS: 2 and PART_MASK_WEIGHTS: 0.0 in MODEL.ROI_DENSEPOSE_HEAD."
+                "coarse parts: set NUM_COARSE_SEGM_CHANNELS: 2 and PART_MASK_WEIGHTS: 0.0 in "
+                "MODEL.ROI_DENSEPOSE_HEAD."
             )
         if self.meshes is not None:
             _check_vertices(usable, self.meshes, names)
