@@ -275,8 +275,6 @@ def _open(path: str, changed: int) -> tuple[Run, str]:
     with zipfile.ZipFile(path) as archive:
         compiled = any("aotinductor" in name for name in archive.namelist())
     if compiled:
-        if torch.cuda.is_available():
-            torch.cuda.init()  # what was compiled for a GPU takes memory from PyTorch there
         package = torch._inductor.aoti_load_package(path)
         return lambda inputs, _: package(*inputs), package.get_metadata().get(_KEY, "")
     extra = {_EXTRA_FILE: ""}

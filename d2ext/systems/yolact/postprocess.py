@@ -47,10 +47,10 @@ def _gather(values: Tensor, index: Tensor) -> Tensor:
 def topk_in_parts(scores: Tensor, count: int, parts: int) -> tuple[Tensor, Tensor]:
     """``scores.topk(count, dim=1)`` of (B, n), first of each of so many ``parts`` of a row."""
     size = scores.shape[1] // parts
-    best, order = scores.unflatten(1, (parts, size)).topk(count, dim=2)
-    order = order + size * torch.arange(parts, device=scores.device)[:, None]
-    best, place = best.flatten(1).topk(count, dim=1)
-    return best, order.flatten(1).gather(1, place)
+    best, index = scores.unflatten(1, (parts, size)).topk(count, dim=2)
+    index = index + size * torch.arange(parts, device=scores.device)[:, None]
+    best, selected = best.flatten(1).topk(count, dim=1)
+    return best, index.flatten(1).gather(1, selected)
 
 
 def _take_best(
